@@ -1,0 +1,75 @@
+# sparksgd: `make run` trains LeNet on MNIST, `make test` passes the tests.  `make` lists all targets.
+
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+OUT    ?= runs/mnist-lenet
+ARGS   ?=
+MASTER ?= local[*]
+READY  := $(VENV)/.installed
+
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+
+define check-python
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+	  echo "error: $(PYTHON) is $$($(PYTHON) --version 2>&1), but Python 3.11 or newer is needed:" \
+	    "apt install python3.11 python3.11-venv, then make PYTHON=python3.11" >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
+	  echo "error: $(PYTHON) cannot make virtual environments: apt install python3-venv" >&2; exit 1; }
+endef
+
+define check-java
+	@java="$${JAVA_HOME:+$$JAVA_HOME/bin/}java"; \
+	version=$$("$$java" -version 2>&1 | sed -n 's/.*version "\([0-9]*\).*/\1/p'); \
+	[ "$${version:-0}" -ge 17 ] || { \
+	  echo "error: $$java is $${version:+version }$${version:-not there}, but Spark needs Java 17 or newer:" \
+	    "apt install openjdk-17-jre-headless$${JAVA_HOME:+ (JAVA_HOME is $$JAVA_HOME)}" >&2; exit 1; }
+endef
+
+.DEFAULT_GOAL := help
+.PHONY: help install run test check fix bench soak dist clean
+
+help: ## List the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+install: $(READY) ## Make .venv with the pinned, tested versions
+
+$(READY): pyproject.toml conf/constraints.txt
+	$(check-python)
+	$(check-java)
+	@echo "installing into $(VENV) (once; some minutes)"
+	@$(PYTHON) -m venv $(VENV)
+	@$(BIN)/pip install --quiet --disable-pip-version-check --constraint conf/constraints.txt --editable '.[dev]'
+	@touch $@
+
+data/mnist/train.parquet data/mnist/test.parquet &: | $(READY)
+	@$(BIN)/python jobs/prepare_data.py --dataset mnist --out data/mnist
+
+run: $(READY) data/mnist/train.parquet ## Train LeNet on MNIST; OUT=DIR ARGS='--set section.key=value'
+	$(check-java)
+	@spark-submit --master '$(MASTER)' --properties-file conf/spark-local.conf jobs/train.py --config conf/mnist-lenet.toml --out '$(OUT)' $(ARGS)
+
+test: $(READY) ## Run the tests
+	$(check-java)
+	@$(BIN)/python -m pytest
+
+check: $(READY) ## Lint and type-check
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+
+fix: $(READY) ## Format, and mend what ruff can
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+
+bench: $(READY) data/mnist/train.parquet ## Measure step times against the textbook loop -> benchmark.json
+	@$(BIN)/python tests/bench/run.py --data data/mnist --out benchmark.json
+
+soak: $(READY) data/mnist/train.parquet ## Watch memory and files over 2000 steps
+	@$(BIN)/python tests/bench/run.py --data data/mnist --soak
+
+dist: $(READY) ## Build dist/sparksgd-*.whl
+	@$(BIN)/pip wheel --quiet --no-deps --wheel-dir dist .
+
+clean: ## Remove what the targets made, except data/ and runs/
+	rm -rf $(VENV) dist build *.egg-info .pytest_cache .mypy_cache .ruff_cache spark-warehouse benchmark.json

@@ -1,0 +1,43 @@
+"""Evaluate a trained model on Parquet: accuracy and confusion matrix.
+
+    spark-submit jobs/evaluate.py --model runs/mnist-lenet/model --data data/mnist/test.parquet
+
+Exit status: 0 done, 2 refused (model or data), 4 the cluster failed, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from sparksgd.errors import SparkSGDError
+from sparksgd.run import run_evaluation
+
+
+def parser() -> argparse.ArgumentParser:
+    result = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    result.add_argument("--model", required=True, type=Path, metavar="DIR", help="model/ of a run")
+    result.add_argument("--data", required=True, metavar="PARQUET", help="with the columns it trained on")
+    return result
+
+
+def main(argv: Sequence[str]) -> int:
+    """Print a model's scores; return the exit status."""
+    args = parser().parse_args(argv)
+    try:
+        run_evaluation(args.model, args.data)
+    except SparkSGDError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,51 @@
+"""Write a public data set as DIR/train.parquet and DIR/test.parquet (image: 784 bytes; label: int).
+
+    python jobs/prepare_data.py --dataset mnist --out data/mnist
+    python jobs/prepare_data.py --dataset fashion-mnist --out data/fashion --source DOWNLOADS
+
+It needs no Spark, but spark-submit runs it as well.  Interrupt and repeat it at will: what is done
+stays done.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from sparksgd.datasets import DATASETS, find_dataset, prepare
+from sparksgd.errors import SparkSGDError
+
+
+def parser() -> argparse.ArgumentParser:
+    result = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    result.add_argument("--dataset", required=True, metavar="NAME", help=" or ".join(DATASETS))
+    result.add_argument("--out", required=True, type=Path, metavar="DIR", help="made if need be")
+    result.add_argument(
+        "--source",
+        type=Path,
+        metavar="DIR",
+        help="holds the four IDX files, plain or .gz; without it they are downloaded",
+    )
+    return result
+
+
+def main(argv: Sequence[str]) -> int:
+    """Return 0 if the data are there, 2 if something was refused, 130 if interrupted."""
+    args = parser().parse_args(argv)
+    try:
+        prepare(find_dataset(args.dataset), args.out, source=args.source)
+    except SparkSGDError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("interrupted: run the same command again to go on", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

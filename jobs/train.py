@@ -1,0 +1,54 @@
+"""Train a module on Spark by synchronous SGD.
+
+    spark-submit jobs/train.py --config conf/mnist-lenet.toml --set train.epochs=2 --out runs/lenet
+
+Exit status: 0 finished, 2 refused (configuration, data or module), 3 training failed, 4 the cluster
+failed, 130 interrupted or cancelled.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from sparksgd import instruction_set
+from sparksgd.config import Config
+from sparksgd.errors import ConfigError, SparkSGDError
+
+
+def parser() -> argparse.ArgumentParser:
+    result = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    result.add_argument("--config", type=Path, metavar="FILE", help="TOML; without it, the defaults")
+    result.add_argument(
+        "--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="over the file; repeatable"
+    )
+    result.add_argument("--out", required=True, type=Path, metavar="DIR", help="model, metrics, summary")
+    return result
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run a training; return the exit status."""
+    args = parser().parse_args(argv)
+    try:
+        config = Config.load(args.config, args.set)
+        if config.data.train is None:
+            raise ConfigError("data.train is not set: name the Parquet to train on")
+        instruction_set.pin(config.train.instruction_set)  # before anything imports torch
+        from sparksgd.run import run
+
+        run(config, args.out)
+    except SparkSGDError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

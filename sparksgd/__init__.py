@@ -1,0 +1,3 @@
+"""Distributed synchronous SGD for PyTorch models on Apache Spark."""
+
+__version__ = "0.1.0"

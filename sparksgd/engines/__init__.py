@@ -1,0 +1,1 @@
+"""Engines: they move vectors between workers and the solver, and decide nothing."""

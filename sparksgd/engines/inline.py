@@ -1,0 +1,67 @@
+"""The inline engine: every shard computed in this process, one after the other.
+
+The reference that all other engines must equal, bit for bit; and the one to debug a module with.
+"""
+
+from __future__ import annotations
+
+import time
+
+from sparksgd.compute import Computer, Evaluation, Plan
+from sparksgd.engines.protocol import SegmentReport, Shards, StepTiming, take_step
+from sparksgd.numerics import Numerics
+from sparksgd.solvers.protocol import Solver
+
+__all__ = ["InlineEngine"]
+
+
+class InlineEngine:
+    """Computes in this process.
+
+    Args:
+        plan: what to compute.
+        shards: rows to train on.
+        test: rows to evaluate on.
+    """
+
+    segment_steps = 1
+
+    def __init__(self, plan: Plan, shards: Shards, test: Shards | None) -> None:
+        self._plan = plan
+        self._shards = shards
+        self._test = test
+        self._computer = Computer(plan)
+
+    def contact(self) -> list[Numerics]:
+        """Return this process's numerics."""
+        return [Numerics.here(self._plan.threads)]
+
+    def advance(self, solver: Solver, steps: int) -> SegmentReport:
+        """Make steps."""
+        report = SegmentReport()
+        for _ in range(steps):
+            started = time.perf_counter()
+            answer = self._computer.gradients(0, self._shards.table, solver.weights(), solver.step)
+            if answer.failure is not None:
+                raise answer.failure
+            computed = time.perf_counter()
+
+            def timing(started: float = started, computed: float = computed) -> StepTiming:
+                ended = time.perf_counter()
+                return StepTiming(total=ended - started, compute=computed - started, update=ended - computed)
+
+            report.steps.append(take_step(solver, self._plan, answer, timing))
+        return report
+
+    def evaluate(self, solver: Solver) -> tuple[Evaluation, SegmentReport]:
+        """Evaluate the solver's weights on the test rows."""
+        assert self._test is not None
+        answer = self._computer.evaluations(0, self._test.table, solver.weights())
+        if answer.failure is not None:
+            raise answer.failure
+        total = answer.total()
+        assert isinstance(total, Evaluation)
+        return total, SegmentReport()
+
+    def close(self) -> None:
+        """Hold nothing."""

@@ -1,0 +1,157 @@
+"""What an engine is: it advances a solver by steps, and evaluates weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from sparksgd.compute import Answer, Evaluation, Plan, WorkerTiming
+from sparksgd.numerics import Numerics
+from sparksgd.shard import Descriptor
+from sparksgd.solvers.protocol import GradientSum, Solver
+
+__all__ = [
+    "Engine",
+    "MakeEngine",
+    "SegmentReport",
+    "Shards",
+    "StepReport",
+    "StepTiming",
+    "take_step",
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepTiming:
+    """Where the seconds of one step went."""
+
+    total: float
+    """The whole step."""
+
+    broadcast: float = 0.0
+    """Handing the weights to Spark."""
+
+    launch: float = 0.0
+    """From submitting the job to the last worker's start."""
+
+    compute: float = 0.0
+    """The slowest worker's own work."""
+
+    aggregate: float = 0.0
+    """From the last worker's end to the sum at the driver."""
+
+    update: float = 0.0
+    """The solver."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepReport:
+    """One step: what is exact first, then what the clock said."""
+
+    step: int
+    """Its number, from 1."""
+
+    epoch: int
+    """Its epoch, from 1."""
+
+    version: int
+    """The version of the weights that its gradients were computed from."""
+
+    rows: int
+    """Rows that took part."""
+
+    shards: int
+    """Shards that took part."""
+
+    loss: float
+    """Mean loss of the rows."""
+
+    lr: float
+    """Learning rate."""
+
+    timing: StepTiming
+    """Seconds."""
+
+    workers: tuple[WorkerTiming, ...]
+    """Each worker's own clock."""
+
+
+@dataclass(kw_only=True)
+class SegmentReport:
+    """The steps between two returns to the training loop, and what went wrong on the way."""
+
+    steps: list[StepReport] = field(default_factory=list)
+    """Steps made."""
+
+    retries: int = 0
+    """Steps tried again because an executor or a shard's file was lost."""
+
+    rebuilt_shards: int = 0
+    """Shards written again elsewhere."""
+
+
+class Shards(Protocol):
+    """Dealt rows."""
+
+    @property
+    def table(self) -> Sequence[Descriptor]:
+        """Every shard's descriptor, in order."""
+        ...
+
+    def close(self) -> None:
+        """Remove the files."""
+        ...
+
+
+class Engine(Protocol):
+    """Advances a solver."""
+
+    segment_steps: int
+    """How many steps it likes to make between two returns."""
+
+    def contact(self) -> list[Numerics]:
+        """Reach every worker once, and return their numerics."""
+        ...
+
+    def advance(self, solver: Solver, steps: int) -> SegmentReport:
+        """Make steps; a call that raises leaves the solver as the last whole step made it."""
+        ...
+
+    def evaluate(self, solver: Solver) -> tuple[Evaluation, SegmentReport]:
+        """Evaluate the solver's weights on the test rows; the report has what went wrong on the way."""
+        ...
+
+    def close(self) -> None:
+        """Let go of what it holds."""
+        ...
+
+
+MakeEngine = Callable[[Plan, Shards, Shards | None], Engine]
+
+
+def take_step(solver: Solver, plan: Plan, answer: Answer, timing: Callable[[], StepTiming]) -> StepReport:
+    """Give a step's sum to the solver and report it.
+
+    Args:
+        solver: advanced by one step.
+        plan: the run's.
+        answer: all shards' answer.
+        timing: called after the update.
+    """
+    arrived = answer.total()
+    assert isinstance(arrived, GradientSum)
+    version, expected = solver.step, plan.sampling.rows_of_step(solver.step)
+    assert arrived.rows == expected, f"{arrived.rows} rows arrived for a step of {expected}"
+    outcome = solver.receive(arrived)
+    return StepReport(
+        step=version + 1,
+        epoch=plan.sampling.epoch_of(version) + 1,
+        version=version,
+        rows=arrived.rows,
+        shards=arrived.shards,
+        loss=arrived.loss / arrived.rows,
+        lr=outcome.lr,
+        timing=timing(),
+        workers=tuple(answer.workers),
+    )

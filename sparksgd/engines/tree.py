@@ -1,0 +1,296 @@
+"""The tree engine: one barrier-mode Spark job per step.
+
+    driver ── broadcast(weights) ──> workers: mapPartitions over their shards, in barrier mode
+    driver <── treeAggregate ─────── {node of the addition tree: gradient sum}
+    driver: solver.receive(sum)
+
+Spark's own aggregation adds in an order of its own, so what it merges are partial sums by node of
+our tree, which combine with their siblings only.
+
+A step is a transaction: what fails on the way (a lost executor, a shard's file that is gone) leaves
+the solver as it was, and the step is tried again.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import TypeVar
+
+import numpy as np
+from pyspark import cloudpickle
+from rich.filesize import decimal
+
+from sparksgd.compute import Answer, Evaluation, Plan
+from sparksgd.config import EngineConfig
+from sparksgd.engines.protocol import SegmentReport, Shards, StepTiming, take_step
+from sparksgd.errors import ClusterError, ShardChanged, SparkSGDError
+from sparksgd.flat import FlatModule, Weights
+from sparksgd.numerics import Numerics
+from sparksgd.shard import ShardMissing
+from sparksgd.solvers.protocol import Solver
+from sparksgd.spark import step_tasks
+from sparksgd.spark.cluster import (
+    Cluster,
+    SlotWatch,
+    cleanup,
+    final_error,
+    gist,
+    reduce_groups,
+    worker_of_partition,
+    worker_shards,
+)
+from sparksgd.spark.rows import SparkShards
+from sparksgd.treesum import Partials, add_partial
+
+__all__ = ["TreeEngine"]
+
+log = logging.getLogger("sparksgd")
+
+T = TypeVar("T")
+
+
+class TreeEngine:
+    """Runs each step as one Spark job.
+
+    Args:
+        cluster: where the workers are.
+        config: how often a step is tried.
+        plan: what to compute.
+        shards: rows to train on.
+        test: rows to evaluate on.
+    """
+
+    segment_steps = 1
+
+    def __init__(
+        self,
+        cluster: Cluster,
+        config: EngineConfig,
+        plan: Plan,
+        shards: Shards,
+        test: Shards | None,
+    ) -> None:
+        assert isinstance(shards, SparkShards)
+        assert test is None or isinstance(test, SparkShards)
+        self._cluster = cluster
+        self._context = cluster.context
+        self._max_attempts = config.max_attempts
+        self._plan = plan
+        self._shards = shards
+        self._test = test
+        self._workers = worker_of_partition(cluster.num_workers)
+        _check_sizes(cluster, plan)
+        self._shipped = self._context.broadcast(step_tasks.ShippedPlan(_pickled(plan)))
+        self._watch = SlotWatch(cluster)
+
+    def close(self) -> None:
+        """Remove the plan from driver and executors."""
+        self._watch.close()
+        with cleanup():
+            self._shipped.destroy()
+
+    def contact(self) -> list[Numerics]:
+        """Reach every worker once, and return their numerics."""
+        self._context.setJobDescription("sparksgd: first contact")
+
+        def job() -> list[Numerics]:
+            contacted = self._shards.rdd.barrier().mapPartitions(partial(step_tasks.contact, self._shipped))
+            return contacted.collect()
+
+        return self._run(job, self._shards, "first contact", SegmentReport())
+
+    def advance(self, solver: Solver, steps: int) -> SegmentReport:
+        """Make steps."""
+        report = SegmentReport()
+        sampling = self._plan.sampling
+        for _ in range(steps):
+            started = time.perf_counter()
+            step, rows = solver.step, sampling.rows_of_step(solver.step)
+            weights = solver.weights()
+            exchange = self._ask(
+                self._shards,
+                weights,
+                step,
+                f"step {step + 1} (epoch {sampling.epoch_of(step) + 1}): gradients of "
+                f"{rows} rows on {self._cluster.num_workers} workers",
+                report,
+            )
+            arrived = time.perf_counter()
+
+            def timing(
+                started: float = started, arrived: float = arrived, exchange: Exchange = exchange
+            ) -> StepTiming:
+                ended = time.perf_counter()
+                return StepTiming(
+                    total=ended - started,
+                    broadcast=exchange.broadcast_s,
+                    launch=exchange.launch_s,
+                    compute=exchange.compute_s,
+                    aggregate=exchange.aggregate_s,
+                    update=ended - arrived,
+                )
+
+            report.steps.append(take_step(solver, self._plan, exchange.answer, timing))
+        return report
+
+    def evaluate(self, solver: Solver) -> tuple[Evaluation, SegmentReport]:
+        """Evaluate the solver's weights on the test rows."""
+        assert self._test is not None
+        report = SegmentReport()
+        exchange = self._ask(
+            self._test,
+            solver.weights(),
+            None,
+            f"evaluation of version {solver.step}",
+            report,
+        )
+        total = exchange.answer.total()
+        assert isinstance(total, Evaluation)
+        return total, report
+
+    def _ask(
+        self,
+        shards: SparkShards,
+        weights: Weights,
+        step: int | None,
+        doing: str,
+        report: SegmentReport,
+    ) -> Exchange:
+        """Ask all workers, again where an executor or a file was lost; count that in the report."""
+        self._context.setJobDescription(f"sparksgd: {doing}")
+        before = time.time()
+        broadcast = self._context.broadcast(weights)
+        submitted = time.time()
+
+        def job() -> Exchange:
+            answer: Answer = (
+                shards.rdd.barrier()
+                .mapPartitions(partial(step_tasks.answer, self._shipped, broadcast, self._workers, step))
+                .treeAggregate(None, step_tasks.add, step_tasks.add)  # type: ignore[misc]  # None is the zero: it travels in the closure
+            )
+            arrived = time.time()
+            self._note_moves(shards, answer, report)
+            if answer.failure is not None:
+                raise answer.failure
+            return Exchange(
+                answer=answer,
+                broadcast_s=submitted - before,
+                submitted_at_s=submitted,
+                arrived_at_s=arrived,
+            )
+
+        try:
+            return self._run(job, shards, doing, report)
+        finally:
+            with cleanup():
+                broadcast.destroy()
+
+    def _run(self, job: Callable[[], T], shards: SparkShards, doing: str, report: SegmentReport) -> T:
+        """Run a job, again where an executor or a shard's file was lost; count that in the report."""
+        failure, files_missing = "", False
+        for attempt in range(self._max_attempts):
+            try:
+                if attempt:
+                    report.retries += 1
+                    self._cluster.wait_for_slots()
+                    shards.recover(files_missing=files_missing)
+                    self._context.setJobDescription(f"sparksgd: {doing}, tried again")
+                with self._watch:
+                    return job()
+            except ShardMissing as error:
+                failure, files_missing = str(error), True
+            except SparkSGDError:
+                raise
+            except Exception as error:
+                failure, files_missing = str(error), False
+                final = final_error(error)
+                if final is not None:
+                    raise final from error
+            log.warning("%s: failed and is tried again: %s", doing, gist(failure))
+        raise ClusterError(
+            f"{doing}: failed {self._max_attempts} times, as often as engine.max_attempts allows. The "
+            f"last failure:\n{failure}"
+        )
+
+    def _note_moves(self, shards: SparkShards, answer: Answer, report: SegmentReport) -> None:
+        for shard in answer.shards:
+            known = shards.table[shard.shard]
+            if shard.digest != known.digest:
+                raise ShardChanged(
+                    f"shard {shard.shard} was lost and written again, but now holds other rows: "
+                    f"{shard.rows:,} (digest {shard.digest}) where it held {known.rows:,} (digest "
+                    f"{known.digest}). The input changed while training ran, or gives other rows on "
+                    f"every reading: write it to Parquet first, and train on that"
+                )
+            if shard.path != known.path:
+                report.rebuilt_shards += 1
+                shards.moved(shard)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Exchange:
+    """One request to all workers, answered; times by the clocks of driver and workers."""
+
+    answer: Answer
+    broadcast_s: float
+    submitted_at_s: float
+    arrived_at_s: float
+
+    @property
+    def compute_s(self) -> float:
+        """The slowest worker's work."""
+        return max(worker.compute_s for worker in self.answer.workers)
+
+    @property
+    def launch_s(self) -> float:
+        """From submission to the last worker's start; 0 where another host's clock is ahead."""
+        started = max(worker.started_at_s for worker in self.answer.workers)
+        return max(0.0, started - self.submitted_at_s)
+
+    @property
+    def aggregate_s(self) -> float:
+        """From the last worker's end to the sum at the driver; 0 where its clock is ahead."""
+        ended = max(worker.ended_at_s for worker in self.answer.workers)
+        return max(0.0, self.arrived_at_s - ended)
+
+
+def _pickled(plan: Plan) -> bytes:
+    """Pickle a plan; classes of a notebook or of `__main__` go by value."""
+    pickled: bytes = cloudpickle.dumps(plan)  # type: ignore[no-untyped-call]  # untyped in pyspark
+    return pickled
+
+
+def _partials_at_driver(num_workers: int, num_shards: int) -> int:
+    """Return how many partial sums are left when treeAggregate has gathered what it can."""
+    groups = reduce_groups(num_workers)
+    gathered: list[Partials] = [{} for _ in range(groups)]
+    for partition, worker in enumerate(worker_of_partition(num_workers)):
+        for shard in worker_shards(worker, num_workers, num_shards):
+            add_partial(gathered[partition % groups], (shard, shard + 1), None, num_shards)
+    return sum(map(len, gathered))
+
+
+def _check_sizes(cluster: Cluster, plan: Plan) -> None:
+    """Refuse gradients that Spark's limits, or the driver's heap, cannot hold."""
+    num_workers, num_shards = cluster.num_workers, len(plan.sampling.shard_rows)
+    size = FlatModule(plan.module, plan.dtype).parameters.numel() * np.dtype(np.float32).itemsize
+    count = _partials_at_driver(num_workers, num_shards)
+    limits = cluster.context._jsc.sc().conf()
+    results = int(limits.getSizeAsBytes("spark.driver.maxResultSize", "1g"))
+    arithmetic = f"a step returns {count} partial sums of {decimal(size)} to the driver"
+    if results and count * size > results:
+        raise ClusterError(
+            f"{arithmetic}, {decimal(count * size)}, but spark.driver.maxResultSize is "
+            f"{decimal(results)}: raise it, or use fewer engine.num_workers"
+        )
+    heap = int(cluster.jvm.java.lang.Runtime.getRuntime().maxMemory())
+    needed = (count + 2) * size  # and the weights, once on their way and once as a broadcast's blocks
+    if needed > 0.8 * heap:
+        raise ClusterError(
+            f"{arithmetic}, beside two copies of the weights: {decimal(needed)}, but the driver's heap "
+            f"is {decimal(heap)}: submit with --driver-memory {-(-2 * needed >> 30)}g"
+        )

@@ -1,0 +1,94 @@
+"""Every error that sparksgd raises on purpose.
+
+    SparkSGDError
+    ├── ConfigError          a key, a value or an argument                          exit 2
+    ├── DataError            rows, columns or files that cannot be trained on       exit 2
+    │   ├── BadRows          null, non-finite, misshapen or out-of-range rows
+    │   └── ShardChanged     rows read again differ from the rows read before
+    ├── ModelError           a module, loss or optimiser that cannot be trained     exit 2
+    ├── TrainingError        the training itself went wrong                         exit 3
+    │   ├── NotFinite        a loss or gradient became NaN or infinite
+    │   └── UserCodeError    the user's own module or loss raised on a worker
+    ├── ClusterError         Spark could not do what was asked                      exit 4
+    │   └── NotEnoughSlots   fewer free task slots than workers
+    └── Cancelled            somebody cancelled the job                             exit 130
+
+A message names the value, the rule and the next move.  All of them pickle: a worker may return one.
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "BadRows",
+    "Cancelled",
+    "ClusterError",
+    "ConfigError",
+    "DataError",
+    "ModelError",
+    "NotEnoughSlots",
+    "NotFinite",
+    "ShardChanged",
+    "SparkSGDError",
+    "TrainingError",
+    "UserCodeError",
+]
+
+
+class SparkSGDError(Exception):
+    """Base of the tree; `exit_code` is what a job returns to the shell."""
+
+    exit_code = 3
+
+
+class ConfigError(SparkSGDError):
+    """A configuration key, its value or a command-line argument is refused."""
+
+    exit_code = 2
+
+
+class DataError(SparkSGDError):
+    """The input cannot be trained on."""
+
+    exit_code = 2
+
+
+class BadRows(DataError):
+    """Some rows are null, not finite, misshapen or labelled out of range."""
+
+
+class ShardChanged(DataError):
+    """A shard was rebuilt from rows other than those it held."""
+
+
+class ModelError(SparkSGDError):
+    """The module, loss or optimiser is refused."""
+
+    exit_code = 2
+
+
+class TrainingError(SparkSGDError):
+    """Training began and could not go on."""
+
+
+class NotFinite(TrainingError):
+    """A loss or a gradient is NaN or infinite."""
+
+
+class UserCodeError(TrainingError):
+    """The user's module or loss raised on a worker; the message holds the remote traceback."""
+
+
+class ClusterError(SparkSGDError):
+    """Spark could not do what was asked of it."""
+
+    exit_code = 4
+
+
+class NotEnoughSlots(ClusterError):
+    """The cluster offers fewer task slots than there are workers."""
+
+
+class Cancelled(SparkSGDError):
+    """The Spark job was cancelled; not a fault, so it is never retried."""
+
+    exit_code = 130

@@ -1,0 +1,189 @@
+"""A module as vectors: its parameters, its gradients and its running statistics.
+
+Parameters are the trainable ones, in the order of `named_parameters`, tied ones once; each is a
+view of one flat vector, and so is its gradient.  Frozen ones (`requires_grad` false) stay outside.
+Of the buffers, batch-norm's change as it trains: running means and variances are averaged over the
+rows like a gradient, its counters advance.  No other buffer may change.
+
+Legend: P parameters, Q running statistics, C counters.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from sparksgd.errors import ModelError
+
+__all__ = ["FlatModule", "Weights", "mixes_rows"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Weights:
+    """What a module has learnt, as one version of it: what workers compute a gradient from."""
+
+    version: int
+    """How many steps made these parameters."""
+
+    parameters: npt.NDArray[np.floating]
+    """float32[P]."""
+
+    statistics: npt.NDArray[np.floating]
+    """Running means and variances of batch-norm, float32[Q]."""
+
+    counters: npt.NDArray[np.int64]
+    """Batches that each batch-norm has seen, int64[C]."""
+
+
+class FlatModule:
+    """A module whose trainable parameters and gradients are views of flat vectors.
+
+    Args:
+        module: changed in place: its parameters become views.
+        dtype: type of every parameter; tests use float64.
+
+    Raises:
+        ModelError: a tensor is not on the CPU, of another type, not yet made, or none is trainable.
+    """
+
+    def __init__(self, module: nn.Module, dtype: torch.dtype = torch.float32) -> None:
+        self.module = module
+        self.dtype = dtype
+        trainable = [(n, p) for n, p in module.named_parameters() if p.requires_grad]
+        _check(trainable, module, dtype)
+        self._trainable = [parameter for _, parameter in trainable]
+        size = sum(parameter.numel() for parameter in self._trainable)
+        self.parameters = torch.empty(size, dtype=dtype)
+        self.gradient = torch.zeros(size, dtype=dtype)
+        start = 0
+        for parameter in self._trainable:
+            end = start + parameter.numel()
+            view = self.parameters[start:end].view(parameter.shape)
+            view.copy_(parameter.detach())
+            parameter.data = view
+            parameter.grad = self.gradient[start:end].view(parameter.shape)
+            start = end
+        norms = [m for m in _training_norms(module) if m.track_running_stats]
+        self._statistics = [
+            buffer for norm in norms for buffer in (norm.running_mean, norm.running_var) if buffer is not None
+        ]
+        self._counters = [norm.num_batches_tracked for norm in norms if norm.num_batches_tracked is not None]
+
+    def zero_gradient(self) -> None:
+        """Clear the gradient; the views stay views."""
+        self.gradient.zero_()
+
+    def weights(self, version: int) -> Weights:
+        """Return a copy of everything that training changes."""
+        return Weights(
+            version=version,
+            parameters=self.parameters.numpy().copy(),
+            statistics=self.statistics(),
+            counters=self.counters(),
+        )
+
+    def statistics(self) -> npt.NDArray[np.floating]:
+        """Return a copy of batch-norm's running statistics, float[Q]."""
+        return _flat(self._statistics, self.dtype).numpy()
+
+    def counters(self) -> npt.NDArray[np.int64]:
+        """Return a copy of batch-norm's counters, int64[C]."""
+        return _flat(self._counters, torch.int64).numpy()
+
+    def load(self, weights: Weights) -> None:
+        """Overwrite everything that training changes."""
+        self.parameters.copy_(torch.from_numpy(weights.parameters))
+        self.load_buffers(weights.statistics, weights.counters)
+
+    def load_buffers(self, statistics: npt.NDArray[np.floating], counters: npt.NDArray[np.int64]) -> None:
+        """Overwrite batch-norm's running statistics, float[Q], and counters, int64[C]."""
+        start = 0
+        for buffer in self._statistics:
+            values = statistics[start : start + buffer.numel()]
+            buffer.copy_(torch.from_numpy(values).view(buffer.shape))
+            start += buffer.numel()
+        for counter, value in zip(self._counters, counters, strict=True):
+            counter.fill_(int(value))
+
+    def constants(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield the named buffers and frozen parameters, which training may not change."""
+        for name, parameter in self.module.named_parameters():
+            if not parameter.requires_grad:
+                yield name, parameter
+        changing = {id(buffer) for buffer in [*self._statistics, *self._counters]}
+        for name, buffer in self.module.named_buffers():
+            if id(buffer) not in changing:
+                yield name, buffer
+
+    def parameters_sha256(self) -> str:
+        """Return the digest of the parameters' little-endian bytes."""
+        return _sha256([self.parameters])
+
+    def buffers_sha256(self) -> str:
+        """Return the digest of all buffers' bytes, in the order of `named_buffers`."""
+        return _sha256(buffer for _, buffer in self.module.named_buffers())
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Hold the module in evaluation mode, without gradients; then restore each part's mode."""
+        modes = [(part, part.training) for part in self.module.modules()]
+        self.module.eval()
+        try:
+            with torch.inference_mode():
+                yield
+        finally:
+            for part, training in modes:
+                part.training = training
+
+
+def mixes_rows(module: nn.Module) -> bool:
+    """Return whether the module has a batch-norm that trains."""
+    return any(_training_norms(module))
+
+
+def _training_norms(module: nn.Module) -> Iterator[_BatchNorm]:
+    return (part for part in module.modules() if isinstance(part, _BatchNorm) and part.training)
+
+
+def _check(trainable: list[tuple[str, nn.Parameter]], module: nn.Module, dtype: torch.dtype) -> None:
+    if not trainable:
+        raise ModelError(
+            f"{type(module).__name__} has no trainable parameter: "
+            f"every one has requires_grad false, or there is none"
+        )
+    lazy = [name for name, p in trainable if isinstance(p, nn.UninitializedParameter)]
+    if lazy:
+        raise ModelError(
+            f"parameter {lazy[0]} has no shape yet (a lazy module): run one batch through it first"
+        )
+    for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
+        if tensor.device.type != "cpu":
+            raise ModelError(
+                f"{name} is on {tensor.device}, but only the CPU is supported: call module.cpu()"
+            )
+    for name, parameter in trainable:
+        if parameter.dtype != dtype:
+            raise ModelError(
+                f"parameter {name} is {parameter.dtype}, but must be {dtype}: call module.float()"
+            )
+
+
+def _flat(tensors: list[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
+    if not tensors:
+        return torch.empty(0, dtype=dtype)
+    return torch.cat([tensor.detach().reshape(-1).to(dtype) for tensor in tensors])
+
+
+def _sha256(tensors: Iterable[torch.Tensor]) -> str:
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()

@@ -1,0 +1,61 @@
+"""Names in a configuration: one of ours, or `package.module:attribute` of the user's."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+from collections.abc import Iterable, Mapping
+from typing import Any, TypeVar
+
+from sparksgd.errors import ConfigError
+
+__all__ = ["did_you_mean", "resolve"]
+
+T = TypeVar("T")
+
+
+def did_you_mean(word: str, valid: Iterable[str]) -> str:
+    """Return " (did you mean X?)" with the nearest valid word, or all of them where none is near."""
+    by_lower = {name.lower(): name for name in sorted(valid)}
+    nearest = difflib.get_close_matches(word.lower(), by_lower, n=1, cutoff=0.5)
+    if nearest:
+        return f" (did you mean {by_lower[nearest[0]]}?)"
+    return f" (valid: {', '.join(by_lower.values())})"
+
+
+def resolve(key: str, name: str, ours: Mapping[str, T]) -> T | Any:
+    """Return what a configuration value names.
+
+    Args:
+        key: the configuration key, for the error.
+        name: a key of `ours`, or an import path `package.module:attribute`.
+        ours: what the library offers by a plain name.
+
+    Raises:
+        ConfigError: the name is unknown, or its module or attribute is not there.
+    """
+    if name in ours:
+        return ours[name]
+    module_name, colon, attribute = name.partition(":")
+    if not (colon and module_name.strip(".") == module_name and module_name and attribute):
+        raise ConfigError(
+            f"{key} is {name!r}, which is not one of ours{did_you_mean(name, ours)}; "
+            f"name your own as package.module:attribute"
+        )
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        raise ConfigError(
+            f"{key} is {name!r}, but Python finds no module {error.name!r}: put its folder on "
+            f"PYTHONPATH, or ship it with --py-files"
+        ) from error
+    except Exception as error:
+        raise ConfigError(
+            f"{key} is {name!r}, but importing {module_name} raised {type(error).__name__}: {error}"
+        ) from error
+    if not hasattr(module, attribute):
+        raise ConfigError(
+            f"{key} is {name!r}, but {module_name} has no {attribute!r}"
+            f"{did_you_mean(attribute, [n for n in dir(module) if not n.startswith('_')])}"
+        )
+    return getattr(module, attribute)

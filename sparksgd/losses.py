@@ -1,0 +1,61 @@
+"""Losses: functions of (output, label) with one value per row; the trainer sums them.
+
+A mean would not do: a mean times the row count is not the same bits as the sum.
+
+Legend: B rows, C classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch.nn import functional as F
+
+from sparksgd.imports import resolve
+
+__all__ = [
+    "CLASSIFIERS",
+    "LOSSES",
+    "Loss",
+    "binary_cross_entropy",
+    "cross_entropy",
+    "loss_named",
+    "squared_error",
+]
+
+Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+def cross_entropy(output: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
+    """Return -log softmax(output)[label], float[B], of logits float[B, C] and labels int64[B]."""
+    return F.cross_entropy(output, label, reduction="none")
+
+
+def binary_cross_entropy(output: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
+    """Return the logistic loss, float[B], of logits float[B] or [B, 1] and labels 0 or 1, [B]."""
+    return F.binary_cross_entropy_with_logits(
+        output.reshape(len(label)), label.to(output.dtype), reduction="none"
+    )
+
+
+def squared_error(output: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
+    """Return (output - label)^2, float[B], of predictions float[B] or [B, 1] and labels [B]."""
+    return (output.reshape(len(label)) - label.to(output.dtype)).square()
+
+
+LOSSES: dict[str, Loss] = {
+    "binary_cross_entropy": binary_cross_entropy,
+    "cross_entropy": cross_entropy,
+    "squared_error": squared_error,
+}
+
+
+CLASSIFIERS = (binary_cross_entropy, cross_entropy)
+"""Losses whose labels are classes, numbered from 0."""
+
+
+def loss_named(name: str) -> Loss:
+    """Return one of LOSSES, or the user's own by import path."""
+    loss: Loss = resolve("loss.name", name, LOSSES)
+    return loss

@@ -1,0 +1,13 @@
+"""Modules that a configuration can name; the user's own go by import path."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import nn
+
+from sparksgd.models.lenet import LeNet
+
+__all__ = ["MODELS", "LeNet"]
+
+MODELS: dict[str, Callable[..., nn.Module]] = {"lenet": LeNet}

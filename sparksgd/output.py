@@ -1,0 +1,211 @@
+"""What a run leaves in its folder: the model, a line per step, a summary.
+
+model/weights.pt     state_dict, for torch.load(weights_only=True)
+model/model.json     what rebuilds the module and feeds it
+metrics.jsonl        a line per step and per evaluation: exact fields, then "timing"
+summary.json         the run in one table
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import pickle
+import statistics
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+from torch import nn
+
+from sparksgd.config import ModelConfig
+from sparksgd.engines.protocol import StepReport
+from sparksgd.errors import DataError
+from sparksgd.flat import FlatModule
+from sparksgd.losses import Loss, loss_named
+from sparksgd.rows import Feature, RowSchema
+from sparksgd.training import EvaluationReport, Training, build_module
+
+__all__ = ["RunFolder", "SavedModel", "load_model", "save_model", "summary"]
+
+_FORMAT = 1
+
+
+def save_model(folder: Path, training: Training) -> None:
+    """Write a trained module's weights and what rebuilds it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    state = {name: tensor.detach().clone() for name, tensor in training.module.state_dict().items()}
+    _replace(folder / "weights.pt", lambda path: torch.save(state, path))
+    schema = training.plan.schema
+    about = {
+        "format": _FORMAT,
+        "model": {"name": training.model_name, "arguments": dict(training.config.model.arguments)},
+        "features": [asdict(feature) for feature in schema.features],
+        "label": {"name": schema.label, "dtype": schema.label_dtype, "classes": schema.classes},
+        "loss": training.config.loss.name,
+        "version": training.version,
+        "parameters_sha256": training.flat.parameters_sha256(),
+        "buffers_sha256": training.flat.buffers_sha256(),
+    }
+    _write_json(folder / "model.json", about)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SavedModel:
+    """A trained module with what it takes to use it."""
+
+    module: nn.Module
+    """In evaluation mode."""
+
+    schema: RowSchema
+    """What a row must be."""
+
+    loss: Loss
+    """What it was trained with."""
+
+
+def load_model(folder: Path, module: nn.Module | None = None) -> SavedModel:
+    """Read a model back.
+
+    Args:
+        folder: the run's model/.
+        module: the untrained module, where it was not built from a configuration's name.
+
+    Raises:
+        DataError: the folder does not hold a whole model.
+    """
+    try:
+        about = json.loads((folder / "model.json").read_text(encoding="utf-8"))
+        state = torch.load(folder / "weights.pt", weights_only=True)
+    except (OSError, ValueError, RuntimeError, pickle.UnpicklingError) as error:
+        raise DataError(f"{folder} holds no whole model: {error}") from error
+    if module is None:
+        if about["model"]["name"] is None:
+            raise DataError(f"{folder} was trained from a module given in Python: pass it as module=")
+        module = build_module(ModelConfig(**about["model"]), seed=0)
+    module.load_state_dict(state)
+    if FlatModule(module).parameters_sha256() != about["parameters_sha256"]:
+        raise DataError(f"{folder}/weights.pt and model.json are not of one run: their digests differ")
+    schema = RowSchema(
+        features=tuple(Feature(**feature) for feature in about["features"]),
+        label=about["label"]["name"],
+        label_dtype=about["label"]["dtype"],
+        classes=about["label"]["classes"],
+    )
+    return SavedModel(module=module.eval(), schema=schema, loss=loss_named(about["loss"]))
+
+
+def summary(training: Training, wall_s: float) -> dict[str, Any]:
+    """Return the run's summary: what was reached, how fast, and what its bits depend on."""
+    steps, last = training.steps, training.evaluations[-1] if training.evaluations else None
+    seconds = sum(step.timing.total for step in steps)
+    driver, *workers = training.numerics
+    different = {str(index): w for index, w in enumerate(workers) if driver.differences(w)}
+    config = training.config
+    return {
+        "status": "finished" if training.error is None else f"{type(training.error).__name__}",
+        "test_accuracy": None if last is None else last.accuracy,
+        "test_loss": None if last is None else _finite(last.loss),
+        "train_rows": training.rows.rows,
+        "bad_rows_skipped": training.rows.bad.total(),
+        "epochs": training.version / training.plan.sampling.steps_per_epoch,
+        "steps": training.version,
+        "rows_per_second": sum(step.rows for step in steps) / seconds if steps else None,
+        "wall_s": wall_s,
+        "engine": config.engine.name,
+        "num_workers": len(workers),
+        "num_shards": config.train.num_shards,
+        "rows_per_step": config.train.rows_per_step,
+        "parameters": training.flat.parameters.numel(),
+        "parameters_sha256": training.flat.parameters_sha256(),
+        "buffers_sha256": training.flat.buffers_sha256(),
+        "data_digest": training.rows.data_digest,
+        "numerics": asdict(driver)
+        | ({"workers": {index: asdict(w) for index, w in different.items()}} if different else {}),
+        "retried_steps": training.retries,
+        "rebuilt_shards": training.rebuilt_shards,
+        "step_time_s": {
+            name: statistics.median(getattr(step.timing, name) for step in steps)
+            for name in (asdict(steps[0].timing) if steps else {})
+        },
+    }
+
+
+class RunFolder:
+    """Observes a run and writes its folder.
+
+    Args:
+        folder: made if need be; the files of an earlier run in it are replaced.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._started = time.perf_counter()
+        self._metrics: TextIO | None = None
+
+    def started(self, training: Training) -> None:
+        """Begin metrics.jsonl; what an earlier run left goes."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for name in ("summary.json", "model/model.json", "model/weights.pt"):
+            (self.folder / name).unlink(missing_ok=True)
+        self._metrics = (self.folder / "metrics.jsonl").open("w", encoding="utf-8", buffering=1)
+
+    def stepped(self, training: Training, report: StepReport) -> None:
+        """Write a step's line."""
+        exact = {
+            "kind": "step",
+            "step": report.step,
+            "epoch": report.epoch,
+            "version": report.version,
+            "rows": report.rows,
+            "shards": report.shards,
+            "loss": report.loss,
+            "lr": report.lr,
+        }
+        workers = [
+            {"worker": w.worker, "host": w.host, "rows": w.rows, "compute": w.compute_s}
+            for w in sorted(report.workers, key=lambda w: w.worker)
+        ]
+        self._line(exact | {"timing": asdict(report.timing) | {"workers": workers}})
+
+    def evaluated(self, training: Training, report: EvaluationReport) -> None:
+        """Write an evaluation's line."""
+        exact = {
+            "kind": "evaluation",
+            "step": report.step,
+            "epoch": report.epoch,
+            "rows": report.rows,
+            "test_loss": _finite(report.loss),
+            "test_accuracy": report.accuracy,
+        }
+        self._line(exact | {"timing": {"total": report.time_s}})
+
+    def ended(self, training: Training) -> None:
+        """Write the model, if a step was made, and the summary."""
+        if self._metrics is not None:
+            self._metrics.close()
+        if training.version:
+            save_model(self.folder / "model", training)
+        _write_json(self.folder / "summary.json", summary(training, time.perf_counter() - self._started))
+
+    def _line(self, values: dict[str, Any]) -> None:
+        assert self._metrics is not None
+        self._metrics.write(json.dumps(values) + "\n")
+
+
+def _finite(value: float) -> float | None:
+    """Return a number that JSON has; it has neither infinity nor NaN."""
+    return value if math.isfinite(value) else None
+
+
+def _write_json(path: Path, values: dict[str, Any]) -> None:
+    _replace(path, lambda part: part.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8"))
+
+
+def _replace(path: Path, write: Any) -> None:
+    """Write a file beside its place, then move it there: no reader ever sees half of it."""
+    part = path.with_name(path.name + ".part")
+    write(part)
+    part.replace(path)

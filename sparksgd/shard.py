@@ -1,0 +1,186 @@
+"""Shard files: fixed-size records on a local disk, read row by row into reused memory.
+
+Files are read with preadv rather than mapped: YARN counts the pages that a process has touched of
+a mapping as its memory, and kills for it.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import uuid
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from hashlib import blake2b
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import numpy.typing as npt
+
+from sparksgd.rows import HASH_BYTES, add_digests, digest_of
+
+__all__ = ["Descriptor", "ShardMissing", "ShardWriter", "read_records", "remove_run", "run_folder"]
+
+
+class ShardMissing(Exception):
+    """A shard's file is not on this host, or not whole: the shard must be written again."""
+
+    def __init__(self, shard: int, why: str) -> None:
+        super().__init__(shard, why)
+        self.shard = shard
+
+    def __str__(self) -> str:
+        return f"shard {self.args[0]}: {self.args[1]}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Descriptor:
+    """Where a shard lies, and what it holds; all that Spark ever keeps of it."""
+
+    shard: int
+    """Its number, from 0."""
+
+    host: str
+    """Host whose disk it is on."""
+
+    path: str
+    """Its file."""
+
+    rows: int
+    """How many records."""
+
+    repeats: int
+    """How many of them repeat the features of another."""
+
+    row_digest: tuple[int, int]
+    """Order-free digest of the rows."""
+
+    digest: str
+    """Digest of the file's bytes."""
+
+
+def run_folder(local_folder: str, run_id: str) -> Path:
+    """Return the folder of a run's shard files below one of Spark's local directories."""
+    return Path(local_folder) / f"sparksgd-{run_id}"
+
+
+def remove_run(local_folders: Iterable[str], run_id: str) -> None:
+    """Remove a run's shard files from local directories; those not on this host are passed over."""
+    for folder in local_folders:
+        shutil.rmtree(run_folder(folder, run_id), ignore_errors=True)
+
+
+class ShardWriter:
+    """Writes one shard's file, under a name of its own: two attempts never share one.
+
+    Args:
+        folder: the run's folder on a local disk.
+        shard: the shard's number.
+    """
+
+    def __init__(self, folder: Path, shard: int) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self._shard = shard
+        self._path = folder / f"shard-{shard:05d}-{uuid.uuid4().hex[:8]}.records"
+        self._file = self._path.open("wb")
+        self._digest = blake2b(digest_size=16)
+        self._rows = 0
+        self._repeats = 0
+        self._row_digest = (0, 0)
+        self._last_features = b""
+
+    def append(self, keys: npt.NDArray[np.uint8], records: npt.NDArray[np.uint8]) -> None:
+        """Append records, uint8[B, record_bytes], sorted by their keys, uint8[B, K]."""
+        if not len(records):
+            return
+        data = np.ascontiguousarray(records).data
+        self._file.write(data)
+        self._digest.update(data)
+        self._rows += len(records)
+        self._row_digest = add_digests(self._row_digest, digest_of(keys))
+        features = keys[:, :-HASH_BYTES]
+        self._repeats += int((features[1:] == features[:-1]).all(axis=1).sum())
+        self._repeats += features[0].tobytes() == self._last_features
+        self._last_features = features[-1].tobytes()
+
+    def close(self) -> Descriptor:
+        """Finish the file and describe it."""
+        self._file.close()
+        return Descriptor(
+            shard=self._shard,
+            host=socket.gethostname(),
+            path=str(self._path),
+            rows=self._rows,
+            repeats=self._repeats,
+            row_digest=self._row_digest,
+            digest=self._digest.hexdigest(),
+        )
+
+    def discard(self) -> None:
+        """Remove what was written."""
+        self._file.close()
+        self._path.unlink(missing_ok=True)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
+        if kind is not None:
+            self.discard()
+
+
+@contextmanager
+def _opened(shard: Descriptor) -> Iterator[int]:
+    try:
+        file = os.open(shard.path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as error:
+        why = f"{shard.path} on {socket.gethostname()}: {error.strerror}"
+        raise ShardMissing(shard.shard, why) from error
+    try:
+        yield file
+    finally:
+        os.close(file)
+
+
+def read_records(
+    shard: Descriptor, rows: npt.NDArray[np.integer] | range, record: np.dtype[Any]
+) -> npt.NDArray[Any]:
+    """Read records by their row numbers, in ascending order for the disk's sake.
+
+    Args:
+        shard: which file.
+        rows: row numbers, ascending, [B].
+        record: the type of a record.
+
+    Returns:
+        Records, [B].
+
+    Raises:
+        ShardMissing: the file is not there, or shorter than its descriptor says.
+    """
+    records = np.empty(len(rows), record)
+    width = record.itemsize
+    target = memoryview(records.view(np.uint8).data)
+    with _opened(shard) as file:
+        for start, first, count in _stretches(rows):
+            wanted = target[start * width : (start + count) * width]
+            if os.preadv(file, [wanted], first * width) != len(wanted):
+                raise ShardMissing(shard.shard, f"{shard.path} is shorter than {shard.rows} records")
+    return records
+
+
+def _stretches(rows: npt.NDArray[np.integer] | range) -> Iterator[tuple[int, int, int]]:
+    """Yield (position, first row, count) of each run of consecutive row numbers."""
+    if isinstance(rows, range):
+        yield 0, rows.start, len(rows)
+        return
+    if not len(rows):
+        return
+    edges = [0, *(np.flatnonzero(np.diff(rows) != 1) + 1).tolist(), len(rows)]
+    firsts = rows.tolist()
+    for start, end in pairwise(edges):
+        yield start, firsts[start], end - start

@@ -1,0 +1,1 @@
+"""Solvers: who owns the parameters and decides each update."""

@@ -1,0 +1,188 @@
+"""Synchronous SGD: every step uses the gradients of all shards at the newest weights.
+
+    g_t = (sum over the rows of the step of the gradient of their loss) / rows
+    theta_(t+1) = optimiser(theta_t, g_t)
+
+That is one process taking all rows of the step as one mini-batch.  The optimiser and the schedule
+are torch's own.  Chen et al. 2016, "Revisiting Distributed Synchronous SGD", with no backups.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.optim import Optimizer, lr_scheduler
+
+from sparksgd.config import OptimizerConfig, ScheduleConfig, SolverConfig
+from sparksgd.errors import ConfigError, NotFinite
+from sparksgd.flat import FlatModule, Weights
+from sparksgd.imports import resolve
+from sparksgd.solvers.protocol import GradientSum, StepOutcome
+
+__all__ = ["SendEverything", "SynchronousSolver"]
+
+
+class SendEverything:
+    """The worker half of synchronous SGD: every gradient goes out as it is."""
+
+    def outgoing(self, fresh: GradientSum) -> GradientSum:
+        """Return the gradient."""
+        return fresh
+
+
+class SynchronousSolver:
+    """Synchronous SGD with any torch optimiser and learning-rate schedule.
+
+    Args:
+        flat: the module; its parameters are the solver's from here on.
+        optimizer: which class of torch.optim, and its arguments.
+        schedule: which class of torch.optim.lr_scheduler, and its arguments.
+        solver: clipping.
+        steps_per_epoch: how often a schedule that moves by the epoch moves.
+        total_steps: how many steps will be made; a schedule must reach that far.
+    """
+
+    def __init__(
+        self,
+        flat: FlatModule,
+        *,
+        optimizer: OptimizerConfig,
+        schedule: ScheduleConfig,
+        solver: SolverConfig,
+        steps_per_epoch: int,
+        total_steps: int,
+    ) -> None:
+        self.flat = flat
+        self.step = 0
+        self._clip_norm = solver.clip_norm
+        self._optimizer = _optimizer(flat, optimizer)
+        self._steps_per_move = steps_per_epoch if schedule.interval == "epoch" else 1
+        self._schedule = _schedule(self._optimizer, schedule, total_steps // self._steps_per_move)
+        self._current: Weights | None = None
+        self._previous: Weights | None = None
+
+    def worker_half(self) -> SendEverything:
+        """Return the trivial worker half."""
+        return SendEverything()
+
+    def weights(self) -> Weights:
+        """Return a copy of the newest weights; the same object until the next step."""
+        if self._current is None:
+            self._current = self.flat.weights(self.step)
+        return self._current
+
+    def receive(self, arrived: GradientSum) -> StepOutcome:
+        """Make one step of the mean gradient.
+
+        Raises:
+            NotFinite: the step would make a parameter NaN or infinite; the weights stay as before.
+        """
+        before = self.weights()
+        gradient = self.flat.gradient
+        torch.div(torch.from_numpy(arrived.gradient), arrived.rows, out=gradient)
+        norm = None
+        if self._clip_norm is not None:
+            norm = float(torch.linalg.vector_norm(gradient, dtype=torch.float64))
+            if norm > self._clip_norm:
+                gradient.mul_(self._clip_norm / norm)
+        lr = float(self._optimizer.param_groups[0]["lr"])
+        self._optimizer.step()
+        parameters = self.flat.parameters
+        if not torch.isfinite(parameters.sum()) and not torch.isfinite(parameters).all():
+            self.flat.load(before)
+            self._previous = None
+            raise NotFinite(
+                f"step {self.step + 1} made a parameter infinite or NaN; lower optimizer.lr (it was "
+                f"{lr:g}) or set solver.clip_norm"
+            )
+        self.flat.load_buffers(
+            arrived.statistics / np.asarray(arrived.rows, arrived.statistics.dtype),
+            arrived.counters,
+        )
+        self.step += 1
+        if self._schedule is not None and self.step % self._steps_per_move == 0:
+            self._schedule.step()
+        self._previous, self._current = before, None
+        return StepOutcome(lr=lr, gradient_norm=norm)
+
+    def step_back(self) -> None:
+        """Return to the weights of the step before, the last ones whose loss was finite.
+
+        For a run that ends here: the optimiser's own state stays as it is.
+        """
+        if self._previous is not None:
+            self.flat.load(self._previous)
+            self.step = self._previous.version
+        self._current = self._previous = None
+
+
+def _optimizer(flat: FlatModule, config: OptimizerConfig) -> Optimizer:
+    kind = _kind("optimizer.name", config.name, torch.optim, Optimizer)
+    if config.arguments.get("fused"):
+        raise ConfigError("optimizer.fused is true, but fused optimisers give other bits: leave it out")
+    if issubclass(kind, torch.optim.LBFGS):
+        raise ConfigError("optimizer.name is 'LBFGS', which evaluates a step many times: use another")
+    with _refusing("optimizer", config.name, config.arguments):
+        trial = nn.Parameter(torch.zeros(2, 2))
+        trial.grad = torch.ones(2, 2)
+        kind([trial], **config.arguments).step()
+        made: Optimizer = kind([p for p in flat.module.parameters() if p.requires_grad], **config.arguments)
+    return made
+
+
+def _schedule(optimizer: Optimizer, config: ScheduleConfig, moves: int) -> lr_scheduler.LRScheduler | None:
+    if config.name is None:
+        if config.arguments:
+            raise ConfigError(
+                f"schedule.{next(iter(config.arguments))} is set, but schedule.name is not: name one"
+            )
+        return None
+    kind = _kind("schedule.name", config.name, lr_scheduler, lr_scheduler.LRScheduler)
+    if issubclass(kind, lr_scheduler.ReduceLROnPlateau):
+        raise ConfigError(
+            "schedule.name is 'ReduceLROnPlateau', but the rate must follow from the step alone: "
+            "use CosineAnnealingLR, OneCycleLR or another"
+        )
+    with _refusing("schedule", config.name, config.arguments):
+        trial = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0, momentum=0.9)
+        moving = kind(trial, **config.arguments)
+        trial.step()
+        moving.step()
+        made: lr_scheduler.LRScheduler = kind(optimizer, **config.arguments)
+    limit = getattr(made, "total_steps", None)
+    if limit is not None and limit < moves:
+        raise ConfigError(
+            f"schedule.total_steps is {limit}, but the run moves the schedule {moves} times: "
+            f"set schedule.total_steps={moves}"
+        )
+    return made
+
+
+def _kind(key: str, name: str, home: Any, base: type[Any]) -> Any:
+    ours = {
+        word: kind
+        for word, kind in vars(home).items()
+        if inspect.isclass(kind) and issubclass(kind, base) and kind is not base
+    }
+    kind = resolve(key, name, ours)
+    if not (inspect.isclass(kind) and issubclass(kind, base)):
+        raise ConfigError(f"{key} is {name!r}, which is not a {base.__module__}.{base.__name__}")
+    return kind
+
+
+@contextmanager
+def _refusing(section: str, name: str, arguments: Mapping[str, Any]) -> Iterator[None]:
+    """Turn what torch says of arguments, when made or at the first step, into a ConfigError."""
+    try:
+        yield
+    except Exception as error:
+        raise ConfigError(
+            f"{section}.name is {name!r}, which does not take {dict(arguments)}: "
+            f"{type(error).__name__}: {error}"
+        ) from error

@@ -1,0 +1,308 @@
+"""What the cluster offers: slots for workers, and the checks that Spark would make in silence."""
+
+from __future__ import annotations
+
+import logging
+import re
+import threading
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from math import ceil, sqrt
+from types import TracebackType
+from typing import Any, Self
+
+from pyspark import SparkContext
+from pyspark.sql import SparkSession
+
+from sparksgd.config import Config
+from sparksgd.errors import (
+    Cancelled,
+    ClusterError,
+    ConfigError,
+    ModelError,
+    NotEnoughSlots,
+    SparkSGDError,
+)
+
+__all__ = [
+    "Cluster",
+    "SlotWatch",
+    "cleanup",
+    "final_error",
+    "gist",
+    "reduce_groups",
+    "spark_job",
+    "worker_of_partition",
+    "worker_shards",
+]
+
+log = logging.getLogger("sparksgd")
+
+_POLL_S = 0.2
+_SETTLED_S = 3.0
+_SILENCE_S = 3.0
+_CANCELLED = re.compile(r"SPARK_JOB_CANCELLED|(Job|Stage) \d+ (was )?cancelled")
+_NO_MODULE = re.compile(r"ModuleNotFoundError: No module named '([\w.]+)'")
+
+
+def worker_shards(worker: int, num_workers: int, num_shards: int) -> range:
+    """Return the contiguous, balanced range of shards that a worker owns.
+
+    >>> [list(worker_shards(w, 3, 8)) for w in range(3)]
+    [[0, 1], [2, 3, 4], [5, 6, 7]]
+    """
+    return range(worker * num_shards // num_workers, (worker + 1) * num_shards // num_workers)
+
+
+def worker_of_partition(num_workers: int) -> list[int]:
+    """Return which worker each partition is, so that siblings of the addition tree meet early.
+
+    From five partitions on, treeAggregate adds partition i to those of the same i modulo the number
+    of groups; neighbouring workers belong into one group.
+
+    >>> worker_of_partition(8)
+    [0, 4, 1, 5, 2, 6, 3, 7]
+    """
+    groups = reduce_groups(num_workers)
+    order = sorted(range(num_workers), key=lambda partition: (partition % groups, partition))
+    workers = [0] * num_workers
+    for worker, partition in enumerate(order):
+        workers[partition] = worker
+    return workers
+
+
+def reduce_groups(num_partitions: int) -> int:
+    """Return into how many partitions treeAggregate(depth=2) gathers before the driver."""
+    scale = max(ceil(sqrt(num_partitions)), 2)
+    gathers = num_partitions > scale + num_partitions / scale
+    return int(num_partitions / scale) if gathers else num_partitions
+
+
+def final_error(error: Exception) -> SparkSGDError | None:
+    """Return what a failed job means where no second attempt can mend it, else None."""
+    text = str(error)
+    if _CANCELLED.search(text):
+        return Cancelled("the Spark job was cancelled, and the run ends with it")
+    if "SparkContext was shut down" in text or "stopped SparkContext" in text:
+        return ClusterError("the Spark session was stopped during the run")
+    missing = _NO_MODULE.search(text)
+    if missing:
+        return ModelError(
+            f"the executors' Python finds no module {missing[1]!r}: ship it with --py-files, or install "
+            f"it on every host"
+        )
+    return None
+
+
+def gist(text: str) -> str:
+    """Return the line of a Java stack trace that a person wants."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    telling = [line for line in lines if "Lost task" in line or "lost" in line or "Error" in line]
+    return (telling or lines or ["no message"])[0][:300]
+
+
+@contextmanager
+def spark_job(context: SparkContext, doing: str) -> Iterator[None]:
+    """Name the jobs of the block, and turn what Spark raises in it into an error of ours."""
+    context.setJobDescription(f"sparksgd: {doing}")
+    try:
+        yield
+    except SparkSGDError:
+        raise
+    except Exception as error:
+        raise (final_error(error) or ClusterError(f"{doing} failed: {gist(str(error))}\n{error}")) from error
+
+
+@contextmanager
+def cleanup() -> Iterator[None]:
+    """Let a clean-up fail quietly: in a session that was stopped there is nothing left to clean."""
+    try:
+        yield
+    except Exception as error:
+        log.debug("clean-up failed: %s", error)
+
+
+class Cluster:
+    """A Spark session as a place for workers.
+
+    Args:
+        session: the user's or ours.
+        config: what will run; its engine.num_workers is settled here.
+
+    Raises:
+        ClusterError: barrier-mode jobs cannot run here.
+        NotEnoughSlots: fewer slots than workers, also after engine.slots_timeout_s.
+    """
+
+    def __init__(self, session: SparkSession, config: Config) -> None:
+        _refuse_connect(session)
+        self.session = session
+        self.context = session.sparkContext
+        self.jvm: Any = self.context._jvm
+        self.run_id = uuid.uuid4().hex[:12]
+        self._timeout_s = config.engine.slots_timeout_s
+        conf = self.context.getConf()
+        if conf.get("spark.dynamicAllocation.enabled", "false") == "true":
+            raise ClusterError(
+                "spark.dynamicAllocation.enabled is true, but Spark runs no barrier-mode job then: "
+                "submit with --conf spark.dynamicAllocation.enabled=false and a fixed number of executors"
+            )
+        task_cpus = int(conf.get("spark.task.cpus", "1") or 1)
+        if config.train.threads > task_cpus:
+            raise ConfigError(
+                f"train.threads is {config.train.threads}, but spark.task.cpus is {task_cpus}: workers "
+                f"would take cores that Spark gave to others; submit with "
+                f"--conf spark.task.cpus={config.train.threads}"
+            )
+        self.num_workers = self._settled_workers(config)
+
+    @contextmanager
+    def job_group(self) -> Iterator[None]:
+        """Put all jobs of the block into the run's group, then give back the session's own."""
+        names = ("spark.jobGroup.id", "spark.job.description", "spark.job.interruptOnCancel")
+        before = {name: self.context.getLocalProperty(name) for name in names}
+        self.context.setJobGroup(self.run_id, "sparksgd")
+        try:
+            yield
+        finally:
+            with cleanup():
+                for name, value in before.items():
+                    self.context.setLocalProperty(name, value)  # type: ignore[arg-type]  # None unsets it
+
+    def slots(self) -> int:
+        """Return how many tasks can run at once."""
+        spark = self.context._jsc.sc()
+        profile = spark.resourceProfileManager().defaultResourceProfile()
+        return int(spark.maxNumConcurrentTasks(profile))
+
+    def running_tasks(self) -> int:
+        """Return how many tasks run now, of any job."""
+        executors = self.context._jsc.sc().statusTracker().getExecutorInfos()
+        return sum(int(executor.numRunningTasks()) for executor in executors)
+
+    def wait_for_slots(self) -> None:
+        """Return when there are as many slots as workers.
+
+        Raises:
+            NotEnoughSlots: not within engine.slots_timeout_s.
+        """
+        self._wait_for(self.num_workers)
+
+    @property
+    def is_local(self) -> bool:
+        """Whether the driver's process is the only executor."""
+        return re.fullmatch(r"local(\[.*\])?", str(self.context.master)) is not None
+
+    def _wait_for(self, wanted: int) -> None:
+        start, said = time.monotonic(), 0.0
+        while (slots := self.slots()) < wanted:
+            waited_s = time.monotonic() - start
+            if self.is_local or waited_s >= self._timeout_s:
+                waited = "" if self.is_local else f" after {waited_s:.0f} s"
+                move = f"set engine.num_workers={slots}" if slots else "check that executors can start"
+                raise NotEnoughSlots(
+                    f"engine.num_workers is {wanted}, but the cluster has {slots} slots{waited}: "
+                    f"give it {wanted} cores (now {self.context.master}), or {move}"
+                )
+            if waited_s - said >= 5:
+                said = waited_s
+                log.info("waiting for slots: %d of %d have come (%.0f s)", slots, wanted, waited_s)
+            time.sleep(_POLL_S)
+
+    def _settled_workers(self, config: Config) -> int:
+        """Return engine.num_workers, or as many as there are slots once no more come."""
+        wanted, shards = config.engine.num_workers, config.train.num_shards
+        if wanted is not None:
+            if wanted > shards:
+                raise ConfigError(
+                    f"engine.num_workers is {wanted}, but train.num_shards is {shards}, and a worker "
+                    f"owns one shard at least: set engine.num_workers={shards}, or more shards"
+                )
+            self._wait_for(wanted)
+            return wanted
+        self._wait_for(1)
+        slots, since = self.slots(), time.monotonic()
+        while not self.is_local and slots < shards and time.monotonic() - since < _SETTLED_S:
+            time.sleep(_POLL_S)
+            if (now := self.slots()) != slots:
+                slots, since = now, time.monotonic()
+        workers = min(slots, shards)
+        log.info("%d workers for %d shards: the cluster has %d slots", workers, shards, slots)
+        return workers
+
+
+def _refuse_connect(session: Any) -> None:
+    if type(session).__module__.startswith("pyspark.sql.connect"):
+        raise ClusterError(
+            "this session is Spark Connect, which has no RDDs, and the tree engine needs them: on "
+            "Databricks use dedicated compute (standard and serverless are Connect); elsewhere start "
+            "a classic session, without --remote"
+        )
+
+
+class SlotWatch:
+    """Says aloud what Spark does not: that a job waits for slots which other jobs hold.
+
+    Args:
+        cluster: asked while a job takes long to start.
+    """
+
+    def __init__(self, cluster: Cluster) -> None:
+        self._cluster = cluster
+        self._waiting_since: float | None = None
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="sparksgd-slots", daemon=True)
+        self._thread.start()
+
+    def __enter__(self) -> Self:
+        self._waiting_since = time.monotonic()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._waiting_since = None
+
+    def close(self) -> None:
+        """End the thread."""
+        self._stop.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        said_for = None
+        while not self._stop.wait(1.0):
+            since = self._waiting_since
+            if since is None or since == said_for or time.monotonic() - since < _SILENCE_S:
+                continue
+            with cleanup():
+                said_for = self._say(since) or said_for
+
+    def _say(self, since: float) -> float | None:
+        """Say who holds the slots, if it is they that the job waits for; return what was said for."""
+        slots, running = self._cluster.slots(), self._cluster.running_tasks()
+        if self._ours_running() or slots - running >= self._cluster.num_workers:
+            return None
+        log.warning(
+            "waiting for slots: %d needed, %d free (%d in all, other jobs hold %d)",
+            self._cluster.num_workers,
+            max(0, slots - running),
+            slots,
+            running,
+        )
+        return since
+
+    def _ours_running(self) -> bool:
+        tracker = self._cluster.context.statusTracker()
+        stages = [
+            tracker.getStageInfo(stage)
+            for job in tracker.getJobIdsForGroup(self._cluster.run_id)
+            for info in [tracker.getJobInfo(job)]
+            if info is not None and info.status == "RUNNING"
+            for stage in info.stageIds
+        ]
+        return any(stage.numActiveTasks for stage in stages if stage is not None)

@@ -1,0 +1,129 @@
+"""The Spark settings that an iterative trainer wants: set in a session of ours, checked in another's."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+
+from pyspark import SparkConf, SparkContext
+from pyspark import __version__ as spark_version
+from pyspark.sql import SparkSession
+
+from sparksgd import instruction_set
+from sparksgd.config import TrainConfig
+
+__all__ = ["SETTINGS", "Setting", "check_session", "start_session"]
+
+log = logging.getLogger("sparksgd")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """One setting and what it is worth."""
+
+    key: str
+    value: str
+    cost: str
+    """What its absence costs."""
+
+    since: tuple[int, int] = (3, 5)
+    """Spark version that knows it."""
+
+
+SETTINGS = (
+    Setting(
+        key="spark.python.unix.domain.socket.enabled",
+        value="true",
+        cost="about 40 ms per step: TCP delays between the JVM and its Python workers",
+        since=(4, 1),
+    ),
+    Setting(
+        key="spark.task.maxDirectResultSize",
+        value="100m",
+        cost="about 10 ms per step: gradients above 1 MiB take a way round by the block manager",
+    ),
+    Setting(
+        key="spark.broadcast.compress",
+        value="false",
+        cost="some ms per step: weights do not compress",
+    ),
+    Setting(
+        key="spark.locality.wait",
+        value="0s",
+        cost="up to 3 s per step while a slot beside the shards is busy",
+    ),
+    Setting(
+        key="spark.scheduler.barrier.maxConcurrentTasksCheck.interval",
+        value="1s",
+        cost="15 s of silence when an executor is lost just before a step",
+    ),
+    Setting(
+        key="spark.executorEnv.MALLOC_MMAP_THRESHOLD_",
+        value=str(1 << 30),
+        cost="about a tenth of a step: glibc maps large tensors anew, page by page, at every step",
+    ),
+    Setting(
+        key="spark.executorEnv.MALLOC_TRIM_THRESHOLD_",
+        value=str(512 << 20),
+        cost="the same, by giving the memory of large tensors back after every step",
+    ),
+    Setting(
+        key="spark.ui.retainedJobs",
+        value="200",
+        cost="driver memory that grows with the steps, up to 1000 jobs",
+    ),
+    Setting(
+        key="spark.ui.retainedStages",
+        value="200",
+        cost="driver memory that grows with the steps, up to 1000 stages",
+    ),
+    Setting(
+        key="spark.ui.retainedTasks",
+        value="2000",
+        cost="driver memory that grows with the steps, up to 100000 tasks",
+    ),
+)
+
+
+def _wanted(train: TrainConfig) -> list[Setting]:
+    version = tuple(int(part) for part in spark_version.split(".")[:2])
+    pins = instruction_set.variables(train.instruction_set).items()
+    return [
+        *(setting for setting in SETTINGS if version >= setting.since),
+        *(
+            Setting(
+                key=f"spark.executorEnv.{name}",
+                value=value,
+                cost=f"other bits: executors are not held to {train.instruction_set}",
+            )
+            for name, value in pins
+        ),
+    ]
+
+
+def start_session(app_name: str, train: TrainConfig) -> SparkSession:
+    """Return the active session, as it is, or a new one with the settings above.
+
+    What the user gave to spark-submit is kept.
+    """
+    if SparkContext._active_spark_context is not None:
+        return SparkSession.builder.getOrCreate()
+    conf = SparkConf().setAppName(app_name)
+    for setting in _wanted(train):
+        conf.setIfMissing(setting.key, setting.value)
+    conf.setIfMissing("spark.task.cpus", str(train.threads))
+    conf.setIfMissing("spark.ui.showConsoleProgress", "false")
+    conf.setIfMissing("spark.log.level", "WARN")
+    if str(conf.get("spark.master", "")).startswith("yarn"):
+        # the container's own directory: its temporary one is too long a path for a socket
+        conf.setIfMissing("spark.python.unix.domain.socket.dir", ".")
+    return SparkSession.builder.config(conf=conf).getOrCreate()
+
+
+def check_session(session: SparkSession, train: TrainConfig) -> list[Setting]:
+    """Log, and return, the settings that a session of the user's lacks, with what each costs."""
+    conf = session.sparkContext.getConf()
+    missing = [s for s in _wanted(train) if conf.get(s.key, None) is None]
+    for setting in missing:
+        log.warning("%s is not set; set it to %s. It costs %s", setting.key, setting.value, setting.cost)
+    return missing

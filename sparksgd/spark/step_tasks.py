@@ -1,0 +1,111 @@
+"""What executors run at each step: make the computer once, answer with partial sums.
+
+No pyspark at module level: executors import this as it is.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import pickle
+from collections.abc import Iterable, Iterator
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from sparksgd.compute import EVALUATION_ROWS, Answer, Computer, forward, predictions
+from sparksgd.flat import Weights
+from sparksgd.numerics import Numerics, thread_count
+from sparksgd.output import SavedModel
+from sparksgd.rows import RowReport, read_rows
+from sparksgd.shard import Descriptor
+from sparksgd.spark.quiet import leave_quietly
+from sparksgd.spark.row_tasks import texts
+
+if TYPE_CHECKING:
+    from pyspark import Broadcast
+
+__all__ = ["ShippedPlan", "add", "answer", "contact", "score"]
+
+
+class ShippedPlan:
+    """A pickled plan on its way to the workers; each process that gets it makes one computer of it."""
+
+    def __init__(self, pickled: bytes) -> None:
+        self._pickled = pickled
+
+    @cached_property
+    def computer(self) -> Computer:
+        """The process's computer, kept as long as Spark keeps the broadcast."""
+        leave_quietly()
+        computer = Computer(pickle.loads(self._pickled))
+        gc.collect()
+        gc.freeze()  # PySpark's daemon collects after every task: over all of torch, 20 to 60 ms
+        return computer
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_pickled": self._pickled}
+
+
+def contact(shipped: Broadcast[ShippedPlan], shards: Iterable[Descriptor]) -> Iterator[Numerics]:
+    """Task: make the computer, and report this worker's numerics."""
+    list(shards)
+    yield Numerics.here(shipped.value.computer.plan.threads)
+
+
+def answer(
+    shipped: Broadcast[ShippedPlan],
+    weights: Broadcast[Weights],
+    workers: list[int],
+    step: int | None,
+    shards: Iterable[Descriptor],
+) -> Iterator[Answer]:
+    """Task: answer a step, or an evaluation where `step` is None.
+
+    Args:
+        shipped: the plan.
+        weights: what to compute at.
+        workers: which worker each partition is.
+        step: its number, from 0.
+        shards: this partition's.
+    """
+    from pyspark import TaskContext
+
+    context = TaskContext.get()
+    assert context is not None
+    worker, computer = workers[context.partitionId()], shipped.value.computer
+    if step is None:
+        yield computer.evaluations(worker, shards, weights.value)
+    else:
+        yield computer.gradients(worker, shards, weights.value, step)
+
+
+def add(into: Answer | None, other: Answer) -> Answer:
+    """Merge two answers, as treeAggregate wants it; None is the empty one."""
+    if into is None:
+        return other
+    into += other
+    return into
+
+
+def score(shipped: Broadcast[bytes], batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+    """Task: run a saved model over a partition's rows; yield its sums as JSON."""
+    model: SavedModel = pickle.loads(shipped.value)
+    schema = model.schema
+    report, total = RowReport(), 0.0
+    confusion = np.zeros((schema.classes or 0,) * 2, np.int64)
+    for batch in batches:
+        rows = read_rows(batch, schema)
+        report += rows.report
+        for first in range(0, len(rows.records), EVALUATION_ROWS):
+            records = rows.records[first : first + EVALUATION_ROWS]
+            with torch.inference_mode(), thread_count(1):
+                output, losses = forward(model.module, model.loss, schema, records)
+            total += float(losses.double().sum())
+            if schema.classes is not None:
+                np.add.at(confusion, (schema.label_array(records), predictions(output).numpy()), 1)
+    scores = {"report": report.to_json(), "loss": total, "confusion": confusion.tolist()}
+    yield texts("scores", [json.dumps(scores)])

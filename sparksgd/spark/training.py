@@ -1,0 +1,57 @@
+"""Training on Spark, from a session and DataFrames: the way in for notebooks and jobs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+
+from pyspark.sql import DataFrame, SparkSession
+from torch import nn
+
+from sparksgd.config import Config
+from sparksgd.engines.tree import TreeEngine
+from sparksgd.spark.cluster import Cluster
+from sparksgd.spark.rows import DataFrameRows
+from sparksgd.spark.session import check_session
+from sparksgd.training import Observer, Training
+from sparksgd.training import train as train_anywhere
+
+__all__ = ["train"]
+
+
+def train(
+    session: SparkSession,
+    config: Config,
+    rows: DataFrame,
+    test: DataFrame | None = None,
+    *,
+    module: nn.Module | None = None,
+    observers: Sequence[Observer] = (),
+) -> Training:
+    """Train a module on the rows of a DataFrame, by the tree engine.
+
+    Args:
+        session: yours; start it with `sparksgd.spark.session.start_session` for its best settings.
+        config: what to train, and how; `data.train` and `data.test` are not looked at.
+        rows: rows to train on; only the columns that config.data names are read.
+        test: rows to evaluate on.
+        module: a module of your own, instead of the one that config.model names; trained in place.
+        observers: who watches.
+
+    Returns:
+        The finished run; its `module` is trained.
+
+    Raises:
+        SparkSGDError: see sparksgd/errors.py.
+    """
+    cluster = Cluster(session, config)
+    check_session(session, config.train)
+    with cluster.job_group():
+        return train_anywhere(
+            config,
+            rows=DataFrameRows(rows, cluster, config.data.placement),
+            test=None if test is None else DataFrameRows(test, cluster),
+            make_engine=partial(TreeEngine, cluster, config.engine),
+            module=module,
+            observers=observers,
+        )

@@ -1,0 +1,170 @@
+"""What a person sees: log lines, a progress bar, a table at the end."""
+
+from __future__ import annotations
+
+import logging
+import os
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from sparksgd.engines.protocol import StepReport
+from sparksgd.training import EvaluationReport, Training
+
+__all__ = ["Terminal", "log_to", "open_console", "scores_tables"]
+
+log = logging.getLogger("sparksgd")
+
+_LINE_EVERY_S = 10.0
+
+
+def open_console() -> Console:
+    """Return standard error, or the terminal behind it: spark-submit puts a pipe of its own between."""
+    try:
+        behind = Path(f"/proc/{os.getppid()}/fd/2").readlink()
+    except OSError:
+        behind = Path()
+    if sys.stderr.isatty() or not str(behind).startswith(("/dev/pts/", "/dev/tty")):
+        return Console(stderr=True)
+    try:
+        terminal = behind.open("w", encoding="utf-8")
+        width = os.get_terminal_size(terminal.fileno()).columns
+    except OSError:
+        return Console(stderr=True)  # another user's terminal, after su or sudo
+    return Console(file=terminal, force_terminal=True, width=width)
+
+
+def log_to(console: Console) -> None:
+    """Send the library's log lines to a console."""
+    handler = RichHandler(console=console, show_path=False, show_time=False, markup=False)
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    log.propagate = False
+
+
+class Terminal:
+    """Observes a run and shows it: a bar on a terminal, a line every ten seconds elsewhere."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._progress = Progress(
+            TextColumn("[bold]step"),
+            MofNCompleteColumn(),
+            BarColumn(bar_width=None),
+            TextColumn("epoch {task.fields[epoch]}  loss {task.fields[loss]:.4f}"),
+            TextColumn("[cyan]{task.fields[rate]:,.0f} rows/s"),
+            TimeRemainingColumn(),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self._task = self._progress.add_task("", total=None, epoch=1, loss=float("nan"), rate=0.0)
+        self._rate = 0.0
+        self._said = time.monotonic()
+
+    def started(self, training: Training) -> None:
+        """Draw the bar."""
+        plan, config = training.plan, training.config
+        log.info(
+            "%s parameters, %s rows in %d shards, %d steps of %d rows (%d per epoch)",
+            f"{training.flat.parameters.numel():,}",
+            f"{training.rows.rows:,}",
+            config.train.num_shards,
+            training.total_steps,
+            config.train.rows_per_step,
+            plan.sampling.steps_per_epoch,
+        )
+        self._progress.update(self._task, total=training.total_steps)
+        self._progress.start()
+
+    def stepped(self, training: Training, report: StepReport) -> None:
+        """Move the bar."""
+        rate = report.rows / report.timing.total
+        self._rate = rate if report.step == 1 else 0.95 * self._rate + 0.05 * rate
+        self._progress.update(
+            self._task, completed=report.step, epoch=report.epoch, loss=report.loss, rate=self._rate
+        )
+        if not self._console.is_terminal and time.monotonic() - self._said >= _LINE_EVERY_S:
+            self._said = time.monotonic()
+            log.info(
+                "step %d of %d, epoch %d, loss %.4f, %.0f rows/s",
+                report.step, training.total_steps, report.epoch, report.loss, self._rate,
+            )  # fmt: skip
+
+    def evaluated(self, training: Training, report: EvaluationReport) -> None:
+        """Say what was reached."""
+        reached = f"loss {report.loss:.4f}"
+        if report.accuracy is not None:
+            reached = f"accuracy {report.accuracy:.4f}, {reached}"
+        log.info("epoch %d, step %d: test %s (%.1f s)", report.epoch, report.step, reached, report.time_s)
+
+    def ended(self, training: Training) -> None:
+        """Take the bar away, and show the table of a finished run."""
+        self._progress.stop()
+        if training.error is None:
+            self._console.print(_table(training))
+
+
+def _table(training: Training) -> Table:
+    table = Table(show_header=False, title="Training", title_justify="left")
+    table.add_column(style="bold")
+    table.add_column()
+    if training.evaluations:
+        last = training.evaluations[-1]
+        if last.accuracy is not None:
+            table.add_row("test accuracy", f"[bold green]{last.accuracy:.4f}[/]  of {last.rows:,} rows")
+        table.add_row("test loss", f"{last.loss:.4f}")
+    steps = training.steps
+    seconds = sum(step.timing.total for step in steps)
+    rows = sum(step.rows for step in steps)
+    table.add_row("trained", f"{rows:,} rows in {len(steps):,} steps, {rows / seconds:,.0f} rows/s")
+    workers = len(training.numerics) - 1
+    table.add_row("engine", f"{training.config.engine.name}, {workers} workers, "
+                            f"{training.config.train.num_shards} shards")  # fmt: skip
+    parts = {
+        name: 1e3 * statistics.median(getattr(step.timing, name) for step in steps)
+        for name in ("total", "broadcast", "launch", "compute", "aggregate", "update")
+    }
+    table.add_row("median step", "  ".join(f"{name} {value:.1f}" for name, value in parts.items()) + "  ms")
+    if training.retries or training.rebuilt_shards:
+        table.add_row(
+            "recovered", f"{training.retries} steps tried again, {training.rebuilt_shards} shards rebuilt"
+        )
+    table.add_row("parameters", f"{training.flat.parameters_sha256()[:16]}…")
+    return table
+
+
+def scores_tables(
+    rows: int, loss: float, accuracy: float | None, confusion: npt.NDArray[np.int64] | None
+) -> list[Table]:
+    """Return the tables of an evaluation: its figures, and its confusion matrix where it has classes."""
+    figures = Table(show_header=False, title="Evaluation", title_justify="left")
+    figures.add_column(style="bold")
+    figures.add_column()
+    if accuracy is not None:
+        figures.add_row("accuracy", f"[bold green]{accuracy:.4f}[/]")
+    figures.add_row("loss", f"{loss:.4f}")
+    figures.add_row("rows", f"{rows:,}")
+    if confusion is None:
+        return [figures]
+    matrix = Table(title="Confusion matrix: label down, prediction across", title_justify="left")
+    matrix.add_column("", style="bold")
+    for predicted in range(len(confusion)):
+        matrix.add_column(str(predicted), justify="right")
+    matrix.add_column("right", justify="right", style="bold")
+    for label, counts in enumerate(confusion):
+        cells = [
+            f"[green]{count}[/]" if label == predicted else (f"[red]{count}[/]" if count else "[dim]·[/]")
+            for predicted, count in enumerate(counts)
+        ]
+        total = int(counts.sum())
+        matrix.add_row(str(label), *cells, f"{counts[label] / total:.1%}" if total else "")
+    return [figures, matrix]

@@ -1,0 +1,473 @@
+"""The training loop: one for every engine.
+
+    rows ── checked ── dealt into shards ── engine.advance(solver) ... evaluate ── a trained module
+
+What goes wrong goes up as an error; the weights of the last good step are handed to the observers
+first.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import logging
+import math
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
+
+import pyarrow as pa
+import torch
+from torch import nn
+
+from sparksgd.compute import Plan, try_out
+from sparksgd.config import Config, ModelConfig
+from sparksgd.engines.protocol import Engine, MakeEngine, Shards, StepReport
+from sparksgd.errors import ConfigError, DataError, ModelError, NotFinite, ShardChanged
+from sparksgd.flat import FlatModule, mixes_rows
+from sparksgd.imports import resolve
+from sparksgd.losses import CLASSIFIERS, Loss, binary_cross_entropy, loss_named
+from sparksgd.models import MODELS
+from sparksgd.numerics import Numerics, thread_count
+from sparksgd.rows import RowReport, RowSchema, read_rows
+from sparksgd.sampling import Sampling
+from sparksgd.seeds import seed32
+from sparksgd.shard import Descriptor
+from sparksgd.solvers.synchronous import SendEverything, SynchronousSolver
+
+__all__ = ["EvaluationReport", "Observer", "RowSource", "Training", "build_module", "train"]
+
+log = logging.getLogger("sparksgd")
+
+_FIRST_ROWS = 64
+_TRIED_ROWS = 4
+
+
+class RowSource(Protocol):
+    """Rows somewhere: a DataFrame, or files."""
+
+    def first_rows(self, columns: list[str], count: int) -> tuple[pa.Schema, pa.Table]:
+        """Return the schema of all columns, and the first rows without nulls in these."""
+        ...
+
+    def inspect(self, schema: RowSchema) -> RowReport:
+        """Read every row once, and report."""
+        ...
+
+    def deal(self, schema: RowSchema, num_shards: int, expected: RowReport) -> Shards:
+        """Write every good row to its shard."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationReport:
+    """The module on the test rows, after a step."""
+
+    step: int
+    epoch: int
+    loss: float
+    accuracy: float | None
+    rows: int
+    time_s: float
+
+
+@dataclass(kw_only=True)
+class Training:
+    """A run, as far as it has come."""
+
+    config: Config
+    """What was asked for."""
+
+    module: nn.Module
+    """Its parameters are the solver's."""
+
+    model_name: str | None
+    """What rebuilds the module; None where it was given in Python."""
+
+    flat: FlatModule
+    """The module as vectors."""
+
+    plan: Plan
+    """What the workers do."""
+
+    rows: RowReport
+    """The rows trained on."""
+
+    test_rows: RowReport | None
+    """The rows evaluated on."""
+
+    total_steps: int
+    """Steps to make."""
+
+    numerics: list[Numerics]
+    """Of the driver, then of each worker."""
+
+    version: int = 0
+    """Steps that made the module's parameters."""
+
+    steps: list[StepReport] = field(default_factory=list)
+    """Steps made; what they timed of each worker is dropped when the next one comes."""
+
+    evaluations: list[EvaluationReport] = field(default_factory=list)
+    """Evaluations made."""
+
+    retries: int = 0
+    """Steps tried again."""
+
+    rebuilt_shards: int = 0
+    """Shards written again."""
+
+    error: BaseException | None = None
+    """What ended the run early."""
+
+
+class Observer(Protocol):
+    """Watches a run: writes its files, draws its progress."""
+
+    def started(self, training: Training) -> None:
+        """The first step is next."""
+        ...
+
+    def stepped(self, training: Training, report: StepReport) -> None:
+        """A step was made."""
+        ...
+
+    def evaluated(self, training: Training, report: EvaluationReport) -> None:
+        """The weights were evaluated."""
+        ...
+
+    def ended(self, training: Training) -> None:
+        """No step will follow; `training.error` says why, if it ended early."""
+        ...
+
+
+def build_module(config: ModelConfig, seed: int) -> nn.Module:
+    """Return the module that a configuration names, its parameters drawn from the seed."""
+    factory = resolve("model.name", config.name, MODELS)
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed32(seed, "module"))
+            module = factory(**config.arguments)
+    except Exception as error:
+        raise ConfigError(
+            f"model.name is {config.name!r}, which does not take {dict(config.arguments)}: "
+            f"{type(error).__name__}: {error}{_signature(factory)}"
+        ) from error
+    if not isinstance(module, nn.Module):
+        raise ModelError(
+            f"model.name is {config.name!r}, which gave a {type(module).__name__}, not a torch module"
+        )
+    return module
+
+
+def _signature(factory: Any) -> str:
+    try:
+        return f"; its arguments are {inspect.signature(factory)}"
+    except (TypeError, ValueError):
+        return ""
+
+
+def train(
+    config: Config,
+    *,
+    rows: RowSource,
+    test: RowSource | None,
+    make_engine: MakeEngine,
+    module: nn.Module | None = None,
+    observers: Sequence[Observer] = (),
+    dtype: torch.dtype = torch.float32,
+) -> Training:
+    """Train a module.
+
+    Args:
+        config: what to train, and how.
+        rows: rows to train on.
+        test: rows to evaluate on; None evaluates nothing.
+        make_engine: builds the engine from the plan and the dealt rows.
+        module: the module, instead of the one that config.model names; its parameters become views
+            of one vector and are trained in place.
+        observers: who watches.
+        dtype: type of the parameters; tests use float64.
+
+    Returns:
+        The finished run.
+
+    Raises:
+        SparkSGDError: see errors.py.
+    """
+    model_name = config.model.name if module is None else None
+    if module is None:
+        module = build_module(config.model, config.train.seed)
+    loss = loss_named(config.loss.name)
+    schema = _tried_schema(config, module, loss, rows, dtype)
+    if not module.training:
+        log.warning(
+            "the module is in evaluation mode: it trains without dropout, its batch-norm fixed; "
+            "call module.train() first if that is not meant"
+        )
+    if test is not None:
+        _check_test_columns(test, schema)
+    report = _inspected(rows, schema, config, "training")
+    test_report = _inspected(test, schema, config, "test") if test is not None else None
+    num_shards = config.train.num_shards
+    if report.rows < num_shards:
+        raise ConfigError(
+            f"train.num_shards is {num_shards}, but there are {report.rows} rows: "
+            f"set train.num_shards to {report.rows} or less"
+        )
+    with ExitStack() as stack:
+        shards = stack.enter_context(_dealt(rows, schema, num_shards, report, "training"))
+        test_shards = None
+        if test is not None and test_report is not None:
+            test_shards = stack.enter_context(_dealt(test, schema, num_shards, test_report, "test"))
+        sampling = Sampling(
+            shard_rows=tuple(shard.rows for shard in shards.table),
+            rows_per_step=config.train.rows_per_step,
+            seed=config.train.seed,
+        )
+        _check_pieces(module, sampling, config.train.rows_per_backward)
+        plan = Plan(
+            module=copy.deepcopy(module),
+            loss=loss,
+            schema=schema,
+            sampling=sampling,
+            worker_half=SendEverything(),
+            threads=config.train.threads,
+            rows_per_backward=config.train.rows_per_backward,
+            dtype=dtype,
+        )
+        total = config.train.epochs * sampling.steps_per_epoch
+        total = min(total, config.train.steps or total)
+        flat = FlatModule(module, dtype)
+        solver = SynchronousSolver(
+            flat,
+            optimizer=config.optimizer,
+            schedule=config.schedule,
+            solver=config.solver,
+            steps_per_epoch=sampling.steps_per_epoch,
+            total_steps=total,
+        )
+        engine = stack.enter_context(closing(make_engine(plan, shards, test_shards)))
+        training = Training(
+            config=config,
+            module=module,
+            model_name=model_name,
+            flat=flat,
+            plan=plan,
+            rows=report,
+            test_rows=test_report,
+            total_steps=total,
+            numerics=[Numerics.here(config.train.threads), *engine.contact()],
+        )
+        _name_differences(training.numerics)
+        with thread_count(config.train.threads):
+            _loop(training, engine, solver, observers, evaluates=test is not None)
+        return training
+
+
+def _tried_schema(
+    config: Config, module: nn.Module, loss: Loss, rows: RowSource, dtype: torch.dtype
+) -> RowSchema:
+    """Return what a row must be, after the module has taken a gradient of the first ones."""
+    data = config.data
+    columns = [*data.features, data.label, *([data.id] if data.id else [])]
+    arrow_schema, first = rows.first_rows(columns, _FIRST_ROWS)
+    classifies = loss in CLASSIFIERS
+    complete = first.to_pylist()
+    if not complete and set(columns) <= set(arrow_schema.names):
+        raise DataError(
+            f"there is no row to train on: the data is empty, or every row has a null in {', '.join(columns)}"
+        )
+    schema = RowSchema.of(
+        arrow_schema,
+        complete[0] if complete else {},
+        features=data.features,
+        label=data.label,
+        id=data.id,
+        whole_labels=classifies,
+    )
+    sample = read_rows(first.select(schema.columns).combine_chunks().to_batches()[0], schema).records
+    if not len(sample):
+        return schema  # every one of the first rows is bad: the inspection says so
+    if classifies:
+        schema.label_array(sample)[:] = 0  # a label out of range is the row's fault, told later
+    output = try_out(module, loss, schema, sample[:_TRIED_ROWS], dtype)
+    if not classifies:
+        return schema
+    return replace(schema, classes=2 if loss is binary_cross_entropy else output[1])
+
+
+def _check_test_columns(test: RowSource, schema: RowSchema) -> None:
+    """Refuse test rows whose columns are missing, or of other types than the training rows'."""
+    arrow_schema, first = test.first_rows(schema.columns, 1)
+    names = tuple(feature.name for feature in schema.features)
+    lengths = {f.name: range(f.length) for f in schema.features if f.length is not None}
+    theirs = RowSchema.of(
+        arrow_schema,
+        (first.to_pylist() or [lengths])[0],
+        features=names,
+        label=schema.label,
+        id=schema.id,
+        whole_labels=schema.classes is not None,
+    )
+    for feature, other in zip(schema.features, theirs.features, strict=True):
+        if (feature.dtype, feature.length is None) != (other.dtype, other.length is None):
+            raise DataError(
+                f"column {feature.name!r} is {other.dtype} in the test data, but {feature.dtype} in the "
+                f"training data: cast one of them"
+            )
+
+
+def _inspected(source: RowSource, schema: RowSchema, config: Config, which: str) -> RowReport:
+    started = time.perf_counter()
+    report = source.inspect(schema)
+    report.check(config.data.on_bad_row, config.data.max_bad_rows)
+    if report.bad:
+        log.warning("%d bad %s rows skipped: %s", report.bad.total(), which, dict(report.bad))
+    if not report.rows:
+        raise DataError(f"the {which} data is empty: not one row")
+    seconds = time.perf_counter() - started
+    log.info("%s rows: %s, each checked (%.1f s)", which, f"{report.rows:,}", seconds)
+    return report
+
+
+@contextmanager
+def _dealt(
+    source: RowSource,
+    schema: RowSchema,
+    num_shards: int,
+    expected: RowReport,
+    which: str,
+) -> Iterator[Shards]:
+    """Deal rows into shards for the time of the block, and name what is odd about them."""
+    started = time.perf_counter()
+    shards = source.deal(schema, num_shards, expected)
+    try:
+        log.info(
+            "%s rows: dealt into %d shards (%.1f s)",
+            which,
+            num_shards,
+            time.perf_counter() - started,
+        )
+        _check_deal(shards.table, expected, which)
+        yield shards
+    finally:
+        shards.close()
+
+
+def _check_deal(table: Sequence[Descriptor], expected: RowReport, which: str) -> None:
+    dealt = RowReport()
+    for shard in table:
+        dealt += RowReport(rows=shard.rows, digest=shard.row_digest)
+    if (dealt.rows, dealt.digest) != (expected.rows, expected.digest):
+        raise ShardChanged(
+            f"the {which} data changed while it was read: {expected.rows:,} rows (digest "
+            f"{expected.data_digest}) were checked, but {dealt.rows:,} (digest {dealt.data_digest}) "
+            f"were dealt. Something rewrites the table, or a column is random on every reading: "
+            f"write it to Parquet first, and train on that"
+        )
+    share = expected.rows / len(table)
+    for shard in table:
+        if shard.rows > 2 * share:
+            log.warning(
+                "%s shard %d holds %s rows, %.1f times its share, because %s of them repeat the "
+                "features of another and the same features always meet in one shard (an id column, "
+                "data.id, would spread them); the worker that owns it is slower than the others",
+                which,
+                shard.shard,
+                f"{shard.rows:,}",
+                shard.rows / share,
+                f"{shard.repeats:,}",
+            )
+    empty = [shard.shard for shard in table if not shard.rows]
+    if empty:
+        log.warning("%s shards %s are empty: they take part in no step", which, empty)
+
+
+def _check_pieces(module: nn.Module, sampling: Sampling, rows_per_backward: int | None) -> None:
+    """Refuse a batch-norm that would meet a row by itself."""
+    if not mixes_rows(module):
+        return
+    for size in sorted(sampling.piece_sizes()):
+        chunk = rows_per_backward or size
+        if size % chunk == 1 or chunk == 1:
+            raise ModelError(
+                f"the module has batch-norm, but a piece of {size} rows leaves one row by itself, of which "
+                f"there is no variance: train.rows_per_step is {sampling.rows_per_step} over "
+                f"{len(sampling.shard_rows)} shards"
+                + (f" with train.rows_per_backward {rows_per_backward}" if rows_per_backward else "")
+                + "; raise rows_per_step, or lower train.num_shards"
+            )
+
+
+def _name_differences(numerics: Sequence[Numerics]) -> None:
+    driver, *workers = numerics
+    for index, worker in enumerate(workers):
+        different = driver.differences(worker)
+        if different:
+            log.warning(
+                "worker %d differs from the driver (driver / worker): %s; runs elsewhere may give "
+                "other bits (train.instruction_set holds all machines to one)",
+                index,
+                "; ".join(different),
+            )
+
+
+def _loop(
+    training: Training,
+    engine: Engine,
+    solver: SynchronousSolver,
+    observers: Sequence[Observer],
+    *,
+    evaluates: bool,
+) -> None:
+    steps_per_epoch = training.plan.sampling.steps_per_epoch
+    every = training.config.train.eval_every or steps_per_epoch
+    for observer in observers:
+        observer.started(training)
+    try:
+        while solver.step < training.total_steps:
+            until_evaluation = every - solver.step % every
+            steps = min(until_evaluation, training.total_steps - solver.step, engine.segment_steps)
+            segment = engine.advance(solver, steps)
+            training.retries += segment.retries
+            training.rebuilt_shards += segment.rebuilt_shards
+            for report in segment.steps:
+                training.steps.append(replace(report, workers=()))
+                for observer in observers:
+                    observer.stepped(training, report)
+            finished = solver.step == training.total_steps
+            if evaluates and (finished or solver.step % every == 0):
+                evaluation = _evaluated(training, engine, solver)
+                for observer in observers:
+                    observer.evaluated(training, evaluation)
+    except BaseException as error:
+        training.error = error
+        if isinstance(error, NotFinite):
+            solver.step_back()
+        raise
+    finally:
+        training.version = solver.step
+        for observer in observers:
+            observer.ended(training)
+
+
+def _evaluated(training: Training, engine: Engine, solver: SynchronousSolver) -> EvaluationReport:
+    started = time.perf_counter()
+    sums, segment = engine.evaluate(solver)
+    training.retries += segment.retries
+    training.rebuilt_shards += segment.rebuilt_shards
+    report = EvaluationReport(
+        step=solver.step,
+        epoch=training.plan.sampling.epoch_of(solver.step - 1) + 1,
+        loss=sums.loss / sums.rows,
+        accuracy=None if sums.correct is None else sums.correct / sums.rows,
+        rows=sums.rows,
+        time_s=time.perf_counter() - started,
+    )
+    if not math.isfinite(report.loss):
+        log.warning("the test loss after step %d is %s: the module is of no use", report.step, report.loss)
+    training.evaluations.append(report)
+    return report

@@ -1,0 +1,86 @@
+"""The addition tree: n leaves always added in one order, whoever holds them.
+
+A node is (first, last + 1), a range of leaves; it splits at the largest power of two below its
+width.  Partial sums are a dict {node: sum}; adding one merges siblings only, upwards, so any
+grouping and any order of arrival gives the bits of the whole tree.  An absent leaf is None: adding
+zeros instead would give other bits.
+
+    0 1 2 3 4      (0,5) = (0,4) + (4,5)
+    └┬┘ └┬┘ │      (0,4) = (0,2) + (2,4)
+     └─┬─┘  │
+       └─┬──┘
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Protocol, Self
+
+__all__ = ["Addable", "Node", "Partials", "add_partial", "merge_partials", "split"]
+
+Node = tuple[int, int]
+
+
+class Addable(Protocol):
+    """What a tree can add: `left += right` in place."""
+
+    def __iadd__(self, other: Self, /) -> Self: ...
+
+
+Partials = dict[Node, Addable | None]
+
+
+def split(node: Node) -> tuple[Node, Node]:
+    """Return the two children of a node of at least two leaves.
+
+    >>> split((0, 5))
+    ((0, 4), (4, 5))
+    """
+    first, end = node
+    middle = first + (1 << (end - first - 1).bit_length() - 1)
+    return (first, middle), (middle, end)
+
+
+def _family(node: Node, leaves: int) -> tuple[Node, Node, Node]:
+    """Return (parent, left child, right child) of the parent of a node other than the root."""
+    parent = (0, leaves)
+    while True:
+        left, right = split(parent)
+        if node in (left, right):
+            return parent, left, right
+        parent = left if node[1] <= left[1] else right
+
+
+def add_partial(partials: Partials, node: Node, value: Addable | None, leaves: int) -> None:
+    """Put a node's sum among the partials and merge siblings upwards.
+
+    Args:
+        partials: sums so far; changed in place, and so are the vectors it holds.
+        node: what `value` is the sum of.
+        value: its sum, or None where no leaf below it is present; the tree owns it from here.
+        leaves: how many leaves the whole tree has.
+    """
+    root = (0, leaves)
+    while node != root:
+        parent, left, right = _family(node, leaves)
+        sibling = right if node == left else left
+        if sibling not in partials:
+            break
+        other = partials.pop(sibling)
+        augend, addend = (value, other) if node == left else (other, value)
+        if augend is None:
+            value = addend
+        elif addend is None:
+            value = augend
+        else:
+            augend += addend
+            value = augend
+        node = parent
+    assert node not in partials, f"node {node} was added twice"
+    partials[node] = value
+
+
+def merge_partials(into: Partials, other: Mapping[Node, Addable | None], leaves: int) -> None:
+    """Add every partial of `other` to `into`, in place."""
+    for node, value in other.items():
+        add_partial(into, node, value, leaves)

@@ -1,0 +1,115 @@
+"""What the arms of the benchmark share: their task, their blocks of timed steps, and the model.
+
+An *arm* is one way to make the same training step.  Each runs in a process of its own, with a Spark
+session of its own, and answers with *blocks*: steps made in a row, each timed by the wall clock.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+__all__ = [
+    "LEARNING_RATE",
+    "LENET",
+    "LENET_PARAMETERS",
+    "MOMENTUM",
+    "Block",
+    "Task",
+    "answer",
+    "percentile",
+]
+
+LENET: dict[str, Any] = {"maps": [20, 50], "hidden": 500, "padding": 0}
+LENET_PARAMETERS = 431_080
+LEARNING_RATE = 0.01
+MOMENTUM = 0.9
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """What an arm is asked to do."""
+
+    data: str
+    """Parquet of the training rows: image (784 bytes), label."""
+
+    num_workers: int
+    """Spark tasks of a step."""
+
+    rows_per_step: int
+    """Rows of all workers together."""
+
+    warmup_steps: int
+    """Steps before the first timed one: JVM and Python workers start slowly."""
+
+    block_steps: int
+    """Steps of a block."""
+
+    blocks: int
+    """Blocks to time."""
+
+    plain_session: bool = False
+    """Whether the Spark session is one with nothing set by us."""
+
+    shards_per_worker: tuple[int, ...] = (1,)
+    """How finely the rows are dealt; more than one value: a training of each, in turns."""
+
+    @classmethod
+    def read(cls, path: Path) -> Task:
+        """Read a task as JSON."""
+        values = json.loads(path.read_text())
+        return cls(**values | {"shards_per_worker": tuple(values["shards_per_worker"])})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Block:
+    """Steps, or empty jobs, made in a row."""
+
+    what: str
+    """What was timed."""
+
+    rows_per_step: int
+    """Rows that took part in each; 0 for an empty job."""
+
+    step_s: tuple[float, ...]
+    """Wall-clock of each."""
+
+    compute_s: tuple[float, ...] = ()
+    """The slowest worker's own work in each, where it is known."""
+
+    @property
+    def overhead_s(self) -> float:
+        """Median of step time minus the slowest worker's compute."""
+        return median(step - compute for step, compute in zip(self.step_s, self.compute_s, strict=True))
+
+    @property
+    def rows_per_second(self) -> float:
+        """Rows of the block over its wall-clock."""
+        return self.rows_per_step * len(self.step_s) / sum(self.step_s)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Block:
+        """Return the block that `asdict` turned into a dict."""
+        return cls(**values)
+
+
+def percentile(values: list[float], share: float) -> float:
+    """Return the smallest value that at least this share of the values do not exceed.
+
+    >>> percentile([3.0, 1.0, 2.0], 0.5), percentile([3.0, 1.0, 2.0], 0.99)
+    (2.0, 3.0)
+    """
+    ordered = sorted(values)
+    return ordered[max(0, -int(-share * len(ordered) // 1) - 1)]
+
+
+def answer(measure: Callable[[Task], list[Block]]) -> None:
+    """Run as an arm's process: `arm.py TASK.json BLOCKS.json`."""
+    task_path, blocks_path = map(Path, sys.argv[1:])
+    blocks = measure(Task.read(task_path))
+    blocks_path.write_text(json.dumps([asdict(block) for block in blocks]))

@@ -1,0 +1,181 @@
+"""Arm: sparksgd itself, the tree engine; between its blocks of steps, blocks of empty barrier jobs.
+
+The empty job is the floor under any loop of one job per step: two tasks start, send a few bytes and
+end.  It runs in the same session, on the same Python workers, in turns with the steps.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from functools import partial
+
+from measuring import LEARNING_RATE, LENET, MOMENTUM, Block, Task, answer
+from pyspark import RDD
+from pyspark.sql import SparkSession
+
+from sparksgd.config import Config
+from sparksgd.engines.protocol import StepReport
+from sparksgd.engines.tree import TreeEngine
+from sparksgd.spark.cluster import Cluster
+from sparksgd.spark.rows import DataFrameRows, read_parquet
+from sparksgd.spark.session import start_session
+from sparksgd.training import EvaluationReport, Observer, Training, train
+
+
+class EmptyJobs:
+    """Empty barrier jobs, as plain as PySpark has them.
+
+    Args:
+        session: where they run.
+        num_workers: how many tasks each has.
+    """
+
+    def __init__(self, session: SparkSession, num_workers: int) -> None:
+        self._rows: RDD[int] = session.sparkContext.parallelize(range(num_workers), num_workers).cache()
+
+    def block(self, what: str, count: int) -> Block:
+        """Run and time so many."""
+        job_s = []
+        for _ in range(count):
+            started = time.perf_counter()
+            self._rows.barrier().mapPartitions(list).collect()
+            job_s.append(time.perf_counter() - started)
+        return Block(what=what, rows_per_step=0, step_s=tuple(job_s))
+
+
+class Stopwatch:
+    """Observer that times blocks of steps, with a block of empty jobs after each.
+
+    Args:
+        task: how many steps.
+        what: name of the blocks of steps.
+        empty_jobs: None runs none.
+    """
+
+    def __init__(self, task: Task, what: str, empty_jobs: EmptyJobs | None = None) -> None:
+        self.blocks: list[Block] = []
+        self._task = task
+        self._what = what
+        self._empty_jobs = empty_jobs
+        self._reset()
+
+    def _reset(self) -> None:
+        self._step_s: list[float] = []
+        self._compute_s: list[float] = []
+        self._last = time.perf_counter()
+
+    def started(self, training: Training) -> None:
+        """Start the clock."""
+        self._reset()
+
+    def stepped(self, training: Training, report: StepReport) -> None:
+        """Note the step's wall-clock, and end the warm-up or a block."""
+        now = time.perf_counter()
+        self._step_s.append(now - self._last)
+        self._compute_s.append(report.timing.compute)
+        self._last = now
+        warm = report.step > self._task.warmup_steps
+        if len(self._step_s) == (self._task.block_steps if warm else self._task.warmup_steps):
+            self._end_block(warm)
+
+    def _end_block(self, warm: bool) -> None:
+        block = Block(
+            what=self._what,
+            rows_per_step=self._task.rows_per_step,
+            step_s=tuple(self._step_s),
+            compute_s=tuple(self._compute_s),
+        )
+        blocks = [block]
+        if self._empty_jobs is not None:
+            blocks.append(self._empty_jobs.block(f"{self._what}: empty job", self._task.block_steps))
+        if warm:
+            self.blocks += blocks
+        self._reset()
+
+    def evaluated(self, training: Training, report: EvaluationReport) -> None:
+        """Do nothing: nothing is evaluated."""
+
+    def ended(self, training: Training) -> None:
+        """Refuse numbers in which a step was made twice."""
+        assert not training.retries, f"{training.retries} steps were tried again"
+
+
+def session_of(task: Task) -> SparkSession:
+    """Return a session with sparksgd's settings, or one as a user brings it."""
+    if task.plain_session:
+        return SparkSession.builder.getOrCreate()
+    return start_session("sparksgd benchmark", Config().train)
+
+
+def train_lenet(
+    session: SparkSession,
+    task: Task,
+    *,
+    steps: int,
+    shards_per_worker: int,
+    observers: Sequence[Observer],
+) -> None:
+    """Train LeNet for so many steps."""
+    config = Config.from_dict(
+        {
+            "data": {"features": "image", "label": "label"},
+            "model": LENET,
+            "optimizer": {"lr": LEARNING_RATE, "momentum": MOMENTUM},
+            "engine": {"num_workers": task.num_workers},
+            "train": {
+                "epochs": steps,
+                "steps": steps,
+                "rows_per_step": task.rows_per_step,
+                "num_shards": task.num_workers * shards_per_worker,
+            },
+        }
+    )
+    cluster = Cluster(session, config)
+    train(
+        config,
+        rows=DataFrameRows(read_parquet(session, task.data), cluster, config.data.placement),
+        test=None,
+        make_engine=partial(TreeEngine, cluster, config.engine),
+        observers=observers,
+    )
+
+
+def measure(task: Task) -> list[Block]:
+    """Make the steps, and time those after the warm-up."""
+    session = session_of(task)
+    blocks = _one_shard(session, task) if task.shards_per_worker == (1,) else _more_shards(session, task)
+    session.stop()
+    return blocks
+
+
+def _one_shard(session: SparkSession, task: Task) -> list[Block]:
+    """One training, its blocks in turns with empty jobs."""
+    what = "plain session" if task.plain_session else "product"
+    watch = Stopwatch(task, what, EmptyJobs(session, task.num_workers))
+    steps = task.warmup_steps + task.blocks * task.block_steps
+    train_lenet(session, task, steps=steps, shards_per_worker=1, observers=[watch])
+    return watch.blocks
+
+
+def _more_shards(session: SparkSession, task: Task) -> list[Block]:
+    """A training of each number of shards, in turns; the first one only warms the session."""
+    train_lenet(session, task, steps=task.warmup_steps, shards_per_worker=1, observers=[])
+    watches = [
+        Stopwatch(task, f"{count} {'shard' if count == 1 else 'shards'} per worker")
+        for _ in range(task.blocks)
+        for count in task.shards_per_worker
+    ]
+    for index, watch in enumerate(watches):
+        train_lenet(
+            session,
+            task,
+            steps=task.warmup_steps + task.block_steps,
+            shards_per_worker=task.shards_per_worker[index % len(task.shards_per_worker)],
+            observers=[watch],
+        )
+    return [block for watch in watches for block in watch.blocks]
+
+
+if __name__ == "__main__":
+    answer(measure)

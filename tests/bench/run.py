@@ -1,0 +1,181 @@
+"""The benchmark: how fast sparksgd's tree engine is, and against what.
+
+    python tests/bench/run.py [--data DIR] [--out benchmark.json] [--quick]    10 minutes, 2 cores
+    python tests/bench/run.py --soak [--data DIR] [--out benchmark.json]       3 minutes
+
+DIR holds train.parquet as jobs/prepare_data.py writes it; without one, images are drawn at random.
+Arms run in turns, each in a process and a Spark session of its own, and what is compared are
+medians of one run: the arms of another run, or machine, are not comparable.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import signal
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from measuring import LENET, LENET_PARAMETERS, Block, Task
+from processes import ArmFailed, run_arm
+from report import lines_of, machine, ratio_table, ratios_of, soak_ratios, soak_table, speed_table
+from rich.console import Console
+
+NUM_WORKERS = 2
+ROWS_PER_WORKER = 64
+SYNTHETIC_ROWS = 60_000
+
+
+@dataclass(frozen=True, kw_only=True)
+class Size:
+    """How much is measured."""
+
+    rounds: int
+    """How often the arms take their turn."""
+
+    warmup_steps: int
+    """Steps of each arm before its first timed one."""
+
+    block_steps: int
+    """Steps of a block."""
+
+    blocks: int
+    """Blocks of an arm in a round."""
+
+    shards_per_worker: tuple[int, ...]
+    """Numbers of shards whose price is measured, the base first."""
+
+    soak_steps: tuple[int, int]
+    """When the soak compares what the driver holds."""
+
+
+FULL = Size(
+    rounds=3,
+    warmup_steps=60,
+    block_steps=50,
+    blocks=3,
+    shards_per_worker=(1, 2, 4, 8),
+    soak_steps=(200, 2000),
+)
+QUICK = Size(rounds=1, warmup_steps=5, block_steps=5, blocks=2, shards_per_worker=(1, 2), soak_steps=(10, 20))
+
+
+def main(argv: list[str]) -> int:
+    """Measure, draw the table, write the JSON."""
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # ends the arm, too
+    options = _options(argv)
+    size = QUICK if options.quick else FULL
+    console = Console()
+    with _train_parquet(options.data) as (path, data):
+        task = Task(
+            data=str(path),
+            num_workers=NUM_WORKERS,
+            rows_per_step=NUM_WORKERS * ROWS_PER_WORKER,
+            warmup_steps=size.warmup_steps,
+            block_steps=size.block_steps,
+            blocks=size.blocks,
+        )
+        header = {
+            "machine": machine(),
+            "data": data,
+            "model": {"name": "lenet", "parameters": LENET_PARAMETERS, **LENET},
+            "quick": options.quick,
+        }
+        try:
+            if options.soak:
+                found = {"soak": header | _soak(task, size, console)}
+            else:
+                found = {"speed": header | _speed(task, size, data, console)}
+        except ArmFailed as error:
+            console.print(str(error), style="red", markup=False)
+            return 1
+    _write(options.out, found)
+    console.print(f"written to {options.out}")
+    return 0
+
+
+def _options(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--data", type=Path, metavar="DIR", help="folder of train.parquet")
+    parser.add_argument("--out", type=Path, default=Path("benchmark.json"), metavar="FILE")
+    parser.add_argument("--quick", action="store_true", help="few steps: whether it runs, not how fast")
+    parser.add_argument("--soak", action="store_true", help="memory and files over 2,000 steps instead")
+    return parser.parse_args(argv)
+
+
+def _speed(task: Task, size: Size, data: str, console: Console) -> dict[str, Any]:
+    """Run the arms in turns."""
+    arms = {
+        "sparksgd": ("product.py", task),
+        "the textbook loop": ("textbook.py", task),
+        "sparksgd in a plain session": ("product.py", replace(task, plain_session=True)),
+        "one plain torch process": ("one_process.py", task),
+    }
+    blocks: list[Block] = []
+    with console.status("") as status:
+        for turn in range(size.rounds):
+            for name, (script, arm_task) in arms.items():
+                status.update(f"round {turn + 1} of {size.rounds}: {name}")
+                blocks += map(Block.from_dict, run_arm(script, arm_task))
+        status.update(f"{', '.join(map(str, size.shards_per_worker))} shards per worker")
+        shards_task = replace(task, blocks=size.rounds, shards_per_worker=size.shards_per_worker)
+        blocks += map(Block.from_dict, run_arm("product.py", shards_task))
+    lines, ratios = lines_of(blocks), ratios_of(blocks)
+    title = (
+        f"LeNet of {LENET_PARAMETERS:,} parameters, {task.num_workers} workers, "
+        f"{ROWS_PER_WORKER} rows each, {data}"
+    )
+    console.print(speed_table(title, lines))
+    console.print(ratio_table(ratios))
+    return {"lines": [asdict(line) for line in lines], "ratios": [asdict(ratio) for ratio in ratios]}
+
+
+def _soak(task: Task, size: Size, console: Console) -> dict[str, Any]:
+    """Train for long, and compare what the driver holds early and late."""
+    first, last = size.soak_steps
+    soak_task = replace(task, warmup_steps=first, block_steps=last - first, blocks=1)
+    with console.status(f"{last:,} steps"):
+        early, late = run_arm("soak.py", soak_task)
+    ratios = soak_ratios(early, late)
+    console.print(soak_table(early, late, ratios))
+    return {"samples": [early, late], "ratios": [asdict(ratio) for ratio in ratios]}
+
+
+@contextmanager
+def _train_parquet(folder: Path | None) -> Iterator[tuple[Path, str]]:
+    """Give a Parquet file of training rows, and say what it is."""
+    if folder is not None:
+        path = folder.resolve() / "train.parquet"
+        if not path.exists():
+            sys.exit(
+                f"{folder} has no train.parquet: write it with jobs/prepare_data.py, or leave out --data"
+            )
+        rows = pq.ParquetDataset(path).read(columns=["label"]).num_rows
+        yield path, f"{rows:,} rows of --data"
+        return
+    with tempfile.TemporaryDirectory(prefix="sgd-") as temporary:
+        path = Path(temporary) / "train.parquet"
+        random = np.random.default_rng(0)
+        images = random.integers(0, 256, (SYNTHETIC_ROWS, 784), np.uint8)
+        labels = random.integers(0, 10, SYNTHETIC_ROWS)
+        table = {"image": [image.tobytes() for image in images], "label": labels}
+        pq.write_table(pa.table(table), path)
+        yield path, f"{SYNTHETIC_ROWS:,} synthetic images of MNIST's shape"
+
+
+def _write(path: Path, found: dict[str, Any]) -> None:
+    """Write the JSON, and keep what another kind of run has written there."""
+    known = json.loads(path.read_text()) if path.exists() else {}
+    path.write_text(json.dumps(known | found, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

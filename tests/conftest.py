@@ -1,0 +1,14 @@
+"""What all tests share: Spark on the loopback interface, and a folder of modules that users might write."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+MODULES = Path(__file__).parent / "modules"
+
+os.environ.setdefault("SPARK_LOCAL_IP", "127.0.0.1")  # a host name need not resolve where tests run
+os.environ["PYSPARK_PYTHON"] = sys.executable
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(MODULES), os.environ.get("PYTHONPATH")]))
+sys.path.insert(0, str(MODULES))

@@ -1,0 +1,122 @@
+"""Modules and losses as users write them, some of them faulty; named in tests by import path."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+
+class NormNet(nn.Module):
+    """A small net with batch-norm and dropout, for uint8[B, 16] features and 4 classes."""
+
+    def __init__(self, width: int = 16) -> None:
+        super().__init__()
+        self.hidden = nn.Linear(16, width)
+        self.norm = nn.BatchNorm1d(width)
+        self.dropout = nn.Dropout(0.3)
+        self.output = nn.Linear(width, 4)
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        hidden = torch.relu(self.norm(self.hidden(features.float() / 255)))
+        return self.output(self.dropout(hidden))
+
+
+class DropoutNet(nn.Module):
+    """A small net with dropout, for uint8[B, 16] features and 4 classes."""
+
+    def __init__(self, width: int = 32) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(16, width), nn.ReLU(), nn.Dropout(0.5), nn.Linear(width, 4))
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        return self.layers(features.float() / 255)
+
+
+class FlagNet(DropoutNet):
+    """A DropoutNet that obeys flags: a worker that finds one takes it away and does what it says.
+
+    Args:
+        folder: where the flags lie.  `kill-executor` kills the executor's JVM, `kill-worker` this
+            process, `kill-always` too and stays, `raise` raises, `sleep` sleeps for a minute.
+    """
+
+    def __init__(self, folder: str) -> None:
+        super().__init__()
+        self.folder = folder
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        if self.training:
+            self._obey()
+        return super().forward(features)
+
+    def _obey(self) -> None:
+        for flag in Path(self.folder).iterdir():
+            try:
+                if flag.name != "kill-always":
+                    flag.unlink()
+            except FileNotFoundError:
+                continue  # another worker took it
+            name = flag.name
+            if name == "kill-executor":
+                daemon = os.getppid()
+                status = Path(f"/proc/{daemon}/status").read_text()
+                jvm = next(int(line.split()[1]) for line in status.splitlines() if line.startswith("PPid"))
+                os.kill(jvm, signal.SIGKILL)
+                time.sleep(60)  # the executor is gone; this process follows it
+            elif name in ("kill-worker", "kill-always"):
+                os.kill(os.getpid(), signal.SIGKILL)
+            elif name == "raise":
+                raise ValueError("the user's own mistake")
+            elif name == "sleep":
+                time.sleep(60)
+
+
+def nan_after(output: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
+    """Cross-entropy that is NaN where a logit has grown past 1.5: after some steps."""
+    grown = output.detach().abs().amax(1) > 1.5
+    return F.cross_entropy(output, label, reduction="none") + torch.where(grown, float("nan"), 0.0)
+
+
+class TwoColumns(nn.Module):
+    """A regression on a vector, float32[B, 2], and a number, int64[B], which come by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, 1)
+
+    def forward(self, *, number: torch.Tensor, vector: torch.Tensor) -> torch.Tensor:
+        return self.layer(torch.cat([vector, number[:, None].float()], dim=1))
+
+
+class WideNet(nn.Module):
+    """A net for uint8[B, 65536] features and 2 classes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.output = nn.Linear(65_536, 2)
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        return self.output(features.float() / 255)
+
+
+BIG_ROW_BYTES = 65_536
+
+
+def big_rows(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+    """Task: make rows of 64 kB from their numbers, for mapInArrow."""
+    for batch in batches:
+        numbers = batch.column("id").to_pylist()
+        images = [np.random.Philox(key=n).random_raw(BIG_ROW_BYTES // 8).tobytes() for n in numbers]
+        labels = [image[0] % 2 for image in images]
+        yield pa.RecordBatch.from_arrays(
+            [pa.array(images, pa.binary()), pa.array(labels, pa.int32())], ["features", "label"]
+        )

@@ -1,0 +1,92 @@
+"""One Spark session at a time, started anew where a test wants another master or other settings."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from pyspark import SparkConf, SparkContext
+from pyspark.sql import SparkSession
+
+from sparksgd.config import Config, TrainConfig
+from sparksgd.spark.session import start_session
+
+LOCAL_CLUSTER = "local-cluster[2,1,1024]"
+
+_current: dict[str, object] = {}
+
+
+@pytest.fixture(scope="session")
+def session_for() -> Iterator[Callable[..., SparkSession]]:
+    """Return a function: the session of a master and settings, the last one if they are the same."""
+
+    def session(master: str, **settings: str) -> SparkSession:
+        wanted = (master, tuple(sorted(settings.items())))
+        if _current.get("wanted") != wanted or SparkContext._active_spark_context is None:
+            stop()
+            conf = {"spark.master": master, "spark.ui.enabled": "false", "spark.log.level": "ERROR"}
+            conf |= {key.replace("__", "."): value for key, value in settings.items()}
+            if SparkContext._gateway is None:
+                SparkContext._ensure_initialized(conf=SparkConf(loadDefaults=False))
+            system = SparkContext._jvm.System  # what spark-submit would have set
+            for key in _current.get("keys", ()):
+                system.clearProperty(key)
+            for key, value in conf.items():
+                system.setProperty(key, value)
+            _current.update(
+                wanted=wanted, keys=tuple(conf), session=start_session("sparksgd tests", TrainConfig())
+            )
+        return _current["session"]
+
+    def stop() -> None:
+        if SparkContext._active_spark_context is not None:
+            SparkContext._active_spark_context.stop()
+
+    yield session
+    stop()
+
+
+def write_rows(folder: Path, rows: int, files: int = 1, seed: int = 0, repeated: int = 0) -> str:
+    """Write uint8[16] features with learnable labels 0..3, in any number of files, and any order."""
+    source = np.random.default_rng(1)
+    features = source.integers(0, 256, (rows, 16), dtype=np.uint8)
+    features[:repeated] = features[0]
+    labels = features.reshape(rows, 4, 4).sum(axis=2).argmax(axis=1)
+    order = np.random.default_rng(seed).permutation(rows) if seed else np.arange(rows)
+    folder.mkdir(parents=True)
+    for number, part in enumerate(np.array_split(order, files)):
+        table = pa.table(
+            {
+                "features": pa.array([features[row].tobytes() for row in part], pa.binary()),
+                "label": pa.array(labels[part], pa.int32()),
+            }
+        )
+        pq.write_table(table, folder / f"part-{number:03d}.parquet")
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def small(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Return the path of 1,003 rows in one Parquet file."""
+    return write_rows(tmp_path_factory.mktemp("data") / "small", 1003)
+
+
+def configured(*settings: str) -> Config:
+    """Return a configuration of small things, with settings over it."""
+    return Config.load(
+        None,
+        [
+            "model.name=users_modules:DropoutNet",
+            "optimizer.lr=0.1",
+            "optimizer.momentum=0.9",
+            "train.rows_per_step=64",
+            "train.num_shards=4",
+            "train.epochs=2",
+            "engine.num_workers=2",
+            *settings,
+        ],
+    )

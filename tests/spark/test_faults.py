@@ -1,0 +1,197 @@
+"""What goes wrong on a cluster: lost executors, lost files, changed rows, cancelled jobs, user errors."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from conftest import LOCAL_CLUSTER, configured, write_rows  # tests/spark/conftest.py
+from pyspark.sql import functions as F
+
+from sparksgd.engines.inline import InlineEngine
+from sparksgd.errors import Cancelled, ClusterError, NotFinite, ShardChanged, UserCodeError
+from sparksgd.local_rows import ParquetRows
+from sparksgd.spark.training import train
+from sparksgd.training import Training
+from sparksgd.training import train as train_inline
+
+
+class AtStep:
+    """Observes a run, and does something once, between two steps."""
+
+    def __init__(self, step: int, deed: Callable[[Training], None]) -> None:
+        self.step, self.deed = step, deed
+
+    def started(self, training): ...
+    def evaluated(self, training, report): ...
+    def ended(self, training):
+        self.training = training
+
+    def stepped(self, training, report):
+        if report.step == self.step:
+            self.deed(training)
+
+
+@pytest.fixture
+def flags(tmp_path: Path) -> Path:
+    folder = tmp_path / "flags"
+    folder.mkdir()
+    return folder
+
+
+def undisturbed(path: str, config) -> str:
+    """Return the digest that every engine must reach, through whatever happens."""
+    training = train_inline(config, rows=ParquetRows(path), test=None, make_engine=InlineEngine)
+    return training.flat.parameters_sha256()
+
+
+def executor_pids() -> list[int]:
+    """Return the JVMs of this session's executors."""
+    found = []
+    for process in Path("/proc").iterdir():
+        if process.name.isdigit():
+            try:
+                words = (process / "cmdline").read_bytes().split(b"\0")
+            except OSError:
+                continue
+            if b"org.apache.spark.executor.CoarseGrainedExecutorBackend" in words:
+                found.append(int(process.name))
+    return sorted(found)
+
+
+def test_an_executor_killed_between_steps_changes_no_bit(session_for, small):
+    spark, config = session_for(LOCAL_CLUSTER), configured("train.steps=20")
+    kill = AtStep(8, lambda _: os.kill(executor_pids()[0], signal.SIGKILL))
+    training = train(spark, config, spark.read.parquet(small), observers=[kill])
+    assert training.flat.parameters_sha256() == undisturbed(small, config)
+    assert training.rebuilt_shards >= 2  # one of two workers owned two of the four shards
+
+
+def test_an_executor_killed_in_a_step_costs_that_step_alone(session_for, small, flags):
+    spark = session_for(LOCAL_CLUSTER)
+    config = configured("train.steps=20", "model.name=users_modules:FlagNet", f"model.folder={flags}")
+    kill = AtStep(8, lambda _: (flags / "kill-executor").touch())
+    training = train(spark, config, spark.read.parquet(small), observers=[kill])
+    assert not any(flags.iterdir())
+    assert training.flat.parameters_sha256() == undisturbed(small, config)
+    assert training.retries >= 1
+    assert len(training.steps) == 20
+
+
+def test_a_python_worker_killed_in_a_step_costs_that_step_alone(session_for, small, flags):
+    spark = session_for("local[2]")
+    config = configured("train.steps=12", "model.name=users_modules:FlagNet", f"model.folder={flags}")
+    kill = AtStep(5, lambda _: (flags / "kill-worker").touch())
+    training = train(spark, config, spark.read.parquet(small), observers=[kill])
+    assert training.flat.parameters_sha256() == undisturbed(small, config)
+    assert training.retries == 1
+
+
+@pytest.mark.parametrize("placement", ["hashed", "in_place"])
+def test_deleted_shard_files_are_written_again(session_for, tmp_path, placement):
+    spark, path = session_for("local[2]"), write_rows(tmp_path / "rows", 600, files=4)
+    config = configured("train.steps=12", f"data.placement={placement}")
+
+    def delete(_):
+        for folder in Path(spark.sparkContext._jvm.System.getProperty("java.io.tmpdir")).glob("blockmgr-*"):
+            for run in folder.glob("sparksgd-*"):
+                shutil.rmtree(run)
+
+    calm = train(spark, config, spark.read.parquet(path))
+    training = train(spark, config, spark.read.parquet(path), observers=[AtStep(5, delete)])
+    assert training.flat.parameters_sha256() == calm.flat.parameters_sha256()
+    assert (training.retries, training.rebuilt_shards) == (1, 4)
+
+
+def test_rows_that_change_under_the_run_are_an_error_that_names_the_shard(session_for, tmp_path):
+    spark, path = session_for(LOCAL_CLUSTER), write_rows(tmp_path / "rows", 600)
+
+    def rewrite_and_kill(_):
+        shutil.rmtree(path)
+        write_rows(Path(path), 600, seed=0, repeated=300)
+        for pid in executor_pids():
+            os.kill(pid, signal.SIGKILL)
+
+    with pytest.raises(ShardChanged, match=r"shard \d was lost and written again, but now holds other rows"):
+        train(
+            spark,
+            configured("train.steps=20"),
+            spark.read.parquet(path),
+            observers=[AtStep(5, rewrite_and_kill)],
+        )
+
+
+def test_a_column_that_is_random_on_every_reading_is_refused(session_for, small):
+    spark = session_for("local[2]")
+    noise = F.udf(lambda: os.urandom(16), "binary").asNondeterministic()
+    frame = spark.read.parquet(small).withColumn("features", noise())
+    with pytest.raises(ShardChanged, match="changed while it was read"):
+        train(spark, configured(), frame)
+
+
+def test_a_user_error_ends_the_run_with_the_remote_traceback_worker_and_step(session_for, small, flags):
+    spark = session_for("local[2]")
+    config = configured("model.name=users_modules:FlagNet", f"model.folder={flags}")
+    watch = AtStep(3, lambda _: (flags / "raise").touch())
+    with pytest.raises(UserCodeError) as caught:
+        train(spark, config, spark.read.parquet(small), observers=[watch])
+    text = str(caught.value)
+    assert "ValueError: the user's own mistake" in text
+    assert 'users_modules.py", line' in text
+    assert "in step 4, on worker" in text
+    assert watch.training.version == 3
+    assert watch.training.retries == 0
+
+
+@pytest.mark.parametrize("workers", [2, 5])
+def test_a_user_error_is_raised_once_whatever_the_number_of_partitions(session_for, small, flags, workers):
+    spark = session_for("local[5]")
+    config = configured(
+        "model.name=users_modules:FlagNet",
+        f"model.folder={flags}",
+        f"engine.num_workers={workers}",
+        "train.num_shards=8",
+    )
+    watch = AtStep(1, lambda _: (flags / "raise").touch())
+    with pytest.raises(UserCodeError, match="in step 2, on worker"):
+        train(spark, config, spark.read.parquet(small), observers=[watch])
+
+
+def test_a_cancelled_job_ends_the_run_and_is_not_tried_again(session_for, small, flags):
+    spark = session_for("local[2]")
+    config = configured("model.name=users_modules:FlagNet", f"model.folder={flags}")
+
+    def cancel_the_next_step(_):
+        (flags / "sleep").touch()
+        threading.Timer(2.0, spark.sparkContext.cancelAllJobs).start()
+
+    watch = AtStep(3, cancel_the_next_step)
+    with pytest.raises(Cancelled, match="cancelled"):
+        train(spark, config, spark.read.parquet(small), observers=[watch])
+    assert (watch.training.version, watch.training.retries) == (3, 0)
+
+
+def test_a_failure_that_repeats_ends_the_run_with_sparks_own_words(session_for, small, flags):
+    spark = session_for("local[2]")
+    config = configured("model.name=users_modules:FlagNet", f"model.folder={flags}", "engine.max_attempts=2")
+    watch = AtStep(2, lambda _: (flags / "kill-always").touch())
+    with pytest.raises(ClusterError, match=r"step 3 .*: failed 2 times, .*(?s:.*)Python worker"):
+        train(spark, config, spark.read.parquet(small), observers=[watch])
+    assert watch.training.version == 2
+
+
+def test_a_loss_that_becomes_nan_stops_the_run_and_leaves_the_last_good_weights(session_for, small):
+    spark = session_for("local[2]")
+    config = configured("loss.name=users_modules:nan_after", "train.epochs=10")
+    watch = AtStep(0, lambda _: None)
+    with pytest.raises(NotFinite, match=r"the loss of step \d+ is nan in shard \d, rows \d") as caught:
+        train(spark, config, spark.read.parquet(small), observers=[watch])
+    failed_step = int(str(caught.value).split("step ")[1].split()[0])
+    assert watch.training.version == failed_step - 2
+    good = configured("train.epochs=10", f"train.steps={failed_step - 2}")
+    assert watch.training.flat.parameters_sha256() == undisturbed(small, good)

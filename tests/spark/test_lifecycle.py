@@ -1,0 +1,154 @@
+"""A training in a session that lives on: what it says, what it holds, what it leaves."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import re
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from conftest import configured  # tests/spark/conftest.py
+from users_modules import (
+    BIG_ROW_BYTES,  # tests/modules
+    big_rows,  # tests/modules
+)
+
+from sparksgd.config import TrainConfig
+from sparksgd.spark.session import SETTINGS, check_session
+from sparksgd.spark.training import train
+
+
+def files_below(folder: Path) -> tuple[int, int]:
+    """Return how many files there are, and their bytes."""
+    sizes = []
+    for path in folder.rglob("*"):
+        try:
+            if path.is_file():
+                sizes.append(path.stat().st_size)
+        except FileNotFoundError:
+            continue  # Spark's cleaner took it meanwhile
+    return len(sizes), sum(sizes)
+
+
+def settled(folder: Path, wanted: tuple[int, int]) -> tuple[int, int]:
+    """Return the files once there are no more than wanted: Spark's cleaner is a thread of its own."""
+    for _ in range(50):
+        if (found := files_below(folder)) <= wanted:
+            break
+        time.sleep(0.1)
+    return found
+
+
+def test_twenty_trainings_leave_the_disk_as_it_was(session_for, small, tmp_path):
+    spark = session_for("local[2]", spark__local__dir=str(tmp_path))
+    frame, config = spark.read.parquet(small), configured("train.steps=2")
+    train(spark, config, frame, frame)
+    gc.collect()
+    spark.sparkContext._jvm.System.gc()
+    time.sleep(1)  # for Spark's cleaner: what the first training left is not to be counted as growth
+    before = files_below(tmp_path)
+    for _ in range(20):
+        train(spark, config, frame, frame)
+    assert settled(tmp_path, before) <= before
+    assert not list(tmp_path.rglob("sparksgd-*"))
+    assert not spark.sparkContext._jsc.getPersistentRDDs()
+    session_for("local[2]")
+
+
+def test_every_job_has_a_readable_description_and_the_users_own_comes_back(session_for, small):
+    spark = session_for("local[2]")
+    context = spark.sparkContext
+    context.setJobGroup("mine", "my own job")
+    train(spark, configured("train.steps=2"), spark.read.parquet(small), spark.read.parquet(small))
+    assert context.getLocalProperty("spark.jobGroup.id") == "mine"
+    assert context.getLocalProperty("spark.job.description") == "my own job"
+    store = context._jsc.sc().statusStore()
+    jobs = store.jobsList(None)
+    said = [jobs.apply(index).description().get() for index in range(jobs.size())]
+    for wanted in (
+        "sparksgd: checking rows",
+        "sparksgd: dealing rows into shards",
+        "sparksgd: first contact",
+        "sparksgd: step 2 (epoch 1): gradients of 63 rows on 2 workers",
+        "sparksgd: evaluation of version 2",
+        "sparksgd: removing shards",
+    ):
+        assert wanted in said
+
+
+def test_slots_that_other_jobs_hold_are_counted_aloud(session_for, small, caplog):
+    spark = session_for("local[2]")
+
+    def neighbour() -> None:
+        def sleep(rows):
+            time.sleep(12)  # longer than the watch keeps silent
+            return rows
+
+        spark.sparkContext.parallelize(range(1), 1).mapPartitions(sleep).count()
+
+    class Neighbour:
+        def started(self, training):
+            self.thread = threading.Thread(target=neighbour)
+            self.thread.start()
+            time.sleep(2)  # until its task runs
+
+        def stepped(self, training, report): ...
+        def evaluated(self, training, report): ...
+        def ended(self, training): ...
+
+    observer = Neighbour()
+    with caplog.at_level(logging.WARNING, "sparksgd"):
+        train(spark, configured("train.steps=2"), spark.read.parquet(small), observers=[observer])
+    observer.thread.join()
+    assert "waiting for slots: 2 needed, 1 free (2 in all, other jobs hold 1)" in caplog.text
+
+
+def test_a_session_of_the_users_is_told_which_settings_it_lacks_and_what_that_costs(session_for, caplog):
+    spark = session_for("local[2]")
+    assert check_session(spark, TrainConfig()) == []
+    lacking = check_session(spark, TrainConfig(instruction_set="avx2"))
+    assert [s.key for s in lacking if "ATEN" in s.key] == ["spark.executorEnv.ATEN_CPU_CAPABILITY"]
+    assert "It costs other bits: executors are not held to avx2" in caplog.text
+    assert all(setting.cost for setting in SETTINGS)
+
+
+BIG_ROWS = 24_600
+
+
+class PeakMemory:
+    """Observes the peak resident memory of all Python workers."""
+
+    peak_bytes = 0
+
+    def started(self, training): ...
+    def evaluated(self, training, report): ...
+    def ended(self, training): ...
+
+    def stepped(self, training, report):
+        for process in Path("/proc").iterdir():
+            try:
+                if process.name.isdigit() and b"pyspark.daemon" in (process / "cmdline").read_bytes():
+                    peak = re.search(r"VmHWM:\s+(\d+) kB", (process / "status").read_text())
+                    self.peak_bytes = max(self.peak_bytes, int(peak[1]) * 1024 if peak else 0)
+            except OSError:
+                continue
+
+
+@pytest.mark.timeout(400)
+def test_rows_of_three_times_the_executors_memory_train_in_bounded_memory(session_for):
+    memory_mib = 512
+    assert 3 * memory_mib << 20 <= BIG_ROW_BYTES * BIG_ROWS
+    spark = session_for(f"local-cluster[1,1,{memory_mib}]", spark__executor__memory=f"{memory_mib}m")
+    spark.conf.set("spark.sql.execution.arrow.maxRecordsPerBatch", "64")
+    rows = spark.range(BIG_ROWS, numPartitions=48).mapInArrow(big_rows, "features binary, label int")
+    config = configured(
+        "model.name=users_modules:WideNet", "train.steps=30", "engine.num_workers=1", "optimizer.lr=0.001"
+    )
+    memory = PeakMemory()
+    training = train(spark, config, rows, observers=[memory])
+    assert training.rows.rows == BIG_ROWS
+    assert len(training.steps) == 30
+    assert memory.peak_bytes < 700 << 20  # torch alone takes some 400 MiB; the rows are 1500

@@ -1,0 +1,127 @@
+"""The trajectory belongs to the experiment: one digest over engines, workers, masters and file layouts.
+
+What the promise depends on: the same torch build, instruction set and number of threads (each worker
+reports them; a mix is named).
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+
+import pytest
+from conftest import LOCAL_CLUSTER, configured, write_rows  # tests/spark/conftest.py
+
+from sparksgd.engines.inline import InlineEngine
+from sparksgd.local_rows import ParquetRows
+from sparksgd.spark.training import train
+from sparksgd.training import train as train_inline
+
+FIFTY = ("model.name=users_modules:NormNet", "train.steps=50", "train.epochs=9", "train.rows_per_step=96")
+
+
+def digests(training) -> tuple[str, str]:
+    return training.flat.parameters_sha256(), training.flat.buffers_sha256()
+
+
+@pytest.fixture(scope="module")
+def layouts(tmp_path_factory) -> list[str]:
+    """Return the same 1,003 rows as 1 file, and as 13 files in another order."""
+    folder = tmp_path_factory.mktemp("layouts")
+    return [write_rows(folder / "one", 1003), write_rows(folder / "thirteen", 1003, files=13, seed=5)]
+
+
+def test_fifty_steps_end_at_one_digest_wherever_they_run(session_for, layouts):
+    seen = {4: {}, 8: {}}
+    for shards, found in seen.items():
+        for layout in layouts:
+            config = configured(*FIFTY, f"train.num_shards={shards}")
+            inline = train_inline(config, rows=ParquetRows(layout), test=None, make_engine=InlineEngine)
+            found["inline", layout] = digests(inline)
+    places = [
+        ("local[5]", 1, 4),
+        ("local[5]", 2, 4),
+        ("local[5]", 3, 4),
+        ("local[5]", 4, 4),
+        ("local[5]", 5, 8),
+    ]
+    places += [("local[2]", 2, 4), (LOCAL_CLUSTER, 2, 4), (LOCAL_CLUSTER, 2, 8)]
+    for number, (master, workers, shards) in enumerate(places):
+        spark, layout = session_for(master), layouts[number % 2]
+        config = configured(*FIFTY, f"train.num_shards={shards}", f"engine.num_workers={workers}")
+        training = train(spark, config, spark.read.parquet(layout))
+        assert len(training.steps) == 50
+        seen[shards][f"{master} with {workers} workers", layout] = digests(training)
+    for shards, found in seen.items():
+        assert len(set(found.values())) == 1, (shards, found)
+    assert seen[4]["inline", layouts[0]] != seen[8]["inline", layouts[0]]  # the shards shape mini-batches
+
+
+def test_exact_fields_of_every_step_are_equal_on_every_engine(session_for, small):
+    config = configured("train.steps=8")
+    spark = session_for("local[2]")
+    runs = [
+        train(spark, config, spark.read.parquet(small)),
+        train_inline(config, rows=ParquetRows(small), test=None, make_engine=InlineEngine),
+    ]
+    tree, inline = (
+        [(s.step, s.epoch, s.version, s.rows, s.shards, s.loss, s.lr) for s in run.steps] for run in runs
+    )
+    assert tree == inline
+    assert [step[0] for step in tree] == list(range(1, 9))
+
+
+def test_evaluation_is_equal_on_every_engine(session_for, small):
+    config, spark = configured("train.steps=8"), session_for("local[2]")
+    frame = spark.read.parquet(small)
+    tree = train(spark, config, frame, frame)
+    inline = train_inline(config, rows=ParquetRows(small), test=ParquetRows(small), make_engine=InlineEngine)
+    assert [(e.step, e.loss, e.accuracy) for e in tree.evaluations] == [
+        (e.step, e.loss, e.accuracy) for e in inline.evaluations
+    ]
+
+
+def test_another_instruction_set_is_named_with_both_sides(session_for, small, caplog):
+    spark = session_for("local[2]", spark__executorEnv__ATEN_CPU_CAPABILITY="default")
+    try:
+        with caplog.at_level(logging.WARNING, "sparksgd"):
+            training = train(spark, configured("train.steps=1"), spark.read.parquet(small))
+    finally:
+        session_for("local[2]")
+    driver, *workers = training.numerics
+    if driver.instruction_set == "DEFAULT":
+        pytest.skip("this CPU has no better instruction set than the default")
+    assert [worker.instruction_set for worker in workers] == ["DEFAULT", "DEFAULT"]
+    assert f"instruction_set {driver.instruction_set} / DEFAULT" in caplog.text
+
+
+def test_duplicated_rows_meet_in_one_shard_which_is_named_with_the_reason(session_for, tmp_path, caplog):
+    spark, path = session_for("local[2]"), write_rows(tmp_path / "rows", 600, repeated=400)
+    with caplog.at_level(logging.WARNING, "sparksgd"):
+        train(spark, configured("train.steps=2"), spark.read.parquet(path))
+    assert "times its share, because 399 of them repeat the features of another" in caplog.text
+
+
+def test_an_id_column_spreads_duplicated_rows(session_for, tmp_path, caplog):
+    spark, path = session_for("local[2]"), write_rows(tmp_path / "rows", 600, repeated=400)
+    frame = spark.read.parquet(path).selectExpr("*", "monotonically_increasing_id() AS number")
+    with caplog.at_level(logging.WARNING, "sparksgd"):
+        train(spark, configured("train.steps=2", "data.id=number"), frame)
+    assert "times its share" not in caplog.text
+
+
+def test_rows_dealt_in_place_all_train_and_the_run_says_what_it_depends_on(session_for, tmp_path, caplog):
+    spark, path = session_for("local[2]"), write_rows(tmp_path / "rows", 600, files=5)
+    with caplog.at_level(logging.WARNING, "sparksgd"):
+        training = train(
+            spark, configured("train.steps=4", "data.placement=in_place"), spark.read.parquet(path)
+        )
+    assert "the trajectory depends on the file layout" in caplog.text
+    assert sum(training.plan.sampling.shard_rows) == 600
+
+
+@pytest.fixture(autouse=True)
+def _spark_settings_of_the_shell_do_not_count(monkeypatch):
+    for name in ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_CBWR"):
+        if name in os.environ:
+            monkeypatch.delenv(name)

@@ -1,0 +1,497 @@
+"""A worker's answer is a function of the weights, the step and the rows, and of nothing else."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import socket
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from sparksgd.compute import Answer, Computer, Evaluation, Plan, try_out
+from sparksgd.errors import ModelError, NotFinite, UserCodeError
+from sparksgd.flat import FlatModule, Weights
+from sparksgd.losses import cross_entropy, squared_error
+from sparksgd.rows import Feature, RowSchema
+from sparksgd.sampling import Sampling
+from sparksgd.seeds import seed32
+from sparksgd.shard import Descriptor, ShardMissing, ShardWriter
+from sparksgd.solvers.protocol import GradientSum
+from sparksgd.solvers.synchronous import SendEverything
+
+Row = tuple[Any, ...]  # the features, then the label
+
+
+class Job:
+    """Rows written to shards, and a plan to compute on them."""
+
+    def __init__(
+        self,
+        folder: Path,
+        module: nn.Module,
+        shards: Sequence[Sequence[Row]],
+        *,
+        loss: Callable[..., Any] = squared_error,
+        rows_per_step: int = 1000,
+        seed: int = 0,
+        threads: int = 1,
+        rows_per_backward: int | None = None,
+    ) -> None:
+        example = next(rows[0] for rows in shards if rows)
+        schema = RowSchema(
+            features=tuple(
+                Feature(name=name, dtype="float32", length=len(value) if isinstance(value, tuple) else None)
+                for name, value in zip("abc", example[:-1], strict=False)
+            ),
+            label="y",
+            label_dtype="int64" if loss is cross_entropy else "float32",
+            classes=3 if loss is cross_entropy else None,
+        )
+        self.table = [written(folder, schema, number, rows) for number, rows in enumerate(shards)]
+        self.plan = Plan(
+            module=module,
+            loss=loss,
+            schema=schema,
+            sampling=Sampling(shard_rows=tuple(map(len, shards)), rows_per_step=rows_per_step, seed=seed),
+            worker_half=SendEverything(),
+            threads=threads,
+            rows_per_backward=rows_per_backward,
+        )
+        self.weights: Weights = FlatModule(copy.deepcopy(module)).weights(0)
+
+    def computer(self) -> Computer:
+        return Computer(self.plan)
+
+    def gradients(self, shards: Sequence[int] | None = None, step: int = 0, worker: int = 0) -> Answer:
+        asked = self.table if shards is None else [self.table[number] for number in shards]
+        return self.computer().gradients(worker, asked, self.weights, step)
+
+    def evaluation(self) -> Evaluation:
+        answer = self.computer().evaluations(0, self.table, self.weights)
+        assert answer.failure is None
+        total = answer.total()
+        assert isinstance(total, Evaluation)
+        return total
+
+    def tried(self, rows: int | None = None) -> torch.Size:
+        records = np.fromfile(self.table[0].path, self.plan.schema.record)[:rows]
+        return try_out(self.plan.module, self.plan.loss, self.plan.schema, records, self.plan.dtype)
+
+
+def written(folder: Path, schema: RowSchema, number: int, rows: Sequence[Row]) -> Descriptor:
+    records = np.array([tuple(row) for row in rows], schema.record)
+    with ShardWriter(folder, number) as writer:
+        keys = np.zeros((len(rows), 32), np.uint8)
+        writer.append(keys, records.view(np.uint8).reshape(len(rows), schema.record.itemsize))
+        return writer.close()
+
+
+def the_sum(answer: Answer) -> GradientSum:
+    assert answer.failure is None
+    total = answer.total()
+    assert isinstance(total, GradientSum)
+    return total
+
+
+def slope(value: float = 0.0) -> nn.Linear:
+    """y = value x."""
+    module = nn.Linear(1, 1, bias=False)
+    module.weight.data.fill_(value)
+    return module
+
+
+def bits(sum_: Any) -> bytes:
+    return sum_.gradient.tobytes() + sum_.statistics.tobytes() + np.float64(sum_.loss).tobytes()
+
+
+ROWS = [((1.0,), 3.0), ((1.0,), 6.0), ((2.0,), 0.0)]
+
+
+# Gradients
+
+
+def test_the_gradient_of_three_rows_is_the_one_that_a_person_works_out(tmp_path: Path) -> None:
+    # loss (wx - y)^2 at w = 0: 9, 36, 0; gradient 2 (wx - y) x: -6, -12, 0
+    sum_ = the_sum(Job(tmp_path, slope(), [ROWS]).gradients())
+    assert (sum_.gradient.tolist(), sum_.loss, sum_.rows, sum_.shards) == ([-18.0], 45.0, 3, 1)
+
+
+def test_shards_add_up_along_the_tree(tmp_path: Path) -> None:
+    job = Job(tmp_path, slope(), [[row] for row in ROWS])
+    assert list(job.gradients([0, 1]).partials) == [(0, 2)]
+    assert list(job.gradients([1, 2]).partials) == [(1, 2), (2, 3)]
+    answer = job.gradients([1, 2])
+    answer += job.gradients([0])
+    sum_ = the_sum(answer)
+    assert (sum_.gradient.tolist(), sum_.loss, sum_.rows, sum_.shards) == ([-18.0], 45.0, 3, 3)
+
+
+def test_a_shard_without_a_row_in_the_step_takes_no_part(tmp_path: Path) -> None:
+    job = Job(tmp_path, slope(), [[], ROWS, []])
+    answer = job.gradients()
+    assert (the_sum(answer).shards, the_sum(answer).rows) == (1, 3)
+    assert job.gradients([0]).partials == {(0, 1): None}
+    assert [timing.rows for timing in answer.workers] == [3]
+
+
+def test_the_rows_of_a_step_are_those_of_the_sampling(tmp_path: Path) -> None:
+    # Each row's gradient at w = 0 is -2 y: the labels are powers of two, so the sum names the rows.
+    job = Job(tmp_path, slope(), [[((1.0,), float(2**row)) for row in range(8)]], rows_per_step=3, seed=5)
+    order = job.plan.sampling.shuffled(0, 1)
+    for step in (3, 4, 5):  # the second epoch
+        start, end = job.plan.sampling.piece_bounds(0, step)
+        expected = -2.0 * sum(2 ** int(row) for row in order[start:end])
+        assert the_sum(job.gradients(step=step)).gradient.tolist() == [expected]
+
+
+def test_gradients_are_taken_at_the_weights_that_came(tmp_path: Path) -> None:
+    job = Job(tmp_path, slope(5.0), [ROWS])
+    job.weights = replace(job.weights, parameters=np.array([0.0], np.float32), version=7)
+    assert the_sum(job.gradients()).gradient.tolist() == [-18.0]
+
+
+class Area(nn.Module):
+    """y = w (a sum(b)): its arguments are named as the columns."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(1))
+
+    def forward(self, *, b: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
+        return self.weight * a * b.sum(1)
+
+
+def test_several_features_reach_the_module_by_their_names(tmp_path: Path) -> None:
+    # output 2 (3 + 4) = 14, label 10: loss 16, gradient 2 x 4 x 14
+    sum_ = the_sum(Job(tmp_path, Area(), [[(2.0, (3.0, 4.0), 10.0)]]).gradients())
+    assert (sum_.loss, sum_.gradient.tolist()) == (16.0, [112.0])
+
+
+class Watched(nn.Module):
+    """Notes what it sees as it runs."""
+
+    rows: list[int] = []  # noqa: RUF012 # shared on purpose: the computer runs a copy of the module
+    threads: list[int] = []  # noqa: RUF012
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = slope()
+        self.rows.clear()
+        self.threads.clear()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.rows.append(len(x))
+        self.threads.append(torch.get_num_threads())
+        return self.inner(x)
+
+
+def test_a_piece_is_cut_into_backward_passes_of_so_many_rows(tmp_path: Path) -> None:
+    rows = [((float(row),), 1.0) for row in range(5)]
+    whole = the_sum(Job(tmp_path, Watched(), [rows]).gradients())
+    assert Watched.rows == [5]
+    in_chunks = the_sum(Job(tmp_path, Watched(), [rows], rows_per_backward=2).gradients())
+    assert Watched.rows == [2, 2, 1]
+    assert (in_chunks.gradient.tolist(), in_chunks.loss, in_chunks.rows) == ([-20.0], 5.0, 5)
+    assert (whole.gradient.tolist(), whole.loss, whole.rows) == ([-20.0], 5.0, 5)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_torch_runs_as_many_threads_as_planned_and_then_as_many_as_before(
+    tmp_path: Path, threads: int
+) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        job = Job(tmp_path, Watched(), [ROWS], threads=threads)
+        job.gradients()
+        job.evaluation()
+        assert Watched.threads == [threads, threads]
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
+
+
+# Randomness
+
+
+class Noisy(nn.Module):
+    """y = sum(dropout(w)), with the weights beside a batch-norm: it hears of every other row."""
+
+    def __init__(self, width: int = 4) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.linspace(-1, 1, width))
+        self.norm = nn.BatchNorm1d(width)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return (F.dropout(self.norm(x), 0.5, self.training) * self.weight).sum(1)
+
+
+def noisy_job(folder: Path, **options: Any) -> Job:
+    drawn = np.random.default_rng(0)
+    rows = [(tuple(drawn.standard_normal(4)), drawn.standard_normal()) for _ in range(36)]
+    return Job(folder, Noisy(), [rows[:10], rows[10:24], rows[24:]], rows_per_step=12, **options)
+
+
+def test_dropout_is_drawn_from_seed_shard_and_step(tmp_path: Path) -> None:
+    class Dropped(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.zeros(16))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return (F.dropout(x, 0.5) * self.weight).sum(1)
+
+    def minus_one(output: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
+        return -output  # so the gradient is minus the mask
+
+    ones = [((1.0,) * 16, 0.0)] * 2
+    seen = set()
+    for seed in (0, 1):
+        job = Job(tmp_path, Dropped(), [ones, ones], loss=minus_one, rows_per_step=2, seed=seed)
+        for shard in (0, 1):
+            for step in (0, 1):
+                sum_ = job.gradients([shard], step).partials[(shard, shard + 1)]
+                with torch.random.fork_rng(devices=[]):
+                    torch.manual_seed(seed32(seed, "dropout", shard, step))
+                    mask = F.dropout(torch.ones(1, 16), 0.5)[0]
+                assert sum_.gradient.tolist() == (-mask).tolist()
+                seen.add(bits(sum_))
+    assert len(seen) == 8
+
+
+def test_a_piece_does_not_depend_on_what_was_computed_before_it(tmp_path: Path) -> None:
+    job = noisy_job(tmp_path)
+    alone = job.gradients([1], step=2).partials[(1, 2)]
+    busy = job.computer()
+    for step, shards in [(0, [0, 1, 2]), (5, [2]), (2, [0])]:
+        busy.gradients(0, [job.table[shard] for shard in shards], job.weights, step)
+    busy.evaluations(0, job.table, job.weights)
+    torch.manual_seed(99)
+    torch.rand(7)
+    after_all_that = busy.gradients(0, [job.table[1]], job.weights, 2).partials[(1, 2)]
+    assert bits(after_all_that) == bits(alone)
+    in_company = busy.gradients(0, [job.table[2], job.table[1]], job.weights, 2).partials
+    assert list(in_company) == [(2, 3), (1, 2)]
+    assert bits(in_company[(1, 2)]) == bits(alone)
+
+
+def test_torch_s_own_generator_is_left_as_it_was(tmp_path: Path) -> None:
+    def refuse(output: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
+        torch.rand(1)
+        raise RuntimeError
+
+    torch.manual_seed(1)
+    state = torch.get_rng_state()
+    job = noisy_job(tmp_path)
+    job.gradients()
+    job.tried()
+    assert torch.equal(torch.get_rng_state(), state)
+    assert isinstance(noisy_job(tmp_path, loss=refuse).gradients().failure, UserCodeError)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_the_plan_s_own_module_is_left_as_it_was(tmp_path: Path) -> None:
+    job = noisy_job(tmp_path)
+    before = copy.deepcopy(job.plan.module.state_dict())
+    job.gradients()
+    job.evaluation()
+    job.tried()
+    assert all(torch.equal(before[name], value) for name, value in job.plan.module.state_dict().items())
+    assert job.plan.module.weight.grad is None
+
+
+# Evaluation
+
+
+class Logits(nn.Module):
+    """The features are the logits, scaled by a weight of one; in training it answers nonsense."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * self.scale * (float("nan") if self.training else 1)
+
+
+def test_an_evaluation_counts_hits_and_sums_the_loss(tmp_path: Path) -> None:
+    rows = [((0.0, 0.0, 5.0), 2), ((9.0, 0.0, 0.0), 1), ((0.0, 1.0, 0.0), 1)]
+    total = Job(tmp_path, Logits(), [rows[:1], [], rows[1:]], loss=cross_entropy).evaluation()
+    losses = [np.log(np.exp(x).sum()) - x[label] for x, label in rows]
+    assert (total.correct, total.rows) == (2, 3)
+    assert total.loss == pytest.approx(sum(losses), rel=1e-6)
+
+
+def test_an_evaluation_reads_every_row_of_a_long_shard(tmp_path: Path) -> None:
+    rows = [((1.0,), float(row % 7)) for row in range(1300)]
+    total = Job(tmp_path, slope(), [rows]).evaluation()
+    assert total == Evaluation(
+        loss=float(sum((row % 7) ** 2 for row in range(1300))), correct=None, rows=1300
+    )
+
+
+# Failures are values
+
+
+def test_a_loss_that_is_not_finite_names_step_shard_and_rows(tmp_path: Path) -> None:
+    def root(output: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
+        return output.reshape(len(label)) + label.sqrt()
+
+    job = Job(
+        tmp_path, slope(), [ROWS, [((1.0,), 4.0), ((1.0,), -1.0), ((1.0,), 9.0), ((1.0,), -2.0)]], loss=root
+    )
+    failure = job.gradients(worker=3).failure
+    assert isinstance(failure, NotFinite)
+    assert str(failure) == (
+        f"the loss of step 1 is nan in shard 1, rows 1, 3\n  in step 1, on worker 3 at {socket.gethostname()}"
+    )
+
+
+def test_a_gradient_that_is_not_finite_is_told_from_the_loss(tmp_path: Path) -> None:
+    class Root(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.zeros(1))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.weight.sqrt() * x  # 0, with an infinite slope
+
+    def itself(output: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
+        return output.reshape(len(label))
+
+    failure = Job(tmp_path, Root(), [ROWS], loss=itself).gradients().failure
+    assert isinstance(failure, NotFinite)
+    assert "the gradient of step 1 is NaN or infinite in shard 0, rows 0, 1, 2, though the loss is 0" in str(
+        failure
+    )
+
+
+def test_many_bad_rows_are_not_all_listed(tmp_path: Path) -> None:
+    failure = Job(tmp_path, slope(float("nan")), [[((1.0,), 1.0)] * 20]).gradients().failure
+    assert "rows 0, 1, 2, 3, 4, 5, 6, 7 and 12 more\n" in str(failure)
+
+
+def picky(output: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
+    raise KeyError("no such label")
+
+
+def test_what_the_user_s_code_raised_comes_back_with_its_traceback(tmp_path: Path) -> None:
+    answer = Job(tmp_path, slope(), [ROWS, ROWS], loss=picky).gradients(worker=1)
+    failure = pickle.loads(pickle.dumps(answer.failure))
+    assert isinstance(failure, UserCodeError)
+    for phrase in ("the module or its loss raised KeyError: 'no such label'", "in picky", "test_compute.py"):
+        assert phrase in str(failure)
+    assert str(failure).endswith(f"in step 1, on worker 1 at {socket.gethostname()}")
+    assert [shard.shard for shard in answer.shards] == [0, 1]  # all were taken from the input
+
+
+def test_a_file_that_is_gone_is_a_missing_shard_not_an_error_of_training(tmp_path: Path) -> None:
+    job = Job(tmp_path, slope(), [ROWS, ROWS])
+    Path(job.table[1].path).unlink()
+    failure = job.gradients().failure
+    assert isinstance(failure, ShardMissing)
+    assert failure.shard == 1
+    assert isinstance(job.computer().evaluations(0, job.table, job.weights).failure, ShardMissing)
+
+
+def test_of_two_failures_the_one_that_cannot_be_mended_is_kept(tmp_path: Path) -> None:
+    missing, wrong = ShardMissing(0, "gone"), UserCodeError("wrong")
+    for left, right in [(missing, wrong), (wrong, missing), (None, wrong), (wrong, None)]:
+        answer = Answer(leaves=2, partials={(0, 1): None}, failure=left)
+        answer += Answer(leaves=2, partials={(1, 2): None}, failure=right)
+        assert (answer.failure, answer.partials) == (wrong, {})
+
+
+# What is refused before the first step
+
+
+class Counting(nn.Module):
+    """Counts its own batches in a buffer."""
+
+    def __init__(self, in_place: bool) -> None:
+        super().__init__()
+        self.inner = slope()
+        self.in_place = in_place
+        self.register_buffer("count", torch.zeros(1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.in_place:
+            self.count += 1
+        else:
+            self.count = self.count + 1
+        return self.inner(x)
+
+
+@pytest.mark.parametrize("in_place", [True, False])
+def test_a_buffer_that_changes_is_refused(tmp_path: Path, in_place: bool) -> None:
+    job = Job(tmp_path, Counting(in_place), [ROWS])
+    with pytest.raises(
+        ModelError, match=r"count changes as the module trains.*only batch-norm's buffers may"
+    ):
+        job.tried()
+
+
+def test_a_batch_norm_s_buffers_may_change(tmp_path: Path) -> None:
+    job = noisy_job(tmp_path)
+    assert job.tried(rows=1) == (2,)  # one row is tried twice over
+
+
+@pytest.mark.parametrize(
+    ("loss", "shape"),
+    [
+        (lambda output, label: output.sum(), "()"),
+        (lambda output, label: output, "(3, 1)"),
+        (lambda output, label: (output - label).square(), "(3, 3)"),
+        (lambda output, label: 0.5, "float"),
+    ],
+    ids=["a mean", "a column", "a square", "a number"],
+)
+def test_a_loss_without_one_value_per_row_is_refused(
+    tmp_path: Path, loss: Callable[..., Any], shape: str
+) -> None:
+    job = Job(tmp_path, slope(), [ROWS], loss=loss)
+    with pytest.raises(ModelError) as refused:
+        job.tried()
+    assert str(refused.value).startswith(
+        f"the loss gave {shape} for 3 rows, but must give one value per row, (3,)"
+    )
+
+
+def test_a_module_that_gives_no_tensor_is_refused(tmp_path: Path) -> None:
+    class Pair(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = slope()
+
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, int]:
+            return self.inner(x), 1
+
+    def first(output: tuple[torch.Tensor, int], label: torch.Tensor) -> torch.Tensor:
+        return squared_error(output[0], label)
+
+    with pytest.raises(ModelError, match="the module gives a tuple, but must give one tensor"):
+        Job(tmp_path, Pair(), [ROWS], loss=first).tried()
+
+
+@pytest.mark.parametrize(
+    ("loss", "phrase"),
+    [
+        (picky, "raised KeyError: 'no such label'"),
+        (lambda output, label: output.detach().sum(1), "does not require grad"),
+    ],
+    ids=["it raises", "it is cut off from the parameters"],
+)
+def test_a_loss_that_raises_or_has_no_gradient_is_the_user_s_error(
+    tmp_path: Path, loss: Callable[..., Any], phrase: str
+) -> None:
+    with pytest.raises(UserCodeError, match="the module or its loss raised") as refused:
+        Job(tmp_path, slope(), [ROWS], loss=loss).tried()
+    assert phrase in str(refused.value)

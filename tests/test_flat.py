@@ -1,0 +1,194 @@
+"""A module's parameters and gradients are views of two vectors; its running statistics are a third."""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from sparksgd.errors import ModelError
+from sparksgd.flat import FlatModule, Weights, mixes_rows
+
+
+class Tied(nn.Module):
+    """Parameters: 2 x 2 of `first`, used twice, and 2 of `last`'s bias."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(2, 2, bias=False)
+        self.last = nn.Linear(2, 2)
+        self.last.weight = self.first.weight
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.last(self.first(x))
+
+
+def normed() -> nn.Sequential:
+    return nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3), nn.Linear(3, 1))
+
+
+def filled(module: nn.Module) -> nn.Module:
+    """Number a module's parameters 1, 2, 3... in the order of named_parameters."""
+    start = 1
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.copy_(torch.arange(start, start + parameter.numel()).view(parameter.shape))
+            start += parameter.numel()
+    return module
+
+
+def test_the_vector_holds_the_parameters_in_the_order_of_named_parameters() -> None:
+    flat = FlatModule(filled(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 1))))
+    assert flat.parameters.tolist() == [1, 2, 3, 4, 5, 6, 7, 8, 9]
+    assert flat.parameters.dtype == torch.float32
+
+
+def test_parameters_and_gradients_are_views_of_the_vectors() -> None:
+    module = filled(nn.Linear(2, 1))
+    flat = FlatModule(module)
+    flat.parameters.mul_(10)
+    assert module.weight.tolist() == [[10, 20]]
+    assert module.bias.tolist() == [30]
+    module(torch.tensor([[5.0, 7.0]])).sum().backward()
+    assert flat.gradient.tolist() == [5, 7, 1]
+    flat.zero_gradient()
+    assert module.weight.grad.tolist() == [[0, 0]]
+    module(torch.tensor([[5.0, 7.0]])).sum().backward()
+    assert flat.gradient.tolist() == [5, 7, 1]
+
+
+def test_a_frozen_parameter_is_not_in_the_vector() -> None:
+    module = filled(nn.Linear(2, 2))
+    module.weight.requires_grad_(False)
+    flat = FlatModule(module)
+    assert flat.parameters.tolist() == [5, 6]
+    flat.parameters.zero_()
+    assert module.weight.tolist() == [[1, 2], [3, 4]]
+
+
+def test_a_tied_parameter_is_counted_once_and_stays_tied() -> None:
+    module = filled(Tied())
+    flat = FlatModule(module)
+    assert flat.parameters.tolist() == [1, 2, 3, 4, 5, 6]
+    assert module.first.weight is module.last.weight
+    flat.parameters[0] = 9
+    assert module.last.weight[0, 0] == module.first.weight[0, 0] == 9
+
+
+def test_the_parameters_digest_is_of_their_little_endian_bytes() -> None:
+    flat = FlatModule(filled(nn.Linear(2, 1)))
+    assert flat.parameters_sha256() == hashlib.sha256(struct.pack("<3f", 1, 2, 3)).hexdigest()
+
+
+def test_the_buffers_digest_is_of_all_buffers_bytes_in_order() -> None:
+    flat = FlatModule(nn.Sequential(nn.Linear(1, 2), nn.BatchNorm1d(2)))
+    fresh = struct.pack("<2f2fq", 0, 0, 1, 1, 0)  # running_mean, running_var, num_batches_tracked
+    assert flat.buffers_sha256() == hashlib.sha256(fresh).hexdigest()
+    assert FlatModule(nn.Linear(1, 1)).buffers_sha256() == hashlib.sha256(b"").hexdigest()
+
+
+def test_statistics_are_each_norm_s_mean_then_variance_and_counters_apart() -> None:
+    module = normed()
+    module[1].running_mean.copy_(torch.tensor([1.0, 2, 3]))
+    module[1].running_var.copy_(torch.tensor([4.0, 5, 6]))
+    module[1].num_batches_tracked.fill_(7)
+    flat = FlatModule(module)
+    assert flat.statistics().tolist() == [1, 2, 3, 4, 5, 6]
+    assert flat.counters().tolist() == [7]
+    flat.load_buffers(np.array([6, 5, 4, 3, 2, 1], np.float32), np.array([8]))
+    assert module[1].running_mean.tolist() == [6, 5, 4]
+    assert module[1].running_var.tolist() == [3, 2, 1]
+    assert module[1].num_batches_tracked == 8
+
+
+def test_a_norm_without_running_statistics_has_none_but_still_mixes_rows() -> None:
+    module = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3, track_running_stats=False))
+    flat = FlatModule(module)
+    assert (len(flat.statistics()), len(flat.counters())) == (0, 0)
+    assert mixes_rows(module)
+
+
+def test_only_a_batch_norm_that_trains_mixes_rows() -> None:
+    module = normed()
+    assert mixes_rows(module)
+    module[1].eval()
+    assert not mixes_rows(module)
+    assert not mixes_rows(nn.Sequential(nn.Linear(2, 3), nn.LayerNorm(3)))
+
+
+def test_weights_are_a_copy_that_training_does_not_touch() -> None:
+    flat = FlatModule(filled(normed()))
+    weights = flat.weights(4)
+    flat.parameters.zero_()
+    flat.load_buffers(np.full(6, 9, np.float32), np.array([5]))
+    assert weights.version == 4
+    assert weights.parameters.tolist() == list(range(1, 20))
+    assert weights.statistics.tolist() == [0, 0, 0, 1, 1, 1]
+    assert weights.counters.tolist() == [0]
+    flat.load(weights)
+    assert flat.parameters.tolist() == list(range(1, 20))
+    assert flat.statistics().tolist() == [0, 0, 0, 1, 1, 1]
+    assert flat.counters().tolist() == [0]
+
+
+def test_weights_that_were_loaded_stay_apart_from_the_module() -> None:
+    flat = FlatModule(nn.Linear(1, 1))
+    weights = Weights(
+        version=0,
+        parameters=np.array([1, 2], np.float32),
+        statistics=np.empty(0, np.float32),
+        counters=np.empty(0, np.int64),
+    )
+    flat.load(weights)
+    flat.parameters.mul_(5)
+    assert weights.parameters.tolist() == [1, 2]
+
+
+def test_buffers_that_may_not_change_are_all_but_batch_norm_s() -> None:
+    module = normed()
+    module.register_buffer("mask", torch.ones(2))
+    assert [name for name, _ in FlatModule(module).constants()] == ["mask"]
+
+
+def test_evaluation_mode_ends_with_each_part_in_its_own_mode() -> None:
+    module = nn.Sequential(nn.Dropout(), nn.Dropout().eval())
+    module.append(nn.Linear(1, 1))
+    flat = FlatModule(module)
+
+    def evaluate() -> None:
+        with flat.evaluating():
+            assert [part.training for part in module.modules()] == [False] * 4
+            assert not torch.is_grad_enabled()
+            raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        evaluate()
+    assert [part.training for part in module.modules()] == [True, True, False, True]
+    assert torch.is_grad_enabled()
+
+
+def test_a_float64_module_is_flat_in_float64_where_asked() -> None:
+    assert FlatModule(nn.Linear(2, 1).double(), torch.float64).parameters.dtype == torch.float64
+
+
+@pytest.mark.parametrize(
+    ("module", "phrases"),
+    [
+        (nn.ReLU(), ["ReLU has no trainable parameter"]),
+        (nn.Linear(1, 1).requires_grad_(False), ["Linear has no trainable parameter", "requires_grad false"]),
+        (nn.LazyLinear(3), ["parameter weight has no shape yet", "run one batch through it first"]),
+        (nn.Linear(1, 1).double(), ["parameter weight is torch.float64", "must be torch.float32"]),
+        (nn.Linear(1, 1).half(), ["parameter weight is torch.float16", "module.float()"]),
+        (nn.Linear(1, 1, device="meta"), ["weight is on meta", "module.cpu()"]),
+    ],
+    ids=["nothing to train", "all frozen", "lazy", "float64", "float16", "another device"],
+)
+def test_a_module_that_cannot_be_one_vector_is_refused(module: nn.Module, phrases: list[str]) -> None:
+    with pytest.raises(ModelError) as refused:
+        FlatModule(module)
+    for phrase in phrases:
+        assert phrase in str(refused.value)

@@ -1,0 +1,144 @@
+"""The jobs as a user submits them: from another directory, with nonsense, with what they leave behind."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import json
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from sparksgd.models import LeNet
+from sparksgd.output import load_model
+
+ROOT = Path(__file__).parent.parent
+SUMMARY_KEYS = {
+    "test_accuracy", "test_loss", "train_rows", "epochs", "steps", "rows_per_second", "wall_s", "engine",
+    "num_workers", "num_shards", "rows_per_step", "parameters", "parameters_sha256", "buffers_sha256",
+    "numerics", "data_digest", "step_time_s",
+}  # fmt: skip
+EXACT_KEYS = ["kind", "step", "epoch", "version", "rows", "shards", "loss", "lr"]
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory) -> Path:
+    """Write 600 images of a bright bar at one of ten places, as train and test Parquet."""
+    folder = tmp_path_factory.mktemp("digits")
+    source = np.random.default_rng(3)
+    images = source.integers(0, 60, (600, 28, 28), dtype=np.uint8)
+    labels = source.integers(0, 10, 600)
+    for image, label in zip(images, labels, strict=True):
+        image[4 + 2 * label : 6 + 2 * label] = 250
+    table = pa.table(
+        {"image": pa.array([image.tobytes() for image in images], pa.binary()), "label": pa.array(labels)}
+    )
+    pq.write_table(table, folder / "train.parquet")
+    pq.write_table(table.slice(0, 100), folder / "test.parquet")
+    return folder
+
+
+def submit(job: str, *arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    """Submit a job to local[2], from a directory."""
+    return subprocess.run(
+        [str(Path(sys.executable).parent / "spark-submit"), "--master", "local[2]",
+         "--conf", "spark.ui.enabled=false", str(ROOT / "jobs" / job), *arguments],
+        cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=200, check=False,
+        env=os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"},
+    )  # fmt: skip
+
+
+def train(digits: Path, out: Path, *settings: str, engine: str = "tree") -> subprocess.CompletedProcess[str]:
+    base = [
+        f"data.train={digits}/train.parquet", f"data.test={digits}/test.parquet", f"engine.name={engine}",
+        "model.maps=[4, 8]", "model.hidden=16", "train.num_shards=4", "train.rows_per_step=60",
+        "train.epochs=2", "optimizer.lr=0.02",
+    ]  # fmt: skip
+    sets = [word for setting in (*base, *settings) for word in ("--set", setting)]
+    config = ROOT / "conf" / "mnist-lenet.toml"
+    return submit("train.py", "--config", str(config), *sets, "--out", str(out), cwd=out.parent)
+
+
+def metrics(out: Path) -> list[dict]:
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_run_leaves_model_metrics_and_summary_and_its_evaluation_agrees(digits, tmp_path):
+    out = tmp_path / "run"
+    done = train(digits, out)
+    assert done.returncode == 0, done.stdout
+    assert "Traceback" not in done.stdout
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary.keys() >= SUMMARY_KEYS
+    assert (summary["train_rows"], summary["steps"], summary["epochs"]) == (600, 20, 2)
+    assert (summary["engine"], summary["num_workers"], summary["num_shards"]) == ("tree", 2, 4)
+    assert summary["step_time_s"].keys() == {
+        "total", "broadcast", "launch", "compute", "aggregate", "update"
+    }  # fmt: skip
+
+    lines = metrics(out)
+    steps = [line for line in lines if line["kind"] == "step"]
+    assert [line["step"] for line in steps] == list(range(1, 21))
+    assert list(steps[0]) == [*EXACT_KEYS, "timing"]
+    assert [line["step"] for line in lines if line["kind"] == "evaluation"] == [10, 20]
+
+    state = torch.load(out / "model" / "weights.pt", weights_only=True)
+    module = LeNet(maps=(4, 8), hidden=16)
+    module.load_state_dict(state)
+    assert sum(p.numel() for p in module.parameters()) == summary["parameters"]
+    model = load_model(out / "model")
+    assert not model.module.training
+
+    scored = submit(
+        "evaluate.py", "--model", str(out / "model"), "--data", f"{digits}/test.parquet", cwd=tmp_path
+    )
+    assert scored.returncode == 0, scored.stdout
+    assert f"{summary['test_accuracy']:.4f}" in scored.stdout
+    assert "Confusion matrix" in scored.stdout
+
+    again = tmp_path / "again"
+    assert train(digits, again, engine="inline").returncode == 0
+    other = json.loads((again / "summary.json").read_text())
+    for key in ("parameters_sha256", "data_digest", "test_accuracy", "test_loss", "steps"):
+        assert other[key] == summary[key]
+    exact = [[{k: v for k, v in line.items() if k != "timing"} for line in metrics(o)] for o in (out, again)]
+    assert exact[0] == exact[1]
+
+
+@pytest.mark.parametrize(
+    ("settings", "status", "says"),
+    [
+        (["train.epoch=3"], 2, "error: unknown key train.epoch (did you mean epochs?)"),
+        (["model.name=lennet"], 2, "error: model.name is 'lennet', which is not one of ours (did you mean"),
+        (["data.train=/nowhere"], 2, "error: cannot read /nowhere as Parquet"),
+        (["schedule.max_lr=1e38"], 3, "error: "),
+    ],
+)  # fmt: skip
+def test_nonsense_ends_in_one_line_and_a_status(digits, tmp_path, settings, status, says):
+    done = train(digits, tmp_path / "run", *settings, engine="inline")
+    assert done.returncode == status
+    assert says in done.stdout
+    assert "Traceback" not in done.stdout
+
+
+@pytest.mark.parametrize("job", sorted(path.name for path in (ROOT / "jobs").glob("*.py")))
+def test_the_command_line_in_a_jobs_docstring_parses(job):
+    path = ROOT / "jobs" / job
+    docstring = ast.get_docstring(ast.parse(path.read_text()))
+    assert docstring is not None
+    lines = [line.strip() for line in docstring.splitlines() if f"jobs/{job}" in line]
+    assert lines
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    for line in lines:
+        words = shlex.split(line)
+        module.parser().parse_args(words[words.index(f"jobs/{job}") + 1 :])
