@@ -22,14 +22,14 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-from sparksgd.errors import ModelError, NotFinite, SparkSGDError, UserCodeError
+from sparksgd.errors import ModelError, NotFinite, ShardMissing, SparkSGDError, UserCodeError
 from sparksgd.flat import FlatModule, Weights
 from sparksgd.losses import Loss
-from sparksgd.numerics import thread_count
+from sparksgd.numerics import Numerics, thread_count
 from sparksgd.rows import RowSchema
 from sparksgd.sampling import Sampling
 from sparksgd.seeds import seed32
-from sparksgd.shard import Descriptor, ShardMissing, read_records
+from sparksgd.shard import Descriptor, read_records
 from sparksgd.solvers.protocol import GradientSum, WorkerHalf
 from sparksgd.treesum import Addable, Partials, add_partial, merge_partials
 
@@ -39,7 +39,7 @@ __all__ = [
     "Computer",
     "Evaluation",
     "Plan",
-    "WorkerTiming",
+    "WorkerReport",
     "forward",
     "predictions",
     "try_out",
@@ -99,14 +99,17 @@ class Evaluation:
 
 
 @dataclass(frozen=True, kw_only=True)
-class WorkerTiming:
-    """When one worker worked, by its own host's clock."""
+class WorkerReport:
+    """Who worked, and when, by its own host's clock."""
 
     worker: int
     host: str
     rows: int
     started_at_s: float
     ended_at_s: float
+
+    numerics: Numerics
+    """Its arithmetic: an executor that takes another's place may have another."""
 
     @property
     def compute_s(self) -> float:
@@ -124,19 +127,17 @@ class Answer:
     partials: Partials = field(default_factory=dict)
     """Sums by node of the tree."""
 
-    workers: list[WorkerTiming] = field(default_factory=list)
+    workers: list[WorkerReport] = field(default_factory=list)
     """Who took part."""
 
-    shards: list[Descriptor] = field(default_factory=list)
-    """The shards that were asked."""
-
-    failure: SparkSGDError | ShardMissing | None = None
+    failure: SparkSGDError | None = None
     """What went wrong, as a value: how Spark treats a raising task depends on the partitions."""
 
     def __iadd__(self, other: Self) -> Self:
         self.workers += other.workers
-        self.shards += other.shards
-        if self.failure is None or isinstance(self.failure, ShardMissing):
+        if isinstance(self.failure, ShardMissing) and isinstance(other.failure, ShardMissing):
+            self.failure += other.failure
+        elif self.failure is None or isinstance(self.failure, ShardMissing):
             self.failure = other.failure or self.failure
         if self.failure is not None:
             self.partials = {}
@@ -161,6 +162,7 @@ class Computer:
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
         self._flat = FlatModule(copy.deepcopy(plan.module), plan.dtype)
+        self.numerics = Numerics.here(plan.threads)
         self._orders: dict[int, tuple[int, npt.NDArray[np.uint32]]] = {}
 
     def gradients(self, worker: int, shards: Iterable[Descriptor], weights: Weights, step: int) -> Answer:
@@ -207,21 +209,21 @@ class Computer:
             with thread_count(self.plan.threads):
                 self._flat.load(weights)
                 for shard in remaining:
-                    answer.shards.append(shard)
                     result = compute(shard)
                     rows += 0 if result is None else result.rows
                     node = (shard.shard, shard.shard + 1)
                     add_partial(answer.partials, node, result, answer.leaves)
-        except (SparkSGDError, ShardMissing) as error:
+        except SparkSGDError as error:
             answer.failure = _located(error, worker, doing)
-            answer.shards += remaining  # Spark keeps a Python worker only if its input was drained
+            list(remaining)  # Spark keeps a Python worker only if its input was drained
         answer.workers.append(
-            WorkerTiming(
+            WorkerReport(
                 worker=worker,
                 host=socket.gethostname(),
                 rows=rows,
                 started_at_s=started,
                 ended_at_s=time.time(),
+                numerics=self.numerics,
             )
         )
         return answer
@@ -383,7 +385,7 @@ def _listed(rows: npt.NDArray[np.integer]) -> str:
     return shown if len(rows) <= 8 else f"{shown} and {len(rows) - 8} more"
 
 
-def _located(error: SparkSGDError | ShardMissing, worker: int, doing: str) -> Any:
+def _located(error: SparkSGDError, worker: int, doing: str) -> SparkSGDError:
     if isinstance(error, ShardMissing):
         return error
     return type(error)(f"{error}\n  in {doing}, on worker {worker} at {socket.gethostname()}")

@@ -64,7 +64,7 @@ class DataConfig:
 
     placement: Literal["hashed", "in_place"] = _experiment("hashed")
     """hashed: one shuffle, any file layout gives the same shards.  in_place: whole partitions of the
-    input are dealt where they are, without a shuffle; the layout then shapes the trajectory."""
+    input become shards where they are, without a shuffle; the layout then shapes the trajectory."""
 
     on_bad_row: Literal["error", "skip"] = _experiment("error")
     """What null, misshapen, non-finite or wrongly labelled rows do."""
@@ -208,6 +208,11 @@ class Config:
             raise ConfigError("data.features names no column: name one, or several")
         if len(set(self.data.features)) < len(self.data.features):
             raise ConfigError(f"data.features names a column twice: {', '.join(self.data.features)}")
+        if self.data.placement == "in_place" and self.engine.name == "inline":
+            raise ConfigError(
+                'data.placement is "in_place", but engine.name is "inline", which has no partitions: '
+                'use "hashed", or engine.name = "tree"'
+            )
         if self.solver.clip_norm is not None and not self.solver.clip_norm > 0:
             raise ConfigError(f"solver.clip_norm is {self.solver.clip_norm}, but must be above 0")
 

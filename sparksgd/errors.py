@@ -10,7 +10,8 @@
     │   ├── NotFinite        a loss or gradient became NaN or infinite
     │   └── UserCodeError    the user's own module or loss raised on a worker
     ├── ClusterError         Spark could not do what was asked                      exit 4
-    │   └── NotEnoughSlots   fewer free task slots than workers
+    │   ├── NotEnoughSlots   fewer free task slots than workers
+    │   └── ShardMissing     shards' files are gone; the tree engine writes them again
     └── Cancelled            somebody cancelled the job                             exit 130
 
 A message names the value, the rule and the next move.  All of them pickle: a worker may return one.
@@ -28,6 +29,7 @@ __all__ = [
     "NotEnoughSlots",
     "NotFinite",
     "ShardChanged",
+    "ShardMissing",
     "SparkSGDError",
     "TrainingError",
     "UserCodeError",
@@ -86,6 +88,20 @@ class ClusterError(SparkSGDError):
 
 class NotEnoughSlots(ClusterError):
     """The cluster offers fewer task slots than there are workers."""
+
+
+class ShardMissing(ClusterError):
+    """Shards' files are not on their worker's host, or not whole: they must be written again."""
+
+    def __init__(self, why: str, shards: tuple[int, ...] = ()) -> None:
+        super().__init__(why, shards)
+        self.shards = shards
+
+    def __add__(self, other: ShardMissing) -> ShardMissing:
+        return ShardMissing(f"{self}; {other}", self.shards + other.shards)
+
+    def __str__(self) -> str:
+        return str(self.args[0])
 
 
 class Cancelled(SparkSGDError):

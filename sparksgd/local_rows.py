@@ -13,7 +13,7 @@ import pyarrow.dataset as ds
 
 from sparksgd.errors import DataError
 from sparksgd.rows import HASH_BYTES, RowReport, Rows, RowSchema, read_rows
-from sparksgd.shard import Descriptor, ShardWriter, remove_run, run_folder
+from sparksgd.shard import Descriptor, ShardWriter
 
 __all__ = ["LocalShards", "ParquetRows"]
 
@@ -29,8 +29,7 @@ class LocalShards:
 
     def close(self) -> None:
         """Remove the files."""
-        remove_run([self._folder], "inline")
-        Path(self._folder).rmdir()
+        shutil.rmtree(self._folder, ignore_errors=True)
 
 
 class ParquetRows:
@@ -71,13 +70,12 @@ class ParquetRows:
         """
         folder = tempfile.mkdtemp(prefix="sparksgd-")
         try:
-            return LocalShards(self._written(run_folder(folder, "inline"), schema, num_shards), folder)
+            return LocalShards(self._written(Path(folder), schema, num_shards), folder)
         except BaseException:
             shutil.rmtree(folder, ignore_errors=True)
             raise
 
     def _written(self, target: Path, schema: RowSchema, num_shards: int) -> list[Descriptor]:
-        target.mkdir()
         unsorted = [target / f"unsorted-{shard}" for shard in range(num_shards)]
         for file in unsorted:
             file.touch()

@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import math
 import pickle
-import statistics
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -99,11 +98,10 @@ def load_model(folder: Path, module: nn.Module | None = None) -> SavedModel:
 
 def summary(training: Training, wall_s: float) -> dict[str, Any]:
     """Return the run's summary: what was reached, how fast, and what its bits depend on."""
-    steps, last = training.steps, training.evaluations[-1] if training.evaluations else None
-    seconds = sum(step.timing.total for step in steps)
+    last = training.last_evaluation
     driver, *workers = training.numerics
     different = {str(index): w for index, w in enumerate(workers) if driver.differences(w)}
-    config = training.config
+    config, changes = training.config, training.numerics_changes
     return {
         "status": "finished" if training.error is None else f"{type(training.error).__name__}",
         "test_accuracy": None if last is None else last.accuracy,
@@ -112,7 +110,7 @@ def summary(training: Training, wall_s: float) -> dict[str, Any]:
         "bad_rows_skipped": training.rows.bad.total(),
         "epochs": training.version / training.plan.sampling.steps_per_epoch,
         "steps": training.version,
-        "rows_per_second": sum(step.rows for step in steps) / seconds if steps else None,
+        "rows_per_second": training.rows_per_second,
         "wall_s": wall_s,
         "engine": config.engine.name,
         "num_workers": len(workers),
@@ -123,13 +121,11 @@ def summary(training: Training, wall_s: float) -> dict[str, Any]:
         "buffers_sha256": training.flat.buffers_sha256(),
         "data_digest": training.rows.data_digest,
         "numerics": asdict(driver)
-        | ({"workers": {index: asdict(w) for index, w in different.items()}} if different else {}),
-        "retried_steps": training.retries,
-        "rebuilt_shards": training.rebuilt_shards,
-        "step_time_s": {
-            name: statistics.median(getattr(step.timing, name) for step in steps)
-            for name in (asdict(steps[0].timing) if steps else {})
-        },
+        | ({"workers": {index: asdict(w) for index, w in different.items()}} if different else {})
+        | ({"changes": [asdict(change) for change in changes]} if changes else {}),
+        "retried_steps": training.recovery.retries,
+        "rebuilt_shards": training.recovery.rebuilt_shards,
+        "step_time_s": training.median_step_time_s(),
     }
 
 

@@ -7,10 +7,9 @@ a mapping as its memory, and kills for it.
 from __future__ import annotations
 
 import os
-import shutil
 import socket
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -21,20 +20,10 @@ from typing import Any, Self
 import numpy as np
 import numpy.typing as npt
 
+from sparksgd.errors import ShardMissing
 from sparksgd.rows import HASH_BYTES, add_digests, digest_of
 
-__all__ = ["Descriptor", "ShardMissing", "ShardWriter", "read_records", "remove_run", "run_folder"]
-
-
-class ShardMissing(Exception):
-    """A shard's file is not on this host, or not whole: the shard must be written again."""
-
-    def __init__(self, shard: int, why: str) -> None:
-        super().__init__(shard, why)
-        self.shard = shard
-
-    def __str__(self) -> str:
-        return f"shard {self.args[0]}: {self.args[1]}"
+__all__ = ["Descriptor", "ShardWriter", "deal_folder", "read_records"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +43,7 @@ class Descriptor:
     """How many records."""
 
     repeats: int
-    """How many of them repeat the features of another."""
+    """How many of them were dealt by the same hash as another: the same features, or the same id."""
 
     row_digest: tuple[int, int]
     """Order-free digest of the rows."""
@@ -63,22 +52,16 @@ class Descriptor:
     """Digest of the file's bytes."""
 
 
-def run_folder(local_folder: str, run_id: str) -> Path:
-    """Return the folder of a run's shard files below one of Spark's local directories."""
-    return Path(local_folder) / f"sparksgd-{run_id}"
-
-
-def remove_run(local_folders: Iterable[str], run_id: str) -> None:
-    """Remove a run's shard files from local directories; those not on this host are passed over."""
-    for folder in local_folders:
-        shutil.rmtree(run_folder(folder, run_id), ignore_errors=True)
+def deal_folder(local_folder: str, deal_id: str) -> Path:
+    """Return the folder of one deal's shard files below one of Spark's local directories."""
+    return Path(local_folder) / f"sparksgd-{deal_id}"
 
 
 class ShardWriter:
     """Writes one shard's file, under a name of its own: two attempts never share one.
 
     Args:
-        folder: the run's folder on a local disk.
+        folder: the deal's folder on a local disk.
         shard: the shard's number.
     """
 
@@ -91,7 +74,7 @@ class ShardWriter:
         self._rows = 0
         self._repeats = 0
         self._row_digest = (0, 0)
-        self._last_features = b""
+        self._last_dealt_by = b""
 
     def append(self, keys: npt.NDArray[np.uint8], records: npt.NDArray[np.uint8]) -> None:
         """Append records, uint8[B, record_bytes], sorted by their keys, uint8[B, K]."""
@@ -102,10 +85,10 @@ class ShardWriter:
         self._digest.update(data)
         self._rows += len(records)
         self._row_digest = add_digests(self._row_digest, digest_of(keys))
-        features = keys[:, :-HASH_BYTES]
-        self._repeats += int((features[1:] == features[:-1]).all(axis=1).sum())
-        self._repeats += features[0].tobytes() == self._last_features
-        self._last_features = features[-1].tobytes()
+        dealt_by = keys[:, :HASH_BYTES]
+        self._repeats += int((dealt_by[1:] == dealt_by[:-1]).all(axis=1).sum())
+        self._repeats += dealt_by[0].tobytes() == self._last_dealt_by
+        self._last_dealt_by = dealt_by[-1].tobytes()
 
     def close(self) -> Descriptor:
         """Finish the file and describe it."""
@@ -138,8 +121,8 @@ def _opened(shard: Descriptor) -> Iterator[int]:
     try:
         file = os.open(shard.path, os.O_RDONLY | os.O_CLOEXEC)
     except OSError as error:
-        why = f"{shard.path} on {socket.gethostname()}: {error.strerror}"
-        raise ShardMissing(shard.shard, why) from error
+        why = f"shard {shard.shard}: {shard.path} on {socket.gethostname()}: {error.strerror}"
+        raise ShardMissing(why, (shard.shard,)) from error
     try:
         yield file
     finally:
@@ -169,7 +152,8 @@ def read_records(
         for start, first, count in _stretches(rows):
             wanted = target[start * width : (start + count) * width]
             if os.preadv(file, [wanted], first * width) != len(wanted):
-                raise ShardMissing(shard.shard, f"{shard.path} is shorter than {shard.rows} records")
+                why = f"shard {shard.shard}: {shard.path} is shorter than {shard.rows} records"
+                raise ShardMissing(why, (shard.shard,))
     return records
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import statistics
 import sys
 import time
 from pathlib import Path
@@ -117,26 +116,24 @@ def _table(training: Training) -> Table:
     table = Table(show_header=False, title="Training", title_justify="left")
     table.add_column(style="bold")
     table.add_column()
-    if training.evaluations:
-        last = training.evaluations[-1]
+    last = training.last_evaluation
+    if last is not None:
         if last.accuracy is not None:
             table.add_row("test accuracy", f"[bold green]{last.accuracy:.4f}[/]  of {last.rows:,} rows")
         table.add_row("test loss", f"{last.loss:.4f}")
-    steps = training.steps
-    seconds = sum(step.timing.total for step in steps)
-    rows = sum(step.rows for step in steps)
-    table.add_row("trained", f"{rows:,} rows in {len(steps):,} steps, {rows / seconds:,.0f} rows/s")
+    rows = sum(step.rows for step in training.steps)
+    table.add_row(
+        "trained", f"{rows:,} rows in {len(training.steps):,} steps, {training.rows_per_second:,.0f} rows/s"
+    )
     workers = len(training.numerics) - 1
     table.add_row("engine", f"{training.config.engine.name}, {workers} workers, "
                             f"{training.config.train.num_shards} shards")  # fmt: skip
-    parts = {
-        name: 1e3 * statistics.median(getattr(step.timing, name) for step in steps)
-        for name in ("total", "broadcast", "launch", "compute", "aggregate", "update")
-    }
-    table.add_row("median step", "  ".join(f"{name} {value:.1f}" for name, value in parts.items()) + "  ms")
-    if training.retries or training.rebuilt_shards:
+    parts = [f"{name} {1e3 * seconds:.1f}" for name, seconds in training.median_step_time_s().items()]
+    table.add_row("median step", "  ".join(parts) + "  ms")
+    mended = training.recovery
+    if mended.retries or mended.rebuilt_shards:
         table.add_row(
-            "recovered", f"{training.retries} steps tried again, {training.rebuilt_shards} shards rebuilt"
+            "recovered", f"{mended.retries} jobs tried again, {mended.rebuilt_shards} shards rebuilt"
         )
     table.add_row("parameters", f"{training.flat.parameters_sha256()[:16]}…")
     return table

@@ -12,10 +12,11 @@ import copy
 import inspect
 import logging
 import math
+import statistics
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Protocol
 
 import pyarrow as pa
@@ -23,8 +24,8 @@ import torch
 from torch import nn
 
 from sparksgd.compute import Plan, try_out
-from sparksgd.config import Config, ModelConfig
-from sparksgd.engines.protocol import Engine, MakeEngine, Shards, StepReport
+from sparksgd.config import Config, DataConfig, ModelConfig
+from sparksgd.engines.protocol import Engine, MakeEngine, Recovery, Shards, StepReport, StepTiming
 from sparksgd.errors import ConfigError, DataError, ModelError, NotFinite, ShardChanged
 from sparksgd.flat import FlatModule, mixes_rows
 from sparksgd.imports import resolve
@@ -35,9 +36,17 @@ from sparksgd.rows import RowReport, RowSchema, read_rows
 from sparksgd.sampling import Sampling
 from sparksgd.seeds import seed32
 from sparksgd.shard import Descriptor
-from sparksgd.solvers.synchronous import SendEverything, SynchronousSolver
+from sparksgd.solvers.synchronous import SynchronousSolver
 
-__all__ = ["EvaluationReport", "Observer", "RowSource", "Training", "build_module", "train"]
+__all__ = [
+    "EvaluationReport",
+    "NumericsChange",
+    "Observer",
+    "RowSource",
+    "Training",
+    "build_module",
+    "train",
+]
 
 log = logging.getLogger("sparksgd")
 
@@ -71,6 +80,15 @@ class EvaluationReport:
     accuracy: float | None
     rows: int
     time_s: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class NumericsChange:
+    """A worker whose arithmetic changed, because another executor took its place."""
+
+    step: int
+    worker: int
+    numerics: Numerics
 
 
 @dataclass(kw_only=True)
@@ -113,14 +131,31 @@ class Training:
     evaluations: list[EvaluationReport] = field(default_factory=list)
     """Evaluations made."""
 
-    retries: int = 0
-    """Steps tried again."""
+    recovery: Recovery = field(default_factory=Recovery)
+    """What the engine had to mend."""
 
-    rebuilt_shards: int = 0
-    """Shards written again."""
+    numerics_changes: list[NumericsChange] = field(default_factory=list)
+    """Workers that were replaced by others, of other arithmetic."""
 
     error: BaseException | None = None
     """What ended the run early."""
+
+    @property
+    def last_evaluation(self) -> EvaluationReport | None:
+        """The newest one that the run stands by: none of weights that a NaN loss made it give up."""
+        standing = [report for report in self.evaluations if report.step <= self.version]
+        return standing[-1] if standing else None
+
+    @property
+    def rows_per_second(self) -> float | None:
+        """Rows of all steps over the seconds of the steps alone; None before the first."""
+        seconds = sum(step.timing.total for step in self.steps)
+        return sum(step.rows for step in self.steps) / seconds if seconds else None
+
+    def median_step_time_s(self) -> dict[str, float]:
+        """Return the median seconds of each part of a step."""
+        names = [part.name for part in fields(StepTiming)] if self.steps else []
+        return {name: statistics.median(getattr(s.timing, name) for s in self.steps) for name in names}
 
 
 class Observer(Protocol):
@@ -202,6 +237,7 @@ def train(
         module = build_module(config.model, config.train.seed)
     loss = loss_named(config.loss.name)
     schema = _tried_schema(config, module, loss, rows, dtype)
+    _try_solver(config)
     if not module.training:
         log.warning(
             "the module is in evaluation mode: it trains without dropout, its batch-norm fixed; "
@@ -218,26 +254,16 @@ def train(
             f"set train.num_shards to {report.rows} or less"
         )
     with ExitStack() as stack:
-        shards = stack.enter_context(_dealt(rows, schema, num_shards, report, "training"))
+        shards = stack.enter_context(_dealt(rows, schema, config, report, "training"))
         test_shards = None
         if test is not None and test_report is not None:
-            test_shards = stack.enter_context(_dealt(test, schema, num_shards, test_report, "test"))
+            test_shards = stack.enter_context(_dealt(test, schema, config, test_report, "test"))
         sampling = Sampling(
             shard_rows=tuple(shard.rows for shard in shards.table),
             rows_per_step=config.train.rows_per_step,
             seed=config.train.seed,
         )
         _check_pieces(module, sampling, config.train.rows_per_backward)
-        plan = Plan(
-            module=copy.deepcopy(module),
-            loss=loss,
-            schema=schema,
-            sampling=sampling,
-            worker_half=SendEverything(),
-            threads=config.train.threads,
-            rows_per_backward=config.train.rows_per_backward,
-            dtype=dtype,
-        )
         total = config.train.epochs * sampling.steps_per_epoch
         total = min(total, config.train.steps or total)
         flat = FlatModule(module, dtype)
@@ -248,6 +274,16 @@ def train(
             solver=config.solver,
             steps_per_epoch=sampling.steps_per_epoch,
             total_steps=total,
+        )
+        plan = Plan(
+            module=copy.deepcopy(module),
+            loss=loss,
+            schema=schema,
+            sampling=sampling,
+            worker_half=solver.worker_half(),
+            threads=config.train.threads,
+            rows_per_backward=config.train.rows_per_backward,
+            dtype=dtype,
         )
         engine = stack.enter_context(closing(make_engine(plan, shards, test_shards)))
         training = Training(
@@ -260,6 +296,7 @@ def train(
             test_rows=test_report,
             total_steps=total,
             numerics=[Numerics.here(config.train.threads), *engine.contact()],
+            recovery=engine.recovery,
         )
         _name_differences(training.numerics)
         with thread_count(config.train.threads):
@@ -297,6 +334,18 @@ def _tried_schema(
     if not classifies:
         return schema
     return replace(schema, classes=2 if loss is binary_cross_entropy else output[1])
+
+
+def _try_solver(config: Config) -> None:
+    """Refuse an optimiser or a schedule that cannot be made, before any row is read for it."""
+    SynchronousSolver(
+        FlatModule(nn.ParameterList([nn.Parameter(torch.zeros(2, 2))])),
+        optimizer=config.optimizer,
+        schedule=config.schedule,
+        solver=config.solver,
+        steps_per_epoch=1,
+        total_steps=0,
+    )
 
 
 def _check_test_columns(test: RowSource, schema: RowSchema) -> None:
@@ -337,12 +386,13 @@ def _inspected(source: RowSource, schema: RowSchema, config: Config, which: str)
 def _dealt(
     source: RowSource,
     schema: RowSchema,
-    num_shards: int,
+    config: Config,
     expected: RowReport,
     which: str,
 ) -> Iterator[Shards]:
     """Deal rows into shards for the time of the block, and name what is odd about them."""
     started = time.perf_counter()
+    num_shards = config.train.num_shards
     shards = source.deal(schema, num_shards, expected)
     try:
         log.info(
@@ -351,13 +401,13 @@ def _dealt(
             num_shards,
             time.perf_counter() - started,
         )
-        _check_deal(shards.table, expected, which)
+        _check_deal(shards.table, expected, config.data, which)
         yield shards
     finally:
         shards.close()
 
 
-def _check_deal(table: Sequence[Descriptor], expected: RowReport, which: str) -> None:
+def _check_deal(table: Sequence[Descriptor], expected: RowReport, data: DataConfig, which: str) -> None:
     dealt = RowReport()
     for shard in table:
         dealt += RowReport(rows=shard.rows, digest=shard.row_digest)
@@ -372,18 +422,34 @@ def _check_deal(table: Sequence[Descriptor], expected: RowReport, which: str) ->
     for shard in table:
         if shard.rows > 2 * share:
             log.warning(
-                "%s shard %d holds %s rows, %.1f times its share, because %s of them repeat the "
-                "features of another and the same features always meet in one shard (an id column, "
-                "data.id, would spread them); the worker that owns it is slower than the others",
+                "%s shard %d holds %s rows, %.1f times its share, because %s; the worker that owns it is "
+                "slower than the others",
                 which,
                 shard.shard,
                 f"{shard.rows:,}",
                 shard.rows / share,
-                f"{shard.repeats:,}",
+                _why_heavy(shard, share, data, which),
             )
     empty = [shard.shard for shard in table if not shard.rows]
     if empty:
         log.warning("%s shards %s are empty: they take part in no step", which, empty)
+
+
+def _why_heavy(shard: Descriptor, share: float, data: DataConfig, which: str) -> str:
+    """Return what made a shard hold more than twice its share."""
+    if data.placement == "in_place" and which == "training":
+        return "its partitions are larger than others (repartition the data, or deal it hashed)"
+    if shard.rows - shard.repeats > 2 * share:
+        return "so few rows do not spread evenly (fewer shards would be more even)"
+    if data.id is not None:
+        return (
+            f"{shard.repeats:,} of them repeat the {data.id!r} of another and the same id always meets in "
+            f"one shard"
+        )
+    return (
+        f"{shard.repeats:,} of them repeat the features of another and the same features always meet in one "
+        f"shard (an id column, data.id, would spread them)"
+    )
 
 
 def _check_pieces(module: nn.Module, sampling: Sampling, rows_per_backward: int | None) -> None:
@@ -415,6 +481,24 @@ def _name_differences(numerics: Sequence[Numerics]) -> None:
             )
 
 
+def _note_replacements(training: Training, report: StepReport) -> None:
+    """Name, and keep, a worker that another of other arithmetic took the place of."""
+    for worker in report.workers:
+        different = training.numerics[1 + worker.worker].differences(worker.numerics)
+        if different:
+            training.numerics[1 + worker.worker] = worker.numerics
+            training.numerics_changes.append(
+                NumericsChange(step=report.step, worker=worker.worker, numerics=worker.numerics)
+            )
+            log.warning(
+                "worker %d was replaced before step %d by one that differs (before / now): %s; other runs "
+                "may give other bits (train.instruction_set holds all machines to one)",
+                worker.worker,
+                report.step,
+                "; ".join(different),
+            )
+
+
 def _loop(
     training: Training,
     engine: Engine,
@@ -432,9 +516,8 @@ def _loop(
             until_evaluation = every - solver.step % every
             steps = min(until_evaluation, training.total_steps - solver.step, engine.segment_steps)
             segment = engine.advance(solver, steps)
-            training.retries += segment.retries
-            training.rebuilt_shards += segment.rebuilt_shards
             for report in segment.steps:
+                _note_replacements(training, report)
                 training.steps.append(replace(report, workers=()))
                 for observer in observers:
                     observer.stepped(training, report)
@@ -456,9 +539,7 @@ def _loop(
 
 def _evaluated(training: Training, engine: Engine, solver: SynchronousSolver) -> EvaluationReport:
     started = time.perf_counter()
-    sums, segment = engine.evaluate(solver)
-    training.retries += segment.retries
-    training.rebuilt_shards += segment.rebuilt_shards
+    sums = engine.evaluate(solver)
     report = EvaluationReport(
         step=solver.step,
         epoch=training.plan.sampling.epoch_of(solver.step - 1) + 1,

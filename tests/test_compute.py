@@ -17,13 +17,13 @@ from torch import nn
 from torch.nn import functional as F
 
 from sparksgd.compute import Answer, Computer, Evaluation, Plan, try_out
-from sparksgd.errors import ModelError, NotFinite, UserCodeError
+from sparksgd.errors import ModelError, NotFinite, ShardMissing, UserCodeError
 from sparksgd.flat import FlatModule, Weights
 from sparksgd.losses import cross_entropy, squared_error
 from sparksgd.rows import Feature, RowSchema
 from sparksgd.sampling import Sampling
 from sparksgd.seeds import seed32
-from sparksgd.shard import Descriptor, ShardMissing, ShardWriter
+from sparksgd.shard import Descriptor, ShardWriter
 from sparksgd.solvers.protocol import GradientSum
 from sparksgd.solvers.synchronous import SendEverything
 
@@ -179,7 +179,7 @@ class Watched(nn.Module):
     """Notes what it sees as it runs."""
 
     rows: list[int] = []  # noqa: RUF012 # shared on purpose: the computer runs a copy of the module
-    threads: list[int] = []  # noqa: RUF012
+    threads: list[int] = []  # noqa: RUF012 # as above
 
     def __init__(self) -> None:
         super().__init__()
@@ -390,7 +390,6 @@ def test_what_the_user_s_code_raised_comes_back_with_its_traceback(tmp_path: Pat
     for phrase in ("the module or its loss raised KeyError: 'no such label'", "in picky", "test_compute.py"):
         assert phrase in str(failure)
     assert str(failure).endswith(f"in step 1, on worker 1 at {socket.gethostname()}")
-    assert [shard.shard for shard in answer.shards] == [0, 1]  # all were taken from the input
 
 
 def test_a_file_that_is_gone_is_a_missing_shard_not_an_error_of_training(tmp_path: Path) -> None:
@@ -398,16 +397,30 @@ def test_a_file_that_is_gone_is_a_missing_shard_not_an_error_of_training(tmp_pat
     Path(job.table[1].path).unlink()
     failure = job.gradients().failure
     assert isinstance(failure, ShardMissing)
-    assert failure.shard == 1
+    assert failure.shards == (1,)
     assert isinstance(job.computer().evaluations(0, job.table, job.weights).failure, ShardMissing)
 
 
 def test_of_two_failures_the_one_that_cannot_be_mended_is_kept(tmp_path: Path) -> None:
-    missing, wrong = ShardMissing(0, "gone"), UserCodeError("wrong")
+    missing, wrong = ShardMissing("gone", (0,)), UserCodeError("wrong")
     for left, right in [(missing, wrong), (wrong, missing), (None, wrong), (wrong, None)]:
         answer = Answer(leaves=2, partials={(0, 1): None}, failure=left)
         answer += Answer(leaves=2, partials={(1, 2): None}, failure=right)
         assert (answer.failure, answer.partials) == (wrong, {})
+
+
+def test_a_failure_leaves_no_shard_in_the_input_or_spark_would_drop_the_worker(tmp_path: Path) -> None:
+    job = Job(tmp_path, slope(), [ROWS, ROWS], loss=picky)
+    shards = iter(job.table)
+    assert job.computer().gradients(0, shards, job.weights, 0).failure is not None
+    assert next(shards, None) is None
+
+
+def test_two_missing_shards_are_both_told(tmp_path: Path) -> None:
+    answer = Answer(leaves=2, failure=ShardMissing("gone", (0,)))
+    answer += Answer(leaves=2, failure=ShardMissing("gone", (1,)))
+    assert isinstance(answer.failure, ShardMissing)
+    assert answer.failure.shards == (0, 1)
 
 
 # What is refused before the first step

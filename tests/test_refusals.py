@@ -330,7 +330,11 @@ def test_a_batch_norm_that_would_meet_a_row_by_itself(
             ["the loss gave () for 4 rows", "reduction='none'"],
         ),
         ({"optimizer": {"name": "SGDD"}}, ConfigError, ["optimizer.name is 'SGDD'", "did you mean SGD?"]),
-        ({"optimizer": {"momentm": 0.9}}, ConfigError, ["does not take {'momentm': 0.9}"]),
+        (
+            {"optimizer": {"momentm": 0.9}},
+            ConfigError,
+            ["optimizer.momentm is no argument of SGD (did you mean momentum?)"],
+        ),
         ({"optimizer": {"fused": True}}, ConfigError, ["optimizer.fused is true"]),
         ({"optimizer": {"name": "LBFGS"}}, ConfigError, ["optimizer.name is 'LBFGS'"]),
         ({"schedule": {"name": "StepRL", "step_size": 1}}, ConfigError, ["did you mean StepLR?"]),

@@ -14,7 +14,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sparksgd.shard import Descriptor, ShardMissing, ShardWriter, read_records, remove_run, run_folder
+from sparksgd.errors import ShardMissing
+from sparksgd.shard import Descriptor, ShardWriter, read_records
 
 calm = settings(deadline=None, derandomize=True, database=None)  # no clock, no chance
 
@@ -111,7 +112,7 @@ def test_a_file_that_is_gone_is_a_missing_shard(tmp_path: Path) -> None:
     Path(shard.path).unlink()
     with pytest.raises(ShardMissing, match=rf"shard 4: {shard.path} on {socket.gethostname()}") as gone:
         read_records(shard, range(10), RECORD)
-    assert gone.value.shard == 4
+    assert gone.value.shards == (4,)
 
 
 @pytest.mark.parametrize("left", [0, 1, 9 * 15, 10 * 15 - 1])
@@ -124,8 +125,10 @@ def test_a_file_that_was_cut_off_is_a_missing_shard(tmp_path: Path, left: int) -
 
 
 def test_a_missing_shard_crosses_processes() -> None:
-    back = pickle.loads(pickle.dumps(ShardMissing(3, "gone")))
-    assert (back.shard, str(back)) == (3, "shard 3: gone")
+    back = pickle.loads(
+        pickle.dumps(ShardMissing("shard 3 is gone", (3,)) + ShardMissing("so is shard 5", (5,)))
+    )
+    assert (back.shards, str(back)) == ((3, 5), "shard 3 is gone; so is shard 5")
 
 
 def test_two_writers_of_one_shard_never_share_a_file(tmp_path: Path) -> None:
@@ -147,15 +150,6 @@ def test_an_attempt_that_failed_leaves_no_file(tmp_path: Path) -> None:
     with pytest.raises(InterruptedError):
         attempt()
     assert list(tmp_path.iterdir()) == []
-
-
-def test_a_run_s_files_go_and_no_other_run_s(tmp_path: Path) -> None:
-    folders = [str(tmp_path / "disk1"), str(tmp_path / "disk2"), str(tmp_path / "never-there")]
-    mine = [written(run_folder(folder, "mine"), records_of(1)) for folder in folders[:2]]
-    other = written(run_folder(folders[0], "other"), records_of(1))
-    remove_run(folders, "mine")
-    assert not any(Path(shard.path).parent.exists() for shard in mine)
-    assert Path(other.path).exists()
 
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs Linux's /proc")

@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 
 from sparksgd.compute import Computer, Evaluation, Plan
-from sparksgd.engines.protocol import SegmentReport, Shards, StepTiming, take_step
+from sparksgd.engines.protocol import Recovery, SegmentReport, Shards, StepTiming, take_step
 from sparksgd.numerics import Numerics
 from sparksgd.solvers.protocol import Solver
 
@@ -31,10 +31,11 @@ class InlineEngine:
         self._shards = shards
         self._test = test
         self._computer = Computer(plan)
+        self.recovery = Recovery()
 
     def contact(self) -> list[Numerics]:
         """Return this process's numerics."""
-        return [Numerics.here(self._plan.threads)]
+        return [self._computer.numerics]
 
     def advance(self, solver: Solver, steps: int) -> SegmentReport:
         """Make steps."""
@@ -53,7 +54,7 @@ class InlineEngine:
             report.steps.append(take_step(solver, self._plan, answer, timing))
         return report
 
-    def evaluate(self, solver: Solver) -> tuple[Evaluation, SegmentReport]:
+    def evaluate(self, solver: Solver) -> Evaluation:
         """Evaluate the solver's weights on the test rows."""
         assert self._test is not None
         answer = self._computer.evaluations(0, self._test.table, solver.weights())
@@ -61,7 +62,7 @@ class InlineEngine:
             raise answer.failure
         total = answer.total()
         assert isinstance(total, Evaluation)
-        return total, SegmentReport()
+        return total
 
     def close(self) -> None:
         """Hold nothing."""

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from sparksgd.compute import Answer, Evaluation, Plan, WorkerTiming
+from sparksgd.compute import Answer, Evaluation, Plan, WorkerReport
 from sparksgd.numerics import Numerics
 from sparksgd.shard import Descriptor
 from sparksgd.solvers.protocol import GradientSum, Solver
@@ -14,6 +14,7 @@ from sparksgd.solvers.protocol import GradientSum, Solver
 __all__ = [
     "Engine",
     "MakeEngine",
+    "Recovery",
     "SegmentReport",
     "Shards",
     "StepReport",
@@ -73,22 +74,27 @@ class StepReport:
     timing: StepTiming
     """Seconds."""
 
-    workers: tuple[WorkerTiming, ...]
-    """Each worker's own clock."""
+    workers: tuple[WorkerReport, ...]
+    """Who worked, and when."""
 
 
 @dataclass(kw_only=True)
 class SegmentReport:
-    """The steps between two returns to the training loop, and what went wrong on the way."""
+    """The steps between two returns to the training loop."""
 
     steps: list[StepReport] = field(default_factory=list)
     """Steps made."""
 
+
+@dataclass(kw_only=True)
+class Recovery:
+    """What went wrong during a run, and was mended."""
+
     retries: int = 0
-    """Steps tried again because an executor or a shard's file was lost."""
+    """Jobs tried again because an executor or a shard's file was lost."""
 
     rebuilt_shards: int = 0
-    """Shards written again elsewhere."""
+    """Shards written again."""
 
 
 class Shards(Protocol):
@@ -110,6 +116,9 @@ class Engine(Protocol):
     segment_steps: int
     """How many steps it likes to make between two returns."""
 
+    recovery: Recovery
+    """What it had to mend so far."""
+
     def contact(self) -> list[Numerics]:
         """Reach every worker once, and return their numerics."""
         ...
@@ -118,8 +127,8 @@ class Engine(Protocol):
         """Make steps; a call that raises leaves the solver as the last whole step made it."""
         ...
 
-    def evaluate(self, solver: Solver) -> tuple[Evaluation, SegmentReport]:
-        """Evaluate the solver's weights on the test rows; the report has what went wrong on the way."""
+    def evaluate(self, solver: Solver) -> Evaluation:
+        """Evaluate the solver's weights on the test rows."""
         ...
 
     def close(self) -> None:

@@ -26,11 +26,10 @@ from rich.filesize import decimal
 
 from sparksgd.compute import Answer, Evaluation, Plan
 from sparksgd.config import EngineConfig
-from sparksgd.engines.protocol import SegmentReport, Shards, StepTiming, take_step
-from sparksgd.errors import ClusterError, ShardChanged, SparkSGDError
+from sparksgd.engines.protocol import Recovery, SegmentReport, Shards, StepTiming, take_step
+from sparksgd.errors import ClusterError, ShardMissing, SparkSGDError
 from sparksgd.flat import FlatModule, Weights
 from sparksgd.numerics import Numerics
-from sparksgd.shard import ShardMissing
 from sparksgd.solvers.protocol import Solver
 from sparksgd.spark import step_tasks
 from sparksgd.spark.cluster import (
@@ -83,6 +82,7 @@ class TreeEngine:
         self._shards = shards
         self._test = test
         self._workers = worker_of_partition(cluster.num_workers)
+        self.recovery = Recovery()
         _check_sizes(cluster, plan)
         self._shipped = self._context.broadcast(step_tasks.ShippedPlan(_pickled(plan)))
         self._watch = SlotWatch(cluster)
@@ -94,14 +94,15 @@ class TreeEngine:
             self._shipped.destroy()
 
     def contact(self) -> list[Numerics]:
-        """Reach every worker once, and return their numerics."""
+        """Reach every worker once, and return their numerics, in their order."""
         self._context.setJobDescription("sparksgd: first contact")
+        task = partial(step_tasks.contact, self._shipped, self._workers)
 
-        def job() -> list[Numerics]:
-            contacted = self._shards.rdd.barrier().mapPartitions(partial(step_tasks.contact, self._shipped))
-            return contacted.collect()
+        def job() -> list[tuple[int, Numerics]]:
+            return self._shards.rdd.barrier().mapPartitions(task).collect()
 
-        return self._run(job, self._shards, "first contact", SegmentReport())
+        answers = self._run(job, self._shards, "first contact")
+        return [numerics for _, numerics in sorted(answers, key=lambda answer: answer[0])]
 
     def advance(self, solver: Solver, steps: int) -> SegmentReport:
         """Make steps."""
@@ -117,7 +118,6 @@ class TreeEngine:
                 step,
                 f"step {step + 1} (epoch {sampling.epoch_of(step) + 1}): gradients of "
                 f"{rows} rows on {self._cluster.num_workers} workers",
-                report,
             )
             arrived = time.perf_counter()
 
@@ -137,30 +137,16 @@ class TreeEngine:
             report.steps.append(take_step(solver, self._plan, exchange.answer, timing))
         return report
 
-    def evaluate(self, solver: Solver) -> tuple[Evaluation, SegmentReport]:
+    def evaluate(self, solver: Solver) -> Evaluation:
         """Evaluate the solver's weights on the test rows."""
         assert self._test is not None
-        report = SegmentReport()
-        exchange = self._ask(
-            self._test,
-            solver.weights(),
-            None,
-            f"evaluation of version {solver.step}",
-            report,
-        )
+        exchange = self._ask(self._test, solver.weights(), None, f"evaluation of version {solver.step}")
         total = exchange.answer.total()
         assert isinstance(total, Evaluation)
-        return total, report
+        return total
 
-    def _ask(
-        self,
-        shards: SparkShards,
-        weights: Weights,
-        step: int | None,
-        doing: str,
-        report: SegmentReport,
-    ) -> Exchange:
-        """Ask all workers, again where an executor or a file was lost; count that in the report."""
+    def _ask(self, shards: SparkShards, weights: Weights, step: int | None, doing: str) -> Exchange:
+        """Ask all workers, again where an executor or a file was lost."""
         self._context.setJobDescription(f"sparksgd: {doing}")
         before = time.time()
         broadcast = self._context.broadcast(weights)
@@ -173,7 +159,6 @@ class TreeEngine:
                 .treeAggregate(None, step_tasks.add, step_tasks.add)  # type: ignore[misc]  # None is the zero: it travels in the closure
             )
             arrived = time.time()
-            self._note_moves(shards, answer, report)
             if answer.failure is not None:
                 raise answer.failure
             return Exchange(
@@ -184,29 +169,30 @@ class TreeEngine:
             )
 
         try:
-            return self._run(job, shards, doing, report)
+            return self._run(job, shards, doing)
         finally:
             with cleanup():
                 broadcast.destroy()
 
-    def _run(self, job: Callable[[], T], shards: SparkShards, doing: str, report: SegmentReport) -> T:
-        """Run a job, again where an executor or a shard's file was lost; count that in the report."""
-        failure, files_missing = "", False
+    def _run(self, job: Callable[[], T], shards: SparkShards, doing: str) -> T:
+        """Run a job, again where an executor or a shard's file was lost."""
+        failure = ""
+        missing: tuple[int, ...] = ()
         for attempt in range(self._max_attempts):
             try:
                 if attempt:
-                    report.retries += 1
+                    self.recovery.retries += 1
                     self._cluster.wait_for_slots()
-                    shards.recover(files_missing=files_missing)
+                    self.recovery.rebuilt_shards += shards.recover(missing)
                     self._context.setJobDescription(f"sparksgd: {doing}, tried again")
                 with self._watch:
                     return job()
             except ShardMissing as error:
-                failure, files_missing = str(error), True
+                failure, missing = str(error), error.shards
             except SparkSGDError:
                 raise
             except Exception as error:
-                failure, files_missing = str(error), False
+                failure, missing = str(error), ()
                 final = final_error(error)
                 if final is not None:
                     raise final from error
@@ -215,20 +201,6 @@ class TreeEngine:
             f"{doing}: failed {self._max_attempts} times, as often as engine.max_attempts allows. The "
             f"last failure:\n{failure}"
         )
-
-    def _note_moves(self, shards: SparkShards, answer: Answer, report: SegmentReport) -> None:
-        for shard in answer.shards:
-            known = shards.table[shard.shard]
-            if shard.digest != known.digest:
-                raise ShardChanged(
-                    f"shard {shard.shard} was lost and written again, but now holds other rows: "
-                    f"{shard.rows:,} (digest {shard.digest}) where it held {known.rows:,} (digest "
-                    f"{known.digest}). The input changed while training ran, or gives other rows on "
-                    f"every reading: write it to Parquet first, and train on that"
-                )
-            if shard.path != known.path:
-                report.rebuilt_shards += 1
-                shards.moved(shard)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,7 +22,7 @@ from torch.optim import Optimizer, lr_scheduler
 from sparksgd.config import OptimizerConfig, ScheduleConfig, SolverConfig
 from sparksgd.errors import ConfigError, NotFinite
 from sparksgd.flat import FlatModule, Weights
-from sparksgd.imports import resolve
+from sparksgd.imports import did_you_mean, resolve
 from sparksgd.solvers.protocol import GradientSum, StepOutcome
 
 __all__ = ["SendEverything", "SynchronousSolver"]
@@ -128,7 +128,7 @@ def _optimizer(flat: FlatModule, config: OptimizerConfig) -> Optimizer:
         raise ConfigError("optimizer.fused is true, but fused optimisers give other bits: leave it out")
     if issubclass(kind, torch.optim.LBFGS):
         raise ConfigError("optimizer.name is 'LBFGS', which evaluates a step many times: use another")
-    with _refusing("optimizer", config.name, config.arguments):
+    with _refusing("optimizer", config.name, kind, config.arguments):
         trial = nn.Parameter(torch.zeros(2, 2))
         trial.grad = torch.ones(2, 2)
         kind([trial], **config.arguments).step()
@@ -149,7 +149,7 @@ def _schedule(optimizer: Optimizer, config: ScheduleConfig, moves: int) -> lr_sc
             "schedule.name is 'ReduceLROnPlateau', but the rate must follow from the step alone: "
             "use CosineAnnealingLR, OneCycleLR or another"
         )
-    with _refusing("schedule", config.name, config.arguments):
+    with _refusing("schedule", config.name, kind, config.arguments):
         trial = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0, momentum=0.9)
         moving = kind(trial, **config.arguments)
         trial.step()
@@ -177,8 +177,13 @@ def _kind(key: str, name: str, home: Any, base: type[Any]) -> Any:
 
 
 @contextmanager
-def _refusing(section: str, name: str, arguments: Mapping[str, Any]) -> Iterator[None]:
+def _refusing(section: str, name: str, kind: Any, arguments: Mapping[str, Any]) -> Iterator[None]:
     """Turn what torch says of arguments, when made or at the first step, into a ConfigError."""
+    known = inspect.signature(kind).parameters
+    takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in known.values())
+    for key in arguments:
+        if key not in known and not takes_any:
+            raise ConfigError(f"{section}.{key} is no argument of {name}{did_you_mean(key, list(known)[1:])}")
     try:
         yield
     except Exception as error:

@@ -7,13 +7,13 @@ import re
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from math import ceil, sqrt
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
-from pyspark import SparkContext
+from pyspark import RDD, SparkContext
 from pyspark.sql import SparkSession
 
 from sparksgd.config import Config
@@ -40,10 +40,15 @@ __all__ = [
 
 log = logging.getLogger("sparksgd")
 
+T = TypeVar("T")
+
 _POLL_S = 0.2
 _SETTLED_S = 3.0
+_DROPPED_S = 5.0
 _SILENCE_S = 3.0
 _CANCELLED = re.compile(r"SPARK_JOB_CANCELLED|(Job|Stage) \d+ (was )?cancelled")
+_LOST = re.compile(r"CHECKPOINT_RDD_BLOCK_ID_NOT_FOUND|Checkpoint block rdd_\d+_\d+ not found|ExecutorLost")
+_RAISED = re.compile(r"(Exception|Error): ")
 _NO_MODULE = re.compile(r"ModuleNotFoundError: No module named '([\w.]+)'")
 
 
@@ -98,9 +103,12 @@ def final_error(error: Exception) -> SparkSGDError | None:
 
 def gist(text: str) -> str:
     """Return the line of a Java stack trace that a person wants."""
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    telling = [line for line in lines if "Lost task" in line or "lost" in line or "Error" in line]
-    return (telling or lines or ["no message"])[0][:300]
+    if _LOST.search(text):
+        return "an executor was lost"
+    lines = [line.strip() for line in text.splitlines()]
+    raised = [line for line in lines if _RAISED.search(line) and not line.startswith("at ")]
+    causes = [line for line in raised if "Job aborted" not in line]
+    return (causes or raised or lines)[0][-300:]
 
 
 @contextmanager
@@ -181,6 +189,43 @@ class Cluster:
         """Return how many tasks run now, of any job."""
         executors = self.context._jsc.sc().statusTracker().getExecutorInfos()
         return sum(int(executor.numRunningTasks()) for executor in executors)
+
+    def visit(self, task: Callable[[Iterable[int]], Iterator[T]]) -> list[T]:
+        """Run a small task in every slot at once, which reaches every executor with a free one."""
+        slots = max(1, self.slots())
+        return self.context.parallelize(range(slots), slots).mapPartitions(task).collect()
+
+    def drop_block(self, rdd: RDD[Any], partition: int) -> None:
+        """Let Spark drop one partition of a persisted RDD, so that it computes that one anew."""
+        manager = self._component(
+            "SparkEnv", "blockManager", "storage.BlockManager", self.context._jsc.sc().env()
+        )
+        blocks = self._component("storage.BlockManager", "master", "storage.BlockManagerMaster", manager)
+        block = self.jvm.org.apache.spark.storage.RDDBlockId(rdd.id(), partition)
+        blocks.removeBlock(block)
+        deadline = time.monotonic() + _DROPPED_S
+        while not blocks.getLocations(block).isEmpty() and time.monotonic() < deadline:
+            time.sleep(0.01)  # Spark tells no one when an executor has dropped a block
+
+    def _component(self, owner: str, name: str, kind: str, instance: Any) -> Any:
+        """Return a part of Spark: py4j by itself would load every class that its methods name, and fail."""
+        java = self.jvm.java.lang
+        owner_class, kind_class = (java.Class.forName(f"org.apache.spark.{path}") for path in (owner, kind))
+        getter = java.invoke.MethodHandles.publicLookup().findVirtual(
+            owner_class, name, java.invoke.MethodType.methodType(kind_class)
+        )
+        return getter.bindTo(instance).invokeWithArguments(self.jvm.java.util.ArrayList())
+
+    def remove_shuffle(self, rdd: RDD[Any]) -> None:
+        """Remove the files of the last shuffle behind an RDD; Spark waits until the JVM collects garbage."""
+        cleaner, parent = self.context._jsc.sc().cleaner(), rdd._jrdd.rdd()
+        while parent.dependencies().size():
+            dependency = parent.dependencies().apply(0)
+            if dependency.getClass().getSimpleName() == "ShuffleDependency":
+                if cleaner.isDefined():
+                    cleaner.get().doCleanupShuffle(dependency.shuffleId(), True)
+                return
+            parent = dependency.rdd()
 
     def wait_for_slots(self) -> None:
         """Return when there are as many slots as workers.

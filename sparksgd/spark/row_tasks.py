@@ -11,8 +11,8 @@ import shutil
 import socket
 import tempfile
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack
-from dataclasses import asdict
+from contextlib import ExitStack, suppress
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,71 +20,73 @@ import numpy as np
 import pyarrow as pa
 
 from sparksgd.rows import RowReport, RowSchema, read_rows
-from sparksgd.shard import Descriptor, ShardWriter, remove_run, run_folder
+from sparksgd.shard import Descriptor, ShardWriter, deal_folder
 from sparksgd.spark.quiet import leave_quietly
 
 if TYPE_CHECKING:
     from pyspark.sql import Row
 
-__all__ = ["descriptors", "inspect", "keyed", "local_folder", "remove", "texts", "write"]
+__all__ = [
+    "descriptors",
+    "free_bytes",
+    "inspect",
+    "keyed",
+    "numbered",
+    "remove",
+    "texts",
+    "this_partition",
+    "write",
+]
 
 
 def inspect(schema: RowSchema, batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
-    """Task: report on a partition's rows, and on the free bytes of this host's local disks."""
+    """Task: report on a partition's rows."""
     leave_quietly()
     report = RowReport()
     for batch in batches:
         report += read_rows(batch, schema).report
-    free = {
-        f"{socket.gethostname()}:{Path(folder).stat().st_dev}": shutil.disk_usage(folder).free
-        for folder in _local_folders()
-    }
-    yield texts("report", [json.dumps({"report": report.to_json(), "free_bytes": free})])
+    yield texts("report", [json.dumps(report.to_json())])
 
 
-def keyed(
-    schema: RowSchema, num_shards: int | None, batches: Iterable[pa.RecordBatch]
-) -> Iterator[pa.RecordBatch]:
-    """Task: turn rows into (shard, key, record); without a number of shards, the last column is it."""
+def free_bytes(_: Iterable[int]) -> Iterator[tuple[str, int]]:
+    """Task: yield each disk that this executor has local directories on, and its free bytes."""
+    for folder in _local_folders():
+        yield f"{socket.gethostname()}:{Path(folder).stat().st_dev}", shutil.disk_usage(folder).free
+
+
+def keyed(schema: RowSchema, num_shards: int, batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+    """Task: turn rows into (shard, key, record)."""
     leave_quietly()
     for batch in batches:
-        if not batch.num_rows:
-            continue
-        rows = read_rows(batch.select(schema.columns), schema)
-        if num_shards is None:
-            shards = np.full(len(rows.records), batch.column(batch.num_columns - 1)[0].as_py(), np.int32)
-        else:
-            shards = rows.shards(num_shards)
+        rows = read_rows(batch, schema)
         yield pa.RecordBatch.from_arrays(
-            [pa.array(shards), _binary(rows.keys), _binary(_packed(rows.records))],
+            [pa.array(rows.shards(num_shards)), _binary(rows.keys), _binary(_packed(rows.records))],
             ["shard", "key", "record"],
         )
 
 
 def write(
-    run_id: str,
+    deal_id: str,
     record_bytes: int,
-    shards_of_partition: list[range],
-    hashed: bool,
+    shards_of_partition: list[range] | None,
     batches: Iterable[pa.RecordBatch],
 ) -> Iterator[pa.RecordBatch]:
-    """Task: write a worker's shards from rows sorted by shard and key; yield their descriptors.
+    """Task: write a partition's shards from rows sorted by shard and key; yield their descriptors.
 
-    Rows come with the number of their shard, or (not hashed) of the partition that they were in:
-    then whole partitions go to the worker's shards in turn.
+    Args:
+        deal_id: names the folder.
+        record_bytes: size of a record.
+        shards_of_partition: what each partition holds; None: shard 0 alone, to be numbered later.
+        batches: (shard, key, record).
     """
-    from pyspark import TaskContext
-
     leave_quietly()
-    context = TaskContext.get()
-    assert context is not None
-    owned = shards_of_partition[context.partitionId()]
+    owned = range(1) if shards_of_partition is None else shards_of_partition[this_partition()]
     folders = _local_folders()
-    seen: list[int] = []
+    first = this_partition()
     with ExitStack() as writers:
         writer_of = {
             shard: writers.enter_context(
-                ShardWriter(run_folder(folders[shard % len(folders)], run_id), shard)
+                ShardWriter(deal_folder(folders[(first + shard) % len(folders)], deal_id), shard)
             )
             for shard in owned
         }
@@ -92,11 +94,8 @@ def write(
             numbers = batch.column("shard").to_numpy()
             keys = _unpacked(batch.column("key"))
             records = _unpacked(batch.column("record"), record_bytes)
-            for number in np.unique(numbers):
-                if number not in seen:
-                    seen.append(number)
-                shard = int(number) if hashed else owned[seen.index(number) % len(owned)]
-                mine = numbers == number
+            for shard in np.unique(numbers).tolist():
+                mine = numbers == shard
                 writer_of[shard].append(keys[mine], records[mine])
         described = [json.dumps(asdict(writer.close())) for writer in writer_of.values()]
     yield texts("descriptor", described)
@@ -109,20 +108,33 @@ def descriptors(rows: Iterable[Row]) -> Iterator[Descriptor]:
         yield Descriptor(**values | {"row_digest": tuple(values["row_digest"])})
 
 
-def remove(folders: list[str], run_id: str, shards: Iterable[Descriptor]) -> Iterator[None]:
-    """Task: remove the run's files from this host."""
-    remove_run({*folders, *map(local_folder, shards)}, run_id)
-    return iter(())
+def numbered(partition: int, rows: Iterable[Row]) -> Iterator[Descriptor]:
+    """Task: turn the one row of a partition that is a shard into its descriptor."""
+    for shard in descriptors(rows):
+        yield replace(shard, shard=partition)
+
+
+def remove(paths: list[str], _: Iterable[int]) -> Iterator[str]:
+    """Task: remove shard files, and their folders once empty, from this host; yield its name."""
+    for path in map(Path, paths):
+        path.unlink(missing_ok=True)
+        with suppress(OSError):
+            path.parent.rmdir()
+    yield socket.gethostname()
+
+
+def this_partition() -> int:
+    """Return which partition this task computes."""
+    from pyspark import TaskContext
+
+    context = TaskContext.get()
+    assert context is not None
+    return context.partitionId()
 
 
 def _local_folders() -> list[str]:
     """Return Spark's local directories as this executor has them."""
     return os.environ.get("SPARK_LOCAL_DIRS", tempfile.gettempdir()).split(",")
-
-
-def local_folder(shard: Descriptor) -> str:
-    """Return which of Spark's local directories a shard lies in."""
-    return str(Path(shard.path).parent.parent)
 
 
 def _packed(records: np.ndarray[Any, Any]) -> np.ndarray[Any, np.dtype[np.uint8]]:

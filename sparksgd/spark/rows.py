@@ -3,19 +3,20 @@
     DataFrame ── checked, cast, hashed ── one shuffle by shard ── sorted by key ── shard files
                  (mapInArrow)                                                     (mapInArrow)
 
-What Spark keeps is an RDD of descriptors with one partition per worker.  Its lineage writes a lost
-worker's shards again, inside the very task that needs them.  With placement "in_place" there is no
-shuffle: whole partitions are gathered to workers where they are.
+What Spark keeps is an RDD of descriptors with one partition per worker, whose lineage writes lost
+shards again.  With placement "in_place" there is no shuffle: whole partitions are gathered into shards,
+and shards to workers, where they are.
 """
 
 from __future__ import annotations
 
-import gc
 import json
 import logging
-from collections.abc import Callable, Iterator
+import uuid
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import pyarrow as pa
@@ -23,12 +24,12 @@ from pyspark import RDD, StorageLevel
 from pyspark.errors import AnalysisException
 from pyspark.ml.functions import vector_to_array
 from pyspark.ml.linalg import VectorUDT
-from pyspark.sql import DataFrame, SparkSession
+from pyspark.sql import DataFrame, Row, SparkSession
 from pyspark.sql import functions as F
 from pyspark.sql.pandas.types import to_arrow_type
 from rich.filesize import decimal
 
-from sparksgd.errors import ClusterError, DataError
+from sparksgd.errors import ClusterError, ConfigError, DataError, ShardChanged
 from sparksgd.rows import RowReport, RowSchema
 from sparksgd.shard import Descriptor
 from sparksgd.spark import row_tasks
@@ -67,7 +68,6 @@ class DataFrameRows:
         )
         self._cluster = cluster
         self._placement = placement
-        self._free_bytes: dict[str, int] = {}
 
     def first_rows(self, columns: list[str], count: int) -> tuple[pa.Schema, pa.Table]:
         """Return the schema of all columns, and the first rows without nulls in these."""
@@ -86,73 +86,51 @@ class DataFrameRows:
         with spark_job(self._cluster.context, "checking rows"), self._small_batches(schema):
             found = self._selected(schema).mapInArrow(partial(row_tasks.inspect, schema), "report string")
             for (text,) in found.collect():
-                found_here = json.loads(text)
-                self._free_bytes |= found_here["free_bytes"]
-                report += RowReport.from_json(found_here["report"])
+                report += RowReport.from_json(json.loads(text))
         return report
 
     def deal(self, schema: RowSchema, num_shards: int, expected: RowReport) -> SparkShards:
         """Write every good row to its shard."""
         self._announce(schema, expected)
-        build = self._hashed if self._placement == "hashed" else self._in_place
-        return SparkShards(self._cluster, partial(self._built, build, schema, num_shards))
-
-    def _built(
-        self,
-        build: Callable[[RowSchema, int], RDD[Descriptor]],
-        schema: RowSchema,
-        num_shards: int,
-    ) -> tuple[RDD[Descriptor], list[Descriptor]]:
+        hashed = self._placement == "hashed"
+        deal = self._hashed if hashed else self._in_place
         with spark_job(self._cluster.context, "dealing rows into shards"), self._small_batches(schema):
-            descriptors = build(schema, num_shards)
-            return descriptors, sorted(descriptors.collect(), key=lambda shard: shard.shard)
+            return SparkShards(self._cluster, deal(schema, num_shards), shuffled=hashed)
 
     def _hashed(self, schema: RowSchema, num_shards: int) -> RDD[Descriptor]:
         """Deal by content: one shuffle, each worker's shards in one partition."""
         workers = self._cluster.num_workers
         routes = F.array(*map(F.lit, self._routes(num_shards))).cast("array<long>")
-        keyed = self._selected(schema).mapInArrow(partial(row_tasks.keyed, schema, num_shards), _KEYED)
-        dealt = keyed.repartition(workers, F.element_at(routes, F.col("shard") + 1))
-        return self._written(dealt, schema, num_shards).persist(StorageLevel.MEMORY_AND_DISK)
+        dealt = self._keyed(self._selected(schema), schema, num_shards).repartition(
+            workers, F.element_at(routes, F.col("shard") + 1)
+        )
+        owned = [worker_shards(worker, workers, num_shards) for worker in worker_of_partition(workers)]
+        return self._written(dealt, schema, owned).mapPartitions(row_tasks.descriptors)
 
     def _in_place(self, schema: RowSchema, num_shards: int) -> RDD[Descriptor]:
-        """Deal whole partitions to the workers, where they are.
-
-        A barrier stage may not gather partitions, so its lineage is cut by a local checkpoint; what
-        is lost is then dealt again as a whole.
-        """
-        workers, partitions = self._cluster.num_workers, self._frame.rdd.getNumPartitions()
-        if partitions < workers:
-            raise ClusterError(
-                f'data.placement is "in_place", but the data has {partitions} partitions for {workers} '
-                f"workers: set engine.num_workers={partitions}, or repartition the data"
+        """Deal whole partitions, gathered where they are: each shard first, then each worker's shards."""
+        gathered = self._selected(schema).coalesce(num_shards)
+        written = self._written(self._keyed(gathered, schema, 1), schema, None)
+        if (partitions := written.getNumPartitions()) < num_shards:
+            raise ConfigError(
+                f'data.placement is "in_place", but the data has {partitions} partitions for '
+                f"{num_shards} shards: set train.num_shards={partitions}, or repartition the data"
             )
         log.warning(
-            'data.placement is "in_place": the trajectory depends on the file layout (%d partitions) '
-            "and on the %d workers, not on the rows alone",
-            partitions,
-            workers,
+            'data.placement is "in_place": the trajectory depends on how the files lie (%d partitions '
+            "in %d shards), not on the rows alone",
+            self._frame.rdd.getNumPartitions(),
+            num_shards,
         )
-        numbered = self._selected(schema).withColumn("(partition)", F.spark_partition_id())
-        keyed = numbered.mapInArrow(partial(row_tasks.keyed, schema, None), _KEYED)
-        dealt = self._written(keyed.coalesce(workers), schema, num_shards)
-        dealt.persist(StorageLevel.MEMORY_AND_DISK)
-        dealt.localCheckpoint()
-        return dealt
+        return written.mapPartitionsWithIndex(row_tasks.numbered).coalesce(self._cluster.num_workers)
 
-    def _written(self, dealt: DataFrame, schema: RowSchema, num_shards: int) -> RDD[Descriptor]:
-        write = partial(
-            row_tasks.write,
-            self._cluster.run_id,
-            schema.record.itemsize,
-            [
-                (worker_shards(worker, self._cluster.num_workers, num_shards))
-                for worker in worker_of_partition(self._cluster.num_workers)
-            ],
-            self._placement == "hashed",
-        )
-        described = dealt.sortWithinPartitions("shard", "key").mapInArrow(write, "descriptor string")
-        return described.rdd.mapPartitions(row_tasks.descriptors)
+    def _keyed(self, rows: DataFrame, schema: RowSchema, num_shards: int) -> DataFrame:
+        return rows.mapInArrow(partial(row_tasks.keyed, schema, num_shards), _KEYED)
+
+    def _written(self, dealt: DataFrame, schema: RowSchema, owned: list[range] | None) -> RDD[Row]:
+        deal_id = f"{self._cluster.run_id}-{uuid.uuid4().hex[:6]}"
+        write = partial(row_tasks.write, deal_id, schema.record.itemsize, owned)
+        return dealt.sortWithinPartitions("shard", "key").mapInArrow(write, "descriptor string").rdd
 
     def _routes(self, num_shards: int) -> list[int]:
         """Return per shard a number that Spark's hash partitioning sends to its worker's partition."""
@@ -171,14 +149,17 @@ class DataFrameRows:
         return self._frame.select(*map(_quoted, schema.columns))
 
     def _announce(self, schema: RowSchema, expected: RowReport) -> None:
+        """Say what will be written where, and refuse what cannot fit."""
         size = expected.rows * schema.record.itemsize
         copies = 2 if self._placement == "hashed" else 1
-        free = sum(self._free_bytes.values())
+        with spark_job(self._cluster.context, "looking for free space"):
+            free_bytes = dict(self._cluster.visit(row_tasks.free_bytes))
+        free = sum(free_bytes.values())
         log.info(
             "writing %s of shards%s to Spark's local directories; free there: %s",
             decimal(size),
             f", after a shuffle of {decimal(size)}" if copies == 2 else "",
-            ", ".join(f"{decimal(v)} on {disk.rpartition(':')[0]}" for disk, v in self._free_bytes.items()),
+            ", ".join(f"{decimal(v)} on {disk.rpartition(':')[0]}" for disk, v in free_bytes.items()),
         )
         if copies * size > free:
             raise ClusterError(
@@ -202,68 +183,86 @@ class SparkShards:
     """Shards on the executors' disks.
 
     `rdd` holds the descriptors, one partition per worker, cut off from what wrote them: every task of
-    every step would carry that lineage (49 kB instead of 8, 6 ms a step).  Behind it stands the RDD that
-    has it, and from which lost shards are written again.
+    every step would carry that lineage (49 kB instead of 8, 6 ms a step), and a barrier stage may not
+    gather partitions.  Behind it stands the RDD that has it, from which lost shards are written again.
 
     Args:
         cluster: where they are.
-        build: writes them, and returns the RDD of descriptors with all descriptors in order.
+        written: writes the shards as its partitions are computed, and holds their descriptors.
+        shuffled: whether the last shuffle behind it is ours, and goes with the shards.
     """
 
-    def __init__(
-        self, cluster: Cluster, build: Callable[[], tuple[RDD[Descriptor], list[Descriptor]]]
-    ) -> None:
+    def __init__(self, cluster: Cluster, written: RDD[Descriptor], *, shuffled: bool) -> None:
         self._cluster = cluster
-        self._build = build
-        self._written, self.table = build()
-        self.rdd = self._cut_off()
-        self._folders = {row_tasks.local_folder(shard) for shard in self.table}
+        self._shuffled = shuffled
+        self._written = written.persist(StorageLevel.MEMORY_AND_DISK)
+        self._partition_of: dict[int, int] = {}
+        self.table: list[Descriptor] = []
+        self.rdd, self.table = self._cut_off()
 
-    def moved(self, shard: Descriptor) -> None:
-        """Note where a shard was written again."""
-        self.table[shard.shard] = shard
-        self._folders.add(row_tasks.local_folder(shard))
-
-    def recover(self, *, files_missing: bool) -> None:
-        """Write again what was lost.
+    def recover(self, missing: Collection[int]) -> int:
+        """Write again what was lost, and return how many shards that were.
 
         Args:
-            files_missing: a file is gone though its descriptor is there, so no descriptor can be trusted;
-                otherwise Spark knows what went with an executor, and writes only that.
+            missing: shards whose file is gone though Spark still has their descriptor; what went with
+                an executor Spark knows itself.
+
+        Raises:
+            ShardChanged: a shard now holds other rows.
         """
         self._cluster.context.setJobDescription("sparksgd: writing lost shards again")
         self.rdd.unpersist(blocking=True)
-        if self._written.isLocallyCheckpointed():
-            self._written.unpersist(blocking=True)
-            self._written, _ = self._build()
-        elif files_missing:
-            self._written.unpersist(blocking=True)
-            self._written.persist(StorageLevel.MEMORY_AND_DISK)
-        self.rdd = self._cut_off()
-
-    def _cut_off(self) -> RDD[Descriptor]:
-        descriptors = self._written.mapPartitions(list)
-        descriptors.persist(StorageLevel.MEMORY_AND_DISK)
-        descriptors.localCheckpoint()
-        descriptors.count()
-        return descriptors
+        for partition in {self._partition_of[shard] for shard in missing}:
+            self._cluster.drop_block(self._written, partition)
+        before = self.table
+        self.rdd, self.table = self._cut_off()
+        moved = []
+        for old, new in zip(before, self.table, strict=True):
+            if new.digest != old.digest:
+                raise ShardChanged(
+                    f"shard {new.shard} was lost and written again, but now holds other rows: "
+                    f"{new.rows:,} (digest {new.digest}) where it held {old.rows:,} (digest "
+                    f"{old.digest}). The input changed while training ran, or gives other rows on "
+                    f"every reading: write it to Parquet first, and train on that"
+                )
+            if new.path != old.path:
+                moved.append(old)
+        self._remove(moved)
+        return len(moved)
 
     def close(self) -> None:
         """Remove the files of all executors, the descriptors, and the shuffle behind them."""
         try:
             self._cluster.context.setJobDescription("sparksgd: removing shards")
-            if self._cluster.slots():
-                remove = partial(row_tasks.remove, sorted(self._folders), self._cluster.run_id)
-                self.rdd.mapPartitions(remove).count()
+            self._remove(self.table)
         except Exception as error:
             log.warning("shard files remain until the application ends: %s", str(error).splitlines()[0])
-        finally:
-            with cleanup():
-                self.rdd.unpersist()
-                self._written.unpersist()
-                del self.rdd, self._written, self._build
-                gc.collect()  # lets go of the JVM's objects, whose shuffle files Spark then removes
-                self._cluster.jvm.System.gc()
+        with cleanup():
+            self.rdd.unpersist()
+            self._written.unpersist()
+            if self._shuffled:
+                self._cluster.remove_shuffle(self._written)
+
+    def _cut_off(self) -> tuple[RDD[Descriptor], list[Descriptor]]:
+        """Return the short copy of the descriptors, writing what is not there, and all of them in order."""
+        descriptors = self._written.mapPartitions(list)
+        descriptors.persist(StorageLevel.MEMORY_AND_DISK)
+        descriptors.localCheckpoint()
+        partitions = descriptors.glom().collect()
+        self._partition_of = {
+            shard.shard: number for number, shards in enumerate(partitions) for shard in shards
+        }
+        return descriptors, sorted(chain.from_iterable(partitions), key=lambda shard: shard.shard)
+
+    def _remove(self, shards: Sequence[Descriptor]) -> None:
+        if not shards:
+            return
+        hosts = set(self._cluster.visit(partial(row_tasks.remove, [shard.path for shard in shards])))
+        left = sorted({shard.host for shard in shards} - hosts)
+        if left:
+            log.warning(
+                "shard files remain on %s until the application ends: no slot was free there", ", ".join(left)
+            )
 
 
 def _quoted(column: str) -> str:

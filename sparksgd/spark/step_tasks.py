@@ -23,7 +23,7 @@ from sparksgd.output import SavedModel
 from sparksgd.rows import RowReport, read_rows
 from sparksgd.shard import Descriptor
 from sparksgd.spark.quiet import leave_quietly
-from sparksgd.spark.row_tasks import texts
+from sparksgd.spark.row_tasks import texts, this_partition
 
 if TYPE_CHECKING:
     from pyspark import Broadcast
@@ -50,10 +50,12 @@ class ShippedPlan:
         return {"_pickled": self._pickled}
 
 
-def contact(shipped: Broadcast[ShippedPlan], shards: Iterable[Descriptor]) -> Iterator[Numerics]:
-    """Task: make the computer, and report this worker's numerics."""
+def contact(
+    shipped: Broadcast[ShippedPlan], workers: list[int], shards: Iterable[Descriptor]
+) -> Iterator[tuple[int, Numerics]]:
+    """Task: make the computer, and yield this worker's number and numerics."""
     list(shards)
-    yield Numerics.here(shipped.value.computer.plan.threads)
+    yield workers[this_partition()], shipped.value.computer.numerics
 
 
 def answer(
@@ -72,11 +74,7 @@ def answer(
         step: its number, from 0.
         shards: this partition's.
     """
-    from pyspark import TaskContext
-
-    context = TaskContext.get()
-    assert context is not None
-    worker, computer = workers[context.partitionId()], shipped.value.computer
+    worker, computer = workers[this_partition()], shipped.value.computer
     if step is None:
         yield computer.evaluations(worker, shards, weights.value)
     else:

@@ -98,7 +98,7 @@ class Stopwatch:
 
     def ended(self, training: Training) -> None:
         """Refuse numbers in which a step was made twice."""
-        assert not training.retries, f"{training.retries} steps were tried again"
+        assert not training.recovery.retries, f"{training.recovery.retries} steps were tried again"
 
 
 def session_of(task: Task) -> SparkSession:

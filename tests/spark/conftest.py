@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import reduce
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from pyspark import SparkConf, SparkContext
-from pyspark.sql import SparkSession
+from pyspark.sql import DataFrame, SparkSession
 
 from sparksgd.config import Config, TrainConfig
 from sparksgd.spark.session import start_session
@@ -67,6 +68,12 @@ def write_rows(folder: Path, rows: int, files: int = 1, seed: int = 0, repeated:
         )
         pq.write_table(table, folder / f"part-{number:03d}.parquet")
     return str(folder)
+
+
+def read_files_apart(spark: SparkSession, folder: str) -> DataFrame:
+    """Return the rows of a folder, a partition for each file; Spark would pack small ones together."""
+    files = sorted(Path(folder).glob("*.parquet"))
+    return reduce(DataFrame.union, [spark.read.parquet(str(file)) for file in files])
 
 
 @pytest.fixture(scope="session")

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import LOCAL_CLUSTER, configured, write_rows  # tests/spark/conftest.py
+from conftest import LOCAL_CLUSTER, configured, read_files_apart, write_rows  # tests/spark/conftest.py
 from pyspark.sql import functions as F
 
 from sparksgd.engines.inline import InlineEngine
@@ -69,7 +69,7 @@ def test_an_executor_killed_between_steps_changes_no_bit(session_for, small):
     kill = AtStep(8, lambda _: os.kill(executor_pids()[0], signal.SIGKILL))
     training = train(spark, config, spark.read.parquet(small), observers=[kill])
     assert training.flat.parameters_sha256() == undisturbed(small, config)
-    assert training.rebuilt_shards >= 2  # one of two workers owned two of the four shards
+    assert training.recovery.rebuilt_shards >= 2  # one of two workers owned two of the four shards
 
 
 def test_an_executor_killed_in_a_step_costs_that_step_alone(session_for, small, flags):
@@ -79,7 +79,7 @@ def test_an_executor_killed_in_a_step_costs_that_step_alone(session_for, small, 
     training = train(spark, config, spark.read.parquet(small), observers=[kill])
     assert not any(flags.iterdir())
     assert training.flat.parameters_sha256() == undisturbed(small, config)
-    assert training.retries >= 1
+    assert training.recovery.retries >= 1
     assert len(training.steps) == 20
 
 
@@ -89,7 +89,7 @@ def test_a_python_worker_killed_in_a_step_costs_that_step_alone(session_for, sma
     kill = AtStep(5, lambda _: (flags / "kill-worker").touch())
     training = train(spark, config, spark.read.parquet(small), observers=[kill])
     assert training.flat.parameters_sha256() == undisturbed(small, config)
-    assert training.retries == 1
+    assert training.recovery.retries == 1
 
 
 @pytest.mark.parametrize("placement", ["hashed", "in_place"])
@@ -102,10 +102,36 @@ def test_deleted_shard_files_are_written_again(session_for, tmp_path, placement)
             for run in folder.glob("sparksgd-*"):
                 shutil.rmtree(run)
 
-    calm = train(spark, config, spark.read.parquet(path))
-    training = train(spark, config, spark.read.parquet(path), observers=[AtStep(5, delete)])
+    calm = train(spark, config, read_files_apart(spark, path))
+    training = train(spark, config, read_files_apart(spark, path), observers=[AtStep(5, delete)])
     assert training.flat.parameters_sha256() == calm.flat.parameters_sha256()
-    assert (training.retries, training.rebuilt_shards) == (1, 4)
+    assert (training.recovery.retries, training.recovery.rebuilt_shards) == (1, 4)
+
+
+def test_only_the_worker_whose_file_is_gone_writes_its_shards_again(session_for, small):
+    spark, config = session_for("local[2]"), configured("train.steps=12")
+    folder = Path(spark.sparkContext._jvm.System.getProperty("java.io.tmpdir"))
+
+    def files() -> set[Path]:
+        return set(folder.glob("blockmgr-*/sparksgd-*/shard-00000-*"))
+
+    before = []
+
+    def delete(_):
+        before.extend(files())
+        before[0].unlink()
+
+    def count(training):
+        assert not files() & set(before)
+        assert len(files()) == 1  # those of shard 1, the worker's other one, are superseded, and gone
+        assert len(list(before[0].parent.glob("shard-00001-*"))) == 1
+
+    calm = train(spark, config, spark.read.parquet(small))
+    training = train(
+        spark, config, spark.read.parquet(small), observers=[AtStep(5, delete), AtStep(8, count)]
+    )
+    assert training.flat.parameters_sha256() == calm.flat.parameters_sha256()
+    assert (training.recovery.retries, training.recovery.rebuilt_shards) == (1, 2)  # of four shards
 
 
 def test_rows_that_change_under_the_run_are_an_error_that_names_the_shard(session_for, tmp_path):
@@ -145,7 +171,7 @@ def test_a_user_error_ends_the_run_with_the_remote_traceback_worker_and_step(ses
     assert 'users_modules.py", line' in text
     assert "in step 4, on worker" in text
     assert watch.training.version == 3
-    assert watch.training.retries == 0
+    assert watch.training.recovery.retries == 0
 
 
 @pytest.mark.parametrize("workers", [2, 5])
@@ -173,7 +199,7 @@ def test_a_cancelled_job_ends_the_run_and_is_not_tried_again(session_for, small,
     watch = AtStep(3, cancel_the_next_step)
     with pytest.raises(Cancelled, match="cancelled"):
         train(spark, config, spark.read.parquet(small), observers=[watch])
-    assert (watch.training.version, watch.training.retries) == (3, 0)
+    assert (watch.training.version, watch.training.recovery.retries) == (3, 0)
 
 
 def test_a_failure_that_repeats_ends_the_run_with_sparks_own_words(session_for, small, flags):

@@ -10,9 +10,10 @@ import logging
 import os
 
 import pytest
-from conftest import LOCAL_CLUSTER, configured, write_rows  # tests/spark/conftest.py
+from conftest import LOCAL_CLUSTER, configured, read_files_apart, write_rows  # tests/spark/conftest.py
 
 from sparksgd.engines.inline import InlineEngine
+from sparksgd.errors import ConfigError
 from sparksgd.local_rows import ParquetRows
 from sparksgd.spark.training import train
 from sparksgd.training import train as train_inline
@@ -110,14 +111,32 @@ def test_an_id_column_spreads_duplicated_rows(session_for, tmp_path, caplog):
     assert "times its share" not in caplog.text
 
 
-def test_rows_dealt_in_place_all_train_and_the_run_says_what_it_depends_on(session_for, tmp_path, caplog):
-    spark, path = session_for("local[2]"), write_rows(tmp_path / "rows", 600, files=5)
-    with caplog.at_level(logging.WARNING, "sparksgd"):
-        training = train(
-            spark, configured("train.steps=4", "data.placement=in_place"), spark.read.parquet(path)
-        )
-    assert "the trajectory depends on the file layout" in caplog.text
-    assert sum(training.plan.sampling.shard_rows) == 600
+def test_rows_dealt_in_place_are_not_shuffled_and_any_workers_reach_one_digest(session_for, tmp_path, caplog):
+    spark = session_for("local[5]", spark__app__name="not shuffled so far")
+    path = write_rows(tmp_path / "rows", 600, files=6)
+    frame = read_files_apart(spark, path).union(spark.read.parquet(path).where("label > 99"))  # one is empty
+    found = set()
+    for workers in (1, 3, 5):
+        settings = ("train.steps=20", "data.placement=in_place", "train.num_shards=5")
+        with caplog.at_level(logging.WARNING, "sparksgd"):
+            training = train(spark, configured(*settings, f"engine.num_workers={workers}"), frame)
+        if workers <= 4:  # from 5 on treeAggregate has a shuffle of its own
+            assert shuffled_bytes(spark) == 0
+        assert sum(training.plan.sampling.shard_rows) == 600
+        found.add(digests(training))
+    assert len(found) == 1
+    assert "the trajectory depends on how the files lie" in caplog.text
+
+
+def shuffled_bytes(spark) -> int:
+    """Return what executors wrote to shuffles so far."""
+    return spark.sparkContext._jsc.sc().statusStore().executorList(False).apply(0).totalShuffleWrite()
+
+
+def test_more_shards_than_partitions_in_place_are_refused(session_for, tmp_path):
+    spark, path = session_for("local[2]"), write_rows(tmp_path / "rows", 600, files=3)
+    with pytest.raises(ConfigError, match=r"3 partitions for 4 shards: set train.num_shards=3, or"):
+        train(spark, configured("data.placement=in_place"), read_files_apart(spark, path))
 
 
 @pytest.fixture(autouse=True)
