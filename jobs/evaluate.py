@@ -12,14 +12,12 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from sparksgd.errors import SparkSGDError
+from sparksgd.command_line import exit_status, parser_of
 from sparksgd.run import run_evaluation
 
 
 def parser() -> argparse.ArgumentParser:
-    result = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    result = parser_of(__doc__)
     result.add_argument("--model", required=True, type=Path, metavar="DIR", help="model/ of a run")
     result.add_argument("--data", required=True, metavar="PARQUET", help="with the columns it trained on")
     return result
@@ -28,15 +26,7 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str]) -> int:
     """Print a model's scores; return the exit status."""
     args = parser().parse_args(argv)
-    try:
-        run_evaluation(args.model, args.data)
-    except SparkSGDError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
-    return 0
+    return exit_status(lambda: run_evaluation(args.model, args.data))
 
 
 if __name__ == "__main__":

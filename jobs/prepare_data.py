@@ -14,14 +14,12 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from sparksgd.command_line import exit_status, parser_of
 from sparksgd.datasets import DATASETS, find_dataset, prepare
-from sparksgd.errors import SparkSGDError
 
 
 def parser() -> argparse.ArgumentParser:
-    result = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    result = parser_of(__doc__)
     result.add_argument("--dataset", required=True, metavar="NAME", help=" or ".join(DATASETS))
     result.add_argument("--out", required=True, type=Path, metavar="DIR", help="made if need be")
     result.add_argument(
@@ -36,15 +34,10 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str]) -> int:
     """Return 0 if the data are there, 2 if something was refused, 130 if interrupted."""
     args = parser().parse_args(argv)
-    try:
-        prepare(find_dataset(args.dataset), args.out, source=args.source)
-    except SparkSGDError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        print("interrupted: run the same command again to go on", file=sys.stderr)
-        return 130
-    return 0
+    return exit_status(
+        lambda: prepare(find_dataset(args.dataset), args.out, source=args.source),
+        interrupted="interrupted: run the same command again to go on",
+    )
 
 
 if __name__ == "__main__":

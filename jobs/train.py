@@ -14,14 +14,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from sparksgd import instruction_set
+from sparksgd.command_line import exit_status, parser_of
 from sparksgd.config import Config
-from sparksgd.errors import ConfigError, SparkSGDError
 
 
 def parser() -> argparse.ArgumentParser:
-    result = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    result = parser_of(__doc__)
     result.add_argument("--config", type=Path, metavar="FILE", help="TOML; without it, the defaults")
     result.add_argument(
         "--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="over the file; repeatable"
@@ -33,21 +31,15 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str]) -> int:
     """Run a training; return the exit status."""
     args = parser().parse_args(argv)
-    try:
+
+    def work() -> None:
         config = Config.load(args.config, args.set)
-        if config.data.train is None:
-            raise ConfigError("data.train is not set: name the Parquet to train on")
         instruction_set.pin(config.train.instruction_set)  # before anything imports torch
         from sparksgd.run import run
 
         run(config, args.out)
-    except SparkSGDError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
-    return 0
+
+    return exit_status(work)
 
 
 if __name__ == "__main__":

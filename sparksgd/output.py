@@ -78,22 +78,25 @@ def load_model(folder: Path, module: nn.Module | None = None) -> SavedModel:
     try:
         about = json.loads((folder / "model.json").read_text(encoding="utf-8"))
         state = torch.load(folder / "weights.pt", weights_only=True)
-    except (OSError, ValueError, RuntimeError, pickle.UnpicklingError) as error:
-        raise DataError(f"{folder} holds no whole model: {error}") from error
-    if module is None:
-        if about["model"]["name"] is None:
-            raise DataError(f"{folder} was trained from a module given in Python: pass it as module=")
-        module = build_module(ModelConfig(**about["model"]), seed=0)
-    module.load_state_dict(state)
-    if FlatModule(module).parameters_sha256() != about["parameters_sha256"]:
-        raise DataError(f"{folder}/weights.pt and model.json are not of one run: their digests differ")
-    schema = RowSchema(
-        features=tuple(Feature(**feature) for feature in about["features"]),
-        label=about["label"]["name"],
-        label_dtype=about["label"]["dtype"],
-        classes=about["label"]["classes"],
-    )
-    return SavedModel(module=module.eval(), schema=schema, loss=loss_named(about["loss"]))
+        if about["format"] != _FORMAT:
+            raise DataError(f"{folder} is of format {about['format']}, but this version reads {_FORMAT}")
+        schema = RowSchema(
+            features=tuple(Feature(**feature) for feature in about["features"]),
+            label=about["label"]["name"],
+            label_dtype=about["label"]["dtype"],
+            classes=about["label"]["classes"],
+        )
+        if module is None:
+            if about["model"]["name"] is None:
+                raise DataError(f"{folder} was trained from a module given in Python: pass it as module=")
+            module = build_module(ModelConfig(**about["model"]), seed=0)
+        module.load_state_dict(state)
+        if FlatModule(module).parameters_sha256() != about["parameters_sha256"]:
+            raise DataError(f"{folder}/weights.pt and model.json are not of one run: their digests differ")
+        loss = loss_named(about["loss"])
+    except (OSError, ValueError, RuntimeError, LookupError, TypeError, pickle.UnpicklingError) as error:
+        raise DataError(f"{folder} holds no whole model: {type(error).__name__}: {error}") from error
+    return SavedModel(module=module.eval(), schema=schema, loss=loss)
 
 
 def summary(training: Training, wall_s: float) -> dict[str, Any]:

@@ -128,6 +128,33 @@ class RowSchema:
             id=id,
         )
 
+    def check_columns(self, columns: pa.Schema, first: pa.Table, where: str) -> None:
+        """Refuse other rows whose columns are missing, or of other types.
+
+        Args:
+            columns: the other table's.
+            first: its first complete row, if it has one.
+            where: what to call it.
+
+        Raises:
+            DataError: a column is missing, or of another type.
+        """
+        lengths = {feature.name: range(feature.length or 0) for feature in self.features}
+        theirs = RowSchema.of(
+            columns,
+            (first.to_pylist() or [lengths])[0],
+            features=tuple(feature.name for feature in self.features),
+            label=self.label,
+            id=self.id,
+            whole_labels=self.classes is not None,
+        )
+        for feature, other in zip(self.features, theirs.features, strict=True):
+            if (feature.dtype, feature.length is None) != (other.dtype, other.length is None):
+                raise DataError(
+                    f"column {feature.name!r} is {other.dtype} in {where}, but {feature.dtype} in the "
+                    f"training data: cast one of them"
+                )
+
     @property
     def columns(self) -> list[str]:
         """The columns that are read."""

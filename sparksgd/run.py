@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 
 from rich.console import Console
 
 from sparksgd.config import Config, TrainConfig
+from sparksgd.errors import ConfigError
 from sparksgd.output import RunFolder, load_model
 from sparksgd.terminal import Terminal, log_to, open_console, scores_tables
 from sparksgd.training import Training
@@ -19,16 +21,18 @@ def run(config: Config, out: Path) -> Training:
 
     Args:
         config: data.train must be set.
-        out: the folder.
+        out: the folder; made if need be.
 
     Raises:
         SparkSGDError: see errors.py.
     """
-    assert config.data.train is not None
+    train, test = config.data.train, config.data.test
+    if train is None:
+        raise ConfigError("data.train is not set: name the Parquet to train on")
+    _require_writable(out)
     console = open_console()
     log_to(console)
     observers = (RunFolder(out), Terminal(console))
-    train, test = config.data.train, config.data.test
     if config.engine.name == "inline":
         from sparksgd.engines.inline import InlineEngine
         from sparksgd.local_rows import ParquetRows
@@ -56,6 +60,18 @@ def run(config: Config, out: Path) -> Training:
         )
     finally:
         session.stop()
+
+
+def _require_writable(folder: Path) -> None:
+    """Refuse, before hours of training, a folder that its results could not go to."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ConfigError(
+            f"--out {folder} cannot be written: {error.strerror}; name another folder"
+        ) from error
 
 
 def run_evaluation(folder: Path, data: str) -> None:

@@ -244,7 +244,7 @@ def train(
             "call module.train() first if that is not meant"
         )
     if test is not None:
-        _check_test_columns(test, schema)
+        schema.check_columns(*test.first_rows(schema.columns, 1), "the test data")
     report = _inspected(rows, schema, config, "training")
     test_report = _inspected(test, schema, config, "test") if test is not None else None
     num_shards = config.train.num_shards
@@ -346,27 +346,6 @@ def _try_solver(config: Config) -> None:
         steps_per_epoch=1,
         total_steps=0,
     )
-
-
-def _check_test_columns(test: RowSource, schema: RowSchema) -> None:
-    """Refuse test rows whose columns are missing, or of other types than the training rows'."""
-    arrow_schema, first = test.first_rows(schema.columns, 1)
-    names = tuple(feature.name for feature in schema.features)
-    lengths = {f.name: range(f.length) for f in schema.features if f.length is not None}
-    theirs = RowSchema.of(
-        arrow_schema,
-        (first.to_pylist() or [lengths])[0],
-        features=names,
-        label=schema.label,
-        id=schema.id,
-        whole_labels=schema.classes is not None,
-    )
-    for feature, other in zip(schema.features, theirs.features, strict=True):
-        if (feature.dtype, feature.length is None) != (other.dtype, other.length is None):
-            raise DataError(
-                f"column {feature.name!r} is {other.dtype} in the test data, but {feature.dtype} in the "
-                f"training data: cast one of them"
-            )
 
 
 def _inspected(source: RowSource, schema: RowSchema, config: Config, which: str) -> RowReport:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import difflib
 from dataclasses import dataclass
 
 from sparksgd.errors import ConfigError
+from sparksgd.imports import did_you_mean
 
 __all__ = ["DATASETS", "Dataset", "IdxFile", "Split", "find_dataset"]
 
@@ -123,6 +123,4 @@ def find_dataset(name: str) -> Dataset:
     """Return the data set of this name, or raise a ConfigError that says which name comes near."""
     if name in DATASETS:
         return DATASETS[name]
-    near = difflib.get_close_matches(name.lower(), DATASETS, n=1)
-    hint = f"; did you mean {near[0]}?" if near else ""
-    raise ConfigError(f"dataset is {name!r}, but it must be one of {', '.join(DATASETS)}{hint}")
+    raise ConfigError(f"dataset is {name!r}, which is not one of ours{did_you_mean(name, DATASETS)}")

@@ -16,12 +16,13 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from typing import TypeVar
 
 import numpy as np
-from pyspark import cloudpickle
+from pyspark import Broadcast, cloudpickle
 from rich.filesize import decimal
 
 from sparksgd.compute import Answer, Evaluation, Plan
@@ -86,10 +87,12 @@ class TreeEngine:
         _check_sizes(cluster, plan)
         self._shipped = self._context.broadcast(step_tasks.ShippedPlan(_pickled(plan)))
         self._watch = SlotWatch(cluster)
+        self._behind = ThreadPoolExecutor(1, "sparksgd-cleanup")
 
     def close(self) -> None:
         """Remove the plan from driver and executors."""
         self._watch.close()
+        self._behind.shutdown()
         with cleanup():
             self._shipped.destroy()
 
@@ -171,8 +174,7 @@ class TreeEngine:
         try:
             return self._run(job, shards, doing)
         finally:
-            with cleanup():
-                broadcast.destroy()
+            self._behind.submit(_destroy, broadcast)  # 1 ms that the next step need not wait for
 
     def _run(self, job: Callable[[], T], shards: SparkShards, doing: str) -> T:
         """Run a job, again where an executor or a shard's file was lost."""
@@ -228,6 +230,11 @@ class Exchange:
         """From the last worker's end to the sum at the driver; 0 where its clock is ahead."""
         ended = max(worker.ended_at_s for worker in self.answer.workers)
         return max(0.0, self.arrived_at_s - ended)
+
+
+def _destroy(broadcast: Broadcast[Weights]) -> None:
+    with cleanup():
+        broadcast.destroy()
 
 
 def _pickled(plan: Plan) -> bytes:

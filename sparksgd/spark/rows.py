@@ -35,7 +35,7 @@ from sparksgd.shard import Descriptor
 from sparksgd.spark import row_tasks
 from sparksgd.spark.cluster import Cluster, cleanup, spark_job, worker_of_partition, worker_shards
 
-__all__ = ["DataFrameRows", "SparkShards", "read_parquet"]
+__all__ = ["DataFrameRows", "SparkShards", "first_rows", "quoted", "read_parquet", "without_vectors"]
 
 log = logging.getLogger("sparksgd")
 
@@ -45,11 +45,29 @@ _KEYED = "shard int, key binary, record binary"
 
 def read_parquet(session: SparkSession, path: str) -> DataFrame:
     """Return the DataFrame of a Parquet file or folder, or refuse the path."""
-    try:
-        return session.read.parquet(path)
-    except AnalysisException as error:
-        reason = str(error).splitlines()[0]
-        raise DataError(f"cannot read {path} as Parquet: {reason}") from error
+    with spark_job(session.sparkContext, f"reading the columns of {path}"):
+        try:
+            return session.read.parquet(path)
+        except AnalysisException as error:
+            reason = str(error).splitlines()[0]
+            raise DataError(f"cannot read {path} as Parquet: {reason}") from error
+
+
+def without_vectors(frame: DataFrame) -> DataFrame:
+    """Return the frame with Spark ML's vectors as arrays."""
+    vectors = [f.name for f in frame.schema.fields if isinstance(f.dataType, VectorUDT)]
+    return frame.withColumns({name: vector_to_array(F.col(quoted(name)), "float32") for name in vectors})
+
+
+def first_rows(frame: DataFrame, columns: list[str], count: int) -> tuple[pa.Schema, pa.Table]:
+    """Return the schema of all columns, and the first rows without nulls in these."""
+    types = {field.name: field.dataType for field in frame.schema.fields}
+    wanted = [name for name in dict.fromkeys(columns) if name in types]
+    fields = {name: _arrow_type(name, types[name]) for name in wanted}
+    with spark_job(frame.sparkSession.sparkContext, "reading the first rows"):
+        rows = frame.select(*map(quoted, wanted)).dropna().limit(count).collect()
+    schema = pa.schema([(name, fields.get(name, pa.null())) for name in types])
+    return schema, pa.table({name: pa.array([row[name] for row in rows], fields[name]) for name in wanted})
 
 
 class DataFrameRows:
@@ -62,23 +80,13 @@ class DataFrameRows:
     """
 
     def __init__(self, frame: DataFrame, cluster: Cluster, placement: str = "hashed") -> None:
-        vectors = [f.name for f in frame.schema.fields if isinstance(f.dataType, VectorUDT)]
-        self._frame = frame.withColumns(
-            {name: vector_to_array(F.col(_quoted(name)), "float32") for name in vectors}
-        )
+        self._frame = without_vectors(frame)
         self._cluster = cluster
         self._placement = placement
 
     def first_rows(self, columns: list[str], count: int) -> tuple[pa.Schema, pa.Table]:
         """Return the schema of all columns, and the first rows without nulls in these."""
-        types = {field.name: field.dataType for field in self._frame.schema.fields}
-        wanted = [name for name in dict.fromkeys(columns) if name in types]
-        fields = {name: _arrow_type(name, types[name]) for name in wanted}
-        with spark_job(self._cluster.context, "reading the first rows"):
-            rows = self._frame.select(*map(_quoted, wanted)).dropna().limit(count).collect()
-        schema = pa.schema([(name, fields.get(name, pa.null())) for name in types])
-        values = {name: pa.array([row[name] for row in rows], fields[name]) for name in wanted}
-        return schema, pa.table(values)
+        return first_rows(self._frame, columns, count)
 
     def inspect(self, schema: RowSchema) -> RowReport:
         """Read every row once, and report."""
@@ -146,7 +154,7 @@ class DataFrameRows:
         return [number_of[partition_of[shard]] for shard in range(num_shards)]
 
     def _selected(self, schema: RowSchema) -> DataFrame:
-        return self._frame.select(*map(_quoted, schema.columns))
+        return self._frame.select(*map(quoted, schema.columns))
 
     def _announce(self, schema: RowSchema, expected: RowReport) -> None:
         """Say what will be written where, and refuse what cannot fit."""
@@ -265,7 +273,8 @@ class SparkShards:
             )
 
 
-def _quoted(column: str) -> str:
+def quoted(column: str) -> str:
+    """Return a column's name as Spark's expressions take it, dots and all."""
     return "`" + column.replace("`", "``") + "`"
 
 

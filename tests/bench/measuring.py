@@ -15,10 +15,12 @@ from statistics import median
 from typing import Any
 
 __all__ = [
+    "EMPTY_JOB",
     "LEARNING_RATE",
     "LENET",
     "LENET_PARAMETERS",
     "MOMENTUM",
+    "OWN_EMPTY_JOB",
     "Block",
     "Task",
     "answer",
@@ -29,6 +31,9 @@ LENET: dict[str, Any] = {"maps": [20, 50], "hidden": 500, "padding": 0}
 LENET_PARAMETERS = 431_080
 LEARNING_RATE = 0.01
 MOMENTUM = 0.9
+
+EMPTY_JOB = "empty job"
+OWN_EMPTY_JOB = "empty job on its workers"
 
 
 @dataclass(frozen=True, kw_only=True)

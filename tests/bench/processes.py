@@ -18,6 +18,7 @@ from measuring import Task
 __all__ = ["ArmFailed", "run_arm"]
 
 _LAST_LINES = 40
+ROOT = Path(__file__).parent.parent.parent
 
 
 class ArmFailed(Exception):
@@ -26,6 +27,8 @@ class ArmFailed(Exception):
 
 def run_arm(script: str, task: Task) -> Any:
     """Run a script of this folder, and return what it wrote.
+
+    sparksgd's own arms run as `make run` submits them; the others in a session as Spark has it.
 
     Raises:
         ArmFailed: it ended with an error.
@@ -41,7 +44,8 @@ def run_arm(script: str, task: Task) -> Any:
                 command,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env=_environment(scratch, task.num_workers),
+                env=_environment(scratch, task),
+                cwd=ROOT,
                 start_new_session=True,
             )
             try:
@@ -54,10 +58,11 @@ def run_arm(script: str, task: Task) -> Any:
         return json.loads(answer_path.read_text())
 
 
-def _environment(scratch: Path, num_workers: int) -> dict[str, str]:
-    """Say where to run and where temporary files go; no setting of Spark's that is worth time."""
+def _environment(scratch: Path, task: Task) -> dict[str, str]:
+    """Say where and with which settings to run, and where temporary files go."""
+    properties = "" if task.plain_session else "--properties-file conf/spark-local.conf"
     return os.environ | {
-        "PYSPARK_SUBMIT_ARGS": f"--master local[{num_workers}] pyspark-shell",
+        "PYSPARK_SUBMIT_ARGS": f"--master local[{task.num_workers}] {properties} pyspark-shell",
         "PYSPARK_PYTHON": sys.executable,
         "SPARK_LOCAL_DIRS": str(scratch),
         "TMPDIR": str(scratch),

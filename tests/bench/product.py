@@ -1,16 +1,17 @@
 """Arm: sparksgd itself, the tree engine; between its blocks of steps, blocks of empty barrier jobs.
 
 The empty job is the floor under any loop of one job per step: two tasks start, send a few bytes and
-end.  It runs in the same session, on the same Python workers, in turns with the steps.
+end.  It runs in the same session, in turns with the steps: on Python workers as Spark makes them, and on
+sparksgd's own, which start a task sooner, because nothing of theirs is left for Python's garbage collector.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 
-from measuring import LEARNING_RATE, LENET, MOMENTUM, Block, Task, answer
+from measuring import EMPTY_JOB, LEARNING_RATE, LENET, MOMENTUM, OWN_EMPTY_JOB, Block, Task, answer
 from pyspark import RDD
 from pyspark.sql import SparkSession
 
@@ -29,13 +30,24 @@ class EmptyJobs:
     Args:
         session: where they run.
         num_workers: how many tasks each has.
+        environment: variables of the Python workers; Spark has a pool of workers for each set of them.
     """
 
-    def __init__(self, session: SparkSession, num_workers: int) -> None:
-        self._rows: RDD[int] = session.sparkContext.parallelize(range(num_workers), num_workers).cache()
+    def __init__(self, session: SparkSession, num_workers: int, environment: Mapping[str, str]) -> None:
+        self._context = session.sparkContext
+        self._rows: RDD[int] = self._context.parallelize(range(num_workers), num_workers).cache()
+        self._environment = environment
 
     def block(self, what: str, count: int) -> Block:
         """Run and time so many."""
+        before = dict(self._context.environment)
+        self._context.environment.update(self._environment)
+        try:
+            return self._block(what, count)
+        finally:
+            self._context.environment = before
+
+    def _block(self, what: str, count: int) -> Block:
         job_s = []
         for _ in range(count):
             started = time.perf_counter()
@@ -45,19 +57,19 @@ class EmptyJobs:
 
 
 class Stopwatch:
-    """Observer that times blocks of steps, with a block of empty jobs after each.
+    """Observer that times blocks of steps, with a block of each kind of empty jobs after each.
 
     Args:
         task: how many steps.
         what: name of the blocks of steps.
-        empty_jobs: None runs none.
+        empty_jobs: by the name of their kind.
     """
 
-    def __init__(self, task: Task, what: str, empty_jobs: EmptyJobs | None = None) -> None:
+    def __init__(self, task: Task, what: str, empty_jobs: Mapping[str, EmptyJobs] | None = None) -> None:
         self.blocks: list[Block] = []
         self._task = task
         self._what = what
-        self._empty_jobs = empty_jobs
+        self._empty_jobs = empty_jobs or {}
         self._reset()
 
     def _reset(self) -> None:
@@ -87,8 +99,8 @@ class Stopwatch:
             compute_s=tuple(self._compute_s),
         )
         blocks = [block]
-        if self._empty_jobs is not None:
-            blocks.append(self._empty_jobs.block(f"{self._what}: empty job", self._task.block_steps))
+        for kind, jobs in self._empty_jobs.items():
+            blocks.append(jobs.block(f"{self._what}: {kind}", self._task.block_steps))
         if warm:
             self.blocks += blocks
         self._reset()
@@ -152,7 +164,16 @@ def measure(task: Task) -> list[Block]:
 def _one_shard(session: SparkSession, task: Task) -> list[Block]:
     """One training, its blocks in turns with empty jobs."""
     what = "plain session" if task.plain_session else "product"
-    watch = Stopwatch(task, what, EmptyJobs(session, task.num_workers))
+    watch = Stopwatch(
+        task,
+        what,
+        {
+            EMPTY_JOB: EmptyJobs(
+                session, task.num_workers, {"SPARKSGD_BENCH": "workers as Spark makes them"}
+            ),
+            OWN_EMPTY_JOB: EmptyJobs(session, task.num_workers, {}),
+        },
+    )
     steps = task.warmup_steps + task.blocks * task.block_steps
     train_lenet(session, task, steps=steps, shards_per_worker=1, observers=[watch])
     return watch.blocks

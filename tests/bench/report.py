@@ -8,12 +8,11 @@ import subprocess
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
-from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-from measuring import Block, percentile
+from measuring import EMPTY_JOB, OWN_EMPTY_JOB, Block, percentile
 from rich.filesize import decimal
 from rich.table import Table
 
@@ -109,15 +108,20 @@ def _line(what: str, blocks: Sequence[Block]) -> Line:
 
 def ratios_of(blocks: Sequence[Block]) -> list[Ratio]:
     """Compare the lines; `blocks` in the order of the run."""
-    overhead, speedup = _overhead(blocks, "product"), _speed(blocks, "product", "textbook")
+    overhead, speedup = _overhead(blocks, EMPTY_JOB), _speed(blocks, "product", "textbook")
     shards = list(dict.fromkeys(block.what for block in blocks if block.what.endswith("per worker")))
     return [
         Ratio(
             of="product",
-            means="(step - slowest worker's compute) / empty job",
+            means=f"(step - slowest worker's compute) / {EMPTY_JOB}",
             value=overhead,
             target=f"<= {OVERHEAD_TARGET:g}",
             met=overhead <= OVERHEAD_TARGET,
+        ),
+        Ratio(
+            of="product",
+            means=f"(step - slowest worker's compute) / {OWN_EMPTY_JOB}",
+            value=_overhead(blocks, OWN_EMPTY_JOB),
         ),
         Ratio(
             of="textbook",
@@ -143,11 +147,14 @@ def ratios_of(blocks: Sequence[Block]) -> list[Ratio]:
     ]
 
 
-def _overhead(blocks: Sequence[Block], what: str) -> float:
-    """Return the median over blocks of overhead / empty job, each of the block that follows."""
-    return median(
-        steps.overhead_s / median(jobs.step_s) for steps, jobs in pairwise(blocks) if steps.what == what
-    )
+def _overhead(blocks: Sequence[Block], kind: str) -> float:
+    """Return the median over the product's blocks of overhead / empty job, of its kind's next block."""
+    ratios = []
+    for number, steps in enumerate(blocks):
+        if steps.what == "product":
+            jobs = next(block for block in blocks[number:] if block.what == f"product: {kind}")
+            ratios.append(steps.overhead_s / median(jobs.step_s))
+    return median(ratios)
 
 
 def _speed(blocks: Sequence[Block], faster: str, slower: str) -> float:

@@ -115,7 +115,7 @@ def _speed(task: Task, size: Size, data: str, console: Console) -> dict[str, Any
     """Run the arms in turns."""
     arms = {
         "sparksgd": ("product.py", task),
-        "the textbook loop": ("textbook.py", task),
+        "the textbook loop": ("textbook.py", replace(task, plain_session=True)),
         "sparksgd in a plain session": ("product.py", replace(task, plain_session=True)),
         "one plain torch process": ("one_process.py", task),
     }

@@ -42,9 +42,9 @@ def test_a_file_goes_by_a_dash_or_a_dot() -> None:
 @pytest.mark.parametrize(
     ("name", "hint"),
     [
-        ("minst", "must be one of mnist, fashion-mnist; did you mean mnist?"),
+        ("minst", "which is not one of ours (did you mean mnist?)"),
         ("Fashion_MNIST", "did you mean fashion-mnist?"),
-        ("cifar10", "dataset is 'cifar10', but it must be one of mnist, fashion-mnist"),
+        ("cifar10", "dataset is 'cifar10', which is not one of ours (valid: fashion-mnist, mnist)"),
     ],
 )
 def test_an_unknown_name_is_refused_with_the_nearest(name: str, hint: str) -> None:
