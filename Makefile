@@ -10,6 +10,12 @@ READY  := $(VENV)/.installed
 
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
+# Another Spark's, or another Python's, would be taken instead of those in .venv.
+unexport SPARK_HOME PYSPARK_PYTHON PYSPARK_DRIVER_PYTHON
+ifneq ($(filter local%,$(MASTER)),)
+export SPARK_LOCAL_IP ?= 127.0.0.1
+endif
+
 define check-python
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
 	  echo "error: $(PYTHON) is $$($(PYTHON) --version 2>&1), but Python 3.11 or newer is needed:" \
@@ -27,7 +33,7 @@ define check-java
 endef
 
 .DEFAULT_GOAL := help
-.PHONY: help install run test check fix bench soak dist clean
+.PHONY: help install run test check fix bench dist clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -62,11 +68,9 @@ fix: $(READY) ## Format, and mend what ruff can
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
 
-bench: $(READY) data/mnist/train.parquet ## Measure step times against the textbook loop -> benchmark.json
-	@$(BIN)/python tests/bench/run.py --data data/mnist --out benchmark.json
-
-soak: $(READY) data/mnist/train.parquet ## Watch memory and files over 2000 steps
-	@$(BIN)/python tests/bench/run.py --data data/mnist --soak
+bench: $(READY) data/mnist/train.parquet ## Measure steps against the textbook loop, and memory -> benchmark.json
+	$(check-java)
+	@$(BIN)/python tests/bench/run.py --data data/mnist
 
 dist: $(READY) ## Build dist/sparksgd-*.whl
 	@$(BIN)/pip wheel --quiet --no-deps --wheel-dir dist .
