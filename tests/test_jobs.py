@@ -6,9 +6,13 @@ import ast
 import importlib.util
 import json
 import os
+import re
 import shlex
+import signal
 import subprocess
 import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -46,25 +50,42 @@ def digits(tmp_path_factory) -> Path:
     return folder
 
 
-def submit(job: str, *arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    """Submit a job to local[2], from a directory."""
+def environment(**more: str) -> dict[str, str]:
+    """Return what a job's process sees: the Spark of this Python first."""
+    return os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"} | more
+
+
+def submission(job: str, *words: str, master: str = "local[2]") -> list[str]:
+    """Return the command that submits a job."""
+    spark_submit = str(Path(sys.executable).parent / "spark-submit")
+    settings = ["--conf", "spark.ui.enabled=false", "--conf", "spark.executor.memory=1g"]
+    return [spark_submit, "--master", master, *settings, str(ROOT / "jobs" / job), *words]
+
+
+def submit(command: list[str], cwd: Path) -> subprocess.CompletedProcess[str]:
+    """Submit a job from a directory."""
     return subprocess.run(
-        [str(Path(sys.executable).parent / "spark-submit"), "--master", "local[2]",
-         "--conf", "spark.ui.enabled=false", str(ROOT / "jobs" / job), *arguments],
-        cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=200, check=False,
-        env=os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"},
+        command, cwd=cwd, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        timeout=200, check=False,
     )  # fmt: skip
 
 
-def train(digits: Path, out: Path, *settings: str, engine: str = "tree") -> subprocess.CompletedProcess[str]:
+def arguments(digits: Path, out: Path, *settings: str, engine: str = "tree") -> list[str]:
+    """Return the arguments of a small training."""
     base = [
         f"data.train={digits}/train.parquet", f"data.test={digits}/test.parquet", f"engine.name={engine}",
         "model.maps=[4, 8]", "model.hidden=16", "train.num_shards=4", "train.rows_per_step=60",
         "train.epochs=2", "optimizer.lr=0.02",
     ]  # fmt: skip
     sets = [word for setting in (*base, *settings) for word in ("--set", setting)]
-    config = ROOT / "conf" / "mnist-lenet.toml"
-    return submit("train.py", "--config", str(config), *sets, "--out", str(out), cwd=out.parent)
+    return ["--config", str(ROOT / "conf" / "mnist-lenet.toml"), *sets, "--out", str(out)]
+
+
+def train(
+    digits: Path, out: Path, *settings: str, engine: str = "tree", master: str = "local[2]"
+) -> subprocess.CompletedProcess[str]:
+    words = arguments(digits, out, *settings, engine=engine)
+    return submit(submission("train.py", *words, master=master), out.parent)
 
 
 def metrics(out: Path) -> list[dict]:
@@ -97,9 +118,8 @@ def test_a_run_leaves_model_metrics_and_summary_and_its_evaluation_agrees(digits
     model = load_model(out / "model")
     assert not model.module.training
 
-    scored = submit(
-        "evaluate.py", "--model", str(out / "model"), "--data", f"{digits}/test.parquet", cwd=tmp_path
-    )
+    words = ["--model", str(out / "model"), "--data", f"{digits}/test.parquet"]
+    scored = submit(submission("evaluate.py", *words), tmp_path)
     assert scored.returncode == 0, scored.stdout
     assert f"{summary['test_accuracy']:.4f}" in scored.stdout
     assert "Confusion matrix" in scored.stdout
@@ -118,6 +138,7 @@ def test_a_run_leaves_model_metrics_and_summary_and_its_evaluation_agrees(digits
     [
         (["train.epoch=3"], 2, "error: unknown key train.epoch (did you mean epochs?)"),
         (["model.name=lennet"], 2, "error: model.name is 'lennet', which is not one of ours (did you mean"),
+        (["data.placement=in_place"], 2, 'error: data.placement is "in_place", but engine.name is "inline"'),
         (["data.train=/nowhere"], 2, "error: cannot read /nowhere as Parquet"),
         (["schedule.max_lr=1e38"], 3, "error: "),
     ],
@@ -127,6 +148,74 @@ def test_nonsense_ends_in_one_line_and_a_status(digits, tmp_path, settings, stat
     assert done.returncode == status
     assert says in done.stdout
     assert "Traceback" not in done.stdout
+
+
+def test_ctrl_c_ends_a_run_in_a_line_and_leaves_no_file(digits, tmp_path):
+    command = submission("train.py", *arguments(digits, tmp_path / "run", "train.epochs=1000"))
+    shards = tmp_path / "local"
+    with subprocess.Popen(
+        command, cwd=tmp_path, env=environment(SPARK_LOCAL_DIRS=str(shards)), stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT, text=True, start_new_session=True,
+    ) as process:  # fmt: skip
+        deadline = time.monotonic() + 100
+        lines = tmp_path / "run" / "metrics.jsonl"
+        while not (lines.exists() and lines.read_text().count("\n") > 3) and time.monotonic() < deadline:
+            time.sleep(0.1)  # until it trains
+        os.killpg(process.pid, signal.SIGINT)
+        said, _ = process.communicate(timeout=60)
+    assert process.returncode == 130, said
+    assert "interrupted" in said
+    assert "Traceback" not in said
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["status"] == "KeyboardInterrupt"
+    assert not list(shards.rglob("sparksgd-*"))
+
+
+@pytest.fixture
+def standalone(tmp_path) -> Iterator[str]:
+    """Start a master and a worker of two cores; return the master's address."""
+    folder = tmp_path / "standalone"
+    folder.mkdir()
+    processes: list[subprocess.Popen[bytes]] = []
+
+    def started(role: str, *options: str) -> str:
+        log = folder / f"{role}.log"
+        spark_class = str(Path(sys.executable).parent / "spark-class")
+        words = [spark_class, f"org.apache.spark.deploy.{role.lower()}.{role}", "--host", "127.0.0.1"]
+        words += ["--webui-port", "0", "--port", "0", *options]
+        with log.open("w") as opened:
+            processes.append(
+                subprocess.Popen(
+                    words, stdout=opened, stderr=subprocess.STDOUT, env=environment(), start_new_session=True
+                )
+            )
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline:
+            address = re.search(
+                r"(?:Starting Spark master at|registered with master) (spark://\S+)", log.read_text()
+            )
+            if address:
+                return address[1]
+            time.sleep(0.1)  # a server tells only its log that it is ready
+        raise AssertionError(log.read_text())
+
+    try:
+        master = started("Master")
+        started("Worker", "--cores", "2", "--memory", "2g", "--work-dir", str(folder), master)
+        yield master
+    finally:
+        for process in processes:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+def test_a_standalone_cluster_reaches_the_bits_of_the_reference(digits, tmp_path, standalone):
+    here, there = tmp_path / "here", tmp_path / "there"
+    assert train(digits, here, "train.steps=5", engine="inline").returncode == 0
+    done = train(digits, there, "train.steps=5", master=standalone)
+    assert done.returncode == 0, done.stdout
+    reached = [json.loads((out / "summary.json").read_text()) for out in (here, there)]
+    assert reached[0]["parameters_sha256"] == reached[1]["parameters_sha256"]
+    assert (reached[1]["engine"], reached[1]["num_workers"]) == ("tree", 2)
 
 
 @pytest.mark.parametrize("job", sorted(path.name for path in (ROOT / "jobs").glob("*.py")))

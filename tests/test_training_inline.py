@@ -20,10 +20,12 @@ from torch import nn
 from sparksgd.compute import Plan
 from sparksgd.config import Config, ModelConfig
 from sparksgd.engines.inline import InlineEngine
-from sparksgd.engines.protocol import StepReport
+from sparksgd.engines.protocol import SegmentReport, StepReport
 from sparksgd.errors import ConfigError, ModelError, NotFinite, ShardChanged, UserCodeError
 from sparksgd.local_rows import ParquetRows
+from sparksgd.output import summary
 from sparksgd.rows import RowReport, RowSchema
+from sparksgd.solvers.protocol import Solver
 from sparksgd.training import EvaluationReport, Training, build_module, train
 
 # Modules and losses, named by import path
@@ -409,7 +411,9 @@ def test_a_module_of_one_s_own_is_trained_in_place(tmp_path: Path) -> None:
 #   and the one row of x = 0 is NaN in the fourth step.
 
 
-def rooted(folder: Path, steps: int | None = None) -> tuple[Diary, Callable[[], Training], list[np.ndarray]]:
+def rooted(
+    folder: Path, steps: int | None = None, *, evaluates: bool = False
+) -> tuple[Diary, Callable[[], Training], list[np.ndarray]]:
     diary, read_back = Diary(), []
 
     def engine(plan: Plan, shards: Any, test: Any) -> InlineEngine:
@@ -420,13 +424,15 @@ def rooted(folder: Path, steps: int | None = None) -> tuple[Diary, Callable[[], 
         model={"name": f"{__name__}:Root"},
         loss={"name": f"{__name__}:square"},
         optimizer={"lr": 0.4},
-        train={"rows_per_step": 10, "num_shards": 3, "epochs": 9}
+        train={"rows_per_step": 10, "num_shards": 3, "epochs": 9, "eval_every": 1}
         | ({} if steps is None else {"steps": steps}),
     )
     rows = parquet(folder, [([0.0], 0.0), *[([100.0 + row], 0.0) for row in range(9)]])
     return (
         diary,
-        lambda: train(config, rows=rows, test=None, make_engine=engine, observers=[diary]),
+        lambda: train(
+            config, rows=rows, test=rows if evaluates else None, make_engine=engine, observers=[diary]
+        ),
         read_back,
     )
 
@@ -460,6 +466,16 @@ def test_a_run_that_was_stopped_by_nan_leaves_the_last_good_weights(tmp_path: Pa
     assert diary.parameters[2] == pytest.approx([-0.2])
 
 
+def test_a_run_that_was_stopped_by_nan_stands_by_no_evaluation_of_weights_it_gave_up(tmp_path: Path) -> None:
+    diary, run, _ = rooted(tmp_path, evaluates=True)
+    with pytest.raises(NotFinite):
+        run()
+    assert diary.training is not None
+    assert [report.step for report in diary.training.evaluations] == [1, 2, 3]
+    assert diary.training.last_evaluation == diary.training.evaluations[1]
+    assert summary(diary.training, wall_s=1.0)["test_loss"] == diary.training.evaluations[1].loss
+
+
 def test_a_step_that_overflows_is_not_made(tmp_path: Path) -> None:
     diary, config = Diary(), counted()
     config = replace(config, optimizer=replace(config.optimizer, arguments={"lr": 1e38}))
@@ -477,6 +493,29 @@ def test_a_step_that_overflows_is_not_made(tmp_path: Path) -> None:
 
 
 # Said aloud
+
+
+class Replaced(InlineEngine):
+    """Another executor takes the worker's place after the first step."""
+
+    def advance(self, solver: Solver, steps: int) -> SegmentReport:
+        report = super().advance(solver, steps)
+        self._computer.numerics = replace(self._computer.numerics, instruction_set="OTHER")
+        return report
+
+
+def test_a_worker_that_is_replaced_by_one_of_other_arithmetic_is_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING, "sparksgd"):
+        training = train(counted(), rows=parquet(tmp_path, COUNTED_ROWS), test=None, make_engine=Replaced)
+    before = training.numerics[0].instruction_set
+    assert (
+        f"before step 2 by one that differs (before / now): instruction_set {before} / OTHER" in caplog.text
+    )
+    assert caplog.text.count("was replaced") == 1
+    (change,) = summary(training, wall_s=1.0)["numerics"]["changes"]
+    assert (change["step"], change["worker"], change["numerics"]["instruction_set"]) == (2, 0, "OTHER")
 
 
 class Rewritten(ParquetRows):

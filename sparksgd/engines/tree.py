@@ -35,7 +35,6 @@ from sparksgd.solvers.protocol import Solver
 from sparksgd.spark import step_tasks
 from sparksgd.spark.cluster import (
     Cluster,
-    SlotWatch,
     cleanup,
     final_error,
     gist,
@@ -86,12 +85,10 @@ class TreeEngine:
         self.recovery = Recovery()
         _check_sizes(cluster, plan)
         self._shipped = self._context.broadcast(step_tasks.ShippedPlan(_pickled(plan)))
-        self._watch = SlotWatch(cluster)
         self._behind = ThreadPoolExecutor(1, "sparksgd-cleanup")
 
     def close(self) -> None:
         """Remove the plan from driver and executors."""
-        self._watch.close()
         self._behind.shutdown()
         with cleanup():
             self._shipped.destroy()
@@ -187,7 +184,7 @@ class TreeEngine:
                     self._cluster.wait_for_slots()
                     self.recovery.rebuilt_shards += shards.recover(missing)
                     self._context.setJobDescription(f"sparksgd: {doing}, tried again")
-                with self._watch:
+                with self._cluster.slot_watch.over(self._cluster.num_workers):
                     return job()
             except ShardMissing as error:
                 failure, missing = str(error), error.shards

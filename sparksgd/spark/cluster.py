@@ -10,8 +10,7 @@ import uuid
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from math import ceil, sqrt
-from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import Any, TypeVar
 
 from pyspark import RDD, SparkContext
 from pyspark.sql import SparkSession
@@ -88,10 +87,10 @@ def reduce_groups(num_partitions: int) -> int:
 def final_error(error: Exception) -> SparkSGDError | None:
     """Return what a failed job means where no second attempt can mend it, else None."""
     text = str(error)
-    if _CANCELLED.search(text):
-        return Cancelled("the Spark job was cancelled, and the run ends with it")
     if "SparkContext was shut down" in text or "stopped SparkContext" in text:
         return ClusterError("the Spark session was stopped during the run")
+    if _CANCELLED.search(text):
+        return Cancelled("the Spark job was cancelled, and the run ends with it")
     missing = _NO_MODULE.search(text)
     if missing:
         return ModelError(
@@ -108,7 +107,7 @@ def gist(text: str) -> str:
     lines = [line.strip() for line in text.splitlines()]
     raised = [line for line in lines if _RAISED.search(line) and not line.startswith("at ")]
     causes = [line for line in raised if "Job aborted" not in line]
-    return (causes or raised or lines)[0][-300:]
+    return (causes or raised or lines)[0].removeprefix(": ")[-300:]
 
 
 @contextmanager
@@ -150,6 +149,7 @@ class Cluster:
         self.context = session.sparkContext
         self.jvm: Any = self.context._jvm
         self.run_id = uuid.uuid4().hex[:12]
+        self.slot_watch = SlotWatch(self)
         self._timeout_s = config.engine.slots_timeout_s
         conf = self.context.getConf()
         if conf.get("spark.dynamicAllocation.enabled", "false") == "true":
@@ -168,13 +168,14 @@ class Cluster:
 
     @contextmanager
     def job_group(self) -> Iterator[None]:
-        """Put all jobs of the block into the run's group, then give back the session's own."""
+        """Put all jobs of the block into the run's group, then give back the session's own, and rest."""
         names = ("spark.jobGroup.id", "spark.job.description", "spark.job.interruptOnCancel")
         before = {name: self.context.getLocalProperty(name) for name in names}
         self.context.setJobGroup(self.run_id, "sparksgd")
         try:
             yield
         finally:
+            self.slot_watch.close()
             with cleanup():
                 for name, value in before.items():
                     self.context.setLocalProperty(name, value)  # type: ignore[arg-type]  # None unsets it
@@ -296,27 +297,32 @@ class SlotWatch:
 
     def __init__(self, cluster: Cluster) -> None:
         self._cluster = cluster
+        self._needed = 0
         self._waiting_since: float | None = None
         self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._watch, name="sparksgd-slots", daemon=True)
-        self._thread.start()
+        self._thread: threading.Thread | None = None
 
-    def __enter__(self) -> Self:
-        self._waiting_since = time.monotonic()
-        return self
+    @contextmanager
+    def over(self, needed: int) -> Iterator[None]:
+        """Watch the job that the block runs.
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._waiting_since = None
+        Args:
+            needed: how many slots it needs to start.
+        """
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._watch, name="sparksgd-slots", daemon=True)
+            self._thread.start()
+        self._needed, self._waiting_since = needed, time.monotonic()
+        try:
+            yield
+        finally:
+            self._waiting_since = None
 
     def close(self) -> None:
         """End the thread."""
         self._stop.set()
-        self._thread.join()
+        if self._thread is not None:
+            self._thread.join()
 
     def _watch(self) -> None:
         said_for = None
@@ -330,11 +336,11 @@ class SlotWatch:
     def _say(self, since: float) -> float | None:
         """Say who holds the slots, if it is they that the job waits for; return what was said for."""
         slots, running = self._cluster.slots(), self._cluster.running_tasks()
-        if self._ours_running() or slots - running >= self._cluster.num_workers:
+        if self._ours_running() or slots - running >= self._needed:
             return None
         log.warning(
             "waiting for slots: %d needed, %d free (%d in all, other jobs hold %d)",
-            self._cluster.num_workers,
+            self._needed,
             max(0, slots - running),
             slots,
             running,

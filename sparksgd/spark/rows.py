@@ -86,12 +86,13 @@ class DataFrameRows:
 
     def first_rows(self, columns: list[str], count: int) -> tuple[pa.Schema, pa.Table]:
         """Return the schema of all columns, and the first rows without nulls in these."""
-        return first_rows(self._frame, columns, count)
+        with self._cluster.slot_watch.over(1):
+            return first_rows(self._frame, columns, count)
 
     def inspect(self, schema: RowSchema) -> RowReport:
         """Read every row once, and report."""
         report = RowReport()
-        with spark_job(self._cluster.context, "checking rows"), self._small_batches(schema):
+        with self._job("checking rows"), self._small_batches(schema):
             found = self._selected(schema).mapInArrow(partial(row_tasks.inspect, schema), "report string")
             for (text,) in found.collect():
                 report += RowReport.from_json(json.loads(text))
@@ -102,7 +103,7 @@ class DataFrameRows:
         self._announce(schema, expected)
         hashed = self._placement == "hashed"
         deal = self._hashed if hashed else self._in_place
-        with spark_job(self._cluster.context, "dealing rows into shards"), self._small_batches(schema):
+        with self._job("dealing rows into shards"), self._small_batches(schema):
             return SparkShards(self._cluster, deal(schema, num_shards), shuffled=hashed)
 
     def _hashed(self, schema: RowSchema, num_shards: int) -> RDD[Descriptor]:
@@ -160,7 +161,7 @@ class DataFrameRows:
         """Say what will be written where, and refuse what cannot fit."""
         size = expected.rows * schema.record.itemsize
         copies = 2 if self._placement == "hashed" else 1
-        with spark_job(self._cluster.context, "looking for free space"):
+        with self._job("looking for free space"):
             free_bytes = dict(self._cluster.visit(row_tasks.free_bytes))
         free = sum(free_bytes.values())
         log.info(
@@ -174,6 +175,11 @@ class DataFrameRows:
                 f"the shards need {copies} x {decimal(size)} of local disk, but {decimal(free)} are free: "
                 f'give spark.local.dir more, or set data.placement = "in_place", which needs one copy'
             )
+
+    @contextmanager
+    def _job(self, doing: str) -> Iterator[None]:
+        with spark_job(self._cluster.context, doing), self._cluster.slot_watch.over(1):
+            yield
 
     @contextmanager
     def _small_batches(self, schema: RowSchema) -> Iterator[None]:

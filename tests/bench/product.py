@@ -144,13 +144,14 @@ def train_lenet(
         }
     )
     cluster = Cluster(session, config)
-    train(
-        config,
-        rows=DataFrameRows(read_parquet(session, task.data), cluster, config.data.placement),
-        test=None,
-        make_engine=partial(TreeEngine, cluster, config.engine),
-        observers=observers,
-    )
+    with cluster.job_group():
+        train(
+            config,
+            rows=DataFrameRows(read_parquet(session, task.data), cluster, config.data.placement),
+            test=None,
+            make_engine=partial(TreeEngine, cluster, config.engine),
+            observers=observers,
+        )
 
 
 def measure(task: Task) -> list[Block]:

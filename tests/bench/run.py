@@ -60,7 +60,7 @@ class Size:
 
 FULL = Size(
     rounds=3,
-    warmup_steps=60,
+    warmup_steps=120,
     block_steps=50,
     blocks=3,
     shards_per_worker=(1, 2, 4, 8),

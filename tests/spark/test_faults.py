@@ -83,6 +83,24 @@ def test_an_executor_killed_in_a_step_costs_that_step_alone(session_for, small, 
     assert len(training.steps) == 20
 
 
+def test_rows_that_change_under_the_run_are_an_error_that_names_the_shard(session_for, tmp_path):
+    spark, path = session_for(LOCAL_CLUSTER), write_rows(tmp_path / "rows", 600)
+
+    def rewrite_and_kill(_):
+        shutil.rmtree(path)
+        write_rows(Path(path), 600, seed=0, repeated=300)
+        for pid in executor_pids():
+            os.kill(pid, signal.SIGKILL)
+
+    with pytest.raises(ShardChanged, match=r"shard \d was lost and written again, but now holds other rows"):
+        train(
+            spark,
+            configured("train.steps=20"),
+            spark.read.parquet(path),
+            observers=[AtStep(5, rewrite_and_kill)],
+        )
+
+
 def test_a_python_worker_killed_in_a_step_costs_that_step_alone(session_for, small, flags):
     spark = session_for("local[2]")
     config = configured("train.steps=12", "model.name=users_modules:FlagNet", f"model.folder={flags}")
@@ -132,24 +150,6 @@ def test_only_the_worker_whose_file_is_gone_writes_its_shards_again(session_for,
     )
     assert training.flat.parameters_sha256() == calm.flat.parameters_sha256()
     assert (training.recovery.retries, training.recovery.rebuilt_shards) == (1, 2)  # of four shards
-
-
-def test_rows_that_change_under_the_run_are_an_error_that_names_the_shard(session_for, tmp_path):
-    spark, path = session_for(LOCAL_CLUSTER), write_rows(tmp_path / "rows", 600)
-
-    def rewrite_and_kill(_):
-        shutil.rmtree(path)
-        write_rows(Path(path), 600, seed=0, repeated=300)
-        for pid in executor_pids():
-            os.kill(pid, signal.SIGKILL)
-
-    with pytest.raises(ShardChanged, match=r"shard \d was lost and written again, but now holds other rows"):
-        train(
-            spark,
-            configured("train.steps=20"),
-            spark.read.parquet(path),
-            observers=[AtStep(5, rewrite_and_kill)],
-        )
 
 
 def test_a_column_that_is_random_on_every_reading_is_refused(session_for, small):

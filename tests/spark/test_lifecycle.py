@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import logging
 import re
 import threading
@@ -33,26 +32,13 @@ def files_below(folder: Path) -> tuple[int, int]:
     return len(sizes), sum(sizes)
 
 
-def settled(folder: Path, wanted: tuple[int, int]) -> tuple[int, int]:
-    """Return the files once there are no more than wanted: Spark's cleaner is a thread of its own."""
-    for _ in range(50):
-        if (found := files_below(folder)) <= wanted:
-            break
-        time.sleep(0.1)
-    return found
-
-
 def test_twenty_trainings_leave_the_disk_as_it_was(session_for, small, tmp_path):
     spark = session_for("local[2]", spark__local__dir=str(tmp_path))
     frame, config = spark.read.parquet(small), configured("train.steps=2")
-    train(spark, config, frame, frame)
-    gc.collect()
-    spark.sparkContext._jvm.System.gc()
-    time.sleep(1)  # for Spark's cleaner: what the first training left is not to be counted as growth
     before = files_below(tmp_path)
     for _ in range(20):
         train(spark, config, frame, frame)
-    assert settled(tmp_path, before) <= before
+    assert files_below(tmp_path) == before
     assert not list(tmp_path.rglob("sparksgd-*"))
     assert not spark.sparkContext._jsc.getPersistentRDDs()
     session_for("local[2]")
@@ -79,31 +65,50 @@ def test_every_job_has_a_readable_description_and_the_users_own_comes_back(sessi
         assert wanted in said
 
 
+def neighbour(spark, slots: int) -> threading.Thread:
+    """Let another job hold slots for longer than the watch keeps silent."""
+
+    def sleep(rows):
+        time.sleep(8)
+        return rows
+
+    def hold() -> None:
+        spark.sparkContext.parallelize(range(slots), slots).mapPartitions(sleep).count()
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    while spark.sparkContext._jsc.sc().statusTracker().getExecutorInfos()[0].numRunningTasks() < slots:
+        time.sleep(0.05)  # until its tasks run
+    return thread
+
+
 def test_slots_that_other_jobs_hold_are_counted_aloud(session_for, small, caplog):
     spark = session_for("local[2]")
 
-    def neighbour() -> None:
-        def sleep(rows):
-            time.sleep(12)  # longer than the watch keeps silent
-            return rows
-
-        spark.sparkContext.parallelize(range(1), 1).mapPartitions(sleep).count()
-
     class Neighbour:
         def started(self, training):
-            self.thread = threading.Thread(target=neighbour)
-            self.thread.start()
-            time.sleep(2)  # until its task runs
+            self.thread = neighbour(spark, slots=1)
 
         def stepped(self, training, report): ...
         def evaluated(self, training, report): ...
-        def ended(self, training): ...
+        def ended(self, training):
+            self.thread.join()
 
-    observer = Neighbour()
     with caplog.at_level(logging.WARNING, "sparksgd"):
-        train(spark, configured("train.steps=2"), spark.read.parquet(small), observers=[observer])
-    observer.thread.join()
-    assert "waiting for slots: 2 needed, 1 free (2 in all, other jobs hold 1)" in caplog.text
+        train(spark, configured("train.steps=2"), spark.read.parquet(small), observers=[Neighbour()])
+        assert "waiting for slots: 2 needed, 1 free (2 in all, other jobs hold 1)" in caplog.text
+        frame, holding = spark.read.parquet(small), neighbour(spark, slots=2)
+        train(spark, configured("train.steps=2"), frame)
+        holding.join()
+    assert "waiting for slots: 1 needed, 0 free (2 in all, other jobs hold 2)" in caplog.text
+
+
+def test_a_training_in_a_users_session_says_what_the_session_lacks(session_for, small, caplog):
+    spark = session_for("local[2]")
+    unpinned = configured("train.steps=1", "train.instruction_set=default")
+    with caplog.at_level(logging.WARNING, "sparksgd"):
+        train(spark, unpinned, spark.read.parquet(small))
+    assert "spark.executorEnv.ATEN_CPU_CAPABILITY is not set; set it to default" in caplog.text
 
 
 def test_a_session_of_the_users_is_told_which_settings_it_lacks_and_what_that_costs(session_for, caplog):
