@@ -46,11 +46,10 @@ def run(config: Config, out: Path) -> Training:
             observers=observers,
         )
     from sparksgd.spark.rows import read_parquet
-    from sparksgd.spark.session import start_session
+    from sparksgd.spark.session import job_session
     from sparksgd.spark.training import train as train_on_spark
 
-    session = start_session(f"sparksgd {out.name}", config.train)
-    try:
+    with job_session(f"sparksgd {out.name}", config.train) as session:
         return train_on_spark(
             session,
             config,
@@ -58,8 +57,6 @@ def run(config: Config, out: Path) -> Training:
             None if test is None else read_parquet(session, test),
             observers=observers,
         )
-    finally:
-        session.stop()
 
 
 def _require_writable(folder: Path) -> None:
@@ -83,13 +80,10 @@ def run_evaluation(folder: Path, data: str) -> None:
     """
     from sparksgd.spark.evaluation import evaluate
     from sparksgd.spark.rows import read_parquet
-    from sparksgd.spark.session import start_session
+    from sparksgd.spark.session import job_session
 
     model = load_model(folder)
-    session = start_session("sparksgd evaluation", TrainConfig())
-    try:
+    with job_session("sparksgd evaluation", TrainConfig()) as session:
         scores = evaluate(read_parquet(session, data), model)
-    finally:
-        session.stop()
     for table in scores_tables(scores.rows, scores.loss, scores.accuracy, scores.confusion):
         Console().print(table)

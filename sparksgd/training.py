@@ -253,6 +253,18 @@ def train(
             f"train.num_shards is {num_shards}, but there are {report.rows} rows: "
             f"set train.num_shards to {report.rows} or less"
         )
+    steps_per_epoch = math.ceil(report.rows / config.train.rows_per_step)
+    total = config.train.epochs * steps_per_epoch
+    total = min(total, config.train.steps or total)
+    flat = FlatModule(module, dtype)
+    solver = SynchronousSolver(
+        flat,
+        optimizer=config.optimizer,
+        schedule=config.schedule,
+        solver=config.solver,
+        steps_per_epoch=steps_per_epoch,
+        total_steps=total,
+    )
     with ExitStack() as stack:
         shards = stack.enter_context(_dealt(rows, schema, config, report, "training"))
         test_shards = None
@@ -264,17 +276,6 @@ def train(
             seed=config.train.seed,
         )
         _check_pieces(module, sampling, config.train.rows_per_backward)
-        total = config.train.epochs * sampling.steps_per_epoch
-        total = min(total, config.train.steps or total)
-        flat = FlatModule(module, dtype)
-        solver = SynchronousSolver(
-            flat,
-            optimizer=config.optimizer,
-            schedule=config.schedule,
-            solver=config.solver,
-            steps_per_epoch=sampling.steps_per_epoch,
-            total_steps=total,
-        )
         plan = Plan(
             module=copy.deepcopy(module),
             loss=loss,

@@ -193,6 +193,8 @@ class TreeEngine:
             except Exception as error:
                 failure, missing = str(error), ()
                 final = final_error(error)
+                if final is None and self._cluster.is_stopped():
+                    final = ClusterError(f"the Spark session was stopped during the run, in {doing}")
                 if final is not None:
                     raise final from error
             log.warning("%s: failed and is tried again: %s", doing, gist(failure))

@@ -86,6 +86,13 @@ def reduce_groups(num_partitions: int) -> int:
 
 def final_error(error: Exception) -> SparkSGDError | None:
     """Return what a failed job means where no second attempt can mend it, else None."""
+    before: BaseException | None = error
+    while before is not None:
+        if isinstance(
+            before, KeyboardInterrupt
+        ):  # py4j may lose it: its clean-up fails once the JVM has gone
+            return Cancelled("interrupted")
+        before = before.__context__
     text = str(error)
     if "SparkContext was shut down" in text or "stopped SparkContext" in text:
         return ClusterError("the Spark session was stopped during the run")
@@ -180,6 +187,13 @@ class Cluster:
                 for name, value in before.items():
                     self.context.setLocalProperty(name, value)  # type: ignore[arg-type]  # None unsets it
 
+    def is_stopped(self) -> bool:
+        """Return whether the session has ended, or is ending with its JVM after Ctrl-C."""
+        try:
+            return bool(self.context._jsc.sc().isStopped())
+        except Exception:
+            return True
+
     def slots(self) -> int:
         """Return how many tasks can run at once."""
         spark = self.context._jsc.sc()
@@ -195,6 +209,11 @@ class Cluster:
         """Run a small task in every slot at once, which reaches every executor with a free one."""
         slots = max(1, self.slots())
         return self.context.parallelize(range(slots), slots).mapPartitions(task).collect()
+
+    def unpersist(self, rdd: RDD[Any]) -> None:
+        """Let Spark drop all of a persisted RDD; its own `unpersist` warns of every cut-off one."""
+        rdd.is_cached = False
+        self.context._jsc.sc().unpersistRDD(rdd.id(), True)
 
     def drop_block(self, rdd: RDD[Any], partition: int) -> None:
         """Let Spark drop one partition of a persisted RDD, so that it computes that one anew."""

@@ -16,7 +16,7 @@ from sparksgd.output import SavedModel
 from sparksgd.rows import RowReport
 from sparksgd.spark import step_tasks
 from sparksgd.spark.cluster import spark_job
-from sparksgd.spark.rows import first_rows, quoted, without_vectors
+from sparksgd.spark.rows import first_rows, selected, without_vectors
 
 __all__ = ["Scores", "evaluate"]
 
@@ -53,8 +53,8 @@ def evaluate(frame: DataFrame, model: SavedModel) -> Scores:
     Raises:
         DataError: a column is missing or of another type, there is no row, or a row does not fit.
     """
-    frame, columns = without_vectors(frame), model.schema.columns
-    model.schema.check_columns(*first_rows(frame, columns, 1), "this data")
+    frame = without_vectors(frame)
+    model.schema.check_columns(*first_rows(frame, model.schema.columns, 1), "this data")
     context = frame.sparkSession.sparkContext
     pickled: bytes = cloudpickle.dumps(model)  # type: ignore[no-untyped-call]  # untyped in pyspark
     shipped = context.broadcast(pickled)
@@ -62,7 +62,7 @@ def evaluate(frame: DataFrame, model: SavedModel) -> Scores:
     confusion = None if model.schema.classes is None else np.zeros((model.schema.classes,) * 2, np.int64)
     try:
         with spark_job(context, "evaluation"):
-            scored = frame.select(*map(quoted, columns)).mapInArrow(
+            scored = selected(frame, model.schema).mapInArrow(
                 partial(step_tasks.score, shipped), "scores string"
             )
             for (text,) in scored.collect():

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 
-from sparksgd.rows import RowReport, RowSchema, read_rows
+from sparksgd.rows import RowReport, Rows, RowSchema, read_rows
 from sparksgd.shard import Descriptor, ShardWriter, deal_folder
 from sparksgd.spark.quiet import leave_quietly
 
@@ -33,6 +33,7 @@ __all__ = [
     "keyed",
     "numbered",
     "remove",
+    "rows_of",
     "texts",
     "this_partition",
     "write",
@@ -43,8 +44,8 @@ def inspect(schema: RowSchema, batches: Iterable[pa.RecordBatch]) -> Iterator[pa
     """Task: report on a partition's rows."""
     leave_quietly()
     report = RowReport()
-    for batch in batches:
-        report += read_rows(batch, schema).report
+    for rows in rows_of(schema, batches):
+        report += rows.report
     yield texts("report", [json.dumps(report.to_json())])
 
 
@@ -57,8 +58,7 @@ def free_bytes(_: Iterable[int]) -> Iterator[tuple[str, int]]:
 def keyed(schema: RowSchema, num_shards: int, batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
     """Task: turn rows into (shard, key, record)."""
     leave_quietly()
-    for batch in batches:
-        rows = read_rows(batch, schema)
+    for rows in rows_of(schema, batches):
         yield pa.RecordBatch.from_arrays(
             [pa.array(rows.shards(num_shards)), _binary(rows.keys), _binary(_packed(rows.records))],
             ["shard", "key", "record"],
@@ -121,6 +121,12 @@ def remove(paths: list[str], _: Iterable[int]) -> Iterator[str]:
         with suppress(OSError):
             path.parent.rmdir()
     yield socket.gethostname()
+
+
+def rows_of(schema: RowSchema, batches: Iterable[pa.RecordBatch]) -> Iterator[Rows]:
+    """Yield the rows of batches whose columns come in the schema's order, under any names."""
+    for batch in batches:
+        yield read_rows(batch.rename_columns(schema.columns), schema)
 
 
 def this_partition() -> int:

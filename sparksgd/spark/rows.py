@@ -33,9 +33,9 @@ from sparksgd.errors import ClusterError, ConfigError, DataError, ShardChanged
 from sparksgd.rows import RowReport, RowSchema
 from sparksgd.shard import Descriptor
 from sparksgd.spark import row_tasks
-from sparksgd.spark.cluster import Cluster, cleanup, spark_job, worker_of_partition, worker_shards
+from sparksgd.spark.cluster import Cluster, cleanup, gist, spark_job, worker_of_partition, worker_shards
 
-__all__ = ["DataFrameRows", "SparkShards", "first_rows", "quoted", "read_parquet", "without_vectors"]
+__all__ = ["DataFrameRows", "SparkShards", "first_rows", "read_parquet", "selected", "without_vectors"]
 
 log = logging.getLogger("sparksgd")
 
@@ -56,7 +56,7 @@ def read_parquet(session: SparkSession, path: str) -> DataFrame:
 def without_vectors(frame: DataFrame) -> DataFrame:
     """Return the frame with Spark ML's vectors as arrays."""
     vectors = [f.name for f in frame.schema.fields if isinstance(f.dataType, VectorUDT)]
-    return frame.withColumns({name: vector_to_array(F.col(quoted(name)), "float32") for name in vectors})
+    return frame.withColumns({name: vector_to_array(F.col(_quoted(name)), "float32") for name in vectors})
 
 
 def first_rows(frame: DataFrame, columns: list[str], count: int) -> tuple[pa.Schema, pa.Table]:
@@ -65,9 +65,19 @@ def first_rows(frame: DataFrame, columns: list[str], count: int) -> tuple[pa.Sch
     wanted = [name for name in dict.fromkeys(columns) if name in types]
     fields = {name: _arrow_type(name, types[name]) for name in wanted}
     with spark_job(frame.sparkSession.sparkContext, "reading the first rows"):
-        rows = frame.select(*map(quoted, wanted)).dropna().limit(count).collect()
+        selected = frame.select(*map(_quoted, wanted))
+        for name in wanted:
+            selected = selected.where(F.col(_quoted(name)).isNotNull())  # dropna() trips over dots in names
+        rows = selected.limit(count).collect()
     schema = pa.schema([(name, fields.get(name, pa.null())) for name in types])
     return schema, pa.table({name: pa.array([row[name] for row in rows], fields[name]) for name in wanted})
+
+
+def selected(frame: DataFrame, schema: RowSchema) -> DataFrame:
+    """Return the schema's columns, by their numbers: mapInArrow trips over dots in names."""
+    return frame.select(
+        *(F.col(_quoted(name)).alias(str(number)) for number, name in enumerate(schema.columns))
+    )
 
 
 class DataFrameRows:
@@ -93,7 +103,9 @@ class DataFrameRows:
         """Read every row once, and report."""
         report = RowReport()
         with self._job("checking rows"), self._small_batches(schema):
-            found = self._selected(schema).mapInArrow(partial(row_tasks.inspect, schema), "report string")
+            found = selected(self._frame, schema).mapInArrow(
+                partial(row_tasks.inspect, schema), "report string"
+            )
             for (text,) in found.collect():
                 report += RowReport.from_json(json.loads(text))
         return report
@@ -110,7 +122,7 @@ class DataFrameRows:
         """Deal by content: one shuffle, each worker's shards in one partition."""
         workers = self._cluster.num_workers
         routes = F.array(*map(F.lit, self._routes(num_shards))).cast("array<long>")
-        dealt = self._keyed(self._selected(schema), schema, num_shards).repartition(
+        dealt = self._keyed(selected(self._frame, schema), schema, num_shards).repartition(
             workers, F.element_at(routes, F.col("shard") + 1)
         )
         owned = [worker_shards(worker, workers, num_shards) for worker in worker_of_partition(workers)]
@@ -118,7 +130,7 @@ class DataFrameRows:
 
     def _in_place(self, schema: RowSchema, num_shards: int) -> RDD[Descriptor]:
         """Deal whole partitions, gathered where they are: each shard first, then each worker's shards."""
-        gathered = self._selected(schema).coalesce(num_shards)
+        gathered = selected(self._frame, schema).coalesce(num_shards)
         written = self._written(self._keyed(gathered, schema, 1), schema, None)
         if (partitions := written.getNumPartitions()) < num_shards:
             raise ConfigError(
@@ -153,9 +165,6 @@ class DataFrameRows:
             for shard in worker_shards(worker, workers, num_shards)
         }
         return [number_of[partition_of[shard]] for shard in range(num_shards)]
-
-    def _selected(self, schema: RowSchema) -> DataFrame:
-        return self._frame.select(*map(quoted, schema.columns))
 
     def _announce(self, schema: RowSchema, expected: RowReport) -> None:
         """Say what will be written where, and refuse what cannot fit."""
@@ -225,7 +234,7 @@ class SparkShards:
             ShardChanged: a shard now holds other rows.
         """
         self._cluster.context.setJobDescription("sparksgd: writing lost shards again")
-        self.rdd.unpersist(blocking=True)
+        self._cluster.unpersist(self.rdd)
         for partition in {self._partition_of[shard] for shard in missing}:
             self._cluster.drop_block(self._written, partition)
         before = self.table
@@ -246,14 +255,16 @@ class SparkShards:
 
     def close(self) -> None:
         """Remove the files of all executors, the descriptors, and the shuffle behind them."""
+        if self._cluster.is_stopped():
+            return  # and Spark removes its local directories
         try:
             self._cluster.context.setJobDescription("sparksgd: removing shards")
             self._remove(self.table)
         except Exception as error:
-            log.warning("shard files remain until the application ends: %s", str(error).splitlines()[0])
+            log.warning("shard files remain until the application ends: %s", gist(str(error)))
         with cleanup():
-            self.rdd.unpersist()
-            self._written.unpersist()
+            self._cluster.unpersist(self.rdd)
+            self._cluster.unpersist(self._written)
             if self._shuffled:
                 self._cluster.remove_shuffle(self._written)
 
@@ -279,7 +290,7 @@ class SparkShards:
             )
 
 
-def quoted(column: str) -> str:
+def _quoted(column: str) -> str:
     """Return a column's name as Spark's expressions take it, dots and all."""
     return "`" + column.replace("`", "``") + "`"
 

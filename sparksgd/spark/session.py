@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from pyspark import SparkConf, SparkContext
@@ -11,8 +13,10 @@ from pyspark.sql import SparkSession
 
 from sparksgd import instruction_set
 from sparksgd.config import TrainConfig
+from sparksgd.spark.cluster import cleanup
+from sparksgd.spark.quiet import end_quietly
 
-__all__ = ["SETTINGS", "Setting", "check_session", "start_session"]
+__all__ = ["SETTINGS", "Setting", "check_session", "job_session", "start_session"]
 
 log = logging.getLogger("sparksgd")
 
@@ -118,6 +122,18 @@ def start_session(app_name: str, train: TrainConfig) -> SparkSession:
         # the container's own directory: its temporary one is too long a path for a socket
         conf.setIfMissing("spark.python.unix.domain.socket.dir", ".")
     return SparkSession.builder.config(conf=conf).getOrCreate()
+
+
+@contextmanager
+def job_session(app_name: str, train: TrainConfig) -> Iterator[SparkSession]:
+    """Give a job's process its session, for the time of the block, and Ctrl-C its plain meaning."""
+    session = start_session(app_name, train)
+    end_quietly()
+    try:
+        yield session
+    finally:
+        with cleanup():
+            session.stop()
 
 
 def check_session(session: SparkSession, train: TrainConfig) -> list[Setting]:

@@ -20,10 +20,10 @@ from sparksgd.compute import EVALUATION_ROWS, Answer, Computer, forward, predict
 from sparksgd.flat import Weights
 from sparksgd.numerics import Numerics, thread_count
 from sparksgd.output import SavedModel
-from sparksgd.rows import RowReport, read_rows
+from sparksgd.rows import RowReport
 from sparksgd.shard import Descriptor
 from sparksgd.spark.quiet import leave_quietly
-from sparksgd.spark.row_tasks import texts, this_partition
+from sparksgd.spark.row_tasks import rows_of, texts, this_partition
 
 if TYPE_CHECKING:
     from pyspark import Broadcast
@@ -95,8 +95,7 @@ def score(shipped: Broadcast[bytes], batches: Iterable[pa.RecordBatch]) -> Itera
     schema = model.schema
     report, total = RowReport(), 0.0
     confusion = np.zeros((schema.classes or 0,) * 2, np.int64)
-    for batch in batches:
-        rows = read_rows(batch, schema)
+    for rows in rows_of(schema, batches):
         report += rows.report
         for first in range(0, len(rows.records), EVALUATION_ROWS):
             records = rows.records[first : first + EVALUATION_ROWS]

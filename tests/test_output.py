@@ -1,0 +1,88 @@
+"""A saved model is read back whole, or refused with the reason."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from sparksgd.config import Config
+from sparksgd.engines.inline import InlineEngine
+from sparksgd.errors import ConfigError, DataError
+from sparksgd.local_rows import ParquetRows
+from sparksgd.output import RunFolder, load_model
+from sparksgd.training import train
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return model/ of a run of a linear regression, y = 2 x."""
+    folder = tmp_path_factory.mktemp("run")
+    rows = [{"features": [float(x)], "label": 2.0 * x} for x in range(8)]
+    pq.write_table(pa.Table.from_pylist(rows), folder / "rows.parquet")
+    config = Config.from_dict(
+        {
+            "model": {"name": "torch.nn:Linear", "in_features": 1, "out_features": 1},
+            "loss": {"name": "squared_error"},
+            "train": {"num_shards": 2, "rows_per_step": 4},
+        }
+    )
+    train(
+        config,
+        rows=ParquetRows(str(folder / "rows.parquet")),
+        test=None,
+        make_engine=InlineEngine,
+        observers=[RunFolder(folder)],
+    )
+    return folder / "model"
+
+
+def copied(trained: Path, to: Path, change: Callable[[dict[str, Any]], Any]) -> Path:
+    """Copy a model, with another model.json."""
+    about = json.loads((trained / "model.json").read_text())
+    change(about)
+    (to / "model.json").write_text(json.dumps(about))
+    (to / "weights.pt").write_bytes((trained / "weights.pt").read_bytes())
+    return to
+
+
+def test_a_model_is_read_back_as_it_was_saved(trained: Path) -> None:
+    model = load_model(trained)
+    saved = torch.load(trained / "weights.pt", weights_only=True)
+    assert {name: t.tolist() for name, t in model.module.state_dict().items()} == {
+        name: t.tolist() for name, t in saved.items()
+    }
+    assert not model.module.training
+    assert [(f.name, f.dtype, f.length) for f in model.schema.features] == [("features", "float32", 1)]
+
+
+@pytest.mark.parametrize("missing", ["model.json", "weights.pt"])
+def test_half_a_model_is_refused(trained: Path, tmp_path: Path, missing: str) -> None:
+    copied(trained, tmp_path, lambda about: None)
+    (tmp_path / missing).unlink()
+    with pytest.raises(DataError, match=rf"holds no whole model: FileNotFoundError: .*{missing}"):
+        load_model(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "says"),
+    [
+        (lambda about: about.update(format=2), DataError, "is of format 2, but this version reads 1"),
+        (lambda about: about.pop("features"), DataError, "holds no whole model: KeyError: 'features'"),
+        (lambda about: about["model"]["arguments"].update(out_features=3), DataError, "size mismatch"),
+        (lambda about: about["model"].update(name="nowhere:Net"), ConfigError, "no module 'nowhere'"),
+        (lambda about: about["model"].update(name=None), DataError, "pass it as module="),
+        (lambda about: about.update(parameters_sha256="0"), DataError, "are not of one run"),
+    ],
+)
+def test_what_does_not_fit_together_is_refused(
+    trained: Path, tmp_path: Path, change: Callable[[dict[str, Any]], Any], error: type[Exception], says: str
+) -> None:
+    with pytest.raises(error, match=says):
+        load_model(copied(trained, tmp_path, change))
