@@ -261,6 +261,8 @@ class SparkShards:
             self._cluster.context.setJobDescription("sparksgd: removing shards")
             self._remove(self.table)
         except Exception as error:
+            if self._cluster.is_stopped():
+                return
             log.warning("shard files remain until the application ends: %s", gist(str(error)))
         with cleanup():
             self._cluster.unpersist(self.rdd)
