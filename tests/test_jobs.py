@@ -181,10 +181,8 @@ def test_ctrl_c_ends_a_run_in_a_line_and_leaves_no_file(digits, tmp_path):
         said, _ = process.communicate(timeout=60)
     assert process.returncode == 130, said
     assert "Traceback" not in said
-    assert json.loads((tmp_path / "run" / "summary.json").read_text())["status"] in (
-        "KeyboardInterrupt",
-        "Cancelled",
-    )
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["status"] in ("KeyboardInterrupt", "Cancelled")
     assert not list(shards.rglob("sparksgd-*"))
 
 

@@ -88,9 +88,7 @@ def final_error(error: Exception) -> SparkSGDError | None:
     """Return what a failed job means where no second attempt can mend it, else None."""
     before: BaseException | None = error
     while before is not None:
-        if isinstance(
-            before, KeyboardInterrupt
-        ):  # py4j may lose it: its clean-up fails once the JVM has gone
+        if isinstance(before, KeyboardInterrupt):  # py4j's clean-up may fail, and hide it
             return Cancelled("interrupted")
         before = before.__context__
     text = str(error)

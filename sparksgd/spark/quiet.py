@@ -33,4 +33,5 @@ def _print_exc_but_goodbye(*arguments: object, **options: object) -> None:
 def end_quietly() -> None:
     """Let Ctrl-C raise KeyboardInterrupt in this process, a driver of ours, and do no more."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    logging.getLogger("py4j").setLevel(logging.CRITICAL)  # what it cannot do, it raises as well
     logging.getLogger().addFilter(lambda record: "while sending command" not in str(record.msg))
