@@ -64,22 +64,27 @@ def executor_pids() -> list[int]:
     return sorted(found)
 
 
-def test_an_executor_killed_between_steps_changes_no_bit(session_for, small):
-    spark, config = session_for(LOCAL_CLUSTER), configured("train.steps=20")
-    kill = AtStep(8, lambda _: os.kill(executor_pids()[0], signal.SIGKILL))
-    training = train(spark, config, spark.read.parquet(small), observers=[kill])
-    assert training.flat.parameters_sha256() == undisturbed(small, config)
-    assert training.recovery.rebuilt_shards >= 2  # one of two workers owned two of the four shards
-
-
-def test_an_executor_killed_in_a_step_costs_that_step_alone(session_for, small, flags):
+def test_executors_killed_between_steps_and_in_a_step_change_no_bit(session_for, small, flags):
     spark = session_for(LOCAL_CLUSTER)
     config = configured("train.steps=20", "model.name=users_modules:FlagNet", f"model.folder={flags}")
-    kill = AtStep(8, lambda _: (flags / "kill-executor").touch())
-    training = train(spark, config, spark.read.parquet(small), observers=[kill])
-    assert not any(flags.iterdir())
+    seen = []
+
+    def kill_between(training):
+        os.kill(executor_pids()[0], signal.SIGKILL)
+
+    def kill_in_the_next(training):
+        seen.append((training.recovery.retries, training.recovery.rebuilt_shards))
+        (flags / "kill-executor").touch()
+
+    killers = [AtStep(5, kill_between), AtStep(12, kill_in_the_next)]
+    training = train(spark, config, spark.read.parquet(small), observers=killers)
     assert training.flat.parameters_sha256() == undisturbed(small, config)
-    assert training.recovery.retries >= 1
+    ((retries, rebuilt_shards),) = seen
+    assert retries >= 1
+    assert rebuilt_shards >= 2  # one of two workers owned two of the four shards
+    assert not any(flags.iterdir())
+    assert training.recovery.retries > retries
+    assert training.recovery.rebuilt_shards >= rebuilt_shards + 2
     assert len(training.steps) == 20
 
 
