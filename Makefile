@@ -51,7 +51,7 @@ $(READY): pyproject.toml conf/constraints.txt
 data/mnist/train.parquet data/mnist/test.parquet &: | $(READY)
 	@$(BIN)/python jobs/prepare_data.py --dataset mnist --out data/mnist
 
-run: $(READY) data/mnist/train.parquet ## Train LeNet on MNIST; OUT=DIR ARGS='--set section.key=value'
+run: $(READY) data/mnist/train.parquet data/mnist/test.parquet ## Train LeNet on MNIST; OUT=DIR ARGS='--set section.key=value'
 	$(check-java)
 	@spark-submit --master '$(MASTER)' --properties-file conf/spark-local.conf jobs/train.py --config conf/mnist-lenet.toml --out '$(OUT)' $(ARGS)
 

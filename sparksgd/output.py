@@ -30,6 +30,8 @@ from sparksgd.training import EvaluationReport, Training, build_module
 __all__ = ["RunFolder", "SavedModel", "load_model", "save_model", "summary"]
 
 _FORMAT = 1
+_NOT_WHOLE = (OSError, ValueError, RuntimeError, LookupError, TypeError, EOFError, pickle.UnpicklingError)
+"""What reading half a model, or another thing, raises."""
 
 
 def save_model(folder: Path, training: Training) -> None:
@@ -94,7 +96,7 @@ def load_model(folder: Path, module: nn.Module | None = None) -> SavedModel:
         if FlatModule(module).parameters_sha256() != about["parameters_sha256"]:
             raise DataError(f"{folder}/weights.pt and model.json are not of one run: their digests differ")
         loss = loss_named(about["loss"])
-    except (OSError, ValueError, RuntimeError, LookupError, TypeError, pickle.UnpicklingError) as error:
+    except _NOT_WHOLE as error:
         raise DataError(f"{folder} holds no whole model: {type(error).__name__}: {error}") from error
     return SavedModel(module=module.eval(), schema=schema, loss=loss)
 

@@ -177,6 +177,7 @@ def test_ctrl_c_ends_a_run_in_a_line_and_leaves_no_file(digits, tmp_path):
         lines = tmp_path / "run" / "metrics.jsonl"
         while not (lines.exists() and lines.read_text().count("\n") > 3) and time.monotonic() < deadline:
             time.sleep(0.1)  # until it trains
+        assert list(shards.rglob("sparksgd-*"))
         os.killpg(process.pid, signal.SIGINT)
         said, _ = process.communicate(timeout=60)
     assert process.returncode == 130, said

@@ -173,6 +173,14 @@ class TreeEngine:
         finally:
             self._behind.submit(_destroy, broadcast)  # 1 ms that the next step need not wait for
 
+    def _recover(self, shards: SparkShards, missing: tuple[int, ...]) -> None:
+        """Write lost shards again; what an executor took with it, of all rows at once."""
+        with self._cluster.slot_watch.over(1):
+            self.recovery.rebuilt_shards += shards.recover(missing)
+            for others in (self._shards, self._test):
+                if others not in (None, shards) and not missing:
+                    self.recovery.rebuilt_shards += others.recover(())
+
     def _run(self, job: Callable[[], T], shards: SparkShards, doing: str) -> T:
         """Run a job, again where an executor or a shard's file was lost."""
         failure = ""
@@ -182,7 +190,7 @@ class TreeEngine:
                 if attempt:
                     self.recovery.retries += 1
                     self._cluster.wait_for_slots()
-                    self.recovery.rebuilt_shards += shards.recover(missing)
+                    self._recover(shards, missing)
                     self._context.setJobDescription(f"sparksgd: {doing}, tried again")
                 with self._cluster.slot_watch.over(self._cluster.num_workers):
                     return job()

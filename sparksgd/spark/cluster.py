@@ -118,6 +118,7 @@ def gist(text: str) -> str:
 @contextmanager
 def spark_job(context: SparkContext, doing: str) -> Iterator[None]:
     """Name the jobs of the block, and turn what Spark raises in it into an error of ours."""
+    before = context.getLocalProperty("spark.job.description")
     context.setJobDescription(f"sparksgd: {doing}")
     try:
         yield
@@ -125,6 +126,9 @@ def spark_job(context: SparkContext, doing: str) -> Iterator[None]:
         raise
     except Exception as error:
         raise (final_error(error) or ClusterError(f"{doing} failed: {gist(str(error))}\n{error}")) from error
+    finally:
+        with cleanup():
+            context.setLocalProperty("spark.job.description", before)  # type: ignore[arg-type]  # None unsets it
 
 
 @contextmanager
@@ -157,7 +161,7 @@ class Cluster:
         self.slot_watch = SlotWatch(self)
         self._timeout_s = config.engine.slots_timeout_s
         conf = self.context.getConf()
-        if conf.get("spark.dynamicAllocation.enabled", "false") == "true":
+        if str(conf.get("spark.dynamicAllocation.enabled", "false")).lower() == "true":
             raise ClusterError(
                 "spark.dynamicAllocation.enabled is true, but Spark runs no barrier-mode job then: "
                 "submit with --conf spark.dynamicAllocation.enabled=false and a fixed number of executors"
@@ -206,7 +210,8 @@ class Cluster:
     def visit(self, task: Callable[[Iterable[int]], Iterator[T]]) -> list[T]:
         """Run a small task in every slot at once, which reaches every executor with a free one."""
         slots = max(1, self.slots())
-        return self.context.parallelize(range(slots), slots).mapPartitions(task).collect()
+        with self.slot_watch.over(1):
+            return self.context.parallelize(range(slots), slots).mapPartitions(task).collect()
 
     def unpersist(self, rdd: RDD[Any]) -> None:
         """Let Spark drop all of a persisted RDD; its own `unpersist` warns of every cut-off one."""
@@ -215,15 +220,24 @@ class Cluster:
 
     def drop_block(self, rdd: RDD[Any], partition: int) -> None:
         """Let Spark drop one partition of a persisted RDD, so that it computes that one anew."""
-        manager = self._component(
-            "SparkEnv", "blockManager", "storage.BlockManager", self.context._jsc.sc().env()
-        )
-        blocks = self._component("storage.BlockManager", "master", "storage.BlockManagerMaster", manager)
-        block = self.jvm.org.apache.spark.storage.RDDBlockId(rdd.id(), partition)
+        block, blocks = self._block(rdd, partition)
         blocks.removeBlock(block)
         deadline = time.monotonic() + _DROPPED_S
         while not blocks.getLocations(block).isEmpty() and time.monotonic() < deadline:
             time.sleep(0.01)  # Spark tells no one when an executor has dropped a block
+
+    def has_block(self, rdd: RDD[Any], partition: int) -> bool:
+        """Return whether an executor holds one partition of a persisted RDD."""
+        block, blocks = self._block(rdd, partition)
+        return not blocks.getLocations(block).isEmpty()
+
+    def _block(self, rdd: RDD[Any], partition: int) -> tuple[Any, Any]:
+        """Return a block's name, and who knows where it is."""
+        manager = self._component(
+            "SparkEnv", "blockManager", "storage.BlockManager", self.context._jsc.sc().env()
+        )
+        blocks = self._component("storage.BlockManager", "master", "storage.BlockManagerMaster", manager)
+        return self.jvm.org.apache.spark.storage.RDDBlockId(rdd.id(), partition), blocks
 
     def _component(self, owner: str, name: str, kind: str, instance: Any) -> Any:
         """Return a part of Spark: py4j by itself would load every class that its methods name, and fail."""

@@ -16,7 +16,7 @@ from sparksgd.output import SavedModel
 from sparksgd.rows import RowReport
 from sparksgd.spark import step_tasks
 from sparksgd.spark.cluster import spark_job
-from sparksgd.spark.rows import first_rows, selected, without_vectors
+from sparksgd.spark.rows import first_rows, selected, small_batches, without_vectors
 
 __all__ = ["Scores", "evaluate"]
 
@@ -61,7 +61,7 @@ def evaluate(frame: DataFrame, model: SavedModel) -> Scores:
     report, total = RowReport(), 0.0
     confusion = None if model.schema.classes is None else np.zeros((model.schema.classes,) * 2, np.int64)
     try:
-        with spark_job(context, "evaluation"):
+        with spark_job(context, "evaluation"), small_batches(frame.sparkSession, model.schema):
             scored = selected(frame, model.schema).mapInArrow(
                 partial(step_tasks.score, shipped), "scores string"
             )

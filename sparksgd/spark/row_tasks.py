@@ -11,7 +11,7 @@ import shutil
 import socket
 import tempfile
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,6 +33,7 @@ __all__ = [
     "keyed",
     "numbered",
     "remove",
+    "remove_deal",
     "rows_of",
     "texts",
     "this_partition",
@@ -114,12 +115,17 @@ def numbered(partition: int, rows: Iterable[Row]) -> Iterator[Descriptor]:
         yield replace(shard, shard=partition)
 
 
+def remove_deal(deal_id: str, folders: list[str], _: Iterable[int]) -> Iterator[str]:
+    """Task: remove all files of a deal from this host, those of executors that are gone, too."""
+    for folder in {*map(Path, folders), *(deal_folder(local, deal_id) for local in _local_folders())}:
+        shutil.rmtree(folder, ignore_errors=True)
+    yield socket.gethostname()
+
+
 def remove(paths: list[str], _: Iterable[int]) -> Iterator[str]:
-    """Task: remove shard files, and their folders once empty, from this host; yield its name."""
+    """Task: remove shard files from this host; yield its name."""
     for path in map(Path, paths):
         path.unlink(missing_ok=True)
-        with suppress(OSError):
-            path.parent.rmdir()
     yield socket.gethostname()
 
 
@@ -159,8 +165,10 @@ def _unpacked(column: pa.Array, width: int | None = None) -> np.ndarray[Any, np.
     """Return an Arrow binary column of equally long rows as uint8[B, N]."""
     if not len(column):
         return np.empty((0, width or 0), np.uint8)
-    start, end = np.frombuffer(column.buffers()[1], np.int32)[[column.offset, column.offset + len(column)]]
-    return np.frombuffer(column.buffers()[2], np.uint8)[start:end].reshape(len(column), -1)
+    wide = pa.types.is_large_binary(column.type)  # spark.sql.execution.arrow.useLargeVarTypes
+    offsets = np.frombuffer(column.buffers()[1], np.int64 if wide else np.int32)
+    start, end = offsets[[column.offset, column.offset + len(column)]]
+    return np.frombuffer(column.buffers()[2], np.uint8)[start:end].reshape(len(column), width or -1)
 
 
 def texts(column: str, values: list[str]) -> pa.RecordBatch:

@@ -12,11 +12,13 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import uuid
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from itertools import chain
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -35,11 +37,21 @@ from sparksgd.shard import Descriptor
 from sparksgd.spark import row_tasks
 from sparksgd.spark.cluster import Cluster, cleanup, gist, spark_job, worker_of_partition, worker_shards
 
-__all__ = ["DataFrameRows", "SparkShards", "first_rows", "read_parquet", "selected", "without_vectors"]
+__all__ = [
+    "DataFrameRows",
+    "SparkShards",
+    "first_rows",
+    "read_parquet",
+    "selected",
+    "small_batches",
+    "without_vectors",
+]
 
 log = logging.getLogger("sparksgd")
 
 _BATCH_BYTES = 8 << 20
+_INPUT_GONE = re.compile(r"FILE_NOT_EXIST|FileNotFoundException|PATH_NOT_FOUND")
+_ROW_OVERHEAD_BYTES = 88  # shard, key of two hashes, and how Spark's rows hold them
 _KEYED = "shard int, key binary, record binary"
 
 
@@ -80,6 +92,18 @@ def selected(frame: DataFrame, schema: RowSchema) -> DataFrame:
     )
 
 
+@contextmanager
+def small_batches(session: SparkSession, schema: RowSchema) -> Iterator[None]:
+    """Bound the memory of Arrow batches: 10,000 wide rows at a time would be gigabytes."""
+    key = "spark.sql.execution.arrow.maxRecordsPerBatch"
+    before = session.conf.get(key)
+    session.conf.set(key, str(max(16, min(10_000, _BATCH_BYTES // schema.record.itemsize))))
+    try:
+        yield
+    finally:
+        session.conf.set(key, str(before))
+
+
 class DataFrameRows:
     """Rows of a DataFrame.
 
@@ -102,7 +126,7 @@ class DataFrameRows:
     def inspect(self, schema: RowSchema) -> RowReport:
         """Read every row once, and report."""
         report = RowReport()
-        with self._job("checking rows"), self._small_batches(schema):
+        with self._job("checking rows"), small_batches(self._cluster.session, schema):
             found = selected(self._frame, schema).mapInArrow(
                 partial(row_tasks.inspect, schema), "report string"
             )
@@ -115,10 +139,11 @@ class DataFrameRows:
         self._announce(schema, expected)
         hashed = self._placement == "hashed"
         deal = self._hashed if hashed else self._in_place
-        with self._job("dealing rows into shards"), self._small_batches(schema):
-            return SparkShards(self._cluster, deal(schema, num_shards), shuffled=hashed)
+        deal_id = f"{self._cluster.run_id}-{uuid.uuid4().hex[:6]}"
+        with self._job("dealing rows into shards"), small_batches(self._cluster.session, schema):
+            return SparkShards(self._cluster, deal(schema, num_shards, deal_id), deal_id, shuffled=hashed)
 
-    def _hashed(self, schema: RowSchema, num_shards: int) -> RDD[Descriptor]:
+    def _hashed(self, schema: RowSchema, num_shards: int, deal_id: str) -> RDD[Descriptor]:
         """Deal by content: one shuffle, each worker's shards in one partition."""
         workers = self._cluster.num_workers
         routes = F.array(*map(F.lit, self._routes(num_shards))).cast("array<long>")
@@ -126,30 +151,29 @@ class DataFrameRows:
             workers, F.element_at(routes, F.col("shard") + 1)
         )
         owned = [worker_shards(worker, workers, num_shards) for worker in worker_of_partition(workers)]
-        return self._written(dealt, schema, owned).mapPartitions(row_tasks.descriptors)
+        return self._written(dealt, schema, owned, deal_id).mapPartitions(row_tasks.descriptors)
 
-    def _in_place(self, schema: RowSchema, num_shards: int) -> RDD[Descriptor]:
+    def _in_place(self, schema: RowSchema, num_shards: int, deal_id: str) -> RDD[Descriptor]:
         """Deal whole partitions, gathered where they are: each shard first, then each worker's shards."""
         gathered = selected(self._frame, schema).coalesce(num_shards)
-        written = self._written(self._keyed(gathered, schema, 1), schema, None)
+        written = self._written(self._keyed(gathered, schema, 1), schema, None, deal_id)
         if (partitions := written.getNumPartitions()) < num_shards:
             raise ConfigError(
                 f'data.placement is "in_place", but the data has {partitions} partitions for '
                 f"{num_shards} shards: set train.num_shards={partitions}, or repartition the data"
             )
         log.warning(
-            'data.placement is "in_place": the trajectory depends on how the files lie (%d partitions '
-            "in %d shards), not on the rows alone",
-            self._frame.rdd.getNumPartitions(),
-            num_shards,
+            'data.placement is "in_place": the trajectory depends on how the files lie, and on how many '
+            "cores Spark splits them for, not on the rows alone",
         )
         return written.mapPartitionsWithIndex(row_tasks.numbered).coalesce(self._cluster.num_workers)
 
     def _keyed(self, rows: DataFrame, schema: RowSchema, num_shards: int) -> DataFrame:
         return rows.mapInArrow(partial(row_tasks.keyed, schema, num_shards), _KEYED)
 
-    def _written(self, dealt: DataFrame, schema: RowSchema, owned: list[range] | None) -> RDD[Row]:
-        deal_id = f"{self._cluster.run_id}-{uuid.uuid4().hex[:6]}"
+    def _written(
+        self, dealt: DataFrame, schema: RowSchema, owned: list[range] | None, deal_id: str
+    ) -> RDD[Row]:
         write = partial(row_tasks.write, deal_id, schema.record.itemsize, owned)
         return dealt.sortWithinPartitions("shard", "key").mapInArrow(write, "descriptor string").rdd
 
@@ -169,37 +193,28 @@ class DataFrameRows:
     def _announce(self, schema: RowSchema, expected: RowReport) -> None:
         """Say what will be written where, and refuse what cannot fit."""
         size = expected.rows * schema.record.itemsize
-        copies = 2 if self._placement == "hashed" else 1
+        passing = size + expected.rows * _ROW_OVERHEAD_BYTES
+        way = "a shuffle" if self._placement == "hashed" else "a sort"
         with self._job("looking for free space"):
             free_bytes = dict(self._cluster.visit(row_tasks.free_bytes))
         free = sum(free_bytes.values())
         log.info(
-            "writing %s of shards%s to Spark's local directories; free there: %s",
+            "writing %s of shards, after %s of %s, to Spark's local directories; free there: %s",
             decimal(size),
-            f", after a shuffle of {decimal(size)}" if copies == 2 else "",
+            way,
+            decimal(passing),
             ", ".join(f"{decimal(v)} on {disk.rpartition(':')[0]}" for disk, v in free_bytes.items()),
         )
-        if copies * size > free:
+        if size + passing > free:
             raise ClusterError(
-                f"the shards need {copies} x {decimal(size)} of local disk, but {decimal(free)} are free: "
-                f'give spark.local.dir more, or set data.placement = "in_place", which needs one copy'
+                f"the shards need {decimal(size)} of local disk, and {way} before them "
+                f"{decimal(passing)}, but {decimal(free)} are free: give spark.local.dir more"
             )
 
     @contextmanager
     def _job(self, doing: str) -> Iterator[None]:
         with spark_job(self._cluster.context, doing), self._cluster.slot_watch.over(1):
             yield
-
-    @contextmanager
-    def _small_batches(self, schema: RowSchema) -> Iterator[None]:
-        """Bound the memory of Arrow batches: 10,000 wide rows at a time would be gigabytes."""
-        key, conf = "spark.sql.execution.arrow.maxRecordsPerBatch", self._cluster.session.conf
-        before = conf.get(key)
-        conf.set(key, str(max(16, min(10_000, _BATCH_BYTES // schema.record.itemsize))))
-        try:
-            yield
-        finally:
-            conf.set(key, str(before))
 
 
 class SparkShards:
@@ -212,16 +227,22 @@ class SparkShards:
     Args:
         cluster: where they are.
         written: writes the shards as its partitions are computed, and holds their descriptors.
+        deal_id: names the folders of their files.
         shuffled: whether the last shuffle behind it is ours, and goes with the shards.
     """
 
-    def __init__(self, cluster: Cluster, written: RDD[Descriptor], *, shuffled: bool) -> None:
+    def __init__(self, cluster: Cluster, written: RDD[Descriptor], deal_id: str, *, shuffled: bool) -> None:
         self._cluster = cluster
+        self._deal_id = deal_id
         self._shuffled = shuffled
         self._written = written.persist(StorageLevel.MEMORY_AND_DISK)
         self._partition_of: dict[int, int] = {}
         self.table: list[Descriptor] = []
-        self.rdd, self.table = self._cut_off()
+        try:
+            self.rdd, self.table = self._cut_off()
+        except BaseException:
+            self.close()
+            raise
 
     def recover(self, missing: Collection[int]) -> int:
         """Write again what was lost, and return how many shards that were.
@@ -231,14 +252,27 @@ class SparkShards:
                 an executor Spark knows itself.
 
         Raises:
-            ShardChanged: a shard now holds other rows.
+            ShardChanged: a shard now holds other rows, or its input is gone.
         """
         self._cluster.context.setJobDescription("sparksgd: writing lost shards again")
         self._cluster.unpersist(self.rdd)
         for partition in {self._partition_of[shard] for shard in missing}:
             self._cluster.drop_block(self._written, partition)
         before = self.table
-        self.rdd, self.table = self._cut_off()
+        lost = [
+            shard
+            for shard, partition in sorted(self._partition_of.items())
+            if not self._cluster.has_block(self._written, partition)
+        ]
+        try:
+            self.rdd, self.table = self._cut_off()
+        except Exception as error:
+            if _INPUT_GONE.search(str(error)) is None:
+                raise
+            raise ShardChanged(
+                f"shard {', '.join(map(str, lost))} was lost, and cannot be written again: files of the "
+                f"input are gone. Something rewrote the table while training ran: train on a copy of it"
+            ) from error
         moved = []
         for old, new in zip(before, self.table, strict=True):
             if new.digest != old.digest:
@@ -250,7 +284,8 @@ class SparkShards:
                 )
             if new.path != old.path:
                 moved.append(old)
-        self._remove(moved)
+        with cleanup():
+            self._remove(partial(row_tasks.remove, [shard.path for shard in moved]), moved)
         return len(moved)
 
     def close(self) -> None:
@@ -259,13 +294,15 @@ class SparkShards:
             return  # and Spark removes its local directories
         try:
             self._cluster.context.setJobDescription("sparksgd: removing shards")
-            self._remove(self.table)
+            folders = sorted({str(Path(shard.path).parent) for shard in self.table})
+            self._remove(partial(row_tasks.remove_deal, self._deal_id, folders), self.table)
         except Exception as error:
             if self._cluster.is_stopped():
                 return
             log.warning("shard files remain until the application ends: %s", gist(str(error)))
         with cleanup():
-            self._cluster.unpersist(self.rdd)
+            if self.table:
+                self._cluster.unpersist(self.rdd)
             self._cluster.unpersist(self._written)
             if self._shuffled:
                 self._cluster.remove_shuffle(self._written)
@@ -281,10 +318,8 @@ class SparkShards:
         }
         return descriptors, sorted(chain.from_iterable(partitions), key=lambda shard: shard.shard)
 
-    def _remove(self, shards: Sequence[Descriptor]) -> None:
-        if not shards:
-            return
-        hosts = set(self._cluster.visit(partial(row_tasks.remove, [shard.path for shard in shards])))
+    def _remove(self, task: Callable[[Iterable[int]], Iterator[str]], shards: Sequence[Descriptor]) -> None:
+        hosts = set(self._cluster.visit(task))
         left = sorted({shard.host for shard in shards} - hosts)
         if left:
             log.warning(

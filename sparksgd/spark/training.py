@@ -8,6 +8,7 @@ from functools import partial
 from pyspark.sql import DataFrame, SparkSession
 from torch import nn
 
+from sparksgd import instruction_set
 from sparksgd.config import Config
 from sparksgd.engines.tree import TreeEngine
 from sparksgd.spark.cluster import Cluster
@@ -44,6 +45,7 @@ def train(
     Raises:
         SparkSGDError: see sparksgd/errors.py.
     """
+    instruction_set.pin(config.train.instruction_set)
     cluster = Cluster(session, config)
     check_session(session, config.train)
     with cluster.job_group():

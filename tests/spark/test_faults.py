@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from conftest import LOCAL_CLUSTER, configured, read_files_apart, write_rows  # tests/spark/conftest.py
+from pyspark import SparkContext
 from pyspark.sql import functions as F
 
 from sparksgd.engines.inline import InlineEngine
@@ -52,14 +53,14 @@ def undisturbed(path: str, config) -> str:
 
 def executor_pids() -> list[int]:
     """Return the JVMs of this session's executors."""
-    found = []
+    application, found = SparkContext.getOrCreate().applicationId.encode(), []
     for process in Path("/proc").iterdir():
         if process.name.isdigit():
             try:
                 words = (process / "cmdline").read_bytes().split(b"\0")
             except OSError:
                 continue
-            if b"org.apache.spark.executor.CoarseGrainedExecutorBackend" in words:
+            if b"org.apache.spark.executor.CoarseGrainedExecutorBackend" in words and application in words:
                 found.append(int(process.name))
     return sorted(found)
 
@@ -88,16 +89,27 @@ def test_executors_killed_between_steps_and_in_a_step_change_no_bit(session_for,
     assert len(training.steps) == 20
 
 
-def test_rows_that_change_under_the_run_are_an_error_that_names_the_shard(session_for, tmp_path):
+@pytest.mark.parametrize(
+    ("renamed", "says"),
+    [
+        (False, r"shard \d was lost and written again, but now holds other rows"),
+        (True, r"shard 0, 1, 2, 3 was lost, and cannot be written again: files of the input are gone"),
+    ],
+)
+def test_rows_that_change_under_the_run_are_an_error_that_names_the_shard(
+    session_for, tmp_path, renamed, says
+):
     spark, path = session_for(LOCAL_CLUSTER), write_rows(tmp_path / "rows", 600)
 
     def rewrite_and_kill(_):
         shutil.rmtree(path)
         write_rows(Path(path), 600, seed=0, repeated=300)
+        if renamed:  # as Spark does it
+            Path(path, "part-000.parquet").rename(Path(path, "part-001.parquet"))
         for pid in executor_pids():
             os.kill(pid, signal.SIGKILL)
 
-    with pytest.raises(ShardChanged, match=r"shard \d was lost and written again, but now holds other rows"):
+    with pytest.raises(ShardChanged, match=says):
         train(
             spark,
             configured("train.steps=20"),

@@ -36,8 +36,18 @@ def test_twenty_trainings_leave_the_disk_as_it_was(session_for, small, tmp_path)
     spark = session_for("local[2]", spark__local__dir=str(tmp_path))
     frame, config = spark.read.parquet(small), configured("train.steps=2")
     before = files_below(tmp_path)
+    seen: list[Path] = []
+
+    class Files:
+        def started(self, training): ...
+        def stepped(self, training, report): ...
+        def ended(self, training): ...
+        def evaluated(self, training, report):
+            seen.extend(tmp_path.rglob("sparksgd-*"))
+
     for _ in range(20):
-        train(spark, config, frame, frame)
+        train(spark, config, frame, frame, observers=[Files()])
+    assert len(seen) >= 2 * 20  # of training rows and of test rows: there was something to remove
     assert files_below(tmp_path) == before
     assert not list(tmp_path.rglob("sparksgd-*"))
     assert not spark.sparkContext._jsc.getPersistentRDDs()
@@ -106,10 +116,9 @@ def test_slots_that_other_jobs_hold_are_counted_aloud(session_for, small, caplog
 
 def test_a_training_in_a_users_session_says_what_the_session_lacks(session_for, small, caplog):
     spark = session_for("local[2]")
-    unpinned = configured("train.steps=1", "train.instruction_set=default")
     with caplog.at_level(logging.WARNING, "sparksgd"):
-        train(spark, unpinned, spark.read.parquet(small))
-    assert "spark.executorEnv.ATEN_CPU_CAPABILITY is not set; set it to default" in caplog.text
+        train(spark, configured("train.steps=1"), spark.read.parquet(small))
+    assert "spark.locality.wait is not set; set it to 0s. It costs up to 3 s per step" in caplog.text
 
 
 def test_a_session_of_the_users_is_told_which_settings_it_lacks_and_what_that_costs(session_for, caplog):
