@@ -204,8 +204,9 @@ class Cluster:
 
     def running_tasks(self) -> int:
         """Return how many tasks run now, of any job."""
-        executors = self.context._jsc.sc().statusTracker().getExecutorInfos()
-        return sum(int(executor.numRunningTasks()) for executor in executors)
+        tracker = self.context.statusTracker()  # by stages: executors' own counts go astray with killed tasks
+        stages = [tracker.getStageInfo(stage) for stage in tracker.getActiveStageIds()]
+        return sum(stage.numActiveTasks for stage in stages if stage is not None)
 
     def visit(self, task: Callable[[Iterable[int]], Iterator[T]]) -> list[T]:
         """Run a small task in every slot at once, which reaches every executor with a free one."""

@@ -16,7 +16,7 @@ from users_modules import (
 )
 
 from sparksgd.config import TrainConfig
-from sparksgd.spark.session import SETTINGS, check_session
+from sparksgd.spark.session import SETTINGS, Setting, check_session
 from sparksgd.spark.training import train
 
 
@@ -114,11 +114,13 @@ def test_slots_that_other_jobs_hold_are_counted_aloud(session_for, small, caplog
     assert "waiting for slots: 1 needed, 0 free (2 in all, other jobs hold 2)" in caplog.text
 
 
-def test_a_training_in_a_users_session_says_what_the_session_lacks(session_for, small, caplog):
+def test_a_training_in_a_users_session_says_what_it_lacks(session_for, small, caplog, monkeypatch):
+    wish = Setting(key="spark.sparksgd.wish", value="1", cost="nothing")
+    monkeypatch.setattr("sparksgd.spark.session.SETTINGS", (*SETTINGS, wish))
     spark = session_for("local[2]")
     with caplog.at_level(logging.WARNING, "sparksgd"):
         train(spark, configured("train.steps=1"), spark.read.parquet(small))
-    assert "spark.locality.wait is not set; set it to 0s. It costs up to 3 s per step" in caplog.text
+    assert caplog.messages == ["spark.sparksgd.wish is not set; set it to 1. It costs nothing"]
 
 
 def test_a_session_of_the_users_is_told_which_settings_it_lacks_and_what_that_costs(session_for, caplog):
