@@ -344,11 +344,12 @@ class SlotWatch:
         if self._thread is None:
             self._thread = threading.Thread(target=self._watch, name="sparksgd-slots", daemon=True)
             self._thread.start()
+        around = self._needed, self._waiting_since
         self._needed, self._waiting_since = needed, time.monotonic()
         try:
             yield
         finally:
-            self._waiting_since = None
+            self._needed, self._waiting_since = around
 
     def close(self) -> None:
         """End the thread."""

@@ -81,13 +81,12 @@ def write(
         batches: (shard, key, record).
     """
     leave_quietly()
-    owned = range(1) if shards_of_partition is None else shards_of_partition[this_partition()]
-    folders = _local_folders()
-    first = this_partition()
+    partition, folders = this_partition(), _local_folders()
+    owned = range(1) if shards_of_partition is None else shards_of_partition[partition]
     with ExitStack() as writers:
         writer_of = {
             shard: writers.enter_context(
-                ShardWriter(deal_folder(folders[(first + shard) % len(folders)], deal_id), shard)
+                ShardWriter(deal_folder(folders[(partition + shard) % len(folders)], deal_id), shard)
             )
             for shard in owned
         }

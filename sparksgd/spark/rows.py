@@ -77,10 +77,10 @@ def first_rows(frame: DataFrame, columns: list[str], count: int) -> tuple[pa.Sch
     wanted = [name for name in dict.fromkeys(columns) if name in types]
     fields = {name: _arrow_type(name, types[name]) for name in wanted}
     with spark_job(frame.sparkSession.sparkContext, "reading the first rows"):
-        selected = frame.select(*map(_quoted, wanted))
+        complete = frame.select(*map(_quoted, wanted))
         for name in wanted:
-            selected = selected.where(F.col(_quoted(name)).isNotNull())  # dropna() trips over dots in names
-        rows = selected.limit(count).collect()
+            complete = complete.where(F.col(_quoted(name)).isNotNull())  # dropna() trips over dots in names
+        rows = complete.limit(count).collect()
     schema = pa.schema([(name, fields.get(name, pa.null())) for name in types])
     return schema, pa.table({name: pa.array([row[name] for row in rows], fields[name]) for name in wanted})
 
@@ -195,7 +195,7 @@ class DataFrameRows:
         size = expected.rows * schema.record.itemsize
         passing = size + expected.rows * _ROW_OVERHEAD_BYTES
         way = "a shuffle" if self._placement == "hashed" else "a sort"
-        with self._job("looking for free space"):
+        with spark_job(self._cluster.context, "looking for free space"):
             free_bytes = dict(self._cluster.visit(row_tasks.free_bytes))
         free = sum(free_bytes.values())
         log.info(
@@ -284,8 +284,9 @@ class SparkShards:
                 )
             if new.path != old.path:
                 moved.append(old)
-        with cleanup():
-            self._remove(partial(row_tasks.remove, [shard.path for shard in moved]), moved)
+        if moved:
+            with cleanup():
+                self._remove(partial(row_tasks.remove, [shard.path for shard in moved]), moved)
         return len(moved)
 
     def close(self) -> None:
