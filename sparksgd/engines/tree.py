@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -31,6 +31,7 @@ from sparksgd.engines.protocol import Recovery, SegmentReport, Shards, StepTimin
 from sparksgd.errors import ClusterError, ShardMissing, SparkSGDError
 from sparksgd.flat import FlatModule, Weights
 from sparksgd.numerics import Numerics
+from sparksgd.shard import Descriptor
 from sparksgd.solvers.protocol import Solver
 from sparksgd.spark import step_tasks
 from sparksgd.spark.cluster import (
@@ -43,6 +44,7 @@ from sparksgd.spark.cluster import (
     worker_shards,
 )
 from sparksgd.spark.rows import SparkShards
+from sparksgd.spark.step_rdd import StepRDD
 from sparksgd.treesum import Partials, add_partial
 
 __all__ = ["TreeEngine"]
@@ -99,7 +101,7 @@ class TreeEngine:
         task = partial(step_tasks.contact, self._shipped, self._workers)
 
         def job() -> list[tuple[int, Numerics]]:
-            return self._shards.rdd.barrier().mapPartitions(task).collect()
+            return self._map(self._shards, task).collect()
 
         answers = self._run(job, self._shards, "first contact")
         return [numerics for _, numerics in sorted(answers, key=lambda answer: answer[0])]
@@ -153,11 +155,8 @@ class TreeEngine:
         submitted = time.time()
 
         def job() -> Exchange:
-            answer: Answer = (
-                shards.rdd.barrier()
-                .mapPartitions(partial(step_tasks.answer, self._shipped, broadcast, self._workers, step))
-                .treeAggregate(None, step_tasks.add, step_tasks.add)  # type: ignore[misc]  # None is the zero: it travels in the closure
-            )
+            task = partial(step_tasks.answer, self._shipped, broadcast, self._workers, step)
+            answer: Answer = self._map(shards, task).treeAggregate(None, step_tasks.add, step_tasks.add)  # type: ignore[misc]  # None is the zero: it travels in the closure
             arrived = time.time()
             if answer.failure is not None:
                 raise answer.failure
@@ -172,6 +171,12 @@ class TreeEngine:
             return self._run(job, shards, doing)
         finally:
             self._behind.submit(_destroy, broadcast)  # 1 ms that the next step need not wait for
+
+    def _map(
+        self, shards: SparkShards, task: Callable[[int, Iterable[Descriptor]], Iterable[T]]
+    ) -> StepRDD[Descriptor, T]:
+        """Return the barrier-mode RDD of a task over the workers' shards."""
+        return StepRDD(shards.rdd, task, self._cluster.num_workers)
 
     def _recover(self, shards: SparkShards, missing: tuple[int, ...]) -> None:
         """Write lost shards again; what an executor took with it, of all rows at once."""

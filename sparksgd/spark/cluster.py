@@ -24,6 +24,7 @@ from sparksgd.errors import (
     NotEnoughSlots,
     SparkSGDError,
 )
+from sparksgd.spark.step_rdd import keep_names
 
 __all__ = [
     "Cluster",
@@ -157,6 +158,7 @@ class Cluster:
         self.session = session
         self.context = session.sparkContext
         self.jvm: Any = self.context._jvm
+        keep_names(self.jvm)
         self.run_id = uuid.uuid4().hex[:12]
         self.slot_watch = SlotWatch(self)
         self._timeout_s = config.engine.slots_timeout_s
@@ -202,11 +204,19 @@ class Cluster:
         profile = spark.resourceProfileManager().defaultResourceProfile()
         return int(spark.maxNumConcurrentTasks(profile))
 
-    def running_tasks(self) -> int:
-        """Return how many tasks run now, of any job."""
-        tracker = self.context.statusTracker()  # by stages: executors' own counts go astray with killed tasks
-        stages = [tracker.getStageInfo(stage) for stage in tracker.getActiveStageIds()]
-        return sum(stage.numActiveTasks for stage in stages if stage is not None)
+    def running_tasks(self) -> tuple[int, int]:
+        """Return how many tasks run now: the run's own, and those of other jobs.
+
+        The scheduler knows; what Spark's status tracker says may be seconds old.
+        """
+        ours = others = 0
+        for task_set in _task_sets(self.context._jsc.sc().taskScheduler().rootPool()):
+            properties = task_set.taskSet().properties()
+            if properties and properties.getProperty("spark.jobGroup.id") == self.run_id:
+                ours += task_set.runningTasks()
+            else:
+                others += task_set.runningTasks()
+        return ours, others
 
     def visit(self, task: Callable[[Iterable[int]], Iterator[T]]) -> list[T]:
         """Run a small task in every slot at once, which reaches every executor with a free one."""
@@ -311,6 +321,15 @@ class Cluster:
         return workers
 
 
+def _task_sets(pool: Any) -> Iterator[Any]:
+    """Yield every set of tasks in a pool of Spark's scheduler, and in the pools within."""
+    for member in pool.schedulableQueue().toArray():
+        if member.schedulableQueue() is None:
+            yield member
+        else:
+            yield from _task_sets(member)
+
+
 def _refuse_connect(session: Any) -> None:
     if type(session).__module__.startswith("pyspark.sql.connect"):
         raise ClusterError(
@@ -368,25 +387,14 @@ class SlotWatch:
 
     def _say(self, since: float) -> float | None:
         """Say who holds the slots, if it is they that the job waits for; return what was said for."""
-        slots, running = self._cluster.slots(), self._cluster.running_tasks()
-        if self._ours_running() or slots - running >= self._needed:
+        slots, (ours, others) = self._cluster.slots(), self._cluster.running_tasks()
+        if ours or slots - others >= self._needed:
             return None
         log.warning(
             "waiting for slots: %d needed, %d free (%d in all, other jobs hold %d)",
             self._needed,
-            max(0, slots - running),
+            max(0, slots - others),
             slots,
-            running,
+            others,
         )
         return since
-
-    def _ours_running(self) -> bool:
-        tracker = self._cluster.context.statusTracker()
-        stages = [
-            tracker.getStageInfo(stage)
-            for job in tracker.getJobIdsForGroup(self._cluster.run_id)
-            for info in [tracker.getJobInfo(job)]
-            if info is not None and info.status == "RUNNING"
-            for stage in info.stageIds
-        ]
-        return any(stage.numActiveTasks for stage in stages if stage is not None)

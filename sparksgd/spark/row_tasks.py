@@ -36,7 +36,6 @@ __all__ = [
     "remove_deal",
     "rows_of",
     "texts",
-    "this_partition",
     "write",
 ]
 
@@ -81,7 +80,7 @@ def write(
         batches: (shard, key, record).
     """
     leave_quietly()
-    partition, folders = this_partition(), _local_folders()
+    partition, folders = _this_partition(), _local_folders()
     owned = range(1) if shards_of_partition is None else shards_of_partition[partition]
     with ExitStack() as writers:
         writer_of = {
@@ -134,7 +133,7 @@ def rows_of(schema: RowSchema, batches: Iterable[pa.RecordBatch]) -> Iterator[Ro
         yield read_rows(batch.rename_columns(schema.columns), schema)
 
 
-def this_partition() -> int:
+def _this_partition() -> int:
     """Return which partition this task computes."""
     from pyspark import TaskContext
 

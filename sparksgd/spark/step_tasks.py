@@ -23,7 +23,7 @@ from sparksgd.output import SavedModel
 from sparksgd.rows import RowReport
 from sparksgd.shard import Descriptor
 from sparksgd.spark.quiet import leave_quietly
-from sparksgd.spark.row_tasks import rows_of, texts, this_partition
+from sparksgd.spark.row_tasks import rows_of, texts
 
 if TYPE_CHECKING:
     from pyspark import Broadcast
@@ -51,11 +51,11 @@ class ShippedPlan:
 
 
 def contact(
-    shipped: Broadcast[ShippedPlan], workers: list[int], shards: Iterable[Descriptor]
+    shipped: Broadcast[ShippedPlan], workers: list[int], partition: int, shards: Iterable[Descriptor]
 ) -> Iterator[tuple[int, Numerics]]:
     """Task: make the computer, and yield this worker's number and numerics."""
     list(shards)
-    yield workers[this_partition()], shipped.value.computer.numerics
+    yield workers[partition], shipped.value.computer.numerics
 
 
 def answer(
@@ -63,6 +63,7 @@ def answer(
     weights: Broadcast[Weights],
     workers: list[int],
     step: int | None,
+    partition: int,
     shards: Iterable[Descriptor],
 ) -> Iterator[Answer]:
     """Task: answer a step, or an evaluation where `step` is None.
@@ -72,9 +73,10 @@ def answer(
         weights: what to compute at.
         workers: which worker each partition is.
         step: its number, from 0.
-        shards: this partition's.
+        partition: this task's.
+        shards: the partition's.
     """
-    worker, computer = workers[this_partition()], shipped.value.computer
+    worker, computer = workers[partition], shipped.value.computer
     if step is None:
         yield computer.evaluations(worker, shards, weights.value)
     else:

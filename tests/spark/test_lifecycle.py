@@ -94,8 +94,7 @@ def neighbour(spark, flags: Path, slots: int) -> threading.Thread:
 
 
 def test_slots_that_other_jobs_hold_are_counted_aloud(session_for, small, caplog, tmp_path):
-    # Spark's counts of running tasks may be astray for good where a worker was killed before
-    spark = session_for("local[2]", spark__sparksgd__test="counts begin anew")
+    spark = session_for("local[2]")
 
     class Neighbour:
         def started(self, training):
@@ -117,8 +116,8 @@ def test_slots_that_other_jobs_hold_are_counted_aloud(session_for, small, caplog
 
 def test_a_training_in_a_users_session_says_what_it_lacks(session_for, small, caplog, monkeypatch):
     wish = Setting(key="spark.sparksgd.wish", value="1", cost="nothing")
+    spark = session_for("local[2]")  # a new one would get what is wished for
     monkeypatch.setattr("sparksgd.spark.session.SETTINGS", (*SETTINGS, wish))
-    spark = session_for("local[2]")
     with caplog.at_level(logging.WARNING, "sparksgd"):
         train(spark, configured("train.steps=1"), spark.read.parquet(small))
     assert caplog.messages == ["spark.sparksgd.wish is not set; set it to 1. It costs nothing"]
