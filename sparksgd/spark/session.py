@@ -128,7 +128,7 @@ def start_session(app_name: str, train: TrainConfig) -> SparkSession:
 def job_session(app_name: str, train: TrainConfig) -> Iterator[SparkSession]:
     """Give a job's process its session, for the time of the block, and Ctrl-C its plain meaning."""
     session = start_session(app_name, train)
-    end_quietly()
+    end_quietly(session.sparkContext)
     try:
         yield session
     finally:
