@@ -56,11 +56,12 @@ class ParquetRows:
             complete = valid if complete is None else complete & valid
         return self._schema, self._dataset.head(count, columns=known, filter=complete)
 
-    def inspect(self, schema: RowSchema) -> RowReport:
+    def inspect(self, schema: RowSchema, num_shards: int) -> RowReport:
         """Read every row once, and report."""
         report = RowReport()
         for rows in self._rows(schema):
             report += rows.report
+            report += RowReport(shard_digests=rows.shard_digests(num_shards))
         return report
 
     def deal(self, schema: RowSchema, num_shards: int, expected: RowReport) -> LocalShards:

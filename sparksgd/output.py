@@ -115,7 +115,7 @@ def summary(training: Training, wall_s: float) -> dict[str, Any]:
         "bad_rows_skipped": training.rows.bad.total(),
         "epochs": training.version / training.plan.sampling.steps_per_epoch,
         "steps": training.version,
-        "rows_per_second": training.rows_per_second,
+        "rows_per_second": training.step_times.rows_per_second,
         "wall_s": wall_s,
         "engine": config.engine.name,
         "num_workers": len(workers),
@@ -130,7 +130,7 @@ def summary(training: Training, wall_s: float) -> dict[str, Any]:
         | ({"changes": [asdict(change) for change in changes]} if changes else {}),
         "retried_steps": training.recovery.retries,
         "rebuilt_shards": training.recovery.rebuilt_shards,
-        "step_time_s": training.median_step_time_s(),
+        "step_time_s": training.step_times.medians_s(),
     }
 
 

@@ -186,6 +186,9 @@ class RowReport:
     digest: tuple[int, int] = (0, 0)
     """Sums of the two halves of the good rows' hashes, each modulo 2^64."""
 
+    shard_digests: dict[int, tuple[int, int]] = field(default_factory=dict)
+    """The same of the rows of each shard, where rows are dealt by their content."""
+
     bad: Counter[str] = field(default_factory=Counter)
     """Bad rows by reason; a row counts under the first."""
 
@@ -195,6 +198,8 @@ class RowReport:
     def __iadd__(self, other: RowReport) -> Self:
         self.rows += other.rows
         self.digest = add_digests(self.digest, other.digest)
+        for shard, digest in other.shard_digests.items():
+            self.shard_digests[shard] = add_digests(self.shard_digests.get(shard, (0, 0)), digest)
         self.bad += other.bad
         for reason, examples in other.examples.items():
             known = self.examples.setdefault(reason, [])
@@ -214,7 +219,14 @@ class RowReport:
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Self:
         """Return the report that `to_json` wrote."""
-        return cls(**values | {"bad": Counter(values["bad"]), "digest": tuple(values["digest"])})
+        return cls(
+            **values
+            | {
+                "bad": Counter(values["bad"]),
+                "digest": tuple(values["digest"]),
+                "shard_digests": {int(k): tuple(v) for k, v in values["shard_digests"].items()},
+            }
+        )
 
     def check(self, on_bad_row: str, max_bad_rows: int) -> None:
         """Raise BadRows unless the bad rows may be skipped."""
@@ -255,6 +267,11 @@ class Rows:
         """Return the shard of each row, [B]: its key modulo the number of shards."""
         leading = np.ascontiguousarray(self.keys[:, :8]).view("<u8")[:, 0]
         return (leading % np.uint64(num_shards)).astype(np.int32)
+
+    def shard_digests(self, num_shards: int) -> dict[int, tuple[int, int]]:
+        """Return the digest of the rows of each shard that has some."""
+        shards = self.shards(num_shards)
+        return {int(shard): digest_of(self.keys[shards == shard]) for shard in np.unique(shards)}
 
 
 def read_rows(batch: pa.RecordBatch, schema: RowSchema) -> Rows:

@@ -121,14 +121,14 @@ def _table(training: Training) -> Table:
         if last.accuracy is not None:
             table.add_row("test accuracy", f"[bold green]{last.accuracy:.4f}[/]  of {last.rows:,} rows")
         table.add_row("test loss", f"{last.loss:.4f}")
-    rows = sum(step.rows for step in training.steps)
+    times = training.step_times
     table.add_row(
-        "trained", f"{rows:,} rows in {len(training.steps):,} steps, {training.rows_per_second:,.0f} rows/s"
+        "trained", f"{times.rows:,} rows in {len(times):,} steps, {times.rows_per_second:,.0f} rows/s"
     )
     workers = len(training.numerics) - 1
     table.add_row("engine", f"{training.config.engine.name}, {workers} workers, "
                             f"{training.config.train.num_shards} shards")  # fmt: skip
-    parts = [f"{name} {1e3 * seconds:.1f}" for name, seconds in training.median_step_time_s().items()]
+    parts = [f"{name} {1e3 * seconds:.1f}" for name, seconds in times.medians_s().items()]
     table.add_row("median step", "  ".join(parts) + "  ms")
     mended = training.recovery
     if mended.retries or mended.rebuilt_shards:

@@ -12,11 +12,10 @@ import copy
 import inspect
 import logging
 import math
-import statistics
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import pyarrow as pa
@@ -25,7 +24,7 @@ from torch import nn
 
 from sparksgd.compute import Plan, try_out
 from sparksgd.config import Config, DataConfig, ModelConfig
-from sparksgd.engines.protocol import Engine, MakeEngine, Recovery, Shards, StepReport, StepTiming
+from sparksgd.engines.protocol import Engine, MakeEngine, Recovery, Shards, StepReport
 from sparksgd.errors import ConfigError, DataError, ModelError, NotFinite, ShardChanged
 from sparksgd.flat import FlatModule, mixes_rows
 from sparksgd.imports import resolve
@@ -37,6 +36,7 @@ from sparksgd.sampling import Sampling
 from sparksgd.seeds import seed32
 from sparksgd.shard import Descriptor
 from sparksgd.solvers.synchronous import SynchronousSolver
+from sparksgd.step_times import StepTimes
 
 __all__ = [
     "EvaluationReport",
@@ -61,8 +61,8 @@ class RowSource(Protocol):
         """Return the schema of all columns, and the first rows without nulls in these."""
         ...
 
-    def inspect(self, schema: RowSchema) -> RowReport:
-        """Read every row once, and report."""
+    def inspect(self, schema: RowSchema, num_shards: int) -> RowReport:
+        """Read every row once, and report; on each shard's rows, too, where their content deals them."""
         ...
 
     def deal(self, schema: RowSchema, num_shards: int, expected: RowReport) -> Shards:
@@ -125,8 +125,8 @@ class Training:
     version: int = 0
     """Steps that made the module's parameters."""
 
-    steps: list[StepReport] = field(default_factory=list)
-    """Steps made; what they timed of each worker is dropped when the next one comes."""
+    step_times: StepTimes = field(default_factory=StepTimes)
+    """What the steps took."""
 
     evaluations: list[EvaluationReport] = field(default_factory=list)
     """Evaluations made."""
@@ -145,17 +145,6 @@ class Training:
         """The newest one that the run stands by: none of weights that a NaN loss made it give up."""
         standing = [report for report in self.evaluations if report.step <= self.version]
         return standing[-1] if standing else None
-
-    @property
-    def rows_per_second(self) -> float | None:
-        """Rows of all steps over the seconds of the steps alone; None before the first."""
-        seconds = sum(step.timing.total for step in self.steps)
-        return sum(step.rows for step in self.steps) / seconds if seconds else None
-
-    def median_step_time_s(self) -> dict[str, float]:
-        """Return the median seconds of each part of a step."""
-        names = [part.name for part in fields(StepTiming)] if self.steps else []
-        return {name: statistics.median(getattr(s.timing, name) for s in self.steps) for name in names}
 
 
 class Observer(Protocol):
@@ -351,7 +340,7 @@ def _try_solver(config: Config) -> None:
 
 def _inspected(source: RowSource, schema: RowSchema, config: Config, which: str) -> RowReport:
     started = time.perf_counter()
-    report = source.inspect(schema)
+    report = source.inspect(schema, config.train.num_shards)
     report.check(config.data.on_bad_row, config.data.max_bad_rows)
     if report.bad:
         log.warning("%d bad %s rows skipped: %s", report.bad.total(), which, dict(report.bad))
@@ -392,10 +381,16 @@ def _check_deal(table: Sequence[Descriptor], expected: RowReport, data: DataConf
     for shard in table:
         dealt += RowReport(rows=shard.rows, digest=shard.row_digest)
     if (dealt.rows, dealt.digest) != (expected.rows, expected.digest):
+        changed = [
+            str(shard.shard)
+            for shard in table
+            if shard.row_digest != expected.shard_digests.get(shard.shard, (0, 0))
+        ]
+        where = f"; shards {', '.join(changed)} hold other rows" if expected.shard_digests else ""
         raise ShardChanged(
             f"the {which} data changed while it was read: {expected.rows:,} rows (digest "
             f"{expected.data_digest}) were checked, but {dealt.rows:,} (digest {dealt.data_digest}) "
-            f"were dealt. Something rewrites the table, or a column is random on every reading: "
+            f"were dealt{where}. Something rewrites the table, or a column is random on every reading: "
             f"write it to Parquet first, and train on that"
         )
     share = expected.rows / len(table)
@@ -498,7 +493,7 @@ def _loop(
             segment = engine.advance(solver, steps)
             for report in segment.steps:
                 _note_replacements(training, report)
-                training.steps.append(replace(report, workers=()))
+                training.step_times.add(report)
                 for observer in observers:
                     observer.stepped(training, report)
             finished = solver.step == training.total_steps

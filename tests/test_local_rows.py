@@ -35,7 +35,7 @@ def parquet(folder: Path, x: list[list[float]], y: list[int], files: int = 1) ->
 
 
 def dealt(rows: ParquetRows, num_shards: int) -> LocalShards:
-    return rows.deal(SCHEMA, num_shards, rows.inspect(SCHEMA))
+    return rows.deal(SCHEMA, num_shards, rows.inspect(SCHEMA, num_shards))
 
 
 def contents(shards: LocalShards) -> list[bytes]:
@@ -79,7 +79,7 @@ def test_shards_are_the_same_bytes_whatever_the_files(tmp_path: Path) -> None:
 def test_the_digests_of_the_shards_add_up_to_that_of_the_inspection(tmp_path: Path) -> None:
     rows = parquet(tmp_path / "rows", NUMBERS, list(range(200)))
     halves = zip(*(shard.row_digest for shard in dealt(rows, 3).table), strict=True)
-    assert tuple(sum(half) % 2**64 for half in halves) == rows.inspect(SCHEMA).digest
+    assert tuple(sum(half) % 2**64 for half in halves) == rows.inspect(SCHEMA, 4).digest
 
 
 def test_shards_without_rows_are_there_all_the_same(tmp_path: Path) -> None:

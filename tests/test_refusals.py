@@ -244,7 +244,7 @@ def test_bad_rows_that_may_be_skipped_are_counted_and_said(
         }
     )
     training = train(config, rows=rows, test=None, make_engine=InlineEngine)
-    assert training.rows.rows == training.steps[0].rows == 9
+    assert training.rows.rows == training.step_times.rows == 9
     assert sorted(training.rows.bad.values()) == [1, 1, 1]
     assert "3 bad training rows skipped" in caplog.text
 

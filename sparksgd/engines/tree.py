@@ -45,7 +45,7 @@ from sparksgd.spark.cluster import (
 )
 from sparksgd.spark.rows import SparkShards
 from sparksgd.spark.step_rdd import StepRDD
-from sparksgd.treesum import Partials, add_partial
+from sparksgd.treesum import Partials, add_partial, merge_partials
 
 __all__ = ["TreeEngine"]
 
@@ -255,21 +255,24 @@ def _pickled(plan: Plan) -> bytes:
     return pickled
 
 
-def _partials_at_driver(num_workers: int, num_shards: int) -> int:
-    """Return how many partial sums are left when treeAggregate has gathered what it can."""
+def _partials(num_workers: int, num_shards: int) -> tuple[int, int]:
+    """Return how many partial sums a worker answers with at most, and how many reach the driver."""
     groups = reduce_groups(num_workers)
     gathered: list[Partials] = [{} for _ in range(groups)]
+    most = 0
     for partition, worker in enumerate(worker_of_partition(num_workers)):
+        own: Partials = {}
         for shard in worker_shards(worker, num_workers, num_shards):
-            add_partial(gathered[partition % groups], (shard, shard + 1), None, num_shards)
-    return sum(map(len, gathered))
+            add_partial(own, (shard, shard + 1), None, num_shards)
+        most = max(most, len(own))
+        merge_partials(gathered[partition % groups], own, num_shards)
+    return most, sum(map(len, gathered))
 
 
 def _check_sizes(cluster: Cluster, plan: Plan) -> None:
     """Refuse gradients that Spark's limits, or the driver's heap, cannot hold."""
-    num_workers, num_shards = cluster.num_workers, len(plan.sampling.shard_rows)
     size = FlatModule(plan.module, plan.dtype).parameters.numel() * np.dtype(np.float32).itemsize
-    count = _partials_at_driver(num_workers, num_shards)
+    per_worker, count = _partials(cluster.num_workers, len(plan.sampling.shard_rows))
     limits = cluster.context._jsc.sc().conf()
     results = int(limits.getSizeAsBytes("spark.driver.maxResultSize", "1g"))
     arithmetic = f"a step returns {count} partial sums of {decimal(size)} to the driver"
@@ -278,10 +281,18 @@ def _check_sizes(cluster: Cluster, plan: Plan) -> None:
             f"{arithmetic}, {decimal(count * size)}, but spark.driver.maxResultSize is "
             f"{decimal(results)}: raise it, or use fewer engine.num_workers"
         )
-    heap = int(cluster.jvm.java.lang.Runtime.getRuntime().maxMemory())
+    heap = cluster.driver_heap_bytes
     needed = (count + 2) * size  # and the weights, once on their way and once as a broadcast's blocks
     if needed > 0.8 * heap:
         raise ClusterError(
             f"{arithmetic}, beside two copies of the weights: {decimal(needed)}, but the driver's heap "
             f"is {decimal(heap)}: submit with --driver-memory {-(-2 * needed >> 30)}g"
+        )
+    message = int(limits.get("spark.rpc.message.maxSize", "128")) << 20
+    if per_worker * size > message:
+        log.warning(
+            "a worker answers with %s, but spark.rpc.message.maxSize is %s: answers take the slower way "
+            "by the block manager; raise it, and spark.task.maxDirectResultSize with it",
+            decimal(per_worker * size),
+            decimal(message),
         )

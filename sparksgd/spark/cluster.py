@@ -198,6 +198,11 @@ class Cluster:
         except Exception:
             return True
 
+    @property
+    def driver_heap_bytes(self) -> int:
+        """How large the driver's heap may grow."""
+        return int(self.jvm.java.lang.Runtime.getRuntime().maxMemory())
+
     def slots(self) -> int:
         """Return how many tasks can run at once."""
         spark = self.context._jsc.sc()

@@ -40,12 +40,16 @@ __all__ = [
 ]
 
 
-def inspect(schema: RowSchema, batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
-    """Task: report on a partition's rows."""
+def inspect(
+    schema: RowSchema, num_shards: int | None, batches: Iterable[pa.RecordBatch]
+) -> Iterator[pa.RecordBatch]:
+    """Task: report on a partition's rows, with their shards' digests where content deals them."""
     leave_quietly()
     report = RowReport()
     for rows in rows_of(schema, batches):
         report += rows.report
+        if num_shards is not None:
+            report += RowReport(shard_digests=rows.shard_digests(num_shards))
     yield texts("report", [json.dumps(report.to_json())])
 
 

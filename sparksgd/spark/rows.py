@@ -123,12 +123,13 @@ class DataFrameRows:
         with self._cluster.slot_watch.over(1):
             return first_rows(self._frame, columns, count)
 
-    def inspect(self, schema: RowSchema) -> RowReport:
+    def inspect(self, schema: RowSchema, num_shards: int) -> RowReport:
         """Read every row once, and report."""
         report = RowReport()
+        dealt_into = num_shards if self._placement == "hashed" else None
         with self._job("checking rows"), small_batches(self._cluster.session, schema):
             found = selected(self._frame, schema).mapInArrow(
-                partial(row_tasks.inspect, schema), "report string"
+                partial(row_tasks.inspect, schema, dealt_into), "report string"
             )
             for (text,) in found.collect():
                 report += RowReport.from_json(json.loads(text))

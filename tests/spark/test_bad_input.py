@@ -127,6 +127,26 @@ def test_gradients_that_exceed_the_result_limit_are_refused_with_the_arithmetic(
         session_for("local[2]")
 
 
+def test_a_model_that_the_drivers_heap_cannot_hold_is_refused_with_the_arithmetic(
+    session_for, small, monkeypatch
+):
+    spark = session_for("local[2]")
+    monkeypatch.setattr(Cluster, "driver_heap_bytes", 5 << 20)
+    with pytest.raises(
+        ClusterError, match=r"two copies of the weights.*heap is 5.2 MB: .*--driver-memory 1g"
+    ):
+        refused(spark, spark.read.parquet(small), "model.width=40000")
+
+
+def test_answers_above_the_message_size_are_named(session_for, small, caplog):
+    spark = session_for("local[2]", spark__rpc__message__maxSize="1")
+    try:
+        train(spark, configured("model.width=20000", "train.steps=1"), spark.read.parquet(small))
+    finally:
+        session_for("local[2]")
+    assert "spark.rpc.message.maxSize is 1.0 MB: answers take the slower way" in caplog.text
+
+
 def test_a_module_that_executors_cannot_import_is_named(session_for, small, tmp_path, monkeypatch):
     (tmp_path / "only_here.py").write_text(
         "from users_modules import DropoutNet as Net\nclass Mine(Net): ...\n"

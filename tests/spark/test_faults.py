@@ -86,7 +86,7 @@ def test_executors_killed_between_steps_and_in_a_step_change_no_bit(session_for,
     assert not any(flags.iterdir())
     assert training.recovery.retries > retries
     assert training.recovery.rebuilt_shards >= rebuilt_shards + 2
-    assert len(training.steps) == 20
+    assert len(training.step_times) == 20
 
 
 @pytest.mark.parametrize(
@@ -173,7 +173,7 @@ def test_a_column_that_is_random_on_every_reading_is_refused(session_for, small)
     spark = session_for("local[2]")
     noise = F.udf(lambda: os.urandom(16), "binary").asNondeterministic()
     frame = spark.read.parquet(small).withColumn("features", noise())
-    with pytest.raises(ShardChanged, match="changed while it was read"):
+    with pytest.raises(ShardChanged, match=r"changed while it was read.*; shards 0, 1, 2, 3 hold other"):
         train(spark, configured(), frame)
 
 

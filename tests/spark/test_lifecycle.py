@@ -167,5 +167,5 @@ def test_rows_of_three_times_the_executors_memory_train_in_bounded_memory(sessio
     memory = PeakMemory()
     training = train(spark, config, rows, observers=[memory])
     assert training.rows.rows == BIG_ROWS
-    assert len(training.steps) == 20
+    assert len(training.step_times) == 20
     assert memory.peak_bytes < 700 << 20  # torch alone takes some 400 MiB; the rows are 1500

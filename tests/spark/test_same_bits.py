@@ -51,25 +51,36 @@ def test_fifty_steps_end_at_one_digest_wherever_they_run(session_for, layouts):
         spark, layout = session_for(master), layouts[number % 2]
         config = configured(*FIFTY, f"train.num_shards={shards}", f"engine.num_workers={workers}")
         training = train(spark, config, spark.read.parquet(layout))
-        assert len(training.steps) == 50
+        assert len(training.step_times) == 50
         seen[shards][f"{master} with {workers} workers", layout] = digests(training)
     for shards, found in seen.items():
         assert len(set(found.values())) == 1, (shards, found)
     assert seen[4]["inline", layouts[0]] != seen[8]["inline", layouts[0]]  # the shards shape mini-batches
 
 
+class ExactFields:
+    """Observes what must be equal in every step's report."""
+
+    def __init__(self):
+        self.steps = []
+
+    def stepped(self, training, report):
+        of = report
+        self.steps.append((of.step, of.epoch, of.version, of.rows, of.shards, of.loss, of.lr))
+
+    def started(self, training): ...
+    def evaluated(self, training, report): ...
+    def ended(self, training): ...
+
+
 def test_exact_fields_of_every_step_are_equal_on_every_engine(session_for, small):
     config = configured("train.steps=8")
     spark = session_for("local[2]")
-    runs = [
-        train(spark, config, spark.read.parquet(small)),
-        train_inline(config, rows=ParquetRows(small), test=None, make_engine=InlineEngine),
-    ]
-    tree, inline = (
-        [(s.step, s.epoch, s.version, s.rows, s.shards, s.loss, s.lr) for s in run.steps] for run in runs
-    )
-    assert tree == inline
-    assert [step[0] for step in tree] == list(range(1, 9))
+    tree, inline = ExactFields(), ExactFields()
+    train(spark, config, spark.read.parquet(small), observers=[tree])
+    train_inline(config, rows=ParquetRows(small), test=None, make_engine=InlineEngine, observers=[inline])
+    assert tree.steps == inline.steps
+    assert [step[0] for step in tree.steps] == list(range(1, 9))
 
 
 def test_evaluation_is_equal_on_every_engine(session_for, small):
