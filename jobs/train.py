@@ -1,6 +1,6 @@
 """Train a module on Spark by synchronous SGD.
 
-    spark-submit jobs/train.py --config conf/mnist-lenet.toml --set train.epochs=2 --out runs/lenet
+    spark-submit jobs/train.py --config conf/mnist-lenet.toml --set optimizer.nesterov=false --out runs/lenet
 
 Exit status: 0 finished, 2 refused (configuration, data or module), 3 training failed, 4 the cluster
 failed, 130 interrupted or cancelled.

@@ -293,6 +293,7 @@ class Computer:
         """Return the shard's row numbers as shuffled for an epoch; kept until the next one."""
         known = self._orders.get(shard)
         if known is None or known[0] != epoch:
+            self._orders = {s: order for s, order in self._orders.items() if order[0] == epoch}
             known = self._orders[shard] = epoch, self.plan.sampling.shuffled(shard, epoch)
         return known[1]
 

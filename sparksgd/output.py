@@ -8,10 +8,12 @@ summary.json         the run in one table
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import pickle
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TextIO
@@ -22,7 +24,6 @@ from torch import nn
 from sparksgd.config import ModelConfig
 from sparksgd.engines.protocol import StepReport
 from sparksgd.errors import DataError
-from sparksgd.flat import FlatModule
 from sparksgd.losses import Loss, loss_named
 from sparksgd.rows import Feature, RowSchema
 from sparksgd.training import EvaluationReport, Training, build_module
@@ -49,8 +50,19 @@ def save_model(folder: Path, training: Training) -> None:
         "version": training.version,
         "parameters_sha256": training.flat.parameters_sha256(),
         "buffers_sha256": training.flat.buffers_sha256(),
+        "state_sha256": _sha256(state),
     }
     _write_json(folder / "model.json", about)
+
+
+def _sha256(state: Mapping[str, torch.Tensor]) -> str:
+    """Return the digest of a whole state_dict: frozen parameters and all buffers count, too."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(state.items()):
+        values = tensor.detach().contiguous().view(-1).view(torch.uint8)
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(values.numpy().tobytes())
+    return digest.hexdigest()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,7 +105,7 @@ def load_model(folder: Path, module: nn.Module | None = None) -> SavedModel:
                 raise DataError(f"{folder} was trained from a module given in Python: pass it as module=")
             module = build_module(ModelConfig(**about["model"]), seed=0)
         module.load_state_dict(state)
-        if FlatModule(module).parameters_sha256() != about["parameters_sha256"]:
+        if _sha256(state) != about["state_sha256"]:
             raise DataError(f"{folder}/weights.pt and model.json are not of one run: their digests differ")
         loss = loss_named(about["loss"])
     except _NOT_WHOLE as error:
@@ -184,11 +196,10 @@ class RunFolder:
         self._line(exact | {"timing": {"total": report.time_s}})
 
     def ended(self, training: Training) -> None:
-        """Write the model, if a step was made, and the summary."""
+        """Write the model, as the last good step left it, and the summary."""
         if self._metrics is not None:
             self._metrics.close()
-        if training.version:
-            save_model(self.folder / "model", training)
+        save_model(self.folder / "model", training)
         _write_json(self.folder / "summary.json", summary(training, time.perf_counter() - self._started))
 
     def _line(self, values: dict[str, Any]) -> None:

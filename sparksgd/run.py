@@ -45,18 +45,11 @@ def run(config: Config, out: Path) -> Training:
             make_engine=InlineEngine,
             observers=observers,
         )
-    from sparksgd.spark.rows import read_parquet
     from sparksgd.spark.session import job_session
-    from sparksgd.spark.training import train as train_on_spark
+    from sparksgd.spark.training import train_parquet
 
     with job_session(f"sparksgd {out.name}", config.train) as session:
-        return train_on_spark(
-            session,
-            config,
-            read_parquet(session, train),
-            None if test is None else read_parquet(session, test),
-            observers=observers,
-        )
+        return train_parquet(session, config, observers)
 
 
 def _require_writable(folder: Path) -> None:

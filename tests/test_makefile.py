@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
+MAKES_OWN = ("MAKEFLAGS", "MAKELEVEL", "MFLAGS", "PYTHON")  # `make test` hands them down
 
 
 def program(path: Path, says: str, status: int) -> Path:
@@ -25,10 +26,11 @@ def made(folder: Path, *arguments: str, **environment: str) -> str:
     (folder / "conf").mkdir()
     for name in ("Makefile", "pyproject.toml", "conf/constraints.txt"):
         shutil.copy(ROOT / name, folder / name)
+    inherited = {name: value for name, value in os.environ.items() if name not in MAKES_OWN}
     done = subprocess.run(
         ["make", "install", *arguments],
         cwd=folder,
-        env=os.environ | environment,
+        env=inherited | environment,
         text=True,
         capture_output=True,
     )

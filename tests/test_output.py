@@ -14,7 +14,7 @@ import torch
 
 from sparksgd.config import Config
 from sparksgd.engines.inline import InlineEngine
-from sparksgd.errors import ConfigError, DataError
+from sparksgd.errors import ConfigError, DataError, NotFinite
 from sparksgd.local_rows import ParquetRows
 from sparksgd.output import RunFolder, load_model
 from sparksgd.training import train
@@ -78,7 +78,7 @@ def test_half_a_model_is_refused(trained: Path, tmp_path: Path, missing: str) ->
         (lambda about: about["model"]["arguments"].update(out_features=3), DataError, "size mismatch"),
         (lambda about: about["model"].update(name="nowhere:Net"), ConfigError, "no module 'nowhere'"),
         (lambda about: about["model"].update(name=None), DataError, "pass it as module="),
-        (lambda about: about.update(parameters_sha256="0"), DataError, "are not of one run"),
+        (lambda about: about.update(state_sha256="0"), DataError, "are not of one run"),
     ],
 )
 def test_what_does_not_fit_together_is_refused(
@@ -86,3 +86,50 @@ def test_what_does_not_fit_together_is_refused(
 ) -> None:
     with pytest.raises(error, match=says):
         load_model(copied(trained, tmp_path, change))
+
+
+class Frozen(torch.nn.Module):
+    """y = first(x) + second(x), of which only the second is trained."""
+
+    def __init__(self, frozen: bool) -> None:
+        super().__init__()
+        self.first, self.second = torch.nn.Linear(1, 1), torch.nn.Linear(1, 1)
+        self.first.requires_grad_(not frozen)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.first(x) + self.second(x)
+
+
+def test_a_module_that_was_trained_with_a_part_frozen_is_read_into_one_that_is_not(
+    trained: Path, tmp_path: Path
+) -> None:
+    config = Config.from_dict({"loss": {"name": "squared_error"}, "train": {"num_shards": 1}})
+    rows, module = ParquetRows(str(trained.parent / "rows.parquet")), Frozen(frozen=True)
+    train(
+        config, rows=rows, test=None, make_engine=InlineEngine, module=module, observers=[RunFolder(tmp_path)]
+    )
+    read = load_model(tmp_path / "model", Frozen(frozen=False)).module.state_dict()
+    assert {name: t.tolist() for name, t in read.items()} == {
+        name: t.tolist() for name, t in module.state_dict().items()
+    }
+
+
+def test_a_run_that_diverges_at_once_leaves_the_weights_that_it_began_with(
+    trained: Path, tmp_path: Path
+) -> None:
+    module = torch.nn.Linear(1, 1)
+    before = module.weight.item()
+    config = Config.from_dict(
+        {"loss": {"name": "squared_error"}, "optimizer": {"lr": 1e38}, "train": {"num_shards": 1}}
+    )
+    rows = ParquetRows(str(trained.parent / "rows.parquet"))
+    with pytest.raises(NotFinite):
+        train(
+            config,
+            rows=rows,
+            test=None,
+            make_engine=InlineEngine,
+            module=module,
+            observers=[RunFolder(tmp_path)],
+        )
+    assert load_model(tmp_path / "model", torch.nn.Linear(1, 1)).module.weight.item() == before

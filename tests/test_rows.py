@@ -291,7 +291,10 @@ def test_reports_add_up() -> None:
 
 
 def test_a_report_survives_json() -> None:
-    report = read(batch_of(x=[1.0, NAN, None], y=[0, 0, 0])).report
+    rows = read(batch_of(x=[1.0, NAN, None], y=[0, 0, 0]))
+    report = rows.report
+    report += RowReport(shard_digests=rows.shard_digests(5))
+    assert list(report.shard_digests.values()) == [report.digest]
     back = RowReport.from_json(json.loads(json.dumps(report.to_json())))
     assert back == report
     back += report  # and still adds up

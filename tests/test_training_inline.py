@@ -7,6 +7,7 @@ import os
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
@@ -536,6 +537,18 @@ def test_rows_that_change_under_the_run_are_an_error_that_names_their_shards(tmp
                 test=None,
                 make_engine=InlineEngine,
             )
+
+
+def test_of_rows_that_change_those_shards_are_named_that_hold_them(tmp_path: Path) -> None:
+    rows = [([float(x)], 0.0) for x in range(40)]
+    config = counted()
+    config = replace(config, train=replace(config.train, num_shards=5))
+    before = parquet(tmp_path / "before", rows)
+    content = blake2b(np.float32(7).tobytes(), digest_size=16).digest()
+    holder = int.from_bytes(content[:8], "little") % 5
+    after = parquet(tmp_path / "after", [row if row[0] != [7.0] else ([7.0], 1.0) for row in rows])
+    with pytest.raises(ShardChanged, match=f"; shards {holder} hold other rows"):
+        train(config, rows=Rewritten(before, after), test=None, make_engine=InlineEngine)
 
 
 def test_a_heavy_shard_and_an_empty_one_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

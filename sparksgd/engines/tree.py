@@ -28,7 +28,7 @@ from rich.filesize import decimal
 from sparksgd.compute import Answer, Evaluation, Plan
 from sparksgd.config import EngineConfig
 from sparksgd.engines.protocol import Recovery, SegmentReport, Shards, StepTiming, take_step
-from sparksgd.errors import ClusterError, ShardMissing, SparkSGDError
+from sparksgd.errors import Cancelled, ClusterError, ShardMissing, SparkSGDError
 from sparksgd.flat import FlatModule, Weights
 from sparksgd.numerics import Numerics
 from sparksgd.shard import Descriptor
@@ -36,6 +36,7 @@ from sparksgd.solvers.protocol import Solver
 from sparksgd.spark import step_tasks
 from sparksgd.spark.cluster import (
     Cluster,
+    cancel_jobs,
     cleanup,
     final_error,
     gist,
@@ -45,7 +46,7 @@ from sparksgd.spark.cluster import (
 )
 from sparksgd.spark.rows import SparkShards
 from sparksgd.spark.step_rdd import StepRDD
-from sparksgd.treesum import Partials, add_partial, merge_partials
+from sparksgd.treesum import Partials, add_partial
 
 __all__ = ["TreeEngine"]
 
@@ -203,11 +204,16 @@ class TreeEngine:
                 failure, missing = str(error), error.shards
             except SparkSGDError:
                 raise
+            except KeyboardInterrupt:
+                cancel_jobs(self._context, self._cluster.run_id)
+                raise
             except Exception as error:
                 failure, missing = str(error), ()
                 final = final_error(error)
                 if final is None and self._cluster.is_stopped():
                     final = ClusterError(f"the Spark session was stopped during the run, in {doing}")
+                if isinstance(final, Cancelled):
+                    cancel_jobs(self._context, self._cluster.run_id)
                 if final is not None:
                     raise final from error
             log.warning("%s: failed and is tried again: %s", doing, gist(failure))
@@ -256,23 +262,19 @@ def _pickled(plan: Plan) -> bytes:
 
 
 def _partials(num_workers: int, num_shards: int) -> tuple[int, int]:
-    """Return how many partial sums a worker answers with at most, and how many reach the driver."""
+    """Return how many partial sums reach the driver: in one result at most, and in all."""
     groups = reduce_groups(num_workers)
     gathered: list[Partials] = [{} for _ in range(groups)]
-    most = 0
     for partition, worker in enumerate(worker_of_partition(num_workers)):
-        own: Partials = {}
         for shard in worker_shards(worker, num_workers, num_shards):
-            add_partial(own, (shard, shard + 1), None, num_shards)
-        most = max(most, len(own))
-        merge_partials(gathered[partition % groups], own, num_shards)
-    return most, sum(map(len, gathered))
+            add_partial(gathered[partition % groups], (shard, shard + 1), None, num_shards)
+    return max(map(len, gathered)), sum(map(len, gathered))
 
 
 def _check_sizes(cluster: Cluster, plan: Plan) -> None:
     """Refuse gradients that Spark's limits, or the driver's heap, cannot hold."""
     size = FlatModule(plan.module, plan.dtype).parameters.numel() * np.dtype(np.float32).itemsize
-    per_worker, count = _partials(cluster.num_workers, len(plan.sampling.shard_rows))
+    most, count = _partials(cluster.num_workers, len(plan.sampling.shard_rows))
     limits = cluster.context._jsc.sc().conf()
     results = int(limits.getSizeAsBytes("spark.driver.maxResultSize", "1g"))
     arithmetic = f"a step returns {count} partial sums of {decimal(size)} to the driver"
@@ -289,10 +291,11 @@ def _check_sizes(cluster: Cluster, plan: Plan) -> None:
             f"is {decimal(heap)}: submit with --driver-memory {-(-2 * needed >> 30)}g"
         )
     message = int(limits.get("spark.rpc.message.maxSize", "128")) << 20
-    if per_worker * size > message:
+    direct = min(message, int(limits.getSizeAsBytes("spark.task.maxDirectResultSize", f"{message}b")))
+    if most * size > direct:
         log.warning(
-            "a worker answers with %s, but spark.rpc.message.maxSize is %s: answers take the slower way "
-            "by the block manager; raise it, and spark.task.maxDirectResultSize with it",
-            decimal(per_worker * size),
-            decimal(message),
+            "a task's result has %s, but the smaller of spark.task.maxDirectResultSize and "
+            "spark.rpc.message.maxSize is %s: results take the slower way by the block manager; raise it",
+            decimal(most * size),
+            decimal(direct),
         )

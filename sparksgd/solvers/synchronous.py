@@ -10,6 +10,7 @@ are torch's own.  Chen et al. 2016, "Revisiting Distributed Synchronous SGD", wi
 from __future__ import annotations
 
 import inspect
+import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -24,6 +25,8 @@ from sparksgd.errors import ConfigError, NotFinite
 from sparksgd.flat import FlatModule, Weights
 from sparksgd.imports import did_you_mean, resolve
 from sparksgd.solvers.protocol import GradientSum, StepOutcome
+
+log = logging.getLogger("sparksgd")
 
 __all__ = ["SendEverything", "SynchronousSolver"]
 
@@ -160,6 +163,14 @@ def _schedule(optimizer: Optimizer, config: ScheduleConfig, moves: int) -> lr_sc
         raise ConfigError(
             f"schedule.total_steps is {limit}, but the run moves the schedule {moves} times: "
             f"set schedule.total_steps={moves}"
+        )
+    if limit is not None and 0 < moves < limit:
+        log.warning(
+            "schedule.total_steps is %d, but the run moves the schedule %d times and ends before its end: "
+            "set schedule.total_steps=%d",
+            limit,
+            moves,
+            moves,
         )
     return made
 

@@ -29,10 +29,12 @@ from sparksgd.spark.step_rdd import keep_names
 __all__ = [
     "Cluster",
     "SlotWatch",
+    "cancel_jobs",
     "cleanup",
     "final_error",
     "gist",
     "reduce_groups",
+    "refuse_connect",
     "spark_job",
     "worker_of_partition",
     "worker_shards",
@@ -48,6 +50,7 @@ _DROPPED_S = 5.0
 _SILENCE_S = 3.0
 _CANCELLED = re.compile(r"SPARK_JOB_CANCELLED|(Job|Stage) \d+ (was )?cancelled")
 _LOST = re.compile(r"CHECKPOINT_RDD_BLOCK_ID_NOT_FOUND|Checkpoint block rdd_\d+_\d+ not found|ExecutorLost")
+_WRAPPED = re.compile(r"Job aborted|Exception thrown by job")
 _RAISED = re.compile(r"(Exception|Error): ")
 _NO_MODULE = re.compile(r"ModuleNotFoundError: No module named '([\w.]+)'")
 
@@ -110,26 +113,40 @@ def gist(text: str) -> str:
     """Return the line of a Java stack trace that a person wants."""
     if _LOST.search(text):
         return "an executor was lost"
-    lines = [line.strip() for line in text.splitlines()]
+    lines = [line.strip().removeprefix("Caused by: ").removeprefix(": ") for line in text.splitlines()]
     raised = [line for line in lines if _RAISED.search(line) and not line.startswith("at ")]
-    causes = [line for line in raised if "Job aborted" not in line]
-    return (causes or raised or lines)[0].removeprefix(": ")[-300:]
+    causes = [line for line in raised if not _WRAPPED.search(line)]
+    return (causes or raised[-1:] or lines)[0][-300:]
 
 
 @contextmanager
 def spark_job(context: SparkContext, doing: str) -> Iterator[None]:
     """Name the jobs of the block, and turn what Spark raises in it into an error of ours."""
     before = context.getLocalProperty("spark.job.description")
+    group = context.getLocalProperty("spark.jobGroup.id")
     context.setJobDescription(f"sparksgd: {doing}")
     try:
         yield
     except SparkSGDError:
         raise
+    except KeyboardInterrupt:
+        cancel_jobs(context, group)
+        raise
     except Exception as error:
-        raise (final_error(error) or ClusterError(f"{doing} failed: {gist(str(error))}\n{error}")) from error
+        final = final_error(error)
+        if isinstance(final, Cancelled):
+            cancel_jobs(context, group)
+        raise (final or ClusterError(f"{doing} failed: {gist(str(error))}\n{error}")) from error
     finally:
         with cleanup():
             context.setLocalProperty("spark.job.description", before)  # type: ignore[arg-type]  # None unsets it
+
+
+def cancel_jobs(context: SparkContext, group: str | None) -> None:
+    """End the jobs of a group: after Ctrl-C they would run on, and hold their slots."""
+    with cleanup():
+        if group is not None:
+            context.cancelJobGroup(group)
 
 
 @contextmanager
@@ -154,7 +171,7 @@ class Cluster:
     """
 
     def __init__(self, session: SparkSession, config: Config) -> None:
-        _refuse_connect(session)
+        refuse_connect(session)
         self.session = session
         self.context = session.sparkContext
         self.jvm: Any = self.context._jvm
@@ -335,7 +352,8 @@ def _task_sets(pool: Any) -> Iterator[Any]:
             yield from _task_sets(member)
 
 
-def _refuse_connect(session: Any) -> None:
+def refuse_connect(session: Any) -> None:
+    """Raise ClusterError for a session of Spark Connect."""
     if type(session).__module__.startswith("pyspark.sql.connect"):
         raise ClusterError(
             "this session is Spark Connect, which has no RDDs, and the tree engine needs them: on "

@@ -11,6 +11,7 @@ import numpy.typing as npt
 from pyspark import cloudpickle
 from pyspark.sql import DataFrame
 
+from sparksgd import errors
 from sparksgd.errors import DataError
 from sparksgd.output import SavedModel
 from sparksgd.rows import RowReport
@@ -52,6 +53,7 @@ def evaluate(frame: DataFrame, model: SavedModel) -> Scores:
 
     Raises:
         DataError: a column is missing or of another type, there is no row, or a row does not fit.
+        UserCodeError: the module or its loss raised.
     """
     frame = without_vectors(frame)
     model.schema.check_columns(*first_rows(frame, model.schema.columns, 1), "this data")
@@ -67,6 +69,9 @@ def evaluate(frame: DataFrame, model: SavedModel) -> Scores:
             )
             for (text,) in scored.collect():
                 part = json.loads(text)
+                if "failure" in part:
+                    kind, told = part["failure"]
+                    raise getattr(errors, kind)(told)
                 report += RowReport.from_json(part["report"])
                 total += part["loss"]
                 if confusion is not None:

@@ -13,7 +13,7 @@ from pyspark.sql import SparkSession
 
 from sparksgd import instruction_set
 from sparksgd.config import TrainConfig
-from sparksgd.spark.cluster import cleanup
+from sparksgd.spark.cluster import cleanup, refuse_connect
 from sparksgd.spark.quiet import end_quietly
 
 __all__ = ["SETTINGS", "Setting", "check_session", "job_session", "start_session"]
@@ -33,6 +33,9 @@ class Setting:
     since: tuple[int, int] = (3, 5)
     """Spark version that knows it."""
 
+    exact: bool = False
+    """Whether another value is as bad as none."""
+
 
 SETTINGS = (
     Setting(
@@ -40,6 +43,7 @@ SETTINGS = (
         value="true",
         cost="about 40 ms per step: TCP delays between the JVM and its Python workers",
         since=(4, 1),
+        exact=True,
     ),
     Setting(
         key="spark.task.maxDirectResultSize",
@@ -50,6 +54,7 @@ SETTINGS = (
         key="spark.broadcast.compress",
         value="false",
         cost="some ms per step: weights do not compress",
+        exact=True,
     ),
     Setting(
         key="spark.locality.wait",
@@ -99,6 +104,7 @@ def _wanted(train: TrainConfig) -> list[Setting]:
                 key=f"spark.executorEnv.{name}",
                 value=value,
                 cost=f"other bits: executors are not held to {train.instruction_set}",
+                exact=True,
             )
             for name, value in pins
         ),
@@ -121,13 +127,22 @@ def start_session(app_name: str, train: TrainConfig) -> SparkSession:
     if str(conf.get("spark.master", "")).startswith("yarn"):
         # the container's own directory: its temporary one is too long a path for a socket
         conf.setIfMissing("spark.python.unix.domain.socket.dir", ".")
-    return SparkSession.builder.config(conf=conf).getOrCreate()
+    session = SparkSession.builder.config(conf=conf).getOrCreate()
+    refuse_connect(session)
+    return session
 
 
 @contextmanager
 def job_session(app_name: str, train: TrainConfig) -> Iterator[SparkSession]:
-    """Give a job's process its session, for the time of the block, and Ctrl-C its plain meaning."""
+    """Give a job's process its session, for the time of the block, and Ctrl-C its plain meaning.
+
+    A session that is active already is somebody else's: it is used as it is, and goes on.
+    """
+    active = SparkContext._active_spark_context is not None
     session = start_session(app_name, train)
+    if active:
+        yield session
+        return
     end_quietly(session.sparkContext)
     try:
         yield session
@@ -139,7 +154,11 @@ def job_session(app_name: str, train: TrainConfig) -> Iterator[SparkSession]:
 def check_session(session: SparkSession, train: TrainConfig) -> list[Setting]:
     """Log, and return, the settings that a session of the user's lacks, with what each costs."""
     conf = session.sparkContext.getConf()
-    missing = [s for s in _wanted(train) if conf.get(s.key, None) is None]
-    for setting in missing:
-        log.warning("%s is not set; set it to %s. It costs %s", setting.key, setting.value, setting.cost)
-    return missing
+    lacking = []
+    for setting in _wanted(train):
+        value = conf.get(setting.key, None)
+        if value is None or (setting.exact and value.lower() != setting.value):
+            lacking.append(setting)
+            now = "not set" if value is None else value
+            log.warning("%s is %s; set it to %s. It costs %s", setting.key, now, setting.value, setting.cost)
+    return lacking

@@ -19,6 +19,7 @@ from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from pyspark import RDD
+from pyspark.traceback_utils import SCCallSiteSync
 
 if TYPE_CHECKING:
     from pyspark.core.rdd import PipelinedRDD
@@ -78,7 +79,8 @@ class StepRDD(PipelinedRDD[T, U]):
     def collect(self) -> list[U]:
         """Return what the tasks yield, in the partitions' order."""
         jvm: Any = self.ctx._jvm
-        yielded = self._jrdd.collectAsync().get()
+        with SCCallSiteSync(self.ctx):  # type: ignore[no-untyped-call]  # untyped in pyspark
+            yielded = self._jrdd.collectAsync().get()
         served = jvm.PythonRDD.serveIterator(jvm.PythonUtils.toSeq(yielded).iterator(), "answers")
         stream: Any = _load_from_socket(served, self._jrdd_deserializer)
         with stream if hasattr(stream, "__exit__") else nullcontext(stream) as loaded:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import gc
 import json
 import pickle
+import socket
 from collections.abc import Iterable, Iterator
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,7 @@ import pyarrow as pa
 import torch
 
 from sparksgd.compute import EVALUATION_ROWS, Answer, Computer, forward, predictions
+from sparksgd.errors import SparkSGDError
 from sparksgd.flat import Weights
 from sparksgd.numerics import Numerics, thread_count
 from sparksgd.output import SavedModel
@@ -93,7 +95,18 @@ def add(into: Answer | None, other: Answer) -> Answer:
 
 def score(shipped: Broadcast[bytes], batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
     """Task: run a saved model over a partition's rows; yield its sums as JSON."""
+    leave_quietly()
     model: SavedModel = pickle.loads(shipped.value)
+    try:
+        scores = _scores(model, batches)
+    except SparkSGDError as error:  # as a value: Spark would try a task that raises again
+        scores = {
+            "failure": [type(error).__name__, f"{error}\n  in the evaluation, at {socket.gethostname()}"]
+        }
+    yield texts("scores", [json.dumps(scores)])
+
+
+def _scores(model: SavedModel, batches: Iterable[pa.RecordBatch]) -> dict[str, Any]:
     schema = model.schema
     report, total = RowReport(), 0.0
     confusion = np.zeros((schema.classes or 0,) * 2, np.int64)
@@ -106,5 +119,4 @@ def score(shipped: Broadcast[bytes], batches: Iterable[pa.RecordBatch]) -> Itera
             total += float(losses.double().sum())
             if schema.classes is not None:
                 np.add.at(confusion, (schema.label_array(records), predictions(output).numpy()), 1)
-    scores = {"report": report.to_json(), "loss": total, "confusion": confusion.tolist()}
-    yield texts("scores", [json.dumps(scores)])
+    return {"report": report.to_json(), "loss": total, "confusion": confusion.tolist()}

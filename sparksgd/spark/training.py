@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 from pyspark.sql import DataFrame, SparkSession
@@ -12,12 +12,12 @@ from sparksgd import instruction_set
 from sparksgd.config import Config
 from sparksgd.engines.tree import TreeEngine
 from sparksgd.spark.cluster import Cluster
-from sparksgd.spark.rows import DataFrameRows
+from sparksgd.spark.rows import DataFrameRows, read_parquet
 from sparksgd.spark.session import check_session
 from sparksgd.training import Observer, Training
 from sparksgd.training import train as train_anywhere
 
-__all__ = ["train"]
+__all__ = ["train", "train_parquet"]
 
 
 def train(
@@ -45,10 +45,34 @@ def train(
     Raises:
         SparkSGDError: see sparksgd/errors.py.
     """
+    return _train(session, config, lambda: (rows, test), module, observers)
+
+
+def train_parquet(session: SparkSession, config: Config, observers: Sequence[Observer] = ()) -> Training:
+    """Train as `train` does, on the Parquet that the configuration names; data.train must be set."""
+
+    def frames() -> tuple[DataFrame, DataFrame | None]:
+        assert config.data.train is not None
+        test = config.data.test
+        return read_parquet(session, config.data.train), None if test is None else read_parquet(session, test)
+
+    return _train(session, config, frames, None, observers)
+
+
+def _train(
+    session: SparkSession,
+    config: Config,
+    frames: Callable[[], tuple[DataFrame, DataFrame | None]],
+    module: nn.Module | None,
+    observers: Sequence[Observer],
+) -> Training:
+    """Train on frames that are made once there are slots: to read a schema is a job already."""
     instruction_set.pin(config.train.instruction_set)
     cluster = Cluster(session, config)
     check_session(session, config.train)
     with cluster.job_group():
+        with cluster.slot_watch.over(1):
+            rows, test = frames()
         return train_anywhere(
             config,
             rows=DataFrameRows(rows, cluster, config.data.placement),

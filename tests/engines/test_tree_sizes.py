@@ -1,4 +1,4 @@
-"""How many partial sums a worker answers with, and how many reach the driver as Spark gathers them."""
+"""How many partial sums reach the driver, in one result and in all, as Spark gathers them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from sparksgd.engines.tree import _partials
 
 
 @pytest.mark.parametrize(
-    ("workers", "shards", "of_a_worker", "at_the_driver"),
+    ("workers", "shards", "in_one", "in_all"),
     [
         (1, 8, 1, 1),  # one worker adds all
         (2, 8, 1, 2),
@@ -18,5 +18,5 @@ from sparksgd.engines.tree import _partials
         (7, 7, 1, 2),  # three groups are rounded to two: workers 0-3 and 4-6
     ],
 )
-def test_partial_sums_of_a_worker_and_at_the_driver(workers, shards, of_a_worker, at_the_driver):
-    assert _partials(workers, shards) == (of_a_worker, at_the_driver)
+def test_partial_sums_that_reach_the_driver(workers, shards, in_one, in_all):
+    assert _partials(workers, shards) == (in_one, in_all)

@@ -317,6 +317,16 @@ def test_a_schedule_that_moves_momentum_as_well_is_torch_s_own() -> None:
         assert solver.flat.parameters.item() == plain.weight.item()
 
 
+def test_a_schedule_that_the_run_cuts_short_is_named(caplog: pytest.LogCaptureFixture) -> None:
+    fitting, longer = (
+        ScheduleConfig(name="OneCycleLR", arguments={"max_lr": 0.5, "total_steps": steps}) for steps in (3, 4)
+    )
+    solver_of(at(1.0), lr=0.1, momentum=0.9, schedule=fitting)
+    assert caplog.text == ""
+    solver_of(at(1.0), lr=0.1, momentum=0.9, schedule=longer)
+    assert "total_steps is 4, but the run moves the schedule 3 times" in caplog.text
+
+
 def test_the_rate_counts_in_the_step_that_reports_it() -> None:
     halving = ScheduleConfig(name="StepLR", arguments={"step_size": 1, "gamma": 0.5})
     solver = solver_of(at(0.0), lr=1.0, schedule=halving)

@@ -144,7 +144,7 @@ def test_answers_above_the_message_size_are_named(session_for, small, caplog):
         train(spark, configured("model.width=20000", "train.steps=1"), spark.read.parquet(small))
     finally:
         session_for("local[2]")
-    assert "spark.rpc.message.maxSize is 1.0 MB: answers take the slower way" in caplog.text
+    assert "spark.rpc.message.maxSize is 1.0 MB: results take the slower way" in caplog.text
 
 
 def test_a_module_that_executors_cannot_import_is_named(session_for, small, tmp_path, monkeypatch):

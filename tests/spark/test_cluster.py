@@ -34,6 +34,18 @@ def test_the_gist_of_a_stack_trace_is_its_cause(reason, told):
     assert gist(ABORTED.format(reason)) == told
 
 
+def test_the_gist_of_a_failed_step_is_its_cause_too():
+    wrapped = (
+        "An error occurred while calling o1.get.\n"
+        ": java.util.concurrent.ExecutionException: Exception thrown by job\n"
+        "\tat org.apache.spark.JavaFutureActionWrapper.getImpl(FutureAction.scala:315)\n"
+        "Caused by: " + ABORTED.format(BARRIER.format(CRASH)).split("\n: ")[1]
+    )
+    assert gist(wrapped) == CRASH
+    reason = "org.apache.spark.SparkException: Job aborted due to stage failure: too many"
+    assert gist(wrapped.split("Caused by")[0] + "Caused by: " + reason) == reason
+
+
 @pytest.mark.parametrize(
     ("reason", "kind"),
     [

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
+import torch
 from conftest import configured  # tests/spark/conftest.py
 from pyspark.ml.functions import array_to_vector
 from pyspark.sql import functions as F
 
-from sparksgd.errors import BadRows, DataError
+from sparksgd.errors import BadRows, DataError, UserCodeError
 from sparksgd.output import RunFolder, load_model
 from sparksgd.spark.evaluation import evaluate
 from sparksgd.spark.training import train
@@ -55,6 +58,13 @@ def test_columns_that_do_not_fit_are_refused(points, training_and_model):
         DataError, match=r"column 'the\.point' is uint8 in this data, but float32 in the training"
     ):
         evaluate(points.withColumn("the.point", F.unhex(F.lit("00FF"))), model)
+
+
+def test_a_module_that_raises_is_the_users_error_not_the_clusters(points, training_and_model):
+    _, model = training_and_model
+    broken = replace(model, module=torch.nn.Linear(3, 2))
+    with pytest.raises(UserCodeError, match=r"RuntimeError: mat1 and mat2 .*(?s:.*)in the evaluation, at "):
+        evaluate(points, broken)
 
 
 def test_rows_that_do_not_fit_are_refused(points, training_and_model):

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
+import signal
 import threading
 import time
 from pathlib import Path
+from threading import Timer
 
 import pytest
 from conftest import configured  # tests/spark/conftest.py
@@ -16,6 +19,7 @@ from users_modules import (
 )
 
 from sparksgd.config import TrainConfig
+from sparksgd.errors import Cancelled
 from sparksgd.spark.session import SETTINGS, Setting, check_session
 from sparksgd.spark.training import train
 
@@ -121,6 +125,42 @@ def test_a_training_in_a_users_session_says_what_it_lacks(session_for, small, ca
     with caplog.at_level(logging.WARNING, "sparksgd"):
         train(spark, configured("train.steps=1"), spark.read.parquet(small))
     assert caplog.messages == ["spark.sparksgd.wish is not set; set it to 1. It costs nothing"]
+
+
+def test_a_setting_of_the_contrary_is_named_with_its_value(session_for, caplog):
+    spark = session_for(
+        "local[2]", spark__broadcast__compress="true", spark__task__maxDirectResultSize="200m"
+    )
+    assert [setting.key for setting in check_session(spark, TrainConfig())] == ["spark.broadcast.compress"]
+    assert "spark.broadcast.compress is true; set it to false. It costs" in caplog.text
+
+
+def test_ctrl_c_in_a_users_session_ends_our_job_and_frees_its_slots(
+    session_for, small, tmp_path, monkeypatch
+):
+    spark = session_for("local[2]")
+    config = configured("model.name=users_modules:FlagNet", f"model.folder={tmp_path}", "train.steps=50")
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # as a notebook's kernel sets it
+
+    class CtrlC:
+        def stepped(self, training, report):
+            if report.step == 2:
+                (tmp_path / "sleep").touch()
+                Timer(1.5, os.kill, [os.getpid(), signal.SIGINT]).start()
+            assert report.step < 4
+
+        def started(self, training): ...
+        def evaluated(self, training, report): ...
+        def ended(self, training): ...
+
+    try:
+        started = time.monotonic()
+        with pytest.raises((KeyboardInterrupt, Cancelled)):
+            train(spark, config, spark.read.parquet(small), observers=[CtrlC()])
+        assert spark.range(2, numPartitions=2).count() == 2
+        assert time.monotonic() - started < 40  # a flag would sleep for a minute
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_a_session_of_the_users_is_told_which_settings_it_lacks_and_what_that_costs(session_for, caplog):
