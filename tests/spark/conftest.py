@@ -51,6 +51,26 @@ def session_for() -> Iterator[Callable[..., SparkSession]]:
     stop()
 
 
+@pytest.fixture
+def setting(session_for: Callable[..., SparkSession]) -> Iterator[Callable[[str, str], None]]:
+    """Return a function that gives the session of `local[2]` a setting, as if it had been started with it.
+
+    Only for settings that we read, not Spark: starting a session takes seconds.
+    """
+    conf, before = session_for("local[2]").sparkContext._conf, {}
+
+    def give(key: str, value: str) -> None:
+        before[key] = conf.get(key, None)
+        conf.set(key, value)
+
+    yield give
+    for key, value in before.items():
+        if value is None:
+            conf._jconf.remove(key)
+        else:
+            conf.set(key, value)
+
+
 def write_rows(folder: Path, rows: int, files: int = 1, seed: int = 0, repeated: int = 0) -> str:
     """Write uint8[16] features with learnable labels 0..3, in any number of files, and any order."""
     source = np.random.default_rng(1)

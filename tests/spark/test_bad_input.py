@@ -109,28 +109,19 @@ def test_more_threads_than_a_task_has_cpus_are_refused(spark):
         Cluster(spark, configured("train.threads=2"))
 
 
-def test_dynamic_allocation_is_refused(session_for):
-    spark = session_for("local[2]", spark__dynamicAllocation__enabled="true")
-    try:
-        with pytest.raises(ClusterError, match=r"spark.dynamicAllocation.enabled is true"):
-            Cluster(spark, configured())
-    finally:
-        session_for("local[2]")
+def test_dynamic_allocation_is_refused(spark, setting):
+    setting("spark.dynamicAllocation.enabled", "true")
+    with pytest.raises(ClusterError, match=r"spark.dynamicAllocation.enabled is true"):
+        Cluster(spark, configured())
 
 
-def test_gradients_that_exceed_the_result_limit_are_refused_with_the_arithmetic(session_for, small):
-    spark = session_for("local[2]", spark__driver__maxResultSize="1m")
-    try:
-        with pytest.raises(ClusterError, match=r"2 partial sums of .* MB to .*maxResultSize is 1.0 MB"):
-            refused(spark, spark.read.parquet(small), "model.width=40000")
-    finally:
-        session_for("local[2]")
+def test_gradients_that_exceed_the_result_limit_are_refused_with_the_arithmetic(spark, setting, small):
+    setting("spark.driver.maxResultSize", "1m")
+    with pytest.raises(ClusterError, match=r"2 partial sums of .* MB to .*maxResultSize is 1.0 MB"):
+        refused(spark, spark.read.parquet(small), "model.width=40000")
 
 
-def test_a_model_that_the_drivers_heap_cannot_hold_is_refused_with_the_arithmetic(
-    session_for, small, monkeypatch
-):
-    spark = session_for("local[2]")
+def test_a_model_that_the_drivers_heap_cannot_hold_is_refused_with_the_arithmetic(spark, small, monkeypatch):
     monkeypatch.setattr(Cluster, "driver_heap_bytes", 5 << 20)
     with pytest.raises(
         ClusterError, match=r"two copies of the weights.*heap is 5.2 MB: .*--driver-memory 1g"
@@ -138,12 +129,9 @@ def test_a_model_that_the_drivers_heap_cannot_hold_is_refused_with_the_arithmeti
         refused(spark, spark.read.parquet(small), "model.width=40000")
 
 
-def test_answers_above_the_message_size_are_named(session_for, small, caplog):
-    spark = session_for("local[2]", spark__rpc__message__maxSize="1")
-    try:
-        train(spark, configured("model.width=20000", "train.steps=1"), spark.read.parquet(small))
-    finally:
-        session_for("local[2]")
+def test_results_above_the_message_size_are_named(spark, setting, small, caplog):
+    setting("spark.rpc.message.maxSize", "1")
+    train(spark, configured("model.width=20000", "train.steps=1"), spark.read.parquet(small))
     assert "spark.rpc.message.maxSize is 1.0 MB: results take the slower way" in caplog.text
 
 

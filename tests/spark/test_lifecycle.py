@@ -127,11 +127,11 @@ def test_a_training_in_a_users_session_says_what_it_lacks(session_for, small, ca
     assert caplog.messages == ["spark.sparksgd.wish is not set; set it to 1. It costs nothing"]
 
 
-def test_a_setting_of_the_contrary_is_named_with_its_value(session_for, caplog):
-    spark = session_for(
-        "local[2]", spark__broadcast__compress="true", spark__task__maxDirectResultSize="200m"
-    )
-    assert [setting.key for setting in check_session(spark, TrainConfig())] == ["spark.broadcast.compress"]
+def test_a_setting_of_the_contrary_is_named_with_its_value(session_for, setting, caplog):
+    spark = session_for("local[2]")
+    setting("spark.broadcast.compress", "true")
+    setting("spark.task.maxDirectResultSize", "200m")
+    assert [lacking.key for lacking in check_session(spark, TrainConfig())] == ["spark.broadcast.compress"]
     assert "spark.broadcast.compress is true; set it to false. It costs" in caplog.text
 
 

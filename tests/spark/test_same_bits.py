@@ -41,7 +41,6 @@ def test_fifty_steps_end_at_one_digest_wherever_they_run(session_for, layouts):
             found["inline", layout] = digests(inline)
     places = [
         ("local[5]", 1, 4),
-        ("local[5]", 2, 4),
         ("local[5]", 3, 4),
         ("local[5]", 4, 4),
         ("local[5]", 5, 8),
