@@ -50,7 +50,7 @@ __all__ = [
 log = logging.getLogger("sparksgd")
 
 _BATCH_BYTES = 8 << 20
-_INPUT_GONE = re.compile(r"FILE_NOT_EXIST|FileNotFoundException|PATH_NOT_FOUND")
+_INPUT_GONE = re.compile(r"FILE_NOT_EXIST|PATH_NOT_FOUND|underlying files have been updated")
 _ROW_OVERHEAD_BYTES = 88  # shard, key of two hashes, and how Spark's rows hold them
 _KEYED = "shard int, key binary, record binary"
 

@@ -22,7 +22,13 @@ _current: dict[str, object] = {}
 
 
 @pytest.fixture(scope="session")
-def session_for() -> Iterator[Callable[..., SparkSession]]:
+def local_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return where these sessions keep their blocks and shards, apart from any other Spark here."""
+    return tmp_path_factory.mktemp("spark")
+
+
+@pytest.fixture(scope="session")
+def session_for(local_dir: Path) -> Iterator[Callable[..., SparkSession]]:
     """Return a function: the session of a master and settings, the last one if they are the same."""
 
     def session(master: str, **settings: str) -> SparkSession:
@@ -30,6 +36,7 @@ def session_for() -> Iterator[Callable[..., SparkSession]]:
         if _current.get("wanted") != wanted or SparkContext._active_spark_context is None:
             stop()
             conf = {"spark.master": master, "spark.ui.enabled": "false", "spark.log.level": "ERROR"}
+            conf["spark.local.dir"] = str(local_dir)
             conf |= {key.replace("__", "."): value for key, value in settings.items()}
             if SparkContext._gateway is None:
                 SparkContext._ensure_initialized(conf=SparkConf(loadDefaults=False))
@@ -49,6 +56,20 @@ def session_for() -> Iterator[Callable[..., SparkSession]]:
 
     yield session
     stop()
+
+
+def executor_pids() -> list[int]:
+    """Return the JVMs of this session's executors."""
+    application, found = SparkContext.getOrCreate().applicationId.encode(), []
+    for process in Path("/proc").iterdir():
+        if process.name.isdigit():
+            try:
+                words = (process / "cmdline").read_bytes().split(b"\0")
+            except OSError:
+                continue
+            if b"org.apache.spark.executor.CoarseGrainedExecutorBackend" in words and application in words:
+                found.append(int(process.name))
+    return sorted(found)
 
 
 @pytest.fixture

@@ -10,8 +10,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import LOCAL_CLUSTER, configured, read_files_apart, write_rows  # tests/spark/conftest.py
-from pyspark import SparkContext
+from conftest import (  # tests/spark/conftest.py
+    LOCAL_CLUSTER,
+    configured,
+    executor_pids,
+    read_files_apart,
+    write_rows,
+)
 from pyspark.sql import functions as F
 
 from sparksgd.engines.inline import InlineEngine
@@ -49,20 +54,6 @@ def undisturbed(path: str, config) -> str:
     """Return the digest that every engine must reach, through whatever happens."""
     training = train_inline(config, rows=ParquetRows(path), test=None, make_engine=InlineEngine)
     return training.flat.parameters_sha256()
-
-
-def executor_pids() -> list[int]:
-    """Return the JVMs of this session's executors."""
-    application, found = SparkContext.getOrCreate().applicationId.encode(), []
-    for process in Path("/proc").iterdir():
-        if process.name.isdigit():
-            try:
-                words = (process / "cmdline").read_bytes().split(b"\0")
-            except OSError:
-                continue
-            if b"org.apache.spark.executor.CoarseGrainedExecutorBackend" in words and application in words:
-                found.append(int(process.name))
-    return sorted(found)
 
 
 def test_executors_killed_between_steps_and_in_a_step_change_no_bit(session_for, small, flags):
@@ -128,14 +119,13 @@ def test_a_python_worker_killed_in_a_step_costs_that_step_alone(session_for, sma
 
 
 @pytest.mark.parametrize("placement", ["hashed", "in_place"])
-def test_deleted_shard_files_are_written_again(session_for, tmp_path, placement):
+def test_deleted_shard_files_are_written_again(session_for, local_dir, tmp_path, placement):
     spark, path = session_for("local[2]"), write_rows(tmp_path / "rows", 600, files=4)
     config = configured("train.steps=12", f"data.placement={placement}")
 
     def delete(_):
-        for folder in Path(spark.sparkContext._jvm.System.getProperty("java.io.tmpdir")).glob("blockmgr-*"):
-            for run in folder.glob("sparksgd-*"):
-                shutil.rmtree(run)
+        for run in local_dir.rglob("sparksgd-*"):
+            shutil.rmtree(run)
 
     calm = train(spark, config, read_files_apart(spark, path))
     training = train(spark, config, read_files_apart(spark, path), observers=[AtStep(5, delete)])
@@ -143,12 +133,11 @@ def test_deleted_shard_files_are_written_again(session_for, tmp_path, placement)
     assert (training.recovery.retries, training.recovery.rebuilt_shards) == (1, 4)
 
 
-def test_only_the_worker_whose_file_is_gone_writes_its_shards_again(session_for, small):
+def test_only_the_worker_whose_file_is_gone_writes_its_shards_again(session_for, local_dir, small):
     spark, config = session_for("local[2]"), configured("train.steps=12")
-    folder = Path(spark.sparkContext._jvm.System.getProperty("java.io.tmpdir"))
 
     def files() -> set[Path]:
-        return set(folder.glob("blockmgr-*/sparksgd-*/shard-00000-*"))
+        return set(local_dir.rglob("sparksgd-*/shard-00000-*"))
 
     before = []
 
