@@ -33,7 +33,7 @@ define check-java
 endef
 
 .DEFAULT_GOAL := help
-.PHONY: help install run test check fix bench dist clean
+.PHONY: help install run test soak check fix bench dist clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -57,7 +57,11 @@ run: $(READY) data/mnist/train.parquet data/mnist/test.parquet ## Train LeNet on
 
 test: $(READY) ## Run the tests
 	$(check-java)
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest -m 'not soak'
+
+soak: $(READY) ## Run the long tests: data larger than memory, many trainings in one session
+	$(check-java)
+	@$(BIN)/python -m pytest -m soak
 
 check: $(READY) ## Lint and type-check
 	@$(BIN)/ruff check .

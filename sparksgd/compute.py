@@ -161,22 +161,29 @@ class Computer:
 
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
-        self._flat = FlatModule(copy.deepcopy(plan.module), plan.dtype)
+        self.flat = FlatModule(copy.deepcopy(plan.module), plan.dtype)
         self.numerics = Numerics.here(plan.threads)
         self._orders: dict[int, tuple[int, npt.NDArray[np.uint32]]] = {}
 
-    def gradients(self, worker: int, shards: Iterable[Descriptor], weights: Weights, step: int) -> Answer:
+    def gradients(
+        self, worker: int, shards: Iterable[Descriptor], weights: Weights | None, step: int
+    ) -> Answer:
         """Answer a step: the gradient sums of these shards' pieces, as partial sums of the tree.
 
         Args:
             worker: who is asked, for reports.
             shards: its shards.
-            weights: the weights to compute at.
+            weights: the weights to compute at; None takes those that `flat` holds.
             step: which step, from 0.
         """
+        if weights is None:
+            statistics, counters = self.flat.statistics(), self.flat.counters()
+        else:
+            statistics, counters = weights.statistics, weights.counters
 
         def gradient(shard: Descriptor) -> GradientSum | None:
-            fresh = self._piece(shard, weights, step)
+            self.flat.load_buffers(statistics, counters)  # each piece starts from the same ones
+            fresh = self._piece(shard, step)
             return None if fresh is None else self.plan.worker_half.outgoing(fresh)
 
         with _generator_restored():
@@ -186,7 +193,7 @@ class Computer:
         """Answer an evaluation: sums over all rows of these shards."""
 
         def evaluation(shard: Descriptor) -> Evaluation | None:
-            with self._flat.evaluating():
+            with self.flat.evaluating():
                 return self._whole(shard)
 
         return self._answer(
@@ -197,7 +204,7 @@ class Computer:
         self,
         worker: int,
         shards: Iterable[Descriptor],
-        weights: Weights,
+        weights: Weights | None,
         compute: Any,
         doing: str,
     ) -> Answer:
@@ -207,7 +214,8 @@ class Computer:
         remaining = iter(shards)
         try:
             with thread_count(self.plan.threads):
-                self._flat.load(weights)
+                if weights is not None:
+                    self.flat.load(weights)
                 for shard in remaining:
                     result = compute(shard)
                     rows += 0 if result is None else result.rows
@@ -228,7 +236,7 @@ class Computer:
         )
         return answer
 
-    def _piece(self, shard: Descriptor, weights: Weights, step: int) -> GradientSum | None:
+    def _piece(self, shard: Descriptor, step: int) -> GradientSum | None:
         """Return the gradient sum of a shard's piece; None where the step has no row of it."""
         start, end = self.plan.sampling.piece_bounds(shard.shard, step)
         if start == end:
@@ -237,30 +245,29 @@ class Computer:
         records = read_records(shard, rows, self.plan.schema.record)
         seed = seed32(self.plan.sampling.seed, "dropout", shard.shard, step)
         torch.default_generator.manual_seed(seed)
-        self._flat.zero_gradient()
-        self._flat.load_buffers(weights.statistics, weights.counters)
+        self.flat.zero_gradient()
         chunk = self.plan.rows_per_backward or len(records)
         loss = 0.0
         for first in range(0, len(records), chunk):
             _, losses = forward(
-                self._flat.module, self.plan.loss, self.plan.schema, records[first : first + chunk]
+                self.flat.module, self.plan.loss, self.plan.schema, records[first : first + chunk]
             )
             total = losses.sum()
             self._require_finite(losses, rows[first : first + chunk], shard, step)
             with _users_code():
                 total.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
             loss += float(total.detach())
-        gradient = self._flat.gradient.numpy().copy()
+        gradient = self.flat.gradient.numpy().copy()
         if not np.isfinite(gradient.sum()) and not np.isfinite(gradient).all():
             raise NotFinite(
                 f"the gradient of step {step + 1} is NaN or infinite in shard {shard.shard}, rows "
                 f"{_listed(rows)}, though the loss is {loss:g}"
             )
-        statistics = self._flat.statistics()
+        statistics = self.flat.statistics()
         return GradientSum(
             gradient=gradient,
             statistics=statistics * np.asarray(len(records), statistics.dtype),
-            counters=self._flat.counters(),
+            counters=self.flat.counters(),
             loss=loss,
             rows=len(records),
         )
@@ -287,7 +294,7 @@ class Computer:
         return total
 
     def _forward(self, records: npt.NDArray[Any]) -> tuple[torch.Tensor, torch.Tensor]:
-        return forward(self._flat.module, self.plan.loss, self.plan.schema, records)
+        return forward(self.flat.module, self.plan.loss, self.plan.schema, records)
 
     def _order(self, shard: int, epoch: int) -> npt.NDArray[np.uint32]:
         """Return the shard's row numbers as shuffled for an epoch; kept until the next one."""

@@ -8,6 +8,7 @@ factory that they name: `optimizer.momentum = 0.9` reaches torch.optim.SGD.
 from __future__ import annotations
 
 import dataclasses
+import re
 import tomllib
 import types
 from collections.abc import Iterable, Mapping
@@ -29,6 +30,9 @@ __all__ = [
     "SolverConfig",
     "TrainConfig",
 ]
+
+
+_PORTS = re.compile(r"\d{1,5}-\d{1,5}")
 
 
 def _experiment(default: Any) -> Any:
@@ -129,8 +133,9 @@ class SolverConfig:
 class EngineConfig:
     """Who computes, and how the sums travel; none of it shapes the parameters."""
 
-    name: Literal["tree", "inline"] = _cluster("tree")
-    """tree: one barrier-mode Spark job per step.  inline: this process alone, without Spark."""
+    name: Literal["tree", "allreduce", "inline"] = _cluster("tree")
+    """tree: one barrier-mode Spark job per step.  allreduce: one for many steps, workers sum among
+    themselves.  inline: this process alone, without Spark."""
 
     num_workers: int | None = _cluster(None)
     """Gradient computers (Spark tasks); None takes as many as there are slots, at most num_shards."""
@@ -139,7 +144,27 @@ class EngineConfig:
     """How long to wait for the slots that the workers need."""
 
     max_attempts: int = _cluster(4)
-    """How often one step is tried, through lost executors, before the run is given up."""
+    """How often one step, or segment, is tried, through lost executors, before the run is given up."""
+
+    segment_steps: int | None = _cluster(None)
+    """allreduce: steps of one Spark job; None takes as many as some seconds hold."""
+
+    peer_timeout_s: float = _cluster(30.0)
+    """allreduce: how long a worker waits for another before the segment is run again."""
+
+    encrypt: bool = _cluster(False)
+    """allreduce: TLS between workers, also where Spark's own traffic is not encrypted."""
+
+    ports: str | None = _cluster(None)
+    """allreduce: ports that driver and workers may listen on, as "40000-40099"; None takes any."""
+
+    @property
+    def port_range(self) -> range | None:
+        """`ports` as numbers."""
+        if self.ports is None:
+            return None
+        first, last = map(int, self.ports.split("-"))
+        return range(first, last + 1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -193,6 +218,8 @@ class Config:
             ("engine.num_workers", self.engine.num_workers, 1),
             ("engine.max_attempts", self.engine.max_attempts, 1),
             ("engine.slots_timeout_s", self.engine.slots_timeout_s, 0),
+            ("engine.segment_steps", self.engine.segment_steps, 1),
+            ("engine.peer_timeout_s", self.engine.peer_timeout_s, 1),
             ("train.epochs", self.train.epochs, 1),
             ("train.steps", self.train.steps, 1),
             ("train.rows_per_step", self.train.rows_per_step, 1),
@@ -204,6 +231,8 @@ class Config:
         ):
             if value is not None and value < least:
                 raise ConfigError(f"{key} is {value}, but must be at least {least}")
+        if self.engine.ports is not None and not _PORTS.fullmatch(self.engine.ports):
+            raise ConfigError(f"engine.ports is {self.engine.ports!r}, but must be like 40000-40099")
         if not self.data.features:
             raise ConfigError("data.features names no column: name one, or several")
         if len(set(self.data.features)) < len(self.data.features):

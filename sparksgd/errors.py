@@ -11,6 +11,8 @@
     │   └── UserCodeError    the user's own module or loss raised on a worker
     ├── ClusterError         Spark could not do what was asked                      exit 4
     │   ├── NotEnoughSlots   fewer free task slots than workers
+    │   ├── PeerLost         a worker's connection to another broke; the segment is run again
+    │   │   └── PeerSilent   it stands, but nothing came in time
     │   └── ShardMissing     shards' files are gone; the tree engine writes them again
     └── Cancelled            somebody cancelled the job                             exit 130
 
@@ -28,6 +30,8 @@ __all__ = [
     "ModelError",
     "NotEnoughSlots",
     "NotFinite",
+    "PeerLost",
+    "PeerSilent",
     "ShardChanged",
     "ShardMissing",
     "SparkSGDError",
@@ -88,6 +92,14 @@ class ClusterError(SparkSGDError):
 
 class NotEnoughSlots(ClusterError):
     """The cluster offers fewer task slots than there are workers."""
+
+
+class PeerLost(ClusterError):
+    """Another worker, or the driver, has ended, cannot be reached, or says what is not due."""
+
+
+class PeerSilent(PeerLost):
+    """Another worker, or the driver, hangs: its connection stands, but nothing came in time."""
 
 
 class ShardMissing(ClusterError):

@@ -23,7 +23,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from sparksgd.errors import ModelError
 
-__all__ = ["FlatModule", "Weights", "mixes_rows"]
+__all__ = ["FlatModule", "FlatStrip", "Weights", "mixes_rows"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +34,7 @@ class Weights:
     """How many steps made these parameters."""
 
     parameters: npt.NDArray[np.floating]
-    """float32[P]."""
+    """float32[P]; of a strip, only its part."""
 
     statistics: npt.NDArray[np.floating]
     """Running means and variances of batch-norm, float32[Q]."""
@@ -59,18 +59,19 @@ class FlatModule:
         self.dtype = dtype
         trainable = [(n, p) for n, p in module.named_parameters() if p.requires_grad]
         _check(trainable, module, dtype)
-        self._trainable = [parameter for _, parameter in trainable]
-        size = sum(parameter.numel() for parameter in self._trainable)
+        self.trainable = [parameter for _, parameter in trainable]
+        size = sum(parameter.numel() for parameter in self.trainable)
         self.parameters = torch.empty(size, dtype=dtype)
         self.gradient = torch.zeros(size, dtype=dtype)
         start = 0
-        for parameter in self._trainable:
+        for parameter in self.trainable:
             end = start + parameter.numel()
             view = self.parameters[start:end].view(parameter.shape)
             view.copy_(parameter.detach())
             parameter.data = view
             parameter.grad = self.gradient[start:end].view(parameter.shape)
             start = end
+        self.whole = _parameter(self.parameters, self.gradient)
         norms = [m for m in _training_norms(module) if m.track_running_stats]
         self._statistics = [
             buffer for norm in norms for buffer in (norm.running_mean, norm.running_var) if buffer is not None
@@ -144,6 +145,41 @@ class FlatModule:
                 part.training = training
 
 
+class FlatStrip:
+    """A part of a flat module's vector, and all of its statistics: what one of several solvers updates.
+
+    Args:
+        flat: the module.
+        strip: which part of its vector.
+    """
+
+    def __init__(self, flat: FlatModule, strip: range) -> None:
+        part = slice(strip.start, strip.stop)
+        self._flat = flat
+        self.parameters = flat.parameters[part]
+        self.gradient = flat.gradient[part]
+        self.whole = _parameter(self.parameters, self.gradient)
+        self.trainable = [self.whole]
+
+    def weights(self, version: int) -> Weights:
+        """Return a copy of the strip's parameters and of all statistics."""
+        return Weights(
+            version=version,
+            parameters=self.parameters.numpy().copy(),
+            statistics=self._flat.statistics(),
+            counters=self._flat.counters(),
+        )
+
+    def load(self, weights: Weights) -> None:
+        """Overwrite the strip and all statistics."""
+        self.parameters.copy_(torch.from_numpy(weights.parameters))
+        self.load_buffers(weights.statistics, weights.counters)
+
+    def load_buffers(self, statistics: npt.NDArray[np.floating], counters: npt.NDArray[np.int64]) -> None:
+        """Overwrite batch-norm's running statistics, float[Q], and counters, int64[C]."""
+        self._flat.load_buffers(statistics, counters)
+
+
 def mixes_rows(module: nn.Module) -> bool:
     """Return whether the module has a batch-norm that trains."""
     return any(_training_norms(module))
@@ -174,6 +210,13 @@ def _check(trainable: list[tuple[str, nn.Parameter]], module: nn.Module, dtype: 
             raise ModelError(
                 f"parameter {name} is {parameter.dtype}, but must be {dtype}: call module.float()"
             )
+
+
+def _parameter(values: torch.Tensor, gradient: torch.Tensor) -> nn.Parameter:
+    """Return a vector as one parameter with its gradient, both in place."""
+    parameter = nn.Parameter(values)
+    parameter.grad = gradient
+    return parameter
 
 
 def _flat(tensors: list[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:

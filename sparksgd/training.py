@@ -254,6 +254,8 @@ def train(
         steps_per_epoch=steps_per_epoch,
         total_steps=total,
     )
+    if solver.remark is not None:
+        log.warning(solver.remark)
     with ExitStack() as stack:
         shards = stack.enter_context(_dealt(rows, schema, config, report, "training"))
         test_shards = None

@@ -13,10 +13,10 @@ zeros instead would give other bits.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Protocol, Self
 
-__all__ = ["Addable", "Node", "Partials", "add_partial", "merge_partials", "split"]
+__all__ = ["Addable", "Node", "Partials", "add_partial", "merge_partials", "nodes_of", "split"]
 
 Node = tuple[int, int]
 
@@ -78,6 +78,18 @@ def add_partial(partials: Partials, node: Node, value: Addable | None, leaves: i
         node = parent
     assert node not in partials, f"node {node} was added twice"
     partials[node] = value
+
+
+def nodes_of(held: Iterable[int], leaves: int) -> list[Node]:
+    """Return the nodes whose sums are left when some leaves are added up as far as they go.
+
+    >>> nodes_of([1, 2, 3], 4)
+    [(1, 2), (2, 4)]
+    """
+    partials: Partials = {}
+    for leaf in held:
+        add_partial(partials, (leaf, leaf + 1), None, leaves)
+    return list(partials)
 
 
 def merge_partials(into: Partials, other: Mapping[Node, Addable | None], leaves: int) -> None:

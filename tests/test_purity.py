@@ -30,7 +30,8 @@ RING_0 = [f"sparksgd.{name}" for name in ("errors", "seeds", "config", "imports"
 SPARK = [
     name
     for name in MODULES
-    if name == "sparksgd.engines.tree" or (name.startswith("sparksgd.spark.") and not name.endswith("_tasks"))
+    if name in {f"sparksgd.engines.{engine}" for engine in ("spark", "tree", "allreduce")}
+    or (name.startswith("sparksgd.spark.") and not name.endswith("_tasks"))
 ]
 PURE = [name for name in MODULES if name not in SPARK]
 

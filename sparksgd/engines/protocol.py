@@ -96,6 +96,9 @@ class Recovery:
     rebuilt_shards: int = 0
     """Shards written again."""
 
+    strangers: int = 0
+    """Connections dropped because they did not prove that they belong to the run."""
+
 
 class Shards(Protocol):
     """Dealt rows."""

@@ -7,15 +7,16 @@ global random number.  A solver decides; an engine carries it out.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Protocol, Self
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol, Self
 
 import numpy as np
 import numpy.typing as npt
 
-from sparksgd.flat import Weights
+from sparksgd.flat import FlatModule, FlatStrip, Weights
 
-__all__ = ["GradientSum", "Solver", "StepOutcome", "WorkerHalf"]
+__all__ = ["GradientSum", "MakeReplica", "Solver", "SolverState", "StepOutcome", "WorkerHalf"]
 
 
 @dataclass(kw_only=True)
@@ -64,6 +65,56 @@ class StepOutcome:
     """Euclidean norm of the mean gradient before clipping; None where no norm was asked for."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class SolverState:
+    """All that a solver's next step depends on, beside what the step brings."""
+
+    weights: Weights
+    """Parameters, statistics, and the version they are."""
+
+    optimizer: dict[str, Any]
+    """The optimiser's state_dict; its tensors as arrays."""
+
+    schedule: dict[str, Any] | None
+    """The schedule's state_dict; None without one."""
+
+    def strip(self, strip: range) -> SolverState:
+        """Return a strip's part; only for a solver that is updated by strips."""
+        whole = self.weights.parameters.shape
+        part = slice(strip.start, strip.stop)
+        return self._with(
+            self.weights.parameters[part],
+            {name: v[part] if np.shape(v) == whole else v for name, v in self._vectors().items()},
+        )
+
+    @classmethod
+    def joined(cls, strips: Sequence[SolverState]) -> SolverState:
+        """Return the whole state of the states of all strips, in their order."""
+        first, vectors = strips[0], [state._vectors() for state in strips]
+        shape = first.weights.parameters.shape
+        return first._with(
+            np.concatenate([state.weights.parameters for state in strips]),
+            {
+                name: np.concatenate([of_strip[name] for of_strip in vectors])
+                if np.shape(value) == shape
+                else value
+                for name, value in vectors[0].items()
+            },
+        )
+
+    def _vectors(self) -> dict[str, Any]:
+        """Return what the optimiser keeps of the one vector that it updates."""
+        vectors: dict[str, Any] = self.optimizer["state"].get(0, {})
+        return vectors
+
+    def _with(self, parameters: npt.NDArray[np.floating], vectors: dict[str, Any]) -> SolverState:
+        return replace(
+            self,
+            weights=replace(self.weights, parameters=parameters),
+            optimizer=self.optimizer | {"state": {0: vectors} if vectors else {}},
+        )
+
+
 class WorkerHalf(Protocol):
     """The part of a solver that runs beside the gradients; it must pickle."""
 
@@ -78,6 +129,9 @@ class Solver(Protocol):
     step: int
     """Updates so far: the version of the weights."""
 
+    by_strips: bool
+    """Whether updating strips of the vector apart gives the bits of updating it whole."""
+
     def worker_half(self) -> WorkerHalf:
         """Return the worker half, to be shipped once."""
         ...
@@ -89,3 +143,18 @@ class Solver(Protocol):
     def receive(self, arrived: GradientSum) -> StepOutcome:
         """Take the sum that arrived and make one step, or raise and stay as before."""
         ...
+
+    def state(self) -> SolverState:
+        """Return what its next step depends on; a view, to be copied or sent before that."""
+        ...
+
+    def load_state(self, state: SolverState) -> None:
+        """Go on from where another solver of the same kind was."""
+        ...
+
+    def make_replica(self) -> MakeReplica:
+        """Return what makes another solver of the same kind; it pickles."""
+        ...
+
+
+MakeReplica = Callable[[FlatModule | FlatStrip], Solver]

@@ -9,10 +9,11 @@ are torch's own.  Chen et al. 2016, "Revisiting Distributed Synchronous SGD", wi
 
 from __future__ import annotations
 
+import copy
 import inspect
-import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -22,13 +23,27 @@ from torch.optim import Optimizer, lr_scheduler
 
 from sparksgd.config import OptimizerConfig, ScheduleConfig, SolverConfig
 from sparksgd.errors import ConfigError, NotFinite
-from sparksgd.flat import FlatModule, Weights
+from sparksgd.flat import FlatModule, FlatStrip, Weights
 from sparksgd.imports import did_you_mean, resolve
-from sparksgd.solvers.protocol import GradientSum, StepOutcome
-
-log = logging.getLogger("sparksgd")
+from sparksgd.solvers.protocol import GradientSum, MakeReplica, SolverState, StepOutcome
 
 __all__ = ["SendEverything", "SynchronousSolver"]
+
+# Their rule for one element looks at no other: one vector of all parameters gives the bits of many
+# tensors, and so do strips of it.  Measured for each by a test.
+_ELEMENTWISE = (
+    torch.optim.SGD,
+    torch.optim.Adam,
+    torch.optim.AdamW,
+    torch.optim.Adamax,
+    torch.optim.NAdam,
+    torch.optim.RAdam,
+    torch.optim.Adagrad,
+    torch.optim.Adadelta,
+    torch.optim.RMSprop,
+    torch.optim.Rprop,
+    torch.optim.ASGD,
+)
 
 
 class SendEverything:
@@ -43,7 +58,7 @@ class SynchronousSolver:
     """Synchronous SGD with any torch optimiser and learning-rate schedule.
 
     Args:
-        flat: the module; its parameters are the solver's from here on.
+        flat: the module, or a strip of it; its parameters are the solver's from here on.
         optimizer: which class of torch.optim, and its arguments.
         schedule: which class of torch.optim.lr_scheduler, and its arguments.
         solver: clipping.
@@ -53,7 +68,7 @@ class SynchronousSolver:
 
     def __init__(
         self,
-        flat: FlatModule,
+        flat: FlatModule | FlatStrip,
         *,
         optimizer: OptimizerConfig,
         schedule: ScheduleConfig,
@@ -63,16 +78,58 @@ class SynchronousSolver:
     ) -> None:
         self.flat = flat
         self.step = 0
+        self._make_replica = partial(
+            SynchronousSolver,
+            optimizer=optimizer,
+            schedule=schedule,
+            solver=solver,
+            steps_per_epoch=steps_per_epoch,
+            total_steps=total_steps,
+        )
         self._clip_norm = solver.clip_norm
         self._optimizer = _optimizer(flat, optimizer)
+        self.by_strips = type(self._optimizer) in _ELEMENTWISE and self._clip_norm is None
         self._steps_per_move = steps_per_epoch if schedule.interval == "epoch" else 1
-        self._schedule = _schedule(self._optimizer, schedule, total_steps // self._steps_per_move)
+        moves = total_steps // self._steps_per_move
+        self._schedule = _schedule(self._optimizer, schedule, moves)
+        self.remark = _remark(self._schedule, moves)
         self._current: Weights | None = None
         self._previous: Weights | None = None
 
     def worker_half(self) -> SendEverything:
         """Return the trivial worker half."""
         return SendEverything()
+
+    def make_replica(self) -> MakeReplica:
+        """Return what makes another of its kind, at step 0; it pickles."""
+        return self._make_replica
+
+    def state(self) -> SolverState:
+        """Return what its next step depends on; the optimiser's arrays are views of its own."""
+        optimizer = self._optimizer.state_dict()
+        kept = {
+            key: {name: v.numpy() if isinstance(v, torch.Tensor) else v for name, v in values.items()}
+            for key, values in optimizer["state"].items()
+        }
+        return SolverState(
+            weights=self.weights(),
+            optimizer=optimizer | {"state": kept},
+            schedule=None if self._schedule is None else self._schedule.state_dict(),
+        )
+
+    def load_state(self, state: SolverState) -> None:
+        """Go on from another's state, one step further or anywhere else."""
+        before = self.weights() if state.weights.version == self.step + 1 else None
+        kept = {
+            key: {n: torch.from_numpy(v) if isinstance(v, np.ndarray) else v for n, v in values.items()}
+            for key, values in state.optimizer["state"].items()
+        }
+        self._optimizer.load_state_dict(copy.deepcopy(state.optimizer | {"state": kept}))
+        if self._schedule is not None:
+            self._schedule.load_state_dict(copy.deepcopy(dict(state.schedule or {})))
+        self.flat.load(state.weights)
+        self.step = state.weights.version
+        self._previous, self._current = before, None
 
     def weights(self) -> Weights:
         """Return a copy of the newest weights; the same object until the next step."""
@@ -125,7 +182,7 @@ class SynchronousSolver:
         self._current = self._previous = None
 
 
-def _optimizer(flat: FlatModule, config: OptimizerConfig) -> Optimizer:
+def _optimizer(flat: FlatModule | FlatStrip, config: OptimizerConfig) -> Optimizer:
     kind = _kind("optimizer.name", config.name, torch.optim, Optimizer)
     if config.arguments.get("fused"):
         raise ConfigError("optimizer.fused is true, but fused optimisers give other bits: leave it out")
@@ -135,7 +192,8 @@ def _optimizer(flat: FlatModule, config: OptimizerConfig) -> Optimizer:
         trial = nn.Parameter(torch.zeros(2, 2))
         trial.grad = torch.ones(2, 2)
         kind([trial], **config.arguments).step()
-        made: Optimizer = kind([p for p in flat.module.parameters() if p.requires_grad], **config.arguments)
+        parameters = [flat.whole] if kind in _ELEMENTWISE else flat.trainable
+        made: Optimizer = kind(parameters, **config.arguments)
     return made
 
 
@@ -164,15 +222,18 @@ def _schedule(optimizer: Optimizer, config: ScheduleConfig, moves: int) -> lr_sc
             f"schedule.total_steps is {limit}, but the run moves the schedule {moves} times: "
             f"set schedule.total_steps={moves}"
         )
-    if limit is not None and 0 < moves < limit:
-        log.warning(
-            "schedule.total_steps is %d, but the run moves the schedule %d times and ends before its end: "
-            "set schedule.total_steps=%d",
-            limit,
-            moves,
-            moves,
-        )
     return made
+
+
+def _remark(schedule: lr_scheduler.LRScheduler | None, moves: int) -> str | None:
+    """Return what a person should know of a schedule that the run does not follow to its end."""
+    limit = getattr(schedule, "total_steps", None)
+    if limit is None or not 0 < moves < limit:
+        return None
+    return (
+        f"schedule.total_steps is {limit}, but the run moves the schedule {moves} times and ends before its "
+        f"end: set schedule.total_steps={moves}"
+    )
 
 
 def _kind(key: str, name: str, home: Any, base: type[Any]) -> Any:

@@ -37,7 +37,6 @@ __all__ = [
     "refuse_connect",
     "spark_job",
     "worker_of_partition",
-    "worker_shards",
 ]
 
 log = logging.getLogger("sparksgd")
@@ -53,15 +52,6 @@ _LOST = re.compile(r"CHECKPOINT_RDD_BLOCK_ID_NOT_FOUND|Checkpoint block rdd_\d+_
 _WRAPPED = re.compile(r"Job aborted|Exception thrown by job")
 _RAISED = re.compile(r"(Exception|Error): ")
 _NO_MODULE = re.compile(r"ModuleNotFoundError: No module named '([\w.]+)'")
-
-
-def worker_shards(worker: int, num_workers: int, num_shards: int) -> range:
-    """Return the contiguous, balanced range of shards that a worker owns.
-
-    >>> [list(worker_shards(w, 3, 8)) for w in range(3)]
-    [[0, 1], [2, 3, 4], [5, 6, 7]]
-    """
-    return range(worker * num_shards // num_workers, (worker + 1) * num_shards // num_workers)
 
 
 def worker_of_partition(num_workers: int) -> list[int]:
@@ -219,6 +209,16 @@ class Cluster:
     def driver_heap_bytes(self) -> int:
         """How large the driver's heap may grow."""
         return int(self.jvm.java.lang.Runtime.getRuntime().maxMemory())
+
+    @property
+    def driver_host(self) -> str:
+        """How executors reach the driver."""
+        return str(self.context.getConf().get("spark.driver.host", "127.0.0.1"))
+
+    @property
+    def driver_bind_address(self) -> str:
+        """Which address the driver listens on."""
+        return str(self.context.getConf().get("spark.driver.bindAddress", self.driver_host))
 
     def slots(self) -> int:
         """Return how many tasks can run at once."""

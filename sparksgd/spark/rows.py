@@ -32,10 +32,11 @@ from pyspark.sql.pandas.types import to_arrow_type
 from rich.filesize import decimal
 
 from sparksgd.errors import ClusterError, ConfigError, DataError, ShardChanged
+from sparksgd.ranges import balanced_range
 from sparksgd.rows import RowReport, RowSchema
 from sparksgd.shard import Descriptor
 from sparksgd.spark import row_tasks
-from sparksgd.spark.cluster import Cluster, cleanup, gist, spark_job, worker_of_partition, worker_shards
+from sparksgd.spark.cluster import Cluster, cleanup, gist, spark_job, worker_of_partition
 
 __all__ = [
     "DataFrameRows",
@@ -151,7 +152,7 @@ class DataFrameRows:
         dealt = self._keyed(selected(self._frame, schema), schema, num_shards).repartition(
             workers, F.element_at(routes, F.col("shard") + 1)
         )
-        owned = [worker_shards(worker, workers, num_shards) for worker in worker_of_partition(workers)]
+        owned = [balanced_range(worker, workers, num_shards) for worker in worker_of_partition(workers)]
         return self._written(dealt, schema, owned, deal_id).mapPartitions(row_tasks.descriptors)
 
     def _in_place(self, schema: RowSchema, num_shards: int, deal_id: str) -> RDD[Descriptor]:
@@ -187,7 +188,7 @@ class DataFrameRows:
         partition_of = {
             shard: partition
             for partition, worker in enumerate(worker_of_partition(workers))
-            for shard in worker_shards(worker, workers, num_shards)
+            for shard in balanced_range(worker, workers, num_shards)
         }
         return [number_of[partition_of[shard]] for shard in range(num_shards)]
 

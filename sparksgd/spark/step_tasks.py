@@ -22,15 +22,17 @@ from sparksgd.errors import SparkSGDError
 from sparksgd.flat import Weights
 from sparksgd.numerics import Numerics, thread_count
 from sparksgd.output import SavedModel
+from sparksgd.replica import Replica, Segment, SegmentAnswer
 from sparksgd.rows import RowReport
 from sparksgd.shard import Descriptor
+from sparksgd.solvers.protocol import SolverState
 from sparksgd.spark.quiet import leave_quietly
 from sparksgd.spark.row_tasks import rows_of, texts
 
 if TYPE_CHECKING:
     from pyspark import Broadcast
 
-__all__ = ["ShippedPlan", "add", "answer", "contact", "score"]
+__all__ = ["ShippedPlan", "add", "answer", "contact", "score", "segment"]
 
 
 class ShippedPlan:
@@ -47,6 +49,11 @@ class ShippedPlan:
         gc.collect()
         gc.freeze()  # PySpark's daemon collects after every task: over all of torch, 20 to 60 ms
         return computer
+
+    @cached_property
+    def replica(self) -> Replica:
+        """The process's part in all-reduce, kept likewise."""
+        return Replica(self.computer)
 
     def __getstate__(self) -> dict[str, Any]:
         return {"_pickled": self._pickled}
@@ -83,6 +90,27 @@ def answer(
         yield computer.evaluations(worker, shards, weights.value)
     else:
         yield computer.gradients(worker, shards, weights.value, step)
+
+
+def segment(
+    shipped: Broadcast[ShippedPlan],
+    state: Broadcast[SolverState],
+    asked: Segment,
+    workers: list[int],
+    partition: int,
+    shards: Iterable[Descriptor],
+) -> Iterator[SegmentAnswer]:
+    """Task: make the steps of a segment with the other workers.
+
+    Args:
+        shipped: the plan.
+        state: the solver's, at the first step.
+        asked: what to do.
+        workers: which worker each partition is.
+        partition: this task's.
+        shards: the partition's.
+    """
+    yield shipped.value.replica.run(workers[partition], shards, asked, lambda: state.value)
 
 
 def add(into: Answer | None, other: Answer) -> Answer:

@@ -10,6 +10,7 @@ from torch import nn
 
 from sparksgd import instruction_set
 from sparksgd.config import Config
+from sparksgd.engines.allreduce import AllReduceEngine
 from sparksgd.engines.tree import TreeEngine
 from sparksgd.spark.cluster import Cluster
 from sparksgd.spark.rows import DataFrameRows, read_parquet
@@ -18,6 +19,8 @@ from sparksgd.training import Observer, Training
 from sparksgd.training import train as train_anywhere
 
 __all__ = ["train", "train_parquet"]
+
+_ENGINES: dict[str, type[TreeEngine | AllReduceEngine]] = {"tree": TreeEngine, "allreduce": AllReduceEngine}
 
 
 def train(
@@ -77,7 +80,7 @@ def _train(
             config,
             rows=DataFrameRows(rows, cluster, config.data.placement),
             test=None if test is None else DataFrameRows(test, cluster),
-            make_engine=partial(TreeEngine, cluster, config.engine),
+            make_engine=partial(_ENGINES[config.engine.name], cluster, config.engine),
             module=module,
             observers=observers,
         )

@@ -36,6 +36,7 @@ def files_below(folder: Path) -> tuple[int, int]:
     return len(sizes), sum(sizes)
 
 
+@pytest.mark.soak
 def test_twenty_trainings_leave_the_disk_as_it_was(session_for, small, tmp_path):
     spark = session_for("local[2]", spark__local__dir=str(tmp_path))
     frame, config = spark.read.parquet(small), configured("train.steps=2")
@@ -198,6 +199,7 @@ class PeakMemory:
                 self.peak_bytes = max(self.peak_bytes, int(peak[1]) * 1024 if peak else 0)
 
 
+@pytest.mark.soak
 @pytest.mark.timeout(400)
 def test_rows_of_three_times_the_executors_memory_train_in_bounded_memory(session_for):
     memory_mib = 456  # Spark starts no executor of less than 450

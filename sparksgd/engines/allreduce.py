@@ -1,0 +1,225 @@
+"""The all-reduce engine: one long barrier-mode Spark job for many steps.
+
+    driver ── broadcast(the solver's state) ──> workers: a step after another, see replica.py
+    driver <── the state of each strip, and what each step took ── workers
+
+Workers exchange gradients over connections of their own (wire.py), which they find through the
+driver (mesh.py).  A segment is a transaction: where a worker is lost, the solver stays as it was,
+and the segment is run again from there.
+"""
+
+from __future__ import annotations
+
+import logging
+import secrets
+import time
+from collections import Counter
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from pyspark import Broadcast
+
+from sparksgd.compute import Plan, WorkerReport
+from sparksgd.config import EngineConfig
+from sparksgd.engines.protocol import SegmentReport, Shards, StepReport, StepTiming
+from sparksgd.engines.spark import SparkEngine, destroy
+from sparksgd.errors import NotFinite, PeerLost, ShardMissing, SparkSGDError
+from sparksgd.mesh import Rendezvous
+from sparksgd.replica import Segment, SegmentAnswer
+from sparksgd.solvers.protocol import Solver, SolverState
+from sparksgd.spark import step_tasks
+from sparksgd.spark.cluster import Cluster
+from sparksgd.wire import Credentials
+
+__all__ = ["AllReduceEngine"]
+
+log = logging.getLogger("sparksgd")
+
+_FIRST_STEPS = 4
+_SEGMENT_S = 3.0
+_LONGEST_SEGMENT_S = 10.0
+_OVERHEAD = 0.03  # of a segment's time, that its start and end may take
+_GROWTH = 8
+
+
+class AllReduceEngine(SparkEngine):
+    """Runs many steps as one Spark job, in which workers sum among themselves.
+
+    Args:
+        cluster: where the workers are.
+        config: how long segments are, and how workers connect.
+        plan: what to compute.
+        shards: rows to train on.
+        test: rows to evaluate on.
+    """
+
+    def __init__(
+        self,
+        cluster: Cluster,
+        config: EngineConfig,
+        plan: Plan,
+        shards: Shards,
+        test: Shards | None,
+    ) -> None:
+        super().__init__(cluster, config, plan, shards, test)
+        self._fixed_steps = config.segment_steps
+        self.segment_steps = config.segment_steps or _FIRST_STEPS
+        self._dropped: dict[int, Counter[str]] = {}
+        self._rendezvous = Rendezvous(
+            run=secrets.token_bytes(8),
+            num_workers=cluster.num_workers,
+            credentials=Credentials.new(encrypt=_encrypts(cluster, config)),
+            host=cluster.driver_host,
+            listen_on=cluster.driver_bind_address,
+            ports=config.port_range,
+            timeout_s=config.peer_timeout_s,
+        )
+        self._rendezvous.start()
+
+    def close(self) -> None:
+        """Let go of the workers, whose connections close with it."""
+        self._rendezvous.close()
+        super().close()
+
+    def advance(self, solver: Solver, steps: int) -> SegmentReport:
+        """Make steps; fewer where the next one has no finite loss, so that only that one fails."""
+        started = time.time()
+        before = solver.step
+        state = self._context.broadcast(solver.state())
+        doing = f"steps {before + 1} to {before + steps}: on {self._cluster.num_workers} workers"
+        try:
+            answers = self._run(lambda: self._segment(solver, state, steps), self._shards, doing)
+        finally:
+            self._behind.submit(destroy, state)
+        diverged = [answer for answer in answers if answer.failure is not None]
+        if diverged:
+            made = min(len(answer.steps) for answer in diverged)
+            if made == 0:
+                raise min(diverged, key=lambda answer: answer.worker).failure  # type: ignore[misc]  # it has one
+            report = SegmentReport()
+            for part in filter(None, (made - 1, 1)):  # the weights before the last step are wanted, too
+                report.steps += self.advance(solver, part).steps
+            return report
+        by_rank = sorted(answers, key=lambda answer: answer.rank)
+        states = [answer.state for answer in by_rank if answer.state is not None]
+        solver.load_state(SolverState.joined(states))
+        self._note_dropped(answers)
+        report = SegmentReport(steps=self._reports(before, answers, time.time() - started))
+        self._choose_length(report, time.time() - started)
+        return report
+
+    def _segment(self, solver: Solver, state: Broadcast[SolverState], steps: int) -> list[SegmentAnswer]:
+        """Run a segment once; return the workers' answers, in their order.
+
+        Raises:
+            SparkSGDError: what failed, but for a loss that is not finite: that is an answer.
+        """
+        self._context.setJobDescription(
+            f"sparksgd: steps {solver.step + 1} to {solver.step + steps}: on "
+            f"{self._cluster.num_workers} workers"
+        )
+        segment = Segment(
+            meeting=self._rendezvous.call(),
+            first_step=solver.step,
+            steps=steps,
+            by_strips=solver.by_strips,
+            make_replica=solver.make_replica(),
+        )
+        task = partial(step_tasks.segment, self._shipped, state, segment, self._workers)
+        answers = sorted(self._map(self._shards, task).collect(), key=lambda answer: answer.worker)
+        failures = [answer.failure for answer in answers if answer.failure is not None]
+        raised = [failure for failure in failures if not isinstance(failure, (PeerLost, NotFinite))]
+        if raised:
+            raise _first(raised)
+        if failures and not any(isinstance(failure, NotFinite) for failure in failures):
+            raise failures[0]
+        return [answer for answer in answers if not isinstance(answer.failure, PeerLost)]
+
+    def _reports(self, before: int, answers: Sequence[SegmentAnswer], wall_s: float) -> list[StepReport]:
+        """Return the reports of a segment's steps; the first carries the segment's start and end."""
+        times = np.stack([answer.steps for answer in answers])
+        compute = (times["computed_at_s"] - times["started_at_s"]).max(axis=0)
+        reduce = (times["reduced_at_s"] - times["computed_at_s"]).min(axis=0)
+        update = (times["updated_at_s"] - times["reduced_at_s"]).max(axis=0)
+        spread = (times["ended_at_s"] - times["updated_at_s"]).min(axis=0)
+        total = np.diff(times["ended_at_s"], axis=1, prepend=times["started_at_s"][:, :1]).max(axis=0)
+        launch = np.zeros_like(total)
+        launch[0] = max(0.0, wall_s - total.sum())
+        sampling = self._plan.sampling
+        return [
+            StepReport(
+                step=before + index + 1,
+                epoch=sampling.epoch_of(before + index) + 1,
+                version=before + index,
+                rows=int(exact["rows"]),
+                shards=int(exact["shards"]),
+                loss=float(exact["loss"]) / int(exact["rows"]),
+                lr=float(exact["lr"]),
+                timing=StepTiming(
+                    total=float(total[index] + launch[index]),
+                    broadcast=float(spread[index]),
+                    launch=float(launch[index]),
+                    compute=float(compute[index]),
+                    aggregate=float(reduce[index]),
+                    update=float(update[index]),
+                ),
+                workers=tuple(_worker_report(answer, answer.steps[index]) for answer in answers),
+            )
+            for index, exact in enumerate(answers[0].steps)
+        ]
+
+    def _choose_length(self, report: SegmentReport, wall_s: float) -> None:
+        """Make the next segment so long that its start and end cost little, and progress stays prompt."""
+        if self._fixed_steps is not None:
+            return
+        overhead_s = report.steps[0].timing.launch
+        step_s = (wall_s - overhead_s) / len(report.steps)
+        wanted_s = min(_LONGEST_SEGMENT_S, max(_SEGMENT_S, overhead_s / _OVERHEAD))
+        self.segment_steps = max(1, min(int(wanted_s / step_s), _GROWTH * self.segment_steps))
+
+    def _note_dropped(self, answers: Sequence[SegmentAnswer]) -> None:
+        """Say aloud, and count, who was not let in."""
+        for door, dropped in ((-1, self._rendezvous.dropped), *((a.worker, a.dropped) for a in answers)):
+            fresh = dropped - self._dropped.get(door, Counter())
+            if fresh:
+                self._dropped[door] = Counter(dropped)
+                self.recovery.strangers += fresh.total()
+                where = "the driver" if door < 0 else f"worker {door}"
+                reasons = ", ".join(f"{reason}: {count}" for reason, count in sorted(fresh.items()))
+                log.warning("%d connections to %s were dropped: %s", fresh.total(), where, reasons)
+
+
+def _encrypts(cluster: Cluster, config: EngineConfig) -> bool:
+    """Return whether the wire must be encrypted: where Spark's own traffic is, or if asked for."""
+    conf = cluster.context.getConf()
+    spark_does = any(
+        str(conf.get(key, "false")).lower() == "true"
+        for key in ("spark.network.crypto.enabled", "spark.ssl.enabled")
+    )
+    return config.encrypt or spark_does
+
+
+def _first(failures: Sequence[SparkSGDError]) -> SparkSGDError:
+    """Return what to raise of several failures; missing shards are told together."""
+    missing = [failure for failure in failures if isinstance(failure, ShardMissing)]
+    others = [failure for failure in failures if not isinstance(failure, ShardMissing)]
+    if others:
+        return others[0]
+    together = missing[0]
+    for failure in missing[1:]:
+        together += failure
+    return together
+
+
+def _worker_report(answer: SegmentAnswer, record: npt.NDArray[Any]) -> WorkerReport:
+    return WorkerReport(
+        worker=answer.worker,
+        host=answer.host,
+        rows=int(record["own_rows"]),
+        started_at_s=float(record["started_at_s"]),
+        ended_at_s=float(record["computed_at_s"]),
+        numerics=answer.numerics,
+    )

@@ -1,0 +1,391 @@
+"""A full mesh of a run's processes, who find each other at the driver.
+
+    process ──── hello: meeting, worker, its address, the mesh that it has ───> rendezvous
+    process <─── all workers and addresses by rank, and whether that mesh stands ── rendezvous
+    rank i ── connects to each rank j < i, and is reached by each j > i
+
+A meeting is one attempt at a segment.  Connections are kept from one to the next where every
+process still has those of the last; else all are made anew.  A process keeps its rank as long as
+the mesh stands, but may be another worker in every meeting: Spark gives a task to any process.
+The connection to the driver is a process's lifeline: when it ends, with the run or with the driver,
+the mesh closes.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import logging
+import struct
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from sparksgd.errors import PeerLost, PeerSilent
+from sparksgd.wire import (
+    Connection,
+    Credentials,
+    Header,
+    Listener,
+    Transfer,
+    address_towards,
+    connect,
+    exchange,
+)
+
+__all__ = ["Meeting", "Mesh", "Rendezvous"]
+
+log = logging.getLogger("sparksgd")
+
+_MEETING_STEP = 0
+_MEETING_PHASE = 0
+
+_HELLO = struct.Struct(">QIQI16sH")
+_ENTRY = struct.Struct(">I16sH")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Meeting:
+    """What a worker must know to meet the others."""
+
+    run: bytes
+    """Which run, 8 bytes."""
+
+    number: int
+    """Which meeting of the run, from 1."""
+
+    num_workers: int
+    """W, how many meet."""
+
+    address: tuple[str, int]
+    """The rendezvous's."""
+
+    credentials: Credentials
+    """The run's."""
+
+    ports: range | None
+    """Ports that a worker may listen on; None takes any."""
+
+    timeout_s: float
+    """How long anyone waits for another."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Hello:
+    """What a process says of itself; to another of the mesh, its rank in the place of its worker."""
+
+    meeting: int
+    worker: int
+    mesh: int = 0
+    rank: int = 0
+    host: str = "::"
+    port: int = 0
+
+    def pack(self) -> bytes:
+        return _HELLO.pack(
+            self.meeting, self.worker, self.mesh, self.rank, _packed_host(self.host), self.port
+        )
+
+    @classmethod
+    def unpack(cls, hello: bytes) -> _Hello:
+        meeting, worker, mesh, rank, host, port = _HELLO.unpack_from(hello)
+        return cls(
+            meeting=meeting,
+            worker=worker,
+            mesh=mesh,
+            rank=rank,
+            host=_unpacked_host(host),
+            port=port,
+        )
+
+
+class Rendezvous:
+    """The driver's end: tells the workers of a meeting where the others are.
+
+    Args:
+        run: which run, 8 bytes.
+        num_workers: how many meet.
+        credentials: the run's.
+        host: name or address by which workers reach the driver.
+        listen_on: address to listen on.
+        ports: ports to try; None takes any.
+        timeout_s: how long anyone waits for another.
+    """
+
+    def __init__(
+        self,
+        *,
+        run: bytes,
+        num_workers: int,
+        credentials: Credentials,
+        host: str,
+        listen_on: str,
+        ports: range | None,
+        timeout_s: float,
+    ) -> None:
+        self._host = host
+        self._run = run
+        self._num_workers = num_workers
+        self._credentials = credentials
+        self._ports = ports
+        self._timeout_s = timeout_s
+        self._listener = Listener(credentials, listen_on, ports, self._welcome)
+        self._lock = threading.Lock()
+        self._number = 0
+        self._arrived: dict[int, tuple[_Hello, Connection]] = {}
+        self._last: list[tuple[_Hello, Connection]] = []
+
+    @property
+    def dropped(self) -> Counter[str]:
+        """Who was not let in, by the reason."""
+        return self._listener.dropped
+
+    def start(self) -> None:
+        """Listen."""
+        self._listener.start()
+
+    def call(self) -> Meeting:
+        """Call the next meeting; who comes late to an earlier one is turned away."""
+        with self._lock:
+            self._number += 1
+            before_last, self._last, self._arrived = self._last, list(self._arrived.values()), {}
+        for _, lifeline in before_last:  # whoever was at the last meeting has another now
+            lifeline.close()
+        return Meeting(
+            run=self._run,
+            number=self._number,
+            num_workers=self._num_workers,
+            address=(self._host, self._listener.address[1]),
+            credentials=self._credentials,
+            ports=self._ports,
+            timeout_s=self._timeout_s,
+        )
+
+    def close(self) -> None:
+        """End the run's lifelines."""
+        self._listener.close()
+        with self._lock:
+            self._number += 1
+            lifelines = [*self._last, *self._arrived.values()]
+        for _, lifeline in lifelines:
+            lifeline.close()
+
+    def _welcome(self, connection: Connection) -> None:
+        hello = _Hello.unpack(connection.hello)
+        with self._lock:
+            if hello.meeting != self._number or hello.worker in self._arrived:
+                self.dropped["late for its meeting"] += 1
+                connection.close()
+                return
+            self._arrived[hello.worker] = hello, connection
+            arrived = dict(self._arrived) if len(self._arrived) == self._num_workers else None
+        if arrived is not None:
+            self._tell(arrived)
+
+    def _tell(self, arrived: Mapping[int, tuple[_Hello, Connection]]) -> None:
+        hellos = [hello for _, (hello, _) in sorted(arrived.items())]
+        stands = hellos[0].mesh != 0 and len({hello.mesh for hello in hellos}) == 1
+        if stands:
+            hellos.sort(key=lambda hello: hello.rank)
+        table = b"".join(_ENTRY.pack(hello.worker, _packed_host(hello.host), hello.port) for hello in hellos)
+        message = memoryview(bytes([stands]) + table)
+        transfers = [
+            Transfer(connection=connection, name=f"worker {worker}", sends=[message])
+            for worker, (_, connection) in arrived.items()
+        ]
+        try:
+            exchange(_meeting_header(self._run, hellos[0].meeting), transfers, self._timeout_s)
+        except PeerLost as error:
+            log.debug("a worker left before the meeting: %s", error)  # its task says why
+
+
+class Mesh:
+    """A process's end: one connection to every other; lives as long as its process likes."""
+
+    def __init__(self) -> None:
+        self._in_use = threading.Lock()
+        self._changed = threading.Condition()
+        self._listener: Listener | None = None
+        self._lifeline: Connection | None = None
+        self._accepted: dict[tuple[int, int], Connection] = {}
+        self._peers: dict[int, Connection] = {}
+        self._formed = 0
+        self._meeting: Meeting | None = None
+        self.rank = 0
+        self.workers: list[int] = []
+        self.sent_bytes = 0
+
+    @property
+    def dropped(self) -> Counter[str]:
+        """Who was not let in, by the reason."""
+        return Counter() if self._listener is None else self._listener.dropped
+
+    def meet(self, meeting: Meeting, worker: int) -> bool:
+        """Find the others of a meeting, and connect to all of them; `rank` and `workers` then say who is who.
+
+        Returns:
+            Whether the connections of the last meeting stand, at every worker.
+
+        Raises:
+            PeerLost: somebody did not come in time, or cannot be reached.
+        """
+        deadline = time.monotonic() + meeting.timeout_s
+        with self._using():
+            stands, addresses = self._ask(meeting, worker)
+            self.rank = self.workers.index(worker)
+            if not stands:
+                self._connect(meeting, addresses, deadline)
+            self._meeting, self._formed = meeting, meeting.number
+            return stands
+
+    def exchange(
+        self,
+        step: int,
+        phase: int,
+        sends: Mapping[int, Sequence[memoryview]],
+        receives: Mapping[int, Sequence[memoryview]],
+    ) -> None:
+        """Send to and receive from every other process at once.
+
+        Args:
+            step: which step, from 0.
+            phase: which exchange of the step.
+            sends: what goes to each rank.
+            receives: where to put what comes from each rank.
+
+        Raises:
+            PeerLost: a process has ended, or was silent for too long; the mesh is closed then.
+        """
+        assert self._meeting is not None
+        header = Header(run=self._meeting.run, segment=self._meeting.number, step=step, phase=phase)
+        transfers = [
+            Transfer(
+                connection=connection,
+                name=f"worker {self.workers[peer]}",
+                sends=sends[peer],
+                receives=receives[peer],
+            )
+            for peer, connection in self._peers.items()
+        ]
+        with self._using():
+            exchange(header, transfers, self._meeting.timeout_s)
+        self.sent_bytes += sum(view.nbytes for peer in self._peers for view in sends[peer])
+
+    def close(self) -> None:
+        """Close all connections; the peers see so at once."""
+        with self._in_use:
+            self._close()
+
+    @contextmanager
+    def _using(self) -> Iterator[None]:
+        """Keep others from closing sockets under the block, and close all of them if it fails."""
+        with self._in_use:
+            try:
+                yield
+            except BaseException:
+                self._close()
+                raise
+
+    def _close(self) -> None:
+        with self._changed:
+            connections = [*self._peers.values(), *self._accepted.values()]
+            if self._lifeline is not None:
+                connections.append(self._lifeline)
+            listener, self._listener = self._listener, None
+            self._peers, self._accepted, self._lifeline = {}, {}, None
+            self._formed = 0
+        for connection in connections:
+            connection.close()
+        if listener is not None:
+            listener.close()
+
+    def _ask(self, meeting: Meeting, worker: int) -> tuple[bool, list[tuple[str, int]]]:
+        """Say hello at the rendezvous; return whether the old mesh stands, and all addresses by rank."""
+        if self._listener is None:
+            host = address_towards(*meeting.address)
+            self._listener = Listener(meeting.credentials, host, meeting.ports, self._welcome)
+            self._listener.start()
+        host, port = self._listener.address
+        hello = _Hello(
+            meeting=meeting.number,
+            worker=worker,
+            mesh=self._formed,
+            rank=self.rank,
+            host=host,
+            port=port,
+        )
+        lifeline = connect(
+            meeting.credentials, meeting.address, hello.pack(), "the driver", meeting.timeout_s
+        )
+        table = bytearray(1 + meeting.num_workers * _ENTRY.size)
+        exchange(
+            _meeting_header(meeting.run, meeting.number),
+            [Transfer(connection=lifeline, name="the driver", receives=[memoryview(table)])],
+            meeting.timeout_s,
+        )
+        before, self._lifeline = self._lifeline, lifeline
+        if before is not None:
+            before.close()
+        threading.Thread(target=self._hold, args=(lifeline,), name="sparksgd-lifeline", daemon=True).start()
+        entries = list(_ENTRY.iter_unpack(bytes(table[1:])))
+        self.workers = [worker for worker, _, _ in entries]
+        return bool(table[0]), [(_unpacked_host(host), port) for _, host, port in entries]
+
+    def _hold(self, lifeline: Connection) -> None:
+        """Wait for the end of a lifeline, and close the mesh if it is still the one."""
+        lifeline.wait_for_end()
+        with self._changed:
+            if self._lifeline is not lifeline:
+                return
+            peers = list(self._peers.values())
+        for peer in peers:
+            peer.shut_down()  # ends an exchange that is under way
+        self.close()
+
+    def _connect(self, meeting: Meeting, addresses: list[tuple[str, int]], deadline: float) -> None:
+        """Make all connections anew."""
+        with self._changed:
+            old, self._peers = self._peers, {}
+            stale = [key for key in self._accepted if key[0] != meeting.number]
+            for connection in [*old.values(), *(self._accepted.pop(key) for key in stale)]:
+                connection.close()
+        hello = _Hello(meeting=meeting.number, worker=self.rank).pack()
+        for peer in range(self.rank):
+            name, left_s = f"worker {self.workers[peer]}", deadline - time.monotonic()
+            self._peers[peer] = connect(meeting.credentials, addresses[peer], hello, name, left_s)
+        for peer in range(self.rank + 1, meeting.num_workers):
+            with self._changed:
+                key = (meeting.number, peer)
+                while key not in self._accepted:
+                    if not self._changed.wait(deadline - time.monotonic()):
+                        raise PeerSilent(
+                            f"worker {self.workers[peer]} did not connect within {meeting.timeout_s:g} s"
+                        )
+                self._peers[peer] = self._accepted.pop(key)
+
+    def _welcome(self, connection: Connection) -> None:
+        hello = _Hello.unpack(connection.hello)
+        with self._changed:
+            before = self._accepted.pop((hello.meeting, hello.worker), None)
+            self._accepted[hello.meeting, hello.worker] = connection
+            self._changed.notify_all()
+        if before is not None:
+            before.close()
+
+
+def _meeting_header(run: bytes, number: int) -> Header:
+    return Header(run=run, segment=number, step=_MEETING_STEP, phase=_MEETING_PHASE)
+
+
+def _packed_host(host: str) -> bytes:
+    address = ipaddress.ip_address(host)
+    if isinstance(address, ipaddress.IPv4Address):
+        address = ipaddress.IPv6Address(f"::ffff:{address}")
+    return address.packed
+
+
+def _unpacked_host(packed: bytes) -> str:
+    address = ipaddress.IPv6Address(packed)
+    return str(address.ipv4_mapped or address)

@@ -1,0 +1,207 @@
+"""A worker of the all-reduce engine: it computes, sums with the others, and updates, step after step.
+
+    gradients of its shards ── part-reduce ──> its strip of the sum
+    solver of its strip ── part-broadcast ──> all parameters, at every worker
+
+Where a solver cannot be updated by strips, the sums are broadcast instead, and every worker's
+solver updates everything.  Either way all workers hold the same bits after each step.  A process keeps its
+strip from one segment to the next while the mesh stands, though Spark may make it another worker.
+"""
+
+from __future__ import annotations
+
+import socket
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from sparksgd.allreduce import AllReduce
+from sparksgd.compute import Computer
+from sparksgd.errors import PeerSilent, SparkSGDError
+from sparksgd.flat import FlatStrip
+from sparksgd.mesh import Meeting, Mesh
+from sparksgd.numerics import Numerics, thread_count
+from sparksgd.shard import Descriptor
+from sparksgd.solvers.protocol import MakeReplica, Solver, SolverState
+
+__all__ = ["STEP_RECORD", "Replica", "Segment", "SegmentAnswer"]
+
+STEP_RECORD = np.dtype(
+    [
+        ("rows", "<i8"),  # of all workers
+        ("shards", "<i8"),
+        ("loss", "<f8"),  # summed over the rows
+        ("lr", "<f8"),
+        ("own_rows", "<i8"),
+        ("started_at_s", "<f8"),
+        ("computed_at_s", "<f8"),
+        ("reduced_at_s", "<f8"),
+        ("updated_at_s", "<f8"),
+        ("ended_at_s", "<f8"),
+    ]
+)
+"""One step as one worker saw it; times by its own clock."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Segment:
+    """What a worker is asked to do."""
+
+    meeting: Meeting
+    """Where to find the others."""
+
+    first_step: int
+    """From 0."""
+
+    steps: int
+    """How many."""
+
+    by_strips: bool
+    """Whether each worker updates only its strip."""
+
+    make_replica: MakeReplica
+    """Makes a solver."""
+
+
+@dataclass(kw_only=True)
+class SegmentAnswer:
+    """What one worker did."""
+
+    worker: int
+    host: str
+    numerics: Numerics
+
+    rank: int = 0
+    """Which strip it updates."""
+
+    steps: npt.NDArray[Any] = field(default_factory=lambda: np.zeros(0, STEP_RECORD))
+    """STEP_RECORD[n]: steps that were finished."""
+
+    state: SolverState | None = None
+    """The solver's, of this process's strip; of everything from rank 0 alone where there are no strips."""
+
+    failure: SparkSGDError | None = None
+    """What went wrong, as a value."""
+
+    sent_bytes: int = 0
+    """Bytes of vectors sent to other workers."""
+
+    dropped: Counter[str] = field(default_factory=Counter)
+    """Strangers at this worker's door, since it opened, by the reason."""
+
+
+class Replica:
+    """What one process keeps of a run.
+
+    Args:
+        computer: of the run.
+    """
+
+    def __init__(self, computer: Computer) -> None:
+        self._computer = computer
+        self._mesh = Mesh()
+        self._solver: Solver | None = None
+
+    def run(
+        self,
+        worker: int,
+        shards: Iterable[Descriptor],
+        segment: Segment,
+        load: Callable[[], SolverState],
+    ) -> SegmentAnswer:
+        """Make the steps of a segment with the others.
+
+        Args:
+            worker: which one this is.
+            shards: its shards.
+            segment: what to do.
+            load: gives the solver's state at the first step; called if this process does not hold it.
+
+        Raises:
+            PeerSilent: another worker hangs; who runs this must end that one, too.
+        """
+        answer = SegmentAnswer(worker=worker, host=socket.gethostname(), numerics=self._computer.numerics)
+        own = list(shards)
+        sent_before, made = self._mesh.sent_bytes, 0
+        records = np.zeros(segment.steps, STEP_RECORD)
+        try:
+            with thread_count(self._computer.plan.threads):
+                solver, allreduce = self._ready(worker, segment, load)
+                for record in records:  # a record is a view of its row
+                    self._step(worker, own, segment, solver, allreduce, record)
+                    made += 1
+            answer.rank = self._mesh.rank
+            if segment.by_strips or answer.rank == 0:
+                answer.state = solver.state()
+        except PeerSilent:
+            self.close()
+            raise
+        except SparkSGDError as error:
+            self.close()
+            answer.failure = error
+        except BaseException:
+            self.close()
+            raise
+        answer.steps = records[:made]
+        answer.sent_bytes = self._mesh.sent_bytes - sent_before
+        answer.dropped = self._mesh.dropped
+        return answer
+
+    def close(self) -> None:
+        """Leave the others, who see so at once, and forget the solver."""
+        self._mesh.close()
+        self._solver = None
+
+    def _ready(
+        self, worker: int, segment: Segment, load: Callable[[], SolverState]
+    ) -> tuple[Solver, AllReduce]:
+        """Meet the others; return a solver that stands where the segment begins."""
+        stands, flat = self._mesh.meet(segment.meeting, worker), self._computer.flat
+        allreduce = AllReduce(self._mesh, len(self._computer.plan.sampling.shard_rows), flat)
+        if not stands or self._solver is None or self._solver.step != segment.first_step:
+            state = load()
+            flat.load(state.weights)
+            if segment.by_strips:
+                self._solver = segment.make_replica(FlatStrip(flat, allreduce.strip))
+                self._solver.load_state(state.strip(allreduce.strip))
+            else:
+                self._solver = segment.make_replica(flat)
+                self._solver.load_state(state)
+        return self._solver, allreduce
+
+    def _step(
+        self,
+        worker: int,
+        shards: list[Descriptor],
+        segment: Segment,
+        solver: Solver,
+        allreduce: AllReduce,
+        record: Any,
+    ) -> None:
+        step, flat = solver.step, self._computer.flat
+        record["started_at_s"] = time.time()
+        computed = self._computer.gradients(worker, shards, None, step)
+        if computed.failure is not None:
+            raise computed.failure
+        record["computed_at_s"] = time.time()
+        total = allreduce.part_reduce(step, computed.partials)
+        assert total.rows == self._computer.plan.sampling.rows_of_step(step), (total.rows, step)
+        record["rows"], record["shards"], record["loss"] = total.rows, total.shards, total.loss
+        record["own_rows"] = computed.workers[0].rows
+        record["reduced_at_s"] = time.time()
+        if segment.by_strips:
+            record["lr"] = solver.receive(total).lr
+            record["updated_at_s"] = time.time()
+            allreduce.part_broadcast(step, flat.parameters.numpy())
+        else:
+            strip, gradient = allreduce.strip, flat.gradient.numpy()
+            gradient[strip.start : strip.stop] = total.gradient
+            allreduce.part_broadcast(step, gradient)
+            record["lr"] = solver.receive(replace(total, gradient=gradient)).lr
+            record["updated_at_s"] = time.time()
+        record["ended_at_s"] = time.time()

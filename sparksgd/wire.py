@@ -1,0 +1,542 @@
+"""Vectors between processes that have proved to each other that they know one secret.
+
+    connector                           listener
+        <──────────── challenge ────────   32 random bytes: all that a stranger ever gets
+        ──── hello, nonce, proof ───────>  HMAC(secret, challenge, nonce, hello)
+        <──────────── proof ────────────   HMAC(secret, nonce, challenge)
+        ════════════ frames ════════════   a fixed header, then the bytes of a vector
+
+Nothing else is read before the proof; who does not give it in time is dropped and counted.  A frame
+arrives straight in the buffer that waits for it, and only if its header is the one that was due:
+both ends know at any time what comes next.  Sending and receiving go on at once, so no order of
+peers can block another.  With a certificate in the credentials, all of it travels inside TLS.
+"""
+
+from __future__ import annotations
+
+import hmac
+import itertools
+import logging
+import secrets
+import select
+import socket
+import ssl
+import struct
+import tempfile
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+
+from sparksgd.errors import ClusterError, ConfigError, PeerLost, PeerSilent
+
+__all__ = [
+    "HELLO_BYTES",
+    "Connection",
+    "Credentials",
+    "Header",
+    "Listener",
+    "Transfer",
+    "address_towards",
+    "connect",
+    "exchange",
+]
+
+log = logging.getLogger("sparksgd")
+
+HELLO_BYTES = 64
+"""Length of what a connector says of itself, opaque here."""
+
+_SECRET_BYTES = 32
+_NONCE_BYTES = 32
+_PROOF_BYTES = 32
+_HANDSHAKE_S = 5.0
+_MOST_PENDING = 64
+_BACKLOG = 128
+_RETRY_S = 0.05
+_CLOCKS_DIFFER = timedelta(days=1)
+_LONGEST_RUN = timedelta(days=365)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Credentials:
+    """What a run's processes know and nobody else; it travels in Spark's own channels only."""
+
+    secret: bytes = field(repr=False)
+    """Key of every proof."""
+
+    pem: bytes | None = field(default=None, repr=False)
+    """Private key and certificate, for TLS; None sends in the clear."""
+
+    @classmethod
+    def new(cls, *, encrypt: bool) -> Credentials:
+        """Return fresh ones.
+
+        Raises:
+            ConfigError: encryption is wanted, but the package that makes certificates is not installed.
+        """
+        return cls(secret=secrets.token_bytes(_SECRET_BYTES), pem=_certificate() if encrypt else None)
+
+    def context(self, *, listens: bool) -> ssl.SSLContext | None:
+        """Return the TLS context of one end; both show the run's certificate, and accept no other."""
+        if self.pem is None:
+            return None
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER if listens else ssl.PROTOCOL_TLS_CLIENT)
+        context.minimum_version = ssl.TLSVersion.TLSv1_3
+        context.check_hostname = False  # the certificate is the run's, not a host's
+        context.verify_mode = ssl.CERT_REQUIRED
+        context.load_verify_locations(cadata=self.pem[self.pem.index(b"-----BEGIN CERT") :].decode())
+        with tempfile.NamedTemporaryFile(prefix="sparksgd-") as file:  # ssl reads keys from files only
+            file.write(self.pem)
+            file.flush()
+            context.load_cert_chain(file.name)
+        return context
+
+
+def _certificate() -> bytes:
+    """Return a new key and a certificate that it signed itself, as PEM."""
+    try:
+        from cryptography import x509
+        from cryptography.hazmat.primitives import hashes, serialization
+        from cryptography.hazmat.primitives.asymmetric import ec
+    except ImportError as error:
+        raise ConfigError(
+            "connections between workers are to be encrypted (engine.encrypt, or Spark's own settings), "
+            "but the package cryptography is not installed: pip install 'sparksgd[tls]'"
+        ) from error
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "sparksgd")])
+    now = datetime.now(UTC)
+    certificate = (
+        x509.CertificateBuilder()
+        .subject_name(name)
+        .issuer_name(name)
+        .public_key(key.public_key())
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(now - _CLOCKS_DIFFER)
+        .not_valid_after(now + _LONGEST_RUN)
+        .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
+        .sign(key, hashes.SHA256())
+    )
+    pem = serialization.Encoding.PEM
+    private = key.private_bytes(pem, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+    return private + certificate.public_bytes(pem)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Header:
+    """What a frame is; both ends must mean the same one."""
+
+    run: bytes
+    """Which run, 8 bytes."""
+
+    segment: int
+    """Which segment of the run."""
+
+    step: int
+    """Which step, from 0."""
+
+    phase: int
+    """Which exchange of the step."""
+
+    def pack(self, num_bytes: int) -> bytes:
+        """Return the bytes of the header of a frame of so many bytes."""
+        return _HEADER.pack(self.run, self.segment, self.step, self.phase, num_bytes)
+
+
+_HEADER = struct.Struct(">8sIQIQ")
+
+
+class Connection:
+    """One authenticated connection, to be used by `exchange`.
+
+    Args:
+        sock: connected and proved.
+        hello: what the connector said of itself.
+    """
+
+    def __init__(self, sock: socket.socket, hello: bytes) -> None:
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        sock.setblocking(False)
+        self.sock = sock
+        self.hello = hello
+        self.encrypted = isinstance(sock, ssl.SSLSocket)
+
+    def close(self) -> None:
+        """Close it; the other end sees so at once."""
+        _close(self.sock)
+
+    def shut_down(self) -> None:
+        """End it in both directions, from any thread; who uses it now sees so at once."""
+        with suppress(OSError):
+            self.sock.shutdown(socket.SHUT_RDWR)
+
+    def wait_for_end(self) -> None:
+        """Return when the other end has closed, or this one was shut down."""
+        poll = select.poll()
+        poll.register(self.sock, select.POLLIN)
+        with suppress(OSError):
+            while self.receive_some(memoryview(bytearray(1))) != 0:
+                poll.poll()
+
+    def send_some(self, buffers: list[memoryview]) -> int:
+        """Send what the kernel takes now of some buffers; -1 if that is nothing."""
+        try:
+            return self.sock.send(buffers[0]) if self.encrypted else self.sock.sendmsg(buffers)
+        except (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError):
+            return -1
+
+    def receive_some(self, buffer: memoryview) -> int:
+        """Receive into a buffer what is there now; -1 if that is nothing, 0 if the peer has ended."""
+        try:
+            return self.sock.recv_into(buffer)
+        except (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError):
+            return -1
+        except ssl.SSLEOFError:
+            return 0
+
+
+@dataclass(kw_only=True)
+class Transfer:
+    """What goes to one peer and comes from it in one exchange."""
+
+    connection: Connection
+    """The peer's."""
+
+    name: str
+    """The peer's, for errors."""
+
+    sends: Sequence[memoryview] = ()
+    """Bytes to send, in this order; empty sends no frame."""
+
+    receives: Sequence[memoryview] = ()
+    """Where to put what comes, in this order; empty expects no frame."""
+
+
+class _Moving:
+    """A transfer under way."""
+
+    def __init__(self, transfer: Transfer, header: Header) -> None:
+        self.connection, self.name = transfer.connection, transfer.name
+        self.outgoing = _framed(header, transfer.sends)
+        due = _framed(header, transfer.receives)
+        self._due = bytes(due[0]) if due else b""
+        self._header = bytearray(len(self._due))
+        self.incoming = [memoryview(self._header), *due[1:]] if due else []
+
+    def send(self) -> None:
+        while self.outgoing:
+            sent = self.connection.send_some(self.outgoing)
+            if sent < 0:
+                return
+            _advance(self.outgoing, sent)
+
+    def receive(self) -> None:
+        while self.incoming:
+            received = self.connection.receive_some(self.incoming[0])
+            if received < 0:
+                return
+            if received == 0:
+                raise PeerLost(f"{self.name} closed its connection")
+            in_header = self.incoming[0].obj is self._header
+            _advance(self.incoming, received)
+            if in_header and (not self.incoming or self.incoming[0].obj is not self._header):
+                self._check_header()
+
+    def _check_header(self) -> None:
+        if bytes(self._header) != self._due:
+            raise PeerLost(
+                f"{self.name} sent a frame {_HEADER.unpack(self._header)} where {_HEADER.unpack(self._due)} "
+                f"(run, segment, step, phase, bytes) was due"
+            )
+
+    @property
+    def events(self) -> int:
+        return (select.POLLOUT if self.outgoing else 0) | (select.POLLIN if self.incoming else 0)
+
+
+def exchange(header: Header, transfers: Iterable[Transfer], timeout_s: float) -> None:
+    """Send to and receive from many peers at once; return when all of it is done.
+
+    Args:
+        header: of every frame of this exchange, but for its length.
+        transfers: one for each peer.
+        timeout_s: how long all of it may take.
+
+    Raises:
+        PeerLost: a peer has ended, sent something else, or not everything in time.
+    """
+    moving = [_Moving(transfer, header) for transfer in transfers]
+    deadline = time.monotonic() + timeout_s
+    try:
+        while True:
+            for transfer in moving:
+                transfer.send()
+                transfer.receive()
+            moving = [transfer for transfer in moving if transfer.events]
+            if not moving:
+                return
+            _wait(moving, deadline, timeout_s)
+    except OSError as error:
+        names = ", ".join(transfer.name for transfer in moving)
+        raise PeerLost(f"a connection to one of {names} broke: {error}") from error
+
+
+def _wait(moving: Sequence[_Moving], deadline: float, timeout_s: float) -> None:
+    poll = select.poll()
+    for transfer in moving:
+        poll.register(transfer.connection.sock, transfer.events)
+    left_s = deadline - time.monotonic()
+    if left_s <= 0 or not poll.poll(left_s * 1000):
+        names = ", ".join(transfer.name for transfer in moving)
+        raise PeerSilent(f"{names} did not send or take everything within {timeout_s:g} s")
+
+
+class Listener:
+    """Accepts the connections of peers that know the secret, in threads of its own.
+
+    Args:
+        credentials: the run's.
+        host: address to listen on, and on no other.
+        ports: ports to try, in this order; None takes any free one.
+        welcome: called with each connection that has proved itself, in some thread; it owns it.
+    """
+
+    def __init__(
+        self,
+        credentials: Credentials,
+        host: str,
+        ports: range | None,
+        welcome: Callable[[Connection], None],
+    ) -> None:
+        self._credentials = credentials
+        self._host = host
+        self._ports = ports
+        self._welcome = welcome
+        self._lock = threading.Lock()
+        self._pending: dict[int, socket.socket] = {}
+        self.dropped: Counter[str] = Counter()
+        self.address: tuple[str, int] = (host, 0)
+
+    def start(self) -> None:
+        """Bind and listen.
+
+        Raises:
+            ClusterError: no port is free.
+        """
+        self._socket = _bound(self._host, self._ports)
+        self.address = self._socket.getsockname()[:2]
+        self._tls = self._credentials.context(listens=True)
+        threading.Thread(target=self._accept, name="sparksgd-listener", daemon=True).start()
+
+    def close(self) -> None:
+        """Listen no more, and drop who is still proving."""
+        with suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RDWR)  # wakes the thread that accepts
+        self._socket.close()
+        with self._lock:
+            pending, self._pending = self._pending, {}
+        for sock in pending.values():
+            _close(sock)
+
+    def _accept(self) -> None:
+        for number in itertools.count():
+            try:
+                sock, _ = self._socket.accept()
+            except OSError:
+                return  # closed
+            try:
+                if self._tls is not None:
+                    sock = self._tls.wrap_socket(sock, server_side=True, do_handshake_on_connect=False)
+            except OSError:
+                sock.close()  # it has left already
+                continue
+            with self._lock:
+                self._pending[number] = sock
+                crowd = len(self._pending) > _MOST_PENDING
+                oldest = next(iter(self._pending))
+            if crowd:
+                self._drop(oldest, "too many at once")
+            threading.Thread(
+                target=self._prove, args=(number, sock), name="sparksgd-proof", daemon=True
+            ).start()
+
+    def _prove(self, number: int, sock: socket.socket) -> None:
+        """Let one connector prove that it knows the secret."""
+        deadline = time.monotonic() + _HANDSHAKE_S
+        reason = None
+        try:
+            _shake_hands(sock, deadline)
+            challenge = secrets.token_bytes(_NONCE_BYTES)
+            _send_all(sock, challenge, deadline)
+            said = _receive_exactly(sock, HELLO_BYTES + _NONCE_BYTES + _PROOF_BYTES, deadline)
+            hello, nonce = said[:HELLO_BYTES], said[HELLO_BYTES:-_PROOF_BYTES]
+            if not hmac.compare_digest(
+                said[-_PROOF_BYTES:], _proof(self._credentials, b"connector", challenge, nonce, hello)
+            ):
+                reason = "wrong secret"
+            else:
+                _send_all(sock, _proof(self._credentials, b"listener", nonce, challenge), deadline)
+        except TimeoutError:
+            reason = "no proof in time"
+        except ssl.SSLError:
+            reason = "no TLS of this run"
+        except OSError:
+            reason = "left before its proof"
+        if reason is not None:
+            self._drop(number, reason)
+        elif self._taken(number) is not None:
+            self._welcome(Connection(sock, hello))
+
+    def _taken(self, number: int, reason: str | None = None) -> socket.socket | None:
+        """Take a connection out of those that prove themselves; None if another thread did so before."""
+        with self._lock:
+            sock = self._pending.pop(number, None)
+            if sock is not None and reason is not None:
+                self.dropped[reason] += 1
+            return sock
+
+    def _drop(self, number: int, reason: str) -> None:
+        sock = self._taken(number, reason)
+        if sock is not None:
+            log.debug("a stranger was dropped: %s", reason)
+            _close(sock)
+
+
+def connect(
+    credentials: Credentials, address: tuple[str, int], hello: bytes, name: str, timeout_s: float
+) -> Connection:
+    """Connect to a listener, prove to know the secret, and have it prove the same.
+
+    Args:
+        credentials: the run's.
+        address: the listener's.
+        hello: what to say of oneself, at most HELLO_BYTES.
+        name: the listener's, for errors.
+        timeout_s: how long to try; a listener beset by strangers may drop a friend.
+
+    Raises:
+        PeerLost: nobody listens, or nobody who knows the secret.
+    """
+    assert len(hello) <= HELLO_BYTES
+    hello = hello.ljust(HELLO_BYTES, b"\0")
+    tls = credentials.context(listens=False)
+    deadline = time.monotonic() + timeout_s
+    while True:
+        sock = None
+        try:
+            sock = socket.create_connection(address, max(0.001, deadline - time.monotonic()))
+            if tls is not None:
+                sock = tls.wrap_socket(sock, do_handshake_on_connect=False)
+            return Connection(_proved(sock, credentials, hello, deadline), hello)
+        except OSError as error:
+            if sock is not None:
+                _close(sock)
+            if isinstance(error, (ConnectionRefusedError, _WrongSecret)) or time.monotonic() >= deadline:
+                raise PeerLost(f"cannot reach {name} at {address[0]}:{address[1]}: {error}") from error
+            time.sleep(_RETRY_S)  # it was beset; its queue needs a moment
+
+
+class _WrongSecret(OSError):
+    """A listener that does not know the run's secret."""
+
+
+def _proved(sock: socket.socket, credentials: Credentials, hello: bytes, deadline: float) -> socket.socket:
+    _shake_hands(sock, deadline)
+    challenge = _receive_exactly(sock, _NONCE_BYTES, deadline)
+    nonce = secrets.token_bytes(_NONCE_BYTES)
+    proof = _proof(credentials, b"connector", challenge, nonce, hello)
+    _send_all(sock, hello + nonce + proof, deadline)
+    answer = _receive_exactly(sock, _PROOF_BYTES, deadline)
+    if not hmac.compare_digest(answer, _proof(credentials, b"listener", nonce, challenge)):
+        raise _WrongSecret("it does not know this run's secret")
+    return sock
+
+
+def _proof(credentials: Credentials, role: bytes, *parts: bytes) -> bytes:
+    """Return what only who knows the secret can say; the role keeps it from being echoed back."""
+    return hmac.digest(credentials.secret, b"sparksgd " + role + b"".join(parts), "sha256")
+
+
+def _shake_hands(sock: socket.socket, deadline: float) -> None:
+    """Let TLS agree on its keys, where it is used."""
+    if isinstance(sock, ssl.SSLSocket):
+        sock.settimeout(_left_s(deadline))
+        sock.do_handshake()
+
+
+def _send_all(sock: socket.socket, message: bytes, deadline: float) -> None:
+    sock.settimeout(_left_s(deadline))
+    sock.sendall(message)
+
+
+def _receive_exactly(sock: socket.socket, count: int, deadline: float) -> bytes:
+    received = bytearray()
+    while len(received) < count:
+        sock.settimeout(_left_s(deadline))
+        some = sock.recv(count - len(received))
+        if not some:
+            raise ConnectionResetError("it closed the connection")
+        received += some
+    return bytes(received)
+
+
+def _left_s(deadline: float) -> float:
+    left_s = deadline - time.monotonic()
+    if left_s <= 0:
+        raise TimeoutError("no answer in time")
+    return left_s
+
+
+def _framed(header: Header, buffers: Sequence[memoryview]) -> list[memoryview]:
+    """Return a frame's header and buffers as bytes, without empty ones; nothing for no buffers."""
+    if not buffers:
+        return []
+    views = [view.cast("B") for view in buffers if view.nbytes]
+    return [memoryview(header.pack(sum(view.nbytes for view in views))), *views]
+
+
+def _advance(buffers: list[memoryview], count: int) -> None:
+    """Drop the first bytes of some buffers."""
+    while count:
+        first = buffers[0]
+        if first.nbytes <= count:
+            count -= first.nbytes
+            buffers.pop(0)
+        else:
+            buffers[0] = first[count:]
+            count = 0
+
+
+def _bound(host: str, ports: range | None) -> socket.socket:
+    family = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)[0][0]
+    failure: OSError | None = None
+    for port in [0] if ports is None else ports:
+        sock = socket.socket(family, socket.SOCK_STREAM)
+        try:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            sock.bind((host, port))
+            sock.listen(_BACKLOG)
+            return sock
+        except OSError as error:
+            failure = error
+            sock.close()
+    which = "any port" if ports is None else f"a port of {ports.start} to {ports.stop - 1}"
+    raise ClusterError(f"cannot listen on {which} of {host}: {failure}; free one, or set engine.ports")
+
+
+def _close(sock: socket.socket) -> None:
+    with suppress(OSError):
+        sock.shutdown(socket.SHUT_RDWR)
+    sock.close()
+
+
+def address_towards(host: str, port: int) -> str:
+    """Return this host's address on the interface that routes to another; nothing is sent."""
+    family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0]
+    with socket.socket(family, kind) as probe:
+        probe.connect(address)
+        return str(probe.getsockname()[0])

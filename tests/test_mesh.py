@@ -1,0 +1,196 @@
+"""Workers who meet at the driver, keep their connections, and lose them together."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from sparksgd.errors import PeerLost, PeerSilent
+from sparksgd.mesh import Meeting, Mesh, Rendezvous
+from sparksgd.wire import Credentials, connect
+
+HOST = "127.0.0.1"
+
+
+class Company:
+    """Some workers, each with its mesh, and the driver's rendezvous."""
+
+    def __init__(self, count: int, *, encrypt: bool = False, timeout_s: float = 10) -> None:
+        self.rendezvous = Rendezvous(
+            run=b"a run...",
+            num_workers=count,
+            credentials=Credentials.new(encrypt=encrypt),
+            host=HOST,
+            listen_on=HOST,
+            ports=None,
+            timeout_s=timeout_s,
+        )
+        self.rendezvous.start()
+        self.meshes = [Mesh() for _ in range(count)]
+
+    def all(self, work: Callable[[int, Mesh], object]) -> list[object]:
+        """Let all workers do something at once; return what they return, or raise."""
+        results: list[object] = [None] * len(self.meshes)
+
+        def one(worker: int) -> None:
+            try:
+                results[worker] = work(worker, self.meshes[worker])
+            except Exception as error:
+                results[worker] = error
+
+        threads = [threading.Thread(target=one, args=(worker,)) for worker in range(len(self.meshes))]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        return results
+
+    def meet(self) -> list[object]:
+        meeting = self.rendezvous.call()
+        return self.all(lambda worker, mesh: mesh.meet(meeting, worker))
+
+    def talk(self, step: int) -> list[object]:
+        """Let every worker send its number to all others, and return what each has heard."""
+
+        def one(worker: int, mesh: Mesh) -> list[int]:
+            others = [rank for rank in range(len(self.meshes)) if rank != mesh.rank]
+            heard = {rank: bytearray(1) for rank in others}
+            own = memoryview(bytes([worker]))
+            mesh.exchange(
+                step, 1, {rank: [own] for rank in others}, {r: [memoryview(h)] for r, h in heard.items()}
+            )
+            assert all(mesh.workers[rank] == heard[rank][0] for rank in others)
+            return sorted(heard[rank][0] for rank in others)
+
+        return self.all(one)
+
+    def close(self) -> None:
+        self.rendezvous.close()
+        for mesh in self.meshes:
+            mesh.close()
+
+
+@pytest.fixture
+def company() -> Iterator[Callable[..., Company]]:
+    made: list[Company] = []
+
+    def make(count: int, **options) -> Company:
+        made.append(Company(count, **options))
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.close()
+
+
+def threads_of_ours() -> int:
+    return sum(thread.name.startswith("sparksgd-") for thread in threading.enumerate())
+
+
+@pytest.mark.parametrize("encrypt", [False, True], ids=["plain", "tls"])
+@pytest.mark.parametrize("count", [1, 2, 4])
+def test_all_hear_all(company, count, encrypt):
+    workers = company(count, encrypt=encrypt)
+    assert workers.meet() == [False] * count
+    assert workers.talk(0) == [[other for other in range(count) if other != one] for one in range(count)]
+
+
+def test_connections_are_kept_from_meeting_to_meeting(company):
+    workers = company(3)
+    workers.meet()
+    before = [dict(mesh._peers) for mesh in workers.meshes]
+    for step in range(5):
+        assert workers.meet() == [True] * 3
+        assert workers.talk(step) == [[1, 2], [0, 2], [0, 1]]
+    assert [mesh._peers for mesh in workers.meshes] == before
+
+
+def test_processes_that_change_places_keep_their_connections_and_ranks(company):
+    workers = company(3)
+    workers.meet()
+    workers.meshes.reverse()
+    assert workers.meet() == [True] * 3
+    assert [mesh.rank for mesh in workers.meshes] == [2, 1, 0]
+    assert all(mesh.workers == [2, 1, 0] for mesh in workers.meshes)
+    assert workers.talk(0) == [[1, 2], [0, 2], [0, 1]]
+
+
+def test_one_process_that_is_new_makes_all_connect_anew(company):
+    workers = company(3)
+    workers.meet()
+    workers.meshes[1].close()
+    workers.meshes[1] = Mesh()
+    assert workers.meet() == [False] * 3
+    assert workers.talk(0) == [[1, 2], [0, 2], [0, 1]]
+
+
+def test_a_worker_that_ends_is_told_to_all_others_at_once(company):
+    workers = company(3)
+    workers.meet()
+    started = time.monotonic()
+
+    def one(worker: int, mesh: Mesh) -> None:
+        if worker == 1:
+            mesh.close()
+            return
+        mesh.exchange(0, 1, {0: [], 1: [], 2: []}, {o: [memoryview(bytearray(1))] for o in range(3)})
+
+    first, _, third = workers.all(one)
+    assert isinstance(first, PeerLost)
+    assert isinstance(third, PeerLost)
+    assert time.monotonic() - started < 1
+
+
+def test_a_worker_that_never_comes_is_told_in_time(company):
+    workers = company(2, timeout_s=0.5)
+    meeting = workers.rendezvous.call()
+    with pytest.raises(PeerSilent, match=r"the driver did not send or take everything within 0\.5 s"):
+        workers.meshes[0].meet(meeting, 0)
+
+
+def test_who_is_late_for_a_meeting_is_turned_away_and_counted(company):
+    workers = company(2)
+    old = workers.rendezvous.call()
+    workers.rendezvous.call()
+    with pytest.raises(PeerLost):
+        workers.meshes[0].meet(old, 0)
+    assert workers.rendezvous.dropped["late for its meeting"] == 1
+
+
+def test_when_the_driver_ends_every_worker_closes_all_it_has(company):
+    before = threads_of_ours()
+    workers = company(3)
+    workers.meet()
+    assert all(mesh._peers for mesh in workers.meshes)
+    workers.rendezvous.close()
+    deadline = time.monotonic() + 5
+    while any(mesh._peers or mesh._listener for mesh in workers.meshes) or threads_of_ours() > before:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)  # their threads see it
+
+
+def test_two_runs_on_the_same_hosts_do_not_meet(company):
+    one, other = company(2), company(2)
+    meeting, foreign = one.rendezvous.call(), other.rendezvous.call()
+    with pytest.raises(PeerLost, match="cannot reach the driver"):
+        Mesh().meet(
+            Meeting(**{**vars(meeting), "address": foreign.address, "timeout_s": 0.5}),
+            0,
+        )
+    assert other.rendezvous.dropped["wrong secret"] >= 1
+    one.meet()
+    other.meet()
+    assert one.talk(0) == other.talk(0) == [[1], [0]]
+
+
+def test_a_stranger_at_a_workers_door_is_counted_there(company):
+    workers = company(2)
+    workers.meet()
+    stranger = Credentials.new(encrypt=False)
+    with pytest.raises(PeerLost):
+        connect(stranger, workers.meshes[0]._listener.address, b"", "worker 0", 0.3)
+    assert workers.meshes[0].dropped["wrong secret"] >= 1
+    assert workers.talk(0) == [[1], [0]]
