@@ -14,7 +14,11 @@ from pyspark import SparkConf, SparkContext
 from pyspark.sql import DataFrame, SparkSession
 
 from sparksgd.config import Config, TrainConfig
+from sparksgd.engines.inline import InlineEngine
+from sparksgd.local_rows import ParquetRows
 from sparksgd.spark.session import start_session
+from sparksgd.training import Training
+from sparksgd.training import train as train_inline
 
 LOCAL_CLUSTER = "local-cluster[2,1,1024]"
 
@@ -125,12 +129,13 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def configured(*settings: str) -> Config:
     """Return a configuration of small things, with settings over it."""
+    momentum = () if any(word.startswith("optimizer.name") for word in settings) else (0.9,)
     return Config.load(
         None,
         [
             "model.name=users_modules:DropoutNet",
             "optimizer.lr=0.1",
-            "optimizer.momentum=0.9",
+            *(f"optimizer.momentum={value}" for value in momentum),
             "train.rows_per_step=64",
             "train.num_shards=4",
             "train.epochs=2",
@@ -138,3 +143,36 @@ def configured(*settings: str) -> Config:
             *settings,
         ],
     )
+
+
+class AtStep:
+    """Observes a run, and does something once, between two steps."""
+
+    def __init__(self, step: int, deed: Callable[[Training], None]) -> None:
+        self.step, self.deed = step, deed
+
+    def started(self, training): ...
+    def evaluated(self, training, report): ...
+    def ended(self, training):
+        self.training = training
+
+    def stepped(self, training, report):
+        if report.step == self.step:
+            self.deed(training)
+
+
+@pytest.fixture
+def flags(tmp_path: Path) -> Path:
+    folder = tmp_path / "flags"
+    folder.mkdir()
+    return folder
+
+
+def digests(training: Training) -> tuple[str, str]:
+    return training.flat.parameters_sha256(), training.flat.buffers_sha256()
+
+
+def undisturbed(path: str, config: Config) -> str:
+    """Return the digest that every engine must reach, through whatever happens."""
+    training = train_inline(config, rows=ParquetRows(path), test=None, make_engine=InlineEngine)
+    return training.flat.parameters_sha256()

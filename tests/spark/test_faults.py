@@ -6,54 +6,22 @@ import os
 import shutil
 import signal
 import threading
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from conftest import (  # tests/spark/conftest.py
     LOCAL_CLUSTER,
+    AtStep,
     configured,
     executor_pids,
     read_files_apart,
+    undisturbed,
     write_rows,
 )
 from pyspark.sql import functions as F
 
-from sparksgd.engines.inline import InlineEngine
 from sparksgd.errors import Cancelled, ClusterError, NotFinite, ShardChanged, UserCodeError
-from sparksgd.local_rows import ParquetRows
 from sparksgd.spark.training import train
-from sparksgd.training import Training
-from sparksgd.training import train as train_inline
-
-
-class AtStep:
-    """Observes a run, and does something once, between two steps."""
-
-    def __init__(self, step: int, deed: Callable[[Training], None]) -> None:
-        self.step, self.deed = step, deed
-
-    def started(self, training): ...
-    def evaluated(self, training, report): ...
-    def ended(self, training):
-        self.training = training
-
-    def stepped(self, training, report):
-        if report.step == self.step:
-            self.deed(training)
-
-
-@pytest.fixture
-def flags(tmp_path: Path) -> Path:
-    folder = tmp_path / "flags"
-    folder.mkdir()
-    return folder
-
-
-def undisturbed(path: str, config) -> str:
-    """Return the digest that every engine must reach, through whatever happens."""
-    training = train_inline(config, rows=ParquetRows(path), test=None, make_engine=InlineEngine)
-    return training.flat.parameters_sha256()
 
 
 def test_executors_killed_between_steps_and_in_a_step_change_no_bit(session_for, small, flags):

@@ -10,7 +10,13 @@ import logging
 import os
 
 import pytest
-from conftest import LOCAL_CLUSTER, configured, read_files_apart, write_rows  # tests/spark/conftest.py
+from conftest import (  # tests/spark/conftest.py
+    LOCAL_CLUSTER,
+    configured,
+    digests,
+    read_files_apart,
+    write_rows,
+)
 
 from sparksgd.engines.inline import InlineEngine
 from sparksgd.errors import ConfigError
@@ -19,10 +25,6 @@ from sparksgd.spark.training import train
 from sparksgd.training import train as train_inline
 
 FIFTY = ("model.name=users_modules:NormNet", "train.steps=50", "train.epochs=9", "train.rows_per_step=96")
-
-
-def digests(training) -> tuple[str, str]:
-    return training.flat.parameters_sha256(), training.flat.buffers_sha256()
 
 
 @pytest.fixture(scope="module")

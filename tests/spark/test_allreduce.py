@@ -1,0 +1,191 @@
+"""The all-reduce engine: the reference's bits, through whatever happens to its workers."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import threading
+import time
+
+import pytest
+from conftest import (  # tests/spark/conftest.py
+    LOCAL_CLUSTER,
+    AtStep,
+    configured,
+    digests,
+    executor_pids,
+    undisturbed,
+)
+
+from sparksgd.engines.inline import InlineEngine
+from sparksgd.errors import Cancelled, ClusterError, NotFinite, UserCodeError
+from sparksgd.local_rows import ParquetRows
+from sparksgd.spark.training import train
+from sparksgd.training import train as train_inline
+
+FLAG_NET = "model.name=users_modules:FlagNet"
+ALLREDUCE = ("engine.name=allreduce", "engine.segment_steps=4")
+PLACES = {
+    (1, 4): (),
+    (2, 4): ("engine.segment_steps=7",),
+    (3, 4): ("engine.encrypt=true",),
+    (4, 4): ("engine.segment_steps=20",),
+    (3, 8): ("engine.segment_steps=none",),
+}
+EXPERIMENTS = {
+    "dropout and momentum": ("schedule.name=CosineAnnealingLR", "schedule.T_max=20"),
+    "batch-norm and Adam": ("model.name=users_modules:NormNet", "optimizer.name=Adam", "optimizer.lr=0.01"),
+    "clipping, which needs the whole gradient": ("solver.clip_norm=0.5",),
+}
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_every_number_of_workers_ends_at_the_digest_of_the_reference(session_for, small, experiment):
+    spark = session_for("local[5]")
+    frame = spark.read.parquet(small)
+    for (workers, shards), cluster in PLACES.items():
+        settings = ("train.steps=20", f"train.num_shards={shards}", *EXPERIMENTS[experiment])
+        config = configured(*settings, f"engine.num_workers={workers}", *ALLREDUCE, *cluster)
+        training = train(spark, config, frame)
+        inline = train_inline(config, rows=ParquetRows(small), test=None, make_engine=InlineEngine)
+        assert digests(training) == digests(inline), (workers, shards)
+        assert (len(training.step_times), training.recovery.retries) == (20, 0)
+
+
+class Reports:
+    """Observes what must be equal in every step's report, and every evaluation."""
+
+    def __init__(self):
+        self.seen = []
+
+    def stepped(self, training, report):
+        of = report
+        self.seen.append((of.step, of.epoch, of.version, of.rows, of.shards, of.loss, of.lr))
+
+    def evaluated(self, training, report):
+        self.seen.append((report.step, report.loss, report.accuracy))
+
+    def started(self, training): ...
+    def ended(self, training): ...
+
+
+def test_reports_and_evaluations_are_those_of_the_reference(session_for, small):
+    spark, config = session_for("local[5]"), configured(*ALLREDUCE, "train.steps=20", "train.eval_every=6")
+    frame, ours, reference = spark.read.parquet(small), Reports(), Reports()
+    training = train(spark, config, frame, frame, observers=[ours])
+    rows = ParquetRows(small)
+    train_inline(config, rows=rows, test=rows, make_engine=InlineEngine, observers=[reference])
+    assert ours.seen == reference.seen
+    assert len(training.step_times) == 20
+
+
+def test_a_python_worker_killed_in_a_segment_costs_that_segment_alone(session_for, small, flags):
+    spark = session_for("local[5]")
+    config = configured(*ALLREDUCE, "train.steps=12", FLAG_NET, f"model.folder={flags}")
+    kill = AtStep(5, lambda _: (flags / "kill-worker").touch())
+    started = time.monotonic()
+    training = train(spark, config, spark.read.parquet(small), observers=[kill])
+    assert training.flat.parameters_sha256() == undisturbed(small, config)
+    assert training.recovery.retries == 1
+    assert time.monotonic() - started < 30  # nobody waited for the dead
+
+
+def test_a_worker_that_hangs_ends_in_bounded_time(session_for, small, flags):
+    spark = session_for("local[5]")
+    config = configured(
+        *ALLREDUCE, "train.steps=12", FLAG_NET, f"model.folder={flags}",
+        "engine.peer_timeout_s=2",
+    )  # fmt: skip
+    hang = AtStep(5, lambda _: (flags / "sleep").touch())
+    started = time.monotonic()
+    training = train(spark, config, spark.read.parquet(small), observers=[hang])
+    assert training.flat.parameters_sha256() == undisturbed(small, config)
+    assert training.recovery.retries == 1
+    assert time.monotonic() - started < 40  # a flag would sleep for a minute
+
+
+def test_a_user_error_ends_the_run_with_the_remote_traceback_worker_and_step(session_for, small, flags):
+    spark = session_for("local[5]")
+    config = configured(*ALLREDUCE, FLAG_NET, f"model.folder={flags}")
+    watch = AtStep(4, lambda _: (flags / "raise").touch())
+    with pytest.raises(UserCodeError, match=r"the user's own mistake(?s:.*)in step 5, on worker \d"):
+        train(spark, config, spark.read.parquet(small), observers=[watch])
+    assert (watch.training.version, watch.training.recovery.retries) == (4, 0)
+
+
+def test_a_cancelled_job_ends_the_run_and_frees_the_slots(session_for, small, flags):
+    spark = session_for("local[5]")
+    config = configured(*ALLREDUCE, FLAG_NET, f"model.folder={flags}")
+
+    def cancel_the_next_segment(_):
+        (flags / "sleep").touch()
+        threading.Timer(2.0, spark.sparkContext.cancelAllJobs).start()
+
+    watch = AtStep(4, cancel_the_next_segment)
+    with pytest.raises(Cancelled, match="cancelled"):
+        train(spark, config, spark.read.parquet(small), observers=[watch])
+    assert (watch.training.version, watch.training.recovery.retries) == (4, 0)
+    assert spark.range(5, numPartitions=5).count() == 5
+
+
+def test_a_failure_that_repeats_ends_the_run(session_for, small, flags):
+    spark = session_for("local[5]")
+    config = configured(*ALLREDUCE, FLAG_NET, f"model.folder={flags}", "engine.max_attempts=2")
+    watch = AtStep(4, lambda _: (flags / "kill-always").touch())
+    with pytest.raises(ClusterError, match=r"steps 5 to 8.*: failed 2 times"):
+        train(spark, config, spark.read.parquet(small), observers=[watch])
+    assert watch.training.version == 4
+
+
+@pytest.mark.parametrize("segment_steps", [1, 50])
+def test_a_loss_that_becomes_nan_stops_the_run_at_the_last_good_weights(session_for, small, segment_steps):
+    spark = session_for("local[5]")
+    nan = ("loss.name=users_modules:nan_after", "train.epochs=10")
+    config = configured(*ALLREDUCE, *nan, f"engine.segment_steps={segment_steps}")
+    watch = AtStep(0, lambda _: None)
+    with pytest.raises(NotFinite, match=r"the loss of step \d+ is nan in shard \d, rows \d") as caught:
+        train(spark, config, spark.read.parquet(small), observers=[watch])
+    failed_step = int(str(caught.value).split("step ")[1].split()[0])
+    assert watch.training.version == failed_step - 2
+    assert len(watch.training.step_times) == failed_step - 1
+    good = configured("train.epochs=10", f"train.steps={failed_step - 2}")
+    assert watch.training.flat.parameters_sha256() == undisturbed(small, good)
+
+
+def test_strangers_at_every_port_are_counted_and_change_nothing(session_for, small):
+    spark = session_for("local[2]")
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        first = free.getsockname()[1]
+    config = configured(*ALLREDUCE, "train.steps=12", f"engine.ports={first}-{first + 20}")
+    knocked = []
+
+    def knock(_):
+        for port in range(first, first + 21):
+            try:
+                with socket.create_connection(("127.0.0.1", port), timeout=1) as sock:
+                    sock.sendall(os.urandom(128))
+                    sock.recv(64)
+                knocked.append(port)
+            except OSError:
+                continue  # nobody listens there
+
+    training = train(spark, config, spark.read.parquet(small), observers=[AtStep(4, knock)])
+    assert training.flat.parameters_sha256() == undisturbed(small, config)
+    assert len(knocked) >= 3  # the driver and two workers
+    assert training.recovery.strangers >= 3
+
+
+@pytest.mark.soak
+def test_executors_killed_between_segments_and_in_one_change_no_bit(session_for, small, flags):
+    spark = session_for(LOCAL_CLUSTER)
+    config = configured(*ALLREDUCE, "train.steps=20", FLAG_NET, f"model.folder={flags}")
+    killers = [
+        AtStep(4, lambda _: os.kill(executor_pids()[0], signal.SIGKILL)),
+        AtStep(12, lambda _: (flags / "kill-executor").touch()),
+    ]
+    training = train(spark, config, spark.read.parquet(small), observers=killers)
+    assert training.flat.parameters_sha256() == undisturbed(small, config)
+    assert training.recovery.retries >= 2
+    assert training.recovery.rebuilt_shards >= 4
+    assert len(training.step_times) == 20
