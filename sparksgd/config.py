@@ -231,7 +231,9 @@ class Config:
         ):
             if value is not None and value < least:
                 raise ConfigError(f"{key} is {value}, but must be at least {least}")
-        if self.engine.ports is not None and not _PORTS.fullmatch(self.engine.ports):
+        if self.engine.ports is not None and not (
+            _PORTS.fullmatch(self.engine.ports) and self.engine.port_range
+        ):
             raise ConfigError(f"engine.ports is {self.engine.ports!r}, but must be like 40000-40099")
         if not self.data.features:
             raise ConfigError("data.features names no column: name one, or several")

@@ -142,6 +142,7 @@ def summary(training: Training, wall_s: float) -> dict[str, Any]:
         | ({"changes": [asdict(change) for change in changes]} if changes else {}),
         "retried_steps": training.recovery.retries,
         "rebuilt_shards": training.recovery.rebuilt_shards,
+        "strangers": training.recovery.strangers,
         "step_time_s": training.step_times.medians_s(),
     }
 

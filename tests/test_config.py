@@ -54,6 +54,10 @@ def test_every_key_belongs_to_the_experiment_or_to_the_cluster() -> None:
         "engine.num_workers",
         "engine.slots_timeout_s",
         "engine.max_attempts",
+        "engine.segment_steps",
+        "engine.peer_timeout_s",
+        "engine.encrypt",
+        "engine.ports",
         "train.eval_every",
     }
 
@@ -160,7 +164,11 @@ def test_a_configuration_survives_being_written_down() -> None:
         (["data.label=3"], ["data.label is 3", "must be a text"]),
         (["data.on_bad_row=ignore"], ["data.on_bad_row is 'ignore'", "'error' or 'skip'"]),
         (["data.placement=random"], ["data.placement is 'random'", "'hashed' or 'in_place'"]),
-        (["engine.name=gloo"], ["engine.name is 'gloo'", "'tree' or 'inline'"]),
+        (["engine.name=gloo"], ["engine.name is 'gloo'", "'tree' or 'allreduce' or 'inline'"]),
+        (["engine.ports=40000"], ["engine.ports is 40000", "but must be a text or none"]),
+        (["engine.ports=a-b"], ["engine.ports is 'a-b', but must be like 40000-40099"]),
+        (["engine.ports=50-40"], ["engine.ports is '50-40', but must be like 40000-40099"]),
+        (["engine.peer_timeout_s=0"], ["engine.peer_timeout_s is 0.0, but must be at least 1"]),
         (["epochs=3"], ["'epochs=3' is not of the form section.key=value"]),
         (["train.epochs"], ["'train.epochs' is not of the form section.key=value"]),
     ],
