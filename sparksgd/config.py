@@ -133,9 +133,10 @@ class SolverConfig:
 class EngineConfig:
     """Who computes, and how the sums travel; none of it shapes the parameters."""
 
-    name: Literal["tree", "allreduce", "inline"] = _cluster("tree")
+    name: Literal["tree", "allreduce", "auto", "inline"] = _cluster("tree")
     """tree: one barrier-mode Spark job per step.  allreduce: one for many steps, workers sum among
-    themselves.  inline: this process alone, without Spark."""
+    themselves.  auto: allreduce where there are several workers that reach each other, else tree.
+    inline: this process alone, without Spark."""
 
     num_workers: int | None = _cluster(None)
     """Gradient computers (Spark tasks); None takes as many as there are slots, at most num_shards."""

@@ -129,7 +129,7 @@ def summary(training: Training, wall_s: float) -> dict[str, Any]:
         "steps": training.version,
         "rows_per_second": training.step_times.rows_per_second,
         "wall_s": wall_s,
-        "engine": config.engine.name,
+        "engine": training.engine,
         "num_workers": len(workers),
         "num_shards": config.train.num_shards,
         "rows_per_step": config.train.rows_per_step,

@@ -22,7 +22,7 @@ import numpy.typing as npt
 
 from sparksgd.allreduce import AllReduce
 from sparksgd.compute import Computer
-from sparksgd.errors import PeerSilent, SparkSGDError
+from sparksgd.errors import ClusterError, PeerSilent, SparkSGDError
 from sparksgd.flat import FlatStrip
 from sparksgd.mesh import Meeting, Mesh
 from sparksgd.numerics import Numerics, thread_count
@@ -106,6 +106,14 @@ class Replica:
         self._computer = computer
         self._mesh = Mesh()
         self._solver: Solver | None = None
+
+    def meet(self, worker: int, meeting: Meeting) -> ClusterError | None:
+        """Meet the others, and return what was in the way."""
+        try:
+            self._mesh.meet(meeting, worker)
+        except ClusterError as error:
+            return error
+        return None
 
     def run(
         self,

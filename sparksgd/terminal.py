@@ -126,7 +126,7 @@ def _table(training: Training) -> Table:
         "trained", f"{times.rows:,} rows in {len(times):,} steps, {times.rows_per_second:,.0f} rows/s"
     )
     workers = len(training.numerics) - 1
-    table.add_row("engine", f"{training.config.engine.name}, {workers} workers, "
+    table.add_row("engine", f"{training.engine}, {workers} workers, "
                             f"{training.config.train.num_shards} shards")  # fmt: skip
     parts = [f"{name} {1e3 * seconds:.1f}" for name, seconds in times.medians_s().items()]
     table.add_row("median step", "  ".join(parts) + "  ms")
@@ -135,6 +135,8 @@ def _table(training: Training) -> Table:
         table.add_row(
             "recovered", f"{mended.retries} jobs tried again, {mended.rebuilt_shards} shards rebuilt"
         )
+    if mended.strangers:
+        table.add_row("strangers", f"{mended.strangers} connections dropped")
     table.add_row("parameters", f"{training.flat.parameters_sha256()[:16]}…")
     return table
 

@@ -131,6 +131,9 @@ class Training:
     evaluations: list[EvaluationReport] = field(default_factory=list)
     """Evaluations made."""
 
+    engine: str
+    """The engine's name."""
+
     recovery: Recovery = field(default_factory=Recovery)
     """What the engine had to mend."""
 
@@ -288,6 +291,7 @@ def train(
             test_rows=test_report,
             total_steps=total,
             numerics=[Numerics.here(config.train.threads), *engine.contact()],
+            engine=engine.name,
             recovery=engine.recovery,
         )
         _name_differences(training.numerics)

@@ -56,6 +56,8 @@ class AllReduceEngine(SparkEngine):
         test: rows to evaluate on.
     """
 
+    name = "allreduce"
+
     def __init__(
         self,
         cluster: Cluster,
@@ -83,6 +85,17 @@ class AllReduceEngine(SparkEngine):
         """Let go of the workers, whose connections close with it."""
         self._rendezvous.close()
         super().close()
+
+    def obstacle(self) -> str | None:
+        """Let the workers meet once; return why they cannot, or None."""
+        self._context.setJobDescription("sparksgd: whether workers reach each other")
+        task = partial(step_tasks.meet, self._shipped, self._rendezvous.call(), self._workers)
+        failures = self._run(lambda: self._map(self._shards, task).collect(), self._shards, "first meeting")
+        reasons = [failure for failure in failures if failure is not None]
+        reasons.sort(
+            key=lambda failure: isinstance(failure, PeerLost)
+        )  # those only heard of another's trouble
+        return str(reasons[0]) if reasons else None
 
     def advance(self, solver: Solver, steps: int) -> SegmentReport:
         """Make steps; fewer where the next one has no finite loss, so that only that one fails."""

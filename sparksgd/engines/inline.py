@@ -24,6 +24,7 @@ class InlineEngine:
         test: rows to evaluate on.
     """
 
+    name = "inline"
     segment_steps = 1
 
     def __init__(self, plan: Plan, shards: Shards, test: Shards | None) -> None:

@@ -116,6 +116,9 @@ class Shards(Protocol):
 class Engine(Protocol):
     """Advances a solver."""
 
+    name: str
+    """What engine.name calls it."""
+
     segment_steps: int
     """How many steps it likes to make between two returns."""
 

@@ -53,6 +53,7 @@ class TreeEngine(SparkEngine):
         test: rows to evaluate on.
     """
 
+    name = "tree"
     segment_steps = 1
 
     def __init__(

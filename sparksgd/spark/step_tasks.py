@@ -18,8 +18,9 @@ import pyarrow as pa
 import torch
 
 from sparksgd.compute import EVALUATION_ROWS, Answer, Computer, forward, predictions
-from sparksgd.errors import SparkSGDError
+from sparksgd.errors import ClusterError, SparkSGDError
 from sparksgd.flat import Weights
+from sparksgd.mesh import Meeting
 from sparksgd.numerics import Numerics, thread_count
 from sparksgd.output import SavedModel
 from sparksgd.replica import Replica, Segment, SegmentAnswer
@@ -32,7 +33,7 @@ from sparksgd.spark.row_tasks import rows_of, texts
 if TYPE_CHECKING:
     from pyspark import Broadcast
 
-__all__ = ["ShippedPlan", "add", "answer", "contact", "score", "segment"]
+__all__ = ["ShippedPlan", "add", "answer", "contact", "meet", "score", "segment"]
 
 
 class ShippedPlan:
@@ -90,6 +91,18 @@ def answer(
         yield computer.evaluations(worker, shards, weights.value)
     else:
         yield computer.gradients(worker, shards, weights.value, step)
+
+
+def meet(
+    shipped: Broadcast[ShippedPlan],
+    meeting: Meeting,
+    workers: list[int],
+    partition: int,
+    shards: Iterable[Descriptor],
+) -> Iterator[ClusterError | None]:
+    """Task: meet the other workers, and yield what was in the way."""
+    list(shards)
+    yield shipped.value.replica.meet(workers[partition], meeting)
 
 
 def segment(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from functools import partial
 
@@ -9,8 +10,10 @@ from pyspark.sql import DataFrame, SparkSession
 from torch import nn
 
 from sparksgd import instruction_set
-from sparksgd.config import Config
+from sparksgd.compute import Plan
+from sparksgd.config import Config, EngineConfig
 from sparksgd.engines.allreduce import AllReduceEngine
+from sparksgd.engines.protocol import Engine, Shards
 from sparksgd.engines.tree import TreeEngine
 from sparksgd.spark.cluster import Cluster
 from sparksgd.spark.rows import DataFrameRows, read_parquet
@@ -20,7 +23,7 @@ from sparksgd.training import train as train_anywhere
 
 __all__ = ["train", "train_parquet"]
 
-_ENGINES: dict[str, type[TreeEngine | AllReduceEngine]] = {"tree": TreeEngine, "allreduce": AllReduceEngine}
+log = logging.getLogger("sparksgd")
 
 
 def train(
@@ -32,7 +35,7 @@ def train(
     module: nn.Module | None = None,
     observers: Sequence[Observer] = (),
 ) -> Training:
-    """Train a module on the rows of a DataFrame, by the tree engine.
+    """Train a module on the rows of a DataFrame, by the engine that the configuration names.
 
     Args:
         session: yours; start it with `sparksgd.spark.session.start_session` for its best settings.
@@ -84,3 +87,27 @@ def _train(
             module=module,
             observers=observers,
         )
+
+
+def _chosen(
+    cluster: Cluster, config: EngineConfig, plan: Plan, shards: Shards, test: Shards | None
+) -> Engine:
+    """Return the all-reduce engine where its workers can meet, else the tree engine; and say why."""
+    if cluster.num_workers == 1:
+        log.info("engine: tree, because there is one worker, which has nobody to sum with")
+        return TreeEngine(cluster, config, plan, shards, test)
+    engine = AllReduceEngine(cluster, config, plan, shards, test)
+    obstacle = engine.obstacle()
+    if obstacle is None:
+        log.info("engine: allreduce, because all %d workers reach each other", cluster.num_workers)
+        return engine
+    engine.close()
+    log.warning("engine: tree, because workers cannot sum among themselves: %s", obstacle)
+    return TreeEngine(cluster, config, plan, shards, test)
+
+
+_ENGINES: dict[str, Callable[[Cluster, EngineConfig, Plan, Shards, Shards | None], Engine]] = {
+    "tree": TreeEngine,
+    "allreduce": AllReduceEngine,
+    "auto": _chosen,
+}

@@ -19,6 +19,7 @@ __all__ = [
     "LEARNING_RATE",
     "LENET",
     "LENET_PARAMETERS",
+    "MODELS",
     "MOMENTUM",
     "OWN_EMPTY_JOB",
     "Block",
@@ -29,6 +30,7 @@ __all__ = [
 
 LENET: dict[str, Any] = {"maps": [20, 50], "hidden": 500, "padding": 0}
 LENET_PARAMETERS = 431_080
+MODELS: dict[str, dict[str, Any]] = {"431,080 parameters": LENET, "1,663,370 parameters": {}}
 LEARNING_RATE = 0.01
 MOMENTUM = 0.9
 
@@ -64,11 +66,16 @@ class Task:
     shards_per_worker: tuple[int, ...] = (1,)
     """How finely the rows are dealt; more than one value: a training of each, in turns."""
 
+    sizes: tuple[tuple[str, int], ...] = ()
+    """Models by name, and rows of each worker's step: one training of each, in turns."""
+
     @classmethod
     def read(cls, path: Path) -> Task:
         """Read a task as JSON."""
         values = json.loads(path.read_text())
-        return cls(**values | {"shards_per_worker": tuple(values["shards_per_worker"])})
+        values["shards_per_worker"] = tuple(values["shards_per_worker"])
+        values["sizes"] = tuple((name, rows) for name, rows in values["sizes"])
+        return cls(**values)
 
 
 @dataclass(frozen=True, kw_only=True)

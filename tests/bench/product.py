@@ -10,12 +10,14 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from functools import partial
+from typing import Any
 
 from measuring import EMPTY_JOB, LEARNING_RATE, LENET, MOMENTUM, OWN_EMPTY_JOB, Block, Task, answer
 from pyspark import RDD
 from pyspark.sql import SparkSession
 
 from sparksgd.config import Config
+from sparksgd.engines.allreduce import AllReduceEngine
 from sparksgd.engines.protocol import StepReport
 from sparksgd.engines.tree import TreeEngine
 from sparksgd.spark.cluster import Cluster
@@ -127,12 +129,14 @@ def train_lenet(
     steps: int,
     shards_per_worker: int,
     observers: Sequence[Observer],
+    model: Mapping[str, Any] = LENET,
+    engine: type[TreeEngine | AllReduceEngine] = TreeEngine,
 ) -> None:
     """Train LeNet for so many steps."""
     config = Config.from_dict(
         {
             "data": {"features": "image", "label": "label"},
-            "model": LENET,
+            "model": model,
             "optimizer": {"lr": LEARNING_RATE, "momentum": MOMENTUM},
             "engine": {"num_workers": task.num_workers},
             "train": {
@@ -149,7 +153,7 @@ def train_lenet(
             config,
             rows=DataFrameRows(read_parquet(session, task.data), cluster, config.data.placement),
             test=None,
-            make_engine=partial(TreeEngine, cluster, config.engine),
+            make_engine=partial(engine, cluster, config.engine),
             observers=observers,
         )
 

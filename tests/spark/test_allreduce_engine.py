@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import socket
@@ -151,6 +152,38 @@ def test_a_loss_that_becomes_nan_stops_the_run_at_the_last_good_weights(session_
     assert len(watch.training.step_times) == failed_step - 1
     good = configured("train.epochs=10", f"train.steps={failed_step - 2}")
     assert watch.training.flat.parameters_sha256() == undisturbed(small, good)
+
+
+@pytest.mark.parametrize(
+    ("workers", "listens", "chosen", "why"),
+    [
+        (2, True, "allreduce", "engine: allreduce, because all 2 workers reach each other"),
+        (1, True, "tree", "engine: tree, because there is one worker"),
+        (
+            2,
+            False,
+            "tree",
+            "engine: tree, because workers cannot sum among themselves: cannot listen on",
+        ),
+    ],
+)
+def test_auto_chooses_and_says_why(session_for, small, caplog, workers, listens, chosen, why):
+    spark = session_for("local[2]")
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    ports = f"{port}-{port + 9 * listens}"  # one is enough for the driver alone
+    config = configured(
+        "engine.name=auto",
+        f"engine.num_workers={workers}",
+        f"engine.ports={ports}",
+        "engine.peer_timeout_s=2",
+        "train.steps=3",
+    )
+    with caplog.at_level(logging.INFO, "sparksgd"):
+        training = train(spark, config, spark.read.parquet(small))
+    assert training.engine == chosen
+    assert why in caplog.text
+    assert training.flat.parameters_sha256() == undisturbed(small, config)
 
 
 def test_strangers_at_every_port_are_counted_and_change_nothing(session_for, small):

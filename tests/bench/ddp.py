@@ -1,0 +1,72 @@
+"""Arm: torch's DistributedDataParallel over gloo, as its documentation shows it; no Spark.
+
+The same model, rows and threads per worker as sparksgd's workers; every process holds all rows in memory.
+"""
+
+from __future__ import annotations
+
+import time
+from multiprocessing.connection import Connection
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from measuring import LEARNING_RATE, MODELS, MOMENTUM, Block, Task, answer
+from one_process import load
+from torch import multiprocessing
+from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
+
+from sparksgd.models import LeNet
+
+
+def work(rank: int, task: Task, store: str, done: Connection) -> None:
+    """Be one process of all; rank 0 times and sends the blocks."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=task.num_workers)
+    images, labels = load(task.data)
+    blocks = []
+    for name, rows in task.sizes:
+        torch.manual_seed(0)
+        model = DistributedDataParallel(LeNet(**MODELS[name]))
+        optimizer = torch.optim.SGD(model.parameters(), lr=LEARNING_RATE, momentum=MOMENTUM)
+        step_s = []
+        order = torch.randperm(len(labels))
+        for step in range(task.warmup_steps + task.blocks * task.block_steps):
+            started = time.perf_counter()
+            first = (step * task.num_workers + rank) * rows % (len(labels) - rows)
+            batch = order[first : first + rows]
+            optimizer.zero_grad()
+            F.cross_entropy(model(images[batch]), labels[batch]).backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+            optimizer.step()
+            step_s.append(time.perf_counter() - started)
+        timed = step_s[task.warmup_steps :]
+        blocks += [
+            Block(
+                what=f"DistributedDataParallel, {name}, {rows} rows",
+                rows_per_step=rows * task.num_workers,
+                step_s=tuple(timed[start : start + task.block_steps]),
+            )
+            for start in range(0, len(timed), task.block_steps)
+        ]
+    if rank == 0:
+        done.send(blocks)
+    dist.destroy_process_group()
+
+
+def measure(task: Task) -> list[Block]:
+    """Start the processes; return the blocks of the first."""
+    import tempfile
+
+    receiver, sender = multiprocessing.Pipe(duplex=False)
+    with tempfile.TemporaryDirectory() as folder:
+        running: Any = multiprocessing.start_processes(
+            work, (task, f"{folder}/store", sender), nprocs=task.num_workers, join=False, start_method="spawn"
+        )
+        blocks: list[Block] = receiver.recv()
+        running.join()
+    return blocks
+
+
+if __name__ == "__main__":
+    answer(measure)
