@@ -59,7 +59,7 @@ test: $(READY) ## Run the tests
 	$(check-java)
 	@$(BIN)/python -m pytest -m 'not soak'
 
-soak: $(READY) ## Run the long tests: data larger than memory, many trainings in one session
+soak: $(READY) ## Run the long tests: much data, many trainings in one session, killed executors
 	$(check-java)
 	@$(BIN)/python -m pytest -m soak
 

@@ -305,8 +305,9 @@ class Mesh:
         """Say hello at the rendezvous; return whether the old mesh stands, and all addresses by rank."""
         if self._listener is None:
             host = address_towards(*meeting.address)
-            self._listener = Listener(meeting.credentials, host, meeting.ports, self._welcome)
-            self._listener.start()
+            listener = Listener(meeting.credentials, host, meeting.ports, self._welcome)
+            listener.start()
+            self._listener = listener
         host, port = self._listener.address
         hello = _Hello(
             meeting=meeting.number,

@@ -24,6 +24,7 @@ from sparksgd.errors import Cancelled, ClusterError, NotFinite, ShardChanged, Us
 from sparksgd.spark.training import train
 
 
+@pytest.mark.soak
 def test_executors_killed_between_steps_and_in_a_step_change_no_bit(session_for, small, flags):
     spark = session_for(LOCAL_CLUSTER)
     config = configured("train.steps=20", "model.name=users_modules:FlagNet", f"model.folder={flags}")
