@@ -12,6 +12,7 @@ Legend: W workers, S shards, P parameters, Q running statistics, C counters.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -33,21 +34,19 @@ class AllReduce:
 
     Args:
         mesh: of a meeting.
-        num_shards: leaves of the addition tree.
+        owned: the shards of each worker; all together, the leaves of the addition tree.
         flat: a module of the run's shapes.
     """
 
-    def __init__(self, mesh: Mesh, num_shards: int, flat: FlatModule) -> None:
+    def __init__(self, mesh: Mesh, owned: Sequence[Sequence[int]], flat: FlatModule) -> None:
         vector, processes = flat.parameters.numpy(), len(mesh.workers)
         self._mesh = mesh
         self._rank = mesh.rank
-        self._leaves = num_shards
+        self._leaves = sum(map(len, owned))
         self._peers = [peer for peer in range(processes) if peer != mesh.rank]
         self._strips = [balanced_range(rank, processes, len(vector)) for rank in range(processes)]
         self.strip = self._strips[mesh.rank]
-        self._nodes = [
-            nodes_of(balanced_range(worker, processes, num_shards), num_shards) for worker in mesh.workers
-        ]
+        self._nodes = [nodes_of(owned[worker], self._leaves) for worker in mesh.workers]
         strip, tail = len(self.strip), _tail_type(flat)
         self._gradients = [[np.empty(strip, vector.dtype) for _ in nodes] for nodes in self._nodes]
         self._tails = [np.zeros(len(nodes), tail) for nodes in self._nodes]

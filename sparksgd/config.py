@@ -233,7 +233,9 @@ class Config:
             if value is not None and value < least:
                 raise ConfigError(f"{key} is {value}, but must be at least {least}")
         if self.engine.ports is not None and not (
-            _PORTS.fullmatch(self.engine.ports) and self.engine.port_range
+            _PORTS.fullmatch(self.engine.ports)
+            and (ports := self.engine.port_range)
+            and 0 < ports.start < ports.stop <= 65_536
         ):
             raise ConfigError(f"engine.ports is {self.engine.ports!r}, but must be like 40000-40099")
         if not self.data.features:

@@ -8,12 +8,13 @@
     ├── ModelError           a module, loss or optimiser that cannot be trained     exit 2
     ├── TrainingError        the training itself went wrong                         exit 3
     │   ├── NotFinite        a loss or gradient became NaN or infinite
+    │   │   └── UpdateNotFinite  the update did; the weights before it are good
     │   └── UserCodeError    the user's own module or loss raised on a worker
     ├── ClusterError         Spark could not do what was asked                      exit 4
     │   ├── NotEnoughSlots   fewer free task slots than workers
     │   ├── PeerLost         a worker's connection to another broke; the segment is run again
     │   │   └── PeerSilent   it stands, but nothing came in time
-    │   └── ShardMissing     shards' files are gone; the tree engine writes them again
+    │   └── ShardMissing     shards' files are gone; they are written again
     └── Cancelled            somebody cancelled the job                             exit 130
 
 A message names the value, the rule and the next move.  All of them pickle: a worker may return one.
@@ -36,6 +37,7 @@ __all__ = [
     "ShardMissing",
     "SparkSGDError",
     "TrainingError",
+    "UpdateNotFinite",
     "UserCodeError",
 ]
 
@@ -77,7 +79,11 @@ class TrainingError(SparkSGDError):
 
 
 class NotFinite(TrainingError):
-    """A loss or a gradient is NaN or infinite."""
+    """A loss or a gradient is NaN or infinite: the weights that gave it are of no use."""
+
+
+class UpdateNotFinite(NotFinite):
+    """An update made a parameter NaN or infinite, and was taken back: the weights before it are good."""
 
 
 class UserCodeError(TrainingError):

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import ipaddress
 import logging
+import socket
 import struct
 import threading
 import time
@@ -137,10 +138,9 @@ class Rendezvous:
         self._arrived: dict[int, tuple[_Hello, Connection]] = {}
         self._last: list[tuple[_Hello, Connection]] = []
 
-    @property
-    def dropped(self) -> Counter[str]:
-        """Who was not let in, by the reason."""
-        return self._listener.dropped
+    def take_dropped(self) -> Counter[str]:
+        """Return who was not let in since the last call, by the reason."""
+        return self._listener.take_dropped()
 
     def start(self) -> None:
         """Listen."""
@@ -176,7 +176,7 @@ class Rendezvous:
         hello = _Hello.unpack(connection.hello)
         with self._lock:
             if hello.meeting != self._number or hello.worker in self._arrived:
-                self.dropped["late for its meeting"] += 1
+                log.debug("worker %d came to meeting %d, which is over", hello.worker, hello.meeting)
                 connection.close()
                 return
             self._arrived[hello.worker] = hello, connection
@@ -216,11 +216,15 @@ class Mesh:
         self.rank = 0
         self.workers: list[int] = []
         self.sent_bytes = 0
+        self._dropped: Counter[str] = Counter()
 
-    @property
-    def dropped(self) -> Counter[str]:
-        """Who was not let in, by the reason."""
-        return Counter() if self._listener is None else self._listener.dropped
+    def take_dropped(self) -> Counter[str]:
+        """Return who was not let in since the last call, by the reason."""
+        with self._changed:
+            dropped, self._dropped = self._dropped, Counter()
+            if self._listener is not None:
+                dropped += self._listener.take_dropped()
+        return dropped
 
     def meet(self, meeting: Meeting, worker: int) -> bool:
         """Find the others of a meeting, and connect to all of them; `rank` and `workers` then say who is who.
@@ -231,12 +235,11 @@ class Mesh:
         Raises:
             PeerLost: somebody did not come in time, or cannot be reached.
         """
-        deadline = time.monotonic() + meeting.timeout_s
         with self._using():
             stands, addresses = self._ask(meeting, worker)
             self.rank = self.workers.index(worker)
             if not stands:
-                self._connect(meeting, addresses, deadline)
+                self._connect(meeting, addresses, time.monotonic() + meeting.timeout_s)
             self._meeting, self._formed = meeting, meeting.number
             return stands
 
@@ -256,22 +259,39 @@ class Mesh:
             receives: where to put what comes from each rank.
 
         Raises:
-            PeerLost: a process has ended, or was silent for too long; the mesh is closed then.
+            PeerLost: a process has ended, or the driver has; call `leave` then.
+            PeerSilent: a process was silent for too long.
         """
         assert self._meeting is not None
         header = Header(run=self._meeting.run, segment=self._meeting.number, step=step, phase=phase)
-        transfers = [
-            Transfer(
-                connection=connection,
-                name=f"worker {self.workers[peer]}",
-                sends=sends[peer],
-                receives=receives[peer],
-            )
-            for peer, connection in self._peers.items()
-        ]
-        with self._using():
+        with self._in_use:
+            if not self._formed:
+                raise PeerLost("the driver has ended, or is out of reach, and the mesh closed with it")
+            transfers = [
+                Transfer(
+                    connection=connection,
+                    name=f"worker {self.workers[peer]}",
+                    sends=sends[peer],
+                    receives=receives[peer],
+                )
+                for peer, connection in self._peers.items()
+            ]
             exchange(header, transfers, self._meeting.timeout_s)
-        self.sent_bytes += sum(view.nbytes for peer in self._peers for view in sends[peer])
+            self.sent_bytes += sum(view.nbytes for peer in self._peers for view in sends[peer])
+
+    def leave(self) -> list[int]:
+        """Close all connections once every other process has seen so; return the workers that did not."""
+        with self._in_use:
+            for connection in self._peers.values():
+                connection.shut_down(socket.SHUT_WR)
+            deadline = time.monotonic() + (self._meeting.timeout_s if self._meeting else 0)
+            silent = [
+                self.workers[peer]
+                for peer, connection in self._peers.items()
+                if not connection.ends(max(0.0, deadline - time.monotonic()))
+            ]
+            self._close()
+            return silent
 
     def close(self) -> None:
         """Close all connections; the peers see so at once."""
@@ -300,9 +320,15 @@ class Mesh:
             connection.close()
         if listener is not None:
             listener.close()
+            with self._changed:
+                self._dropped += listener.take_dropped()
 
     def _ask(self, meeting: Meeting, worker: int) -> tuple[bool, list[tuple[str, int]]]:
         """Say hello at the rendezvous; return whether the old mesh stands, and all addresses by rank."""
+        with self._changed:
+            before, self._lifeline = self._lifeline, None
+        if before is not None:
+            before.close()
         if self._listener is None:
             host = address_towards(*meeting.address)
             listener = Listener(meeting.credentials, host, meeting.ports, self._welcome)
@@ -320,15 +346,14 @@ class Mesh:
         lifeline = connect(
             meeting.credentials, meeting.address, hello.pack(), "the driver", meeting.timeout_s
         )
+        with self._changed:
+            self._lifeline = lifeline
         table = bytearray(1 + meeting.num_workers * _ENTRY.size)
         exchange(
             _meeting_header(meeting.run, meeting.number),
             [Transfer(connection=lifeline, name="the driver", receives=[memoryview(table)])],
             meeting.timeout_s,
         )
-        before, self._lifeline = self._lifeline, lifeline
-        if before is not None:
-            before.close()
         threading.Thread(target=self._hold, args=(lifeline,), name="sparksgd-lifeline", daemon=True).start()
         entries = list(_ENTRY.iter_unpack(bytes(table[1:])))
         self.workers = [worker for worker, _, _ in entries]
@@ -336,14 +361,16 @@ class Mesh:
 
     def _hold(self, lifeline: Connection) -> None:
         """Wait for the end of a lifeline, and close the mesh if it is still the one."""
-        lifeline.wait_for_end()
+        lifeline.ends()
         with self._changed:
             if self._lifeline is not lifeline:
                 return
             peers = list(self._peers.values())
         for peer in peers:
             peer.shut_down()  # ends an exchange that is under way
-        self.close()
+        with self._in_use:
+            if self._lifeline is lifeline:
+                self._close()
 
     def _connect(self, meeting: Meeting, addresses: list[tuple[str, int]], deadline: float) -> None:
         """Make all connections anew."""
@@ -355,7 +382,9 @@ class Mesh:
         hello = _Hello(meeting=meeting.number, worker=self.rank).pack()
         for peer in range(self.rank):
             name, left_s = f"worker {self.workers[peer]}", deadline - time.monotonic()
-            self._peers[peer] = connect(meeting.credentials, addresses[peer], hello, name, left_s)
+            connection = connect(meeting.credentials, addresses[peer], hello, name, left_s)
+            with self._changed:
+                self._peers[peer] = connection
         for peer in range(self.rank + 1, meeting.num_workers):
             with self._changed:
                 key = (meeting.number, peer)
@@ -369,11 +398,14 @@ class Mesh:
     def _welcome(self, connection: Connection) -> None:
         hello = _Hello.unpack(connection.hello)
         with self._changed:
-            before = self._accepted.pop((hello.meeting, hello.worker), None)
-            self._accepted[hello.meeting, hello.worker] = connection
-            self._changed.notify_all()
-        if before is not None:
-            before.close()
+            superseded = self._accepted.pop((hello.meeting, hello.worker), None)
+            if self._listener is None:
+                superseded = connection  # the mesh closed meanwhile
+            else:
+                self._accepted[hello.meeting, hello.worker] = connection
+                self._changed.notify_all()
+        if superseded is not None:
+            superseded.close()
 
 
 def _meeting_header(run: bytes, number: int) -> Header:

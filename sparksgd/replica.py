@@ -13,7 +13,7 @@ from __future__ import annotations
 import socket
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -40,9 +40,10 @@ STEP_RECORD = np.dtype(
         ("own_rows", "<i8"),
         ("started_at_s", "<f8"),
         ("computed_at_s", "<f8"),
-        ("reduced_at_s", "<f8"),
-        ("updated_at_s", "<f8"),
         ("ended_at_s", "<f8"),
+        ("reduce_s", "<f8"),
+        ("update_s", "<f8"),
+        ("broadcast_s", "<f8"),
     ]
 )
 """One step as one worker saw it; times by its own clock."""
@@ -60,6 +61,9 @@ class Segment:
 
     steps: int
     """How many."""
+
+    owned: Sequence[Sequence[int]]
+    """The shards of each worker."""
 
     by_strips: bool
     """Whether each worker updates only its strip."""
@@ -85,6 +89,9 @@ class SegmentAnswer:
     state: SolverState | None = None
     """The solver's, of this process's strip; of everything from rank 0 alone where there are no strips."""
 
+    parameters_sha256: str | None = None
+    """Where every solver updates everything: what it ended with."""
+
     failure: SparkSGDError | None = None
     """What went wrong, as a value."""
 
@@ -92,7 +99,7 @@ class SegmentAnswer:
     """Bytes of vectors sent to other workers."""
 
     dropped: Counter[str] = field(default_factory=Counter)
-    """Strangers at this worker's door, since it opened, by the reason."""
+    """Strangers at this process's door since its last answer, by the reason."""
 
 
 class Replica:
@@ -131,33 +138,39 @@ class Replica:
             load: gives the solver's state at the first step; called if this process does not hold it.
 
         Raises:
-            PeerSilent: another worker hangs; who runs this must end that one, too.
+            ClusterError: the workers did not meet; raised, for then the others must be ended, too.
+            PeerSilent: another worker hangs; likewise.
         """
         answer = SegmentAnswer(worker=worker, host=socket.gethostname(), numerics=self._computer.numerics)
         own = list(shards)
         sent_before, made = self._mesh.sent_bytes, 0
         records = np.zeros(segment.steps, STEP_RECORD)
+        stands = self._mesh.meet(segment.meeting, worker)
         try:
             with thread_count(self._computer.plan.threads):
-                solver, allreduce = self._ready(worker, segment, load)
+                solver, allreduce = self._ready(stands, segment, load)
                 for record in records:  # a record is a view of its row
                     self._step(worker, own, segment, solver, allreduce, record)
                     made += 1
             answer.rank = self._mesh.rank
             if segment.by_strips or answer.rank == 0:
                 answer.state = solver.state()
+            if not segment.by_strips:
+                answer.parameters_sha256 = self._computer.flat.parameters_sha256()
         except PeerSilent:
             self.close()
             raise
         except SparkSGDError as error:
-            self.close()
-            answer.failure = error
+            self._solver, answer.failure = None, error
+            silent = self._mesh.leave()
+            if silent:
+                raise PeerSilent(f"workers {silent} hang, after this on worker {worker}: {error}") from error
         except BaseException:
             self.close()
             raise
         answer.steps = records[:made]
         answer.sent_bytes = self._mesh.sent_bytes - sent_before
-        answer.dropped = self._mesh.dropped
+        answer.dropped = self._mesh.take_dropped()
         return answer
 
     def close(self) -> None:
@@ -166,11 +179,11 @@ class Replica:
         self._solver = None
 
     def _ready(
-        self, worker: int, segment: Segment, load: Callable[[], SolverState]
+        self, stands: bool, segment: Segment, load: Callable[[], SolverState]
     ) -> tuple[Solver, AllReduce]:
-        """Meet the others; return a solver that stands where the segment begins."""
-        stands, flat = self._mesh.meet(segment.meeting, worker), self._computer.flat
-        allreduce = AllReduce(self._mesh, len(self._computer.plan.sampling.shard_rows), flat)
+        """Return a solver that is where the segment begins: the last one if the mesh still stands."""
+        flat = self._computer.flat
+        allreduce = AllReduce(self._mesh, segment.owned, flat)
         if not stands or self._solver is None or self._solver.step != segment.first_step:
             state = load()
             flat.load(state.weights)
@@ -198,18 +211,21 @@ class Replica:
             raise computed.failure
         record["computed_at_s"] = time.time()
         total = allreduce.part_reduce(step, computed.partials)
+        reduced_at_s = time.time()
         assert total.rows == self._computer.plan.sampling.rows_of_step(step), (total.rows, step)
         record["rows"], record["shards"], record["loss"] = total.rows, total.shards, total.loss
         record["own_rows"] = computed.workers[0].rows
-        record["reduced_at_s"] = time.time()
+        record["reduce_s"] = reduced_at_s - record["computed_at_s"]
         if segment.by_strips:
             record["lr"] = solver.receive(total).lr
-            record["updated_at_s"] = time.time()
+            halfway_s = time.time()
             allreduce.part_broadcast(step, flat.parameters.numpy())
         else:
             strip, gradient = allreduce.strip, flat.gradient.numpy()
             gradient[strip.start : strip.stop] = total.gradient
             allreduce.part_broadcast(step, gradient)
+            halfway_s = time.time()
             record["lr"] = solver.receive(replace(total, gradient=gradient)).lr
-            record["updated_at_s"] = time.time()
         record["ended_at_s"] = time.time()
+        halves = halfway_s - reduced_at_s, record["ended_at_s"] - halfway_s
+        record["update_s"], record["broadcast_s"] = halves if segment.by_strips else halves[::-1]

@@ -25,7 +25,7 @@ from torch import nn
 from sparksgd.compute import Plan, try_out
 from sparksgd.config import Config, DataConfig, ModelConfig
 from sparksgd.engines.protocol import Engine, MakeEngine, Recovery, Shards, StepReport
-from sparksgd.errors import ConfigError, DataError, ModelError, NotFinite, ShardChanged
+from sparksgd.errors import ConfigError, DataError, ModelError, NotFinite, ShardChanged, UpdateNotFinite
 from sparksgd.flat import FlatModule, mixes_rows
 from sparksgd.imports import resolve
 from sparksgd.losses import CLASSIFIERS, Loss, binary_cross_entropy, loss_named
@@ -136,6 +136,9 @@ class Training:
 
     recovery: Recovery = field(default_factory=Recovery)
     """What the engine had to mend."""
+
+    sent_bytes: int = 0
+    """Bytes of vectors that workers sent to each other, all of them together."""
 
     numerics_changes: list[NumericsChange] = field(default_factory=list)
     """Workers that were replaced by others, of other arithmetic."""
@@ -497,6 +500,7 @@ def _loop(
             until_evaluation = every - solver.step % every
             steps = min(until_evaluation, training.total_steps - solver.step, engine.segment_steps)
             segment = engine.advance(solver, steps)
+            training.sent_bytes += segment.sent_bytes
             for report in segment.steps:
                 _note_replacements(training, report)
                 training.step_times.add(report)
@@ -509,7 +513,7 @@ def _loop(
                     observer.evaluated(training, evaluation)
     except BaseException as error:
         training.error = error
-        if isinstance(error, NotFinite):
+        if isinstance(error, NotFinite) and not isinstance(error, UpdateNotFinite):
             solver.step_back()
         raise
     finally:

@@ -30,6 +30,7 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
+from functools import partial
 
 from sparksgd.errors import ClusterError, ConfigError, PeerLost, PeerSilent
 
@@ -160,6 +161,7 @@ class Connection:
 
     def __init__(self, sock: socket.socket, hello: bytes) -> None:
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)  # a lifeline is silent for long
         sock.setblocking(False)
         self.sock = sock
         self.hello = hello
@@ -169,18 +171,25 @@ class Connection:
         """Close it; the other end sees so at once."""
         _close(self.sock)
 
-    def shut_down(self) -> None:
-        """End it in both directions, from any thread; who uses it now sees so at once."""
+    def shut_down(self, how: int = socket.SHUT_RDWR) -> None:
+        """End it, from any thread; who uses it now sees so at once."""
         with suppress(OSError):
-            self.sock.shutdown(socket.SHUT_RDWR)
+            socket.socket.shutdown(self.sock, how)  # TLS's own would go on in the clear
 
-    def wait_for_end(self) -> None:
-        """Return when the other end has closed, or this one was shut down."""
-        poll = select.poll()
-        poll.register(self.sock, select.POLLIN)
-        with suppress(OSError):
-            while self.receive_some(memoryview(bytearray(1))) != 0:
-                poll.poll()
+    def ends(self, timeout_s: float | None = None) -> bool:
+        """Return whether the other end closes, or this one is shut down, in time; None waits for ever."""
+        deadline = None if timeout_s is None else time.monotonic() + timeout_s
+        unread, poll = memoryview(bytearray(1 << 16)), select.poll()
+        try:
+            poll.register(self.sock, select.POLLIN)
+            while self.receive_some(unread) != 0:
+                left_s = None if deadline is None else deadline - time.monotonic()
+                if left_s is not None and left_s <= 0:
+                    return False
+                poll.poll(None if left_s is None else left_s * 1000)
+        except (OSError, ValueError):  # closed meanwhile
+            pass
+        return True
 
     def send_some(self, buffers: list[memoryview]) -> int:
         """Send what the kernel takes now of some buffers; -1 if that is nothing."""
@@ -220,25 +229,34 @@ class _Moving:
     """A transfer under way."""
 
     def __init__(self, transfer: Transfer, header: Header) -> None:
-        self.connection, self.name = transfer.connection, transfer.name
+        self.connection, self.name, self.moved = transfer.connection, transfer.name, 0
         self.outgoing = _framed(header, transfer.sends)
         due = _framed(header, transfer.receives)
         self._due = bytes(due[0]) if due else b""
         self._header = bytearray(len(self._due))
         self.incoming = [memoryview(self._header), *due[1:]] if due else []
 
-    def send(self) -> None:
+    def move(self) -> bool:
+        """Send and receive what goes now; return whether that was anything."""
+        before = self.moved
+        self._send()
+        self._receive()
+        return self.moved > before
+
+    def _send(self) -> None:
         while self.outgoing:
             sent = self.connection.send_some(self.outgoing)
             if sent < 0:
                 return
+            self.moved += sent
             _advance(self.outgoing, sent)
 
-    def receive(self) -> None:
+    def _receive(self) -> None:
         while self.incoming:
             received = self.connection.receive_some(self.incoming[0])
             if received < 0:
                 return
+            self.moved += received
             if received == 0:
                 raise PeerLost(f"{self.name} closed its connection")
             in_header = self.incoming[0].obj is self._header
@@ -264,23 +282,24 @@ def exchange(header: Header, transfers: Iterable[Transfer], timeout_s: float) ->
     Args:
         header: of every frame of this exchange, but for its length.
         transfers: one for each peer.
-        timeout_s: how long all of it may take.
+        timeout_s: how long nothing may move.
 
     Raises:
-        PeerLost: a peer has ended, sent something else, or not everything in time.
+        PeerLost: a peer has ended, or sent something else.
+        PeerSilent: nothing moved for too long.
     """
     moving = [_Moving(transfer, header) for transfer in transfers]
     deadline = time.monotonic() + timeout_s
     try:
         while True:
-            for transfer in moving:
-                transfer.send()
-                transfer.receive()
+            moved = [transfer.move() for transfer in moving]
+            if any(moved):
+                deadline = time.monotonic() + timeout_s
             moving = [transfer for transfer in moving if transfer.events]
             if not moving:
                 return
             _wait(moving, deadline, timeout_s)
-    except OSError as error:
+    except (OSError, ValueError) as error:  # ValueError: closed by another thread
         names = ", ".join(transfer.name for transfer in moving)
         raise PeerLost(f"a connection to one of {names} broke: {error}") from error
 
@@ -292,7 +311,7 @@ def _wait(moving: Sequence[_Moving], deadline: float, timeout_s: float) -> None:
     left_s = deadline - time.monotonic()
     if left_s <= 0 or not poll.poll(left_s * 1000):
         names = ", ".join(transfer.name for transfer in moving)
-        raise PeerSilent(f"{names} did not send or take everything within {timeout_s:g} s")
+        raise PeerSilent(f"{names} sent or took nothing for {timeout_s:g} s (engine.peer_timeout_s)")
 
 
 class Listener:
@@ -318,7 +337,8 @@ class Listener:
         self._welcome = welcome
         self._lock = threading.Lock()
         self._pending: dict[int, socket.socket] = {}
-        self.dropped: Counter[str] = Counter()
+        self._dropped: Counter[str] = Counter()
+        self._closed = False
         self.address: tuple[str, int] = (host, 0)
 
     def start(self) -> None:
@@ -334,40 +354,53 @@ class Listener:
 
     def close(self) -> None:
         """Listen no more, and drop who is still proving."""
-        with suppress(OSError):
-            self._socket.shutdown(socket.SHUT_RDWR)  # wakes the thread that accepts
-        self._socket.close()
         with self._lock:
+            self._closed = True
             pending, self._pending = self._pending, {}
+        _close(self._socket)  # wakes the thread that accepts
         for sock in pending.values():
             _close(sock)
+
+    def take_dropped(self) -> Counter[str]:
+        """Return who was not let in since the last call, by the reason."""
+        with self._lock:
+            dropped, self._dropped = self._dropped, Counter()
+        return dropped
 
     def _accept(self) -> None:
         for number in itertools.count():
             try:
                 sock, _ = self._socket.accept()
-            except OSError:
-                return  # closed
-            try:
-                if self._tls is not None:
-                    sock = self._tls.wrap_socket(sock, server_side=True, do_handshake_on_connect=False)
-            except OSError:
-                sock.close()  # it has left already
-                continue
+                self._admit(number, sock)
+            except (OSError, RuntimeError) as error:  # out of files or threads, or it left at once
+                if self._closed:
+                    return
+                log.debug("a connection was not accepted: %s", error)
+                time.sleep(_RETRY_S)  # what lacks now may be there then
+
+    def _admit(self, number: int, sock: socket.socket) -> None:
+        """Start a connection's proof."""
+        try:
+            if self._tls is not None:
+                sock = self._tls.wrap_socket(sock, server_side=True, do_handshake_on_connect=False)
             with self._lock:
+                if self._closed:
+                    raise OSError("the listener is closed")
                 self._pending[number] = sock
                 crowd = len(self._pending) > _MOST_PENDING
                 oldest = next(iter(self._pending))
             if crowd:
                 self._drop(oldest, "too many at once")
-            threading.Thread(
-                target=self._prove, args=(number, sock), name="sparksgd-proof", daemon=True
-            ).start()
+            prove = partial(self._prove, number, sock)
+            threading.Thread(target=prove, name="sparksgd-proof", daemon=True).start()
+        except BaseException:
+            self._taken(number)
+            sock.close()
+            raise
 
     def _prove(self, number: int, sock: socket.socket) -> None:
         """Let one connector prove that it knows the secret."""
         deadline = time.monotonic() + _HANDSHAKE_S
-        reason = None
         try:
             _shake_hands(sock, deadline)
             challenge = secrets.token_bytes(_NONCE_BYTES)
@@ -378,25 +411,27 @@ class Listener:
                 said[-_PROOF_BYTES:], _proof(self._credentials, b"connector", challenge, nonce, hello)
             ):
                 reason = "wrong secret"
+            elif self._taken(number) is None:
+                return  # dropped meanwhile, and closed
             else:
                 _send_all(sock, _proof(self._credentials, b"listener", nonce, challenge), deadline)
+                self._welcome(Connection(sock, hello))
+                return
         except TimeoutError:
             reason = "no proof in time"
         except ssl.SSLError:
             reason = "no TLS of this run"
         except OSError:
             reason = "left before its proof"
-        if reason is not None:
-            self._drop(number, reason)
-        elif self._taken(number) is not None:
-            self._welcome(Connection(sock, hello))
+        self._drop(number, reason)
+        _close(sock)
 
     def _taken(self, number: int, reason: str | None = None) -> socket.socket | None:
         """Take a connection out of those that prove themselves; None if another thread did so before."""
         with self._lock:
             sock = self._pending.pop(number, None)
             if sock is not None and reason is not None:
-                self.dropped[reason] += 1
+                self._dropped[reason] += 1
             return sock
 
     def _drop(self, number: int, reason: str) -> None:
@@ -420,6 +455,7 @@ def connect(
 
     Raises:
         PeerLost: nobody listens, or nobody who knows the secret.
+        PeerSilent: no answer in time.
     """
     assert len(hello) <= HELLO_BYTES
     hello = hello.ljust(HELLO_BYTES, b"\0")
@@ -435,8 +471,11 @@ def connect(
         except OSError as error:
             if sock is not None:
                 _close(sock)
-            if isinstance(error, (ConnectionRefusedError, _WrongSecret)) or time.monotonic() >= deadline:
-                raise PeerLost(f"cannot reach {name} at {address[0]}:{address[1]}: {error}") from error
+            where = f"{name} at {address[0]}:{address[1]}"
+            if isinstance(error, (ConnectionRefusedError, _WrongSecret, socket.gaierror)):
+                raise PeerLost(f"cannot reach {where}: {error}") from error
+            if time.monotonic() >= deadline:
+                raise PeerSilent(f"cannot reach {where} within {timeout_s:g} s: {error}") from error
             time.sleep(_RETRY_S)  # it was beset; its queue needs a moment
 
 
@@ -512,10 +551,9 @@ def _advance(buffers: list[memoryview], count: int) -> None:
 
 
 def _bound(host: str, ports: range | None) -> socket.socket:
-    family = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)[0][0]
     failure: OSError | None = None
     for port in [0] if ports is None else ports:
-        sock = socket.socket(family, socket.SOCK_STREAM)
+        sock = socket.socket(_family(host), socket.SOCK_STREAM)
         try:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             sock.bind((host, port))
@@ -528,9 +566,16 @@ def _bound(host: str, ports: range | None) -> socket.socket:
     raise ClusterError(f"cannot listen on {which} of {host}: {failure}; free one, or set engine.ports")
 
 
+def _family(host: str) -> int:
+    try:
+        return socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)[0][0]
+    except OSError as error:
+        raise ClusterError(f"cannot listen on {host!r}, which is no address of this host: {error}") from error
+
+
 def _close(sock: socket.socket) -> None:
     with suppress(OSError):
-        sock.shutdown(socket.SHUT_RDWR)
+        socket.socket.shutdown(sock, socket.SHUT_RDWR)
     sock.close()
 
 

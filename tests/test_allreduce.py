@@ -39,6 +39,10 @@ def piece(shard: int, absent: frozenset[int]) -> GradientSum | None:
     )
 
 
+def owned(num_workers: int, num_shards: int) -> list[range]:
+    return [balanced_range(worker, num_workers, num_shards) for worker in range(num_workers)]
+
+
 def added(shards: range, num_shards: int, absent: frozenset[int]) -> Partials:
     partials: Partials = {}
     for shard in shards:
@@ -55,7 +59,7 @@ def test_every_worker_ends_with_the_bits_of_the_whole_tree(num_workers, num_shar
     company.meet()
 
     def one(worker, mesh):
-        allreduce = AllReduce(mesh, num_shards, FlatModule(module()))
+        allreduce = AllReduce(mesh, owned(num_workers, num_shards), FlatModule(module()))
         sums = []
         for step in range(2):  # the second one in used buffers
             partials = added(balanced_range(worker, num_workers, num_shards), num_shards, absent)
@@ -88,7 +92,7 @@ def test_a_worker_sends_two_vectors_less_its_own_share_where_shards_divide(
     company.meet()
 
     def one(worker, mesh):
-        allreduce = AllReduce(mesh, num_shards, FlatModule(nn.Linear(60, 1, bias=False)))
+        allreduce = AllReduce(mesh, owned(num_workers, num_shards), FlatModule(nn.Linear(60, 1, bias=False)))
         torch.manual_seed(0)
         make = functools.partial(
             GradientSum, statistics=np.empty(0, np.float32), counters=np.empty(0, np.int64), loss=1.0, rows=1

@@ -63,6 +63,7 @@ def test_users_mistakes_and_the_cluster_s_faults_leave_by_different_exits() -> N
         "ModelError": 2,
         "TrainingError": 3,
         "NotFinite": 3,
+        "UpdateNotFinite": 3,
         "UserCodeError": 3,
         "ClusterError": 4,
         "NotEnoughSlots": 4,

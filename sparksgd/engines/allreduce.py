@@ -13,7 +13,6 @@ from __future__ import annotations
 import logging
 import secrets
 import time
-from collections import Counter
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -21,12 +20,20 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from pyspark import Broadcast
+from rich.filesize import decimal
 
 from sparksgd.compute import Plan, WorkerReport
 from sparksgd.config import EngineConfig
 from sparksgd.engines.protocol import SegmentReport, Shards, StepReport, StepTiming
 from sparksgd.engines.spark import SparkEngine, destroy
-from sparksgd.errors import NotFinite, PeerLost, ShardMissing, SparkSGDError
+from sparksgd.errors import (
+    ClusterError,
+    NotFinite,
+    PeerLost,
+    ShardMissing,
+    SparkSGDError,
+    UpdateNotFinite,
+)
 from sparksgd.mesh import Rendezvous
 from sparksgd.replica import Segment, SegmentAnswer
 from sparksgd.solvers.protocol import Solver, SolverState
@@ -66,10 +73,9 @@ class AllReduceEngine(SparkEngine):
         shards: Shards,
         test: Shards | None,
     ) -> None:
-        super().__init__(cluster, config, plan, shards, test)
         self._fixed_steps = config.segment_steps
         self.segment_steps = config.segment_steps or _FIRST_STEPS
-        self._dropped: dict[int, Counter[str]] = {}
+        self._before: tuple[SolverState, int] | None = None
         self._rendezvous = Rendezvous(
             run=secrets.token_bytes(8),
             num_workers=cluster.num_workers,
@@ -80,6 +86,7 @@ class AllReduceEngine(SparkEngine):
             timeout_s=config.peer_timeout_s,
         )
         self._rendezvous.start()
+        super().__init__(cluster, config, plan, shards, test)
 
     def close(self) -> None:
         """Let go of the workers, whose connections close with it."""
@@ -92,37 +99,51 @@ class AllReduceEngine(SparkEngine):
         task = partial(step_tasks.meet, self._shipped, self._rendezvous.call(), self._workers)
         failures = self._run(lambda: self._map(self._shards, task).collect(), self._shards, "first meeting")
         reasons = [failure for failure in failures if failure is not None]
-        reasons.sort(
-            key=lambda failure: isinstance(failure, PeerLost)
-        )  # those only heard of another's trouble
+        reasons.sort(key=lambda failure: isinstance(failure, PeerLost))  # who only heard of it goes last
         return str(reasons[0]) if reasons else None
 
     def advance(self, solver: Solver, steps: int) -> SegmentReport:
-        """Make steps; fewer where the next one has no finite loss, so that only that one fails."""
-        started = time.time()
-        before = solver.step
-        state = self._context.broadcast(solver.state())
-        doing = f"steps {before + 1} to {before + steps}: on {self._cluster.num_workers} workers"
+        """Make steps; fewer where one of them has no finite loss, so that the next call fails with it."""
+        started = time.perf_counter()
+        start, first = solver.state(), solver.step
+        self._check_size(start)
+        state = self._context.broadcast(start)
+        doing = f"steps {first + 1} to {first + steps} on {self._cluster.num_workers} workers"
+        self._context.setJobDescription(f"sparksgd: {doing}")
         try:
             answers = self._run(lambda: self._segment(solver, state, steps), self._shards, doing)
         finally:
             self._behind.submit(destroy, state)
         diverged = [answer for answer in answers if answer.failure is not None]
         if diverged:
-            made = min(len(answer.steps) for answer in diverged)
-            if made == 0:
-                raise min(diverged, key=lambda answer: answer.worker).failure  # type: ignore[misc]  # it has one
-            report = SegmentReport()
-            for part in filter(None, (made - 1, 1)):  # the weights before the last step are wanted, too
-                report.steps += self.advance(solver, part).steps
-            return report
+            earliest = min(diverged, key=lambda answer: (len(answer.steps), answer.worker))
+            assert earliest.failure is not None
+            if len(earliest.steps):
+                return self.advance(solver, len(earliest.steps))
+            if not isinstance(earliest.failure, UpdateNotFinite):
+                self._make_last_step_again(solver)
+            raise earliest.failure
+        self._note_dropped(answers)
+        wall_s = time.perf_counter() - started
+        report = SegmentReport(
+            steps=self._reports(first, answers, wall_s),
+            sent_bytes=sum(answer.sent_bytes for answer in answers),
+        )
+        self._choose_length(report, wall_s)
         by_rank = sorted(answers, key=lambda answer: answer.rank)
         states = [answer.state for answer in by_rank if answer.state is not None]
-        solver.load_state(SolverState.joined(states))
-        self._note_dropped(answers)
-        report = SegmentReport(steps=self._reports(before, answers, time.time() - started))
-        self._choose_length(report, time.time() - started)
+        solver.load_state(SolverState.joined(states) if solver.by_strips else states[0])
+        self._before = start, steps
         return report
+
+    def _make_last_step_again(self, solver: Solver) -> None:
+        """Let the solver have made its last step by itself: only then it can step back."""
+        if self._before is None or self._before[1] == 1:
+            return
+        start, steps = self._before
+        solver.load_state(start)
+        self.advance(solver, steps - 1)
+        self.advance(solver, 1)
 
     def _segment(self, solver: Solver, state: Broadcast[SolverState], steps: int) -> list[SegmentAnswer]:
         """Run a segment once; return the workers' answers, in their order.
@@ -130,14 +151,18 @@ class AllReduceEngine(SparkEngine):
         Raises:
             SparkSGDError: what failed, but for a loss that is not finite: that is an answer.
         """
-        self._context.setJobDescription(
-            f"sparksgd: steps {solver.step + 1} to {solver.step + steps}: on "
-            f"{self._cluster.num_workers} workers"
-        )
+        worker_of = {
+            shard: self._workers[partition] for shard, partition in self._shards.partition_of.items()
+        }
+        owned = [
+            sorted(shard for shard, worker in worker_of.items() if worker == number)
+            for number in range(self._cluster.num_workers)
+        ]
         segment = Segment(
             meeting=self._rendezvous.call(),
             first_step=solver.step,
             steps=steps,
+            owned=owned,
             by_strips=solver.by_strips,
             make_replica=solver.make_replica(),
         )
@@ -149,15 +174,32 @@ class AllReduceEngine(SparkEngine):
             raise _first(raised)
         if failures and not any(isinstance(failure, NotFinite) for failure in failures):
             raise failures[0]
+        if len({answer.parameters_sha256 for answer in answers}) > 1 and not failures:
+            raise ClusterError(
+                "workers that all update everything ended with different parameters: their machines compute "
+                "differently; set train.instruction_set, or use an elementwise optimiser without "
+                "solver.clip_norm"
+            )
         return [answer for answer in answers if not isinstance(answer.failure, PeerLost)]
+
+    def _check_size(self, state: SolverState) -> None:
+        """Refuse a state that Spark's limit on results cannot hold."""
+        vectors = [v for of in state.optimizer["state"].values() for v in of.values()]
+        size = state.weights.parameters.nbytes + sum(getattr(vector, "nbytes", 0) for vector in vectors)
+        limit = int(self._context._jsc.sc().conf().getSizeAsBytes("spark.driver.maxResultSize", "1g"))
+        if limit and size > limit:
+            raise ClusterError(
+                f"at the end of a segment parameters and optimiser return {decimal(size)} to the driver, but "
+                f"spark.driver.maxResultSize is {decimal(limit)}: raise it"
+            )
 
     def _reports(self, before: int, answers: Sequence[SegmentAnswer], wall_s: float) -> list[StepReport]:
         """Return the reports of a segment's steps; the first carries the segment's start and end."""
         times = np.stack([answer.steps for answer in answers])
         compute = (times["computed_at_s"] - times["started_at_s"]).max(axis=0)
-        reduce = (times["reduced_at_s"] - times["computed_at_s"]).min(axis=0)
-        update = (times["updated_at_s"] - times["reduced_at_s"]).max(axis=0)
-        spread = (times["ended_at_s"] - times["updated_at_s"]).min(axis=0)
+        reduce = times["reduce_s"].min(axis=0)  # of the last one to begin: the others wait for it
+        update = times["update_s"].max(axis=0)
+        spread = times["broadcast_s"].min(axis=0)
         total = np.diff(times["ended_at_s"], axis=1, prepend=times["started_at_s"][:, :1]).max(axis=0)
         launch = np.zeros_like(total)
         launch[0] = max(0.0, wall_s - total.sum())
@@ -189,20 +231,18 @@ class AllReduceEngine(SparkEngine):
         if self._fixed_steps is not None:
             return
         overhead_s = report.steps[0].timing.launch
-        step_s = (wall_s - overhead_s) / len(report.steps)
+        step_s = max(1e-4, (wall_s - overhead_s) / len(report.steps))
         wanted_s = min(_LONGEST_SEGMENT_S, max(_SEGMENT_S, overhead_s / _OVERHEAD))
         self.segment_steps = max(1, min(int(wanted_s / step_s), _GROWTH * self.segment_steps))
 
     def _note_dropped(self, answers: Sequence[SegmentAnswer]) -> None:
         """Say aloud, and count, who was not let in."""
-        for door, dropped in ((-1, self._rendezvous.dropped), *((a.worker, a.dropped) for a in answers)):
-            fresh = dropped - self._dropped.get(door, Counter())
-            if fresh:
-                self._dropped[door] = Counter(dropped)
-                self.recovery.strangers += fresh.total()
-                where = "the driver" if door < 0 else f"worker {door}"
-                reasons = ", ".join(f"{reason}: {count}" for reason, count in sorted(fresh.items()))
-                log.warning("%d connections to %s were dropped: %s", fresh.total(), where, reasons)
+        doors = {f"worker {answer.worker}": answer.dropped for answer in answers}
+        for door, dropped in {"the driver": self._rendezvous.take_dropped(), **doors}.items():
+            if dropped:
+                self.recovery.strangers += dropped.total()
+                reasons = ", ".join(f"{reason}: {count}" for reason, count in sorted(dropped.items()))
+                log.warning("%d connections to %s were dropped: %s", dropped.total(), door, reasons)
 
 
 def _encrypts(cluster: Cluster, config: EngineConfig) -> bool:
@@ -210,7 +250,12 @@ def _encrypts(cluster: Cluster, config: EngineConfig) -> bool:
     conf = cluster.context.getConf()
     spark_does = any(
         str(conf.get(key, "false")).lower() == "true"
-        for key in ("spark.network.crypto.enabled", "spark.ssl.enabled")
+        for key in (
+            "spark.network.crypto.enabled",
+            "spark.authenticate.enableSaslEncryption",
+            "spark.ssl.enabled",
+            "spark.ssl.rpc.enabled",
+        )
     )
     return config.encrypt or spark_does
 

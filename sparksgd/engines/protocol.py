@@ -31,16 +31,16 @@ class StepTiming:
     """The whole step."""
 
     broadcast: float = 0.0
-    """Handing the weights to Spark."""
+    """Handing the weights to Spark, or the strips to all workers."""
 
     launch: float = 0.0
-    """From submitting the job to the last worker's start."""
+    """From submitting the job to the last worker's start; of a job of many steps, its start and end."""
 
     compute: float = 0.0
     """The slowest worker's own work."""
 
     aggregate: float = 0.0
-    """From the last worker's end to the sum at the driver."""
+    """From the last worker's end to the sum."""
 
     update: float = 0.0
     """The solver."""
@@ -84,6 +84,9 @@ class SegmentReport:
 
     steps: list[StepReport] = field(default_factory=list)
     """Steps made."""
+
+    sent_bytes: int = 0
+    """Bytes of vectors that workers sent to each other."""
 
 
 @dataclass(kw_only=True)

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import logging
 import time
-from typing import TypeVar
 
 import numpy as np
 from rich.filesize import decimal
@@ -38,8 +37,6 @@ from sparksgd.treesum import nodes_of
 __all__ = ["TreeEngine"]
 
 log = logging.getLogger("sparksgd")
-
-T = TypeVar("T")
 
 
 class TreeEngine(SparkEngine):

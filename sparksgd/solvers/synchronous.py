@@ -22,7 +22,7 @@ from torch import nn
 from torch.optim import Optimizer, lr_scheduler
 
 from sparksgd.config import OptimizerConfig, ScheduleConfig, SolverConfig
-from sparksgd.errors import ConfigError, NotFinite
+from sparksgd.errors import ConfigError, UpdateNotFinite
 from sparksgd.flat import FlatModule, FlatStrip, Weights
 from sparksgd.imports import did_you_mean, resolve
 from sparksgd.solvers.protocol import GradientSum, MakeReplica, SolverState, StepOutcome
@@ -141,7 +141,7 @@ class SynchronousSolver:
         """Make one step of the mean gradient.
 
         Raises:
-            NotFinite: the step would make a parameter NaN or infinite; the weights stay as before.
+            UpdateNotFinite: the step would make a parameter NaN or infinite; the weights stay as before.
         """
         before = self.weights()
         gradient = self.flat.gradient
@@ -156,8 +156,7 @@ class SynchronousSolver:
         parameters = self.flat.parameters
         if not torch.isfinite(parameters.sum()) and not torch.isfinite(parameters).all():
             self.flat.load(before)
-            self._previous = None
-            raise NotFinite(
+            raise UpdateNotFinite(
                 f"step {self.step + 1} made a parameter infinite or NaN; lower optimizer.lr (it was "
                 f"{lr:g}) or set solver.clip_norm"
             )

@@ -356,7 +356,7 @@ def refuse_connect(session: Any) -> None:
     """Raise ClusterError for a session of Spark Connect."""
     if type(session).__module__.startswith("pyspark.sql.connect"):
         raise ClusterError(
-            "this session is Spark Connect, which has no RDDs, and the tree engine needs them: on "
+            "this session is Spark Connect, which has no RDDs, and sparksgd needs them: on "
             "Databricks use dedicated compute (standard and serverless are Connect); elsewhere start "
             "a classic session, without --remote"
         )

@@ -246,6 +246,11 @@ class SparkShards:
             self.close()
             raise
 
+    @property
+    def partition_of(self) -> dict[int, int]:
+        """Which partition each shard is in."""
+        return dict(self._partition_of)
+
     def recover(self, missing: Collection[int]) -> int:
         """Write again what was lost, and return how many shards that were.
 

@@ -16,11 +16,13 @@ from conftest import (  # tests/spark/conftest.py
     configured,
     digests,
     executor_pids,
+    read_files_apart,
     undisturbed,
+    write_rows,
 )
 
 from sparksgd.engines.inline import InlineEngine
-from sparksgd.errors import Cancelled, ClusterError, NotFinite, UserCodeError
+from sparksgd.errors import Cancelled, ClusterError, NotFinite, UpdateNotFinite, UserCodeError
 from sparksgd.local_rows import ParquetRows
 from sparksgd.spark.training import train
 from sparksgd.training import train as train_inline
@@ -38,6 +40,7 @@ EXPERIMENTS = {
     "dropout and momentum": ("schedule.name=CosineAnnealingLR", "schedule.T_max=20"),
     "batch-norm and Adam": ("model.name=users_modules:NormNet", "optimizer.name=Adam", "optimizer.lr=0.01"),
     "clipping, which needs the whole gradient": ("solver.clip_norm=0.5",),
+    "an optimiser that looks at whole tensors": ("optimizer.name=Adafactor", "optimizer.lr=0.01"),
 }
 
 
@@ -139,19 +142,47 @@ def test_a_failure_that_repeats_ends_the_run(session_for, small, flags):
     assert watch.training.version == 4
 
 
-@pytest.mark.parametrize("segment_steps", [1, 50])
-def test_a_loss_that_becomes_nan_stops_the_run_at_the_last_good_weights(session_for, small, segment_steps):
+def test_a_loss_that_becomes_nan_stops_the_run_at_the_last_good_weights(session_for, small):
     spark = session_for("local[5]")
-    nan = ("loss.name=users_modules:nan_after", "train.epochs=10")
-    config = configured(*ALLREDUCE, *nan, f"engine.segment_steps={segment_steps}")
+    lengths = [50, 1]
+    for segment_steps in lengths:
+        nan = ("loss.name=users_modules:nan_after", "train.epochs=10")
+        config = configured(*ALLREDUCE, *nan, f"engine.segment_steps={segment_steps}")
+        watch = AtStep(0, lambda _: None)
+        with pytest.raises(NotFinite, match=r"the loss of step \d+ is nan in shard \d, rows \d") as caught:
+            train(spark, config, spark.read.parquet(small), observers=[watch])
+        failed_step = int(str(caught.value).split("step ")[1].split()[0])
+        assert watch.training.version == failed_step - 2, segment_steps
+        assert len(watch.training.step_times) == failed_step - 1
+        good = configured("train.epochs=10", f"train.steps={failed_step - 2}")
+        assert watch.training.flat.parameters_sha256() == undisturbed(small, good)
+        if len(lengths) == 2:
+            lengths.append(failed_step - 1)  # the loss is NaN in a segment's first step
+    assert lengths[2] > 1
+
+
+def test_an_update_that_is_infinite_is_taken_back_on_every_engine(session_for, small):
+    spark, ends = session_for("local[5]"), []
+    for segment_steps in (1, 3, 50):
+        config = configured(*ALLREDUCE, "optimizer.lr=3e38", f"engine.segment_steps={segment_steps}")
+        watch = AtStep(0, lambda _: None)
+        with pytest.raises(UpdateNotFinite, match="made a parameter infinite or NaN"):
+            train(spark, config, spark.read.parquet(small), observers=[watch])
+        ends.append((watch.training.version, digests(watch.training)))
     watch = AtStep(0, lambda _: None)
-    with pytest.raises(NotFinite, match=r"the loss of step \d+ is nan in shard \d, rows \d") as caught:
-        train(spark, config, spark.read.parquet(small), observers=[watch])
-    failed_step = int(str(caught.value).split("step ")[1].split()[0])
-    assert watch.training.version == failed_step - 2
-    assert len(watch.training.step_times) == failed_step - 1
-    good = configured("train.epochs=10", f"train.steps={failed_step - 2}")
-    assert watch.training.flat.parameters_sha256() == undisturbed(small, good)
+    with pytest.raises(UpdateNotFinite):
+        train_inline(config, rows=ParquetRows(small), test=None, make_engine=InlineEngine, observers=[watch])
+    assert {(watch.training.version, digests(watch.training))} == set(ends)
+
+
+def test_rows_dealt_in_place_reach_the_digest_of_the_tree_engine(session_for, tmp_path):
+    spark, path = session_for("local[5]"), write_rows(tmp_path / "rows", 600, files=6)
+    settings = ("train.steps=6", "data.placement=in_place", "train.num_shards=5", "engine.num_workers=3")
+    frame = read_files_apart(spark, path)
+    tree = train(spark, configured(*settings), frame)
+    allreduce = train(spark, configured(*settings, *ALLREDUCE), frame)
+    assert digests(tree) == digests(allreduce)
+    assert allreduce.sent_bytes > 0
 
 
 @pytest.mark.parametrize(
