@@ -75,7 +75,7 @@ class Reports:
 
 
 def test_reports_and_evaluations_are_those_of_the_reference(session_for, small):
-    spark, config = session_for("local[5]"), configured(*ALLREDUCE, "train.steps=20", "train.eval_every=6")
+    spark, config = session_for("local[2]"), configured(*ALLREDUCE, "train.steps=20", "train.eval_every=6")
     frame, ours, reference = spark.read.parquet(small), Reports(), Reports()
     training = train(spark, config, frame, frame, observers=[ours])
     rows = ParquetRows(small)
@@ -85,7 +85,7 @@ def test_reports_and_evaluations_are_those_of_the_reference(session_for, small):
 
 
 def test_a_python_worker_killed_in_a_segment_costs_that_segment_alone(session_for, small, flags):
-    spark = session_for("local[5]")
+    spark = session_for("local[2]")
     config = configured(*ALLREDUCE, "train.steps=12", FLAG_NET, f"model.folder={flags}")
     kill = AtStep(5, lambda _: (flags / "kill-worker").touch())
     started = time.monotonic()
@@ -96,7 +96,7 @@ def test_a_python_worker_killed_in_a_segment_costs_that_segment_alone(session_fo
 
 
 def test_a_worker_that_hangs_ends_in_bounded_time(session_for, small, flags):
-    spark = session_for("local[5]")
+    spark = session_for("local[2]")
     config = configured(
         *ALLREDUCE, "train.steps=12", FLAG_NET, f"model.folder={flags}",
         "engine.peer_timeout_s=2",
@@ -110,7 +110,7 @@ def test_a_worker_that_hangs_ends_in_bounded_time(session_for, small, flags):
 
 
 def test_a_user_error_ends_the_run_with_the_remote_traceback_worker_and_step(session_for, small, flags):
-    spark = session_for("local[5]")
+    spark = session_for("local[2]")
     config = configured(*ALLREDUCE, FLAG_NET, f"model.folder={flags}")
     watch = AtStep(4, lambda _: (flags / "raise").touch())
     with pytest.raises(UserCodeError, match=r"the user's own mistake(?s:.*)in step 5, on worker \d"):
@@ -119,7 +119,7 @@ def test_a_user_error_ends_the_run_with_the_remote_traceback_worker_and_step(ses
 
 
 def test_a_cancelled_job_ends_the_run_and_frees_the_slots(session_for, small, flags):
-    spark = session_for("local[5]")
+    spark = session_for("local[2]")
     config = configured(*ALLREDUCE, FLAG_NET, f"model.folder={flags}")
 
     def cancel_the_next_segment(_):
@@ -134,7 +134,7 @@ def test_a_cancelled_job_ends_the_run_and_frees_the_slots(session_for, small, fl
 
 
 def test_a_failure_that_repeats_ends_the_run(session_for, small, flags):
-    spark = session_for("local[5]")
+    spark = session_for("local[2]")
     config = configured(*ALLREDUCE, FLAG_NET, f"model.folder={flags}", "engine.max_attempts=2")
     watch = AtStep(4, lambda _: (flags / "kill-always").touch())
     with pytest.raises(ClusterError, match=r"steps 5 to 8.*: failed 2 times"):
@@ -143,7 +143,7 @@ def test_a_failure_that_repeats_ends_the_run(session_for, small, flags):
 
 
 def test_a_loss_that_becomes_nan_stops_the_run_at_the_last_good_weights(session_for, small):
-    spark = session_for("local[5]")
+    spark = session_for("local[2]")
     lengths = [50, 1]
     for segment_steps in lengths:
         nan = ("loss.name=users_modules:nan_after", "train.epochs=10")
@@ -162,9 +162,15 @@ def test_a_loss_that_becomes_nan_stops_the_run_at_the_last_good_weights(session_
 
 
 def test_an_update_that_is_infinite_is_taken_back_on_every_engine(session_for, small):
-    spark, ends = session_for("local[5]"), []
+    spark, ends = session_for("local[2]"), []
     for segment_steps in (1, 3, 50):
-        config = configured(*ALLREDUCE, "optimizer.lr=3e38", f"engine.segment_steps={segment_steps}")
+        config = configured(
+            *ALLREDUCE,
+            "loss.name=users_modules:steep",
+            "optimizer.lr=1e-5",
+            *("schedule.name=StepLR", "schedule.step_size=5", "schedule.gamma=1e42"),
+            f"engine.segment_steps={segment_steps}",
+        )
         watch = AtStep(0, lambda _: None)
         with pytest.raises(UpdateNotFinite, match="made a parameter infinite or NaN"):
             train(spark, config, spark.read.parquet(small), observers=[watch])
@@ -172,6 +178,7 @@ def test_an_update_that_is_infinite_is_taken_back_on_every_engine(session_for, s
     watch = AtStep(0, lambda _: None)
     with pytest.raises(UpdateNotFinite):
         train_inline(config, rows=ParquetRows(small), test=None, make_engine=InlineEngine, observers=[watch])
+    assert watch.training.version == 5
     assert {(watch.training.version, digests(watch.training))} == set(ends)
 
 
