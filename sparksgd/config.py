@@ -242,6 +242,13 @@ class Config:
             raise ConfigError("data.features names no column: name one, or several")
         if len(set(self.data.features)) < len(self.data.features):
             raise ConfigError(f"data.features names a column twice: {', '.join(self.data.features)}")
+        if self.data.label in self.data.features:
+            raise ConfigError(f"data.label is {self.data.label!r}, which data.features names, too")
+        if self.data.id is not None and self.data.id in (*self.data.features, self.data.label):
+            raise ConfigError(
+                f"data.id is {self.data.id!r}, which is a feature or the label: leave data.id out, and the "
+                f"features themselves are hashed, or name a column of its own"
+            )
         if self.data.placement == "in_place" and self.engine.name == "inline":
             raise ConfigError(
                 'data.placement is "in_place", but engine.name is "inline", which has no partitions: '

@@ -96,7 +96,7 @@ class RowSchema:
         id: str | None,
         whole_labels: bool,
     ) -> Self:
-        """Derive the schema from a table's columns and its first complete row.
+        """Derive the schema from a table's columns and a row that is like most.
 
         Args:
             schema: the table's.
@@ -228,8 +228,14 @@ class RowReport:
             }
         )
 
-    def check(self, on_bad_row: str, max_bad_rows: int) -> None:
-        """Raise BadRows unless the bad rows may be skipped."""
+    def check(self, on_bad_row: str | None, max_bad_rows: int = 0, *, done: str = "trained") -> None:
+        """Raise BadRows unless the bad rows may be skipped.
+
+        Args:
+            on_bad_row: as data.on_bad_row; None where the user has no such choice.
+            max_bad_rows: as data.max_bad_rows.
+            done: what is done on the rows.
+        """
         bad = self.bad.total()
         if not bad or (on_bad_row == "skip" and bad <= max_bad_rows):
             return
@@ -237,12 +243,11 @@ class RowReport:
             f"{count:,} with {reason} (such as {', '.join(self.examples[reason])})"
             for reason, count in self.bad.most_common()
         )
-        move = (
-            f"more than data.max_bad_rows = {max_bad_rows:,}: mend the data, or raise it"
-            if on_bad_row == "skip"
-            else 'mend the data, or set data.on_bad_row = "skip" and data.max_bad_rows'
-        )
-        raise BadRows(f"{bad:,} of {bad + self.rows:,} rows cannot be trained on: {reasons}. Next: {move}")
+        move = {
+            None: "mend the data",
+            "skip": f"more than data.max_bad_rows = {max_bad_rows:,}: mend the data, or raise it",
+        }.get(on_bad_row, 'mend the data, or set data.on_bad_row = "skip" and data.max_bad_rows')
+        raise BadRows(f"{bad:,} of {bad + self.rows:,} rows cannot be {done} on: {reasons}. Next: {move}")
 
     @property
     def data_digest(self) -> str:
@@ -341,7 +346,7 @@ def _without(batch: pa.RecordBatch, report: RowReport, schema: RowSchema) -> pa.
         lengths = pc.binary_length(column) if binary else pc.list_value_length(column)
         right = pc.equal(lengths, feature.length)
         report.found(
-            f"a number of values other than {feature.length} (the first row's) in {feature.name!r}",
+            f"a number of values other than {feature.length} (most rows') in {feature.name!r}",
             lengths.filter(pc.invert(right)).to_pylist(),
         )
         batch = batch.filter(right)

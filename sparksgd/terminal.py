@@ -35,7 +35,7 @@ def open_console() -> Console:
         return Console(stderr=True)
     try:
         terminal = behind.open("w", encoding="utf-8")
-        width = os.get_terminal_size(terminal.fileno()).columns
+        width = os.get_terminal_size(terminal.fileno()).columns or None  # 0 where nobody said
     except OSError:
         return Console(stderr=True)  # another user's terminal, after su or sudo
     return Console(file=terminal, force_terminal=True, width=width)

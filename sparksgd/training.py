@@ -13,7 +13,8 @@ import inspect
 import logging
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence, Sized
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
@@ -318,7 +319,7 @@ def _tried_schema(
         )
     schema = RowSchema.of(
         arrow_schema,
-        complete[0] if complete else {},
+        _typical(complete, data.features) if complete else {},
         features=data.features,
         label=data.label,
         id=data.id,
@@ -333,6 +334,16 @@ def _tried_schema(
     if not classifies:
         return schema
     return replace(schema, classes=2 if loss is binary_cross_entropy else output[1])
+
+
+def _typical(rows: Sequence[dict[str, Any]], features: Sequence[str]) -> dict[str, Any]:
+    """Return the first row whose features are as long as most rows': one bad row shapes no schema."""
+
+    def lengths(row: dict[str, Any]) -> tuple[int, ...]:
+        return tuple(len(row[name]) if isinstance(row.get(name), Sized) else 0 for name in features)
+
+    (common, _), *_ = Counter(map(lengths, rows)).most_common(1)
+    return next(row for row in rows if lengths(row) == common)
 
 
 def _try_solver(config: Config) -> None:
@@ -350,7 +361,8 @@ def _try_solver(config: Config) -> None:
 def _inspected(source: RowSource, schema: RowSchema, config: Config, which: str) -> RowReport:
     started = time.perf_counter()
     report = source.inspect(schema, config.train.num_shards)
-    report.check(config.data.on_bad_row, config.data.max_bad_rows)
+    done = "trained" if which == "training" else "evaluated"
+    report.check(config.data.on_bad_row, config.data.max_bad_rows, done=done)
     if report.bad:
         log.warning("%d bad %s rows skipped: %s", report.bad.total(), which, dict(report.bad))
     if not report.rows:

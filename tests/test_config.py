@@ -165,6 +165,8 @@ def test_a_configuration_survives_being_written_down() -> None:
         (["data.on_bad_row=ignore"], ["data.on_bad_row is 'ignore'", "'error' or 'skip'"]),
         (["data.placement=random"], ["data.placement is 'random'", "'hashed' or 'in_place'"]),
         (["engine.name=gloo"], ["engine.name is 'gloo'", "'tree' or 'allreduce' or 'auto' or 'inline'"]),
+        (["data.features=label"], ["data.label is 'label', which data.features names, too"]),
+        (["data.id=features"], ["data.id is 'features', which is a feature or the label"]),
         (["engine.ports=40000"], ["engine.ports is 40000", "but must be a text or none"]),
         (["engine.ports=a-b"], ["engine.ports is 'a-b', but must be like 40000-40099"]),
         (["engine.ports=50-40"], ["engine.ports is '50-40', but must be like 40000-40099"]),

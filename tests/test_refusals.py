@@ -162,7 +162,11 @@ def test_a_missing_identity_column(tmp_path: Path) -> None:
         (with_row(X, None), Y, ["1 with null in 'x'"]),
         (X, with_row(Y, None), ["1 with null in 'y'"]),
         (with_row(X, [1.0, None]), Y, ["1 with null inside the list in 'x'"]),
-        (with_row(X, [1.0]), Y, ["a number of values other than 2 (the first row's) in 'x' (such as 1)"]),
+        (
+            with_row(X, [1.0]),
+            Y,
+            ["a number of values other than 2 (most rows') in 'x' (such as 1)"],
+        ),
         (with_row(X, [1.0, NAN]), Y, ["1 with NaN or infinity (as float32) in 'x' (such as nan)"]),
         (with_row(X, [-INF, 0.0]), Y, ["1 with NaN or infinity (as float32) in 'x' (such as -inf)"]),
         (with_row(X, [1e300, 0.0]), Y, ["1 with NaN or infinity (as float32) in 'x' (such as inf)"]),
@@ -203,6 +207,11 @@ def test_a_bad_row_that_comes_first(tmp_path: Path) -> None:
     assert_says(error, BadRows, "1 of 13 rows", "NaN or infinity")
 
 
+def test_a_row_of_another_length_that_comes_first_shapes_nothing(tmp_path: Path) -> None:
+    rows = parquet(tmp_path, x=[[1.0, 2.0, 3.0], *X], y=[0, *Y])
+    assert_says(refusal(rows), BadRows, "1 of 13 rows cannot be trained on", "other than 2", "(such as 3)")
+
+
 def test_images_of_differing_length(tmp_path: Path) -> None:
     images = [bytes(784)] * 10 + [bytes(783), bytes(900)]
     error = refusal(parquet(tmp_path, x=images, y=Y), factory=small_lenet)
@@ -210,7 +219,7 @@ def test_images_of_differing_length(tmp_path: Path) -> None:
         error,
         BadRows,
         "2 of 12 rows",
-        "a number of values other than 784 (the first row's) in 'x' (such as 783, 900)",
+        "a number of values other than 784 (most rows') in 'x' (such as 783, 900)",
     )
 
 

@@ -488,7 +488,7 @@ def test_a_step_that_overflows_is_not_made(tmp_path: Path) -> None:
             make_engine=InlineEngine,
             observers=[diary],
         )
-    assert diary.lines == ["started", "ended NotFinite"]
+    assert diary.lines == ["started", "ended UpdateNotFinite"]
     assert diary.training is not None
     assert (diary.training.version, diary.training.flat.parameters.tolist()) == (0, [0.0])
 

@@ -5,10 +5,12 @@ The reference that all other engines must equal, bit for bit; and the one to deb
 
 from __future__ import annotations
 
+import os
 import time
 
 from sparksgd.compute import Computer, Evaluation, Plan
 from sparksgd.engines.protocol import Recovery, SegmentReport, Shards, StepTiming, take_step
+from sparksgd.errors import ConfigError
 from sparksgd.numerics import Numerics
 from sparksgd.solvers.protocol import Solver
 
@@ -28,6 +30,12 @@ class InlineEngine:
     segment_steps = 1
 
     def __init__(self, plan: Plan, shards: Shards, test: Shards | None) -> None:
+        cores = os.cpu_count() or 1
+        if plan.threads > cores:
+            raise ConfigError(
+                f"train.threads is {plan.threads}, but this machine has {cores} cores: set "
+                f"train.threads={cores} or less"
+            )
         self._plan = plan
         self._shards = shards
         self._test = test

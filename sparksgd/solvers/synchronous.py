@@ -156,6 +156,7 @@ class SynchronousSolver:
         parameters = self.flat.parameters
         if not torch.isfinite(parameters.sum()) and not torch.isfinite(parameters).all():
             self.flat.load(before)
+            self._previous = None
             raise UpdateNotFinite(
                 f"step {self.step + 1} made a parameter infinite or NaN; lower optimizer.lr (it was "
                 f"{lr:g}) or set solver.clip_norm"
@@ -200,7 +201,8 @@ def _schedule(optimizer: Optimizer, config: ScheduleConfig, moves: int) -> lr_sc
     if config.name is None:
         if config.arguments:
             raise ConfigError(
-                f"schedule.{next(iter(config.arguments))} is set, but schedule.name is not: name one"
+                f"schedule.{next(iter(config.arguments))} is set, but schedule.name is not: name one, or "
+                f"unset {' and '.join(f'schedule.{key}' for key in config.arguments)} (--set KEY=none)"
             )
         return None
     kind = _kind("schedule.name", config.name, lr_scheduler, lr_scheduler.LRScheduler)

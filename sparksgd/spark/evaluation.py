@@ -78,7 +78,7 @@ def evaluate(frame: DataFrame, model: SavedModel) -> Scores:
                     confusion += np.array(part["confusion"], np.int64)
     finally:
         shipped.destroy()
-    report.check("error", 0)
+    report.check(None, done="evaluated")
     if not report.rows:
         raise DataError("there is no row to evaluate on")
     return Scores(rows=report.rows, loss=total / report.rows, confusion=confusion)

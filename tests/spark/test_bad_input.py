@@ -52,7 +52,7 @@ def test_bad_rows_are_counted_by_reason_with_examples(spark, small):
     assert "18 of 1,021 rows cannot be trained on" in text
     assert "10 with null in 'label'" in text
     assert "5 with a label outside 0..3 (such as 7, 7, 7)" in text
-    assert "3 with a number of values other than 16 (the first row's) in 'features' (such as 2, 2, 2)" in text
+    assert "3 with a number of values other than 16 (most rows') in 'features' (such as 2, 2, 2)" in text
 
 
 def test_bad_rows_may_be_skipped_up_to_a_number(spark, small):
