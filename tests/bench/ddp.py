@@ -5,9 +5,11 @@ The same model, rows and threads per worker as sparksgd's workers; every process
 
 from __future__ import annotations
 
+import json
+import tempfile
 import time
-from multiprocessing.connection import Connection
-from typing import Any
+from dataclasses import asdict
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -20,10 +22,12 @@ from torch.nn.parallel import DistributedDataParallel
 from sparksgd.models import LeNet
 
 
-def work(rank: int, task: Task, store: str, done: Connection) -> None:
-    """Be one process of all; rank 0 times and sends the blocks."""
+def work(rank: int, task: Task, folder: str) -> None:
+    """Be one process of all; rank 0 writes the blocks."""
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=task.num_workers)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=task.num_workers
+    )
     images, labels = load(task.data)
     blocks = []
     for name, rows in task.sizes:
@@ -50,22 +54,16 @@ def work(rank: int, task: Task, store: str, done: Connection) -> None:
             for start in range(0, len(timed), task.block_steps)
         ]
     if rank == 0:
-        done.send(blocks)
+        Path(folder, "blocks").write_text(json.dumps([asdict(block) for block in blocks]))
     dist.destroy_process_group()
 
 
 def measure(task: Task) -> list[Block]:
     """Start the processes; return the blocks of the first."""
-    import tempfile
 
-    receiver, sender = multiprocessing.Pipe(duplex=False)
     with tempfile.TemporaryDirectory() as folder:
-        running: Any = multiprocessing.start_processes(
-            work, (task, f"{folder}/store", sender), nprocs=task.num_workers, join=False, start_method="spawn"
-        )
-        blocks: list[Block] = receiver.recv()
-        running.join()
-    return blocks
+        multiprocessing.spawn(work, (task, folder), nprocs=task.num_workers)
+        return [Block.from_dict(block) for block in json.loads(Path(folder, "blocks").read_text())]
 
 
 if __name__ == "__main__":

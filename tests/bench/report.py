@@ -19,6 +19,7 @@ from rich.table import Table
 __all__ = [
     "Line",
     "Ratio",
+    "allreduce_ratios",
     "lines_of",
     "machine",
     "ratio_table",
@@ -30,6 +31,7 @@ __all__ = [
 
 OVERHEAD_TARGET = 1.5
 SPEEDUP_TARGET = 3.0
+DDP_TARGET = 1.0
 FLAT_SHARE = 0.05
 
 
@@ -145,6 +147,33 @@ def ratios_of(blocks: Sequence[Block]) -> list[Ratio]:
             for what in shards[1:]
         ),
     ]
+
+
+def allreduce_ratios(blocks: Sequence[Block]) -> list[Ratio]:
+    """Compare the all-reduce engine with DistributedDataParallel, and with itself on more shards."""
+    ours, theirs = "sparksgd all-reduce", "DistributedDataParallel"
+    names = list(dict.fromkeys(block.what for block in blocks))
+    ratios = []
+    for name in names:
+        if name.startswith(theirs):
+            size = name.removeprefix(theirs)
+            value = _speed(blocks, ours + size, name)
+            ratios.append(
+                Ratio(
+                    of=name,
+                    means=f"rows/s of {ours} / {name}",
+                    value=value,
+                    target=f">= {DDP_TARGET:g}",
+                    met=value >= DDP_TARGET,
+                )
+            )
+    for name in names:
+        base, _, finer = name.rpartition(", ")
+        if finer.endswith("per worker"):
+            ratios.append(
+                Ratio(of=name, means=f"rows/s of {base} / {finer}", value=_speed(blocks, base, name))
+            )
+    return ratios
 
 
 def _overhead(blocks: Sequence[Block], kind: str) -> float:

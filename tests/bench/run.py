@@ -1,8 +1,8 @@
-"""The benchmark: how fast sparksgd's tree engine is, and against what.
+"""The benchmark: how fast sparksgd's engines are, and against what.
 
-    python tests/bench/run.py [--data DIR] [--out benchmark.json] [--quick] [--only speed|memory]
+    python tests/bench/run.py [--data DIR] [--out benchmark.json] [--quick] [--only speed|allreduce|memory]
 
-A quarter of an hour on 2 cores, three minutes of it for memory.
+Half an hour on 2 cores, three minutes of it for memory.
 
 DIR holds train.parquet as jobs/prepare_data.py writes it; without one, images are drawn at random.
 Arms run in turns, each in a process and a Spark session of its own, and what is compared are
@@ -25,14 +25,24 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from measuring import LENET, LENET_PARAMETERS, Block, Task
+from measuring import LENET, LENET_PARAMETERS, MODELS, Block, Task
 from processes import ArmFailed, run_arm
-from report import lines_of, machine, ratio_table, ratios_of, soak_ratios, soak_table, speed_table
+from report import (
+    allreduce_ratios,
+    lines_of,
+    machine,
+    ratio_table,
+    ratios_of,
+    soak_ratios,
+    soak_table,
+    speed_table,
+)
 from rich.console import Console
 
 NUM_WORKERS = 2
 ROWS_PER_WORKER = 64
 SYNTHETIC_ROWS = 60_000
+SIZES = tuple((model, rows) for model in MODELS for rows in (16, 64, 256))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,9 +101,11 @@ def main(argv: list[str]) -> int:
             "quick": options.quick,
         }
         try:
-            if options.only != "memory":
+            if options.only in (None, "speed"):
                 found["speed"] = _speed(task, size, data, console)
-            if options.only != "speed":
+            if options.only in (None, "allreduce"):
+                found["allreduce"] = _allreduce(task, size, data, console)
+            if options.only in (None, "memory"):
                 found["memory"] = _memory(task, size, console)
         except ArmFailed as error:
             console.print(str(error), style="red", markup=False)
@@ -108,7 +120,7 @@ def _options(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--data", type=Path, metavar="DIR", help="folder of train.parquet")
     parser.add_argument("--out", type=Path, default=Path("benchmark.json"), metavar="FILE")
     parser.add_argument("--quick", action="store_true", help="few steps: whether it runs, not how fast")
-    parser.add_argument("--only", choices=["speed", "memory"], help="one half of it")
+    parser.add_argument("--only", choices=["speed", "allreduce", "memory"], help="one part of it")
     return parser.parse_args(argv)
 
 
@@ -135,6 +147,27 @@ def _speed(task: Task, size: Size, data: str, console: Console) -> dict[str, Any
         f"{ROWS_PER_WORKER} rows each, {data}"
     )
     console.print(speed_table(title, lines))
+    console.print(ratio_table(ratios))
+    return {"lines": [asdict(line) for line in lines], "ratios": [asdict(ratio) for ratio in ratios]}
+
+
+def _allreduce(task: Task, size: Size, data: str, console: Console) -> dict[str, Any]:
+    """Run the all-reduce engine in turns with DistributedDataParallel, at every size."""
+    sized = replace(task, sizes=SIZES)
+    finer = replace(sized, sizes=SIZES[1:2], shards_per_worker=size.shards_per_worker[1:])
+    arms = {
+        "sparksgd all-reduce": ("allreduce.py", sized),
+        "DistributedDataParallel": ("ddp.py", sized),
+        "more shards": ("allreduce.py", finer),
+    }
+    blocks: list[Block] = []
+    with console.status("") as status:
+        for turn in range(size.rounds):
+            for name, (script, arm_task) in arms.items():
+                status.update(f"round {turn + 1} of {size.rounds}: {name}")
+                blocks += map(Block.from_dict, run_arm(script, arm_task))
+    lines, ratios = lines_of(blocks), allreduce_ratios(blocks)
+    console.print(speed_table(f"{task.num_workers} workers, LeNet, {data}", lines))
     console.print(ratio_table(ratios))
     return {"lines": [asdict(line) for line in lines], "ratios": [asdict(ratio) for ratio in ratios]}
 

@@ -57,6 +57,16 @@ def test_every_number_of_workers_ends_at_the_digest_of_the_reference(session_for
         assert (len(training.step_times), training.recovery.retries) == (20, 0)
 
 
+def test_rows_dealt_in_place_reach_the_digest_of_the_tree_engine(session_for, tmp_path):
+    spark, path = session_for("local[5]"), write_rows(tmp_path / "rows", 600, files=6)
+    settings = ("train.steps=6", "data.placement=in_place", "train.num_shards=5", "engine.num_workers=3")
+    frame = read_files_apart(spark, path)
+    tree = train(spark, configured(*settings), frame)
+    allreduce = train(spark, configured(*settings, *ALLREDUCE), frame)
+    assert digests(tree) == digests(allreduce)
+    assert allreduce.sent_bytes > 0
+
+
 class Reports:
     """Observes what must be equal in every step's report, and every evaluation."""
 
@@ -180,16 +190,6 @@ def test_an_update_that_is_infinite_is_taken_back_on_every_engine(session_for, s
         train_inline(config, rows=ParquetRows(small), test=None, make_engine=InlineEngine, observers=[watch])
     assert watch.training.version == 5
     assert {(watch.training.version, digests(watch.training))} == set(ends)
-
-
-def test_rows_dealt_in_place_reach_the_digest_of_the_tree_engine(session_for, tmp_path):
-    spark, path = session_for("local[5]"), write_rows(tmp_path / "rows", 600, files=6)
-    settings = ("train.steps=6", "data.placement=in_place", "train.num_shards=5", "engine.num_workers=3")
-    frame = read_files_apart(spark, path)
-    tree = train(spark, configured(*settings), frame)
-    allreduce = train(spark, configured(*settings, *ALLREDUCE), frame)
-    assert digests(tree) == digests(allreduce)
-    assert allreduce.sent_bytes > 0
 
 
 @pytest.mark.parametrize(

@@ -49,6 +49,7 @@ def test_executors_killed_between_steps_and_in_a_step_change_no_bit(session_for,
     assert len(training.step_times) == 20
 
 
+@pytest.mark.soak
 @pytest.mark.parametrize(
     ("renamed", "says"),
     [
