@@ -47,7 +47,7 @@ def test_fifty_steps_end_at_one_digest_wherever_they_run(session_for, layouts):
         ("local[5]", 4, 4),
         ("local[5]", 5, 8),
     ]
-    places += [("local[2]", 2, 4), (LOCAL_CLUSTER, 2, 4)]
+    places.append(("local[2]", 2, 4))
     for number, (master, workers, shards) in enumerate(places):
         spark, layout = session_for(master), layouts[number % 2]
         config = configured(*FIFTY, f"train.num_shards={shards}", f"engine.num_workers={workers}")
@@ -57,6 +57,14 @@ def test_fifty_steps_end_at_one_digest_wherever_they_run(session_for, layouts):
     for shards, found in seen.items():
         assert len(set(found.values())) == 1, (shards, found)
     assert seen[4]["inline", layouts[0]] != seen[8]["inline", layouts[0]]  # the shards shape mini-batches
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("engine", ["tree", "allreduce"])
+def test_executors_of_their_own_reach_the_same_digest(session_for, layouts, engine):
+    spark, config = session_for(LOCAL_CLUSTER), configured(*FIFTY, f"engine.name={engine}")
+    inline = train_inline(config, rows=ParquetRows(layouts[1]), test=None, make_engine=InlineEngine)
+    assert digests(train(spark, config, spark.read.parquet(layouts[0]))) == digests(inline)
 
 
 class ExactFields:
