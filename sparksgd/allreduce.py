@@ -50,6 +50,9 @@ class AllReduce:
         strip, tail = len(self.strip), _tail_type(flat)
         self._gradients = [[np.empty(strip, vector.dtype) for _ in nodes] for nodes in self._nodes]
         self._tails = [np.zeros(len(nodes), tail) for nodes in self._nodes]
+        self._receives = {
+            peer: [*map(_bytes, self._gradients[peer]), _bytes(self._tails[peer])] for peer in self._peers
+        }
         self._absent = np.empty_like(vector)
 
     def part_reduce(self, step: int, partials: Partials) -> GradientSum:
@@ -73,10 +76,7 @@ class AllReduce:
             peer: [*(_bytes(gradient[_slice(self._strips[peer])]) for gradient in mine), _bytes(own)]
             for peer in self._peers
         }
-        receives = {
-            peer: [*map(_bytes, self._gradients[peer]), _bytes(self._tails[peer])] for peer in self._peers
-        }
-        self._mesh.exchange(step, _REDUCE, sends, receives)
+        self._mesh.exchange(step, _REDUCE, sends, self._receives)
         strip = _slice(self.strip)
         self._gradients[self._rank] = [gradient[strip] for gradient in mine]
         total: Partials = {}

@@ -43,6 +43,7 @@ __all__ = [
     "forward",
     "predictions",
     "try_out",
+    "worse",
 ]
 
 EVALUATION_ROWS = 512
@@ -135,10 +136,10 @@ class Answer:
 
     def __iadd__(self, other: Self) -> Self:
         self.workers += other.workers
-        if isinstance(self.failure, ShardMissing) and isinstance(other.failure, ShardMissing):
-            self.failure += other.failure
-        elif self.failure is None or isinstance(self.failure, ShardMissing):
-            self.failure = other.failure or self.failure
+        if self.failure is None or other.failure is None:
+            self.failure = self.failure or other.failure
+        else:
+            self.failure = worse(self.failure, other.failure)
         if self.failure is not None:
             self.partials = {}
         else:
@@ -150,6 +151,13 @@ class Answer:
         total = self.partials[(0, self.leaves)]
         assert total is not None, "a step without a row"
         return total
+
+
+def worse(one: SparkSGDError, other: SparkSGDError) -> SparkSGDError:
+    """Return which of two failures to tell: missing shards can be mended, and are told together."""
+    if isinstance(one, ShardMissing):
+        return one + other if isinstance(other, ShardMissing) else other
+    return one
 
 
 class Computer:

@@ -40,9 +40,6 @@ __all__ = ["Meeting", "Mesh", "Rendezvous"]
 
 log = logging.getLogger("sparksgd")
 
-_MEETING_STEP = 0
-_MEETING_PHASE = 0
-
 _HELLO = struct.Struct(">QIQI16sH")
 _ENTRY = struct.Struct(">I16sH")
 
@@ -75,7 +72,7 @@ class Meeting:
 
 @dataclass(frozen=True, kw_only=True)
 class _Hello:
-    """What a process says of itself; to another of the mesh, its rank in the place of its worker."""
+    """What a process says of itself, to the driver or to another of the mesh."""
 
     meeting: int
     worker: int
@@ -379,7 +376,7 @@ class Mesh:
             stale = [key for key in self._accepted if key[0] != meeting.number]
             for connection in [*old.values(), *(self._accepted.pop(key) for key in stale)]:
                 connection.close()
-        hello = _Hello(meeting=meeting.number, worker=self.rank).pack()
+        hello = _Hello(meeting=meeting.number, worker=self.workers[self.rank], rank=self.rank).pack()
         for peer in range(self.rank):
             name, left_s = f"worker {self.workers[peer]}", deadline - time.monotonic()
             connection = connect(meeting.credentials, addresses[peer], hello, name, left_s)
@@ -398,18 +395,18 @@ class Mesh:
     def _welcome(self, connection: Connection) -> None:
         hello = _Hello.unpack(connection.hello)
         with self._changed:
-            superseded = self._accepted.pop((hello.meeting, hello.worker), None)
+            superseded = self._accepted.pop((hello.meeting, hello.rank), None)
             if self._listener is None:
                 superseded = connection  # the mesh closed meanwhile
             else:
-                self._accepted[hello.meeting, hello.worker] = connection
+                self._accepted[hello.meeting, hello.rank] = connection
                 self._changed.notify_all()
         if superseded is not None:
             superseded.close()
 
 
 def _meeting_header(run: bytes, number: int) -> Header:
-    return Header(run=run, segment=number, step=_MEETING_STEP, phase=_MEETING_PHASE)
+    return Header(run=run, segment=number, step=0, phase=0)
 
 
 def _packed_host(host: str) -> bytes:

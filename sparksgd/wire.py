@@ -551,9 +551,9 @@ def _advance(buffers: list[memoryview], count: int) -> None:
 
 
 def _bound(host: str, ports: range | None) -> socket.socket:
-    failure: OSError | None = None
+    family, failure = _family(host), None
     for port in [0] if ports is None else ports:
-        sock = socket.socket(_family(host), socket.SOCK_STREAM)
+        sock = socket.socket(family, socket.SOCK_STREAM)
         try:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             sock.bind((host, port))

@@ -14,7 +14,7 @@ import logging
 import secrets
 import time
 from collections.abc import Sequence
-from functools import partial
+from functools import partial, reduce
 from typing import Any
 
 import numpy as np
@@ -22,16 +22,14 @@ import numpy.typing as npt
 from pyspark import Broadcast
 from rich.filesize import decimal
 
-from sparksgd.compute import Plan, WorkerReport
+from sparksgd.compute import WorkerReport, worse
 from sparksgd.config import EngineConfig
-from sparksgd.engines.protocol import SegmentReport, Shards, StepReport, StepTiming
+from sparksgd.engines.protocol import SegmentReport, StepReport, StepTiming
 from sparksgd.engines.spark import SparkEngine, destroy
 from sparksgd.errors import (
     ClusterError,
     NotFinite,
     PeerLost,
-    ShardMissing,
-    SparkSGDError,
     UpdateNotFinite,
 )
 from sparksgd.mesh import Rendezvous
@@ -65,28 +63,20 @@ class AllReduceEngine(SparkEngine):
 
     name = "allreduce"
 
-    def __init__(
-        self,
-        cluster: Cluster,
-        config: EngineConfig,
-        plan: Plan,
-        shards: Shards,
-        test: Shards | None,
-    ) -> None:
+    def _prepare(self, config: EngineConfig) -> None:
         self._fixed_steps = config.segment_steps
         self.segment_steps = config.segment_steps or _FIRST_STEPS
         self._before: tuple[SolverState, int] | None = None
         self._rendezvous = Rendezvous(
             run=secrets.token_bytes(8),
-            num_workers=cluster.num_workers,
-            credentials=Credentials.new(encrypt=_encrypts(cluster, config)),
-            host=cluster.driver_host,
-            listen_on=cluster.driver_bind_address,
+            num_workers=self._cluster.num_workers,
+            credentials=Credentials.new(encrypt=_encrypts(self._cluster, config)),
+            host=self._cluster.driver_host,
+            listen_on=self._cluster.driver_bind_address,
             ports=config.port_range,
             timeout_s=config.peer_timeout_s,
         )
         self._rendezvous.start()
-        super().__init__(cluster, config, plan, shards, test)
 
     def close(self) -> None:
         """Let go of the workers, whose connections close with it."""
@@ -171,7 +161,7 @@ class AllReduceEngine(SparkEngine):
         failures = [answer.failure for answer in answers if answer.failure is not None]
         raised = [failure for failure in failures if not isinstance(failure, (PeerLost, NotFinite))]
         if raised:
-            raise _first(raised)
+            raise reduce(worse, raised)
         if failures and not any(isinstance(failure, NotFinite) for failure in failures):
             raise failures[0]
         if len({answer.parameters_sha256 for answer in answers}) > 1 and not failures:
@@ -197,7 +187,7 @@ class AllReduceEngine(SparkEngine):
         """Return the reports of a segment's steps; the first carries the segment's start and end."""
         times = np.stack([answer.steps for answer in answers])
         compute = (times["computed_at_s"] - times["started_at_s"]).max(axis=0)
-        reduce = times["reduce_s"].min(axis=0)  # of the last one to begin: the others wait for it
+        aggregate = times["reduce_s"].min(axis=0)  # of the last one to begin: the others wait for it
         update = times["update_s"].max(axis=0)
         spread = times["broadcast_s"].min(axis=0)
         total = np.diff(times["ended_at_s"], axis=1, prepend=times["started_at_s"][:, :1]).max(axis=0)
@@ -218,7 +208,7 @@ class AllReduceEngine(SparkEngine):
                     broadcast=float(spread[index]),
                     launch=float(launch[index]),
                     compute=float(compute[index]),
-                    aggregate=float(reduce[index]),
+                    aggregate=float(aggregate[index]),
                     update=float(update[index]),
                 ),
                 workers=tuple(_worker_report(answer, answer.steps[index]) for answer in answers),
@@ -258,18 +248,6 @@ def _encrypts(cluster: Cluster, config: EngineConfig) -> bool:
         )
     )
     return config.encrypt or spark_does
-
-
-def _first(failures: Sequence[SparkSGDError]) -> SparkSGDError:
-    """Return what to raise of several failures; missing shards are told together."""
-    missing = [failure for failure in failures if isinstance(failure, ShardMissing)]
-    others = [failure for failure in failures if not isinstance(failure, ShardMissing)]
-    if others:
-        return others[0]
-    together = missing[0]
-    for failure in missing[1:]:
-        together += failure
-    return together
 
 
 def _worker_report(answer: SegmentAnswer, record: npt.NDArray[Any]) -> WorkerReport:

@@ -72,8 +72,13 @@ class SparkEngine:
         self._test = test
         self._plan = plan
         self._workers = worker_of_partition(cluster.num_workers)
+        self._prepare(config)
         self._shipped = self._context.broadcast(step_tasks.ShippedPlan(_pickled(plan)))
         self._behind = ThreadPoolExecutor(1, "sparksgd-cleanup")
+
+    def _prepare(self, config: EngineConfig) -> None:
+        """Refuse what cannot work, and open what the engine needs, before anything is shipped."""
+        raise NotImplementedError
 
     def close(self) -> None:
         """Remove the plan from driver and executors."""

@@ -21,7 +21,7 @@ from rich.filesize import decimal
 
 from sparksgd.compute import Plan
 from sparksgd.config import EngineConfig
-from sparksgd.engines.protocol import SegmentReport, Shards, StepTiming, take_step
+from sparksgd.engines.protocol import SegmentReport, StepTiming, take_step
 from sparksgd.engines.spark import Exchange, SparkEngine
 from sparksgd.errors import ClusterError
 from sparksgd.flat import FlatModule
@@ -53,16 +53,8 @@ class TreeEngine(SparkEngine):
     name = "tree"
     segment_steps = 1
 
-    def __init__(
-        self,
-        cluster: Cluster,
-        config: EngineConfig,
-        plan: Plan,
-        shards: Shards,
-        test: Shards | None,
-    ) -> None:
-        _check_sizes(cluster, plan)
-        super().__init__(cluster, config, plan, shards, test)
+    def _prepare(self, config: EngineConfig) -> None:
+        _check_sizes(self._cluster, self._plan)
 
     def advance(self, solver: Solver, steps: int) -> SegmentReport:
         """Make steps."""

@@ -28,6 +28,7 @@ import pyarrow.parquet as pq
 from measuring import LENET, LENET_PARAMETERS, MODELS, Block, Task
 from processes import ArmFailed, run_arm
 from report import (
+    Ratio,
     allreduce_ratios,
     lines_of,
     machine,
@@ -141,14 +142,11 @@ def _speed(task: Task, size: Size, data: str, console: Console) -> dict[str, Any
         status.update(f"{', '.join(map(str, size.shards_per_worker))} shards per worker")
         shards_task = replace(task, blocks=size.rounds, shards_per_worker=size.shards_per_worker)
         blocks += map(Block.from_dict, run_arm("product.py", shards_task))
-    lines, ratios = lines_of(blocks), ratios_of(blocks)
     title = (
         f"LeNet of {LENET_PARAMETERS:,} parameters, {task.num_workers} workers, "
         f"{ROWS_PER_WORKER} rows each, {data}"
     )
-    console.print(speed_table(title, lines))
-    console.print(ratio_table(ratios))
-    return {"lines": [asdict(line) for line in lines], "ratios": [asdict(ratio) for ratio in ratios]}
+    return _shown(title, blocks, ratios_of(blocks), console)
 
 
 def _allreduce(task: Task, size: Size, data: str, console: Console) -> dict[str, Any]:
@@ -166,8 +164,13 @@ def _allreduce(task: Task, size: Size, data: str, console: Console) -> dict[str,
             for name, (script, arm_task) in arms.items():
                 status.update(f"round {turn + 1} of {size.rounds}: {name}")
                 blocks += map(Block.from_dict, run_arm(script, arm_task))
-    lines, ratios = lines_of(blocks), allreduce_ratios(blocks)
-    console.print(speed_table(f"{task.num_workers} workers, LeNet, {data}", lines))
+    return _shown(f"{task.num_workers} workers, LeNet, {data}", blocks, allreduce_ratios(blocks), console)
+
+
+def _shown(title: str, blocks: list[Block], ratios: list[Ratio], console: Console) -> dict[str, Any]:
+    """Draw the tables, and return them as JSON has them."""
+    lines = lines_of(blocks)
+    console.print(speed_table(title, lines))
     console.print(ratio_table(ratios))
     return {"lines": [asdict(line) for line in lines], "ratios": [asdict(ratio) for ratio in ratios]}
 
