@@ -176,3 +176,20 @@ def undisturbed(path: str, config: Config) -> str:
     """Return the digest that every engine must reach, through whatever happens."""
     training = train_inline(config, rows=ParquetRows(path), test=None, make_engine=InlineEngine)
     return training.flat.parameters_sha256()
+
+
+class Reports:
+    """Observes what must be equal in every step's report, and every evaluation."""
+
+    def __init__(self):
+        self.seen = []
+
+    def stepped(self, training, report):
+        of = report
+        self.seen.append((of.step, of.epoch, of.version, of.rows, of.shards, of.loss, of.lr))
+
+    def evaluated(self, training, report):
+        self.seen.append((report.step, report.loss, report.accuracy))
+
+    def started(self, training): ...
+    def ended(self, training): ...

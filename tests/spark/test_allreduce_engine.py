@@ -13,6 +13,7 @@ import pytest
 from conftest import (  # tests/spark/conftest.py
     LOCAL_CLUSTER,
     AtStep,
+    Reports,
     configured,
     digests,
     executor_pids,
@@ -65,23 +66,6 @@ def test_rows_dealt_in_place_reach_the_digest_of_the_tree_engine(session_for, tm
     allreduce = train(spark, configured(*settings, *ALLREDUCE), frame)
     assert digests(tree) == digests(allreduce)
     assert allreduce.sent_bytes > 0
-
-
-class Reports:
-    """Observes what must be equal in every step's report, and every evaluation."""
-
-    def __init__(self):
-        self.seen = []
-
-    def stepped(self, training, report):
-        of = report
-        self.seen.append((of.step, of.epoch, of.version, of.rows, of.shards, of.loss, of.lr))
-
-    def evaluated(self, training, report):
-        self.seen.append((report.step, report.loss, report.accuracy))
-
-    def started(self, training): ...
-    def ended(self, training): ...
 
 
 def test_reports_and_evaluations_are_those_of_the_reference(session_for, small):

@@ -12,6 +12,7 @@ import os
 import pytest
 from conftest import (  # tests/spark/conftest.py
     LOCAL_CLUSTER,
+    Reports,
     configured,
     digests,
     read_files_apart,
@@ -67,29 +68,14 @@ def test_executors_of_their_own_reach_the_same_digest(session_for, layouts, engi
     assert digests(train(spark, config, spark.read.parquet(layouts[0]))) == digests(inline)
 
 
-class ExactFields:
-    """Observes what must be equal in every step's report."""
-
-    def __init__(self):
-        self.steps = []
-
-    def stepped(self, training, report):
-        of = report
-        self.steps.append((of.step, of.epoch, of.version, of.rows, of.shards, of.loss, of.lr))
-
-    def started(self, training): ...
-    def evaluated(self, training, report): ...
-    def ended(self, training): ...
-
-
 def test_exact_fields_of_every_step_are_equal_on_every_engine(session_for, small):
     config = configured("train.steps=8")
     spark = session_for("local[2]")
-    tree, inline = ExactFields(), ExactFields()
+    tree, inline = Reports(), Reports()
     train(spark, config, spark.read.parquet(small), observers=[tree])
     train_inline(config, rows=ParquetRows(small), test=None, make_engine=InlineEngine, observers=[inline])
-    assert tree.steps == inline.steps
-    assert [step[0] for step in tree.steps] == list(range(1, 9))
+    assert tree.seen == inline.seen
+    assert [step[0] for step in tree.seen] == list(range(1, 9))
 
 
 def test_evaluation_is_equal_on_every_engine(session_for, small):
