@@ -139,7 +139,8 @@ class EngineConfig:
     inline: this process alone, without Spark."""
 
     num_workers: int | None = _cluster(None)
-    """Gradient computers (Spark tasks); None takes as many as there are slots, at most num_shards."""
+    """Gradient computers (Spark tasks); None takes as many as there are slots and shards for,
+    less those that would only wait for others."""
 
     slots_timeout_s: float = _cluster(60.0)
     """How long to wait for the slots that the workers need."""

@@ -143,7 +143,7 @@ def summary(training: Training, wall_s: float) -> dict[str, Any]:
         "retried_steps": training.recovery.retries,
         "rebuilt_shards": training.recovery.rebuilt_shards,
         "strangers": training.recovery.strangers,
-        "sent_bytes": training.sent_bytes,
+        "sent_bytes_per_worker_step": training.sent_bytes_per_worker_step,
         "step_time_s": training.step_times.medians_s(),
     }
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 from rich.console import Console
+from rich.filesize import decimal
 from rich.logging import RichHandler
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -130,6 +131,8 @@ def _table(training: Training) -> Table:
                             f"{training.config.train.num_shards} shards")  # fmt: skip
     parts = [f"{name} {1e3 * seconds:.1f}" for name, seconds in times.medians_s().items()]
     table.add_row("median step", "  ".join(parts) + "  ms")
+    if training.sent_bytes:
+        table.add_row("sent", f"{decimal(round(training.sent_bytes_per_worker_step))} per worker and step")
     mended = training.recovery
     if mended.retries or mended.rebuilt_shards:
         table.add_row(

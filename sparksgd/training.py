@@ -148,6 +148,12 @@ class Training:
     """What ended the run early."""
 
     @property
+    def sent_bytes_per_worker_step(self) -> float:
+        """Bytes of vectors that a worker sent to others in a step, on average."""
+        worker_steps = (len(self.numerics) - 1) * len(self.step_times)
+        return self.sent_bytes / worker_steps if worker_steps else 0.0
+
+    @property
     def last_evaluation(self) -> EvaluationReport | None:
         """The newest one that the run stands by: none of weights that a NaN loss made it give up."""
         standing = [report for report in self.evaluations if report.step <= self.version]

@@ -13,10 +13,23 @@ zeros instead would give other bits.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from math import ceil
 from typing import Protocol, Self
 
-__all__ = ["Addable", "Node", "Partials", "add_partial", "merge_partials", "nodes_of", "split"]
+from sparksgd.ranges import balanced_range
+
+__all__ = [
+    "Addable",
+    "Node",
+    "Partials",
+    "add_partial",
+    "merge_partials",
+    "nodes_of",
+    "partials_sent",
+    "split",
+    "useful_workers",
+]
 
 Node = tuple[int, int]
 
@@ -90,6 +103,40 @@ def nodes_of(held: Iterable[int], leaves: int) -> list[Node]:
     for leaf in held:
         add_partial(partials, (leaf, leaf + 1), None, leaves)
     return list(partials)
+
+
+def partials_sent(workers: int, leaves: int) -> Iterator[int]:
+    """Yield how many partial sums each of some workers has left of its range of the leaves.
+
+    >>> list(partials_sent(2, 8)), list(partials_sent(3, 8))
+    ([1, 1], [1, 2, 2])
+    """
+    for worker in range(workers):
+        yield _branches((0, leaves), balanced_range(worker, workers, leaves))
+
+
+def _branches(node: Node, held: range) -> int:
+    """Return how few nodes at or below one make up the leaves of a range."""
+    first, end = node
+    if held.start <= first and end <= held.stop:
+        return 1
+    if held.stop <= first or end <= held.start:
+        return 0
+    return sum(_branches(child, held) for child in split(node))
+
+
+def useful_workers(leaves: int) -> list[int]:
+    """Return the numbers of workers that are faster than fewer ones, and send one partial sum each.
+
+    >>> useful_workers(8)
+    [1, 2, 4, 8]
+    """
+    return [
+        workers
+        for workers in range(1, leaves + 1)
+        if ceil(leaves / ceil(leaves / workers)) == workers
+        and all(sent == 1 for sent in partials_sent(workers, leaves))
+    ]
 
 
 def merge_partials(into: Partials, other: Mapping[Node, Addable | None], leaves: int) -> None:

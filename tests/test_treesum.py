@@ -9,7 +9,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sparksgd.treesum import Partials, add_partial, merge_partials, split
+from sparksgd.ranges import balanced_range
+from sparksgd.treesum import (
+    Partials,
+    add_partial,
+    merge_partials,
+    nodes_of,
+    partials_sent,
+    split,
+    useful_workers,
+)
 
 calm = settings(deadline=None, derandomize=True, database=None)  # no clock, no chance
 
@@ -170,3 +179,17 @@ def test_a_range_of_leaves_collapses_to_so_many_partial_sums(
     for leaf in range(first, end):
         add_partial(partials, (leaf, leaf + 1), Text(str(leaf)), leaves)
     assert len(partials) == count
+
+
+@pytest.mark.parametrize("leaves", [1, 2, 6, 7, 8, 12, 33])
+def test_what_workers_send_is_what_they_could_not_add_up(leaves):
+    for workers in range(1, leaves + 1):
+        ranges = [balanced_range(worker, workers, leaves) for worker in range(workers)]
+        assert list(partials_sent(workers, leaves)) == [len(nodes_of(held, leaves)) for held in ranges]
+
+
+@pytest.mark.parametrize(
+    ("leaves", "useful"), [(1, [1]), (4, [1, 2, 4]), (6, [1, 3, 6]), (7, [1, 3, 7]), (8, [1, 2, 4, 8])]
+)
+def test_workers_are_useful_where_none_waits_and_each_sends_one_sum(leaves, useful):
+    assert useful_workers(leaves) == useful

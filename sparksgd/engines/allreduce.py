@@ -63,20 +63,21 @@ class AllReduceEngine(SparkEngine):
 
     name = "allreduce"
 
+    @staticmethod
+    def check(cluster: Cluster, config: EngineConfig) -> None:
+        """Refuse what cannot work at the driver, before anybody has waited for rows to be dealt.
+
+        Raises:
+            ClusterError: no port is free.
+            ConfigError: the package for encryption is not installed.
+        """
+        _rendezvous(cluster, config).close()
+
     def _prepare(self, config: EngineConfig) -> None:
         self._fixed_steps = config.segment_steps
         self.segment_steps = config.segment_steps or _FIRST_STEPS
         self._before: tuple[SolverState, int] | None = None
-        self._rendezvous = Rendezvous(
-            run=secrets.token_bytes(8),
-            num_workers=self._cluster.num_workers,
-            credentials=Credentials.new(encrypt=_encrypts(self._cluster, config)),
-            host=self._cluster.driver_host,
-            listen_on=self._cluster.driver_bind_address,
-            ports=config.port_range,
-            timeout_s=config.peer_timeout_s,
-        )
-        self._rendezvous.start()
+        self._rendezvous = _rendezvous(self._cluster, config)
 
     def close(self) -> None:
         """Let go of the workers, whose connections close with it."""
@@ -233,6 +234,21 @@ class AllReduceEngine(SparkEngine):
                 self.recovery.strangers += dropped.total()
                 reasons = ", ".join(f"{reason}: {count}" for reason, count in sorted(dropped.items()))
                 log.warning("%d connections to %s were dropped: %s", dropped.total(), door, reasons)
+
+
+def _rendezvous(cluster: Cluster, config: EngineConfig) -> Rendezvous:
+    """Return where a run's workers will meet, open."""
+    rendezvous = Rendezvous(
+        run=secrets.token_bytes(8),
+        num_workers=cluster.num_workers,
+        credentials=Credentials.new(encrypt=_encrypts(cluster, config)),
+        host=cluster.driver_host,
+        listen_on=cluster.driver_bind_address,
+        ports=config.port_range,
+        timeout_s=config.peer_timeout_s,
+    )
+    rendezvous.start()
+    return rendezvous
 
 
 def _encrypts(cluster: Cluster, config: EngineConfig) -> bool:

@@ -25,6 +25,7 @@ from sparksgd.errors import (
     SparkSGDError,
 )
 from sparksgd.spark.step_rdd import keep_names
+from sparksgd.treesum import partials_sent, useful_workers
 
 __all__ = [
     "Cluster",
@@ -331,6 +332,7 @@ class Cluster:
                     f"owns one shard at least: set engine.num_workers={shards}, or more shards"
                 )
             self._wait_for(wanted)
+            _warn_of_waste(wanted, shards)
             return wanted
         self._wait_for(1)
         slots, since = self.slots(), time.monotonic()
@@ -338,9 +340,37 @@ class Cluster:
             time.sleep(_POLL_S)
             if (now := self.slots()) != slots:
                 slots, since = now, time.monotonic()
-        workers = min(slots, shards)
+        workers = _as_fast(min(slots, shards), shards)
         log.info("%d workers for %d shards: the cluster has %d slots", workers, shards, slots)
+        _warn_of_waste(workers, shards)
         return workers
+
+
+def _as_fast(workers: int, shards: int) -> int:
+    """Return the fewest workers of which none owns more shards than the busiest of these.
+
+    >>> _as_fast(6, 8)
+    4
+    """
+    return ceil(shards / ceil(shards / workers))
+
+
+def _warn_of_waste(workers: int, shards: int) -> None:
+    """Name a number of workers some of which wait for others, or that send more than they need to."""
+    useful = ", ".join(map(str, useful_workers(shards)))
+    fewer, sent = _as_fast(workers, shards), sum(partials_sent(workers, shards))
+    if fewer < workers:
+        log.warning(
+            "%d workers are no faster than %d: of %d shards the busiest owns %d either way; without waste "
+            "are %s workers",
+            workers, fewer, shards, ceil(shards / workers), useful,
+        )  # fmt: skip
+    elif sent > workers:
+        log.warning(
+            "%d workers send %d partial sums a step instead of %d, because their ranges of %d shards are no "
+            "whole branches of the addition tree; without waste are %s workers",
+            workers, sent, workers, shards, useful,
+        )  # fmt: skip
 
 
 def _task_sets(pool: Any) -> Iterator[Any]:

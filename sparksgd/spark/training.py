@@ -15,6 +15,7 @@ from sparksgd.config import Config, EngineConfig
 from sparksgd.engines.allreduce import AllReduceEngine
 from sparksgd.engines.protocol import Engine, Shards
 from sparksgd.engines.tree import TreeEngine
+from sparksgd.errors import ClusterError, ConfigError
 from sparksgd.spark.cluster import Cluster
 from sparksgd.spark.rows import DataFrameRows, read_parquet
 from sparksgd.spark.session import check_session
@@ -76,6 +77,8 @@ def _train(
     instruction_set.pin(config.train.instruction_set)
     cluster = Cluster(session, config)
     check_session(session, config.train)
+    if config.engine.name == "allreduce":
+        AllReduceEngine.check(cluster, config.engine)
     with cluster.job_group():
         with cluster.slot_watch.over(1):
             rows, test = frames()
@@ -96,12 +99,16 @@ def _chosen(
     if cluster.num_workers == 1:
         log.info("engine: tree, because there is one worker, which has nobody to sum with")
         return TreeEngine(cluster, config, plan, shards, test)
-    engine = AllReduceEngine(cluster, config, plan, shards, test)
-    obstacle = engine.obstacle()
-    if obstacle is None:
-        log.info("engine: allreduce, because all %d workers reach each other", cluster.num_workers)
-        return engine
-    engine.close()
+    try:
+        engine = AllReduceEngine(cluster, config, plan, shards, test)
+    except (ClusterError, ConfigError) as error:
+        obstacle: str | None = str(error)
+    else:
+        obstacle = engine.obstacle()
+        if obstacle is None:
+            log.info("engine: allreduce, because all %d workers reach each other", cluster.num_workers)
+            return engine
+        engine.close()
     log.warning("engine: tree, because workers cannot sum among themselves: %s", obstacle)
     return TreeEngine(cluster, config, plan, shards, test)
 

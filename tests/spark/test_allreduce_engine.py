@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import signal
 import socket
+import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from conftest import (  # tests/spark/conftest.py
@@ -23,22 +26,27 @@ from conftest import (  # tests/spark/conftest.py
 )
 
 from sparksgd.engines.inline import InlineEngine
-from sparksgd.errors import Cancelled, ClusterError, NotFinite, UpdateNotFinite, UserCodeError
+from sparksgd.errors import Cancelled, ClusterError, ConfigError, NotFinite, UpdateNotFinite, UserCodeError
 from sparksgd.local_rows import ParquetRows
 from sparksgd.spark.training import train
 from sparksgd.training import train as train_inline
+from sparksgd.treesum import useful_workers
 
 FLAG_NET = "model.name=users_modules:FlagNet"
 ALLREDUCE = ("engine.name=allreduce", "engine.segment_steps=4")
-PLACES = {
-    (1, 4): (),
-    (2, 4): ("engine.segment_steps=7",),
-    (3, 4): ("engine.encrypt=true",),
-    (4, 4): ("engine.segment_steps=20",),
-    (3, 8): ("engine.segment_steps=none",),
-}
+PLACES = [
+    (1, 4, ()),
+    (2, 4, ("engine.name=tree",)),
+    (2, 4, ("engine.segment_steps=7",)),
+    (3, 4, ("engine.encrypt=true",)),
+    (4, 4, ("engine.segment_steps=20",)),
+    (3, 8, ("engine.segment_steps=none",)),
+]
 EXPERIMENTS = {
-    "dropout and momentum": ("schedule.name=CosineAnnealingLR", "schedule.T_max=20"),
+    "LeNet with dropout, and momentum": (
+        *("model.name=lenet", "model.side=4", "model.maps=[4, 8]", "model.hidden=32"),
+        *("schedule.name=CosineAnnealingLR", "schedule.T_max=20"),
+    ),
     "batch-norm and Adam": ("model.name=users_modules:NormNet", "optimizer.name=Adam", "optimizer.lr=0.01"),
     "clipping, which needs the whole gradient": ("solver.clip_norm=0.5",),
     "an optimiser that looks at whole tensors": ("optimizer.name=Adafactor", "optimizer.lr=0.01"),
@@ -49,13 +57,48 @@ EXPERIMENTS = {
 def test_every_number_of_workers_ends_at_the_digest_of_the_reference(session_for, small, experiment):
     spark = session_for("local[5]")
     frame = spark.read.parquet(small)
-    for (workers, shards), cluster in PLACES.items():
+    for workers, shards, cluster in PLACES:
         settings = ("train.steps=20", f"train.num_shards={shards}", *EXPERIMENTS[experiment])
         config = configured(*settings, f"engine.num_workers={workers}", *ALLREDUCE, *cluster)
         training = train(spark, config, frame)
         inline = train_inline(config, rows=ParquetRows(small), test=None, make_engine=InlineEngine)
-        assert digests(training) == digests(inline), (workers, shards)
+        assert digests(training) == digests(inline), (workers, shards, cluster)
         assert (len(training.step_times), training.recovery.retries) == (20, 0)
+        if training.engine == "allreduce" and workers in useful_workers(shards):
+            vector = 4 * training.flat.parameters.numel()
+            beside = training.sent_bytes_per_worker_step - 2 * (workers - 1) / workers * vector
+            assert 0 <= beside <= 256 * (workers - 1)  # a record of loss, rows, statistics for each other
+
+
+def test_two_runs_at_once_on_the_same_executors_do_not_meet(session_for, small):
+    spark = session_for("local[5]")
+    frame = spark.read.parquet(small)
+    configs = [configured(*ALLREDUCE, "train.steps=30", f"train.seed={seed}") for seed in (1, 2)]
+    with ThreadPoolExecutor(2) as pool:
+        trainings = list(pool.map(lambda config: train(spark, config, frame), configs))
+    for training, config in zip(trainings, configs, strict=True):
+        assert training.flat.parameters_sha256() == undisturbed(small, config)
+        assert (training.recovery.strangers, training.recovery.retries) == (0, 0)
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        (("engine.encrypt=true",), "pip install 'sparksgd[tls]'"),
+        (("engine.ports={taken}-{taken}",), "cannot listen on a port of {taken} to {taken}"),
+    ],
+)
+def test_what_cannot_work_at_the_driver_is_refused_before_rows_are_dealt(
+    session_for, small, monkeypatch, settings, says
+):
+    spark = session_for("local[5]")
+    monkeypatch.setitem(sys.modules, "cryptography", None)
+    monkeypatch.setattr("sparksgd.spark.training.DataFrameRows", None)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        taken = server.getsockname()[1]
+        config = configured(*ALLREDUCE, *(setting.format(taken=taken) for setting in settings))
+        with pytest.raises((ClusterError, ConfigError), match=re.escape(says.format(taken=taken))):
+            train(spark, config, spark.read.parquet(small))
 
 
 def test_rows_dealt_in_place_reach_the_digest_of_the_tree_engine(session_for, tmp_path):
@@ -65,7 +108,7 @@ def test_rows_dealt_in_place_reach_the_digest_of_the_tree_engine(session_for, tm
     tree = train(spark, configured(*settings), frame)
     allreduce = train(spark, configured(*settings, *ALLREDUCE), frame)
     assert digests(tree) == digests(allreduce)
-    assert allreduce.sent_bytes > 0
+    assert allreduce.sent_bytes > tree.sent_bytes == 0
 
 
 def test_reports_and_evaluations_are_those_of_the_reference(session_for, small):
