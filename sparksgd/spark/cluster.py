@@ -48,6 +48,7 @@ _POLL_S = 0.2
 _SETTLED_S = 3.0
 _DROPPED_S = 5.0
 _SILENCE_S = 3.0
+_WAITS = tuple(f"spark.locality.wait.{level}" for level in ("process", "node", "rack"))
 _CANCELLED = re.compile(r"SPARK_JOB_CANCELLED|(Job|Stage) \d+ (was )?cancelled")
 _LOST = re.compile(r"CHECKPOINT_RDD_BLOCK_ID_NOT_FOUND|Checkpoint block rdd_\d+_\d+ not found|ExecutorLost")
 _WRAPPED = re.compile(r"Job aborted|Exception thrown by job")
@@ -187,12 +188,17 @@ class Cluster:
 
     @contextmanager
     def job_group(self) -> Iterator[None]:
-        """Put all jobs of the block into the run's group, then give back the session's own, and rest."""
+        """Put all jobs of the block into the run's group, then give back the session's own, and rest.
+
+        Meanwhile nothing in the session waits for a place beside its data: Spark starts the tasks of a
+        barrier-mode job together, so one that waits (3 s, by default) would hold up all, at every step.
+        """
         names = ("spark.jobGroup.id", "spark.job.description", "spark.job.interruptOnCancel")
         before = {name: self.context.getLocalProperty(name) for name in names}
         self.context.setJobGroup(self.run_id, "sparksgd")
         try:
-            yield
+            with _no_locality_wait(self.context._jsc.sc()):
+                yield
         finally:
             self.slot_watch.close()
             with cleanup():
@@ -371,6 +377,38 @@ def _warn_of_waste(workers: int, shards: int) -> None:
             "whole branches of the addition tree; without waste are %s workers",
             workers, sent, workers, shards, useful,
         )  # fmt: skip
+
+
+_waits_lock = threading.Lock()
+_waits_of: dict[str, tuple[int, dict[str, str | None]]] = {}
+"""By application: how many runs go on in it, and what it had set before the first."""
+
+
+@contextmanager
+def _no_locality_wait(spark: Any) -> Iterator[None]:
+    """Let the scheduler, which asks its session at every job, place tasks at once.
+
+    Args:
+        spark: the JVM's SparkContext.
+    """
+    conf, application = spark.conf(), str(spark.applicationId())
+    with _waits_lock:
+        runs, before = _waits_of.get(application, (0, {}))
+        if not runs:
+            before = {key: conf.get(key, None) for key in _WAITS}
+            for key in _WAITS:
+                conf.set(key, "0s")
+        _waits_of[application] = runs + 1, before
+    try:
+        yield
+    finally:
+        with _waits_lock, cleanup():
+            runs, before = _waits_of.pop(application)
+            if runs > 1:
+                _waits_of[application] = runs - 1, before
+            else:
+                for key, value in before.items():
+                    conf.remove(key) if value is None else conf.set(key, value)
 
 
 def _task_sets(pool: Any) -> Iterator[Any]:

@@ -57,11 +57,6 @@ SETTINGS = (
         exact=True,
     ),
     Setting(
-        key="spark.locality.wait",
-        value="0s",
-        cost="up to 3 s per step while a slot beside the shards is busy",
-    ),
-    Setting(
         key="spark.scheduler.barrier.maxConcurrentTasksCheck.interval",
         value="1s",
         cost="15 s of silence when an executor is lost just before a step",
