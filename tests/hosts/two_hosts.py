@@ -1,0 +1,117 @@
+"""Runs a program as the driver of a standalone cluster of two worker hosts that are network namespaces.
+
+    python two_hosts.py [--rate 1gbit] [--properties FILE] FOLDER PROGRAM ARGUMENT...
+
+The hosts have names that resolve to loopback, as Debian has them, an address on the bridge that
+joins them with the driver, another that leads nowhere, and local directories that no other host sees.
+Nothing of it outlives this process, which must be the first of a namespace of its own: see INSIDE.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+INSIDE = [
+    *("unshare", "--user", "--map-root-user", "--mount", "--net", "--uts", "--pid", "--fork"),
+    *("--kill-child", "--mount-proc"),
+]
+"""Command that runs another one where two_hosts.py may run."""
+
+PROBE = (
+    "ip link add bridge type bridge && ip link add left type veth peer name right "
+    "&& tc qdisc add dev left root tbf rate 1gbit burst 100kb latency 50ms"
+)
+"""Shell command that fails, inside, where such hosts cannot be made."""
+
+DRIVER = "192.0.2.1"
+WORKERS = {"worker1": "192.0.2.11", "worker2": "192.0.2.12"}
+_NOWHERE = "198.51.100.1"
+_READY_S = 60
+_BURST = ("burst", "100kb", "latency", "50ms")  # a large one would let a whole gradient pass at once
+
+
+def run(*words: str) -> None:
+    subprocess.run(words, check=True)
+
+
+def spark_class(folder: Path, name: str, role: str, *options: str, host: list[str]) -> str:
+    """Start a server of Spark on a host; return the master's address once the server knows it."""
+    log = folder / f"{name}.log"
+    java = [str(Path(sys.executable).parent / "spark-class"), f"org.apache.spark.deploy.{role}"]
+    with log.open("w") as opened:
+        subprocess.Popen(
+            [*host, *java, "--webui-port", "0", *options], stdout=opened, stderr=subprocess.STDOUT,
+            env=os.environ | {"SPARK_LOCAL_DIRS": str(folder / "local")},
+        )  # fmt: skip
+    deadline = time.monotonic() + _READY_S
+    while time.monotonic() < deadline:
+        said = re.search(
+            r"(?:Starting Spark master at|registered with master) (spark://\S+)", log.read_text()
+        )
+        if said:
+            return said[1]
+        time.sleep(0.1)  # a server tells only its log that it is ready
+    raise SystemExit(log.read_text())
+
+
+def worker_host(name: str, address: str, rate: str | None, local: Path) -> list[str]:
+    """Make a host; return the command that runs another one on it."""
+    holder = subprocess.Popen(["unshare", "--net", "--uts", "--mount", "sleep", "infinity"])
+    theirs = Path(f"/proc/{holder.pid}/ns/net")
+    while theirs.readlink() == Path("/proc/self/ns/net").readlink():
+        time.sleep(0.01)
+    on_host = ["nsenter", f"--target={holder.pid}", "--net", "--uts", "--mount"]
+    run(*on_host, "mount", "-t", "tmpfs", "local", str(local))
+    run("ip", "link", "add", name, "type", "veth", "peer", "name", "eth0", "netns", str(holder.pid))
+    run("ip", "link", "set", name, "master", "bridge", "up")
+    run(*on_host, "hostname", name)
+    run(*on_host, "ip", "link", "set", "lo", "up")
+    run(*on_host, "ip", "link", "add", "spare", "type", "veth", "peer", "name", "nowhere")
+    for link, of in (("spare", _NOWHERE), ("eth0", address)):
+        run(*on_host, "ip", "address", "add", f"{of}/24", "dev", link)
+        run(*on_host, "ip", "link", "set", link, "up")
+    if rate is not None:
+        limit = ["root", "tbf", "rate", rate, *_BURST]
+        run("tc", "qdisc", "add", "dev", name, *limit)
+        run(*on_host, "tc", "qdisc", "add", "dev", "eth0", *limit)
+    return on_host
+
+
+def main() -> int:
+    """Make the hosts, start the cluster, run the program; return its exit status."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rate", help="limit of each host's link, as tc has it")
+    parser.add_argument("--properties", default="/dev/null", help="Spark's settings of master and workers")
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("program", nargs=argparse.REMAINDER)
+    options = parser.parse_args()
+    (options.folder / "local").mkdir()
+    names = options.folder / "hosts"
+    names.write_text(f"127.0.0.1 localhost\n127.0.1.1 driver {' '.join(WORKERS)}\n")
+    run("mount", "--bind", str(names), "/etc/hosts")
+    run("hostname", "driver")
+    run("ip", "link", "set", "lo", "up")
+    run("ip", "link", "add", "bridge", "type", "bridge")
+    run("ip", "address", "add", f"{DRIVER}/24", "dev", "bridge")
+    run("ip", "link", "set", "bridge", "up")
+    settings = ["--properties-file", options.properties]
+    master = spark_class(
+        options.folder, "master", "master.Master", "--host", DRIVER, "--port", "0", *settings, host=[]
+    )
+    for name, address in WORKERS.items():
+        host = worker_host(name, address, options.rate, options.folder / "local")
+        size = ["--cores", "1", "--memory", "2g", "--work-dir", str(options.folder / name / "work")]
+        spark_class(
+            options.folder, name, "worker.Worker", "--host", address, *size, *settings, master, host=host
+        )  # fmt: skip
+    return subprocess.run([*options.program, master], check=False).returncode
+
+
+if __name__ == "__main__":
+    sys.exit(main())
