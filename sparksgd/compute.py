@@ -253,19 +253,18 @@ class Computer:
         records = read_records(shard, rows, self.plan.schema.record)
         seed = seed32(self.plan.sampling.seed, "dropout", shard.shard, step)
         torch.default_generator.manual_seed(seed)
-        self.flat.zero_gradient()
         chunk = self.plan.rows_per_backward or len(records)
         loss = 0.0
-        for first in range(0, len(records), chunk):
-            _, losses = forward(
-                self.flat.module, self.plan.loss, self.plan.schema, records[first : first + chunk]
-            )
-            total = losses.sum()
-            self._require_finite(losses, rows[first : first + chunk], shard, step)
-            with _users_code():
-                total.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
-            loss += float(total.detach())
-        gradient = self.flat.gradient.numpy().copy()
+        with self.flat.new_gradient() as gradient:
+            for first in range(0, len(records), chunk):
+                _, losses = forward(
+                    self.flat.module, self.plan.loss, self.plan.schema, records[first : first + chunk]
+                )
+                total = losses.sum()
+                self._require_finite(losses, rows[first : first + chunk], shard, step)
+                with _users_code():
+                    total.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+                loss += float(total.detach())
         if not np.isfinite(gradient.sum()) and not np.isfinite(gradient).all():
             raise NotFinite(
                 f"the gradient of step {step + 1} is NaN or infinite in shard {shard.shard}, rows "

@@ -63,14 +63,12 @@ class FlatModule:
         size = sum(parameter.numel() for parameter in self.trainable)
         self.parameters = torch.empty(size, dtype=dtype)
         self.gradient = torch.zeros(size, dtype=dtype)
-        start = 0
-        for parameter in self.trainable:
-            end = start + parameter.numel()
-            view = self.parameters[start:end].view(parameter.shape)
-            view.copy_(parameter.detach())
-            parameter.data = view
-            parameter.grad = self.gradient[start:end].view(parameter.shape)
-            start = end
+        for parameter, values, gradient in zip(
+            self.trainable, self._views(self.parameters), self._views(self.gradient), strict=True
+        ):
+            values.copy_(parameter.detach())
+            parameter.data = values
+            parameter.grad = gradient
         self.whole = _parameter(self.parameters, self.gradient)
         norms = [m for m in _training_norms(module) if m.track_running_stats]
         self._statistics = [
@@ -78,9 +76,35 @@ class FlatModule:
         ]
         self._counters = [norm.num_batches_tracked for norm in norms if norm.num_batches_tracked is not None]
 
-    def zero_gradient(self) -> None:
-        """Clear the gradient; the views stay views."""
-        self.gradient.zero_()
+    @contextmanager
+    def new_gradient(self) -> Iterator[npt.NDArray[np.floating]]:
+        """Give a new vector, float[P], that after the block holds the gradient of its backward passes.
+
+        They bring tensors of their own, which are then copied: adding them to views that hold zeros
+        would pass over all of it three times more.
+        """
+        held = [parameter.grad for parameter in self.trainable]
+        gradient = torch.empty_like(self.gradient)
+        for parameter in self.trainable:
+            parameter.grad = None
+        try:
+            yield gradient.numpy()
+            for parameter, view in zip(self.trainable, self._views(gradient), strict=True):
+                if parameter.grad is None:
+                    view.zero_()
+                else:
+                    view.copy_(parameter.grad.to_dense())
+        finally:
+            for parameter, grad in zip(self.trainable, held, strict=True):
+                parameter.grad = grad
+
+    def _views(self, vector: torch.Tensor) -> Iterator[torch.Tensor]:
+        """Yield the part of a vector, [P], that is each parameter's, in its shape."""
+        start = 0
+        for parameter in self.trainable:
+            end = start + parameter.numel()
+            yield vector[start:end].view(parameter.shape)
+            start = end
 
     def weights(self, version: int) -> Weights:
         """Return a copy of everything that training changes."""

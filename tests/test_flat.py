@@ -55,10 +55,24 @@ def test_parameters_and_gradients_are_views_of_the_vectors() -> None:
     assert module.bias.tolist() == [30]
     module(torch.tensor([[5.0, 7.0]])).sum().backward()
     assert flat.gradient.tolist() == [5, 7, 1]
-    flat.zero_gradient()
+    flat.gradient.zero_()
     assert module.weight.grad.tolist() == [[0, 0]]
-    module(torch.tensor([[5.0, 7.0]])).sum().backward()
-    assert flat.gradient.tolist() == [5, 7, 1]
+
+
+def test_a_new_gradient_is_the_sum_of_its_backward_passes_and_the_views_stay() -> None:
+    table = nn.Embedding(3, 2, sparse=True)
+    module = filled(nn.ModuleList([nn.Linear(2, 1), table, nn.Linear(1, 1)]))  # the last one is not used
+    flat = FlatModule(module)
+    flat.gradient.fill_(9)
+    with flat.new_gradient() as gradient:
+        for _ in range(2):
+            module[0](torch.tensor([[5.0, 7.0]])).sum().backward()
+            table(torch.tensor([2])).sum().backward()
+    assert gradient.tolist() == [10, 14, 2, 0, 0, 0, 0, 2, 2, 0, 0]
+    with pytest.raises(ZeroDivisionError), flat.new_gradient():
+        raise ZeroDivisionError
+    assert flat.gradient.tolist() == [9] * 11
+    assert module[0].weight.grad.data_ptr() == flat.gradient.data_ptr()
 
 
 def test_a_frozen_parameter_is_not_in_the_vector() -> None:
