@@ -2,66 +2,103 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import replace
 
 from measuring import MODELS, Block, Task, answer
 from product import session_of, train_lenet
+from pyspark.sql import SparkSession
+from turns import Turns
 
 from sparksgd.engines.allreduce import AllReduceEngine
 from sparksgd.engines.protocol import StepReport
 from sparksgd.training import EvaluationReport, Training
 
+_ROUNDS_OF_SHARDS = 2
+
 
 class Clock:
-    """Observer that keeps what each step took, the start and end of its Spark job included."""
+    """Observer that times blocks; a block is a segment, and has all that the driver does around it.
 
-    def __init__(self) -> None:
-        self.step_s: list[float] = []
-        self.compute_s: list[float] = []
+    Args:
+        what: name of the blocks.
+        rows_per_step: of all workers.
+        block_steps: steps of a block.
+        turns: the arm's.
+    """
+
+    def __init__(self, what: str, rows_per_step: int, block_steps: int, turns: Turns) -> None:
+        self.blocks: list[Block] = []
+        self._what = what
+        self._rows_per_step = rows_per_step
+        self._block_steps = block_steps
+        self._turns = turns
+        self._step_s: list[float] = []
+        self._compute_s: list[float] = []
 
     def started(self, training: Training) -> None:
-        """Do nothing."""
+        """Do nothing: the first block warms up."""
 
     def stepped(self, training: Training, report: StepReport) -> None:
-        """Note the step."""
-        self.step_s.append(report.timing.total)
-        self.compute_s.append(report.timing.compute)
+        """Note the step, and end the block after its last."""
+        self._step_s.append(report.timing.total)
+        self._compute_s.append(report.timing.compute)
+        if len(self._step_s) < self._block_steps:
+            return
+        if report.step > self._block_steps:
+            self._step_s[0] += time.perf_counter() - self._began - sum(self._step_s)
+            self.blocks.append(
+                Block(
+                    what=self._what,
+                    rows_per_step=self._rows_per_step,
+                    step_s=tuple(self._step_s),
+                    compute_s=tuple(self._compute_s),
+                )
+            )
+        self._step_s, self._compute_s = [], []
+        self._turns.next()
+        self._began = time.perf_counter()
 
     def evaluated(self, training: Training, report: EvaluationReport) -> None:
         """Do nothing: nothing is evaluated."""
 
     def ended(self, training: Training) -> None:
-        """Refuse numbers in which a segment was made twice."""
+        """Refuse numbers in which a segment was made twice, or that are not of this engine."""
         assert not training.recovery.retries, f"{training.recovery.retries} segments were tried again"
+        assert training.sent_bytes or training.config.engine.num_workers == 1
+
+
+def timed(
+    session: SparkSession, task: Task, size: tuple[str, int, int], turns: Turns, shards: int, finer: str = ""
+) -> list[Block]:
+    """Train at a size; return the blocks after the first."""
+    name, rows, block_steps = size
+    task = replace(task, rows_per_step=rows * task.num_workers)
+    clock = Clock(f"sparksgd all-reduce, {name}, {rows} rows{finer}", task.rows_per_step, block_steps, turns)
+    train_lenet(
+        session,
+        task,
+        steps=(1 + task.blocks) * block_steps,
+        shards_per_worker=shards,
+        observers=[clock],
+        model=MODELS[name],
+        engine=AllReduceEngine,
+        segment_steps=block_steps,
+    )
+    return clock.blocks
 
 
 def measure(task: Task) -> list[Block]:
-    """Train at every size; return the blocks after the warm-up."""
+    """Train at every size, then with more shards at the second."""
+    turns = Turns()
     session = session_of(task)
     blocks = []
-    for shards in task.shards_per_worker:
-        for name, rows in task.sizes:
-            clock = Clock()
-            train_lenet(
-                session,
-                replace(task, rows_per_step=rows * task.num_workers),
-                steps=task.warmup_steps + task.blocks * task.block_steps,
-                shards_per_worker=shards,
-                observers=[clock],
-                model=MODELS[name],
-                engine=AllReduceEngine,
-            )
-            finer = "" if shards == 1 else f", {shards} shards per worker"
-            for first in range(task.warmup_steps, len(clock.step_s), task.block_steps):
-                part = slice(first, first + task.block_steps)
-                blocks.append(
-                    Block(
-                        what=f"sparksgd all-reduce, {name}, {rows} rows{finer}",
-                        rows_per_step=rows * task.num_workers,
-                        step_s=tuple(clock.step_s[part]),
-                        compute_s=tuple(clock.compute_s[part]),
-                    )
-                )
+    for size in task.sizes:
+        blocks += timed(session, task, size, turns, 1)
+    for _ in range(_ROUNDS_OF_SHARDS):
+        for shards in task.shards_per_worker:
+            finer = f", {shards} {'shard' if shards == 1 else 'shards'} per worker"
+            blocks += timed(session, replace(task, blocks=2), task.sizes[1], turns, shards, finer)
     session.stop()
     return blocks
 

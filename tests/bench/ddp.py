@@ -18,6 +18,7 @@ from one_process import load
 from torch import multiprocessing
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
+from turns import Turns
 
 from sparksgd.models import LeNet
 
@@ -29,14 +30,19 @@ def work(rank: int, task: Task, folder: str) -> None:
         "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=task.num_workers
     )
     images, labels = load(task.data)
+    turns = Turns() if rank == 0 else None
     blocks = []
-    for name, rows in task.sizes:
+    for name, rows, block_steps in task.sizes:
         torch.manual_seed(0)
         model = DistributedDataParallel(LeNet(**MODELS[name]))
         optimizer = torch.optim.SGD(model.parameters(), lr=LEARNING_RATE, momentum=MOMENTUM)
         step_s = []
         order = torch.randperm(len(labels))
-        for step in range(task.warmup_steps + task.blocks * task.block_steps):
+        for step in range((1 + task.blocks) * block_steps):
+            if step and step % block_steps == 0:
+                if turns is not None:
+                    turns.next()
+                dist.barrier()
             started = time.perf_counter()
             first = (step * task.num_workers + rank) * rows % (len(labels) - rows)
             batch = order[first : first + rows]
@@ -44,14 +50,13 @@ def work(rank: int, task: Task, folder: str) -> None:
             F.cross_entropy(model(images[batch]), labels[batch]).backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
             optimizer.step()
             step_s.append(time.perf_counter() - started)
-        timed = step_s[task.warmup_steps :]
         blocks += [
             Block(
                 what=f"DistributedDataParallel, {name}, {rows} rows",
                 rows_per_step=rows * task.num_workers,
-                step_s=tuple(timed[start : start + task.block_steps]),
+                step_s=tuple(step_s[start : start + block_steps]),
             )
-            for start in range(0, len(timed), task.block_steps)
+            for start in range(block_steps, len(step_s), block_steps)
         ]
     if rank == 0:
         Path(folder, "blocks").write_text(json.dumps([asdict(block) for block in blocks]))

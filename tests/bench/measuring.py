@@ -66,15 +66,15 @@ class Task:
     shards_per_worker: tuple[int, ...] = (1,)
     """How finely the rows are dealt; more than one value: a training of each, in turns."""
 
-    sizes: tuple[tuple[str, int], ...] = ()
-    """Models by name, and rows of each worker's step: one training of each, in turns."""
+    sizes: tuple[tuple[str, int, int], ...] = ()
+    """Models by name, rows of each worker's step, steps of a block: one training of each."""
 
     @classmethod
     def read(cls, path: Path) -> Task:
         """Read a task as JSON."""
         values = json.loads(path.read_text())
         values["shards_per_worker"] = tuple(values["shards_per_worker"])
-        values["sizes"] = tuple((name, rows) for name, rows in values["sizes"])
+        values["sizes"] = tuple((name, rows, steps) for name, rows, steps in values["sizes"])
         return cls(**values)
 
 

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import cycle, islice, repeat
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
 import torch
-from measuring import LEARNING_RATE, LENET, MOMENTUM, Block, Task, answer
+from measuring import LEARNING_RATE, LENET, MODELS, MOMENTUM, Block, Task, answer
 from torch.nn import functional as F
+from turns import Turns
 
 from sparksgd.models import LeNet
 
@@ -21,30 +25,42 @@ def load(path: str) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.from_numpy(images.copy()), torch.tensor(table["label"].to_pylist())
 
 
+def timed(
+    what: str, model: Mapping[str, Any], data: tuple[torch.Tensor, torch.Tensor], rows: int,
+    steps: Iterable[int], turns: Turns,
+) -> Iterator[Block]:  # fmt: skip
+    """Train a model by itself, and yield a block of each number of steps but the first, which warms up."""
+    images, labels = data
+    module = LeNet(**model)
+    optimizer = torch.optim.SGD(module.parameters(), lr=LEARNING_RATE, momentum=MOMENTUM)
+    batches = cycle(torch.randperm(len(labels)).split(rows)[: len(labels) // rows])  # type: ignore[no-untyped-call]  # torch leaves it untyped
+    for number, count in enumerate(steps):
+        step_s = []
+        for batch in islice(batches, count):
+            started = time.perf_counter()
+            optimizer.zero_grad()
+            F.cross_entropy(module(images[batch]), labels[batch]).backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+            optimizer.step()
+            step_s.append(time.perf_counter() - started)
+        if number:
+            yield Block(what=what, rows_per_step=rows, step_s=tuple(step_s))
+        turns.next()
+
+
 def measure(task: Task) -> list[Block]:
-    """Make the steps, and time those after the warm-up."""
+    """Train at every size, with the rows of all workers together."""
+    turns = Turns()
     torch.set_num_threads(len(os.sched_getaffinity(0)))
-    images, labels = load(task.data)
-    model = LeNet(**LENET)
-    optimizer = torch.optim.SGD(model.parameters(), lr=LEARNING_RATE, momentum=MOMENTUM)
-    batches = torch.randperm(len(labels)).split(task.rows_per_step)  # type: ignore[no-untyped-call]  # torch leaves it untyped
-    step_s = []
-    for step in range(task.warmup_steps + task.blocks * task.block_steps):
-        started = time.perf_counter()
-        batch = batches[step % (len(labels) // task.rows_per_step)]
-        optimizer.zero_grad()
-        F.cross_entropy(model(images[batch]), labels[batch]).backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
-        optimizer.step()
-        step_s.append(time.perf_counter() - started)
-    timed = step_s[task.warmup_steps :]
-    return [
-        Block(
-            what="one process",
-            rows_per_step=task.rows_per_step,
-            step_s=tuple(timed[first : first + task.block_steps]),
-        )
-        for first in range(0, len(timed), task.block_steps)
-    ]
+    data = load(task.data)
+    if not task.sizes:
+        steps = [task.warmup_steps, *repeat(task.block_steps, task.blocks)]
+        return list(timed("one process", LENET, data, task.rows_per_step, steps, turns))
+    blocks: list[Block] = []
+    for name, rows, block_steps in task.sizes:
+        what = f"one process, {name}, {rows} rows"
+        steps = list(repeat(block_steps, 1 + task.blocks))
+        blocks += timed(what, MODELS[name], data, rows * task.num_workers, steps, turns)
+    return blocks
 
 
 if __name__ == "__main__":

@@ -8,14 +8,16 @@ import signal
 import subprocess
 import sys
 import tempfile
-from contextlib import suppress
+from collections.abc import Mapping
+from contextlib import ExitStack, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from measuring import Task
+from turns import TURNS, TurnsOf
 
-__all__ = ["ArmFailed", "run_arm"]
+__all__ = ["ArmFailed", "run_arm", "run_in_turns"]
 
 _LAST_LINES = 40
 ROOT = Path(__file__).parent.parent.parent
@@ -25,37 +27,72 @@ class ArmFailed(Exception):
     """An arm's process ended with an error; the message has the end of its log."""
 
 
-def run_arm(script: str, task: Task) -> Any:
-    """Run a script of this folder, and return what it wrote.
+class _Arm:
+    """A script of this folder in a process of its own; sparksgd's own arms run as `make run` submits them."""
 
-    sparksgd's own arms run as `make run` submits them; the others in a session as Spark has it.
+    def __init__(self, script: str, task: Task, *, takes_turns: bool = False) -> None:
+        self._script = script
+        self._folder = tempfile.TemporaryDirectory(prefix="sgd-")
+        folder = Path(self._folder.name)
+        self._answer, self._log = folder / "answer", folder / "log"
+        task_path, scratch = folder / "task", folder / "tmp"
+        scratch.mkdir()
+        task_path.write_text(json.dumps(asdict(task)))
+        environment = _environment(scratch, task)
+        self.turns = TurnsOf(folder / "turns") if takes_turns else None
+        if self.turns is not None:
+            environment[TURNS] = str(self.turns.path)
+        command = [sys.executable, str(Path(__file__).with_name(script)), str(task_path), str(self._answer)]
+        with self._log.open("w") as log:
+            self.process = subprocess.Popen(
+                command, stdout=log, stderr=subprocess.STDOUT, env=environment, cwd=ROOT,
+                start_new_session=True,
+            )  # fmt: skip
+
+    def __enter__(self) -> _Arm:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        _end_group(self.process)
+        if self.turns is not None:
+            self.turns.close()
+        self._folder.cleanup()
+
+    def answer(self) -> Any:
+        """Return what it wrote, once it has ended."""
+        if self.process.wait():
+            last = self._log.read_text().splitlines()[-_LAST_LINES:]
+            raise ArmFailed(f"{self._script} ended with {self.process.returncode}:\n" + "\n".join(last))
+        return json.loads(self._answer.read_text())
+
+
+def run_arm(script: str, task: Task) -> Any:
+    """Run a script of this folder alone, and return what it wrote.
 
     Raises:
         ArmFailed: it ended with an error.
     """
-    with tempfile.TemporaryDirectory(prefix="sgd-") as folder:
-        task_path, answer_path, log_path = (Path(folder) / name for name in ("task", "answer", "log"))
-        scratch = Path(folder) / "tmp"
-        scratch.mkdir()
-        task_path.write_text(json.dumps(asdict(task)))
-        command = [sys.executable, str(Path(__file__).with_name(script)), str(task_path), str(answer_path)]
-        with log_path.open("w") as log:
-            process = subprocess.Popen(
-                command,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                env=_environment(scratch, task),
-                cwd=ROOT,
-                start_new_session=True,
-            )
-            try:
-                process.wait()
-            finally:
-                _end_group(process)
-        if process.returncode:
-            last = log_path.read_text().splitlines()[-_LAST_LINES:]
-            raise ArmFailed(f"{script} ended with {process.returncode}:\n" + "\n".join(last))
-        return json.loads(answer_path.read_text())
+    with _Arm(script, task) as arm:
+        return arm.answer()
+
+
+def run_in_turns(arms: Mapping[str, Task]) -> list[Any]:
+    """Run scripts of this folder side by side, one of them working at a time; return what each wrote.
+
+    Raises:
+        ArmFailed: one ended with an error.
+    """
+    with ExitStack() as stack:
+        running = [stack.enter_context(_Arm(script, task, takes_turns=True)) for script, task in arms.items()]
+        waiting = list(running)
+        while waiting:
+            for arm in list(waiting):
+                assert arm.turns is not None
+                while not arm.turns.give():
+                    if arm.process.poll() is not None:
+                        waiting.remove(arm)
+                        break
+        return [arm.answer() for arm in running]
 
 
 def _environment(scratch: Path, task: Task) -> dict[str, str]:

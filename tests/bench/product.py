@@ -131,6 +131,7 @@ def train_lenet(
     observers: Sequence[Observer],
     model: Mapping[str, Any] = LENET,
     engine: type[TreeEngine | AllReduceEngine] = TreeEngine,
+    segment_steps: int | None = None,
 ) -> None:
     """Train LeNet for so many steps."""
     config = Config.from_dict(
@@ -138,7 +139,7 @@ def train_lenet(
             "data": {"features": "image", "label": "label"},
             "model": model,
             "optimizer": {"lr": LEARNING_RATE, "momentum": MOMENTUM},
-            "engine": {"num_workers": task.num_workers},
+            "engine": {"num_workers": task.num_workers, "segment_steps": segment_steps},
             "train": {
                 "epochs": steps,
                 "steps": steps,

@@ -151,7 +151,7 @@ def ratios_of(blocks: Sequence[Block]) -> list[Ratio]:
 
 def allreduce_ratios(blocks: Sequence[Block]) -> list[Ratio]:
     """Compare the all-reduce engine with DistributedDataParallel, and with itself on more shards."""
-    ours, theirs = "sparksgd all-reduce", "DistributedDataParallel"
+    ours, theirs, alone = "sparksgd all-reduce", "DistributedDataParallel", "one process"
     names = list(dict.fromkeys(block.what for block in blocks))
     ratios = []
     for name in names:
@@ -167,12 +167,13 @@ def allreduce_ratios(blocks: Sequence[Block]) -> list[Ratio]:
                     met=value >= DDP_TARGET,
                 )
             )
-    for name in names:
-        base, _, finer = name.rpartition(", ")
-        if finer.endswith("per worker"):
-            ratios.append(
-                Ratio(of=name, means=f"rows/s of {base} / {finer}", value=_speed(blocks, base, name))
-            )
+        if name.startswith(alone):
+            value = _speed(blocks, ours + name.removeprefix(alone), name)
+            ratios.append(Ratio(of=name, means=f"rows/s of {ours} / {name}", value=value))
+    base, *finer = [name for name in names if name.endswith("per worker")]
+    for name in finer:
+        value = _speed(blocks, base, name)
+        ratios.append(Ratio(of=name, means=f"rows/s of {base} / {name.rpartition(', ')[2]}", value=value))
     return ratios
 
 

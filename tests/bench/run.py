@@ -25,8 +25,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from measuring import LENET, LENET_PARAMETERS, MODELS, Block, Task
-from processes import ArmFailed, run_arm
+from measuring import LENET, LENET_PARAMETERS, Block, Task
+from processes import ArmFailed, run_arm, run_in_turns
 from report import (
     Ratio,
     allreduce_ratios,
@@ -43,7 +43,12 @@ from rich.console import Console
 NUM_WORKERS = 2
 ROWS_PER_WORKER = 64
 SYNTHETIC_ROWS = 60_000
-SIZES = tuple((model, rows) for model in MODELS for rows in (16, 64, 256))
+BLOCK_STEPS = {"431,080 parameters": (250, 120, 40), "1,663,370 parameters": (120, 60, 20)}
+SIZES = tuple(
+    (model, rows, steps)
+    for model, of_rows in BLOCK_STEPS.items()
+    for rows, steps in zip((16, 64, 256), of_rows, strict=True)
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +73,12 @@ class Size:
     soak_steps: tuple[int, int]
     """When the soak compares what the driver holds."""
 
+    share: float
+    """Of the blocks' steps of the all-reduce engine's sizes, which take four seconds each."""
+
+    turns: int
+    """Blocks of each of those sizes."""
+
 
 FULL = Size(
     rounds=3,
@@ -76,8 +87,19 @@ FULL = Size(
     blocks=3,
     shards_per_worker=(1, 2, 4, 8),
     soak_steps=(200, 2000),
+    share=1,
+    turns=5,
 )
-QUICK = Size(rounds=1, warmup_steps=5, block_steps=5, blocks=2, shards_per_worker=(1, 2), soak_steps=(10, 20))
+QUICK = Size(
+    rounds=1,
+    warmup_steps=5,
+    block_steps=5,
+    blocks=2,
+    shards_per_worker=(1, 2),
+    soak_steps=(10, 20),
+    share=0.05,
+    turns=2,
+)
 
 
 def main(argv: list[str]) -> int:
@@ -150,20 +172,12 @@ def _speed(task: Task, size: Size, data: str, console: Console) -> dict[str, Any
 
 
 def _allreduce(task: Task, size: Size, data: str, console: Console) -> dict[str, Any]:
-    """Run the all-reduce engine in turns with DistributedDataParallel, at every size."""
-    sized = replace(task, sizes=SIZES)
-    finer = replace(sized, sizes=SIZES[1:2], shards_per_worker=size.shards_per_worker[1:])
-    arms = {
-        "sparksgd all-reduce": ("allreduce.py", sized),
-        "DistributedDataParallel": ("ddp.py", sized),
-        "more shards": ("allreduce.py", finer),
-    }
-    blocks: list[Block] = []
-    with console.status("") as status:
-        for turn in range(size.rounds):
-            for name, (script, arm_task) in arms.items():
-                status.update(f"round {turn + 1} of {size.rounds}: {name}")
-                blocks += map(Block.from_dict, run_arm(script, arm_task))
+    """Run the all-reduce engine in turns with DistributedDataParallel and one process, at every size."""
+    sizes = tuple((model, rows, max(1, round(size.share * steps))) for model, rows, steps in SIZES)
+    sized = replace(task, sizes=sizes, blocks=size.turns, shards_per_worker=size.shards_per_worker)
+    with console.status("the all-reduce engine, DistributedDataParallel and one process, in turns"):
+        found = run_in_turns({"allreduce.py": sized, "ddp.py": sized, "one_process.py": sized})
+    blocks = [Block.from_dict(block) for arm in found for block in arm]
     return _shown(f"{task.num_workers} workers, LeNet, {data}", blocks, allreduce_ratios(blocks), console)
 
 
