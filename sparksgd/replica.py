@@ -92,6 +92,9 @@ class SegmentAnswer:
     parameters_sha256: str | None = None
     """Where every solver updates everything: what it ended with."""
 
+    lacks_state: bool = False
+    """Whether nothing was done, because this process has no solver of that step, and was given no state."""
+
     failure: SparkSGDError | None = None
     """What went wrong, as a value."""
 
@@ -127,7 +130,7 @@ class Replica:
         worker: int,
         shards: Iterable[Descriptor],
         segment: Segment,
-        load: Callable[[], SolverState],
+        load: Callable[[], SolverState] | None,
     ) -> SegmentAnswer:
         """Make the steps of a segment with the others.
 
@@ -135,7 +138,7 @@ class Replica:
             worker: which one this is.
             shards: its shards.
             segment: what to do.
-            load: gives the solver's state at the first step; called if this process does not hold it.
+            load: gives the solver's state at the first step; None where this process should have kept it.
 
         Raises:
             ClusterError: the workers did not meet; raised, for then the others must be ended, too.
@@ -146,15 +149,23 @@ class Replica:
         sent_before, made = self._mesh.sent_bytes, 0
         records = np.zeros(segment.steps, STEP_RECORD)
         stands = self._mesh.meet(segment.meeting, worker)
+        kept = self._solver if stands else None
+        if (kept is None or kept.step != segment.first_step) and load is None:
+            self.close()
+            answer.lacks_state = True
+            return answer
         try:
             with thread_count(self._computer.plan.threads):
-                solver, allreduce = self._ready(stands, segment, load)
+                allreduce = AllReduce(self._mesh, segment.owned, self._computer.flat)
+                if load is not None:
+                    self._solver = kept = self._loaded(segment, load(), allreduce.strip)
+                assert kept is not None
                 for record in records:  # a record is a view of its row
-                    self._step(worker, own, segment, solver, allreduce, record)
+                    self._step(worker, own, segment, kept, allreduce, record)
                     made += 1
             answer.rank = self._mesh.rank
             if segment.by_strips or answer.rank == 0:
-                answer.state = solver.state()
+                answer.state = kept.state()
             if not segment.by_strips:
                 answer.parameters_sha256 = self._computer.flat.parameters_sha256()
         except PeerSilent:
@@ -178,22 +189,13 @@ class Replica:
         self._mesh.close()
         self._solver = None
 
-    def _ready(
-        self, stands: bool, segment: Segment, load: Callable[[], SolverState]
-    ) -> tuple[Solver, AllReduce]:
-        """Return a solver that is where the segment begins: the last one if the mesh still stands."""
+    def _loaded(self, segment: Segment, state: SolverState, strip: range) -> Solver:
+        """Return a solver that is where the segment begins."""
         flat = self._computer.flat
-        allreduce = AllReduce(self._mesh, segment.owned, flat)
-        if not stands or self._solver is None or self._solver.step != segment.first_step:
-            state = load()
-            flat.load(state.weights)
-            if segment.by_strips:
-                self._solver = segment.make_replica(FlatStrip(flat, allreduce.strip))
-                self._solver.load_state(state.strip(allreduce.strip))
-            else:
-                self._solver = segment.make_replica(flat)
-                self._solver.load_state(state)
-        return self._solver, allreduce
+        flat.load(state.weights)
+        solver = segment.make_replica(FlatStrip(flat, strip) if segment.by_strips else flat)
+        solver.load_state(state.strip(strip) if segment.by_strips else state)
+        return solver
 
     def _step(
         self,

@@ -1,6 +1,6 @@
 """The all-reduce engine: one long barrier-mode Spark job for many steps.
 
-    driver ── broadcast(the solver's state) ──> workers: a step after another, see replica.py
+    driver ── the solver's state, if they have not kept it ──> workers: a step after another, see replica.py
     driver <── the state of each strip, and what each step took ── workers
 
 Workers exchange gradients over connections of their own (wire.py), which they find through the
@@ -77,6 +77,8 @@ class AllReduceEngine(SparkEngine):
         self._fixed_steps = config.segment_steps
         self.segment_steps = config.segment_steps or _FIRST_STEPS
         self._before: tuple[SolverState, int] | None = None
+        self._kept_step: int | None = None  # where the workers' own solvers should be
+        self._processes_stay = True
         self._rendezvous = _rendezvous(self._cluster, config)
 
     def close(self) -> None:
@@ -98,13 +100,9 @@ class AllReduceEngine(SparkEngine):
         started = time.perf_counter()
         start, first = solver.state(), solver.step
         self._check_size(start)
-        state = self._context.broadcast(start)
         doing = f"steps {first + 1} to {first + steps} on {self._cluster.num_workers} workers"
         self._context.setJobDescription(f"sparksgd: {doing}")
-        try:
-            answers = self._run(lambda: self._segment(solver, state, steps), self._shards, doing)
-        finally:
-            self._behind.submit(destroy, state)
+        answers = self._run(lambda: self._segment(solver, start, steps), self._shards, doing)
         diverged = [answer for answer in answers if answer.failure is not None]
         if diverged:
             earliest = min(diverged, key=lambda answer: (len(answer.steps), answer.worker))
@@ -125,6 +123,7 @@ class AllReduceEngine(SparkEngine):
         states = [answer.state for answer in by_rank if answer.state is not None]
         solver.load_state(SolverState.joined(states) if solver.by_strips else states[0])
         self._before = start, steps
+        self._kept_step = solver.step if self._processes_stay else None
         return report
 
     def _make_last_step_again(self, solver: Solver) -> None:
@@ -136,12 +135,42 @@ class AllReduceEngine(SparkEngine):
         self.advance(solver, steps - 1)
         self.advance(solver, 1)
 
-    def _segment(self, solver: Solver, state: Broadcast[SolverState], steps: int) -> list[SegmentAnswer]:
+    def _segment(self, solver: Solver, start: SolverState, steps: int) -> list[SegmentAnswer]:
         """Run a segment once; return the workers' answers, in their order.
+
+        The state is sent only where the workers cannot have it: it costs a tenth of a short segment.
 
         Raises:
             SparkSGDError: what failed, but for a loss that is not finite: that is an answer.
         """
+        state = None if self._kept_step == solver.step else self._context.broadcast(start)
+        self._kept_step = None
+        try:
+            answers = self._answers(solver, state, steps)
+        finally:
+            if state is not None:
+                self._behind.submit(destroy, state)
+        if any(answer.lacks_state for answer in answers):
+            self._processes_stay = False  # with more slots than workers Spark takes other processes
+            return self._segment(solver, start, steps)
+        failures = [answer.failure for answer in answers if answer.failure is not None]
+        raised = [failure for failure in failures if not isinstance(failure, (PeerLost, NotFinite))]
+        if raised:
+            raise reduce(worse, raised)
+        if failures and not any(isinstance(failure, NotFinite) for failure in failures):
+            raise failures[0]
+        if len({answer.parameters_sha256 for answer in answers}) > 1 and not failures:
+            raise ClusterError(
+                "workers that all update everything ended with different parameters: their machines compute "
+                "differently; set train.instruction_set, or use an elementwise optimiser without "
+                "solver.clip_norm"
+            )
+        return [answer for answer in answers if not isinstance(answer.failure, PeerLost)]
+
+    def _answers(
+        self, solver: Solver, state: Broadcast[SolverState] | None, steps: int
+    ) -> list[SegmentAnswer]:
+        """Ask all workers for a segment once."""
         worker_of = {
             shard: self._workers[partition] for shard, partition in self._shards.partition_of.items()
         }
@@ -158,20 +187,7 @@ class AllReduceEngine(SparkEngine):
             make_replica=solver.make_replica(),
         )
         task = partial(step_tasks.segment, self._shipped, state, segment, self._workers)
-        answers = sorted(self._map(self._shards, task).collect(), key=lambda answer: answer.worker)
-        failures = [answer.failure for answer in answers if answer.failure is not None]
-        raised = [failure for failure in failures if not isinstance(failure, (PeerLost, NotFinite))]
-        if raised:
-            raise reduce(worse, raised)
-        if failures and not any(isinstance(failure, NotFinite) for failure in failures):
-            raise failures[0]
-        if len({answer.parameters_sha256 for answer in answers}) > 1 and not failures:
-            raise ClusterError(
-                "workers that all update everything ended with different parameters: their machines compute "
-                "differently; set train.instruction_set, or use an elementwise optimiser without "
-                "solver.clip_norm"
-            )
-        return [answer for answer in answers if not isinstance(answer.failure, PeerLost)]
+        return sorted(self._map(self._shards, task).collect(), key=lambda answer: answer.worker)
 
     def _check_size(self, state: SolverState) -> None:
         """Refuse a state that Spark's limit on results cannot hold."""

@@ -107,7 +107,7 @@ def meet(
 
 def segment(
     shipped: Broadcast[ShippedPlan],
-    state: Broadcast[SolverState],
+    state: Broadcast[SolverState] | None,
     asked: Segment,
     workers: list[int],
     partition: int,
@@ -117,13 +117,14 @@ def segment(
 
     Args:
         shipped: the plan.
-        state: the solver's, at the first step.
+        state: the solver's, at the first step; None where the workers should have kept it.
         asked: what to do.
         workers: which worker each partition is.
         partition: this task's.
         shards: the partition's.
     """
-    yield shipped.value.replica.run(workers[partition], shards, asked, lambda: state.value)
+    load = None if state is None else lambda: state.value
+    yield shipped.value.replica.run(workers[partition], shards, asked, load)
 
 
 def add(into: Answer | None, other: Answer) -> Answer:

@@ -43,7 +43,7 @@ from rich.console import Console
 NUM_WORKERS = 2
 ROWS_PER_WORKER = 64
 SYNTHETIC_ROWS = 60_000
-BLOCK_STEPS = {"431,080 parameters": (250, 120, 40), "1,663,370 parameters": (120, 60, 20)}
+BLOCK_STEPS = {"431,080 parameters": (400, 180, 60), "1,663,370 parameters": (200, 85, 27)}
 SIZES = tuple(
     (model, rows, steps)
     for model, of_rows in BLOCK_STEPS.items()
@@ -74,7 +74,7 @@ class Size:
     """When the soak compares what the driver holds."""
 
     share: float
-    """Of the blocks' steps of the all-reduce engine's sizes, which take four seconds each."""
+    """Of the blocks' steps of the all-reduce engine's sizes: a block is a segment of six seconds."""
 
     turns: int
     """Blocks of each of those sizes."""
