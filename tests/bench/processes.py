@@ -8,7 +8,8 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+import time
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -17,7 +18,7 @@ from typing import Any
 from measuring import Task
 from turns import TURNS, TurnsOf
 
-__all__ = ["ArmFailed", "run_arm", "run_in_turns"]
+__all__ = ["ArmFailed", "job_s", "run_arm", "run_in_turns"]
 
 _LAST_LINES = 40
 ROOT = Path(__file__).parent.parent.parent
@@ -93,6 +94,28 @@ def run_in_turns(arms: Mapping[str, Task]) -> list[Any]:
                         waiting.remove(arm)
                         break
         return [arm.answer() for arm in running]
+
+
+def job_s(script: Path, words: Sequence[str], task: Task) -> float:
+    """Submit a job, and return how long it took, from spark-submit's start to its end.
+
+    Raises:
+        ArmFailed: it ended with an error.
+    """
+    settings = [] if task.plain_session else ["--properties-file", str(ROOT / "conf" / "spark-local.conf")]
+    submit = [str(Path(sys.executable).with_name("spark-submit")), "--master", f"local[{task.num_workers}]"]
+    with tempfile.TemporaryDirectory(prefix="sgd-") as folder:
+        environment = _environment(Path(folder), task) | {"PYTHONPATH": str(Path(__file__).parent)}
+        del environment["PYSPARK_SUBMIT_ARGS"]
+        started = time.perf_counter()
+        done = subprocess.run(
+            [*submit, *settings, str(script), *words], env=environment, cwd=folder,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False,
+        )  # fmt: skip
+        took_s = time.perf_counter() - started
+    if done.returncode:
+        raise ArmFailed(f"{script.name} ended with {done.returncode}:\n{done.stdout[-4000:]}")
+    return took_s
 
 
 def _environment(scratch: Path, task: Task) -> dict[str, str]:

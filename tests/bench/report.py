@@ -20,6 +20,8 @@ __all__ = [
     "Line",
     "Ratio",
     "allreduce_ratios",
+    "job_ratio",
+    "job_table",
     "lines_of",
     "machine",
     "ratio_table",
@@ -32,6 +34,7 @@ __all__ = [
 OVERHEAD_TARGET = 1.5
 SPEEDUP_TARGET = 3.0
 DDP_TARGET = 1.0
+JOB_TARGET = 0.6
 FLAT_SHARE = 0.05
 
 
@@ -194,6 +197,28 @@ def _speed(blocks: Sequence[Block], faster: str, slower: str) -> float:
         return median(block.rows_per_second for block in blocks if block.what == what)
 
     return speed(faster) / speed(slower)
+
+
+def job_ratio(ours_s: Sequence[float], theirs_s: Sequence[float]) -> Ratio:
+    """Compare what whole jobs took."""
+    value = median(ours_s) / median(theirs_s)
+    return Ratio(
+        of="job",
+        means="wall-clock of a job with sparksgd / with TorchDistributor",
+        value=value,
+        target=f"<= {JOB_TARGET:g}",
+        met=value <= JOB_TARGET,
+    )
+
+
+def job_table(title: str, took_s: Mapping[str, Sequence[float]]) -> Table:
+    """Draw what whole jobs took."""
+    table = Table("a whole job with", title=title)
+    table.add_column("median s", justify="right")
+    table.add_column("each")
+    for name, seconds in took_s.items():
+        table.add_row(name, f"{median(seconds):.1f}", ", ".join(f"{second:.1f}" for second in seconds))
+    return table
 
 
 def soak_ratios(early: Mapping[str, int], late: Mapping[str, int]) -> list[Ratio]:

@@ -1,8 +1,8 @@
 """The benchmark: how fast sparksgd's engines are, and against what.
 
-    python tests/bench/run.py [--data DIR] [--out benchmark.json] [--quick] [--only speed|allreduce|memory]
+    python tests/bench/run.py [--data DIR] [--out FILE] [--quick] [--only speed|allreduce|job|memory]
 
-Half an hour on 2 cores, three minutes of it for memory.
+Forty minutes on 2 cores, three of them for memory.
 
 DIR holds train.parquet as jobs/prepare_data.py writes it; without one, images are drawn at random.
 Arms run in turns, each in a process and a Spark session of its own, and what is compared are
@@ -25,11 +25,13 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from measuring import LENET, LENET_PARAMETERS, Block, Task
-from processes import ArmFailed, run_arm, run_in_turns
+from measuring import LEARNING_RATE, LENET, LENET_PARAMETERS, MOMENTUM, Block, Task
+from processes import ROOT, ArmFailed, job_s, run_arm, run_in_turns
 from report import (
     Ratio,
     allreduce_ratios,
+    job_ratio,
+    job_table,
     lines_of,
     machine,
     ratio_table,
@@ -79,6 +81,9 @@ class Size:
     turns: int
     """Blocks of each of those sizes."""
 
+    epochs: int
+    """Of a whole job."""
+
 
 FULL = Size(
     rounds=3,
@@ -89,6 +94,7 @@ FULL = Size(
     soak_steps=(200, 2000),
     share=1,
     turns=5,
+    epochs=2,
 )
 QUICK = Size(
     rounds=1,
@@ -99,6 +105,7 @@ QUICK = Size(
     soak_steps=(10, 20),
     share=0.05,
     turns=2,
+    epochs=1,
 )
 
 
@@ -128,6 +135,8 @@ def main(argv: list[str]) -> int:
                 found["speed"] = _speed(task, size, data, console)
             if options.only in (None, "allreduce"):
                 found["allreduce"] = _allreduce(task, size, data, console)
+            if options.only in (None, "job"):
+                found["job"] = _job(task, size, data, console)
             if options.only in (None, "memory"):
                 found["memory"] = _memory(task, size, console)
         except ArmFailed as error:
@@ -143,7 +152,7 @@ def _options(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--data", type=Path, metavar="DIR", help="folder of train.parquet")
     parser.add_argument("--out", type=Path, default=Path("benchmark.json"), metavar="FILE")
     parser.add_argument("--quick", action="store_true", help="few steps: whether it runs, not how fast")
-    parser.add_argument("--only", choices=["speed", "allreduce", "memory"], help="one part of it")
+    parser.add_argument("--only", choices=["speed", "allreduce", "job", "memory"], help="one part of it")
     return parser.parse_args(argv)
 
 
@@ -187,6 +196,41 @@ def _shown(title: str, blocks: list[Block], ratios: list[Ratio], console: Consol
     console.print(speed_table(title, lines))
     console.print(ratio_table(ratios))
     return {"lines": [asdict(line) for line in lines], "ratios": [asdict(ratio) for ratio in ratios]}
+
+
+def _job(task: Task, size: Size, data: str, console: Console) -> dict[str, Any]:
+    """Submit whole jobs in turns: ours, and one that trains with TorchDistributor."""
+    settings: dict[str, Any] = {
+        "data.train": task.data,
+        "data.features": "image",
+        **{f"model.{key}": value for key, value in LENET.items()},
+        "optimizer.lr": LEARNING_RATE,
+        "optimizer.momentum": MOMENTUM,
+        "engine.name": "allreduce",
+        "train.epochs": size.epochs,
+        "train.rows_per_step": task.rows_per_step,
+        "train.num_shards": task.num_workers,
+    }
+    words = [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
+    theirs = [task.data, str(ROWS_PER_WORKER), str(size.epochs), str(task.num_workers)]
+    jobs = {
+        "sparksgd": (ROOT / "jobs" / "train.py", [*words, "--out", "run"], task),
+        "TorchDistributor": (
+            Path(__file__).with_name("torch_distributor.py"),
+            theirs,
+            replace(task, plain_session=True),
+        ),
+    }
+    took_s: dict[str, list[float]] = {name: [] for name in jobs}
+    with console.status("") as status:
+        for turn in range(size.rounds):
+            for name, job in jobs.items():
+                status.update(f"round {turn + 1} of {size.rounds}: a whole job with {name}")
+                took_s[name].append(job_s(*job))
+    ratio = job_ratio(took_s["sparksgd"], took_s["TorchDistributor"])
+    console.print(job_table(f"{size.epochs} epochs, sessions' start included, {data}", took_s))
+    console.print(ratio_table([ratio]))
+    return {"took_s": took_s, "ratios": [asdict(ratio)]}
 
 
 def _memory(task: Task, size: Size, console: Console) -> dict[str, Any]:
