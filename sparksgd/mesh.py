@@ -308,11 +308,10 @@ class Mesh:
     def _close(self) -> None:
         with self._changed:
             connections = [*self._peers.values(), *self._accepted.values()]
-            if self._lifeline is not None:
-                connections.append(self._lifeline)
             listener, self._listener = self._listener, None
-            self._peers, self._accepted, self._lifeline = {}, {}, None
+            self._peers, self._accepted = {}, {}
             self._formed = 0
+            self._let_go()
         for connection in connections:
             connection.close()
         if listener is not None:
@@ -323,9 +322,7 @@ class Mesh:
     def _ask(self, meeting: Meeting, worker: int) -> tuple[bool, list[tuple[str, int]]]:
         """Say hello at the rendezvous; return whether the old mesh stands, and all addresses by rank."""
         with self._changed:
-            before, self._lifeline = self._lifeline, None
-        if before is not None:
-            before.close()
+            self._let_go()
         if self._listener is None:
             host = address_towards(*meeting.address)
             listener = Listener(meeting.credentials, host, meeting.ports, self._welcome)
@@ -343,22 +340,37 @@ class Mesh:
         lifeline = connect(
             meeting.credentials, meeting.address, hello.pack(), "the driver", meeting.timeout_s
         )
+        table = bytearray(1 + meeting.num_workers * _ENTRY.size)
+        try:
+            exchange(
+                _meeting_header(meeting.run, meeting.number),
+                [Transfer(connection=lifeline, name="the driver", receives=[memoryview(table)])],
+                meeting.timeout_s,
+            )
+        except BaseException:
+            lifeline.close()
+            raise
         with self._changed:
             self._lifeline = lifeline
-        table = bytearray(1 + meeting.num_workers * _ENTRY.size)
-        exchange(
-            _meeting_header(meeting.run, meeting.number),
-            [Transfer(connection=lifeline, name="the driver", receives=[memoryview(table)])],
-            meeting.timeout_s,
-        )
         threading.Thread(target=self._hold, args=(lifeline,), name="sparksgd-lifeline", daemon=True).start()
         entries = list(_ENTRY.iter_unpack(bytes(table[1:])))
         self.workers = [worker for worker, _, _ in entries]
         return bool(table[0]), [(_unpacked_host(host), port) for _, host, port in entries]
 
+    def _let_go(self) -> None:
+        """End the lifeline.
+
+        Its thread closes it: closed here, its number may be another file's before that thread wakes, which
+        then waits for that one, for ever.
+        """
+        if self._lifeline is not None:
+            self._lifeline.shut_down()
+            self._lifeline = None
+
     def _hold(self, lifeline: Connection) -> None:
         """Wait for the end of a lifeline, and close the mesh if it is still the one."""
         lifeline.ends()
+        lifeline.close()
         with self._changed:
             if self._lifeline is not lifeline:
                 return

@@ -218,3 +218,18 @@ def test_a_mesh_that_closed_with_the_driver_exchanges_nothing(company):
         time.sleep(0.01)  # their threads see it
     with pytest.raises(PeerLost, match="the driver has ended"):
         workers.meshes[0].exchange(0, 1, {1: []}, {1: []})
+
+
+def test_many_meetings_leave_one_thread_for_each_lifeline():
+    company = Company(3)
+    for _ in range(60):
+        company.meet()
+    deadline = time.monotonic() + 10
+    while (count := lifelines()) > 3 and time.monotonic() < deadline:
+        time.sleep(0.01)  # the last one ends by itself
+    assert count == 3
+    company.close()
+
+
+def lifelines() -> int:
+    return sum(thread.name == "sparksgd-lifeline" for thread in threading.enumerate())

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Callable, Iterable, Iterator
 from functools import reduce
 from pathlib import Path
 
@@ -74,6 +75,22 @@ def executor_pids() -> list[int]:
             if b"org.apache.spark.executor.CoarseGrainedExecutorBackend" in words and application in words:
                 found.append(int(process.name))
     return sorted(found)
+
+
+def with_descendants(pids: Iterable[int]) -> set[int]:
+    """Return some processes and all that they started, and those, that live."""
+    parents = {}
+    for process in Path("/proc").iterdir():
+        if process.name.isdigit():
+            try:
+                status = (process / "status").read_text()
+            except OSError:
+                continue
+            parents[int(process.name)] = int(re.search(r"PPid:\s+(\d+)", status)[1])
+    family = set(pids)
+    while more := {pid for pid, parent in parents.items() if parent in family} - family:
+        family |= more
+    return family & parents.keys()
 
 
 @pytest.fixture

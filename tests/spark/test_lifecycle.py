@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import re
 import signal
 import threading
 import time
+from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 from threading import Timer
 
 import pytest
-from conftest import configured, executor_pids  # tests/spark/conftest.py
+from conftest import (  # tests/spark/conftest.py
+    LOCAL_CLUSTER,
+    configured,
+    executor_pids,
+    undisturbed,
+    with_descendants,
+)
 from users_modules import (
     BIG_ROW_BYTES,  # tests/modules
     big_rows,  # tests/modules
@@ -187,17 +196,16 @@ class PeakMemory:
     def ended(self, training): ...
 
     def stepped(self, training, report):
-        family, status = set(executor_pids()), {}
-        for process in sorted(Path("/proc").glob("[0-9]*"), key=lambda process: int(process.name)):
-            try:
-                status[int(process.name)] = (process / "status").read_text()
-            except OSError:
-                continue
-        for pid, text in status.items():
-            if int(re.search(r"PPid:\s+(\d+)", text)[1]) in family:
-                family.add(pid)
-                peak = re.search(r"VmHWM:\s+(\d+) kB", text)
-                self.peak_bytes = max(self.peak_bytes, int(peak[1]) * 1024 if peak else 0)
+        executors = executor_pids()
+        for pid in with_descendants(executors) - set(executors):
+            with suppress(OSError):  # it ended meanwhile
+                self.peak_bytes = max(self.peak_bytes, memory_bytes(pid, "VmHWM"))
+
+
+def memory_bytes(pid: int, of: str) -> int:
+    """Return a figure of a process's memory: VmRSS is what is resident now, VmHWM its peak."""
+    found = re.search(rf"{of}:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text())
+    return int(found[1]) * 1024 if found else 0
 
 
 @pytest.mark.soak
@@ -221,3 +229,69 @@ def test_rows_of_three_times_the_executors_memory_train_in_bounded_memory(sessio
     assert training.rows.rows == BIG_ROWS
     assert len(training.step_times) == 20
     assert 300 << 20 < memory.peak_bytes < 700 << 20  # torch alone takes some 400 MiB; the rows are 1500
+
+
+class Held:
+    """Observes what driver and executors hold early and late in a run.
+
+    Args:
+        spark: whose run it is.
+        folder: the local directories.
+        steps: when to look.
+    """
+
+    def __init__(self, spark, folder: Path, *steps: int) -> None:
+        self.folder, self.steps, self.seen = folder, steps, []
+        self._jvm = spark.sparkContext._jvm
+
+    def started(self, training): ...
+    def evaluated(self, training, report): ...
+    def ended(self, training): ...
+
+    def stepped(self, training, report):
+        if report.step in self.steps:
+            gc.collect()
+            executors = set(executor_pids())
+            workers = with_descendants(executors) - executors
+            driver = int(self._jvm.java.lang.ProcessHandle.current().pid())
+            held = Counter({("its JVM", "heap bytes"): self._heap_bytes()})
+            held["local directories", "files"] = files_below(self.folder)[0]
+            for who, pids in {
+                "driver": [os.getpid()], "its JVM": [driver], "executors": executors, "workers": workers,
+            }.items():  # fmt: skip
+                for pid in pids:
+                    held[who, "processes"] += 1
+                    held[who, "threads"] += len(list(Path(f"/proc/{pid}/task").iterdir()))
+                    for file in Path(f"/proc/{pid}/fd").iterdir():
+                        with suppress(OSError):  # it was closed meanwhile
+                            held[who, "sockets" if "socket:" in str(file.readlink()) else "files"] += 1
+                    if who in ("driver", "workers"):  # a JVM's grows until its heap is as large as it may be
+                        held[who, "most bytes"] = max(held[who, "most bytes"], memory_bytes(pid, "VmRSS"))
+            self.seen.append(held)
+
+    def _heap_bytes(self) -> int:
+        """Return what the driver's heap holds once several collections have found no more to free."""
+        runtime = self._jvm.java.lang.Runtime.getRuntime()
+        for _ in range(4):
+            self._jvm.System.gc()
+            time.sleep(0.5)  # Spark's cleaner lets go of what a collection found, in a thread of its own
+        return int(runtime.totalMemory() - runtime.freeMemory())
+
+
+@pytest.mark.soak
+def test_five_thousand_steps_of_the_all_reduce_engine_hold_no_more_than_the_first_thousand(
+    session_for, small, tmp_path
+):
+    spark = session_for(LOCAL_CLUSTER, spark__local__dir=str(tmp_path))
+    length = ("train.steps=5000", "train.epochs=400", "engine.segment_steps=25")
+    config, held = configured("engine.name=allreduce", *length), Held(spark, tmp_path, 1000, 5000)
+    try:
+        training = train(spark, config, spark.read.parquet(small), observers=[held])
+    finally:
+        session_for("local[2]")
+    assert training.flat.parameters_sha256() == undisturbed(small, config)
+    early, late = held.seen
+    for what, count in late.items():
+        most = 1.05 * early[what] if "bytes" in what[1] else early[what]
+        assert count <= most, (what, early, late)
+    assert early["workers", "threads"] < 60  # not one for each of 40 segments
