@@ -148,6 +148,10 @@ class EngineConfig:
     max_attempts: int = _cluster(4)
     """How often one step, or segment, is tried, through lost executors, before the run is given up."""
 
+    step_timeout_s: float = _cluster(600.0)
+    """How long the tasks of a step may run before they are taken for hung, and the step is tried again; of
+    a segment, by as much longer as its steps should take."""
+
     segment_steps: int | None = _cluster(None)
     """allreduce: steps of one Spark job; None takes as many as some seconds hold."""
 
@@ -221,6 +225,7 @@ class Config:
             ("engine.max_attempts", self.engine.max_attempts, 1),
             ("engine.slots_timeout_s", self.engine.slots_timeout_s, 0),
             ("engine.segment_steps", self.engine.segment_steps, 1),
+            ("engine.step_timeout_s", self.engine.step_timeout_s, 1),
             ("engine.peer_timeout_s", self.engine.peer_timeout_s, 1),
             ("train.epochs", self.train.epochs, 1),
             ("train.steps", self.train.steps, 1),

@@ -76,6 +76,7 @@ class AllReduceEngine(SparkEngine):
     def _prepare(self, config: EngineConfig) -> None:
         self._fixed_steps = config.segment_steps
         self.segment_steps = config.segment_steps or _FIRST_STEPS
+        self._step_s: float | None = None  # what the last segment's steps took
         self._before: tuple[SolverState, int] | None = None
         self._kept_step: int | None = None  # where the workers' own solvers should be
         self._processes_stay = True
@@ -102,7 +103,10 @@ class AllReduceEngine(SparkEngine):
         self._check_size(start)
         doing = f"steps {first + 1} to {first + steps} on {self._cluster.num_workers} workers"
         self._context.setJobDescription(f"sparksgd: {doing}")
-        answers = self._run(lambda: self._segment(solver, start, steps), self._shards, doing)
+        limit_s = self._step_timeout_s * steps
+        if self._step_s is not None:
+            limit_s = self._step_timeout_s + 2 * self._step_s * steps
+        answers = self._run(lambda: self._segment(solver, start, steps), self._shards, doing, limit_s)
         diverged = [answer for answer in answers if answer.failure is not None]
         if diverged:
             earliest = min(diverged, key=lambda answer: (len(answer.steps), answer.worker))
@@ -235,12 +239,11 @@ class AllReduceEngine(SparkEngine):
 
     def _choose_length(self, report: SegmentReport, wall_s: float) -> None:
         """Make the next segment so long that its start and end cost little, and progress stays prompt."""
-        if self._fixed_steps is not None:
-            return
         overhead_s = report.steps[0].timing.launch
-        step_s = max(1e-4, (wall_s - overhead_s) / len(report.steps))
-        wanted_s = min(_LONGEST_SEGMENT_S, max(_SEGMENT_S, overhead_s / _OVERHEAD))
-        self.segment_steps = max(1, min(int(wanted_s / step_s), _GROWTH * self.segment_steps))
+        self._step_s = max(1e-4, (wall_s - overhead_s) / len(report.steps))
+        if self._fixed_steps is None:
+            wanted_s = min(_LONGEST_SEGMENT_S, max(_SEGMENT_S, overhead_s / _OVERHEAD))
+            self.segment_steps = max(1, min(int(wanted_s / self._step_s), _GROWTH * self.segment_steps))
 
     def _note_dropped(self, answers: Sequence[SegmentAnswer]) -> None:
         """Say aloud, and count, who was not let in."""

@@ -68,6 +68,7 @@ class SparkEngine:
         self._cluster = cluster
         self._context = cluster.context
         self._max_attempts = config.max_attempts
+        self._step_timeout_s = config.step_timeout_s
         self._shards = shards
         self._test = test
         self._plan = plan
@@ -94,7 +95,7 @@ class SparkEngine:
         def job() -> list[tuple[int, Numerics]]:
             return self._map(self._shards, task).collect()
 
-        answers = self._run(job, self._shards, "first contact")
+        answers = self._run(job, self._shards, "first contact", self._step_timeout_s)
         return [numerics for _, numerics in sorted(answers, key=lambda answer: answer[0])]
 
     def evaluate(self, solver: Solver) -> Evaluation:
@@ -126,7 +127,7 @@ class SparkEngine:
             )
 
         try:
-            return self._run(job, shards, doing)
+            return self._run(job, shards, doing, None if step is None else self._step_timeout_s)
         finally:
             self._behind.submit(destroy, broadcast)  # 1 ms that the next step need not wait for
 
@@ -138,15 +139,15 @@ class SparkEngine:
 
     def _recover(self, shards: SparkShards, missing: tuple[int, ...]) -> None:
         """Write lost shards again; what an executor took with it, of all rows at once."""
-        with self._cluster.slot_watch.over(1):
+        with self._cluster.job_watch.over(1):
             self.recovery.rebuilt_shards += shards.recover(missing)
             for others in (self._shards, self._test):
                 if others not in (None, shards) and not missing:
                     self.recovery.rebuilt_shards += others.recover(())
 
-    def _run(self, job: Callable[[], T], shards: SparkShards, doing: str) -> T:
-        """Run a job, again where an executor or a shard's file was lost."""
-        failure = ""
+    def _run(self, job: Callable[[], T], shards: SparkShards, doing: str, limit_s: float | None = None) -> T:
+        """Run a job, again where an executor or a shard's file was lost, or its tasks ran too long."""
+        failure, watched = "", None
         missing: tuple[int, ...] = ()
         for attempt in range(self._max_attempts):
             try:
@@ -155,7 +156,7 @@ class SparkEngine:
                     self._cluster.wait_for_slots()
                     self._recover(shards, missing)
                     self._context.setJobDescription(f"sparksgd: {doing}, tried again")
-                with self._cluster.slot_watch.over(self._cluster.num_workers):
+                with self._cluster.job_watch.over(self._cluster.num_workers, limit_s) as watched:
                     return job()
             except ShardMissing as error:
                 failure, missing = str(error), error.shards
@@ -167,8 +168,12 @@ class SparkEngine:
                 cancel_jobs(self._context, self._cluster.run_id)
                 raise
             except Exception as error:
-                failure, missing = str(error), ()
-                final = final_error(error)
+                failure, missing, final = str(error), (), final_error(error)
+                if watched is not None and watched.expired:
+                    failure = (
+                        f"its tasks ran for {limit_s:g} s, and were taken for hung (engine.step_timeout_s)"
+                    )
+                    final = None
                 if final is None and self._cluster.is_stopped():
                     final = ClusterError(f"the Spark session was stopped during the run, in {doing}")
                 if isinstance(final, Cancelled):

@@ -9,6 +9,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from math import ceil, sqrt
 from typing import Any, TypeVar
 
@@ -29,7 +30,8 @@ from sparksgd.treesum import partials_sent, useful_workers
 
 __all__ = [
     "Cluster",
-    "SlotWatch",
+    "JobWatch",
+    "Watched",
     "cancel_jobs",
     "cleanup",
     "final_error",
@@ -169,7 +171,7 @@ class Cluster:
         self.jvm: Any = self.context._jvm
         keep_names(self.jvm)
         self.run_id = uuid.uuid4().hex[:12]
-        self.slot_watch = SlotWatch(self)
+        self.job_watch = JobWatch(self)
         self._timeout_s = config.engine.slots_timeout_s
         conf = self.context.getConf()
         if str(conf.get("spark.dynamicAllocation.enabled", "false")).lower() == "true":
@@ -200,7 +202,7 @@ class Cluster:
             with _no_locality_wait(self.context._jsc.sc()):
                 yield
         finally:
-            self.slot_watch.close()
+            self.job_watch.close()
             with cleanup():
                 for name, value in before.items():
                     self.context.setLocalProperty(name, value)  # type: ignore[arg-type]  # None unsets it
@@ -250,7 +252,7 @@ class Cluster:
     def visit(self, task: Callable[[Iterable[int]], Iterator[T]]) -> list[T]:
         """Run a small task in every slot at once, which reaches every executor with a free one."""
         slots = max(1, self.slots())
-        with self.slot_watch.over(1):
+        with self.job_watch.over(1):
             return self.context.parallelize(range(slots), slots).mapPartitions(task).collect()
 
     def unpersist(self, rdd: RDD[Any]) -> None:
@@ -430,36 +432,53 @@ def refuse_connect(session: Any) -> None:
         )
 
 
-class SlotWatch:
-    """Says aloud what Spark does not: that a job waits for slots which other jobs hold.
+@dataclass
+class Watched:
+    """A job that is watched."""
+
+    needed: int
+    """Slots that it needs to start."""
+
+    limit_s: float | None
+    """How long its tasks may run; None for ever."""
+
+    since_s: float = field(default_factory=time.monotonic)
+    said: bool = False
+    running_since_s: float | None = None
+
+    expired: bool = False
+    """Whether it was cancelled, because its tasks ran too long."""
+
+
+class JobWatch:
+    """Says aloud what Spark does not, that a job waits for slots; and cancels one whose tasks hang.
 
     Args:
-        cluster: asked while a job takes long to start.
+        cluster: asked while a job takes long.
     """
 
     def __init__(self, cluster: Cluster) -> None:
         self._cluster = cluster
-        self._needed = 0
-        self._waiting_since: float | None = None
+        self._watched: Watched | None = None
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
 
     @contextmanager
-    def over(self, needed: int) -> Iterator[None]:
+    def over(self, needed: int, limit_s: float | None = None) -> Iterator[Watched]:
         """Watch the job that the block runs.
 
         Args:
             needed: how many slots it needs to start.
+            limit_s: how long its tasks may run, waiting for slots not counted.
         """
         if self._thread is None:
-            self._thread = threading.Thread(target=self._watch, name="sparksgd-slots", daemon=True)
+            self._thread = threading.Thread(target=self._watch, name="sparksgd-watch", daemon=True)
             self._thread.start()
-        around = self._needed, self._waiting_since
-        self._needed, self._waiting_since = needed, time.monotonic()
+        around, self._watched = self._watched, Watched(needed, limit_s)
         try:
-            yield
+            yield self._watched
         finally:
-            self._needed, self._waiting_since = around
+            self._watched = around
 
     def close(self) -> None:
         """End the thread."""
@@ -468,24 +487,26 @@ class SlotWatch:
             self._thread.join()
 
     def _watch(self) -> None:
-        said_for = None
         while not self._stop.wait(1.0):
-            since = self._waiting_since
-            if since is None or since == said_for or time.monotonic() - since < _SILENCE_S:
-                continue
-            with cleanup():
-                said_for = self._say(since) or said_for
+            watched = self._watched
+            if watched is not None and time.monotonic() - watched.since_s >= _SILENCE_S:
+                with cleanup():
+                    self._look_at(watched)
 
-    def _say(self, since: float) -> float | None:
-        """Say who holds the slots, if it is they that the job waits for; return what was said for."""
+    def _look_at(self, watched: Watched) -> None:
         slots, (ours, others) = self._cluster.slots(), self._cluster.running_tasks()
-        if ours or slots - others >= self._needed:
-            return None
-        log.warning(
-            "waiting for slots: %d needed, %d free (%d in all, other jobs hold %d)",
-            self._needed,
-            max(0, slots - others),
-            slots,
-            others,
-        )
-        return since
+        if ours:
+            now_s = time.monotonic()
+            watched.running_since_s = watched.running_since_s or now_s
+            if watched.limit_s is not None and now_s - watched.running_since_s > watched.limit_s:
+                watched.expired = True
+                cancel_jobs(self._cluster.context, self._cluster.run_id)
+        elif slots - others < watched.needed and not watched.said:
+            watched.said = True
+            log.warning(
+                "waiting for slots: %d needed, %d free (%d in all, other jobs hold %d)",
+                watched.needed,
+                max(0, slots - others),
+                slots,
+                others,
+            )

@@ -121,7 +121,7 @@ class DataFrameRows:
 
     def first_rows(self, columns: list[str], count: int) -> tuple[pa.Schema, pa.Table]:
         """Return the schema of all columns, and the first rows without nulls in these."""
-        with self._cluster.slot_watch.over(1):
+        with self._cluster.job_watch.over(1):
             return first_rows(self._frame, columns, count)
 
     def inspect(self, schema: RowSchema, num_shards: int) -> RowReport:
@@ -215,7 +215,7 @@ class DataFrameRows:
 
     @contextmanager
     def _job(self, doing: str) -> Iterator[None]:
-        with spark_job(self._cluster.context, doing), self._cluster.slot_watch.over(1):
+        with spark_job(self._cluster.context, doing), self._cluster.job_watch.over(1):
             yield
 
 

@@ -80,7 +80,7 @@ def _train(
     if config.engine.name == "allreduce":
         AllReduceEngine.check(cluster, config.engine)
     with cluster.job_group():
-        with cluster.slot_watch.over(1):
+        with cluster.job_watch.over(1):
             rows, test = frames()
         return train_anywhere(
             config,

@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -47,6 +48,21 @@ def test_executors_killed_between_steps_and_in_a_step_change_no_bit(session_for,
     assert training.recovery.retries > retries
     assert training.recovery.rebuilt_shards >= rebuilt_shards + 2
     assert len(training.step_times) == 20
+
+
+@pytest.mark.parametrize("engine", ["tree", "allreduce"])
+def test_a_step_in_which_every_worker_hangs_is_tried_again_in_bounded_time(session_for, small, flags, engine):
+    spark = session_for("local[2]")
+    config = configured(
+        "train.steps=12", "model.name=users_modules:FlagNet", f"model.folder={flags}", "engine.num_workers=1",
+        "engine.step_timeout_s=6", f"engine.name={engine}", "engine.segment_steps=4",
+    )  # fmt: skip
+    hang = AtStep(4, lambda _: (flags / "sleep").touch())
+    started = time.monotonic()
+    training = train(spark, config, spark.read.parquet(small), observers=[hang])
+    assert training.flat.parameters_sha256() == undisturbed(small, config)
+    assert training.recovery.retries == 1
+    assert time.monotonic() - started < 50  # a flag would sleep for a minute
 
 
 @pytest.mark.soak
