@@ -11,7 +11,6 @@ from __future__ import annotations
 import copy
 import socket
 import time
-import traceback
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -22,7 +21,7 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-from sparksgd.errors import ModelError, NotFinite, ShardMissing, SparkSGDError, UserCodeError
+from sparksgd.errors import ModelError, NotFinite, ShardMissing, SparkSGDError
 from sparksgd.flat import FlatModule, Weights
 from sparksgd.losses import Loss
 from sparksgd.numerics import Numerics, thread_count
@@ -32,6 +31,7 @@ from sparksgd.seeds import seed32
 from sparksgd.shard import Descriptor, read_records
 from sparksgd.solvers.protocol import GradientSum, WorkerHalf
 from sparksgd.treesum import Addable, Partials, add_partial, merge_partials
+from sparksgd.users_code import users_code
 
 __all__ = [
     "EVALUATION_ROWS",
@@ -41,6 +41,7 @@ __all__ = [
     "Plan",
     "WorkerReport",
     "forward",
+    "located",
     "predictions",
     "try_out",
     "worse",
@@ -230,7 +231,7 @@ class Computer:
                     node = (shard.shard, shard.shard + 1)
                     add_partial(answer.partials, node, result, answer.leaves)
         except SparkSGDError as error:
-            answer.failure = _located(error, worker, doing)
+            answer.failure = located(error, worker, doing)
             list(remaining)  # Spark keeps a Python worker only if its input was drained
         answer.workers.append(
             WorkerReport(
@@ -262,7 +263,7 @@ class Computer:
                 )
                 total = losses.sum()
                 self._require_finite(losses, rows[first : first + chunk], shard, step)
-                with _users_code():
+                with users_code("the module or its loss"):
                     total.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
                 loss += float(total.detach())
         if not np.isfinite(gradient.sum()) and not np.isfinite(gradient).all():
@@ -336,7 +337,7 @@ def forward(
     """
     features = {name: _tensor(values) for name, values in schema.feature_arrays(records).items()}
     label = _tensor(schema.label_array(records))
-    with _users_code():
+    with users_code("the module or its loss"):
         output = module(*features.values()) if len(features) == 1 else module(**features)
         losses = loss(output, label)
     if not isinstance(losses, torch.Tensor) or losses.shape != (len(records),):
@@ -375,7 +376,7 @@ def try_out(
     before = {name: tensor.detach().numpy().tobytes() for name, tensor in flat.constants()}
     with _generator_restored():
         output, losses = forward(flat.module, loss, schema, records)
-        with _users_code():
+        with users_code("the module or its loss"):
             losses.sum().backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
     for name, tensor in flat.constants():
         if before.get(name) != tensor.detach().numpy().tobytes():
@@ -400,24 +401,11 @@ def _listed(rows: npt.NDArray[np.integer]) -> str:
     return shown if len(rows) <= 8 else f"{shown} and {len(rows) - 8} more"
 
 
-def _located(error: SparkSGDError, worker: int, doing: str) -> SparkSGDError:
+def located(error: SparkSGDError, worker: int, doing: str) -> SparkSGDError:
+    """Return an error that says where it was, too."""
     if isinstance(error, ShardMissing):
         return error
     return type(error)(f"{error}\n  in {doing}, on worker {worker} at {socket.gethostname()}")
-
-
-@contextmanager
-def _users_code() -> Iterator[None]:
-    """Turn what the user's module or loss raises into a UserCodeError that holds its traceback."""
-    try:
-        yield
-    except SparkSGDError:
-        raise
-    except Exception as error:
-        raise UserCodeError(
-            f"the module or its loss raised {type(error).__name__}: {error}\n"
-            + traceback.format_exc().rstrip()
-        ) from error
 
 
 @contextmanager

@@ -9,7 +9,7 @@
     ├── TrainingError        the training itself went wrong                         exit 3
     │   ├── NotFinite        a loss or gradient became NaN or infinite
     │   │   └── UpdateNotFinite  the update did; the weights before it are good
-    │   └── UserCodeError    the user's own module or loss raised on a worker
+    │   └── UserCodeError    the user's own module, loss or optimiser raised
     ├── ClusterError         Spark could not do what was asked                      exit 4
     │   ├── NotEnoughSlots   fewer free task slots than workers
     │   ├── PeerLost         a worker's connection to another broke; the segment is run again
@@ -87,7 +87,7 @@ class UpdateNotFinite(NotFinite):
 
 
 class UserCodeError(TrainingError):
-    """The user's module or loss raised on a worker; the message holds the remote traceback."""
+    """The user's module, loss or optimiser raised; the message holds the traceback, of whatever host."""
 
 
 class ClusterError(SparkSGDError):

@@ -129,7 +129,7 @@ class Rendezvous:
         self._credentials = credentials
         self._ports = ports
         self._timeout_s = timeout_s
-        self._listener = Listener(credentials, listen_on, ports, self._welcome)
+        self._listener = Listener(credentials, listen_on, ports, num_workers, self._welcome)
         self._lock = threading.Lock()
         self._number = 0
         self._arrived: dict[int, tuple[_Hello, Connection]] = {}
@@ -325,7 +325,7 @@ class Mesh:
             self._let_go()
         if self._listener is None:
             host = address_towards(*meeting.address)
-            listener = Listener(meeting.credentials, host, meeting.ports, self._welcome)
+            listener = Listener(meeting.credentials, host, meeting.ports, meeting.num_workers, self._welcome)
             listener.start()
             self._listener = listener
         host, port = self._listener.address
@@ -347,6 +347,12 @@ class Mesh:
                 [Transfer(connection=lifeline, name="the driver", receives=[memoryview(table)])],
                 meeting.timeout_s,
             )
+        except PeerSilent as error:
+            lifeline.close()
+            raise PeerSilent(
+                f"not all {meeting.num_workers} workers came within {meeting.timeout_s:g} s "
+                f"(engine.peer_timeout_s)"
+            ) from error
         except BaseException:
             lifeline.close()
             raise

@@ -21,8 +21,8 @@ import numpy as np
 import numpy.typing as npt
 
 from sparksgd.allreduce import AllReduce
-from sparksgd.compute import Computer
-from sparksgd.errors import ClusterError, PeerSilent, SparkSGDError
+from sparksgd.compute import Computer, located
+from sparksgd.errors import ClusterError, PeerLost, PeerSilent, SparkSGDError, UserCodeError
 from sparksgd.flat import FlatStrip
 from sparksgd.mesh import Meeting, Mesh
 from sparksgd.numerics import Numerics, thread_count
@@ -168,12 +168,16 @@ class Replica:
                 answer.state = kept.state()
             if not segment.by_strips:
                 answer.parameters_sha256 = self._computer.flat.parameters_sha256()
-        except PeerSilent:
+        except PeerSilent as error:
             self.close()
-            raise
+            raise located(error, worker, f"step {segment.first_step + made + 1}") from error
         except SparkSGDError as error:
             self._solver, answer.failure = None, error
+            if isinstance(error, PeerLost):
+                answer.failure = located(error, worker, f"step {segment.first_step + made + 1}")
             silent = self._mesh.leave()
+            if silent and isinstance(error, UserCodeError):
+                raise  # as a value it would wait for those who hang
             if silent:
                 raise PeerSilent(f"workers {silent} hang, after this on worker {worker}: {error}") from error
         except BaseException:

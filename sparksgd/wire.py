@@ -55,7 +55,8 @@ _SECRET_BYTES = 32
 _NONCE_BYTES = 32
 _PROOF_BYTES = 32
 _HANDSHAKE_S = 5.0
-_MOST_PENDING = 64
+_FEWEST_PENDING = 64
+_TLS_SLICE = 1 << 18  # what ssl takes at once it tells only when all of it is gone
 _BACKLOG = 128
 _RETRY_S = 0.05
 _CLOCKS_DIFFER = timedelta(days=1)
@@ -194,7 +195,9 @@ class Connection:
     def send_some(self, buffers: list[memoryview]) -> int:
         """Send what the kernel takes now of some buffers; -1 if that is nothing."""
         try:
-            return self.sock.send(buffers[0]) if self.encrypted else self.sock.sendmsg(buffers)
+            if self.encrypted:
+                return self.sock.send(buffers[0][:_TLS_SLICE])
+            return self.sock.sendmsg(buffers)
         except (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError):
             return -1
 
@@ -321,6 +324,7 @@ class Listener:
         credentials: the run's.
         host: address to listen on, and on no other.
         ports: ports to try, in this order; None takes any free one.
+        friends: how many may come at once.
         welcome: called with each connection that has proved itself, in some thread; it owns it.
     """
 
@@ -329,12 +333,14 @@ class Listener:
         credentials: Credentials,
         host: str,
         ports: range | None,
+        friends: int,
         welcome: Callable[[Connection], None],
     ) -> None:
         self._credentials = credentials
         self._host = host
         self._ports = ports
         self._welcome = welcome
+        self._most_pending = max(_FEWEST_PENDING, 2 * friends)
         self._lock = threading.Lock()
         self._pending: dict[int, socket.socket] = {}
         self._dropped: Counter[str] = Counter()
@@ -387,7 +393,7 @@ class Listener:
                 if self._closed:
                     raise OSError("the listener is closed")
                 self._pending[number] = sock
-                crowd = len(self._pending) > _MOST_PENDING
+                crowd = len(self._pending) > self._most_pending
                 oldest = next(iter(self._pending))
             if crowd:
                 self._drop(oldest, "too many at once")
@@ -580,8 +586,17 @@ def _close(sock: socket.socket) -> None:
 
 
 def address_towards(host: str, port: int) -> str:
-    """Return this host's address on the interface that routes to another; nothing is sent."""
-    family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0]
-    with socket.socket(family, kind) as probe:
-        probe.connect(address)
-        return str(probe.getsockname()[0])
+    """Return this host's address on the interface that routes to another; nothing is sent.
+
+    Raises:
+        ClusterError: there is no such host, or no route to it.
+    """
+    try:
+        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, kind) as probe:
+            probe.connect(address)
+            return str(probe.getsockname()[0])
+    except OSError as error:
+        raise ClusterError(
+            f"no way from {socket.gethostname()} to the driver at {host!r}: {error}"
+        ) from error

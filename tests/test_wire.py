@@ -30,7 +30,7 @@ def credentials(request: pytest.FixtureRequest) -> Credentials:
 def listening(credentials: Credentials) -> Iterator[tuple[Listener, list[Connection]]]:
     """Listen for the time of the block; yield the listener, and whom it welcomed."""
     welcomed: list[Connection] = []
-    listener = Listener(credentials, HOST, None, welcomed.append)
+    listener = Listener(credentials, HOST, None, 2, welcomed.append)
     listener.start()
     try:
         yield listener, welcomed
@@ -212,7 +212,7 @@ def test_a_frame_of_another_length_is_refused():
 def test_a_port_range_is_kept_to_and_its_end_is_told():
     with socket.create_server((HOST, 0)) as taken:
         port = taken.getsockname()[1]
-        listener = Listener(Credentials.new(encrypt=False), HOST, range(port, port + 1), lambda _: None)
+        listener = Listener(Credentials.new(encrypt=False), HOST, range(port, port + 1), 2, lambda _: None)
         with pytest.raises(ClusterError, match=f"cannot listen on a port of {port} to {port} of 127.0.0.1"):
             listener.start()
 

@@ -39,7 +39,7 @@ from sparksgd.spark import step_tasks
 from sparksgd.spark.cluster import Cluster
 from sparksgd.wire import Credentials
 
-__all__ = ["AllReduceEngine"]
+__all__ = ["AllReduceEngine", "encrypts"]
 
 log = logging.getLogger("sparksgd")
 
@@ -116,7 +116,6 @@ class AllReduceEngine(SparkEngine):
             if not isinstance(earliest.failure, UpdateNotFinite):
                 self._make_last_step_again(solver)
             raise earliest.failure
-        self._note_dropped(answers)
         wall_s = time.perf_counter() - started
         report = SegmentReport(
             steps=self._reports(first, answers, wall_s),
@@ -154,6 +153,7 @@ class AllReduceEngine(SparkEngine):
         finally:
             if state is not None:
                 self._behind.submit(destroy, state)
+        self._note_dropped(answers)
         if any(answer.lacks_state for answer in answers):
             self._processes_stay = False  # with more slots than workers Spark takes other processes
             return self._segment(solver, start, steps)
@@ -260,7 +260,7 @@ def _rendezvous(cluster: Cluster, config: EngineConfig) -> Rendezvous:
     rendezvous = Rendezvous(
         run=secrets.token_bytes(8),
         num_workers=cluster.num_workers,
-        credentials=Credentials.new(encrypt=_encrypts(cluster, config)),
+        credentials=Credentials.new(encrypt=encrypts(cluster, config)),
         host=cluster.driver_host,
         listen_on=cluster.driver_bind_address,
         ports=config.port_range,
@@ -270,7 +270,7 @@ def _rendezvous(cluster: Cluster, config: EngineConfig) -> Rendezvous:
     return rendezvous
 
 
-def _encrypts(cluster: Cluster, config: EngineConfig) -> bool:
+def encrypts(cluster: Cluster, config: EngineConfig) -> bool:
     """Return whether the wire must be encrypted: where Spark's own traffic is, or if asked for."""
     conf = cluster.context.getConf()
     spark_does = any(

@@ -73,8 +73,9 @@ class SparkEngine:
         self._test = test
         self._plan = plan
         self._workers = worker_of_partition(cluster.num_workers)
+        pickled = _pickled(plan)
         self._prepare(config)
-        self._shipped = self._context.broadcast(step_tasks.ShippedPlan(_pickled(plan)))
+        self._shipped = self._context.broadcast(step_tasks.ShippedPlan(pickled))
         self._behind = ThreadPoolExecutor(1, "sparksgd-cleanup")
 
     def _prepare(self, config: EngineConfig) -> None:

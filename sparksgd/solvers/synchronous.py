@@ -26,6 +26,7 @@ from sparksgd.errors import ConfigError, UpdateNotFinite
 from sparksgd.flat import FlatModule, FlatStrip, Weights
 from sparksgd.imports import did_you_mean, resolve
 from sparksgd.solvers.protocol import GradientSum, MakeReplica, SolverState, StepOutcome
+from sparksgd.users_code import users_code
 
 __all__ = ["SendEverything", "SynchronousSolver"]
 
@@ -152,7 +153,8 @@ class SynchronousSolver:
             if norm > self._clip_norm:
                 gradient.mul_(self._clip_norm / norm)
         lr = float(self._optimizer.param_groups[0]["lr"])
-        self._optimizer.step()
+        with users_code("the optimiser"):
+            self._optimizer.step()
         parameters = self.flat.parameters
         if not torch.isfinite(parameters.sum()) and not torch.isfinite(parameters).all():
             self.flat.load(before)
@@ -167,7 +169,8 @@ class SynchronousSolver:
         )
         self.step += 1
         if self._schedule is not None and self.step % self._steps_per_move == 0:
-            self._schedule.step()
+            with users_code("the schedule"):
+                self._schedule.step()
         self._previous, self._current = before, None
         return StepOutcome(lr=lr, gradient_norm=norm)
 

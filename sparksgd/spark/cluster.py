@@ -24,6 +24,7 @@ from sparksgd.errors import (
     ModelError,
     NotEnoughSlots,
     SparkSGDError,
+    UserCodeError,
 )
 from sparksgd.spark.step_rdd import keep_names
 from sparksgd.treesum import partials_sent, useful_workers
@@ -55,6 +56,8 @@ _CANCELLED = re.compile(r"SPARK_JOB_CANCELLED|(Job|Stage) \d+ (was )?cancelled")
 _LOST = re.compile(r"CHECKPOINT_RDD_BLOCK_ID_NOT_FOUND|Checkpoint block rdd_\d+_\d+ not found|ExecutorLost")
 _WRAPPED = re.compile(r"Job aborted|Exception thrown by job")
 _RAISED = re.compile(r"(Exception|Error): ")
+_TOO_LARGE = "bigger than spark.driver.maxResultSize"
+_USERS = re.compile(r"sparksgd\.errors\.UserCodeError: (.+?)\s*\n\s*at org\.apache\.", re.DOTALL)
 _NO_MODULE = re.compile(r"ModuleNotFoundError: No module named '([\w.]+)'")
 
 
@@ -94,6 +97,13 @@ def final_error(error: Exception) -> SparkSGDError | None:
         return ClusterError("the Spark session was stopped during the run")
     if _CANCELLED.search(text):
         return Cancelled("the Spark job was cancelled, and the run ends with it")
+    if _TOO_LARGE in text:
+        return ClusterError(
+            f"results of a job are {_TOO_LARGE}: raise it (--conf spark.driver.maxResultSize=4g)"
+        )
+    raised = _USERS.search(text)
+    if raised:
+        return UserCodeError(raised[1])
     missing = _NO_MODULE.search(text)
     if missing:
         return ModelError(
@@ -340,7 +350,7 @@ class Cluster:
                     f"owns one shard at least: set engine.num_workers={shards}, or more shards"
                 )
             self._wait_for(wanted)
-            _warn_of_waste(wanted, shards)
+            _warn_of_waste(wanted, config)
             return wanted
         self._wait_for(1)
         slots, since = self.slots(), time.monotonic()
@@ -350,7 +360,7 @@ class Cluster:
                 slots, since = now, time.monotonic()
         workers = _as_fast(min(slots, shards), shards)
         log.info("%d workers for %d shards: the cluster has %d slots", workers, shards, slots)
-        _warn_of_waste(workers, shards)
+        _warn_of_waste(workers, config)
         return workers
 
 
@@ -363,8 +373,11 @@ def _as_fast(workers: int, shards: int) -> int:
     return ceil(shards / ceil(shards / workers))
 
 
-def _warn_of_waste(workers: int, shards: int) -> None:
+def _warn_of_waste(workers: int, config: Config) -> None:
     """Name a number of workers some of which wait for others, or that send more than they need to."""
+    if config.data.placement == "in_place":
+        return  # who owns what is Spark's choice then
+    shards = config.train.num_shards
     useful = ", ".join(map(str, useful_workers(shards)))
     fewer, sent = _as_fast(workers, shards), sum(partials_sent(workers, shards))
     if fewer < workers:
@@ -398,6 +411,9 @@ def _no_locality_wait(spark: Any) -> Iterator[None]:
         runs, before = _waits_of.get(application, (0, {}))
         if not runs:
             before = {key: conf.get(key, None) for key in _WAITS}
+            for key, value in before.items():
+                if value not in (None, "0", "0s"):
+                    log.warning("%s is %s, but 0s until this run ends: its tasks start together", key, value)
             for key in _WAITS:
                 conf.set(key, "0s")
         _waits_of[application] = runs + 1, before
@@ -498,7 +514,8 @@ class JobWatch:
         if ours:
             now_s = time.monotonic()
             watched.running_since_s = watched.running_since_s or now_s
-            if watched.limit_s is not None and now_s - watched.running_since_s > watched.limit_s:
+            ran_s = now_s - watched.running_since_s
+            if watched.limit_s is not None and ran_s > watched.limit_s and self._watched is watched:
                 watched.expired = True
                 cancel_jobs(self._cluster.context, self._cluster.run_id)
         elif slots - others < watched.needed and not watched.said:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from functools import partial
 
 from pyspark.sql import DataFrame, SparkSession
@@ -74,6 +75,11 @@ def _train(
     observers: Sequence[Observer],
 ) -> Training:
     """Train on frames that are made once there are slots: to read a schema is a job already."""
+    if config.engine.name == "inline":
+        raise ConfigError(
+            'engine.name is "inline", which computes without Spark: for rows of a session use "tree", '
+            '"allreduce" or "auto"'
+        )
     instruction_set.pin(config.train.instruction_set)
     cluster = Cluster(session, config)
     check_session(session, config.train)
@@ -101,14 +107,16 @@ def _chosen(
         return TreeEngine(cluster, config, plan, shards, test)
     try:
         engine = AllReduceEngine(cluster, config, plan, shards, test)
-    except (ClusterError, ConfigError) as error:
+    except ClusterError as error:
         obstacle: str | None = str(error)
     else:
-        obstacle = engine.obstacle()
-        if obstacle is None:
-            log.info("engine: allreduce, because all %d workers reach each other", cluster.num_workers)
-            return engine
-        engine.close()
+        with ExitStack() as unless_chosen:
+            unless_chosen.callback(engine.close)
+            obstacle = engine.obstacle()
+            if obstacle is None:
+                unless_chosen.pop_all()
+                log.info("engine: allreduce, because all %d workers reach each other", cluster.num_workers)
+                return engine
     log.warning("engine: tree, because workers cannot sum among themselves: %s", obstacle)
     return TreeEngine(cluster, config, plan, shards, test)
 

@@ -53,6 +53,7 @@ class Clock:
                     rows_per_step=self._rows_per_step,
                     step_s=tuple(self._step_s),
                     compute_s=tuple(self._compute_s),
+                    sent_share=_sent_share(training),
                 )
             )
         self._step_s, self._compute_s = [], []
@@ -63,9 +64,13 @@ class Clock:
         """Do nothing: nothing is evaluated."""
 
     def ended(self, training: Training) -> None:
-        """Refuse numbers in which a segment was made twice, or that are not of this engine."""
+        """Refuse numbers in which a segment was made twice."""
         assert not training.recovery.retries, f"{training.recovery.retries} segments were tried again"
-        assert training.sent_bytes or training.config.engine.num_workers == 1
+
+
+def _sent_share(training: Training) -> float:
+    workers, vector_bytes = len(training.numerics) - 1, training.flat.parameters.nbytes
+    return training.sent_bytes_per_worker_step / (2 * (workers - 1) / workers * vector_bytes)
 
 
 def timed(

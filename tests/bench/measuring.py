@@ -94,6 +94,9 @@ class Block:
     compute_s: tuple[float, ...] = ()
     """The slowest worker's own work in each, where it is known."""
 
+    sent_share: float | None = None
+    """Bytes that a worker sent in a step, of the 2 (W - 1) / W gradients that it has to."""
+
     @property
     def overhead_s(self) -> float:
         """Median of step time minus the slowest worker's compute."""

@@ -18,9 +18,14 @@ from typing import Any
 from measuring import Task
 from turns import TURNS, TurnsOf
 
+from sparksgd.spark.session import SETTINGS
+
 __all__ = ["ArmFailed", "job_s", "run_arm", "run_in_turns"]
 
 _LAST_LINES = 40
+_MALLOC = {  # of sparksgd's workers, and so of everybody
+    setting.key.rpartition(".")[2]: setting.value for setting in SETTINGS if "MALLOC" in setting.key
+}
 ROOT = Path(__file__).parent.parent.parent
 
 
@@ -127,6 +132,7 @@ def _environment(scratch: Path, task: Task) -> dict[str, str]:
         "SPARK_LOCAL_DIRS": str(scratch),
         "TMPDIR": str(scratch),
         "JAVA_TOOL_OPTIONS": f"-Djava.io.tmpdir={scratch}",
+        **({} if task.plain_session else _MALLOC),
     }
 
 

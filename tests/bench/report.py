@@ -26,6 +26,7 @@ __all__ = [
     "machine",
     "ratio_table",
     "ratios_of",
+    "size_table",
     "soak_ratios",
     "soak_table",
     "speed_table",
@@ -35,6 +36,7 @@ OVERHEAD_TARGET = 1.5
 SPEEDUP_TARGET = 3.0
 DDP_TARGET = 1.0
 JOB_TARGET = 0.6
+SENT_BESIDE = 0.001  # a record of rows and loss goes with each gradient
 FLAT_SHARE = 0.05
 
 
@@ -173,6 +175,16 @@ def allreduce_ratios(blocks: Sequence[Block]) -> list[Ratio]:
         if name.startswith(alone):
             value = _speed(blocks, ours + name.removeprefix(alone), name)
             ratios.append(Ratio(of=name, means=f"rows/s of {ours} / {name}", value=value))
+    share = max(block.sent_share for block in blocks if block.sent_share is not None)
+    ratios.append(
+        Ratio(
+            of="bytes",
+            means="bytes sent per worker and step / (2 (W - 1) / W) gradients, the most of all sizes",
+            value=share,
+            target="1",
+            met=abs(share - 1) < SENT_BESIDE,
+        )
+    )
     base, *finer = [name for name in names if name.endswith("per worker")]
     for name in finer:
         value = _speed(blocks, base, name)
@@ -251,6 +263,27 @@ def speed_table(title: str, lines: Sequence[Line]) -> Table:
             _ms(line.p99_s),
             "" if line.compute_p50_s is None else _ms(line.compute_p50_s),
             "" if line.rows_per_second is None else f"{line.rows_per_second:,.0f}",
+        )
+    return table
+
+
+def size_table(title: str, lines: Sequence[Line]) -> Table:
+    """Draw the times of lines named "arm, model, rows" side by side."""
+    arms: dict[str, dict[str, Line]] = {}
+    for line in lines:
+        arm, _, size = line.what.partition(", ")
+        arms.setdefault(arm, {})[size] = line
+    table = Table("p50 / p99 ms, rows/s", title=title)
+    for arm in arms:
+        table.add_column(arm, justify="right")
+    for size in dict.fromkeys(size for of_arm in arms.values() for size in of_arm):
+        found = [of_arm.get(size) for of_arm in arms.values()]
+        table.add_row(
+            size,
+            *(
+                "" if line is None else f"{_ms(line.p50_s)} / {_ms(line.p99_s)}\n{line.rows_per_second:,.0f}"
+                for line in found
+            ),
         )
     return table
 

@@ -28,6 +28,7 @@ import pyarrow.parquet as pq
 from measuring import LEARNING_RATE, LENET, LENET_PARAMETERS, MOMENTUM, Block, Task
 from processes import ROOT, ArmFailed, job_s, run_arm, run_in_turns
 from report import (
+    Line,
     Ratio,
     allreduce_ratios,
     job_ratio,
@@ -36,11 +37,13 @@ from report import (
     machine,
     ratio_table,
     ratios_of,
+    size_table,
     soak_ratios,
     soak_table,
     speed_table,
 )
 from rich.console import Console
+from rich.table import Table
 
 NUM_WORKERS = 2
 ROWS_PER_WORKER = 64
@@ -177,7 +180,8 @@ def _speed(task: Task, size: Size, data: str, console: Console) -> dict[str, Any
         f"LeNet of {LENET_PARAMETERS:,} parameters, {task.num_workers} workers, "
         f"{ROWS_PER_WORKER} rows each, {data}"
     )
-    return _shown(title, blocks, ratios_of(blocks), console)
+    lines = lines_of(blocks)
+    return _shown(speed_table(title, lines), lines, ratios_of(blocks), console)
 
 
 def _allreduce(task: Task, size: Size, data: str, console: Console) -> dict[str, Any]:
@@ -187,13 +191,14 @@ def _allreduce(task: Task, size: Size, data: str, console: Console) -> dict[str,
     with console.status("the all-reduce engine, DistributedDataParallel and one process, in turns"):
         found = run_in_turns({"allreduce.py": sized, "ddp.py": sized, "one_process.py": sized})
     blocks = [Block.from_dict(block) for arm in found for block in arm]
-    return _shown(f"{task.num_workers} workers, LeNet, {data}", blocks, allreduce_ratios(blocks), console)
-
-
-def _shown(title: str, blocks: list[Block], ratios: list[Ratio], console: Console) -> dict[str, Any]:
-    """Draw the tables, and return them as JSON has them."""
     lines = lines_of(blocks)
-    console.print(speed_table(title, lines))
+    table = size_table(f"{task.num_workers} workers, rows of each, LeNet, {data}", lines)
+    return _shown(table, lines, allreduce_ratios(blocks), console)
+
+
+def _shown(table: Table, lines: list[Line], ratios: list[Ratio], console: Console) -> dict[str, Any]:
+    """Draw the tables, and return what they show as JSON has it."""
+    console.print(table)
     console.print(ratio_table(ratios))
     return {"lines": [asdict(line) for line in lines], "ratios": [asdict(ratio) for ratio in ratios]}
 

@@ -80,6 +80,17 @@ class FlagNet(DropoutNet):
                 time.sleep(60)
 
 
+class TiredSGD(torch.optim.SGD):
+    """An optimiser that raises at its fifth step."""
+
+    def step(self, closure: object = None) -> None:
+        """Make a step, but for the fifth."""
+        self.steps = getattr(self, "steps", 0) + 1
+        if self.steps == 5:
+            raise ValueError("the optimiser's own mistake")
+        super().step()
+
+
 def steep(output: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
     """Ten thousand times the cross-entropy: a rate of 1e37 makes an infinite step of it."""
     return 1e4 * F.cross_entropy(output, label, reduction="none")

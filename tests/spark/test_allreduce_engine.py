@@ -10,7 +10,10 @@ import socket
 import sys
 import threading
 import time
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
 
 import pytest
 from conftest import (  # tests/spark/conftest.py
@@ -22,6 +25,7 @@ from conftest import (  # tests/spark/conftest.py
     executor_pids,
     read_files_apart,
     undisturbed,
+    with_descendants,
     write_rows,
 )
 
@@ -31,6 +35,7 @@ from sparksgd.local_rows import ParquetRows
 from sparksgd.spark.training import train
 from sparksgd.training import train as train_inline
 from sparksgd.treesum import useful_workers
+from sparksgd.wire import Credentials, connect
 
 FLAG_NET = "model.name=users_modules:FlagNet"
 ALLREDUCE = ("engine.name=allreduce", "engine.segment_steps=4")
@@ -155,6 +160,28 @@ def test_a_user_error_ends_the_run_with_the_remote_traceback_worker_and_step(ses
     assert (watch.training.version, watch.training.recovery.retries) == (4, 0)
 
 
+def test_a_user_error_beside_a_worker_that_hangs_is_still_the_users(session_for, small, flags):
+    spark = session_for("local[2]")
+    config = configured(*ALLREDUCE, FLAG_NET, f"model.folder={flags}", "engine.peer_timeout_s=2")
+
+    def raise_on_one_and_hang_on_the_other(_):
+        (flags / "sleep").touch()
+        (flags / "raise").touch()
+
+    watch = AtStep(4, raise_on_one_and_hang_on_the_other)
+    with pytest.raises(UserCodeError, match=r"the user's own mistake(?s:.*)in step 5, on worker \d"):
+        train(spark, config, spark.read.parquet(small), observers=[watch])
+    assert (watch.training.version, watch.training.recovery.retries) == (4, 0)
+
+
+def test_an_optimiser_of_the_users_that_raises_on_a_worker_ends_the_run(session_for, small):
+    spark, watch = session_for("local[2]"), AtStep(0, lambda _: None)
+    config = configured(*ALLREDUCE, "optimizer.name=users_modules:TiredSGD")
+    with pytest.raises(UserCodeError, match="the optimiser raised ValueError: the optimiser's own mistake"):
+        train(spark, config, spark.read.parquet(small), observers=[watch])
+    assert (watch.training.version, watch.training.recovery.retries) == (4, 0)
+
+
 def test_a_cancelled_job_ends_the_run_and_frees_the_slots(session_for, small, flags):
     spark = session_for("local[2]")
     config = configured(*ALLREDUCE, FLAG_NET, f"model.folder={flags}")
@@ -167,7 +194,10 @@ def test_a_cancelled_job_ends_the_run_and_frees_the_slots(session_for, small, fl
     with pytest.raises(Cancelled, match="cancelled"):
         train(spark, config, spark.read.parquet(small), observers=[watch])
     assert (watch.training.version, watch.training.recovery.retries) == (4, 0)
-    assert spark.range(5, numPartitions=5).count() == 5
+    started = time.monotonic()
+    both = spark.sparkContext.parallelize(range(2), 2).barrier().mapPartitions(list)
+    assert both.collect() == [0, 1]
+    assert time.monotonic() - started < 30  # a flag would sleep for a minute
 
 
 def test_a_failure_that_repeats_ends_the_run(session_for, small, flags):
@@ -251,27 +281,82 @@ def test_auto_chooses_and_says_why(session_for, small, caplog, workers, listens,
     assert training.flat.parameters_sha256() == undisturbed(small, config)
 
 
-def test_strangers_at_every_port_are_counted_and_change_nothing(session_for, small):
+@pytest.mark.parametrize("encrypt", ["false", "true"])
+def test_strangers_at_every_port_are_counted_and_change_nothing(session_for, small, encrypt):
     spark = session_for("local[2]")
     with socket.create_server(("127.0.0.1", 0)) as free:
         first = free.getsockname()[1]
-    config = configured(*ALLREDUCE, "train.steps=12", f"engine.ports={first}-{first + 20}")
-    knocked = []
-
-    def knock(_):
-        for port in range(first, first + 21):
-            try:
-                with socket.create_connection(("127.0.0.1", port), timeout=1) as sock:
-                    sock.sendall(os.urandom(128))
-                    sock.recv(64)
-                knocked.append(port)
-            except OSError:
-                continue  # nobody listens there
-
-    training = train(spark, config, spark.read.parquet(small), observers=[AtStep(4, knock)])
+    config = configured(
+        *ALLREDUCE, "train.steps=400", "train.epochs=40", "engine.segment_steps=50",
+        f"engine.ports={first}-{first + 20}", f"engine.encrypt={encrypt}",
+    )  # fmt: skip
+    crowd = Strangers(range(first, first + 21), Credentials.new(encrypt=encrypt == "true"))
+    before = resident_bytes()
+    training = train(spark, config, spark.read.parquet(small), observers=[AtStep(50, crowd.come)])
+    crowd.join()
     assert training.flat.parameters_sha256() == undisturbed(small, config)
-    assert len(knocked) >= 3  # the driver and two workers
-    assert training.recovery.strangers >= 3
+    assert training.recovery.retries == 0
+    assert crowd.knocked.keys() == {"nothing", "garbage", "half", "secret", "gigabyte"}
+    assert min(crowd.knocked.values()) >= 2  # the driver and a worker at least
+    assert training.recovery.strangers >= 5
+    assert resident_bytes() - before < 200 << 20
+
+
+class Strangers:
+    """Connections by who does not know the secret, in a thread while a training runs.
+
+    Args:
+        ports: some of them listen.
+        credentials: another run's.
+    """
+
+    def __init__(self, ports: range, credentials: Credentials) -> None:
+        self.knocked: Counter[str] = Counter()
+        self._ports, self._credentials = ports, credentials
+        self._silent: list[socket.socket] = []
+
+    def come(self, _) -> None:
+        self._thread = threading.Thread(target=self._knock)
+        self._thread.start()
+
+    def join(self) -> None:
+        self._thread.join()
+        for sock in self._silent:
+            sock.close()
+
+    def _knock(self) -> None:
+        for port in self._ports:
+            for kind in ("nothing", "garbage", "half", "secret", "gigabyte"):
+                try:
+                    self._silent.append(socket.create_connection(("127.0.0.1", port), timeout=1))
+                except OSError:
+                    break  # nobody listens there
+                self.knocked[kind] += 1
+                with suppress(OSError, ClusterError):  # dropped, as it should be
+                    self._say(kind, port, self._silent[-1])
+
+    def _say(self, kind: str, port: int, sock: socket.socket) -> None:
+        if kind == "garbage":
+            sock.sendall(os.urandom(4096))
+        elif kind == "half":
+            sock.recv(16)
+            sock.sendall(bytes(40))
+        elif kind == "secret":
+            connect(self._credentials, ("127.0.0.1", port), b"hello", "a worker", 1)
+        elif kind == "gigabyte":
+            for _ in range(1 << 10):
+                sock.sendall(bytes(1 << 20))
+
+
+def resident_bytes() -> int:
+    """Return the memory of this process, and of all that it started."""
+    pages = [Path(f"/proc/{pid}/statm").read_text().split()[1] for pid in python_workers() | {os.getpid()}]
+    return sum(map(int, pages)) * os.sysconf("SC_PAGE_SIZE")
+
+
+def python_workers() -> set[int]:
+    family = with_descendants([os.getpid()])
+    return {pid for pid in family if b"pyspark.daemon" in Path(f"/proc/{pid}/cmdline").read_bytes()}
 
 
 @pytest.mark.soak
@@ -280,10 +365,11 @@ def test_executors_killed_between_segments_and_in_one_change_no_bit(session_for,
     config = configured(*ALLREDUCE, "train.steps=20", FLAG_NET, f"model.folder={flags}")
     killers = [
         AtStep(4, lambda _: os.kill(executor_pids()[0], signal.SIGKILL)),
+        AtStep(8, lambda _: (flags / "kill-worker").touch()),
         AtStep(12, lambda _: (flags / "kill-executor").touch()),
     ]
     training = train(spark, config, spark.read.parquet(small), observers=killers)
     assert training.flat.parameters_sha256() == undisturbed(small, config)
-    assert training.recovery.retries >= 2
+    assert training.recovery.retries >= 3
     assert training.recovery.rebuilt_shards >= 4
     assert len(training.step_times) == 20

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
-import pytest
+import logging
+from types import SimpleNamespace
 
-from sparksgd.errors import Cancelled, ClusterError, ModelError
-from sparksgd.spark.cluster import final_error, gist
+import pytest
+from conftest import configured  # tests/spark/conftest.py
+
+from sparksgd.config import EngineConfig
+from sparksgd.engines.allreduce import encrypts
+from sparksgd.errors import Cancelled, ClusterError, ModelError, UserCodeError
+from sparksgd.spark.cluster import Cluster, final_error, gist
 
 ABORTED = (
     "An error occurred while calling z:org.apache.spark.api.python.PythonRDD.collectAndServe.\n"
@@ -53,8 +59,74 @@ def test_the_gist_of_a_failed_step_is_its_cause_too():
         ("Job 12 cancelled because SparkContext was shut down", ClusterError),
         ("IllegalStateException: Cannot call methods on a stopped SparkContext.", ClusterError),
         ("ModuleNotFoundError: No module named 'theirs'", ModelError),
+        (RESULTS, ClusterError),
+        ("sparksgd.errors.UserCodeError: it raised\nTraceback\n  in step 5\n", UserCodeError),
         ("Task 0 failed 1 times: ExecutorLostFailure (executor 1 exited)", type(None)),
     ],
 )
 def test_what_no_second_attempt_can_mend_is_told_apart(reason, kind):
     assert type(final_error(RuntimeError(ABORTED.format(reason)))) is kind
+
+
+def test_the_users_error_is_read_back_from_sparks_text():
+    text = ABORTED.format(
+        "x.PythonException: Traceback\nsparksgd.errors.UserCodeError: it raised\n  in step 5\n"
+    )
+    error = final_error(RuntimeError(text))
+    assert (type(error), str(error)) == (UserCodeError, "it raised\n  in step 5")
+
+
+@pytest.mark.parametrize(
+    ("workers", "shards", "placement", "says"),
+    [
+        (3, 4, "hashed", "3 workers are no faster than 2: of 4 shards the busiest owns 2 either way; without "
+                         "waste are 1, 2, 4 workers"),
+        (3, 8, "hashed", "3 workers send 5 partial sums a step instead of 3"),
+        (2, 4, "hashed", None),
+        (3, 4, "in_place", None),
+    ],
+)  # fmt: skip
+def test_workers_that_waste_are_named(session_for, caplog, workers, shards, placement, says):
+    settings = (f"engine.num_workers={workers}", f"train.num_shards={shards}", f"data.placement={placement}")
+    with caplog.at_level(logging.WARNING, "sparksgd"):
+        Cluster(session_for("local[3]"), configured(*settings))
+    assert says in caplog.text if says else not caplog.records
+
+
+def test_workers_are_as_many_as_are_of_use(session_for):
+    config = configured("engine.num_workers=none", "train.num_shards=4")
+    assert Cluster(session_for("local[3]"), config).num_workers == 2
+
+
+def test_nothing_waits_for_a_place_while_runs_go_on_and_the_sessions_settings_come_back(session_for, caplog):
+    spark = session_for("local[3]")
+    conf = spark.sparkContext._jsc.sc().conf()
+    one, other = (Cluster(spark, configured("engine.num_workers=1")) for _ in range(2))
+    keys = [f"spark.locality.wait.{level}" for level in ("process", "node", "rack")]
+    conf.set(keys[1], "7s")
+    try:
+        with caplog.at_level(logging.WARNING, "sparksgd"), one.job_group():
+            with other.job_group():
+                assert [conf.get(key, None) for key in keys] == ["0s"] * 3
+            assert [conf.get(key, None) for key in keys] == ["0s"] * 3
+        assert [conf.get(key, None) for key in keys] == [None, "7s", None]
+        assert caplog.text.count("spark.locality.wait.node is 7s, but 0s until this run ends") == 1
+    finally:
+        conf.remove(keys[1])
+
+
+@pytest.mark.parametrize(
+    ("settings", "asked", "wanted"),
+    [
+        ({}, False, False),
+        ({}, True, True),
+        ({"spark.network.crypto.enabled": "true"}, False, True),
+        ({"spark.ssl.enabled": "TRUE"}, False, True),
+        ({"spark.ssl.rpc.enabled": "true"}, False, True),
+        ({"spark.authenticate.enableSaslEncryption": "true"}, False, True),
+        ({"spark.network.crypto.enabled": "false"}, False, False),
+    ],
+)
+def test_the_wire_is_encrypted_where_sparks_own_traffic_is(settings, asked, wanted):
+    cluster = SimpleNamespace(context=SimpleNamespace(getConf=lambda: settings))
+    assert encrypts(cluster, EngineConfig(encrypt=asked)) is wanted

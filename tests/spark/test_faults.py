@@ -38,11 +38,14 @@ def test_executors_killed_between_steps_and_in_a_step_change_no_bit(session_for,
         seen.append((training.recovery.retries, training.recovery.rebuilt_shards))
         (flags / "kill-executor").touch()
 
-    killers = [AtStep(5, kill_between), AtStep(12, kill_in_the_next)]
+    def kill_a_python_worker(_):
+        (flags / "kill-worker").touch()
+
+    killers = [AtStep(5, kill_between), AtStep(9, kill_a_python_worker), AtStep(12, kill_in_the_next)]
     training = train(spark, config, spark.read.parquet(small), observers=killers)
     assert training.flat.parameters_sha256() == undisturbed(small, config)
     ((retries, rebuilt_shards),) = seen
-    assert retries >= 1
+    assert retries >= 2
     assert rebuilt_shards >= 2  # one of two workers owned two of the four shards
     assert not any(flags.iterdir())
     assert training.recovery.retries > retries
