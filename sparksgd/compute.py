@@ -11,8 +11,7 @@ from __future__ import annotations
 import copy
 import socket
 import time
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, Self
 
@@ -24,7 +23,7 @@ from torch import nn
 from sparksgd.errors import ModelError, NotFinite, ShardMissing, SparkSGDError
 from sparksgd.flat import FlatModule, Weights
 from sparksgd.losses import Loss
-from sparksgd.numerics import Numerics, thread_count
+from sparksgd.numerics import Numerics, generator_kept, thread_count
 from sparksgd.rows import RowSchema
 from sparksgd.sampling import Sampling
 from sparksgd.seeds import seed32
@@ -195,7 +194,7 @@ class Computer:
             fresh = self._piece(shard, step)
             return None if fresh is None else self.plan.worker_half.outgoing(fresh)
 
-        with _generator_restored():
+        with generator_kept():
             return self._answer(worker, shards, weights, gradient, f"step {step + 1}")
 
     def evaluations(self, worker: int, shards: Iterable[Descriptor], weights: Weights) -> Answer:
@@ -374,7 +373,7 @@ def try_out(
     records = np.resize(records, max(2, len(records)))  # batch-norm wants two rows
     flat = FlatModule(copy.deepcopy(module), dtype)
     before = {name: tensor.detach().numpy().tobytes() for name, tensor in flat.constants()}
-    with _generator_restored():
+    with generator_kept():
         output, losses = forward(flat.module, loss, schema, records)
         with users_code("the module or its loss"):
             losses.sum().backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
@@ -406,13 +405,3 @@ def located(error: SparkSGDError, worker: int, doing: str) -> SparkSGDError:
     if isinstance(error, ShardMissing):
         return error
     return type(error)(f"{error}\n  in {doing}, on worker {worker} at {socket.gethostname()}")
-
-
-@contextmanager
-def _generator_restored() -> Iterator[None]:
-    """Leave torch's global generator, from which dropout draws, as it was."""
-    state = torch.default_generator.get_state()
-    try:
-        yield
-    finally:
-        torch.default_generator.set_state(state)

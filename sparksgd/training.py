@@ -31,7 +31,7 @@ from sparksgd.flat import FlatModule, mixes_rows
 from sparksgd.imports import resolve
 from sparksgd.losses import CLASSIFIERS, Loss, binary_cross_entropy, loss_named
 from sparksgd.models import MODELS
-from sparksgd.numerics import Numerics, thread_count
+from sparksgd.numerics import Numerics, generator_kept, thread_count
 from sparksgd.rows import RowReport, RowSchema, read_rows
 from sparksgd.sampling import Sampling
 from sparksgd.seeds import seed32
@@ -184,8 +184,8 @@ def build_module(config: ModelConfig, seed: int) -> nn.Module:
     """Return the module that a configuration names, its parameters drawn from the seed."""
     factory = resolve("model.name", config.name, MODELS)
     try:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed32(seed, "module"))
+        with generator_kept() as generator:
+            generator.manual_seed(seed32(seed, "module"))
             module = factory(**config.arguments)
     except Exception as error:
         raise ConfigError(

@@ -6,6 +6,7 @@ import logging
 import os
 import tempfile
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from hashlib import blake2b
 from pathlib import Path
@@ -241,6 +242,19 @@ def test_each_key_of_the_experiment_changes_the_bits(tmp_path: Path, classified:
     rows = parquet(tmp_path, classified)
     other = {"seed": 1, "num_shards": 5, "rows_per_step": 50, "rows_per_backward": 3}[key]
     assert sha256(rows, with_dropout, epochs=1)[0] != sha256(rows, with_dropout, epochs=1, **{key: other})[0]
+
+
+def test_trainings_in_threads_of_one_process_do_not_mix_their_numbers(
+    tmp_path: Path, classified: list[Any]
+) -> None:
+    rows = parquet(tmp_path, classified)
+
+    def trained(seed: int) -> object:
+        return sha256(rows, with_dropout, epochs=1, seed=seed)
+
+    alone = [trained(seed) for seed in range(6)]
+    with ThreadPoolExecutor(3) as pool:
+        assert list(pool.map(trained, range(6))) == alone
 
 
 def test_features_stored_as_doubles_or_floats_train_the_same_module(
