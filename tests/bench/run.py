@@ -96,7 +96,7 @@ FULL = Size(
     shards_per_worker=(1, 2, 4, 8),
     soak_steps=(200, 2000),
     share=1,
-    turns=5,
+    turns=4,
     epochs=2,
 )
 QUICK = Size(
