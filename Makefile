@@ -59,7 +59,7 @@ test: $(READY) ## Run the tests
 	$(check-java)
 	@$(BIN)/python -m pytest -m 'not soak'
 
-soak: $(READY) ## Run the long tests: much data, many trainings in one session, killed executors
+soak: $(READY) ## Run the long tests: much data, many steps, killed executors, hosts of their own
 	$(check-java)
 	@$(BIN)/python -m pytest -m soak
 
@@ -72,7 +72,7 @@ fix: $(READY) ## Format, and mend what ruff can
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
 
-bench: $(READY) data/mnist/train.parquet ## Measure steps against the textbook loop, and memory -> benchmark.json
+bench: $(READY) data/mnist/train.parquet ## Measure both engines against what one would use instead -> benchmark.json
 	$(check-java)
 	@$(BIN)/python tests/bench/run.py --data data/mnist
 
