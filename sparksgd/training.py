@@ -515,8 +515,9 @@ def _loop(
         observer.started(training)
     try:
         while solver.step < training.total_steps:
-            until_evaluation = every - solver.step % every
-            steps = min(until_evaluation, training.total_steps - solver.step, engine.segment_steps)
+            steps = min(training.total_steps - solver.step, engine.segment_steps)
+            if evaluates:
+                steps = min(steps, every - solver.step % every)
             segment = engine.advance(solver, steps)
             training.sent_bytes += segment.sent_bytes
             for report in segment.steps:

@@ -56,6 +56,7 @@ def test_every_key_belongs_to_the_experiment_or_to_the_cluster() -> None:
         "engine.max_attempts",
         "engine.segment_steps",
         "engine.peer_timeout_s",
+        "engine.step_timeout_s",
         "engine.encrypt",
         "engine.ports",
         "train.eval_every",

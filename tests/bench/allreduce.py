@@ -45,6 +45,7 @@ class Clock:
         self._compute_s.append(report.timing.compute)
         if len(self._step_s) < self._block_steps:
             return
+        assert report.step % self._block_steps == 0, "a block is one segment"
         if report.step > self._block_steps:
             self._step_s[0] += time.perf_counter() - self._began - sum(self._step_s)
             self.blocks.append(

@@ -281,6 +281,7 @@ def test_auto_chooses_and_says_why(session_for, small, caplog, workers, listens,
     assert training.flat.parameters_sha256() == undisturbed(small, config)
 
 
+@pytest.mark.soak
 @pytest.mark.parametrize("encrypt", ["false", "true"])
 def test_strangers_at_every_port_are_counted_and_change_nothing(session_for, small, encrypt):
     spark = session_for("local[2]")

@@ -53,6 +53,7 @@ def test_executors_killed_between_steps_and_in_a_step_change_no_bit(session_for,
     assert len(training.step_times) == 20
 
 
+@pytest.mark.soak
 @pytest.mark.parametrize("engine", ["tree", "allreduce"])
 def test_a_step_in_which_every_worker_hangs_is_tried_again_in_bounded_time(session_for, small, flags, engine):
     spark = session_for("local[2]")
