@@ -112,17 +112,7 @@ def partials_sent(workers: int, leaves: int) -> Iterator[int]:
     ([1, 1], [1, 2, 2])
     """
     for worker in range(workers):
-        yield _branches((0, leaves), balanced_range(worker, workers, leaves))
-
-
-def _branches(node: Node, held: range) -> int:
-    """Return how few nodes at or below one make up the leaves of a range."""
-    first, end = node
-    if held.start <= first and end <= held.stop:
-        return 1
-    if held.stop <= first or end <= held.start:
-        return 0
-    return sum(_branches(child, held) for child in split(node))
+        yield len(nodes_of(balanced_range(worker, workers, leaves), leaves))
 
 
 def useful_workers(leaves: int) -> list[int]:

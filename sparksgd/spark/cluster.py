@@ -32,7 +32,6 @@ from sparksgd.treesum import partials_sent, useful_workers
 __all__ = [
     "Cluster",
     "JobWatch",
-    "Watched",
     "cancel_jobs",
     "cleanup",
     "final_error",
@@ -378,20 +377,23 @@ def _warn_of_waste(workers: int, config: Config) -> None:
     if config.data.placement == "in_place":
         return  # who owns what is Spark's choice then
     shards = config.train.num_shards
-    useful = ", ".join(map(str, useful_workers(shards)))
     fewer, sent = _as_fast(workers, shards), sum(partials_sent(workers, shards))
     if fewer < workers:
         log.warning(
             "%d workers are no faster than %d: of %d shards the busiest owns %d either way; without waste "
             "are %s workers",
-            workers, fewer, shards, ceil(shards / workers), useful,
+            workers, fewer, shards, ceil(shards / workers), _listed(useful_workers(shards)),
         )  # fmt: skip
     elif sent > workers:
         log.warning(
             "%d workers send %d partial sums a step instead of %d, because their ranges of %d shards are no "
             "whole branches of the addition tree; without waste are %s workers",
-            workers, sent, workers, shards, useful,
+            workers, sent, workers, shards, _listed(useful_workers(shards)),
         )  # fmt: skip
+
+
+def _listed(numbers: Iterable[int]) -> str:
+    return ", ".join(map(str, numbers))
 
 
 _waits_lock = threading.Lock()

@@ -65,7 +65,6 @@ def work(rank: int, task: Task, folder: str) -> None:
 
 def measure(task: Task) -> list[Block]:
     """Start the processes; return the blocks of the first."""
-
     with tempfile.TemporaryDirectory() as folder:
         multiprocessing.spawn(work, (task, folder), nprocs=task.num_workers)
         return [Block.from_dict(block) for block in json.loads(Path(folder, "blocks").read_text())]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sys
 
+from measuring import LEARNING_RATE, MOMENTUM
 from pyspark.ml.torch.distributor import TorchDistributor
 from pyspark.sql import SparkSession
 
@@ -46,7 +47,7 @@ def main(path: str, rows: str, epochs: str, processes: str) -> None:
     """Start a session, train on its executors, and end it."""
     session = SparkSession.builder.appName("TorchDistributor").getOrCreate()
     distributor = TorchDistributor(num_processes=int(processes), local_mode=False, use_gpu=False)
-    print(distributor.run(train, path, int(rows), int(epochs), 0.01, 0.9))
+    print(distributor.run(train, path, int(rows), int(epochs), LEARNING_RATE, MOMENTUM))
     session.stop()
 
 
