@@ -6,7 +6,6 @@ import ast
 import importlib.util
 import json
 import os
-import re
 import shlex
 import signal
 import subprocess
@@ -20,6 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from servers import start_server  # tests/hosts
 
 from sparksgd.models import LeNet
 from sparksgd.output import load_model
@@ -111,25 +111,11 @@ def standalone(tmp_path) -> Iterator[str]:
     processes: list[subprocess.Popen[bytes]] = []
 
     def started(role: str, *options: str) -> str:
+        words = ["--host", "127.0.0.1", "--port", "0", *options]
         log = folder / f"{role}.log"
-        spark_class = str(Path(sys.executable).parent / "spark-class")
-        words = [spark_class, f"org.apache.spark.deploy.{role.lower()}.{role}", "--host", "127.0.0.1"]
-        words += ["--webui-port", "0", "--port", "0", *options]
-        with log.open("w") as opened:
-            processes.append(
-                subprocess.Popen(
-                    words, stdout=opened, stderr=subprocess.STDOUT, env=environment(), start_new_session=True
-                )
-            )
-        deadline = time.monotonic() + 60
-        while time.monotonic() < deadline:
-            address = re.search(
-                r"(?:Starting Spark master at|registered with master) (spark://\S+)", log.read_text()
-            )
-            if address:
-                return address[1]
-            time.sleep(0.1)  # a server tells only its log that it is ready
-        raise AssertionError(log.read_text())
+        process, address = start_server(role, log, *words, environment=environment())
+        processes.append(process)
+        return address
 
     try:
         master = started("Master")

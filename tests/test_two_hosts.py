@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from two_hosts import INSIDE, PROBE, WORKERS  # tests/hosts
 
 from sparksgd.config import Config
 from sparksgd.engines.inline import InlineEngine
@@ -19,8 +20,6 @@ from sparksgd.local_rows import ParquetRows
 from sparksgd.training import train
 
 HOSTS = Path(__file__).parent / "hosts"
-sys.path.insert(0, str(HOSTS))
-from two_hosts import INSIDE, PROBE, WORKERS  # noqa: E402  # found only by the line before
 
 ENCRYPTED = {
     "spark.authenticate": "true",

@@ -11,11 +11,12 @@ from __future__ import annotations
 
 import argparse
 import os
-import re
 import subprocess
 import sys
 import time
 from pathlib import Path
+
+from servers import start_server
 
 INSIDE = [
     *("unshare", "--user", "--map-root-user", "--mount", "--net", "--uts", "--pid", "--fork"),
@@ -32,32 +33,11 @@ PROBE = (
 DRIVER = "192.0.2.1"
 WORKERS = {"worker1": "192.0.2.11", "worker2": "192.0.2.12"}
 _NOWHERE = "198.51.100.1"
-_READY_S = 60
 _BURST = ("burst", "100kb", "latency", "50ms")  # a large one would let a whole gradient pass at once
 
 
 def run(*words: str) -> None:
     subprocess.run(words, check=True)
-
-
-def spark_class(folder: Path, name: str, role: str, *options: str, host: list[str]) -> str:
-    """Start a server of Spark on a host; return the master's address once the server knows it."""
-    log = folder / f"{name}.log"
-    java = [str(Path(sys.executable).parent / "spark-class"), f"org.apache.spark.deploy.{role}"]
-    with log.open("w") as opened:
-        subprocess.Popen(
-            [*host, *java, "--webui-port", "0", *options], stdout=opened, stderr=subprocess.STDOUT,
-            env=os.environ | {"SPARK_LOCAL_DIRS": str(folder / "local")},
-        )  # fmt: skip
-    deadline = time.monotonic() + _READY_S
-    while time.monotonic() < deadline:
-        said = re.search(
-            r"(?:Starting Spark master at|registered with master) (spark://\S+)", log.read_text()
-        )
-        if said:
-            return said[1]
-        time.sleep(0.1)  # a server tells only its log that it is ready
-    raise SystemExit(log.read_text())
 
 
 def worker_host(name: str, address: str, rate: str | None, local: Path) -> list[str]:
@@ -101,15 +81,15 @@ def main() -> int:
     run("ip", "address", "add", f"{DRIVER}/24", "dev", "bridge")
     run("ip", "link", "set", "bridge", "up")
     settings = ["--properties-file", options.properties]
-    master = spark_class(
-        options.folder, "master", "master.Master", "--host", DRIVER, "--port", "0", *settings, host=[]
-    )
+    environment = os.environ | {"SPARK_LOCAL_DIRS": str(options.folder / "local")}
+    of_driver = ["--host", DRIVER, "--port", "0", *settings]
+    _, master = start_server("Master", options.folder / "master.log", *of_driver, environment=environment)
     for name, address in WORKERS.items():
         host = worker_host(name, address, options.rate, options.folder / "local")
-        size = ["--cores", "1", "--memory", "2g", "--work-dir", str(options.folder / name / "work")]
-        spark_class(
-            options.folder, name, "worker.Worker", "--host", address, *size, *settings, master, host=host
-        )  # fmt: skip
+        of_worker = ["--host", address, "--cores", "1", "--memory", "2g", *settings]
+        of_worker += ["--work-dir", str(options.folder / name), master]
+        log = options.folder / f"{name}.log"
+        start_server("Worker", log, *of_worker, environment=environment, host=host)
     return subprocess.run([*options.program, master], check=False).returncode
 
 
