@@ -47,7 +47,6 @@ def main(task_path: Path, results_path: Path, master: str) -> None:
                 "hosts": sorted(hosts.seen),
                 "retries": training.recovery.retries,
                 "sent_bytes": training.sent_bytes,
-                "step_s": training.step_times.medians_s(),
             }
         )
     results_path.write_text(json.dumps(results))

@@ -4,6 +4,7 @@
 
 The hosts have names that resolve to loopback, as Debian has them, an address on the bridge that
 joins them with the driver, another that leads nowhere, and local directories that no other host sees.
+What passed the links to the workers is left in FOLDER/links.json, as tc tells it.
 Nothing of it outlives this process, which must be the first of a namespace of its own: see INSIDE.
 """
 
@@ -90,7 +91,10 @@ def main() -> int:
         of_worker += ["--work-dir", str(options.folder / name), master]
         log = options.folder / f"{name}.log"
         start_server("Worker", log, *of_worker, environment=environment, host=host)
-    return subprocess.run([*options.program, master], check=False).returncode
+    program = subprocess.run([*options.program, master], check=False)
+    links = subprocess.run(["tc", "-s", "-j", "qdisc"], check=True, capture_output=True)
+    (options.folder / "links.json").write_bytes(links.stdout)
+    return program.returncode
 
 
 if __name__ == "__main__":

@@ -41,7 +41,7 @@ def session_for(local_dir: Path) -> Iterator[Callable[..., SparkSession]]:
         if _current.get("wanted") != wanted or SparkContext._active_spark_context is None:
             stop()
             conf = {"spark.master": master, "spark.ui.enabled": "false", "spark.log.level": "ERROR"}
-            conf["spark.local.dir"] = str(local_dir)
+            conf |= {"spark.ui.showConsoleProgress": "false", "spark.local.dir": str(local_dir)}
             conf |= {key.replace("__", "."): value for key, value in settings.items()}
             if SparkContext._gateway is None:
                 SparkContext._ensure_initialized(conf=SparkConf(loadDefaults=False))
@@ -91,6 +91,12 @@ def with_descendants(pids: Iterable[int]) -> set[int]:
     while more := {pid for pid, parent in parents.items() if parent in family} - family:
         family |= more
     return family & parents.keys()
+
+
+def memory_bytes(pid: int, of: str) -> int:
+    """Return a figure of a process's memory: VmRSS is what is resident now, VmHWM its peak."""
+    found = re.search(rf"{of}:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text())
+    return int(found[1]) * 1024 if found else 0
 
 
 @pytest.fixture

@@ -23,6 +23,7 @@ from conftest import (  # tests/spark/conftest.py
     configured,
     digests,
     executor_pids,
+    memory_bytes,
     read_files_apart,
     undisturbed,
     with_descendants,
@@ -292,15 +293,17 @@ def test_strangers_at_every_port_are_counted_and_change_nothing(session_for, sma
         f"engine.ports={first}-{first + 20}", f"engine.encrypt={encrypt}",
     )  # fmt: skip
     crowd = Strangers(range(first, first + 21), Credentials.new(encrypt=encrypt == "true"))
-    before = resident_bytes()
-    training = train(spark, config, spark.read.parquet(small), observers=[AtStep(50, crowd.come)])
+    looks: list[int] = []
+    observers = [AtStep(step, lambda _: looks.append(most_resident_bytes())) for step in (50, 1000)]
+    training = train(spark, config, spark.read.parquet(small), observers=[*observers, AtStep(50, crowd.come)])
     crowd.join()
     assert training.flat.parameters_sha256() == undisturbed(small, config)
     assert training.recovery.retries == 0
     assert crowd.knocked.keys() == {"nothing", "garbage", "half", "secret", "gigabyte"}
     assert crowd.knocked.total() >= 8  # the driver and a worker at least
     assert training.recovery.strangers >= 5
-    assert resident_bytes() - before < 200 << 20
+    before, after = looks
+    assert after - before < 200 << 20
 
 
 class Strangers:
@@ -349,10 +352,9 @@ class Strangers:
                 sock.sendall(bytes(1 << 20))
 
 
-def resident_bytes() -> int:
-    """Return the memory of this process, and of all that it started."""
-    pages = [Path(f"/proc/{pid}/statm").read_text().split()[1] for pid in python_workers() | {os.getpid()}]
-    return sum(map(int, pages)) * os.sysconf("SC_PAGE_SIZE")
+def most_resident_bytes() -> int:
+    """Return the most memory that this process has had, and each Python worker that it started."""
+    return sum(memory_bytes(pid, "VmHWM") for pid in python_workers() | {os.getpid()})
 
 
 def python_workers() -> set[int]:
