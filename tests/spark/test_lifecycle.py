@@ -255,14 +255,19 @@ class Held:
                 "driver": [os.getpid()], "its JVM": [driver], "executors": executors, "workers": workers,
             }.items():  # fmt: skip
                 for pid in pids:
-                    held[who, "processes"] += 1
-                    held[who, "threads"] += len(list(Path(f"/proc/{pid}/task").iterdir()))
-                    for file in Path(f"/proc/{pid}/fd").iterdir():
-                        with suppress(OSError):  # it was closed meanwhile
-                            held[who, "sockets" if "socket:" in str(file.readlink()) else "files"] += 1
-                    if who in ("driver", "workers"):  # a JVM's grows until its heap is as large as it may be
-                        held[who, "most bytes"] = max(held[who, "most bytes"], memory_bytes(pid, "VmRSS"))
+                    with suppress(OSError):  # it ended meanwhile
+                        held += self._of_process(who, pid)
             self.seen.append(held)
+
+    def _of_process(self, who: str, pid: int) -> Counter:
+        held = Counter({(who, "processes"): 1})
+        held[who, "threads"] = len(list(Path(f"/proc/{pid}/task").iterdir()))
+        for file in Path(f"/proc/{pid}/fd").iterdir():
+            with suppress(OSError):  # it was closed meanwhile
+                held[who, "sockets" if "socket:" in str(file.readlink()) else "files"] += 1
+        if who in ("driver", "workers"):  # a JVM's grows until its heap is as large as it may be
+            held[who, "resident bytes"] = memory_bytes(pid, "VmRSS")
+        return held
 
     def _heap_bytes(self) -> int:
         """Return what the driver's heap holds once several collections have found no more to free."""
