@@ -1,4 +1,4 @@
-"""Arm: torch's DistributedDataParallel over gloo, as its documentation shows it; no Spark.
+"""Arm: torch's DistributedDataParallel over gloo, as documented or with sparksgd's malloc; no Spark.
 
 The same model, rows and threads per worker as sparksgd's workers; every process holds all rows in memory.
 """
@@ -31,7 +31,7 @@ def work(rank: int, task: Task, folder: str) -> None:
     )
     images, labels = load(task.data)
     turns = Turns() if rank == 0 else None
-    blocks = []
+    blocks, arm = [], "DistributedDataParallel" if task.plain_session else "with sparksgd's malloc"
     for name, rows, block_steps in task.sizes:
         torch.manual_seed(0)
         model = DistributedDataParallel(LeNet(**MODELS[name]))
@@ -52,7 +52,7 @@ def work(rank: int, task: Task, folder: str) -> None:
             step_s.append(time.perf_counter() - started)
         blocks += [
             Block(
-                what=f"DistributedDataParallel, {name}, {rows} rows",
+                what=f"{arm}, {name}, {rows} rows",
                 rows_per_step=rows * task.num_workers,
                 step_s=tuple(step_s[start : start + block_steps]),
             )

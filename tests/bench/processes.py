@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -23,7 +23,7 @@ from sparksgd.spark.session import SETTINGS
 __all__ = ["ArmFailed", "job_s", "run_arm", "run_in_turns"]
 
 _LAST_LINES = 40
-_MALLOC = {  # of sparksgd's workers, and so of everybody
+_MALLOC = {  # of sparksgd's workers, and so of every arm but those of a plain session
     setting.key.rpartition(".")[2]: setting.value for setting in SETTINGS if "MALLOC" in setting.key
 }
 ROOT = Path(__file__).parent.parent.parent
@@ -82,14 +82,14 @@ def run_arm(script: str, task: Task) -> Any:
         return arm.answer()
 
 
-def run_in_turns(arms: Mapping[str, Task]) -> list[Any]:
+def run_in_turns(arms: Sequence[tuple[str, Task]]) -> list[Any]:
     """Run scripts of this folder side by side, one of them working at a time; return what each wrote.
 
     Raises:
         ArmFailed: one ended with an error.
     """
     with ExitStack() as stack:
-        running = [stack.enter_context(_Arm(script, task, takes_turns=True)) for script, task in arms.items()]
+        running = [stack.enter_context(_Arm(script, task, takes_turns=True)) for script, task in arms]
         waiting = list(running)
         while waiting:
             for arm in list(waiting):

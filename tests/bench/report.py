@@ -156,13 +156,15 @@ def ratios_of(blocks: Sequence[Block]) -> list[Ratio]:
 
 def allreduce_ratios(blocks: Sequence[Block]) -> list[Ratio]:
     """Compare the all-reduce engine with DistributedDataParallel, and with itself on more shards."""
-    ours, theirs, alone = "sparksgd all-reduce", "DistributedDataParallel", "one process"
+    ours, theirs = "sparksgd all-reduce", "DistributedDataParallel"
     names = list(dict.fromkeys(block.what for block in blocks))
     ratios = []
     for name in names:
-        if name.startswith(theirs):
-            size = name.removeprefix(theirs)
-            value = _speed(blocks, ours + size, name)
+        arm, _, size = name.partition(", ")
+        if arm == ours:
+            continue
+        value = _speed(blocks, f"{ours}, {size}", name)
+        if arm == theirs:
             ratios.append(
                 Ratio(
                     of=name,
@@ -172,8 +174,7 @@ def allreduce_ratios(blocks: Sequence[Block]) -> list[Ratio]:
                     met=value >= DDP_TARGET,
                 )
             )
-        if name.startswith(alone):
-            value = _speed(blocks, ours + name.removeprefix(alone), name)
+        else:
             ratios.append(Ratio(of=name, means=f"rows/s of {ours} / {name}", value=value))
     share = max(block.sent_share for block in blocks if block.sent_share is not None)
     ratios.append(

@@ -188,8 +188,10 @@ def _allreduce(task: Task, size: Size, data: str, console: Console) -> dict[str,
     """Run the all-reduce engine in turns with DistributedDataParallel and one process, at every size."""
     sizes = tuple((model, rows, max(1, round(size.share * steps))) for model, rows, steps in SIZES)
     sized = replace(task, sizes=sizes, blocks=size.turns, shards_per_worker=size.shards_per_worker)
+    documented = replace(sized, plain_session=True)
+    arms = [("allreduce.py", sized), ("ddp.py", documented), ("ddp.py", sized), ("one_process.py", sized)]
     with console.status("the all-reduce engine, DistributedDataParallel and one process, in turns"):
-        found = run_in_turns({"allreduce.py": sized, "ddp.py": sized, "one_process.py": sized})
+        found = run_in_turns(arms)
     blocks = [Block.from_dict(block) for arm in found for block in arm]
     lines = lines_of(blocks)
     table = size_table(f"{task.num_workers} workers, rows of each, LeNet, {data}", lines)
