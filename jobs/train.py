@@ -1,6 +1,7 @@
 """Train a module on Spark by synchronous SGD.
 
     spark-submit jobs/train.py --config conf/mnist-lenet.toml --set optimizer.nesterov=false --out runs/lenet
+    spark-submit jobs/train.py --replay runs/lenet --out runs/again
 
 Exit status: 0 finished, 2 refused (configuration, data or module), 3 training failed, 4 the cluster
 failed, 130 interrupted or cancelled.
@@ -16,11 +17,14 @@ from pathlib import Path
 from sparksgd import instruction_set
 from sparksgd.command_line import exit_status, parser_of
 from sparksgd.config import Config
+from sparksgd.participation import Record
 
 
 def parser() -> argparse.ArgumentParser:
     result = parser_of(__doc__)
-    result.add_argument("--config", type=Path, metavar="FILE", help="TOML; without it, the defaults")
+    what = result.add_mutually_exclusive_group()
+    what.add_argument("--config", type=Path, metavar="FILE", help="TOML; without it, the defaults")
+    what.add_argument("--replay", type=Path, metavar="DIR", help="repeat the run of this --out folder")
     result.add_argument(
         "--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="over the file; repeatable"
     )
@@ -33,11 +37,15 @@ def main(argv: Sequence[str]) -> int:
     args = parser().parse_args(argv)
 
     def work() -> None:
-        config = Config.load(args.config, args.set)
+        if args.replay is None:
+            record, config = None, Config.load(args.config, args.set)
+        else:
+            record = Record.read(args.replay)
+            config = Config.load(record.config, args.set)
         instruction_set.pin(config.train.instruction_set)  # before anything imports torch
         from sparksgd.run import run
 
-        run(config, args.out)
+        run(config, args.out, record)
 
     return exit_status(work)
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import socket
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, Self
 
@@ -77,6 +77,13 @@ class Plan:
     dtype: torch.dtype = torch.float32
     """Type of the parameters; tests use float64."""
 
+    deal: int = 0
+    """How often the rows were dealt anew."""
+
+    before_gradients: Callable[[int, int], None] | None = None
+    """Called with worker and step, from 0, before a worker computes: makes stragglers for tests and
+    benchmarks."""
+
 
 @dataclass(kw_only=True)
 class Evaluation:
@@ -131,11 +138,15 @@ class Answer:
     workers: list[WorkerReport] = field(default_factory=list)
     """Who took part."""
 
+    shards: list[int] = field(default_factory=list)
+    """Which shards were asked, and are in the sums."""
+
     failure: SparkSGDError | None = None
     """What went wrong, as a value: how Spark treats a raising task depends on the partitions."""
 
     def __iadd__(self, other: Self) -> Self:
         self.workers += other.workers
+        self.shards += other.shards
         if self.failure is None or other.failure is None:
             self.failure = self.failure or other.failure
         else:
@@ -174,7 +185,12 @@ class Computer:
         self._orders: dict[int, tuple[int, npt.NDArray[np.uint32]]] = {}
 
     def gradients(
-        self, worker: int, shards: Iterable[Descriptor], weights: Weights | None, step: int
+        self,
+        worker: int,
+        shards: Iterable[Descriptor],
+        weights: Weights | None,
+        step: int,
+        asked: frozenset[int] | None = None,
     ) -> Answer:
         """Answer a step: the gradient sums of these shards' pieces, as partial sums of the tree.
 
@@ -183,6 +199,7 @@ class Computer:
             shards: its shards.
             weights: the weights to compute at; None takes those that `flat` holds.
             step: which step, from 0.
+            asked: those of all shards that take part; None: all of them.
         """
         if weights is None:
             statistics, counters = self.flat.statistics(), self.flat.counters()
@@ -194,8 +211,10 @@ class Computer:
             fresh = self._piece(shard, step)
             return None if fresh is None else self.plan.worker_half.outgoing(fresh)
 
+        if self.plan.before_gradients is not None:
+            self.plan.before_gradients(worker, step)
         with generator_kept():
-            return self._answer(worker, shards, weights, gradient, f"step {step + 1}")
+            return self._answer(worker, shards, weights, gradient, f"step {step + 1}", asked)
 
     def evaluations(self, worker: int, shards: Iterable[Descriptor], weights: Weights) -> Answer:
         """Answer an evaluation: sums over all rows of these shards."""
@@ -215,6 +234,7 @@ class Computer:
         weights: Weights | None,
         compute: Any,
         doing: str,
+        asked: frozenset[int] | None = None,
     ) -> Answer:
         started = time.time()
         answer = Answer(leaves=len(self.plan.sampling.shard_rows))
@@ -225,7 +245,10 @@ class Computer:
                 if weights is not None:
                     self.flat.load(weights)
                 for shard in remaining:
-                    result = compute(shard)
+                    result = None
+                    if asked is None or shard.shard in asked:
+                        result = compute(shard)
+                        answer.shards.append(shard.shard)
                     rows += 0 if result is None else result.rows
                     node = (shard.shard, shard.shard + 1)
                     add_partial(answer.partials, node, result, answer.leaves)

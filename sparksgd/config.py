@@ -128,6 +128,10 @@ class SolverConfig:
     clip_norm: float | None = _experiment(None)
     """Largest Euclidean norm of the gradient of a step; None does not clip."""
 
+    backup_workers: int = _experiment(0)
+    """b: a step ends when all shards but b have arrived, and later gradients are dropped.  One shard per
+    worker, tree engine, in ordinary stages; which shards took part is recorded, and can be replayed."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class EngineConfig:
@@ -144,6 +148,10 @@ class EngineConfig:
 
     slots_timeout_s: float = _cluster(60.0)
     """How long to wait for the slots that the workers need."""
+
+    barrier: bool = _cluster(True)
+    """tree: barrier mode.  false: ordinary stages, whose tasks arrive at the driver one by one, for
+    sessions with dynamic allocation; solver.backup_workers needs them, too."""
 
     max_attempts: int = _cluster(4)
     """How often one step, or segment, is tried, through lost executors, before the run is given up."""
@@ -231,6 +239,7 @@ class Config:
             ("train.steps", self.train.steps, 1),
             ("train.rows_per_step", self.train.rows_per_step, 1),
             ("train.num_shards", self.train.num_shards, 1),
+            ("solver.backup_workers", self.solver.backup_workers, 0),
             ("train.threads", self.train.threads, 1),
             ("train.rows_per_backward", self.train.rows_per_backward, 1),
             ("train.eval_every", self.train.eval_every, 1),
@@ -260,8 +269,41 @@ class Config:
                 'data.placement is "in_place", but engine.name is "inline", which has no partitions: '
                 'use "hashed", or engine.name = "tree"'
             )
+        self._check_backups()
         if self.solver.clip_norm is not None and not self.solver.clip_norm > 0:
             raise ConfigError(f"solver.clip_norm is {self.solver.clip_norm}, but must be above 0")
+
+    @property
+    def needs_barrier(self) -> bool:
+        """Whether steps run in barrier mode, all tasks at once."""
+        return self.engine.barrier and not self.solver.backup_workers
+
+    def _check_backups(self) -> None:
+        backups, shards = self.solver.backup_workers, self.train.num_shards
+        if not self.needs_barrier and self.engine.name == "allreduce":
+            asked = f"solver.backup_workers is {backups}" if backups else "engine.barrier is false"
+            raise ConfigError(
+                f'{asked}, but engine.name is "allreduce", whose workers sum among themselves and so wait '
+                f'for each other: use engine.name = "tree"'
+            )
+        if not backups:
+            return
+        if backups >= shards:
+            raise ConfigError(
+                f"solver.backup_workers is {backups}, but train.num_shards is {shards}, and a step needs "
+                f"one at least: set backup_workers to {shards - 1} or less (about 4 of 100 were best)"
+            )
+        if self.engine.num_workers not in (None, shards):
+            raise ConfigError(
+                f"solver.backup_workers is {backups}, which takes one shard per worker, but "
+                f"engine.num_workers is {self.engine.num_workers} and train.num_shards {shards}: set both "
+                f"to one number"
+            )
+        if self.data.placement == "in_place":
+            raise ConfigError(
+                f'solver.backup_workers is {backups}, but data.placement is "in_place": starved rows could '
+                f'not be dealt anew; use "hashed"'
+            )
 
     @classmethod
     def from_dict(cls, tables: Mapping[str, Any]) -> Config:
@@ -279,15 +321,17 @@ class Config:
         return cls(**{name: _section(name, sections[name], table) for name, table in tables.items()})
 
     @classmethod
-    def load(cls, path: str | Path | None = None, settings: Iterable[str] = ()) -> Config:
+    def load(cls, path: str | Path | Mapping[str, Any] | None = None, settings: Iterable[str] = ()) -> Config:
         """Read a TOML file, if any, and lay `section.key=value` settings over it.
 
         Args:
-            path: the TOML file.
+            path: the TOML file, or what one holds as nested tables.
             settings: values are TOML; a bare word is a string; `none` unsets a key.
         """
         tables: dict[str, Any] = {}
-        if path is not None:
+        if isinstance(path, Mapping):
+            tables = {name: dict(table) for name, table in path.items()}
+        elif path is not None:
             try:
                 tables = tomllib.loads(Path(path).read_text(encoding="utf-8"))
             except OSError as error:
@@ -313,6 +357,16 @@ class Config:
             values = {key: list(v) if isinstance(v, tuple) else v for key, v in values.items()}
             tables[section] = {k: v for k, v in values.items() if v is not None} | arguments
         return tables
+
+    def experiment(self) -> dict[str, Any]:
+        """Return {section.key: value} of what shapes the parameters."""
+        scopes = {key: scope for key, (scope, _) in self.keys().items()}
+        return {
+            f"{section}.{key}": value
+            for section, values in self.to_dict().items()
+            for key, value in values.items()
+            if scopes.get(f"{section}.{key}", "experiment") == "experiment"
+        }
 
     @classmethod
     def keys(cls) -> dict[str, tuple[str, Any]]:

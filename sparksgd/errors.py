@@ -33,6 +33,7 @@ __all__ = [
     "NotFinite",
     "PeerLost",
     "PeerSilent",
+    "ReplayDiffers",
     "ShardChanged",
     "ShardMissing",
     "SparkSGDError",
@@ -84,6 +85,10 @@ class NotFinite(TrainingError):
 
 class UpdateNotFinite(NotFinite):
     """An update made a parameter NaN or infinite, and was taken back: the weights before it are good."""
+
+
+class ReplayDiffers(TrainingError):
+    """A run that was repeated from its record ended at other parameters."""
 
 
 class UserCodeError(TrainingError):

@@ -64,19 +64,19 @@ class ParquetRows:
             report += RowReport(shard_digests=rows.shard_digests(num_shards))
         return report
 
-    def deal(self, schema: RowSchema, num_shards: int, expected: RowReport) -> LocalShards:
+    def deal(self, schema: RowSchema, num_shards: int, expected: RowReport, deal: int = 0) -> LocalShards:
         """Write every good row to its shard.
 
         Rows go to one unsorted file per shard first; then one shard at a time is sorted in memory.
         """
         folder = tempfile.mkdtemp(prefix="sparksgd-")
         try:
-            return LocalShards(self._written(Path(folder), schema, num_shards), folder)
+            return LocalShards(self._written(Path(folder), schema, num_shards, deal), folder)
         except BaseException:
             shutil.rmtree(folder, ignore_errors=True)
             raise
 
-    def _written(self, target: Path, schema: RowSchema, num_shards: int) -> list[Descriptor]:
+    def _written(self, target: Path, schema: RowSchema, num_shards: int, deal: int) -> list[Descriptor]:
         unsorted = [target / f"unsorted-{shard}" for shard in range(num_shards)]
         for file in unsorted:
             file.touch()
@@ -84,7 +84,7 @@ class ParquetRows:
         for rows in self._rows(schema):
             lines = np.hstack([rows.keys, _bytes(rows)])
             width = rows.keys.shape[1]
-            shards = rows.shards(num_shards)
+            shards = rows.shards(num_shards, deal)
             for shard in np.unique(shards):
                 with unsorted[shard].open("ab") as opened:
                     opened.write(lines[shards == shard].tobytes())

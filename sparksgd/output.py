@@ -25,6 +25,7 @@ from sparksgd.config import ModelConfig
 from sparksgd.engines.protocol import StepReport
 from sparksgd.errors import DataError
 from sparksgd.losses import Loss, loss_named
+from sparksgd.participation import METRICS, RECORD
 from sparksgd.rows import Feature, RowSchema
 from sparksgd.training import EvaluationReport, Training, build_module
 
@@ -130,6 +131,7 @@ def summary(training: Training, wall_s: float) -> dict[str, Any]:
         "rows_per_second": training.step_times.rows_per_second,
         "wall_s": wall_s,
         "engine": training.engine,
+        "step_mode": training.mode,
         "num_workers": len(workers),
         "num_shards": config.train.num_shards,
         "rows_per_step": config.train.rows_per_step,
@@ -145,6 +147,9 @@ def summary(training: Training, wall_s: float) -> dict[str, Any]:
         "strangers": training.recovery.strangers,
         "sent_bytes_per_worker_step": training.sent_bytes_per_worker_step,
         "step_time_s": training.step_times.medians_s(),
+        "backup_workers": config.solver.backup_workers,
+        "times_dealt": 1 + training.plan.deal,
+        "arrivals": training.participation.by_worker(),
     }
 
 
@@ -165,7 +170,9 @@ class RunFolder:
         self.folder.mkdir(parents=True, exist_ok=True)
         for name in ("summary.json", "model/model.json", "model/weights.pt"):
             (self.folder / name).unlink(missing_ok=True)
-        self._metrics = (self.folder / "metrics.jsonl").open("w", encoding="utf-8", buffering=1)
+        record = {"config": training.config.to_dict(), "data_digest": training.rows.data_digest}
+        _write_json(self.folder / RECORD, record)
+        self._metrics = (self.folder / METRICS).open("w", encoding="utf-8", buffering=1)
 
     def stepped(self, training: Training, report: StepReport) -> None:
         """Write a step's line."""
@@ -178,12 +185,17 @@ class RunFolder:
             "shards": report.shards,
             "loss": report.loss,
             "lr": report.lr,
+            "deal": report.deal,
+            "took_part": list(report.took_part),
         }
         workers = [
             {"worker": w.worker, "host": w.host, "rows": w.rows, "compute": w.compute_s}
             for w in sorted(report.workers, key=lambda w: w.worker)
         ]
-        self._line(exact | {"timing": asdict(report.timing) | {"workers": workers}})
+        timing = asdict(report.timing) | {"workers": workers}
+        if report.arrivals:
+            timing |= {"late": list(report.late), "arrivals": [asdict(one) for one in report.arrivals]}
+        self._line(exact | {"timing": timing})
 
     def evaluated(self, training: Training, report: EvaluationReport) -> None:
         """Write an evaluation's line."""

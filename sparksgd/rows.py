@@ -43,6 +43,7 @@ __all__ = [
 HASH_BYTES = 16
 _LABEL = "(label)"  # no column of the user's: parentheses keep it apart
 _EXAMPLES = 3
+_GOLDEN = 0x9E3779B97F4A7C15  # 2^64 over the golden ratio: SplitMix64's step
 
 Array = npt.NDArray[Any]
 
@@ -268,15 +269,24 @@ class Rows:
     report: RowReport
     """What was good and bad."""
 
-    def shards(self, num_shards: int) -> npt.NDArray[np.int32]:
-        """Return the shard of each row, [B]: its key modulo the number of shards."""
+    def shards(self, num_shards: int, deal: int = 0) -> npt.NDArray[np.int32]:
+        """Return the shard of each row, [B]: its key, stirred by the deal's number, modulo the shards'."""
         leading = np.ascontiguousarray(self.keys[:, :8]).view("<u8")[:, 0]
+        if deal:
+            leading = _stirred(leading + np.uint64(deal * _GOLDEN % 2**64))
         return (leading % np.uint64(num_shards)).astype(np.int32)
 
     def shard_digests(self, num_shards: int) -> dict[int, tuple[int, int]]:
         """Return the digest of the rows of each shard that has some."""
         shards = self.shards(num_shards)
         return {int(shard): digest_of(self.keys[shards == shard]) for shard in np.unique(shards)}
+
+
+def _stirred(values: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+    """Return each value's image under SplitMix64's finaliser, a bijection (Steele et al. 2014)."""
+    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return values ^ (values >> np.uint64(31))
 
 
 def read_rows(batch: pa.RecordBatch, schema: RowSchema) -> Rows:

@@ -10,18 +10,20 @@ from rich.console import Console
 from sparksgd.config import Config, TrainConfig
 from sparksgd.errors import ConfigError
 from sparksgd.output import RunFolder, load_model
+from sparksgd.participation import Record
 from sparksgd.terminal import Terminal, log_to, open_console, scores_tables
 from sparksgd.training import Training
 
 __all__ = ["run", "run_evaluation"]
 
 
-def run(config: Config, out: Path) -> Training:
+def run(config: Config, out: Path, record: Record | None = None) -> Training:
     """Train as a configuration says, on its Parquet, and write the run's folder.
 
     Args:
         config: data.train must be set.
         out: the folder; made if need be.
+        record: of an earlier run, to be repeated.
 
     Raises:
         SparkSGDError: see errors.py.
@@ -44,12 +46,13 @@ def run(config: Config, out: Path) -> Training:
             test=None if test is None else ParquetRows(test),
             make_engine=InlineEngine,
             observers=observers,
+            record=record,
         )
     from sparksgd.spark.session import job_session
     from sparksgd.spark.training import train_parquet
 
     with job_session(f"sparksgd {out.name}", config.train) as session:
-        return train_parquet(session, config, observers)
+        return train_parquet(session, config, observers, record)
 
 
 def _require_writable(folder: Path) -> None:

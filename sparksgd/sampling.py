@@ -10,6 +10,7 @@ Legend: S shards, K steps per epoch, n_s rows of shard s.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -80,9 +81,10 @@ class Sampling:
         start, end = self.piece_bounds(shard, step)
         return end - start
 
-    def rows_of_step(self, step: int) -> int:
-        """Return how many rows take part in the step: floor or ceil(rows / K)."""
-        return sum(self.piece_rows(shard, step) for shard in range(len(self.shard_rows)))
+    def rows_of_step(self, step: int, shards: Iterable[int] | None = None) -> int:
+        """Return how many rows take part in the step, floor or ceil(rows / K); or those of some shards."""
+        asked = range(len(self.shard_rows)) if shards is None else shards
+        return sum(self.piece_rows(shard, step) for shard in asked)
 
     def piece_sizes(self) -> set[int]:
         """Return every number of rows, other than 0, that a piece can have."""

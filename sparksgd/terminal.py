@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import sys
 import time
@@ -111,6 +112,8 @@ class Terminal:
         self._progress.stop()
         if training.error is None:
             self._console.print(_table(training))
+            if training.config.solver.backup_workers and training.participation.by_worker():
+                self._console.print(_arrivals_table(training))
 
 
 def _table(training: Training) -> Table:
@@ -129,6 +132,8 @@ def _table(training: Training) -> Table:
     workers = len(training.numerics) - 1
     table.add_row("engine", f"{training.engine}, {workers} workers, "
                             f"{training.config.train.num_shards} shards")  # fmt: skip
+    if not training.config.needs_barrier:
+        table.add_row("steps ran as", training.mode)
     parts = [f"{name} {1e3 * seconds:.1f}" for name, seconds in times.medians_s().items()]
     table.add_row("median step", "  ".join(parts) + "  ms")
     if training.sent_bytes:
@@ -141,6 +146,23 @@ def _table(training: Training) -> Table:
     if mended.strangers:
         table.add_row("strangers", f"{mended.strangers} connections dropped")
     table.add_row("parameters", f"{training.flat.parameters_sha256()[:16]}…")
+    return table
+
+
+def _arrivals_table(training: Training) -> Table:
+    """Return who was late how often: with backup workers, a worker owns the shard of its number."""
+    table = Table(title="Backup workers: who came when", title_justify="left")
+    for name in ("worker", "took part", "late", "arrived p50", "p90", "p99"):
+        table.add_column(name, justify="right")
+    took_part = training.participation.shares()
+    for worker, found in training.participation.by_worker().items():
+        seconds = [found[f"arrival_{name}_s"] for name in ("p50", "p90", "p99")]
+        table.add_row(
+            str(worker),
+            f"{took_part[worker]:.1%}",
+            f"{found['late_share']:.1%}",
+            *("" if math.isnan(value) else f"{1e3 * value:,.0f} ms" for value in seconds),
+        )
     return table
 
 

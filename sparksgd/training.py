@@ -14,9 +14,10 @@ import logging
 import math
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence, Sized
-from contextlib import ExitStack, closing, contextmanager
+from collections.abc import Callable, Sequence, Sized
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Protocol
 
 import pyarrow as pa
@@ -26,12 +27,21 @@ from torch import nn
 from sparksgd.compute import Plan, try_out
 from sparksgd.config import Config, DataConfig, ModelConfig
 from sparksgd.engines.protocol import Engine, MakeEngine, Recovery, Shards, StepReport
-from sparksgd.errors import ConfigError, DataError, ModelError, NotFinite, ShardChanged, UpdateNotFinite
+from sparksgd.errors import (
+    ConfigError,
+    DataError,
+    ModelError,
+    NotFinite,
+    ReplayDiffers,
+    ShardChanged,
+    UpdateNotFinite,
+)
 from sparksgd.flat import FlatModule, mixes_rows
 from sparksgd.imports import resolve
 from sparksgd.losses import CLASSIFIERS, Loss, binary_cross_entropy, loss_named
 from sparksgd.models import MODELS
 from sparksgd.numerics import Numerics, generator_kept, thread_count
+from sparksgd.participation import Participation, Record
 from sparksgd.rows import RowReport, RowSchema, read_rows
 from sparksgd.sampling import Sampling
 from sparksgd.seeds import seed32
@@ -66,8 +76,8 @@ class RowSource(Protocol):
         """Read every row once, and report; on each shard's rows, too, where their content deals them."""
         ...
 
-    def deal(self, schema: RowSchema, num_shards: int, expected: RowReport) -> Shards:
-        """Write every good row to its shard."""
+    def deal(self, schema: RowSchema, num_shards: int, expected: RowReport, deal: int = 0) -> Shards:
+        """Write every good row to its shard; another number of the deal makes other shards."""
         ...
 
 
@@ -137,6 +147,12 @@ class Training:
 
     recovery: Recovery = field(default_factory=Recovery)
     """What the engine had to mend."""
+
+    participation: Participation
+    """Which shards took part, and when workers answered."""
+
+    mode: str
+    """How the engine runs steps."""
 
     sent_bytes: int = 0
     """Bytes of vectors that workers sent to each other, all of them together."""
@@ -214,6 +230,8 @@ def train(
     make_engine: MakeEngine,
     module: nn.Module | None = None,
     observers: Sequence[Observer] = (),
+    record: Record | None = None,
+    before_gradients: Callable[[int, int], None] | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Training:
     """Train a module.
@@ -226,6 +244,8 @@ def train(
         module: the module, instead of the one that config.model names; its parameters become views
             of one vector and are trained in place.
         observers: who watches.
+        record: of an earlier run of the same experiment, to be repeated: the same shards take part.
+        before_gradients: see Plan.before_gradients.
         dtype: type of the parameters; tests use float64.
 
     Returns:
@@ -234,6 +254,11 @@ def train(
     Raises:
         SparkSGDError: see errors.py.
     """
+    if config.solver.backup_workers and config.engine.name == "inline" and record is None:
+        raise ConfigError(
+            f'solver.backup_workers is {config.solver.backup_workers}, but engine.name is "inline", where '
+            f'nobody is late: use engine.name = "tree", or replay a run'
+        )
     model_name = config.model.name if module is None else None
     if module is None:
         module = build_module(config.model, config.train.seed)
@@ -249,6 +274,8 @@ def train(
         schema.check_columns(*test.first_rows(schema.columns, 1), "the test data")
     report = _inspected(rows, schema, config, "training")
     test_report = _inspected(test, schema, config, "test") if test is not None else None
+    if record is not None:
+        record.check(config, report.data_digest)
     num_shards = config.train.num_shards
     if report.rows < num_shards:
         raise ConfigError(
@@ -264,21 +291,19 @@ def train(
         optimizer=config.optimizer,
         schedule=config.schedule,
         solver=config.solver,
+        num_shards=num_shards,
         steps_per_epoch=steps_per_epoch,
         total_steps=total,
+        took_part=None if record is None else record.took_part,
     )
     if solver.remark is not None:
         log.warning(solver.remark)
     with ExitStack() as stack:
-        shards = stack.enter_context(_dealt(rows, schema, config, report, "training"))
+        deals = stack.enter_context(closing(_Deals(rows, schema, config, report)))
         test_shards = None
         if test is not None and test_report is not None:
-            test_shards = stack.enter_context(_dealt(test, schema, config, test_report, "test"))
-        sampling = Sampling(
-            shard_rows=tuple(shard.rows for shard in shards.table),
-            rows_per_step=config.train.rows_per_step,
-            seed=config.train.seed,
-        )
+            test_shards = stack.enter_context(closing(_dealt(test, schema, config, test_report, "test")))
+        sampling = deals.sampling()
         _check_pieces(module, sampling, config.train.rows_per_backward)
         plan = Plan(
             module=copy.deepcopy(module),
@@ -289,8 +314,9 @@ def train(
             threads=config.train.threads,
             rows_per_backward=config.train.rows_per_backward,
             dtype=dtype,
+            before_gradients=before_gradients,
         )
-        engine = stack.enter_context(closing(make_engine(plan, shards, test_shards)))
+        engine = stack.enter_context(closing(make_engine(plan, deals.shards, test_shards)))
         training = Training(
             config=config,
             module=module,
@@ -299,14 +325,18 @@ def train(
             plan=plan,
             rows=report,
             test_rows=test_report,
-            total_steps=total,
+            total_steps=total if record is None else min(total, len(record.took_part)),
             numerics=[Numerics.here(config.train.threads), *engine.contact()],
             engine=engine.name,
             recovery=engine.recovery,
+            participation=Participation(num_shards),
+            mode=engine.mode,
         )
         _name_differences(training.numerics)
         with thread_count(config.train.threads):
-            _loop(training, engine, solver, observers, evaluates=test is not None)
+            _loop(training, engine, solver, observers, partial(_next_deal, deals, record), test is not None)
+        if record is not None:
+            _compare(training, record)
         return training
 
 
@@ -359,6 +389,7 @@ def _try_solver(config: Config) -> None:
         optimizer=config.optimizer,
         schedule=config.schedule,
         solver=config.solver,
+        num_shards=config.train.num_shards,
         steps_per_epoch=1,
         total_steps=0,
     )
@@ -378,29 +409,109 @@ def _inspected(source: RowSource, schema: RowSchema, config: Config, which: str)
     return report
 
 
-@contextmanager
+class _Deals:
+    """The shards of the rows to train on: dealt once, and anew where some of them starve.
+
+    Args:
+        source: the rows.
+        schema: what a row must be.
+        config: what to train, and how.
+        report: on all rows.
+    """
+
+    def __init__(self, source: RowSource, schema: RowSchema, config: Config, report: RowReport) -> None:
+        self._source, self._schema, self._config, self._report = source, schema, config, report
+        self.number = 0
+        self.shards = _dealt(source, schema, config, report, "training")
+
+    def sampling(self) -> Sampling:
+        """Return which of their rows take part when."""
+        return Sampling(
+            shard_rows=tuple(shard.rows for shard in self.shards.table),
+            rows_per_step=self._config.train.rows_per_step,
+            seed=self._config.train.seed,
+        )
+
+    def anew(self, training: Training, engine: Engine) -> None:
+        """Deal the rows by another hash, and let the engine go on with them."""
+        before = self.shards
+
+        def deal() -> tuple[Plan, Shards]:
+            self.number += 1
+            report = replace(self._report, shard_digests={})  # those are of the first deal
+            self.shards = _dealt(self._source, self._schema, self._config, report, "training", self.number)
+            sampling = self.sampling()
+            _check_pieces(training.module, sampling, self._config.train.rows_per_backward)
+            training.plan = replace(training.plan, sampling=sampling, deal=self.number)
+            return training.plan, self.shards
+
+        engine.deal_anew(deal)
+        before.close()
+
+    def close(self) -> None:
+        """Remove the files."""
+        self.shards.close()
+
+
+def _next_deal(
+    deals: _Deals, record: Record | None, training: Training, engine: Engine, solver: SynchronousSolver
+) -> None:
+    """At an epoch's end, deal the rows anew if a shard hardly took part; in a replay, if they were."""
+    starved = training.participation.starved()
+    training.participation.begin_epoch()
+    if record is not None:
+        if record.deals[solver.step] != deals.number:
+            deals.anew(training, engine)
+        return
+    if not starved:
+        return
+    log.warning(
+        "starved: %s; their rows hardly trained, and all rows are dealt anew for the next epoch",
+        ", ".join(f"shard {shard} took part in {share:.0%} of the steps" for shard, share in starved.items()),
+    )
+    deals.anew(training, engine)
+
+
+def _compare(training: Training, record: Record) -> None:
+    """Say whether a replay ended where the run did."""
+    if record.parameters_sha256 is None or training.version != len(record.took_part):
+        log.info("replayed %d steps; the record has no digest of that many", training.version)
+        return
+    ended = training.flat.parameters_sha256()
+    if ended != record.parameters_sha256:
+        raise ReplayDiffers(
+            f"the replay ended at parameters {ended}, but the run at {record.parameters_sha256}: the same "
+            f"rows and shards, so torch computes differently here (see numerics in both summary.json; "
+            f"train.instruction_set holds machines to one)"
+        )
+    log.info("replayed: the same %d steps, the same parameters", training.version)
+
+
 def _dealt(
     source: RowSource,
     schema: RowSchema,
     config: Config,
     expected: RowReport,
     which: str,
-) -> Iterator[Shards]:
-    """Deal rows into shards for the time of the block, and name what is odd about them."""
+    deal: int = 0,
+) -> Shards:
+    """Deal rows into shards, and name what is odd about them."""
     started = time.perf_counter()
     num_shards = config.train.num_shards
-    shards = source.deal(schema, num_shards, expected)
+    shards = source.deal(schema, num_shards, expected, deal)
     try:
         log.info(
-            "%s rows: dealt into %d shards (%.1f s)",
+            "%s rows: dealt %sinto %d shards (%.1f s)",
             which,
+            "anew " if deal else "",
             num_shards,
             time.perf_counter() - started,
         )
         _check_deal(shards.table, expected, config.data, which)
-        yield shards
-    finally:
+    except BaseException:
         shards.close()
+        raise
+    return shards
 
 
 def _check_deal(table: Sequence[Descriptor], expected: RowReport, data: DataConfig, which: str) -> None:
@@ -506,7 +617,7 @@ def _loop(
     engine: Engine,
     solver: SynchronousSolver,
     observers: Sequence[Observer],
-    *,
+    next_deal: Callable[[Training, Engine, SynchronousSolver], None],
     evaluates: bool,
 ) -> None:
     steps_per_epoch = training.plan.sampling.steps_per_epoch
@@ -523,6 +634,7 @@ def _loop(
             for report in segment.steps:
                 _note_replacements(training, report)
                 training.step_times.add(report)
+                training.participation.add(report)
                 for observer in observers:
                     observer.stepped(training, report)
             finished = solver.step == training.total_steps
@@ -530,6 +642,8 @@ def _loop(
                 evaluation = _evaluated(training, engine, solver)
                 for observer in observers:
                     observer.evaluated(training, evaluation)
+            if not finished and solver.step % steps_per_epoch == 0:
+                next_deal(training, engine, solver)
     except BaseException as error:
         training.error = error
         if isinstance(error, NotFinite) and not isinstance(error, UpdateNotFinite):

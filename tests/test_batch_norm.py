@@ -64,6 +64,7 @@ class Run:
             optimizer=OptimizerConfig(arguments={"lr": 0.01}),
             schedule=ScheduleConfig(),
             solver=SolverConfig(),
+            num_shards=len(SIZES),
             steps_per_epoch=2,
             total_steps=2,
         )

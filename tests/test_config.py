@@ -53,6 +53,7 @@ def test_every_key_belongs_to_the_experiment_or_to_the_cluster() -> None:
         "engine.name",
         "engine.num_workers",
         "engine.slots_timeout_s",
+        "engine.barrier",
         "engine.max_attempts",
         "engine.segment_steps",
         "engine.peer_timeout_s",
@@ -147,7 +148,7 @@ def test_a_configuration_survives_being_written_down() -> None:
     [
         (["train.epoch=3"], ["unknown key train.epoch", "did you mean epochs?"]),
         (["train.rows_per_stp=3"], ["did you mean rows_per_step?"]),
-        (["solver.zzz=3"], ["unknown key solver.zzz", "valid: clip_norm"]),
+        (["solver.zzz=3"], ["unknown key solver.zzz", "valid: backup_workers, clip_norm"]),
         (["trian.epochs=3"], ["unknown section [trian]", "did you mean train?"]),
         (["train.epochs=2.5"], ["train.epochs is 2.5", "must be a whole number"]),
         (["train.epochs=true"], ["train.epochs is True", "must be a whole number"]),

@@ -94,6 +94,7 @@ def by_shards(
         optimizer=OptimizerConfig(name="SGD", arguments=SGD),
         schedule=ScheduleConfig(),
         solver=SolverConfig(),
+        num_shards=len(sampling.shard_rows),
         steps_per_epoch=sampling.steps_per_epoch,
         total_steps=1,
     )

@@ -30,7 +30,7 @@ RING_0 = [f"sparksgd.{name}" for name in ("errors", "seeds", "config", "imports"
 SPARK = [
     name
     for name in MODULES
-    if name in {f"sparksgd.engines.{engine}" for engine in ("spark", "tree", "allreduce")}
+    if name in {f"sparksgd.engines.{engine}" for engine in ("spark", "tree", "arrivals", "allreduce")}
     or (name.startswith("sparksgd.spark.") and not name.endswith("_tasks"))
 ]
 PURE = [name for name in MODULES if name not in SPARK]

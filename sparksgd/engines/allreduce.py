@@ -62,6 +62,7 @@ class AllReduceEngine(SparkEngine):
     """
 
     name = "allreduce"
+    mode = "a barrier stage for many steps"
 
     @staticmethod
     def check(cluster: Cluster, config: EngineConfig) -> None:
@@ -233,6 +234,7 @@ class AllReduceEngine(SparkEngine):
                     update=float(update[index]),
                 ),
                 workers=tuple(_worker_report(answer, answer.steps[index]) for answer in answers),
+                took_part=tuple(range(len(sampling.shard_rows))),
             )
             for index, exact in enumerate(answers[0].steps)
         ]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Callable
 
 from sparksgd.compute import Computer, Evaluation, Plan
 from sparksgd.engines.protocol import Recovery, SegmentReport, Shards, StepTiming, take_step
@@ -27,6 +28,7 @@ class InlineEngine:
     """
 
     name = "inline"
+    mode = "in one process"
     segment_steps = 1
 
     def __init__(self, plan: Plan, shards: Shards, test: Shards | None) -> None:
@@ -51,7 +53,8 @@ class InlineEngine:
         report = SegmentReport()
         for _ in range(steps):
             started = time.perf_counter()
-            answer = self._computer.gradients(0, self._shards.table, solver.weights(), solver.step)
+            asked = solver.quorum().shards
+            answer = self._computer.gradients(0, self._shards.table, solver.weights(), solver.step, asked)
             if answer.failure is not None:
                 raise answer.failure
             computed = time.perf_counter()
@@ -72,6 +75,11 @@ class InlineEngine:
         total = answer.total()
         assert isinstance(total, Evaluation)
         return total
+
+    def deal_anew(self, deal: Callable[[], tuple[Plan, Shards]]) -> None:
+        """Go on with the same rows in other shards."""
+        self._plan, self._shards = deal()
+        self._computer = Computer(self._plan)
 
     def close(self) -> None:
         """Hold nothing."""

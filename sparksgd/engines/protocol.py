@@ -12,6 +12,7 @@ from sparksgd.shard import Descriptor
 from sparksgd.solvers.protocol import GradientSum, Solver
 
 __all__ = [
+    "Arrival",
     "Engine",
     "MakeEngine",
     "Recovery",
@@ -47,6 +48,20 @@ class StepTiming:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Arrival:
+    """An answer that reached the driver by itself, in time or late."""
+
+    worker: int
+    host: str
+
+    version: int
+    """The version of the weights that it was computed from."""
+
+    arrived_s: float
+    """Seconds from the beginning of that version's step."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class StepReport:
     """One step: what is exact first, then what the clock said."""
 
@@ -76,6 +91,18 @@ class StepReport:
 
     workers: tuple[WorkerReport, ...]
     """Who worked, and when."""
+
+    took_part: tuple[int, ...]
+    """The shards whose gradients it is made of."""
+
+    deal: int = 0
+    """How often the rows had been dealt anew."""
+
+    late: tuple[int, ...] = ()
+    """Workers that were asked, and had not answered when it ended."""
+
+    arrivals: tuple[Arrival, ...] = ()
+    """Answers since the step before, late ones of earlier steps, too; empty where they come summed."""
 
 
 @dataclass(kw_only=True)
@@ -122,6 +149,9 @@ class Engine(Protocol):
     name: str
     """What engine.name calls it."""
 
+    mode: str
+    """How its steps run."""
+
     segment_steps: int
     """How many steps it likes to make between two returns."""
 
@@ -140,6 +170,10 @@ class Engine(Protocol):
         """Evaluate the solver's weights on the test rows."""
         ...
 
+    def deal_anew(self, deal: Callable[[], tuple[Plan, Shards]]) -> None:
+        """Go on with the same rows in other shards, dealt while no worker computes."""
+        ...
+
     def close(self) -> None:
         """Let go of what it holds."""
         ...
@@ -148,18 +182,28 @@ class Engine(Protocol):
 MakeEngine = Callable[[Plan, Shards, Shards | None], Engine]
 
 
-def take_step(solver: Solver, plan: Plan, answer: Answer, timing: Callable[[], StepTiming]) -> StepReport:
+def take_step(
+    solver: Solver,
+    plan: Plan,
+    answer: Answer,
+    timing: Callable[[], StepTiming],
+    late: Sequence[int] = (),
+    arrivals: Sequence[Arrival] = (),
+) -> StepReport:
     """Give a step's sum to the solver and report it.
 
     Args:
         solver: advanced by one step.
         plan: the run's.
-        answer: all shards' answer.
+        answer: of all shards that take part.
         timing: called after the update.
+        late: workers that did not answer in time.
+        arrivals: who answered, and when.
     """
     arrived = answer.total()
     assert isinstance(arrived, GradientSum)
-    version, expected = solver.step, plan.sampling.rows_of_step(solver.step)
+    version, took_part = solver.step, tuple(sorted(answer.shards))
+    expected = plan.sampling.rows_of_step(version, took_part)
     assert arrived.rows == expected, f"{arrived.rows} rows arrived for a step of {expected}"
     outcome = solver.receive(arrived)
     return StepReport(
@@ -172,4 +216,8 @@ def take_step(solver: Solver, plan: Plan, answer: Answer, timing: Callable[[], S
         lr=outcome.lr,
         timing=timing(),
         workers=tuple(answer.workers),
+        took_part=took_part,
+        deal=plan.deal,
+        late=tuple(late),
+        arrivals=tuple(arrivals),
     )

@@ -14,11 +14,11 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
 
-from pyspark import Broadcast, cloudpickle
+from pyspark import RDD, Broadcast, cloudpickle
 
 from sparksgd.compute import Answer, Evaluation, Plan
 from sparksgd.config import EngineConfig
-from sparksgd.engines.protocol import Recovery, Shards
+from sparksgd.engines.protocol import Recovery, Shards, StepTiming
 from sparksgd.errors import Cancelled, ClusterError, PeerLost, ShardMissing, SparkSGDError
 from sparksgd.flat import Weights
 from sparksgd.numerics import Numerics
@@ -73,10 +73,14 @@ class SparkEngine:
         self._test = test
         self._plan = plan
         self._workers = worker_of_partition(cluster.num_workers)
-        pickled = _pickled(plan)
         self._prepare(config)
-        self._shipped = self._context.broadcast(step_tasks.ShippedPlan(pickled))
         self._behind = ThreadPoolExecutor(1, "sparksgd-cleanup")
+        self._ship(plan)
+
+    def _ship(self, plan: Plan) -> None:
+        """Broadcast what the workers compute."""
+        self._plan = plan
+        self._shipped = self._context.broadcast(step_tasks.ShippedPlan(_pickled(plan)))
 
     def _prepare(self, config: EngineConfig) -> None:
         """Refuse what cannot work, and open what the engine needs, before anything is shipped."""
@@ -87,6 +91,14 @@ class SparkEngine:
         self._behind.shutdown()
         with cleanup():
             self._shipped.destroy()
+
+    def deal_anew(self, deal: Callable[[], tuple[Plan, Shards]]) -> None:
+        """Go on with the same rows in other shards."""
+        plan, shards = deal()
+        assert isinstance(shards, SparkShards)
+        before, self._shards = self._shipped, shards
+        self._ship(plan)
+        destroy(before)
 
     def contact(self) -> list[Numerics]:
         """Reach every worker once, and return their numerics, in their order."""
@@ -132,11 +144,13 @@ class SparkEngine:
         finally:
             self._behind.submit(destroy, broadcast)  # 1 ms that the next step need not wait for
 
-    def _map(
-        self, shards: SparkShards, task: Callable[[int, Iterable[Descriptor]], Iterable[T]]
-    ) -> StepRDD[Descriptor, T]:
-        """Return the barrier-mode RDD of a task over the workers' shards."""
+    def _map(self, shards: SparkShards, task: Callable[[int, Iterable[Descriptor]], Iterable[T]]) -> RDD[T]:
+        """Return the RDD of a task over the workers' shards, in barrier mode."""
         return StepRDD(shards.rdd, task, self._cluster.num_workers)
+
+    def _await_slots(self) -> None:
+        """Wait for the slots that a job needs."""
+        self._cluster.wait_for_slots(self._cluster.num_workers)
 
     def _recover(self, shards: SparkShards, missing: tuple[int, ...]) -> None:
         """Write lost shards again; what an executor took with it, of all rows at once."""
@@ -154,7 +168,7 @@ class SparkEngine:
             try:
                 if attempt:
                     self.recovery.retries += 1
-                    self._cluster.wait_for_slots()
+                    self._await_slots()
                     self._recover(shards, missing)
                     self._context.setJobDescription(f"sparksgd: {doing}, tried again")
                 with self._cluster.job_watch.over(self._cluster.num_workers, limit_s) as watched:
@@ -213,6 +227,23 @@ class Exchange:
         """From the last worker's end to the sum at the driver; 0 where its clock is ahead."""
         ended = max(worker.ended_at_s for worker in self.answer.workers)
         return max(0.0, self.arrived_at_s - ended)
+
+    def timing(self, started: float, arrived: float) -> StepTiming:
+        """Return where the seconds of a step went that ends now.
+
+        Args:
+            started: when it began, by `time.perf_counter`.
+            arrived: when its sum had arrived.
+        """
+        ended = time.perf_counter()
+        return StepTiming(
+            total=ended - started,
+            broadcast=self.broadcast_s,
+            launch=self.launch_s,
+            compute=self.compute_s,
+            aggregate=self.aggregate_s,
+            update=ended - arrived,
+        )
 
 
 def destroy(broadcast: Broadcast[Any]) -> None:

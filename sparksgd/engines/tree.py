@@ -15,14 +15,15 @@ from __future__ import annotations
 
 import logging
 import time
+from functools import partial
 
 import numpy as np
 from rich.filesize import decimal
 
 from sparksgd.compute import Plan
 from sparksgd.config import EngineConfig
-from sparksgd.engines.protocol import SegmentReport, StepTiming, take_step
-from sparksgd.engines.spark import Exchange, SparkEngine
+from sparksgd.engines.protocol import SegmentReport, take_step
+from sparksgd.engines.spark import SparkEngine
 from sparksgd.errors import ClusterError
 from sparksgd.flat import FlatModule
 from sparksgd.ranges import balanced_range
@@ -34,7 +35,7 @@ from sparksgd.spark.cluster import (
 )
 from sparksgd.treesum import nodes_of
 
-__all__ = ["TreeEngine"]
+__all__ = ["TreeEngine", "check_sizes"]
 
 log = logging.getLogger("sparksgd")
 
@@ -51,10 +52,11 @@ class TreeEngine(SparkEngine):
     """
 
     name = "tree"
+    mode = "a barrier stage for each step"
     segment_steps = 1
 
     def _prepare(self, config: EngineConfig) -> None:
-        _check_sizes(self._cluster, self._plan)
+        check_sizes(self._cluster, self._plan)
 
     def advance(self, solver: Solver, steps: int) -> SegmentReport:
         """Make steps."""
@@ -73,19 +75,7 @@ class TreeEngine(SparkEngine):
             )
             arrived = time.perf_counter()
 
-            def timing(
-                started: float = started, arrived: float = arrived, exchange: Exchange = exchange
-            ) -> StepTiming:
-                ended = time.perf_counter()
-                return StepTiming(
-                    total=ended - started,
-                    broadcast=exchange.broadcast_s,
-                    launch=exchange.launch_s,
-                    compute=exchange.compute_s,
-                    aggregate=exchange.aggregate_s,
-                    update=ended - arrived,
-                )
-
+            timing = partial(exchange.timing, started, arrived)
             report.steps.append(take_step(solver, self._plan, exchange.answer, timing))
         return report
 
@@ -100,7 +90,7 @@ def _partials(num_workers: int, num_shards: int) -> tuple[int, int]:
     return max(counts), sum(counts)
 
 
-def _check_sizes(cluster: Cluster, plan: Plan) -> None:
+def check_sizes(cluster: Cluster, plan: Plan) -> None:
     """Refuse gradients that Spark's limits, or the driver's heap, cannot hold."""
     size = FlatModule(plan.module, plan.dtype).parameters.numel() * np.dtype(np.float32).itemsize
     most, count = _partials(cluster.num_workers, len(plan.sampling.shard_rows))

@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from sparksgd.flat import FlatModule, FlatStrip, Weights
 
-__all__ = ["GradientSum", "MakeReplica", "Solver", "SolverState", "StepOutcome", "WorkerHalf"]
+__all__ = ["GradientSum", "MakeReplica", "Quorum", "Solver", "SolverState", "StepOutcome", "WorkerHalf"]
 
 
 @dataclass(kw_only=True)
@@ -52,6 +52,17 @@ class GradientSum:
         self.rows += other.rows
         self.shards += other.shards
         return self
+
+
+@dataclass(frozen=True, kw_only=True)
+class Quorum:
+    """Whose gradients a step is made of."""
+
+    shards: frozenset[int]
+    """Who is asked."""
+
+    enough: int
+    """How many of them end the step; those that arrive later are dropped."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,6 +149,10 @@ class Solver(Protocol):
 
     def weights(self) -> Weights:
         """Return the weights to compute the next gradients from."""
+        ...
+
+    def quorum(self) -> Quorum:
+        """Return whose gradients the next step is to be made of."""
         ...
 
     def receive(self, arrived: GradientSum) -> StepOutcome:

@@ -1,17 +1,19 @@
-"""Synchronous SGD: every step uses the gradients of all shards at the newest weights.
+"""Synchronous SGD: every step uses gradients of the newest weights, of all shards, or of all but b.
 
-    g_t = (sum over the rows of the step of the gradient of their loss) / rows
+    g_t = (sum over the rows that took part of the gradient of their loss) / rows
     theta_(t+1) = optimiser(theta_t, g_t)
 
-That is one process taking all rows of the step as one mini-batch.  The optimiser and the schedule
-are torch's own.  Chen et al. 2016, "Revisiting Distributed Synchronous SGD", with no backups.
+With no backup workers that is one process taking all rows of the step as one mini-batch.  With b of
+them the step is made of the first N = S - b shards that arrive; later ones are dropped.  The
+optimiser and the schedule are torch's own.  Chen et al. 2016, "Revisiting Distributed Synchronous
+SGD" (arXiv:1604.00981), algorithms 3 and 4.
 """
 
 from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -25,7 +27,7 @@ from sparksgd.config import OptimizerConfig, ScheduleConfig, SolverConfig
 from sparksgd.errors import ConfigError, UpdateNotFinite
 from sparksgd.flat import FlatModule, FlatStrip, Weights
 from sparksgd.imports import did_you_mean, resolve
-from sparksgd.solvers.protocol import GradientSum, MakeReplica, SolverState, StepOutcome
+from sparksgd.solvers.protocol import GradientSum, MakeReplica, Quorum, SolverState, StepOutcome
 from sparksgd.users_code import users_code
 
 __all__ = ["SendEverything", "SynchronousSolver"]
@@ -62,9 +64,11 @@ class SynchronousSolver:
         flat: the module, or a strip of it; its parameters are the solver's from here on.
         optimizer: which class of torch.optim, and its arguments.
         schedule: which class of torch.optim.lr_scheduler, and its arguments.
-        solver: clipping.
+        solver: clipping, and backup workers.
+        num_shards: S.
         steps_per_epoch: how often a schedule that moves by the epoch moves.
         total_steps: how many steps will be made; a schedule must reach that far.
+        took_part: the shards of each step of an earlier run, to be made again; None: the first to arrive.
     """
 
     def __init__(
@@ -74,8 +78,10 @@ class SynchronousSolver:
         optimizer: OptimizerConfig,
         schedule: ScheduleConfig,
         solver: SolverConfig,
+        num_shards: int,
         steps_per_epoch: int,
         total_steps: int,
+        took_part: Sequence[frozenset[int]] | None = None,
     ) -> None:
         self.flat = flat
         self.step = 0
@@ -84,9 +90,12 @@ class SynchronousSolver:
             optimizer=optimizer,
             schedule=schedule,
             solver=solver,
+            num_shards=num_shards,
             steps_per_epoch=steps_per_epoch,
             total_steps=total_steps,
         )
+        self._all = Quorum(shards=frozenset(range(num_shards)), enough=num_shards - solver.backup_workers)
+        self._took_part = took_part
         self._clip_norm = solver.clip_norm
         self._optimizer = _optimizer(flat, optimizer)
         self.by_strips = type(self._optimizer) in _ELEMENTWISE and self._clip_norm is None
@@ -137,6 +146,13 @@ class SynchronousSolver:
         if self._current is None:
             self._current = self.flat.weights(self.step)
         return self._current
+
+    def quorum(self) -> Quorum:
+        """Return whose gradients the next step is made of: all but the backups, or those of the record."""
+        if self._took_part is None:
+            return self._all
+        shards = self._took_part[self.step]
+        return Quorum(shards=shards, enough=len(shards))
 
     def receive(self, arrived: GradientSum) -> StepOutcome:
         """Make one step of the mean gradient.

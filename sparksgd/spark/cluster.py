@@ -182,11 +182,14 @@ class Cluster:
         self.run_id = uuid.uuid4().hex[:12]
         self.job_watch = JobWatch(self)
         self._timeout_s = config.engine.slots_timeout_s
+        self._sized_by = "train.num_shards" if config.solver.backup_workers else "engine.num_workers"
         conf = self.context.getConf()
-        if str(conf.get("spark.dynamicAllocation.enabled", "false")).lower() == "true":
+        self.is_elastic = str(conf.get("spark.dynamicAllocation.enabled", "false")).lower() == "true"
+        if self.is_elastic and config.needs_barrier:
             raise ClusterError(
                 "spark.dynamicAllocation.enabled is true, but Spark runs no barrier-mode job then: "
-                "submit with --conf spark.dynamicAllocation.enabled=false and a fixed number of executors"
+                "submit with --conf spark.dynamicAllocation.enabled=false and a fixed number of executors, "
+                "or set engine.barrier=false (tree engine, ordinary stages)"
             )
         task_cpus = int(conf.get("spark.task.cpus", "1") or 1)
         if config.train.threads > task_cpus:
@@ -282,6 +285,15 @@ class Cluster:
         block, blocks = self._block(rdd, partition)
         return not blocks.getLocations(block).isEmpty()
 
+    def place_of(self, rdd: RDD[Any], partition: int) -> str | None:
+        """Return the executor that holds one partition of a persisted RDD, as tasks may prefer it."""
+        block, blocks = self._block(rdd, partition)
+        found = blocks.getLocations(block)
+        if found.isEmpty():
+            return None
+        executor = found.head()
+        return f"executor_{executor.host()}_{executor.executorId()}"
+
     def _block(self, rdd: RDD[Any], partition: int) -> tuple[Any, Any]:
         """Return a block's name, and who knows where it is."""
         manager = self._component(
@@ -310,28 +322,27 @@ class Cluster:
                 return
             parent = dependency.rdd()
 
-    def wait_for_slots(self) -> None:
-        """Return when there are as many slots as workers.
-
-        Raises:
-            NotEnoughSlots: not within engine.slots_timeout_s.
-        """
-        self._wait_for(self.num_workers)
-
     @property
     def is_local(self) -> bool:
         """Whether the driver's process is the only executor."""
         return re.fullmatch(r"local(\[.*\])?", str(self.context.master)) is not None
 
-    def _wait_for(self, wanted: int) -> None:
+    def wait_for_slots(self, wanted: int) -> None:
+        """Return when there are so many slots; where executors come as tasks wait for them, at once.
+
+        Raises:
+            NotEnoughSlots: not within engine.slots_timeout_s.
+        """
+        if self.is_elastic:
+            return
         start, said = time.monotonic(), 0.0
         while (slots := self.slots()) < wanted:
             waited_s = time.monotonic() - start
             if self.is_local or waited_s >= self._timeout_s:
                 waited = "" if self.is_local else f" after {waited_s:.0f} s"
-                move = f"set engine.num_workers={slots}" if slots else "check that executors can start"
+                move = f"set {self._sized_by}={slots}" if slots else "check that executors can start"
                 raise NotEnoughSlots(
-                    f"engine.num_workers is {wanted}, but the cluster has {slots} slots{waited}: "
+                    f"{self._sized_by} is {wanted}, but the cluster has {slots} slots{waited}: "
                     f"give it {wanted} cores (now {self.context.master}), or {move}"
                 )
             if waited_s - said >= 5:
@@ -348,10 +359,13 @@ class Cluster:
                     f"engine.num_workers is {wanted}, but train.num_shards is {shards}, and a worker "
                     f"owns one shard at least: set engine.num_workers={shards}, or more shards"
                 )
-            self._wait_for(wanted)
+            self.wait_for_slots(wanted)
             _warn_of_waste(wanted, config)
             return wanted
-        self._wait_for(1)
+        if config.solver.backup_workers or self.is_elastic:
+            self.wait_for_slots(shards)
+            return shards
+        self.wait_for_slots(1)
         slots, since = self.slots(), time.monotonic()
         while not self.is_local and slots < shards and time.monotonic() - since < _SETTLED_S:
             time.sleep(_POLL_S)

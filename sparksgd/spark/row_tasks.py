@@ -59,12 +59,14 @@ def free_bytes(_: Iterable[int]) -> Iterator[tuple[str, int]]:
         yield f"{socket.gethostname()}:{Path(folder).stat().st_dev}", shutil.disk_usage(folder).free
 
 
-def keyed(schema: RowSchema, num_shards: int, batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+def keyed(
+    schema: RowSchema, num_shards: int, deal: int, batches: Iterable[pa.RecordBatch]
+) -> Iterator[pa.RecordBatch]:
     """Task: turn rows into (shard, key, record)."""
     leave_quietly()
     for rows in rows_of(schema, batches):
         yield pa.RecordBatch.from_arrays(
-            [pa.array(rows.shards(num_shards)), _binary(rows.keys), _binary(_packed(rows.records))],
+            [pa.array(rows.shards(num_shards, deal)), _binary(rows.keys), _binary(_packed(rows.records))],
             ["shard", "key", "record"],
         )
 

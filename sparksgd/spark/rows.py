@@ -136,20 +136,20 @@ class DataFrameRows:
                 report += RowReport.from_json(json.loads(text))
         return report
 
-    def deal(self, schema: RowSchema, num_shards: int, expected: RowReport) -> SparkShards:
+    def deal(self, schema: RowSchema, num_shards: int, expected: RowReport, deal: int = 0) -> SparkShards:
         """Write every good row to its shard."""
         self._announce(schema, expected)
         hashed = self._placement == "hashed"
-        deal = self._hashed if hashed else self._in_place
+        write = partial(self._hashed, deal) if hashed else self._in_place
         deal_id = f"{self._cluster.run_id}-{uuid.uuid4().hex[:6]}"
         with self._job("dealing rows into shards"), small_batches(self._cluster.session, schema):
-            return SparkShards(self._cluster, deal(schema, num_shards, deal_id), deal_id, shuffled=hashed)
+            return SparkShards(self._cluster, write(schema, num_shards, deal_id), deal_id, shuffled=hashed)
 
-    def _hashed(self, schema: RowSchema, num_shards: int, deal_id: str) -> RDD[Descriptor]:
+    def _hashed(self, deal: int, schema: RowSchema, num_shards: int, deal_id: str) -> RDD[Descriptor]:
         """Deal by content: one shuffle, each worker's shards in one partition."""
         workers = self._cluster.num_workers
         routes = F.array(*map(F.lit, self._routes(num_shards))).cast("array<long>")
-        dealt = self._keyed(selected(self._frame, schema), schema, num_shards).repartition(
+        dealt = self._keyed(selected(self._frame, schema), schema, num_shards, deal).repartition(
             workers, F.element_at(routes, F.col("shard") + 1)
         )
         owned = [balanced_range(worker, workers, num_shards) for worker in worker_of_partition(workers)]
@@ -158,7 +158,7 @@ class DataFrameRows:
     def _in_place(self, schema: RowSchema, num_shards: int, deal_id: str) -> RDD[Descriptor]:
         """Deal whole partitions, gathered where they are: each shard first, then each worker's shards."""
         gathered = selected(self._frame, schema).coalesce(num_shards)
-        written = self._written(self._keyed(gathered, schema, 1), schema, None, deal_id)
+        written = self._written(self._keyed(gathered, schema, 1, 0), schema, None, deal_id)
         if (partitions := written.getNumPartitions()) < num_shards:
             raise ConfigError(
                 f'data.placement is "in_place", but the data has {partitions} partitions for '
@@ -170,8 +170,8 @@ class DataFrameRows:
         )
         return written.mapPartitionsWithIndex(row_tasks.numbered).coalesce(self._cluster.num_workers)
 
-    def _keyed(self, rows: DataFrame, schema: RowSchema, num_shards: int) -> DataFrame:
-        return rows.mapInArrow(partial(row_tasks.keyed, schema, num_shards), _KEYED)
+    def _keyed(self, rows: DataFrame, schema: RowSchema, num_shards: int, deal: int) -> DataFrame:
+        return rows.mapInArrow(partial(row_tasks.keyed, schema, num_shards, deal), _KEYED)
 
     def _written(
         self, dealt: DataFrame, schema: RowSchema, owned: list[range] | None, deal_id: str
@@ -250,6 +250,10 @@ class SparkShards:
     def partition_of(self) -> dict[int, int]:
         """Which partition each shard is in."""
         return dict(self._partition_of)
+
+    def places(self) -> list[str | None]:
+        """Return where each partition's shards are, as Spark names places; None where it does not know."""
+        return [self._cluster.place_of(self.rdd, number) for number in range(self.rdd.getNumPartitions())]
 
     def recover(self, missing: Collection[int]) -> int:
         """Write again what was lost, and return how many shards that were.

@@ -14,9 +14,11 @@ from sparksgd import instruction_set
 from sparksgd.compute import Plan
 from sparksgd.config import Config, EngineConfig
 from sparksgd.engines.allreduce import AllReduceEngine
+from sparksgd.engines.arrivals import ArrivalsEngine
 from sparksgd.engines.protocol import Engine, Shards
 from sparksgd.engines.tree import TreeEngine
 from sparksgd.errors import ClusterError, ConfigError
+from sparksgd.participation import Record
 from sparksgd.spark.cluster import Cluster
 from sparksgd.spark.rows import DataFrameRows, read_parquet
 from sparksgd.spark.session import check_session
@@ -36,6 +38,8 @@ def train(
     *,
     module: nn.Module | None = None,
     observers: Sequence[Observer] = (),
+    record: Record | None = None,
+    before_gradients: Callable[[int, int], None] | None = None,
 ) -> Training:
     """Train a module on the rows of a DataFrame, by the engine that the configuration names.
 
@@ -46,6 +50,9 @@ def train(
         test: rows to evaluate on.
         module: a module of your own, instead of the one that config.model names; trained in place.
         observers: who watches.
+        record: of an earlier run of the same configuration, to be repeated.
+        before_gradients: called with worker and step before a worker computes: makes stragglers for tests
+            and benchmarks.
 
     Returns:
         The finished run; its `module` is trained.
@@ -53,10 +60,12 @@ def train(
     Raises:
         SparkSGDError: see sparksgd/errors.py.
     """
-    return _train(session, config, lambda: (rows, test), module, observers)
+    return _train(session, config, lambda: (rows, test), module, observers, record, before_gradients)
 
 
-def train_parquet(session: SparkSession, config: Config, observers: Sequence[Observer] = ()) -> Training:
+def train_parquet(
+    session: SparkSession, config: Config, observers: Sequence[Observer] = (), record: Record | None = None
+) -> Training:
     """Train as `train` does, on the Parquet that the configuration names; data.train must be set."""
 
     def frames() -> tuple[DataFrame, DataFrame | None]:
@@ -64,7 +73,7 @@ def train_parquet(session: SparkSession, config: Config, observers: Sequence[Obs
         test = config.data.test
         return read_parquet(session, config.data.train), None if test is None else read_parquet(session, test)
 
-    return _train(session, config, frames, None, observers)
+    return _train(session, config, frames, None, observers, record)
 
 
 def _train(
@@ -73,6 +82,8 @@ def _train(
     frames: Callable[[], tuple[DataFrame, DataFrame | None]],
     module: nn.Module | None,
     observers: Sequence[Observer],
+    record: Record | None,
+    before_gradients: Callable[[int, int], None] | None = None,
 ) -> Training:
     """Train on frames that are made once there are slots: to read a schema is a job already."""
     if config.engine.name == "inline":
@@ -82,6 +93,9 @@ def _train(
         )
     instruction_set.pin(config.train.instruction_set)
     cluster = Cluster(session, config)
+    if config.engine.name == "auto" and not config.needs_barrier:
+        log.info("engine: tree, because the all-reduce engine's workers all wait for each other")
+    make_engine = _ENGINES[config.engine.name] if config.needs_barrier else ArrivalsEngine
     check_session(session, config.train)
     if config.engine.name == "allreduce":
         AllReduceEngine.check(cluster, config.engine)
@@ -92,9 +106,11 @@ def _train(
             config,
             rows=DataFrameRows(rows, cluster, config.data.placement),
             test=None if test is None else DataFrameRows(test, cluster),
-            make_engine=partial(_ENGINES[config.engine.name], cluster, config.engine),
+            make_engine=partial(make_engine, cluster, config.engine),
             module=module,
             observers=observers,
+            record=record,
+            before_gradients=before_gradients,
         )
 
 

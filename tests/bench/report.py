@@ -30,10 +30,14 @@ __all__ = [
     "soak_ratios",
     "soak_table",
     "speed_table",
+    "straggler_ratios",
+    "straggler_table",
 ]
 
 OVERHEAD_TARGET = 1.5
 SPEEDUP_TARGET = 3.0
+BACKUP_TARGET = 1.3
+_UNDISTURBED = "undisturbed, b = 0"
 DDP_TARGET = 1.0
 JOB_TARGET = 0.6
 SENT_BESIDE = 0.001  # a record of rows and loss goes with each gradient
@@ -232,6 +236,45 @@ def job_table(title: str, took_s: Mapping[str, Sequence[float]]) -> Table:
     for name, seconds in took_s.items():
         table.add_row(name, f"{median(seconds):.1f}", ", ".join(f"{second:.1f}" for second in seconds))
     return table
+
+
+def straggler_ratios(blocks: Sequence[Block]) -> list[Ratio]:
+    """Compare the mean step beside a straggler with that of the undisturbed run."""
+    ratios = []
+    for what in dict.fromkeys(block.what for block in blocks):
+        if what == _UNDISTURBED:
+            continue
+        value = _mean_step_s(blocks, what) / _mean_step_s(blocks, _UNDISTURBED)
+        judged = what.endswith("b = 1")
+        ratios.append(
+            Ratio(
+                of=what,
+                means=f"mean step of {what} / {_UNDISTURBED}",
+                value=value,
+                target=f"<= {BACKUP_TARGET:g}" if judged else None,
+                met=value <= BACKUP_TARGET if judged else None,
+            )
+        )
+    return ratios
+
+
+def straggler_table(title: str, blocks: Sequence[Block]) -> Table:
+    """Draw what steps took beside a straggler."""
+    table = Table(title=title)
+    table.add_column("what")
+    for name in ("mean ms", "p50 ms", "p99 ms", "rows/s"):
+        table.add_column(name, justify="right")
+    for line in lines_of(blocks):
+        mean_s = _mean_step_s(blocks, line.what)
+        table.add_row(
+            line.what, _ms(mean_s), _ms(line.p50_s), _ms(line.p99_s), f"{line.rows_per_step / mean_s:,.0f}"
+        )
+    return table
+
+
+def _mean_step_s(blocks: Sequence[Block], what: str) -> float:
+    """Return the median over blocks of their mean step: a step in three may take a second longer."""
+    return median(sum(block.step_s) / len(block.step_s) for block in blocks if block.what == what)
 
 
 def soak_ratios(early: Mapping[str, int], late: Mapping[str, int]) -> list[Ratio]:

@@ -1,6 +1,6 @@
 """The benchmark: how fast sparksgd's engines are, and against what.
 
-    python tests/bench/run.py [--data DIR] [--out FILE] [--quick] [--only speed|allreduce|job|memory]
+    python tests/bench/run.py [--data DIR] [--out FILE] [--quick] [--only speed|allreduce|job|backups|memory]
 
 Forty minutes on 2 cores, three of them for memory.
 
@@ -41,6 +41,8 @@ from report import (
     soak_ratios,
     soak_table,
     speed_table,
+    straggler_ratios,
+    straggler_table,
 )
 from rich.console import Console
 from rich.table import Table
@@ -87,6 +89,9 @@ class Size:
     epochs: int
     """Of a whole job."""
 
+    straggling_steps: int
+    """Steps beside a straggler."""
+
 
 FULL = Size(
     rounds=3,
@@ -98,6 +103,7 @@ FULL = Size(
     share=1,
     turns=4,
     epochs=2,
+    straggling_steps=60,
 )
 QUICK = Size(
     rounds=1,
@@ -109,6 +115,7 @@ QUICK = Size(
     share=0.05,
     turns=2,
     epochs=1,
+    straggling_steps=6,
 )
 
 
@@ -140,6 +147,8 @@ def main(argv: list[str]) -> int:
                 found["allreduce"] = _allreduce(task, size, data, console)
             if options.only in (None, "job"):
                 found["job"] = _job(task, size, data, console)
+            if options.only in (None, "backups"):
+                found["backups"] = _backups(task, size, data, console)
             if options.only in (None, "memory"):
                 found["memory"] = _memory(task, size, console)
         except ArmFailed as error:
@@ -155,7 +164,9 @@ def _options(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--data", type=Path, metavar="DIR", help="folder of train.parquet")
     parser.add_argument("--out", type=Path, default=Path("benchmark.json"), metavar="FILE")
     parser.add_argument("--quick", action="store_true", help="few steps: whether it runs, not how fast")
-    parser.add_argument("--only", choices=["speed", "allreduce", "job", "memory"], help="one part of it")
+    parser.add_argument(
+        "--only", choices=["speed", "allreduce", "job", "backups", "memory"], help="one part of it"
+    )
     return parser.parse_args(argv)
 
 
@@ -238,6 +249,21 @@ def _job(task: Task, size: Size, data: str, console: Console) -> dict[str, Any]:
     console.print(job_table(f"{size.epochs} epochs, sessions' start included, {data}", took_s))
     console.print(ratio_table([ratio]))
     return {"took_s": took_s, "ratios": [asdict(ratio)]}
+
+
+def _backups(task: Task, size: Size, data: str, console: Console) -> dict[str, Any]:
+    """Train beside stragglers: with backup workers, without, and with Spark's speculation."""
+    sized = replace(
+        task, blocks=1, warmup_steps=size.straggling_steps // 2, block_steps=size.straggling_steps
+    )
+    blocks: list[Block] = []
+    with console.status("") as status:
+        for turn in range(size.rounds):
+            status.update(f"round {turn + 1} of {size.rounds}: backup workers")
+            blocks += map(Block.from_dict, run_arm("backups.py", sized))
+    lines = lines_of(blocks)
+    title = f"A small LeNet, 4 workers, one of them late by 1 s, {data}"
+    return _shown(straggler_table(title, blocks), lines, straggler_ratios(blocks), console)
 
 
 def _memory(task: Task, size: Size, console: Console) -> dict[str, Any]:

@@ -41,6 +41,7 @@ def solver_over(flat: FlatModule | FlatStrip, name: str, arguments: dict[str, An
         optimizer=OptimizerConfig(name=name, arguments={"lr": 0.05} | arguments),
         schedule=ScheduleConfig(name="CosineAnnealingLR", arguments={"T_max": STEPS}),
         solver=SolverConfig(),
+        num_shards=1,
         steps_per_epoch=1,
         total_steps=STEPS,
     )
@@ -134,6 +135,7 @@ def test_who_looks_at_the_whole_is_not_cut(name: str, clip_norm: float | None) -
         optimizer=OptimizerConfig(name=name, arguments={"lr": 0.1}),
         schedule=ScheduleConfig(),
         solver=SolverConfig(clip_norm=clip_norm),
+        num_shards=1,
         steps_per_epoch=1,
         total_steps=1,
     )

@@ -49,6 +49,7 @@ def solver_of(
         optimizer=OptimizerConfig(name=name, arguments=arguments),
         schedule=schedule or ScheduleConfig(),
         solver=SolverConfig(clip_norm=clip_norm),
+        num_shards=1,
         steps_per_epoch=steps_per_epoch,
         total_steps=3,
     )

@@ -1,0 +1,72 @@
+"""Say how many backup workers pay, from when the gradients of a run arrived.
+
+    python jobs/stragglers.py runs/probe --plot stragglers.png
+
+The run may be any that jobs/train.py recorded; a probe of 100 steps with --set engine.barrier=false is
+best, for then gradients arrive one by one.  Exit status: 0 done, 2 refused.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from sparksgd.command_line import exit_status, parser_of
+from sparksgd.stragglers import Choice, best_of, choices, plot, read_arrivals
+
+_MOST_ROWS = 16
+
+
+def main(argv: Sequence[str]) -> int:
+    """Print the table, and draw the plot; return the exit status."""
+    parser = parser_of(__doc__)
+    parser.add_argument("run", type=Path, metavar="DIR", help="folder of a run, or its metrics.jsonl")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw it, too: .png, .svg or .pdf")
+    parser.add_argument(
+        "--exponent", type=float, default=1.0, metavar="P",
+        help="steps needed fall as N ** -P: 1 counts gradients (default), Chen et al. measured 0.85",
+    )  # fmt: skip
+    options = parser.parse_args(argv)
+
+    def work() -> None:
+        arrivals_s = read_arrivals(options.run)
+        found = choices(arrivals_s, options.exponent)
+        Console().print(_table(found, len(arrivals_s)))
+        best = best_of(found)
+        saved = (
+            f"{1 - best.relative_time:.0%} less time than without"
+            if best.backups
+            else "stragglers cost little"
+        )
+        print(f"solver.backup_workers={best.backups}: {saved}")
+        if options.plot is not None:
+            plot(arrivals_s, found, options.plot)
+
+    return exit_status(work)
+
+
+def _table(found: list[Choice], steps: int) -> Table:
+    """Return what each number of backups costs; of many workers only the first rows, and the best."""
+    best = best_of(found)
+    table = Table(title=f"{len(found)} workers, {steps:,} steps", title_justify="left")
+    for name in ("b", "waits for", "p50", "p90", "p99", "mean step", "expected time"):
+        table.add_column(name, justify="right")
+    for choice in found:
+        if choice.backups >= _MOST_ROWS and choice is not best:
+            continue
+        table.add_row(
+            str(choice.backups),
+            f"{len(found) - choice.backups} of {len(found)}",
+            *(f"{second:.3f} s" for second in (*choice.quantiles_s, choice.step_s)),
+            f"{choice.relative_time:.2f}",
+            style="bold green" if choice is best else None,
+        )
+    return table
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,127 @@
+"""Arm: backup workers against stragglers, and against Spark's own answer to them, on a standalone cluster.
+
+Four workers with host names of their own, as speculation needs them; one of them sleeps a second before some
+of its gradients, or before each.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from measuring import LEARNING_RATE, MOMENTUM, Block, Task, answer
+from product import Stopwatch
+from pyspark.sql import SparkSession
+
+_TESTS = Path(__file__).parents[1]
+sys.path[:0] = [str(_TESTS / "hosts"), str(_TESTS / "modules")]
+
+from servers import start_server  # noqa: E402  # tests/hosts
+from stragglers import Straggler  # noqa: E402  # tests/modules
+
+from sparksgd.config import Config  # noqa: E402
+from sparksgd.spark.rows import read_parquet  # noqa: E402
+from sparksgd.spark.training import train  # noqa: E402
+
+WORKERS = 4
+DELAY_S = 1.0
+SOMETIMES = 0.3
+
+_SPECULATION = {
+    "spark.speculation": "true",
+    "spark.speculation.interval": "50ms",
+    "spark.speculation.quantile": "0.5",
+    "spark.speculation.multiplier": "1.5",
+    "spark.speculation.minTaskRuntime": "50ms",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One way to train beside one kind of straggler."""
+
+    what: str
+    share: float = 0.0
+    """Of the straggler's steps, in which it sleeps."""
+
+    backups: int = 0
+    barrier: bool = True
+    conf: Mapping[str, str] = field(default_factory=dict)
+
+
+CASES = (
+    Case(what="undisturbed, b = 0"),
+    Case(what="undisturbed, b = 1", backups=1),
+    Case(what="sometimes late, b = 0", share=SOMETIMES),
+    Case(what="sometimes late, b = 0, speculation", share=SOMETIMES, barrier=False, conf=_SPECULATION),
+    Case(what="sometimes late, b = 1", share=SOMETIMES, backups=1),
+    Case(what="always late, b = 0", share=1.0),
+    Case(what="always late, b = 0, speculation", share=1.0, barrier=False, conf=_SPECULATION),
+    Case(what="always late, b = 1", share=1.0, backups=1),
+)
+
+
+@contextmanager
+def standalone(folder: Path) -> Iterator[str]:
+    """Give the address of a master with four workers of one core, for the time of the block."""
+    modules = os.pathsep.join([str(_TESTS / "modules"), os.environ.get("PYTHONPATH", "")])
+    environment = os.environ | {"PYTHONPATH": modules}
+    servers = []
+    try:
+        master, address = start_server(
+            "Master", folder / "master.log", "--host", "127.0.0.1", "--port", "0", environment=environment
+        )
+        servers.append(master)
+        for number in range(1, 1 + WORKERS):
+            options = ["--host", f"127.0.0.{number}", "--cores", "1", "--memory", "1g"]
+            options += ["--work-dir", str(folder / f"work-{number}"), address]
+            log = folder / f"worker-{number}.log"
+            servers.append(start_server("Worker", log, *options, environment=environment)[0])
+        yield address
+    finally:
+        for server in servers:
+            os.killpg(server.pid, signal.SIGKILL)
+
+
+def timed(case: Case, task: Task, master: str) -> list[Block]:
+    """Train in a session of its own; return the blocks after the warm-up."""
+    builder = SparkSession.builder.master(master).config("spark.executor.memory", "512m")
+    for key, value in case.conf.items():
+        builder = builder.config(key, value)
+    session = builder.getOrCreate()
+    config = Config.from_dict(
+        {
+            "data": {"features": "image", "label": "label"},
+            "model": {"maps": [4, 8], "hidden": 32},
+            "optimizer": {"lr": LEARNING_RATE, "momentum": MOMENTUM},
+            "engine": {"barrier": case.barrier, "num_workers": WORKERS},
+            "solver": {"backup_workers": case.backups},
+            "train": {
+                "epochs": 10,
+                "steps": task.warmup_steps + task.blocks * task.block_steps,
+                "rows_per_step": task.rows_per_step,
+                "num_shards": WORKERS,
+            },
+        }
+    )
+    clock = Stopwatch(task, case.what)
+    slow = Straggler(WORKERS - 1, DELAY_S, case.share) if case.share else None
+    train(session, config, read_parquet(session, task.data), observers=[clock], before_gradients=slow)
+    session.stop()
+    return clock.blocks
+
+
+def measure(task: Task) -> list[Block]:
+    """Time every case."""
+    with tempfile.TemporaryDirectory() as folder, standalone(Path(folder)) as master:
+        return [block for case in CASES for block in timed(case, task, master)]
+
+
+if __name__ == "__main__":
+    answer(measure)

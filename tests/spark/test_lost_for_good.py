@@ -1,0 +1,85 @@
+"""Backup workers on a standalone cluster whose hosts are killed, and never replaced."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+from pathlib import Path
+
+import pytest
+from conftest import AtStep, configured  # tests/spark/conftest.py
+from servers import start_server  # tests/hosts
+
+from sparksgd.engines.inline import InlineEngine
+from sparksgd.errors import NotEnoughSlots
+from sparksgd.local_rows import ParquetRows
+from sparksgd.output import RunFolder, load_model
+from sparksgd.participation import Record
+from sparksgd.spark.training import train
+from sparksgd.training import train as train_inline
+
+ONE_BACKUP = (
+    "engine.num_workers=4",
+    "train.num_shards=4",
+    "solver.backup_workers=1",
+    "train.rows_per_step=8",
+)
+
+
+@pytest.fixture
+def standalone(tmp_path, session_for):
+    """Start a master and four hosts of one slot; yield its address and the hosts' servers."""
+    environment, servers = os.environ | {"SPARK_LOCAL_DIRS": str(tmp_path / "local")}, []
+    try:
+        host = ("--host", "127.0.0.1")
+        master, address = start_server(
+            "Master", tmp_path / "master.log", *host, "--port", "0", environment=environment
+        )
+        servers.append(master)
+        for number in range(4):
+            options = (
+                *host,
+                "--cores",
+                "1",
+                "--memory",
+                "1g",
+                "--work-dir",
+                str(tmp_path / f"host-{number}"),
+            )
+            log = tmp_path / f"host-{number}.log"
+            servers.append(start_server("Worker", log, *options, address, environment=environment)[0])
+        yield address, servers[1:]
+    finally:
+        session_for("local[2]")
+        for server in servers:
+            if server.poll() is None:
+                os.killpg(server.pid, signal.SIGKILL)
+            server.wait()
+
+
+@pytest.mark.soak
+def test_one_lost_host_is_made_up_for_and_two_end_the_run_in_words(
+    session_for, standalone, small, tmp_path, caplog
+):
+    address, hosts = standalone
+    spark = session_for(address, spark__executor__memory="512m")
+    kills = [
+        AtStep(step, lambda _, host=host: os.killpg(host.pid, signal.SIGKILL))
+        for step, host in ((20, hosts[0]), (160, hosts[1]))
+    ]
+    out = tmp_path / "run"
+    config = configured(*ONE_BACKUP, "train.epochs=40", "engine.slots_timeout_s=5")
+    with caplog.at_level(logging.WARNING, "sparksgd"), pytest.raises(NotEnoughSlots) as ended:
+        train(spark, config, spark.read.parquet(small), observers=[*kills, RunFolder(out)])
+    assert "1 of 4 slots are lost, and training goes on with 3" in caplog.text
+    assert "2 of 4 workers are lost, but solver.backup_workers is 1" in str(ended.value)
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary["status"] == "NotEnoughSlots"
+    assert summary["steps"] >= 160
+    load_model(Path(out / "model"), kills[0].training.module)
+    record = Record.read(out)
+    assert {len(shards) for shards in record.took_part} <= {3, 4}
+    again = train_inline(config, rows=ParquetRows(small), test=None, make_engine=InlineEngine, record=record)
+    assert again.flat.parameters_sha256() == summary["parameters_sha256"]
