@@ -1,7 +1,7 @@
 """Arm: backup workers against stragglers, and against Spark's own answer to them, on a standalone cluster.
 
-Four workers with host names of their own, as speculation needs them; one of them sleeps a second before some
-of its gradients, or before each.
+Four hosts of one slot with names of their own, as speculation needs them; on one of them workers sleep
+a second before some of their gradients, or before each.
 """
 
 from __future__ import annotations
@@ -12,9 +12,10 @@ import sys
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import pyarrow.parquet as pq
 from measuring import LEARNING_RATE, MOMENTUM, Block, Task, answer
 from product import Stopwatch
 from pyspark.sql import SparkSession
@@ -23,13 +24,16 @@ _TESTS = Path(__file__).parents[1]
 sys.path[:0] = [str(_TESTS / "hosts"), str(_TESTS / "modules")]
 
 from servers import start_server  # noqa: E402  # tests/hosts
-from stragglers import Straggler  # noqa: E402  # tests/modules
+from stragglers import SLOW_HOST, SlowHost  # noqa: E402  # tests/modules
 
 from sparksgd.config import Config  # noqa: E402
 from sparksgd.spark.rows import read_parquet  # noqa: E402
+from sparksgd.spark.session import SETTINGS  # noqa: E402
 from sparksgd.spark.training import train  # noqa: E402
 
 WORKERS = 4
+ROWS = 6_000
+COLD_STEPS = 150  # of a new session, before anything in it is timed
 DELAY_S = 1.0
 SOMETIMES = 0.3
 
@@ -82,19 +86,30 @@ def standalone(folder: Path) -> Iterator[str]:
             options = ["--host", f"127.0.0.{number}", "--cores", "1", "--memory", "1g"]
             options += ["--work-dir", str(folder / f"work-{number}"), address]
             log = folder / f"worker-{number}.log"
-            servers.append(start_server("Worker", log, *options, environment=environment)[0])
+            of_host = environment | ({SLOW_HOST: "1"} if number == WORKERS else {})
+            servers.append(start_server("Worker", log, *options, environment=of_host)[0])
         yield address
     finally:
         for server in servers:
             os.killpg(server.pid, signal.SIGKILL)
 
 
-def timed(case: Case, task: Task, master: str) -> list[Block]:
-    """Train in a session of its own; return the blocks after the warm-up."""
+@contextmanager
+def session_with(conf: Mapping[str, str], master: str) -> Iterator[SparkSession]:
+    """Give a session with sparksgd's settings and some more, for the time of the block."""
+    ours = {setting.key: setting.value for setting in SETTINGS}
     builder = SparkSession.builder.master(master).config("spark.executor.memory", "512m")
-    for key, value in case.conf.items():
+    for key, value in {**ours, **conf}.items():
         builder = builder.config(key, value)
     session = builder.getOrCreate()
+    try:
+        yield session
+    finally:
+        session.stop()
+
+
+def timed(case: Case, task: Task, rows: str, session: SparkSession) -> list[Block]:
+    """Train; return the blocks after the warm-up."""
     config = Config.from_dict(
         {
             "data": {"features": "image", "label": "label"},
@@ -103,7 +118,7 @@ def timed(case: Case, task: Task, master: str) -> list[Block]:
             "engine": {"barrier": case.barrier, "num_workers": WORKERS},
             "solver": {"backup_workers": case.backups},
             "train": {
-                "epochs": 10,
+                "epochs": 1_000,
                 "steps": task.warmup_steps + task.blocks * task.block_steps,
                 "rows_per_step": task.rows_per_step,
                 "num_shards": WORKERS,
@@ -111,16 +126,24 @@ def timed(case: Case, task: Task, master: str) -> list[Block]:
         }
     )
     clock = Stopwatch(task, case.what)
-    slow = Straggler(WORKERS - 1, DELAY_S, case.share) if case.share else None
-    train(session, config, read_parquet(session, task.data), observers=[clock], before_gradients=slow)
-    session.stop()
+    slow = SlowHost(DELAY_S, case.share) if case.share else None
+    train(session, config, read_parquet(session, rows), observers=[clock], before_gradients=slow)
     return clock.blocks
 
 
 def measure(task: Task) -> list[Block]:
     """Time every case."""
+    blocks = []
     with tempfile.TemporaryDirectory() as folder, standalone(Path(folder)) as master:
-        return [block for case in CASES for block in timed(case, task, master)]
+        rows = str(Path(folder, "rows.parquet"))
+        pq.write_table(pq.read_table(task.data).slice(0, ROWS), rows)
+        for conf in ({}, _SPECULATION):
+            with session_with(conf, master) as session:
+                timed(CASES[0], replace(task, block_steps=COLD_STEPS), rows, session)
+                for case in CASES:
+                    if case.conf == conf:
+                        blocks += timed(case, task, rows, session)
+    return blocks
 
 
 if __name__ == "__main__":
