@@ -19,6 +19,7 @@ from rich.table import Table
 __all__ = [
     "Line",
     "Ratio",
+    "accuracy_ratio",
     "allreduce_ratios",
     "job_ratio",
     "job_table",
@@ -37,6 +38,7 @@ __all__ = [
 OVERHEAD_TARGET = 1.5
 SPEEDUP_TARGET = 3.0
 BACKUP_TARGET = 1.3
+ACCURACY_TARGET = 0.2
 _UNDISTURBED = "undisturbed, b = 0"
 DDP_TARGET = 1.0
 JOB_TARGET = 0.6
@@ -256,6 +258,19 @@ def straggler_ratios(blocks: Sequence[Block]) -> list[Ratio]:
             )
         )
     return ratios
+
+
+def accuracy_ratio(found: Mapping[str, Mapping[str, float]]) -> Ratio:
+    """Compare what was learnt beside a worker that is always late with what was learnt of all."""
+    without, backed = found["b = 0"]["accuracy"], found["b = 1"]["accuracy"]
+    return Ratio(
+        of="accuracy",
+        means=f"points of test accuracy lost with b = 1 and one of 8 workers always late "
+        f"({100 * backed:.2f} % instead of {100 * without:.2f} %)",
+        value=100 * (without - backed),
+        target=f"<= {ACCURACY_TARGET:g}",
+        met=100 * (without - backed) <= ACCURACY_TARGET,
+    )
 
 
 def straggler_table(title: str, blocks: Sequence[Block]) -> Table:

@@ -30,6 +30,7 @@ from processes import ROOT, ArmFailed, job_s, run_arm, run_in_turns
 from report import (
     Line,
     Ratio,
+    accuracy_ratio,
     allreduce_ratios,
     job_ratio,
     job_table,
@@ -92,6 +93,9 @@ class Size:
     straggling_steps: int
     """Steps beside a straggler."""
 
+    accuracy_epochs: int
+    """Of trainings whose accuracy is compared."""
+
 
 FULL = Size(
     rounds=3,
@@ -104,6 +108,7 @@ FULL = Size(
     turns=4,
     epochs=2,
     straggling_steps=60,
+    accuracy_epochs=3,
 )
 QUICK = Size(
     rounds=1,
@@ -116,6 +121,7 @@ QUICK = Size(
     turns=2,
     epochs=1,
     straggling_steps=6,
+    accuracy_epochs=1,
 )
 
 
@@ -258,7 +264,17 @@ def _backups(task: Task, size: Size, console: Console) -> dict[str, Any]:
         blocks = [Block.from_dict(block) for block in run_arm("backups.py", sized)]
     lines = lines_of(blocks)
     title = "A small LeNet, 4 workers, one of them late by 1 s"
-    return _shown(straggler_table(title, blocks), lines, straggler_ratios(blocks), console)
+    found = _shown(straggler_table(title, blocks), lines, straggler_ratios(blocks), console)
+    if not Path(task.data).with_name("test.parquet").exists():
+        console.print("no accuracy with backup workers: --data has no test.parquet")
+        return found
+    with console.status("accuracy with a backup worker, and without"):
+        eight = replace(task, num_workers=8, blocks=size.accuracy_epochs)
+        found["accuracy"] = run_arm("backups_accuracy.py", eight)
+    ratio = accuracy_ratio(found["accuracy"])
+    console.print(ratio_table([ratio]))
+    found["ratios"].append(asdict(ratio))
+    return found
 
 
 def _memory(task: Task, size: Size, console: Console) -> dict[str, Any]:
