@@ -8,6 +8,7 @@ best, for then gradients arrive one by one.  Exit status: 0 done, 2 refused.
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,16 +22,20 @@ from sparksgd.stragglers import Choice, best_of, choices, plot, read_arrivals
 _MOST_ROWS = 16
 
 
-def main(argv: Sequence[str]) -> int:
-    """Print the table, and draw the plot; return the exit status."""
-    parser = parser_of(__doc__)
-    parser.add_argument("run", type=Path, metavar="DIR", help="folder of a run, or its metrics.jsonl")
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw it, too: .png, .svg or .pdf")
-    parser.add_argument(
+def parser() -> argparse.ArgumentParser:
+    result = parser_of(__doc__)
+    result.add_argument("run", type=Path, metavar="DIR", help="folder of a run, or its metrics.jsonl")
+    result.add_argument("--plot", type=Path, metavar="FILE", help="draw it, too: .png, .svg or .pdf")
+    result.add_argument(
         "--exponent", type=float, default=1.0, metavar="P",
         help="steps needed fall as N ** -P: 1 counts gradients (default), Chen et al. measured 0.85",
     )  # fmt: skip
-    options = parser.parse_args(argv)
+    return result
+
+
+def main(argv: Sequence[str]) -> int:
+    """Print the table, and draw the plot; return the exit status."""
+    options = parser().parse_args(argv)
 
     def work() -> None:
         arrivals_s = read_arrivals(options.run)
@@ -42,7 +47,7 @@ def main(argv: Sequence[str]) -> int:
             if best.backups
             else "stragglers cost little"
         )
-        print(f"solver.backup_workers={best.backups}: {saved}")
+        print(f"train.num_shards={len(found)} solver.backup_workers={best.backups}: {saved}")
         if options.plot is not None:
             plot(arrivals_s, found, options.plot)
 

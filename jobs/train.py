@@ -17,6 +17,7 @@ from pathlib import Path
 from sparksgd import instruction_set
 from sparksgd.command_line import exit_status, parser_of
 from sparksgd.config import Config
+from sparksgd.errors import ConfigError
 from sparksgd.participation import Record
 
 
@@ -40,6 +41,8 @@ def main(argv: Sequence[str]) -> int:
         if args.replay is None:
             record, config = None, Config.load(args.config, args.set)
         else:
+            if args.replay.resolve() == args.out.resolve():
+                raise ConfigError(f"--out is {args.out}, which holds the record to be replayed: name another")
             record = Record.read(args.replay)
             config = Config.load(record.config, args.set)
         instruction_set.pin(config.train.instruction_set)  # before anything imports torch

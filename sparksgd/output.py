@@ -170,9 +170,13 @@ class RunFolder:
         self.folder.mkdir(parents=True, exist_ok=True)
         for name in ("summary.json", "model/model.json", "model/weights.pt"):
             (self.folder / name).unlink(missing_ok=True)
-        record = {"config": training.config.to_dict(), "data_digest": training.rows.data_digest}
-        _write_json(self.folder / RECORD, record)
         self._metrics = (self.folder / METRICS).open("w", encoding="utf-8", buffering=1)
+        record = {
+            "config": training.config.to_dict(),
+            "data_digest": training.rows.data_digest,
+            "model_name": training.model_name,
+        }
+        _write_json(self.folder / RECORD, record)
 
     def stepped(self, training: Training, report: StepReport) -> None:
         """Write a step's line."""

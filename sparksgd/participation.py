@@ -7,10 +7,8 @@ at the same parameters.
 from __future__ import annotations
 
 import json
-import math
-from array import array
-from collections import defaultdict
-from collections.abc import Sequence
+from collections import defaultdict, deque
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,6 +27,7 @@ METRICS = "metrics.jsonl"
 RECORD = "record.json"
 """Files of a run's folder: a line for each step, and what the run was."""
 
+_KEPT = 10_000  # arrivals of each worker, of which quantiles are taken
 _LEAST_SHARE = 0.5  # of an epoch's steps, below which a shard is starved
 _QUANTILES = {"p50": 0.5, "p90": 0.9, "p99": 0.99}
 
@@ -46,7 +45,8 @@ class Participation:
         self._epoch_steps = 0
         self._epoch_of_shard = [0] * num_shards
         self._late: dict[int, int] = defaultdict(int)
-        self._arrivals_s: dict[int, array[float]] = defaultdict(lambda: array("d"))
+        self._answers: dict[int, int] = defaultdict(int)
+        self._arrivals_s: dict[int, deque[float]] = defaultdict(lambda: deque(maxlen=_KEPT))
 
     def add(self, report: StepReport) -> None:
         """Note a step."""
@@ -58,11 +58,13 @@ class Participation:
         for worker in report.late:
             self._late[worker] += 1
         for arrival in report.arrivals:
+            self._answers[arrival.worker] += 1
             self._arrivals_s[arrival.worker].append(arrival.arrived_s)
 
     def starved(self) -> dict[int, float]:
         """Return the share of the epoch's steps so far of each shard that took part in fewer than half."""
-        shares = {shard: steps / self._epoch_steps for shard, steps in enumerate(self._epoch_of_shard)}
+        steps_made = max(1, self._epoch_steps)
+        shares = {shard: steps / steps_made for shard, steps in enumerate(self._epoch_of_shard)}
         return {shard: share for shard, share in shares.items() if share < _LEAST_SHARE}
 
     def begin_epoch(self) -> None:
@@ -74,23 +76,25 @@ class Participation:
         """Return the share of all steps that each shard took part in."""
         return [steps / max(1, self._steps) for steps in self._of_shard]
 
-    def by_worker(self) -> dict[int, dict[str, float]]:
-        """Return of each worker that answered by itself: answers, late ones of all it was asked for, and
-        quantiles of the seconds until they arrived.
+    def by_worker(self) -> dict[int, dict[str, float | None]]:
+        """Return of each worker that answers by itself how many answers came, in which share of the steps it
+        was not waited for, and quantiles of the seconds until its last answers arrived.
         """
-        found = {}
-        for worker in sorted(self._arrivals_s.keys() | self._late.keys()):
-            seconds = self._arrivals_s[worker]
-            quantiles = {
-                name: float(np.quantile(seconds, share)) if seconds else math.nan
-                for name, share in _QUANTILES.items()
+        return {
+            worker: {
+                "answers": self._answers.get(worker, 0),
+                "late_share": self._late.get(worker, 0) / self._steps,
+                **_quantiles_s(self._arrivals_s.get(worker)),
             }
-            found[worker] = {
-                "answers": float(len(seconds)),
-                "late_share": self._late[worker] / self._steps,
-                **{f"arrival_{name}_s": value for name, value in quantiles.items()},
-            }
-        return found
+            for worker in sorted(self._answers.keys() | self._late.keys())
+        }
+
+
+def _quantiles_s(seconds: Iterable[float] | None) -> dict[str, float | None]:
+    return {
+        f"arrival_{name}_s": float(np.quantile(list(seconds), share)) if seconds else None
+        for name, share in _QUANTILES.items()
+    }
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,6 +106,9 @@ class Record:
 
     data_digest: str
     """Of the rows trained on."""
+
+    model_name: str | None
+    """What built the module; None where it was given in Python."""
 
     took_part: Sequence[frozenset[int]]
     """The shards of each step."""
@@ -130,6 +137,7 @@ class Record:
             record = cls(
                 config=about["config"],
                 data_digest=about["data_digest"],
+                model_name=about["model_name"],
                 took_part=[frozenset(step["took_part"]) for step in steps],
                 deals=[step["deal"] for step in steps],
                 parameters_sha256=summary.get("parameters_sha256"),

@@ -31,6 +31,11 @@ def run(config: Config, out: Path, record: Record | None = None) -> Training:
     train, test = config.data.train, config.data.test
     if train is None:
         raise ConfigError("data.train is not set: name the Parquet to train on")
+    if record is not None and record.model_name is None:
+        raise ConfigError(
+            "the run to be replayed trained a module given in Python: replay it there, with "
+            "train(..., module=, record=Record.read(folder))"
+        )
     _require_writable(out)
     console = open_console()
     log_to(console)

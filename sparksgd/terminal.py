@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import os
 import sys
 import time
@@ -161,7 +160,7 @@ def _arrivals_table(training: Training) -> Table:
             str(worker),
             f"{took_part[worker]:.1%}",
             f"{found['late_share']:.1%}",
-            *("" if math.isnan(value) else f"{1e3 * value:,.0f} ms" for value in seconds),
+            *("" if value is None else f"{1e3 * value:,.0f} ms" for value in seconds),
         )
     return table
 

@@ -434,18 +434,24 @@ class _Deals:
 
     def anew(self, training: Training, engine: Engine) -> None:
         """Deal the rows by another hash, and let the engine go on with them."""
-        before = self.shards
+        before, number = self.shards, self.number + 1
 
         def deal() -> tuple[Plan, Shards]:
-            self.number += 1
             report = replace(self._report, shard_digests={})  # those are of the first deal
-            self.shards = _dealt(self._source, self._schema, self._config, report, "training", self.number)
+            self.shards = _dealt(self._source, self._schema, self._config, report, "training", number)
             sampling = self.sampling()
             _check_pieces(training.module, sampling, self._config.train.rows_per_backward)
-            training.plan = replace(training.plan, sampling=sampling, deal=self.number)
+            training.plan = replace(training.plan, sampling=sampling, deal=number)
             return training.plan, self.shards
 
-        engine.deal_anew(deal)
+        try:
+            engine.deal_anew(deal)
+        except ModelError as error:
+            self.shards, refused = before, self.shards
+            refused.close()
+            log.warning("the rows stay in their shards: %s", error)
+            return
+        self.number = number
         before.close()
 
     def close(self) -> None:
@@ -459,17 +465,15 @@ def _next_deal(
     """At an epoch's end, deal the rows anew if a shard hardly took part; in a replay, if they were."""
     starved = training.participation.starved()
     training.participation.begin_epoch()
-    if record is not None:
-        if record.deals[solver.step] != deals.number:
-            deals.anew(training, engine)
-        return
-    if not starved:
-        return
-    log.warning(
-        "starved: %s; their rows hardly trained, and all rows are dealt anew for the next epoch",
-        ", ".join(f"shard {shard} took part in {share:.0%} of the steps" for shard, share in starved.items()),
-    )
-    deals.anew(training, engine)
+    goes_on = solver.step < training.total_steps
+    if starved and record is None:
+        log.warning(
+            "starved: %s; their rows hardly trained%s",
+            ", ".join(f"shard {shard} took part in {share:.0%} of steps" for shard, share in starved.items()),
+            ", and all rows are dealt anew for the next epoch" if goes_on else "",
+        )
+    if goes_on and (starved if record is None else record.deals[solver.step] != deals.number):
+        deals.anew(training, engine)
 
 
 def _compare(training: Training, record: Record) -> None:
@@ -642,7 +646,7 @@ def _loop(
                 evaluation = _evaluated(training, engine, solver)
                 for observer in observers:
                     observer.evaluated(training, evaluation)
-            if not finished and solver.step % steps_per_epoch == 0:
+            if finished or solver.step % steps_per_epoch == 0:
                 next_deal(training, engine, solver)
     except BaseException as error:
         training.error = error

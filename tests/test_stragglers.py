@@ -92,7 +92,7 @@ def test_the_job_prints_a_table_and_draws_a_plot(tmp_path: Path) -> None:
     plot = tmp_path / "stragglers.png"
     command = [sys.executable, str(JOB), str(record(tmp_path, lines)), "--plot", str(plot)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert "solver.backup_workers=1: " in done.stdout
+    assert "train.num_shards=4 solver.backup_workers=1: " in done.stdout
     assert "3 of 4" in done.stdout
     assert plot.read_bytes().startswith(b"\x89PNG")
     nonsense = subprocess.run(

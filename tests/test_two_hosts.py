@@ -90,9 +90,10 @@ def test_both_engines_reach_the_digest_of_the_reference_across_hosts(tmp_path, i
         (*SMALL, "engine.name=tree"),
         (*SMALL, "engine.name=allreduce", "engine.segment_steps=10"),
         (*SMALL, "engine.name=auto", "engine.segment_steps=7", "engine.encrypt=true"),
+        (*SMALL, "engine.barrier=false", f"data.test={images}"),
     ]
     found = trained(tmp_path, images, trainings, spark)
-    assert [result["engine"] for result in found] == ["tree", "allreduce", "allreduce"]
+    assert [result["engine"] for result in found] == ["tree", "allreduce", "allreduce", "tree"]
     reference = digest_of_reference(images, *SMALL)
     for result in found:
         assert (result["parameters_sha256"], result["retries"]) == (reference, 0)

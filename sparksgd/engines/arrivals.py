@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import reduce
+from itertools import chain
 from operator import add
 from typing import TypeVar
 
@@ -29,13 +30,13 @@ from sparksgd.config import EngineConfig
 from sparksgd.engines.protocol import Arrival, SegmentReport, Shards, StepReport, take_step
 from sparksgd.engines.spark import Exchange, SparkEngine, destroy
 from sparksgd.engines.tree import check_sizes
-from sparksgd.errors import NotEnoughSlots, NotFinite, ShardMissing
+from sparksgd.errors import NotEnoughSlots, NotFinite, PeerLost, ShardMissing
 from sparksgd.shard import Descriptor
 from sparksgd.solvers.protocol import Quorum, Solver
 from sparksgd.spark.arrivals import Arrived, Desk, Request
-from sparksgd.spark.cluster import cancel_jobs, final_error, gist
+from sparksgd.spark.cluster import cancel_jobs, cleanup, final_error, gist
 from sparksgd.spark.rows import SparkShards
-from sparksgd.treesum import add_partial
+from sparksgd.treesum import add_partial, partials_sent
 
 __all__ = ["ArrivalsEngine"]
 
@@ -55,11 +56,17 @@ class _Collected:
     pending: set[int] = field(default_factory=set)
     """Workers that were asked, and have not answered."""
 
+    late: set[int] = field(default_factory=set)
+    """Workers without whose answers the step ended: asked now, or busy with an earlier one, or lost."""
+
     fresh: dict[int, Answer] = field(default_factory=dict)
     """The answers that the step is made of, by worker."""
 
     arrivals: list[Arrival] = field(default_factory=list)
     """Whatever arrived meanwhile."""
+
+    enough: int = 0
+    """How many shards the step is made of."""
 
     broadcast_s: float = 0.0
     submitted_at_s: float = 0.0
@@ -71,9 +78,10 @@ class _Collected:
         return sum(len(answer.shards) for answer in self.fresh.values())
 
     @property
-    def rows(self) -> int:
-        """How many rows have arrived."""
-        return sum(report.rows for answer in self.fresh.values() for report in answer.workers)
+    def complete(self) -> bool:
+        """Whether enough have arrived, and some of them with rows."""
+        rows = sum(report.rows for answer in self.fresh.values() for report in answer.workers)
+        return self.shards >= self.enough and rows > 0
 
 
 class ArrivalsEngine(SparkEngine):
@@ -92,7 +100,8 @@ class ArrivalsEngine(SparkEngine):
     segment_steps = 1
 
     def _prepare(self, config: EngineConfig) -> None:
-        check_sizes(self._cluster, self._plan)
+        sent = list(partials_sent(self._cluster.num_workers, len(self._plan.sampling.shard_rows)))
+        check_sizes(self._cluster, self._plan, max(sent), sum(sent))
         self._requests: list[Request] = []
         self._between: list[Arrival] = []
         self._lost: dict[int, ShardMissing] = {}
@@ -100,28 +109,35 @@ class ArrivalsEngine(SparkEngine):
         self._backups = 0
         self._steps_of = [0] * self._cluster.num_workers
         self._few_slots = False
+        self._slots = self._cluster.slots()
+        self._executors = self._cluster.places()
+        self._jobs_seen_s = 0.0
         self._slots_counted_s = 0.0
 
     def _ship(self, plan: Plan) -> None:
         super()._ship(plan)
-        self._desk = Desk(self._context, self._shipped)
+        self._desk = Desk(self._cluster, self._shipped)
         self._place()
 
     def close(self) -> None:
         """End what still runs, and let go of the workers."""
         self._forget()
+        with cleanup():
+            self._await_rest()
         self._desk.close()
         super().close()
 
     def deal_anew(self, deal: Callable[[], tuple[Plan, Shards]]) -> None:
         """Go on with the same rows in other shards; they go to all slots, so none may be taken."""
         self._rest()
-        self._desk.close()
+        before = self._desk
         super().deal_anew(deal)
+        before.close()
         self._lost.clear()
+        self._before_recovery.clear()
 
     def evaluate(self, solver: Solver) -> Evaluation:
-        """Evaluate the solver's weights on the test rows, each worker's where they are."""
+        """Evaluate the solver's weights on the test rows, where they are, so no slot may be taken."""
         self._rest()
         return super().evaluate(solver)
 
@@ -156,60 +172,81 @@ class ArrivalsEngine(SparkEngine):
             self._plan,
             exchange.answer,
             lambda: exchange.timing(started, arrived),
-            sorted(collected.pending),
+            sorted(collected.late),
             collected.arrivals,
         )
 
     def _collected(self, solver: Solver, quorum: Quorum) -> _Collected:
         """Ask for gradients until there are enough; what fails leaves nothing behind that runs."""
-        collected, self._between = _Collected(arrivals=self._between), []
+        collected, self._between = _Collected(arrivals=self._between, enough=quorum.enough), []
         before = time.time()
         weights = self._context.broadcast(solver.weights())
         collected.submitted_at_s = time.time()
         collected.broadcast_s = collected.submitted_at_s - before
         wanted = {worker for worker, shards in self._owned.items() if quorum.shards.intersection(shards)}
         try:
-            while collected.shards < quorum.enough or not collected.rows:
+            while not collected.complete:
                 if len(self._lost) > self._backups:
                     raise reduce(add, self._lost.values())
                 coming = sum(len(quorum.shards.intersection(self._owned[w])) for w in collected.pending)
                 if not collected.pending or collected.shards + coming < quorum.enough:
                     idle = self._idle(wanted - collected.fresh.keys())
                     if idle:
-                        request = self._desk.ask(idle, weights, solver.step, quorum.shards)
+                        request = self._desk.ask(
+                            idle, weights, solver.step, quorum.shards, collected.submitted_at_s
+                        )
                         self._requests.append(request)
                         collected.pending |= idle
                 self._take(solver.step, collected)
         except BaseException:
+            self._between = collected.arrivals
             self._forget()
+            self._behind.submit(destroy, weights)
             raise
+        collected.late = wanted - collected.fresh.keys()
         self._tidy()
         return collected
 
     def _idle(self, wanted: set[int]) -> set[int]:
-        """Return which of some workers can be asked; where slots are gone, those that took part least.
+        """Return which of some workers have a free slot where their shards are, rarest first.
 
-        A task without a slot would wait, and begin when its step is over.
+        Spark lets no task wait for its place while another is free, where its shards' files are not; and one
+        that waits for any slot would begin when its step is over.
         """
         busy = {worker for request in self._requests for worker in request.missing}
-        idle = wanted - busy - self._lost.keys()
-        if not self._few_slots:
-            return idle
-        free = max(0, self._cluster.slots() - len(busy))
-        return set(sorted(idle, key=lambda worker: (self._steps_of[worker], worker))[:free])
+        free = self._slots - len(busy)
+        each = max(1, self._slots // max(1, len(self._executors)))
+        free_at: dict[str | None, int] = dict.fromkeys(self._executors, each)
+        for worker in busy:
+            if self._place_of[worker] in free_at:
+                free_at[self._place_of[worker]] -= 1
+        chosen = set()
+        for worker in sorted(wanted - busy - self._lost.keys(), key=lambda one: (self._steps_of[one], one)):
+            place = self._place_of[worker]
+            if free <= 0 or free_at.get(place, 1) <= 0:
+                continue
+            chosen.add(worker)
+            free -= 1
+            if place in free_at:
+                free_at[place] -= 1
+        return chosen
 
     def _take(self, step: int, collected: _Collected) -> None:
         """Take what arrives next, or find out why nothing does."""
         found = self._desk.next(_LOOK_S)
-        if found is None:
+        if found is not None:
+            self._receive(*found, step, collected)
+        now_s = time.monotonic()
+        if found is None or now_s - self._jobs_seen_s > _SLOTS_S:
+            self._jobs_seen_s = now_s
             ended = [request for request in self._requests if request.future.isDone()]
-            while found := self._desk.next(0):  # what came before the end
-                self._receive(*found, step, collected)
+            while more := self._desk.next(0):  # what came before the end
+                self._receive(*more, step, collected)
             for request in ended:
                 if request.missing:
                     self._failed(request, step)
-            return
-        self._receive(*found, step, collected)
+        if found is None:
+            self._require_slots()
 
     def _receive(self, at_s: float, arrived: Arrived, step: int, collected: _Collected) -> None:
         """Put an answer where it belongs: into the step that asked for it, or nowhere."""
@@ -223,7 +260,7 @@ class ArrivalsEngine(SparkEngine):
                 worker=worker,
                 host=answer.workers[0].host,
                 version=request.version,
-                arrived_s=max(0.0, at_s - request.submitted_at_s),
+                arrived_s=max(0.0, at_s - request.began_at_s),
             )
         )
         fresh = request.version == step
@@ -234,7 +271,7 @@ class ArrivalsEngine(SparkEngine):
                 self._lose(worker, answer.failure)
         elif answer.failure is not None and (fresh or not isinstance(answer.failure, NotFinite)):
             raise answer.failure
-        elif fresh:
+        elif fresh and not collected.complete:
             collected.fresh[worker] = answer
             collected.arrived_at_s = at_s
 
@@ -246,6 +283,11 @@ class ArrivalsEngine(SparkEngine):
             if request.version == step or final_error(error) is not None:
                 raise
             log.warning("a late task of step %d failed: %s", request.version + 1, gist(str(error)))
+        else:
+            if request.version == step:
+                raise PeerLost(
+                    f"a job ended, but the answers of workers {sorted(request.missing)} never came"
+                )
         request.missing.clear()
 
     def _lose(self, worker: int, failure: ShardMissing) -> None:
@@ -255,20 +297,11 @@ class ArrivalsEngine(SparkEngine):
             log.warning("worker %d is lost, and training goes on without it: %s", worker, failure)
 
     def _count_slots(self) -> None:
-        """See who has been lost for good, and bring back those whose place another has taken.
-
-        Raises:
-            NotEnoughSlots: more workers are lost than there are backups for.
-        """
-        now_s = time.monotonic()
-        if self._cluster.is_elastic or now_s - self._slots_counted_s < _SLOTS_S:
+        """See who has been lost for good, and bring back those whose place another has taken."""
+        if not self._require_slots():
             return
-        self._slots_counted_s = now_s
-        wanted, slots = self._cluster.num_workers, self._cluster.slots()
-        if slots < self._fewest_slots:
-            self._await_slots()
-            slots = self._cluster.slots()
-        if slots < wanted and not self._few_slots:
+        wanted, slots = self._cluster.num_workers, self._slots
+        if slots < wanted and not self._few_slots and not self._cluster.is_elastic:
             log.warning(
                 "%d of %d slots are lost, and training goes on with %d: %s", wanted - slots, wanted, slots,
                 "backup workers make up for them" if self._backups else "some tasks wait for others",
@@ -276,8 +309,28 @@ class ArrivalsEngine(SparkEngine):
         elif slots >= wanted and self._few_slots:
             log.info("all %d slots are there again", wanted)
         self._few_slots = slots < wanted
-        if self._lost and not self._few_slots:
-            self._recover(self._shards, reduce(add, self._lost.values()).shards)
+        if self._lost and (self._cluster.is_elastic or not self._few_slots):
+            missing = reduce(add, self._lost.values()).shards
+            self._run(
+                lambda: self._recover(self._shards, missing), self._shards, "bringing back lost workers"
+            )
+
+    def _require_slots(self) -> bool:
+        """Count the slots, and return True; or False where they were counted just now.
+
+        Raises:
+            NotEnoughSlots: more workers are lost than there are backups for.
+        """
+        now_s = time.monotonic()
+        if now_s - self._slots_counted_s < _SLOTS_S:
+            return False
+        self._slots_counted_s = now_s
+        if self._cluster.slots() < self._fewest_slots:
+            self._await_slots()
+        self._slots, self._executors = self._cluster.slots(), self._cluster.places()
+        if self._cluster.is_elastic:
+            self._slots = max(1, self._slots)  # Spark asks for executors where tasks wait
+        return True
 
     @property
     def _fewest_slots(self) -> int:
@@ -289,8 +342,6 @@ class ArrivalsEngine(SparkEngine):
         try:
             self._cluster.wait_for_slots(self._fewest_slots)
         except NotEnoughSlots as error:
-            if not self._backups:
-                raise
             slots, workers = self._cluster.slots(), self._cluster.num_workers
             raise NotEnoughSlots(
                 f"{workers - slots} of {workers} workers are lost, but solver.backup_workers is "
@@ -301,9 +352,10 @@ class ArrivalsEngine(SparkEngine):
 
     def _recover(self, shards: SparkShards, missing: tuple[int, ...]) -> None:
         super()._recover(shards, missing)
-        self._before_recovery = {request.number for request in self._requests}
-        self._lost.clear()
-        self._place()
+        if shards is self._shards or not missing:
+            self._before_recovery = {request.number for request in self._requests}
+            self._lost.clear()
+            self._place()
 
     def _place(self) -> None:
         """Learn who owns what, and where that is."""
@@ -311,16 +363,13 @@ class ArrivalsEngine(SparkEngine):
         work: list[list[Descriptor]] = [[] for _ in self._workers]
         for descriptor in self._shards.table:
             work[partition_of[descriptor.shard]].append(descriptor)
-        self._owned = {
-            self._workers[partition]: [descriptor.shard for descriptor in owned]
-            for partition, owned in enumerate(work)
-        }
-        places = self._shards.places()
-        of_worker = sorted(range(len(work)), key=lambda partition: self._workers[partition])
-        self._desk.place(
-            [(self._workers[partition], work[partition]) for partition in of_worker],
-            [places[partition] for partition in of_worker],
-        )
+        self._owned: dict[int, list[int]] = {}
+        self._place_of: dict[int, str | None] = {}
+        for worker, owned, place in zip(self._workers, work, self._shards.places(), strict=True):
+            self._owned[worker] = [descriptor.shard for descriptor in owned]
+            self._place_of[worker] = place
+            self._desk.place(worker, owned, place)
+        self._executors = self._cluster.places()
 
     def _sum(self, collected: _Collected) -> Answer:
         """Add up what arrived, in the order of the tree; absent shards are no leaves."""
@@ -351,6 +400,10 @@ class ArrivalsEngine(SparkEngine):
             self._tidy()
         self._between += late.arrivals
         self._forget()
+        self._await_rest()
+
+    def _await_rest(self) -> None:
+        """Return when the slots of cancelled tasks are free: Spark gives a Python worker 2 s to end."""
         deadline = time.monotonic() + _PATIENCE_S
         while self._cluster.running_tasks()[0] and time.monotonic() < deadline:
             time.sleep(_LOOK_S)
@@ -365,4 +418,18 @@ class ArrivalsEngine(SparkEngine):
         self._tidy()
 
     def _map(self, shards: SparkShards, task: Callable[[int, Iterable[Descriptor]], Iterable[T]]) -> RDD[T]:
-        return shards.rdd.mapPartitionsWithIndex(task)
+        """Return the RDD of a task over the workers' shards; of test shards, over those of each slot."""
+        if shards is not self._test:
+            return shards.rdd.mapPartitionsWithIndex(task)
+        places, partition_of = shards.places(), shards.partition_of
+        at_place: dict[str | None, list[Descriptor]] = {}
+        for descriptor in shards.table:
+            at_place.setdefault(places[partition_of[descriptor.shard]], []).append(descriptor)
+        tasks = max(1, self._cluster.slots() // max(1, len(at_place)))
+        placed = [
+            self._cluster.at_place(mine[number::tasks], place)
+            for place, mine in at_place.items()
+            for number in range(min(tasks, len(mine)))
+        ]
+        flat = self._cluster.placed_rdd(placed).mapPartitions(chain.from_iterable)
+        return flat.mapPartitionsWithIndex(task)

@@ -56,7 +56,8 @@ class TreeEngine(SparkEngine):
     segment_steps = 1
 
     def _prepare(self, config: EngineConfig) -> None:
-        check_sizes(self._cluster, self._plan)
+        most, count = _partials(self._cluster.num_workers, len(self._plan.sampling.shard_rows))
+        check_sizes(self._cluster, self._plan, most, count)
 
     def advance(self, solver: Solver, steps: int) -> SegmentReport:
         """Make steps."""
@@ -90,10 +91,16 @@ def _partials(num_workers: int, num_shards: int) -> tuple[int, int]:
     return max(counts), sum(counts)
 
 
-def check_sizes(cluster: Cluster, plan: Plan) -> None:
-    """Refuse gradients that Spark's limits, or the driver's heap, cannot hold."""
+def check_sizes(cluster: Cluster, plan: Plan, most: int, count: int) -> None:
+    """Refuse gradients that Spark's limits, or the driver's heap, cannot hold.
+
+    Args:
+        cluster: whose limits.
+        plan: of what size.
+        most: partial sums in one task's result.
+        count: partial sums that reach the driver in a step.
+    """
     size = FlatModule(plan.module, plan.dtype).parameters.numel() * np.dtype(np.float32).itemsize
-    most, count = _partials(cluster.num_workers, len(plan.sampling.shard_rows))
     limits = cluster.context._jsc.sc().conf()
     results = int(limits.getSizeAsBytes("spark.driver.maxResultSize", "1g"))
     arithmetic = f"a step returns {count} partial sums of {decimal(size)} to the driver"

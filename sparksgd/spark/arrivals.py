@@ -7,7 +7,6 @@ again or run twice.  So a task puts its answer into an accumulator, whose value 
 
 from __future__ import annotations
 
-import pickle
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -15,13 +14,12 @@ from functools import partial
 from queue import Empty, SimpleQueue
 from typing import Any
 
-from pyspark import RDD, Accumulator, AccumulatorParam, Broadcast, SparkContext
-from pyspark.accumulators import _accumulatorRegistry
-from pyspark.serializers import CPickleSerializer
+from pyspark import RDD, Accumulator, AccumulatorParam, Broadcast
 
 from sparksgd.compute import Answer
 from sparksgd.flat import Weights
 from sparksgd.shard import Descriptor
+from sparksgd.spark.cluster import Cluster
 from sparksgd.spark.step_tasks import ShippedPlan
 
 __all__ = ["Arrived", "Desk", "Request"]
@@ -49,8 +47,8 @@ class Request:
     version: int
     """The version of the weights."""
 
-    submitted_at_s: float
-    """When, by the driver's clock."""
+    began_at_s: float
+    """When the step that it is for began to ask, by the driver's clock."""
 
     missing: set[int]
     """Workers that have not answered."""
@@ -58,6 +56,13 @@ class Request:
     weights: Broadcast[Weights]
     future: Any
     """The JVM's JavaFutureAction."""
+
+
+class _NoInbox:
+    """Stays where an inbox was: Spark 3.5 ends its server of accumulators if it does not know one."""
+
+    def put(self, _: Any) -> None:
+        """Drop an answer."""
 
 
 class _Inbox(AccumulatorParam[Any]):
@@ -79,33 +84,29 @@ class Desk:
     """Sends requests to workers, and takes what arrives.
 
     Args:
-        context: Spark's.
-        shipped: what the workers compute.
+        cluster: where the workers are.
+        shipped: what they compute.
     """
 
-    def __init__(self, context: SparkContext, shipped: Broadcast[ShippedPlan]) -> None:
-        self._context = context
-        self._jvm: Any = context._jvm
+    def __init__(self, cluster: Cluster, shipped: Broadcast[ShippedPlan]) -> None:
+        self._cluster = cluster
         self._shipped = shipped
         self._queue: SimpleQueue[tuple[float, Arrived]] = SimpleQueue()
-        self._inbox: Accumulator[Any] = context.accumulator(self._queue, _Inbox())
-        self._work: list[Any] = []
+        self._inbox: Accumulator[Any] = cluster.context.accumulator(self._queue, _Inbox())
+        self._work: dict[int, Any] = {}
         self._requests = 0
 
-    def place(self, work: Sequence[Work], places: Sequence[str | None]) -> None:
-        """Say who works on what.
-
-        Args:
-            work: of each worker.
-            places: where each worker's shards are, as Spark names places; None: anywhere.
-        """
-        self._work = [
-            self._jvm.scala.Tuple2(pickle.dumps(of_worker), self._seq([] if place is None else [place]))
-            for of_worker, place in zip(work, places, strict=True)
-        ]
+    def place(self, worker: int, shards: Sequence[Descriptor], place: str | None) -> None:
+        """Say what a worker works on, and where that is, as Spark names places; None: anywhere."""
+        self._work[worker] = self._cluster.at_place((worker, shards), place)
 
     def ask(
-        self, workers: Iterable[int], weights: Broadcast[Weights], version: int, asked: frozenset[int]
+        self,
+        workers: Iterable[int],
+        weights: Broadcast[Weights],
+        version: int,
+        asked: frozenset[int],
+        began_at_s: float,
     ) -> Request:
         """Submit a job that asks workers for the gradients of a step.
 
@@ -114,19 +115,17 @@ class Desk:
             weights: to compute at.
             version: theirs, which is the step from 0.
             asked: the shards that take part.
+            began_at_s: when the step began to ask.
         """
         wanted = sorted(workers)
         self._requests += 1
-        tag = self._jvm.scala.reflect.ClassTag.apply(self._jvm.java.lang.Class.forName("[B"))
-        placed = self._context._jsc.sc().makeRDD(self._seq([self._work[worker] for worker in wanted]), tag)
-        work: RDD[Work] = RDD(placed.toJavaRDD(), self._context, CPickleSerializer())
+        work: RDD[Work] = self._cluster.placed_rdd([self._work[worker] for worker in wanted])
         task = partial(_arrive, self._shipped, weights, self._inbox, self._requests, version, asked)
-        submitted = time.time()
         future = work.mapPartitions(task)._jrdd.collectAsync()
         return Request(
             number=self._requests,
             version=version,
-            submitted_at_s=submitted,
+            began_at_s=began_at_s,
             missing=set(wanted),
             weights=weights,
             future=future,
@@ -140,14 +139,8 @@ class Desk:
             return None
 
     def close(self) -> None:
-        """Take nothing any more."""
-        _accumulatorRegistry.pop(self._inbox.aid, None)
-
-    def _seq(self, values: Iterable[Any]) -> Any:
-        listed = self._jvm.java.util.ArrayList()
-        for value in values:
-            listed.add(value)
-        return self._jvm.PythonUtils.toSeq(listed)
+        """Take nothing any more; what still comes finds an inbox that keeps nothing."""
+        self._inbox.value = _NoInbox()
 
 
 def _arrive(

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import logging
+import pickle
 import re
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from math import ceil, sqrt
 from typing import Any, TypeVar
 
 from pyspark import RDD, SparkContext
+from pyspark.serializers import CPickleSerializer
 from pyspark.sql import SparkSession
 
 from sparksgd.config import Config
@@ -289,18 +291,43 @@ class Cluster:
         """Return the executor that holds one partition of a persisted RDD, as tasks may prefer it."""
         block, blocks = self._block(rdd, partition)
         found = blocks.getLocations(block)
-        if found.isEmpty():
-            return None
-        executor = found.head()
-        return f"executor_{executor.host()}_{executor.executorId()}"
+        return None if found.isEmpty() else _place(found.head())
+
+    def places(self) -> set[str]:
+        """Return all executors, as tasks may prefer them."""
+        executors, found = self._blocks().getMemoryStatus().keysIterator(), set()
+        while executors.hasNext():
+            executor = executors.next()
+            if self.is_local or not executor.isDriver():
+                found.add(_place(executor))
+        return found
+
+    def at_place(self, element: Any, place: str | None) -> Any:
+        """Return what `placed_rdd` takes of an element that belongs to a place; None: to any."""
+        return self.jvm.scala.Tuple2(pickle.dumps(element), self._seq([] if place is None else [place]))
+
+    def placed_rdd(self, elements: Sequence[Any]) -> RDD[Any]:
+        """Return an RDD that has each of these in a partition of its own, which prefers its place."""
+        tag = self.jvm.scala.reflect.ClassTag.apply(self.jvm.java.lang.Class.forName("[B"))
+        placed = self.context._jsc.sc().makeRDD(self._seq(elements), tag)
+        return RDD(placed.toJavaRDD(), self.context, CPickleSerializer())
+
+    def _seq(self, values: Iterable[Any]) -> Any:
+        listed = self.jvm.java.util.ArrayList()
+        for value in values:
+            listed.add(value)
+        return self.jvm.PythonUtils.toSeq(listed)
 
     def _block(self, rdd: RDD[Any], partition: int) -> tuple[Any, Any]:
         """Return a block's name, and who knows where it is."""
+        return self.jvm.org.apache.spark.storage.RDDBlockId(rdd.id(), partition), self._blocks()
+
+    def _blocks(self) -> Any:
+        """Return who knows where blocks are."""
         manager = self._component(
             "SparkEnv", "blockManager", "storage.BlockManager", self.context._jsc.sc().env()
         )
-        blocks = self._component("storage.BlockManager", "master", "storage.BlockManagerMaster", manager)
-        return self.jvm.org.apache.spark.storage.RDDBlockId(rdd.id(), partition), blocks
+        return self._component("storage.BlockManager", "master", "storage.BlockManagerMaster", manager)
 
     def _component(self, owner: str, name: str, kind: str, instance: Any) -> Any:
         """Return a part of Spark: py4j by itself would load every class that its methods name, and fail."""
@@ -408,6 +435,11 @@ def _warn_of_waste(workers: int, config: Config) -> None:
 
 def _listed(numbers: Iterable[int]) -> str:
     return ", ".join(map(str, numbers))
+
+
+def _place(executor: Any) -> str:
+    """Return the name of a BlockManagerId's executor as a task's preferred place."""
+    return f"executor_{executor.host()}_{executor.executorId()}"
 
 
 _waits_lock = threading.Lock()

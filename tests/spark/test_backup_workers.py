@@ -5,9 +5,10 @@ from __future__ import annotations
 import gc
 import json
 import logging
+import os
+import re
 import time
 from dataclasses import replace
-from pathlib import Path
 from statistics import median
 
 import pytest
@@ -75,7 +76,9 @@ def test_a_worker_that_is_always_late_holds_up_nothing_and_is_named(session_for,
     assert all(len(report.took_part) >= 3 for report in reports.seen)
     late = [arrival for report in reports.seen for arrival in report.arrivals if arrival.worker == 2]
     assert all(arrival.arrived_s >= 1.0 for arrival in late)
-    assert "starved: shard 2 took part in 0% of the steps" in caplog.text
+    assert (
+        len(re.findall(r"starved: shard 2 took part in \d+% of steps", caplog.text)) == 2
+    )  # in either epoch
     assert training.plan.deal == 1  # of two epochs, the second with other shards
     of_worker = training.participation.by_worker()[2]
     assert of_worker["arrival_p50_s"] >= 1.0
@@ -124,10 +127,7 @@ def test_a_run_with_backups_is_replayed_bit_for_bit(session_for, small, tmp_path
         train(spark, configured(*ONE_BACKUP, "train.epochs=3", "train.seed=5"), rows, record=record)
     with pytest.raises(DataError, match="the rows are not those of the run to be replayed"):
         train(spark, config, rows.limit(900), record=record)
-    first, *rest = record.took_part
-    other = replace(record, took_part=[frozenset({0, 1, 2, 3}) - {min(first)}, *rest])
-    if other.took_part[0] == first:
-        other = replace(record, took_part=[frozenset({0, 1}), *rest])
+    other = replace(record, took_part=[frozenset({0, 1}), *record.took_part[1:]])
     with pytest.raises(ReplayDiffers, match="the replay ended at parameters"):
         train(spark, config, rows, record=other)
 
@@ -144,17 +144,20 @@ def test_the_record_of_a_killed_run_is_replayed_as_far_as_it_goes(session_for, s
     assert train(spark, config, spark.read.parquet(small), record=record).version == 5
 
 
-def test_without_stragglers_b_0_has_the_bits_of_plain_synchronous_sgd(session_for, small):
+def test_b_0_waits_for_stragglers_and_has_the_bits_of_plain_synchronous_sgd(session_for, small):
     spark = session_for("local[4]")
     config = configured(*FOUR, "engine.barrier=false")
     training = train(spark, config, spark.read.parquet(small), before_gradients=Straggler(1, 0.2, 0.3))
     assert training.flat.parameters_sha256() == undisturbed(small, config)
 
 
-def test_lost_files_cost_nothing_but_their_backup_until_they_are_there_again(session_for, small, caplog):
+@pytest.mark.soak
+def test_lost_files_cost_nothing_but_their_backup_until_they_are_there_again(
+    session_for, small, caplog, local_dir
+):
     spark = session_for("local[4]")
     config = configured(*ONE_BACKUP, "train.rows_per_step=8")
-    removed = AtStep(4, lambda training: Path(training_shards(training)[0]).unlink())
+    removed = AtStep(4, lambda _: sorted(local_dir.rglob("sparksgd-*/shard-00002-*"))[0].unlink())
     with caplog.at_level(logging.WARNING, "sparksgd"):
         training = train(spark, config, spark.read.parquet(small), observers=[removed])
     assert "is lost, and training goes on without it" in caplog.text
@@ -163,13 +166,21 @@ def test_lost_files_cost_nothing_but_their_backup_until_they_are_there_again(ses
     assert training.version == training.total_steps
 
 
-def training_shards(_) -> list[str]:
-    """Return the files of the shards of the run that goes on, largest first: training rows, not test."""
-    gc.collect()
-    from sparksgd.engines.arrivals import ArrivalsEngine
-
-    (engine,) = [one for one in gc.get_objects() if type(one) is ArrivalsEngine and one._shards.table]
-    return [shard.path for shard in engine._shards.table]
+@pytest.mark.soak
+def test_a_worker_that_hangs_for_ever_is_done_without(session_for, small, tmp_path):
+    spark = session_for("local[4]")
+    rows, config = spark.read.parquet(small), configured(*ONE_BACKUP, "train.rows_per_step=8")
+    hanging = Straggler(worker=1, delay_s=600)
+    training = train(spark, config, rows, rows, observers=[RunFolder(tmp_path)], before_gradients=hanging)
+    assert training.version == training.total_steps
+    assert training.last_evaluation.rows == 1003
+    found = json.loads((tmp_path / "summary.json").read_text())["arrivals"]["1"]
+    assert found == {"answers": 0, "late_share": 1.0} | {
+        f"arrival_{p}_s": None for p in ("p50", "p90", "p99")
+    }
+    started = time.perf_counter()
+    assert train(spark, replace(config, train=replace(config.train, steps=3)), rows).version == 3
+    assert time.perf_counter() - started < 60  # the slot is free
 
 
 @pytest.mark.parametrize(
@@ -204,6 +215,7 @@ def test_as_many_slots_as_shards_are_needed_at_the_start(session_for, small):
         train(spark, config, spark.read.parquet(small))
 
 
+@pytest.mark.soak
 def test_dynamic_allocation_trains_in_ordinary_stages(session_for, small):
     dynamic = {
         "spark__dynamicAllocation__enabled": "true",
@@ -230,10 +242,10 @@ def test_two_thousand_steps_with_late_answers_hold_no_more_than_the_first_five_h
         for _ in range(3):
             spark.sparkContext._jvm.System.gc()
             time.sleep(0.5)
-        pids = with_descendants([__import__("os").getpid()])
+        pids = with_descendants([os.getpid()])
         held.append(
             {
-                "driver's bytes": memory_bytes(__import__("os").getpid(), "VmRSS"),
+                "driver's bytes": memory_bytes(os.getpid(), "VmRSS"),
                 "heap": int(runtime.totalMemory() - runtime.freeMemory()),
                 "processes": len(pids),
             }

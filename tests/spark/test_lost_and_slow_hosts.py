@@ -1,4 +1,4 @@
-"""Backup workers on a standalone cluster whose hosts are killed, and never replaced."""
+"""Ordinary stages on a standalone cluster of four hosts: some are killed, and never replaced; one is slow."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ import signal
 from pathlib import Path
 
 import pytest
-from conftest import AtStep, configured  # tests/spark/conftest.py
+from conftest import AtStep, configured, undisturbed  # tests/spark/conftest.py
 from servers import start_server  # tests/hosts
+from stragglers import SLOW_HOST, SlowHost  # tests/modules
 
 from sparksgd.engines.inline import InlineEngine
 from sparksgd.errors import NotEnoughSlots
@@ -30,26 +31,19 @@ ONE_BACKUP = (
 
 @pytest.fixture
 def standalone(tmp_path, session_for):
-    """Start a master and four hosts of one slot; yield its address and the hosts' servers."""
+    """Start a master and four hosts of one slot, the last one slow; yield its address, and their servers."""
     environment, servers = os.environ | {"SPARK_LOCAL_DIRS": str(tmp_path / "local")}, []
     try:
-        host = ("--host", "127.0.0.1")
         master, address = start_server(
-            "Master", tmp_path / "master.log", *host, "--port", "0", environment=environment
+            "Master", tmp_path / "log", "--host", "127.0.0.1", "--port", "0", environment=environment
         )
         servers.append(master)
-        for number in range(4):
-            options = (
-                *host,
-                "--cores",
-                "1",
-                "--memory",
-                "1g",
-                "--work-dir",
-                str(tmp_path / f"host-{number}"),
-            )
-            log = tmp_path / f"host-{number}.log"
-            servers.append(start_server("Worker", log, *options, address, environment=environment)[0])
+        for number in range(1, 5):
+            options = ["--host", f"127.0.0.{number}", "--cores", "1", "--memory", "1g"]
+            options += ["--work-dir", str(tmp_path / f"{number}"), address]
+            slow = {SLOW_HOST: "1"} if number == 4 else {}
+            log = tmp_path / f"{number}.log"
+            servers.append(start_server("Worker", log, *options, environment=environment | slow)[0])
         yield address, servers[1:]
     finally:
         session_for("local[2]")
@@ -83,3 +77,20 @@ def test_one_lost_host_is_made_up_for_and_two_end_the_run_in_words(
     assert {len(shards) for shards in record.took_part} <= {3, 4}
     again = train_inline(config, rows=ParquetRows(small), test=None, make_engine=InlineEngine, record=record)
     assert again.flat.parameters_sha256() == summary["parameters_sha256"]
+
+
+@pytest.mark.soak
+def test_copies_that_spark_runs_beside_a_slow_host_count_once(session_for, standalone, small):
+    address, _ = standalone
+    speculation = {
+        "spark__speculation": "true",
+        "spark__speculation__interval": "50ms",
+        "spark__speculation__quantile": "0.5",
+        "spark__speculation__minTaskRuntime": "50ms",
+    }
+    spark = session_for(address, spark__executor__memory="512m", **speculation)
+    config = configured("engine.num_workers=4", "engine.barrier=false", "train.epochs=3")
+    rows = spark.read.parquet(small)
+    training = train(spark, config, rows, before_gradients=SlowHost(delay_s=3.0))
+    assert training.flat.parameters_sha256() == undisturbed(small, config)
+    assert training.step_times.medians_s()["total"] < 3.0  # the copies were first
