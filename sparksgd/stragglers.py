@@ -120,6 +120,7 @@ def plot(arrivals_s: Seconds, found: list[Choice], file: Path) -> None:
     """
     try:
         from matplotlib.figure import Figure
+        from matplotlib.ticker import MaxNLocator
     except ImportError as error:
         raise ConfigError(
             "a plot needs matplotlib: pip install 'sparksgd[plot]', or leave --plot out"
@@ -132,17 +133,21 @@ def plot(arrivals_s: Seconds, found: list[Choice], file: Path) -> None:
     wanted = {1, (workers + 1) // 2, workers - best.backups, workers}
     for number, k in enumerate(sorted(wanted)):
         label = f"{k} of {workers}" + (f"  (b = {best.backups})" if k == workers - best.backups else "")
-        left.plot(np.sort(ordered[:, k - 1]), shares, color=_shade(number, len(wanted)), label=label)
+        shade = _shade(number, len(wanted))
+        left.plot(np.sort(ordered[:, k - 1]), shares, color=shade, label=label, drawstyle="steps-post")
     left.set(xlabel="seconds from the step's beginning", ylabel="share of steps", ylim=(0, 1))
     left.set_xscale("log")
+    left.xaxis.set_major_formatter("{x:g}")
     left.set_title("The k-th gradient has arrived", loc="left")
     left.legend(frameon=False, loc="lower right")
     right.plot([c.backups for c in found], [c.relative_time for c in found], color=_shade(1, 3), marker=".")
     right.plot(best.backups, best.relative_time, "o", color="#d1495b", markersize=9)
     right.annotate(
         f"b = {best.backups}: {best.relative_time:.2f}", (best.backups, best.relative_time),
-        xytext=(10, 12), textcoords="offset points", color="#d1495b",
+        xytext=(0, -20), textcoords="offset points", ha="left" if best.backups == 0 else "center",
+        color="#d1495b",
     )  # fmt: skip
+    right.xaxis.set_major_locator(MaxNLocator(integer=True))
     right.set(
         xlabel="backup workers b, of N + b fixed", ylim=(0, min(3, 1.1 * max(c.relative_time for c in found)))
     )

@@ -197,6 +197,8 @@ class ArrivalsEngine(SparkEngine):
                         )
                         self._requests.append(request)
                         collected.pending |= idle
+                    elif self._lost and not self._requests:
+                        raise reduce(add, self._lost.values())  # the step's only rows are theirs
                 self._take(solver.step, collected)
         except BaseException:
             self._between = collected.arrivals

@@ -260,3 +260,15 @@ def test_two_thousand_steps_with_late_answers_hold_no_more_than_the_first_five_h
     for what, count in late.items():
         assert count <= 1.05 * early[what] + (1 if what == "processes" else 0), (what, early, late)
     assert training.version == 2000
+
+
+@pytest.mark.soak
+def test_spark_tries_a_killed_task_again_by_itself(session_for, small, flags):
+    spark = session_for(LOCAL_CLUSTER)
+    net = ("model.name=users_modules:FlagNet", f"model.folder={flags}")
+    config = configured("engine.barrier=false", "train.steps=12", *net)
+    kill = AtStep(5, lambda _: (flags / "kill-worker").touch())
+    training = train(spark, config, spark.read.parquet(small), observers=[kill])
+    assert not any(flags.iterdir())
+    assert training.recovery.retries == 0
+    assert training.flat.parameters_sha256() == undisturbed(small, config)
