@@ -9,6 +9,7 @@
     ├── TrainingError        the training itself went wrong                         exit 3
     │   ├── NotFinite        a loss or gradient became NaN or infinite
     │   │   └── UpdateNotFinite  the update did; the weights before it are good
+    │   ├── ReplayDiffers    a run repeated from its record ended at other parameters
     │   └── UserCodeError    the user's own module, loss or optimiser raised
     ├── ClusterError         Spark could not do what was asked                      exit 4
     │   ├── NotEnoughSlots   fewer free task slots than workers

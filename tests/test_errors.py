@@ -69,6 +69,7 @@ def test_users_mistakes_and_the_cluster_s_faults_leave_by_different_exits() -> N
         "NotEnoughSlots": 4,
         "PeerLost": 4,
         "PeerSilent": 4,
+        "ReplayDiffers": 3,
         "ShardMissing": 4,
         "Cancelled": 130,
     }

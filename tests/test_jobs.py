@@ -30,7 +30,7 @@ SUMMARY_KEYS = {
     "num_workers", "num_shards", "rows_per_step", "parameters", "parameters_sha256", "buffers_sha256",
     "numerics", "data_digest", "step_time_s",
 }  # fmt: skip
-EXACT_KEYS = ["kind", "step", "epoch", "version", "rows", "shards", "loss", "lr"]
+EXACT_KEYS = ["kind", "step", "epoch", "version", "rows", "shards", "loss", "lr", "deal", "took_part"]
 
 
 @pytest.fixture(scope="module")
