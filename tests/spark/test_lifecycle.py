@@ -294,5 +294,8 @@ def test_five_thousand_steps_of_the_all_reduce_engine_hold_no_more_than_the_firs
     for what in set().union(*held.seen):
         counts = [look[what] for look in held.seen]
         most_early, least_late = max(counts[:3]), min(counts[3:])  # some come and go at any moment
-        assert least_late <= most_early * (1.05 if "bytes" in what[1] else 1), (what, counts)
+        grown = 1.05 * most_early if "bytes" in what[1] else most_early
+        if what[0] in ("executors", "its JVM"):  # which connect to each other once they have a reason to
+            grown += 8  # in 160 segments
+        assert least_late <= grown, (what, counts)
     assert held.seen[0]["workers", "threads"] < 60  # not one for each of 36 segments
