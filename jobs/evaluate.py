@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from sparksgd.command_line import exit_status, parser_of
 from sparksgd.run import run_evaluation
@@ -18,7 +17,7 @@ from sparksgd.run import run_evaluation
 
 def parser() -> argparse.ArgumentParser:
     result = parser_of(__doc__)
-    result.add_argument("--model", required=True, type=Path, metavar="DIR", help="model/ of a run")
+    result.add_argument("--model", required=True, metavar="DIR", help="model/ of a run: path or URI")
     result.add_argument("--data", required=True, metavar="PARQUET", help="with the columns it trained on")
     return result
 

@@ -21,7 +21,7 @@ from sparksgd.datasets import DATASETS, find_dataset, prepare
 def parser() -> argparse.ArgumentParser:
     result = parser_of(__doc__)
     result.add_argument("--dataset", required=True, metavar="NAME", help=" or ".join(DATASETS))
-    result.add_argument("--out", required=True, type=Path, metavar="DIR", help="made if need be")
+    result.add_argument("--out", required=True, metavar="DIR", help="path or URI; made if need be")
     result.add_argument(
         "--source",
         type=Path,

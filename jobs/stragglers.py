@@ -24,7 +24,7 @@ _MOST_ROWS = 16
 
 def parser() -> argparse.ArgumentParser:
     result = parser_of(__doc__)
-    result.add_argument("run", type=Path, metavar="DIR", help="folder of a run, or its metrics.jsonl")
+    result.add_argument("run", metavar="DIR", help="folder of a run, or its metrics.jsonl: path or URI")
     result.add_argument("--plot", type=Path, metavar="FILE", help="draw it, too: .png, .svg or .pdf")
     result.add_argument(
         "--exponent", type=float, default=1.0, metavar="P",

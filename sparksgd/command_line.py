@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import sys
 from collections.abc import Callable
 
 from sparksgd.errors import SparkSGDError
+from sparksgd.interrupts import Terminated, end_in_order
+from sparksgd.logs import are_json
 
 __all__ = ["exit_status", "parser_of"]
+
+log = logging.getLogger("sparksgd")
 
 
 def parser_of(docstring: str | None) -> argparse.ArgumentParser:
@@ -25,12 +30,23 @@ def exit_status(work: Callable[[], object], *, interrupted: str = "interrupted")
         work: what to do.
         interrupted: what to say after Ctrl-C.
     """
+    end_in_order()
     try:
         work()
     except SparkSGDError as error:
-        print(f"error: {error}", file=sys.stderr)
+        _say(f"error: {error}")
         return error.exit_code
+    except Terminated:
+        _say("terminated")
+        return 143
     except KeyboardInterrupt:
-        print(interrupted, file=sys.stderr)
+        _say(interrupted)
         return 130
     return 0
+
+
+def _say(last: str) -> None:
+    if are_json():
+        log.error(last)
+    else:
+        print(last, file=sys.stderr)

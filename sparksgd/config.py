@@ -14,7 +14,7 @@ import types
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Protocol, Union, get_args, get_origin, get_type_hints
 
 from sparksgd.errors import ConfigError
 from sparksgd.imports import did_you_mean
@@ -26,10 +26,19 @@ __all__ = [
     "LossConfig",
     "ModelConfig",
     "OptimizerConfig",
+    "Readable",
     "ScheduleConfig",
     "SolverConfig",
     "TrainConfig",
 ]
+
+
+class Readable(Protocol):
+    """A file, of this machine or elsewhere."""
+
+    def read_bytes(self) -> bytes:
+        """Return what it holds, or raise OSError."""
+        ...
 
 
 _PORTS = re.compile(r"\d{1,5}-\d{1,5}")
@@ -321,7 +330,9 @@ class Config:
         return cls(**{name: _section(name, sections[name], table) for name, table in tables.items()})
 
     @classmethod
-    def load(cls, path: str | Path | Mapping[str, Any] | None = None, settings: Iterable[str] = ()) -> Config:
+    def load(
+        cls, path: str | Readable | Mapping[str, Any] | None = None, settings: Iterable[str] = ()
+    ) -> Config:
         """Read a TOML file, if any, and lay `section.key=value` settings over it.
 
         Args:
@@ -332,8 +343,9 @@ class Config:
         if isinstance(path, Mapping):
             tables = {name: dict(table) for name, table in path.items()}
         elif path is not None:
+            file = Path(path) if isinstance(path, str) else path
             try:
-                tables = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+                tables = tomllib.loads(file.read_bytes().decode())
             except OSError as error:
                 raise ConfigError(f"cannot read the configuration {path}: {error.strerror}") from error
             except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:

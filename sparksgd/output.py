@@ -3,20 +3,28 @@
 model/weights.pt     state_dict, for torch.load(weights_only=True)
 model/model.json     what rebuilds the module and feeds it
 metrics.jsonl        a line per step and per evaluation: exact fields, then "timing"
+record.json          what the run is: its configuration, and fingerprints of its data
 summary.json         the run in one table
+
+While a run goes on, model/ has the weights of some seconds ago, in weights-STEP.pt; model.json names the
+file, so that the two always belong together, whenever the run may be killed.
 """
 
 from __future__ import annotations
 
 import hashlib
+import io
 import json
+import logging
 import math
 import pickle
+import re
 import time
+import uuid
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import torch
 from torch import nn
@@ -25,25 +33,42 @@ from sparksgd.config import ModelConfig
 from sparksgd.engines.protocol import StepReport
 from sparksgd.errors import DataError
 from sparksgd.losses import Loss, loss_named
-from sparksgd.participation import METRICS, RECORD
+from sparksgd.participation import METRICS, RECORD, SUMMARY
 from sparksgd.rows import Feature, RowSchema
+from sparksgd.storage import Lines, Location, Seldom, location
 from sparksgd.training import EvaluationReport, Training, build_module
 
 __all__ = ["RunFolder", "SavedModel", "load_model", "save_model", "summary"]
 
-_FORMAT = 1
+log = logging.getLogger("sparksgd")
+
+_FORMAT = 2
+_WEIGHTS = "weights.pt"
+_EARLIER = re.compile(r"weights(-\d+)?\.pt")
+_SECONDS_BETWEEN_SAVES = 10.0
+_SAVING_SHARE = 0.05
 _NOT_WHOLE = (OSError, ValueError, RuntimeError, LookupError, TypeError, EOFError, pickle.UnpicklingError)
 """What reading half a model, or another thing, raises."""
 
 
-def save_model(folder: Path, training: Training) -> None:
-    """Write a trained module's weights and what rebuilds it."""
-    folder.mkdir(parents=True, exist_ok=True)
+def save_model(folder: str | Path | Location, training: Training, weights: str = _WEIGHTS) -> None:
+    """Write a trained module's weights and what rebuilds it.
+
+    Args:
+        folder: made if need be.
+        training: the run.
+        weights: name of the file of weights.
+    """
+    folder = location(folder)
     state = {name: tensor.detach().clone() for name, tensor in training.module.state_dict().items()}
-    _replace(folder / "weights.pt", lambda path: torch.save(state, path))
+    stream = io.BytesIO()
+    torch.save(state, stream)
+    (folder / weights).write_bytes(stream.getvalue())
     schema = training.plan.schema
     about = {
         "format": _FORMAT,
+        "weights": weights,
+        "finished": training.is_finished,
         "model": {"name": training.model_name, "arguments": dict(training.config.model.arguments)},
         "features": [asdict(feature) for feature in schema.features],
         "label": {"name": schema.label, "dtype": schema.label_dtype, "classes": schema.classes},
@@ -80,21 +105,22 @@ class SavedModel:
     """What it was trained with."""
 
 
-def load_model(folder: Path, module: nn.Module | None = None) -> SavedModel:
-    """Read a model back.
+def load_model(folder: str | Path | Location, module: nn.Module | None = None) -> SavedModel:
+    """Read a model back; of a run that was ended early, with a warning.
 
     Args:
-        folder: the run's model/.
+        folder: the run's model/, a path or URI.
         module: the untrained module, where it was not built from a configuration's name.
 
     Raises:
         DataError: the folder does not hold a whole model.
     """
+    folder = location(folder)
     try:
-        about = json.loads((folder / "model.json").read_text(encoding="utf-8"))
-        state = torch.load(folder / "weights.pt", weights_only=True)
+        about = json.loads((folder / "model.json").read_bytes())
         if about["format"] != _FORMAT:
             raise DataError(f"{folder} is of format {about['format']}, but this version reads {_FORMAT}")
+        state = torch.load(io.BytesIO((folder / about["weights"]).read_bytes()), weights_only=True)
         schema = RowSchema(
             features=tuple(Feature(**feature) for feature in about["features"]),
             label=about["label"]["name"],
@@ -107,21 +133,26 @@ def load_model(folder: Path, module: nn.Module | None = None) -> SavedModel:
             module = build_module(ModelConfig(**about["model"]), seed=0)
         module.load_state_dict(state)
         if _sha256(state) != about["state_sha256"]:
-            raise DataError(f"{folder}/weights.pt and model.json are not of one run: their digests differ")
+            raise DataError(
+                f"{folder}/{about['weights']} and model.json are not of one run: their digests differ"
+            )
         loss = loss_named(about["loss"])
     except _NOT_WHOLE as error:
         raise DataError(f"{folder} holds no whole model: {type(error).__name__}: {error}") from error
+    if not about["finished"]:
+        log.warning("%s is of a run that did not finish: weights of step %d", folder, about["version"])
     return SavedModel(module=module.eval(), schema=schema, loss=loss)
 
 
-def summary(training: Training, wall_s: float) -> dict[str, Any]:
+def summary(training: Training, run_id: str, wall_s: float) -> dict[str, Any]:
     """Return the run's summary: what was reached, how fast, and what its bits depend on."""
     last = training.last_evaluation
     driver, *workers = training.numerics
     different = {str(index): w for index, w in enumerate(workers) if driver.differences(w)}
     config, changes = training.config, training.numerics_changes
     return {
-        "status": "finished" if training.error is None else f"{type(training.error).__name__}",
+        "status": "finished" if training.is_finished else f"{type(training.error).__name__}",
+        "run_id": run_id,
         "test_accuracy": None if last is None else last.accuracy,
         "test_loss": None if last is None else _finite(last.loss),
         "train_rows": training.rows.rows,
@@ -146,6 +177,7 @@ def summary(training: Training, wall_s: float) -> dict[str, Any]:
         "rebuilt_shards": training.recovery.rebuilt_shards,
         "strangers": training.recovery.strangers,
         "sent_bytes_per_worker_step": training.sent_bytes_per_worker_step,
+        "start_up_s": training.start_up.seconds(),
         "step_time_s": training.step_times.medians_s(),
         "backup_workers": config.solver.backup_workers,
         "times_dealt": 1 + training.plan.deal,
@@ -158,25 +190,41 @@ class RunFolder:
 
     Args:
         folder: made if need be; the files of an earlier run in it are replaced.
+        fingerprints: of the files trained on and evaluated on, by the key that names them.
+        run_id: names the run, in its logs, too.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(
+        self,
+        folder: str | Path | Location,
+        fingerprints: Mapping[str, str] | None = None,
+        run_id: str | None = None,
+    ) -> None:
+        self.folder = location(folder)
+        self._fingerprints = dict(fingerprints or {})
+        self._run_id = run_id or uuid.uuid4().hex[:12]
         self._started = time.perf_counter()
-        self._metrics: TextIO | None = None
+        self._metrics: Lines | None = None
+        self._saves = Seldom(_SECONDS_BETWEEN_SAVES, _SAVING_SHARE)
+        self._weights: str | None = None
 
     def started(self, training: Training) -> None:
         """Begin metrics.jsonl; what an earlier run left goes."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        for name in ("summary.json", "model/model.json", "model/weights.pt"):
-            (self.folder / name).unlink(missing_ok=True)
-        self._metrics = (self.folder / METRICS).open("w", encoding="utf-8", buffering=1)
+        for name in (SUMMARY, "model/model.json"):
+            (self.folder / name).remove()
+        model = self.folder / "model"
+        for file in model.files():
+            if _EARLIER.fullmatch(file.path):
+                (model / file.path).remove()
         record = {
+            "run_id": self._run_id,
             "config": training.config.to_dict(),
             "data_digest": training.rows.data_digest,
+            "fingerprints": self._fingerprints,
             "model_name": training.model_name,
         }
         _write_json(self.folder / RECORD, record)
+        self._metrics = (self.folder / METRICS).lines()
 
     def stepped(self, training: Training, report: StepReport) -> None:
         """Write a step's line."""
@@ -200,6 +248,9 @@ class RunFolder:
         if report.arrivals:
             timing |= {"late": list(report.late), "arrivals": [asdict(one) for one in report.arrivals]}
         self._line(exact | {"timing": timing})
+        if report.step == training.version < training.total_steps and self._saves.is_due():
+            with self._saves.done():
+                self._save(training, f"weights-{report.step}.pt")
 
     def evaluated(self, training: Training, report: EvaluationReport) -> None:
         """Write an evaluation's line."""
@@ -217,8 +268,15 @@ class RunFolder:
         """Write the model, as the last good step left it, and the summary."""
         if self._metrics is not None:
             self._metrics.close()
-        save_model(self.folder / "model", training)
-        _write_json(self.folder / "summary.json", summary(training, time.perf_counter() - self._started))
+        self._save(training, _WEIGHTS)
+        about = summary(training, self._run_id, time.perf_counter() - self._started)
+        _write_json(self.folder / SUMMARY, about)
+
+    def _save(self, training: Training, weights: str) -> None:
+        before, self._weights = self._weights, weights
+        save_model(self.folder / "model", training, weights)
+        if before not in (None, weights):
+            (self.folder / "model" / before).remove()
 
     def _line(self, values: dict[str, Any]) -> None:
         assert self._metrics is not None
@@ -230,12 +288,5 @@ def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def _write_json(path: Path, values: dict[str, Any]) -> None:
-    _replace(path, lambda part: part.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8"))
-
-
-def _replace(path: Path, write: Any) -> None:
-    """Write a file beside its place, then move it there: no reader ever sees half of it."""
-    part = path.with_name(path.name + ".part")
-    write(part)
-    part.replace(path)
+def _write_json(file: Location, values: dict[str, Any]) -> None:
+    file.write_bytes((json.dumps(values, indent=2) + "\n").encode())

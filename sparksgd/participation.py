@@ -17,15 +17,17 @@ import numpy as np
 
 from sparksgd.config import Config
 from sparksgd.errors import ConfigError, DataError
+from sparksgd.storage import Location, location
 
 if TYPE_CHECKING:  # it imports torch, which a replay must not before its instruction set is pinned
     from sparksgd.engines.protocol import StepReport
 
-__all__ = ["METRICS", "RECORD", "Participation", "Record"]
+__all__ = ["METRICS", "RECORD", "SUMMARY", "Participation", "Record"]
 
 METRICS = "metrics.jsonl"
 RECORD = "record.json"
-"""Files of a run's folder: a line for each step, and what the run was."""
+SUMMARY = "summary.json"
+"""Files of a run's folder: a line for each step, what the run was, and what came of it."""
 
 _KEPT = 10_000  # arrivals of each worker, of which quantiles are taken
 _LEAST_SHARE = 0.5  # of an epoch's steps, below which a shard is starved
@@ -120,19 +122,20 @@ class Record:
     """What it ended at; None where it was killed."""
 
     @classmethod
-    def read(cls, folder: Path) -> Record:
+    def read(cls, folder: str | Path | Location) -> Record:
         """Read the folder of a run, whole or killed.
 
         Raises:
             DataError: it has no record.
         """
         try:
-            about = json.loads((folder / RECORD).read_text(encoding="utf-8"))
-            lines = (folder / METRICS).read_text(encoding="utf-8").splitlines(keepends=True)
-            whole = [json.loads(line) for line in lines if line.endswith("\n")]  # the last may be cut off
+            run = location(folder)
+            about = json.loads((run / RECORD).read_bytes())
+            lines = (run / METRICS).read_bytes().splitlines(keepends=True)
+            whole = [json.loads(line) for line in lines if line.endswith(b"\n")]  # the last may be cut off
             steps = [line for line in whole if line["kind"] == "step"]
-            ended = folder / "summary.json"
-            summary = json.loads(ended.read_text(encoding="utf-8")) if ended.exists() else {}
+            ended = run / SUMMARY
+            summary = json.loads(ended.read_bytes()) if ended.exists() else {}
             steps = steps[: summary.get("steps")]  # a last one may have been given up
             record = cls(
                 config=about["config"],

@@ -2,89 +2,137 @@
 
 from __future__ import annotations
 
-import tempfile
-from pathlib import Path
+import uuid
+from contextlib import ExitStack
 
 from rich.console import Console
 
 from sparksgd.config import Config, TrainConfig
-from sparksgd.errors import ConfigError
+from sparksgd.earlier import IfExists, is_done
+from sparksgd.errors import ConfigError, DataError
 from sparksgd.output import RunFolder, load_model
 from sparksgd.participation import Record
-from sparksgd.terminal import Terminal, log_to, open_console, scores_tables
-from sparksgd.training import Training
+from sparksgd.start_up import StartUp
+from sparksgd.storage import Location, fingerprint, local_copy, location
+from sparksgd.terminal import Terminal, scores_tables
+from sparksgd.training import Observer
 
 __all__ = ["run", "run_evaluation"]
 
 
-def run(config: Config, out: Path, record: Record | None = None) -> Training:
+def run(
+    config: Config,
+    out: str,
+    *,
+    run_id: str,
+    terminal: Terminal,
+    record: Record | None = None,
+    if_exists: IfExists = "skip",
+) -> None:
     """Train as a configuration says, on its Parquet, and write the run's folder.
 
     Args:
         config: data.train must be set.
-        out: the folder; made if need be.
+        out: the folder, a path or URI; made if need be.
+        run_id: names the run.
+        terminal: shows it.
         record: of an earlier run, to be repeated.
+        if_exists: what to do if the folder holds a finished run, see `earlier.is_done`.
 
     Raises:
         SparkSGDError: see errors.py.
     """
-    train, test = config.data.train, config.data.test
-    if train is None:
+    data = {"data.train": config.data.train, "data.test": config.data.test}
+    if config.data.train is None:
         raise ConfigError("data.train is not set: name the Parquet to train on")
     if record is not None and record.model_name is None:
         raise ConfigError(
             "the run to be replayed trained a module given in Python: replay it there, with "
             "train(..., module=, record=Record.read(folder))"
         )
-    _require_writable(out)
-    console = open_console()
-    log_to(console)
-    observers = (RunFolder(out), Terminal(console))
-    if config.engine.name == "inline":
-        from sparksgd.engines.inline import InlineEngine
-        from sparksgd.local_rows import ParquetRows
-        from sparksgd.training import train as train_here
+    on_spark = config.engine.name != "inline"
+    start_up = StartUp()
+    if on_spark:
+        from sparksgd.spark.session import refuse_lost_output, submitted_at_s
 
-        return train_here(
+        refuse_lost_output(out)
+        start_up = StartUp(submitted_at_s())
+    folder = location(out)
+    try:
+        fingerprints = {key: fingerprint(path) for key, path in data.items() if path is not None}
+    except OSError as error:
+        raise DataError(f"cannot read {error.filename}: {error.strerror}") from error
+    if is_done(folder, config, fingerprints, if_exists):
+        return
+    _require_writable(folder)
+    observers = (RunFolder(folder, fingerprints, run_id), terminal)
+    if on_spark:
+        from sparksgd.spark.session import job_session
+        from sparksgd.spark.training import train_parquet
+
+        with job_session(f"sparksgd {folder.name} {run_id}", config.train) as session:
+            start_up.reached("submit")
+            train_parquet(session, config, observers, record, run_id=run_id, start_up=start_up)
+    else:
+        _train_here(config, observers, record, start_up)
+
+
+def _train_here(
+    config: Config, observers: tuple[Observer, ...], record: Record | None, start_up: StartUp
+) -> None:
+    """Train in this process, on copies of files that are elsewhere."""
+    from sparksgd.engines.inline import InlineEngine
+    from sparksgd.local_rows import ParquetRows
+    from sparksgd.training import train
+
+    with ExitStack() as copies:
+
+        def rows(path: str | None) -> ParquetRows | None:
+            if path is None:
+                return None
+            try:
+                return ParquetRows(copies.enter_context(local_copy(path)))
+            except OSError as error:
+                raise DataError(f"cannot read {path} as Parquet: {error.strerror}") from error
+
+        training_rows = rows(config.data.train)
+        assert training_rows is not None
+        train(
             config,
-            rows=ParquetRows(train),
-            test=None if test is None else ParquetRows(test),
+            rows=training_rows,
+            test=rows(config.data.test),
             make_engine=InlineEngine,
             observers=observers,
             record=record,
+            start_up=start_up,
         )
-    from sparksgd.spark.session import job_session
-    from sparksgd.spark.training import train_parquet
-
-    with job_session(f"sparksgd {out.name}", config.train) as session:
-        return train_parquet(session, config, observers, record)
 
 
-def _require_writable(folder: Path) -> None:
+def _require_writable(folder: Location) -> None:
     """Refuse, before hours of training, a folder that its results could not go to."""
+    trial = folder / f".{uuid.uuid4().hex}"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
+        trial.write_bytes(b"")
+        trial.remove()
     except OSError as error:
         raise ConfigError(
             f"--out {folder} cannot be written: {error.strerror}; name another folder"
         ) from error
 
 
-def run_evaluation(folder: Path, data: str) -> None:
+def run_evaluation(folder: str, data: str) -> None:
     """Print the scores of a saved model on Parquet.
 
     Args:
-        folder: model/ of a run.
-        data: Parquet with the columns that the model was trained on.
+        folder: model/ of a run, a path or URI.
+        data: Parquet with the columns that the model was trained on, a path or URI.
     """
     from sparksgd.spark.evaluation import evaluate
     from sparksgd.spark.rows import read_parquet
     from sparksgd.spark.session import job_session
 
     model = load_model(folder)
-    with job_session("sparksgd evaluation", TrainConfig()) as session:
+    with job_session(f"sparksgd evaluation of {folder}", TrainConfig()) as session:
         scores = evaluate(read_parquet(session, data), model)
     for table in scores_tables(scores.rows, scores.loss, scores.accuracy, scores.confusion):
         Console().print(table)

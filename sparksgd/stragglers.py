@@ -21,6 +21,7 @@ import numpy.typing as npt
 
 from sparksgd.errors import ConfigError, DataError
 from sparksgd.participation import METRICS
+from sparksgd.storage import Location, location
 
 __all__ = ["Choice", "best_of", "choices", "plot", "read_arrivals"]
 
@@ -74,7 +75,7 @@ def best_of(found: list[Choice]) -> Choice:
     return min(found, key=lambda choice: choice.relative_time)
 
 
-def read_arrivals(path: Path) -> Seconds:
+def read_arrivals(path: str | Path | Location) -> Seconds:
     """Read when workers' gradients came, [T, W], from a run's folder or its metrics.jsonl.
 
     Where they came by themselves, that is what was recorded; elsewhere it is what each worker's own
@@ -83,10 +84,12 @@ def read_arrivals(path: Path) -> Seconds:
     Raises:
         DataError: it holds no such steps, or too few.
     """
-    file = path / METRICS if path.is_dir() else path
+    file = location(path)
     try:
-        lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
-        whole = [json.loads(line) for line in lines if line.endswith("\n")]
+        if file.name != METRICS and (file / METRICS).exists():
+            file /= METRICS
+        lines = file.read_bytes().splitlines(keepends=True)
+        whole = [json.loads(line) for line in lines if line.endswith(b"\n")]
         steps = [line for line in whole if line["kind"] == "step"]
         arrived = [arrival for step in steps for arrival in step["timing"].get("arrivals", [])]
         of_step: dict[int, dict[int, float]] = {step["version"]: {} for step in steps}

@@ -3,59 +3,37 @@
 from __future__ import annotations
 
 import logging
-import os
-import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 from rich.console import Console
 from rich.filesize import decimal
-from rich.logging import RichHandler
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from sparksgd.engines.protocol import StepReport
 from sparksgd.training import EvaluationReport, Training
 
-__all__ = ["Terminal", "log_to", "open_console", "scores_tables"]
+__all__ = ["Terminal", "scores_tables"]
 
 log = logging.getLogger("sparksgd")
 
 _LINE_EVERY_S = 10.0
 
 
-def open_console() -> Console:
-    """Return standard error, or the terminal behind it: spark-submit puts a pipe of its own between."""
-    try:
-        behind = Path(f"/proc/{os.getppid()}/fd/2").readlink()
-    except OSError:
-        behind = Path()
-    if sys.stderr.isatty() or not str(behind).startswith(("/dev/pts/", "/dev/tty")):
-        return Console(stderr=True)
-    try:
-        terminal = behind.open("w", encoding="utf-8")
-        width = os.get_terminal_size(terminal.fileno()).columns or None  # 0 where nobody said
-    except OSError:
-        return Console(stderr=True)  # another user's terminal, after su or sudo
-    return Console(file=terminal, force_terminal=True, width=width)
-
-
-def log_to(console: Console) -> None:
-    """Send the library's log lines to a console."""
-    handler = RichHandler(console=console, show_path=False, show_time=False, markup=False)
-    handler.setFormatter(logging.Formatter("%(message)s"))
-    log.addHandler(handler)
-    log.setLevel(logging.INFO)
-    log.propagate = False
-
-
 class Terminal:
-    """Observes a run and shows it: a bar on a terminal, a line every ten seconds elsewhere."""
+    """Observes a run and shows it: a bar on a terminal, a line every ten seconds elsewhere.
 
-    def __init__(self, console: Console) -> None:
+    Args:
+        console: where to.
+        tables: whether a finished run ends in tables; else it ends in a log line.
+    """
+
+    def __init__(self, console: Console, *, tables: bool = True) -> None:
         self._console = console
+        self._tables = tables
+        self._bar = console.is_terminal and tables
         self._progress = Progress(
             TextColumn("[bold]step"),
             MofNCompleteColumn(),
@@ -64,7 +42,7 @@ class Terminal:
             TextColumn("[cyan]{task.fields[rate]:,.0f} rows/s"),
             TimeRemainingColumn(),
             console=console,
-            disable=not console.is_terminal,
+            disable=not self._bar,
         )
         self._task = self._progress.add_task("", total=None, epoch=1, loss=float("nan"), rate=0.0)
         self._rate = 0.0
@@ -92,7 +70,7 @@ class Terminal:
         self._progress.update(
             self._task, completed=report.step, epoch=report.epoch, loss=report.loss, rate=self._rate
         )
-        if not self._console.is_terminal and time.monotonic() - self._said >= _LINE_EVERY_S:
+        if not self._bar and time.monotonic() - self._said >= _LINE_EVERY_S:
             self._said = time.monotonic()
             log.info(
                 "step %d of %d, epoch %d, loss %.4f, %.0f rows/s",
@@ -109,7 +87,9 @@ class Terminal:
     def ended(self, training: Training) -> None:
         """Take the bar away, and show the table of a finished run."""
         self._progress.stop()
-        if training.error is None:
+        if training.error is None and not self._tables:
+            log.info("finished: %d steps, parameters %s", training.version, training.flat.parameters_sha256())
+        elif training.error is None:
             self._console.print(_table(training))
             if training.config.solver.backup_workers and training.participation.by_worker():
                 self._console.print(_arrivals_table(training))
@@ -144,6 +124,10 @@ def _table(training: Training) -> Table:
         )
     if mended.strangers:
         table.add_row("strangers", f"{mended.strangers} connections dropped")
+    start = training.start_up.seconds()
+    if start:
+        parts = [f"{name.replace('_', ' ')} {seconds:.1f}" for name, seconds in start.items()]
+        table.add_row("start", f"{sum(start.values()):.1f} s:  {'  '.join(parts)}")
     table.add_row("parameters", f"{training.flat.parameters_sha256()[:16]}…")
     return table
 

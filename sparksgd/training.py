@@ -47,6 +47,7 @@ from sparksgd.sampling import Sampling
 from sparksgd.seeds import seed32
 from sparksgd.shard import Descriptor
 from sparksgd.solvers.synchronous import SynchronousSolver
+from sparksgd.start_up import StartUp
 from sparksgd.step_times import StepTimes
 
 __all__ = [
@@ -160,8 +161,16 @@ class Training:
     numerics_changes: list[NumericsChange] = field(default_factory=list)
     """Workers that were replaced by others, of other arithmetic."""
 
+    start_up: StartUp
+    """Where the time before the first step went."""
+
     error: BaseException | None = None
     """What ended the run early."""
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether all steps are made."""
+        return self.error is None and self.version >= self.total_steps
 
     @property
     def sent_bytes_per_worker_step(self) -> float:
@@ -232,6 +241,7 @@ def train(
     observers: Sequence[Observer] = (),
     record: Record | None = None,
     before_gradients: Callable[[int, int], None] | None = None,
+    start_up: StartUp | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Training:
     """Train a module.
@@ -246,6 +256,7 @@ def train(
         observers: who watches.
         record: of an earlier run of the same experiment, to be repeated: the same shards take part.
         before_gradients: see Plan.before_gradients.
+        start_up: what the run's start took so far.
         dtype: type of the parameters; tests use float64.
 
     Returns:
@@ -259,6 +270,7 @@ def train(
             f'solver.backup_workers is {config.solver.backup_workers}, but engine.name is "inline", where '
             f'nobody is late: use engine.name = "tree", or replay a run'
         )
+    start_up = start_up or StartUp()
     model_name = config.model.name if module is None else None
     if module is None:
         module = build_module(config.model, config.train.seed)
@@ -303,6 +315,7 @@ def train(
         test_shards = None
         if test is not None and test_report is not None:
             test_shards = stack.enter_context(closing(_dealt(test, schema, config, test_report, "test")))
+        start_up.reached("shards")
         sampling = deals.sampling()
         _check_pieces(module, sampling, config.train.rows_per_backward)
         plan = Plan(
@@ -331,6 +344,7 @@ def train(
             recovery=engine.recovery,
             participation=Participation(num_shards),
             mode=engine.mode,
+            start_up=start_up,
         )
         _name_differences(training.numerics)
         with thread_count(config.train.threads):
@@ -634,6 +648,8 @@ def _loop(
             if evaluates:
                 steps = min(steps, every - solver.step % every)
             segment = engine.advance(solver, steps)
+            training.start_up.reached("first_step")
+            training.version = solver.step
             training.sent_bytes += segment.sent_bytes
             for report in segment.steps:
                 _note_replacements(training, report)

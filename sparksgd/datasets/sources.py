@@ -17,8 +17,7 @@ import threading
 import time
 import urllib.request
 import zlib
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from pathlib import Path
 from typing import IO, Any
 from urllib.error import URLError
@@ -30,8 +29,9 @@ from sparksgd.datasets.idx import MAX_UNPACKED_BYTES, idx_header, parse_idx, par
 from sparksgd.datasets.registry import DATASETS, Dataset, IdxFile
 from sparksgd.datasets.report import Report
 from sparksgd.errors import DataError
+from sparksgd.storage import replacing
 
-__all__ = ["Arrays", "fetch", "read_folder", "read_verified", "replacing"]
+__all__ = ["Arrays", "fetch", "read_folder", "read_verified"]
 
 Arrays = dict[IdxFile, NDArray[np.uint8]]
 
@@ -136,17 +136,6 @@ def fetch(dataset: Dataset, files: Iterable[IdxFile], cache: Path, report: Repor
             "--source FOLDER."
         )
     return got
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path`, and move it there if all goes well."""
-    part = path.with_name(f".{path.name}.part")
-    try:
-        yield part
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def _find(folder: Path, file: IdxFile) -> Path | None:

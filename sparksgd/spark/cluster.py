@@ -8,6 +8,7 @@ import re
 import threading
 import time
 import uuid
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -28,6 +29,7 @@ from sparksgd.errors import (
     SparkSGDError,
     UserCodeError,
 )
+from sparksgd.spark import environment_tasks
 from sparksgd.spark.step_rdd import keep_names
 from sparksgd.treesum import partials_sent, useful_workers
 
@@ -169,19 +171,20 @@ class Cluster:
     Args:
         session: the user's or ours.
         config: what will run; its engine.num_workers is settled here.
+        run_id: the group of the run's jobs; None for a new one.
 
     Raises:
         ClusterError: barrier-mode jobs cannot run here.
         NotEnoughSlots: fewer slots than workers, also after engine.slots_timeout_s.
     """
 
-    def __init__(self, session: SparkSession, config: Config) -> None:
+    def __init__(self, session: SparkSession, config: Config, run_id: str | None = None) -> None:
         refuse_connect(session)
         self.session = session
         self.context = session.sparkContext
         self.jvm: Any = self.context._jvm
         keep_names(self.jvm)
-        self.run_id = uuid.uuid4().hex[:12]
+        self.run_id = run_id or uuid.uuid4().hex[:12]
         self.job_watch = JobWatch(self)
         self._timeout_s = config.engine.slots_timeout_s
         self._sized_by = "train.num_shards" if config.solver.backup_workers else "engine.num_workers"
@@ -268,6 +271,23 @@ class Cluster:
         slots = max(1, self.slots())
         with self.job_watch.over(1):
             return self.context.parallelize(range(slots), slots).mapPartitions(task).collect()
+
+    def unpacked_environments(self) -> list[tuple[float, float]]:
+        """Return when hosts unpacked the environment that was shipped to them; warn of needless copies."""
+        conf = self.context.getConf()
+        if not any(conf.get(key, "") for key in ("spark.archives", "spark.yarn.dist.archives")):
+            return []
+        with spark_job(self.context, "looking at the environment"):
+            found = {(one.host, one.place): one for one in self.visit(environment_tasks.look)}
+        copies = Counter(host for host, _ in found)
+        for host, count in copies.items():
+            if count > 1:
+                log.warning(
+                    "the environment was unpacked %d times on %s, once for each executor: ask for one "
+                    "executor of more cores on each host",
+                    count, host,
+                )  # fmt: skip
+        return [(one.first_s, one.last_s) for one in found.values()]
 
     def unpersist(self, rdd: RDD[Any]) -> None:
         """Let Spark drop all of a persisted RDD; its own `unpersist` warns of every cut-off one."""

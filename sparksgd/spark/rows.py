@@ -37,6 +37,7 @@ from sparksgd.rows import RowReport, RowSchema
 from sparksgd.shard import Descriptor
 from sparksgd.spark import row_tasks
 from sparksgd.spark.cluster import Cluster, cleanup, gist, spark_job, worker_of_partition
+from sparksgd.storage import has_scheme
 
 __all__ = [
     "DataFrameRows",
@@ -57,12 +58,21 @@ _KEYED = "shard int, key binary, record binary"
 
 
 def read_parquet(session: SparkSession, path: str) -> DataFrame:
-    """Return the DataFrame of a Parquet file or folder, or refuse the path."""
+    """Return the DataFrame of a Parquet file or folder, or refuse the path.
+
+    Args:
+        session: reads it.
+        path: of this machine where it has no scheme, as every path here, whatever fs.defaultFS is.
+    """
+    uri = path if has_scheme(path) else f"file:{Path(path).absolute()}"
     with spark_job(session.sparkContext, f"reading the columns of {path}"):
         try:
-            return session.read.parquet(path)
+            return session.read.parquet(uri)
         except AnalysisException as error:
             reason = str(error).splitlines()[0]
+            default = session.sparkContext._jsc.hadoopConfiguration().get("fs.defaultFS", "file:///")
+            if uri != path and not default.startswith("file:"):
+                reason += f". A path without a scheme is of the driver's machine; else write {default}/..."
             raise DataError(f"cannot read {path} as Parquet: {reason}") from error
 
 

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 from pyspark import SparkConf, SparkContext
 from pyspark import __version__ as spark_version
@@ -13,10 +14,20 @@ from pyspark.sql import SparkSession
 
 from sparksgd import instruction_set
 from sparksgd.config import TrainConfig
+from sparksgd.errors import ConfigError
 from sparksgd.spark.cluster import cleanup, refuse_connect
 from sparksgd.spark.quiet import end_quietly
+from sparksgd.storage import has_scheme, location
 
-__all__ = ["SETTINGS", "Setting", "check_session", "job_session", "start_session"]
+__all__ = [
+    "SETTINGS",
+    "Setting",
+    "check_session",
+    "job_session",
+    "refuse_lost_output",
+    "start_session",
+    "submitted_at_s",
+]
 
 log = logging.getLogger("sparksgd")
 
@@ -144,6 +155,30 @@ def job_session(app_name: str, train: TrainConfig) -> Iterator[SparkSession]:
     finally:
         with cleanup():
             session.stop()
+
+
+def refuse_lost_output(out: str) -> None:
+    """Refuse an output on the disk of a container, which goes when the driver ends.
+
+    Raises:
+        ConfigError: it names no file system, in cluster mode.
+    """
+    SparkContext._ensure_initialized()
+    if SparkConf().get("spark.submit.deployMode", "client") == "cluster" and not has_scheme(out):
+        raise ConfigError(
+            f"--out is {out}, of the driver's machine; but --deploy-mode is cluster, and the container that "
+            f"the driver runs in takes its disk with it: name a place that stays, like "
+            f"hdfs:///models/{location(out).name} (or file:/... for a disk that all nodes mount)"
+        )
+
+
+def submitted_at_s() -> float:
+    """Return when this run was submitted, or its JVM started, seconds since the epoch."""
+    SparkContext._ensure_initialized()
+    jvm: Any = SparkContext._jvm
+    started_ms = jvm.java.lang.management.ManagementFactory.getRuntimeMXBean().getStartTime()
+    submitted_ms = SparkConf().get("spark.app.submitTime", None) or started_ms
+    return min(int(started_ms), int(submitted_ms)) / 1000
 
 
 def check_session(session: SparkSession, train: TrainConfig) -> list[Setting]:

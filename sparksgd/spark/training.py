@@ -22,6 +22,7 @@ from sparksgd.participation import Record
 from sparksgd.spark.cluster import Cluster
 from sparksgd.spark.rows import DataFrameRows, read_parquet
 from sparksgd.spark.session import check_session
+from sparksgd.start_up import StartUp
 from sparksgd.training import Observer, Training
 from sparksgd.training import train as train_anywhere
 
@@ -64,16 +65,31 @@ def train(
 
 
 def train_parquet(
-    session: SparkSession, config: Config, observers: Sequence[Observer] = (), record: Record | None = None
+    session: SparkSession,
+    config: Config,
+    observers: Sequence[Observer] = (),
+    record: Record | None = None,
+    *,
+    run_id: str | None = None,
+    start_up: StartUp | None = None,
 ) -> Training:
-    """Train as `train` does, on the Parquet that the configuration names; data.train must be set."""
+    """Train as `train` does, on the Parquet that the configuration names; data.train must be set.
+
+    Args:
+        session: as for `train`.
+        config: what to train, on what, and how.
+        observers: who watches.
+        record: of an earlier run of the same configuration, to be repeated.
+        run_id: names the run's jobs; None for a new name.
+        start_up: what the run's start took so far.
+    """
 
     def frames() -> tuple[DataFrame, DataFrame | None]:
         assert config.data.train is not None
         test = config.data.test
         return read_parquet(session, config.data.train), None if test is None else read_parquet(session, test)
 
-    return _train(session, config, frames, None, observers, record)
+    return _train(session, config, frames, None, observers, record, run_id=run_id, start_up=start_up)
 
 
 def _train(
@@ -84,6 +100,9 @@ def _train(
     observers: Sequence[Observer],
     record: Record | None,
     before_gradients: Callable[[int, int], None] | None = None,
+    *,
+    run_id: str | None = None,
+    start_up: StartUp | None = None,
 ) -> Training:
     """Train on frames that are made once there are slots: to read a schema is a job already."""
     if config.engine.name == "inline":
@@ -92,7 +111,9 @@ def _train(
             '"allreduce" or "auto"'
         )
     instruction_set.pin(config.train.instruction_set)
-    cluster = Cluster(session, config)
+    start_up = start_up or StartUp()
+    cluster = Cluster(session, config, run_id)
+    start_up.reached("containers")
     if config.engine.name == "auto" and not config.needs_barrier:
         log.info("engine: tree, because the all-reduce engine's workers all wait for each other")
     make_engine = _ENGINES[config.engine.name] if config.needs_barrier else ArrivalsEngine
@@ -100,6 +121,7 @@ def _train(
     if config.engine.name == "allreduce":
         AllReduceEngine.check(cluster, config.engine)
     with cluster.job_group():
+        start_up.unpacked(cluster.unpacked_environments())
         with cluster.job_watch.over(1):
             rows, test = frames()
         return train_anywhere(
@@ -111,6 +133,7 @@ def _train(
             observers=observers,
             record=record,
             before_gradients=before_gradients,
+            start_up=start_up,
         )
 
 

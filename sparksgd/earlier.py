@@ -1,0 +1,84 @@
+"""What an output folder holds from an earlier run, and whether that is what is asked for now.
+
+A nightly job that is started twice trains once; one whose data or configuration changed is refused,
+so that yesterday's model is never taken for today's.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from sparksgd.config import Config
+from sparksgd.errors import ConfigError
+from sparksgd.participation import RECORD, SUMMARY
+from sparksgd.storage import Location
+
+__all__ = ["IfExists", "is_done"]
+
+log = logging.getLogger("sparksgd")
+
+IfExists = Literal["skip", "fail", "overwrite"]
+_PATHS = ("data.train", "data.test")  # the same files may have another path: fingerprints tell
+
+
+def is_done(out: Location, config: Config, fingerprints: Mapping[str, str], if_exists: IfExists) -> bool:
+    """Return whether a folder holds a finished run of this configuration and these files.
+
+    Args:
+        out: the folder.
+        config: what is to be trained.
+        fingerprints: of the files trained on and evaluated on, by the key that names them.
+        if_exists: "skip" asks this question; "fail" refuses any finished run; "overwrite" wants none.
+
+    Raises:
+        ConfigError: it holds a finished run of another configuration, or of other files.
+    """
+    if if_exists == "overwrite":
+        return False
+    try:
+        summary, record = (json.loads((out / name).read_bytes()) for name in (SUMMARY, RECORD))
+        status = summary["status"]
+    except FileNotFoundError:
+        return False
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(
+            f"--out {out} holds what is no run of this version ({type(error).__name__}: {error}): name "
+            f"another folder, or pass --if-exists overwrite"
+        ) from error
+    if status != "finished":
+        log.info("--out %s holds a run that ended early (%s): training anew", out, status)
+        return False
+    if if_exists == "fail":
+        raise ConfigError(
+            f"--out {out} holds a finished run, and --if-exists is fail: name another folder, or pass "
+            f"--if-exists overwrite"
+        )
+    differences = _differences(record, config, fingerprints)
+    if differences:
+        raise ConfigError(
+            f"--out {out} holds a finished run, but not of this: {'; '.join(differences)}. Name another "
+            f"folder, or pass --if-exists overwrite"
+        )
+    log.info(
+        "nothing to do: --out %s holds a finished run of this configuration and these files, parameters %s",
+        out,
+        summary["parameters_sha256"],
+    )
+    return True
+
+
+def _differences(record: Mapping[str, Any], config: Config, fingerprints: Mapping[str, str]) -> list[str]:
+    then, now = Config.from_dict(record["config"]).experiment(), config.experiment()
+    found = [
+        f"{key} is {now.get(key)!r}, but was {then.get(key)!r}"
+        for key in sorted((then.keys() | now.keys()) - set(_PATHS))
+        if then.get(key) != now.get(key)
+    ]
+    earlier = record.get("fingerprints", {})
+    for key in _PATHS:
+        if earlier.get(key) != fingerprints.get(key):
+            found.append(f"the files of {key} are others, or were changed since ({now.get(key)})")
+    return found

@@ -1,0 +1,48 @@
+"""Ctrl-C and SIGTERM: the first ends the run in order, which writes its last good model.
+
+A scheduler that sends SIGTERM means what Ctrl-C means, so `Terminated` is a KeyboardInterrupt.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Callable
+from types import FrameType
+
+__all__ = ["Terminated", "end_in_order"]
+
+_LONGEST_END_S = 25.0
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM came."""
+
+
+_ending = threading.Event()
+
+
+def end_in_order(first: Callable[[], object] = lambda: None) -> None:
+    """Let the first Ctrl-C or SIGTERM raise in this process; it is ended if it has not ended soon after.
+
+    A second Ctrl-C ends it at once.
+
+    Args:
+        first: called before anything else.
+    """
+
+    def end(number: int, frame: FrameType | None) -> None:
+        if _ending.is_set():
+            if number == signal.SIGINT:
+                os._exit(128 + number)
+            return  # SIGTERM may follow Ctrl-C: the JVM hands on what it gets
+        _ending.set()
+        last = threading.Timer(_LONGEST_END_S, os._exit, [128 + number])
+        last.daemon = True
+        last.start()
+        first()
+        raise KeyboardInterrupt if number == signal.SIGINT else Terminated
+
+    signal.signal(signal.SIGINT, end)
+    signal.signal(signal.SIGTERM, end)

@@ -1,0 +1,81 @@
+"""Where the time from the submission to the first step went."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+
+__all__ = ["StartUp"]
+
+Span = tuple[float, float]
+"""Beginning and end, seconds since the epoch."""
+
+
+class StartUp:
+    """Seconds of each part of a start, which add up to all of it.
+
+        submit        until there is a Spark session
+        containers    until there are the slots that the workers need
+        shards        until all rows are checked and dealt
+        first_step    until the first steps are made
+        environment   while a shipped environment was unpacked, within the first two: not counted there
+
+    Args:
+        since_s: when the run was submitted; None for now.
+        clock: tells seconds since the epoch, as other processes' clocks do.
+    """
+
+    def __init__(self, since_s: float | None = None, clock: Callable[[], float] = time.time) -> None:
+        self._clock = clock
+        self._since_s = clock() if since_s is None else since_s
+        self._parts: dict[str, Span] = {}
+        self._unpacking: list[Span] = []
+
+    def reached(self, part: str) -> None:
+        """Note that a part is over, and the next begins; only the first time counts."""
+        if part not in self._parts:
+            now_s = self._clock()
+            self._parts[part] = self._since_s, now_s
+            self._since_s = now_s
+
+    def unpacked(self, spans: Iterable[Span]) -> None:
+        """Note when hosts unpacked an environment."""
+        self._unpacking += spans
+
+    def seconds(self) -> dict[str, float]:
+        """Return the seconds of each part that is over.
+
+        >>> times = iter([4.0, 10.0])
+        >>> start = StartUp(0.0, lambda: next(times))
+        >>> start.reached("submit"), start.reached("containers"), start.unpacked([(3.0, 6.0), (5.0, 8.0)])
+        (None, None, None)
+        >>> start.seconds()
+        {'submit': 3.0, 'containers': 2.0, 'environment': 5.0}
+        """
+        if not self._parts:
+            return {}
+        ends = [end for _, end in self._parts.values()]
+        began = next(iter(self._parts.values()))[0]
+        unpacking = _merged((max(start, began), min(end, max(ends))) for start, end in self._unpacking)
+        found = {
+            part: end - start - sum(_overlap((start, end), span) for span in unpacking)
+            for part, (start, end) in self._parts.items()
+        }
+        if unpacking:
+            found["environment"] = sum(end - start for start, end in unpacking)
+        return found
+
+
+def _merged(spans: Iterable[Span]) -> list[Span]:
+    """Return spans as ones that do not overlap; empty ones are left out."""
+    merged: list[Span] = []
+    for start, end in sorted(span for span in spans if span[0] < span[1]):
+        if merged and start <= merged[-1][1]:
+            merged[-1] = merged[-1][0], max(end, merged[-1][1])
+        else:
+            merged.append((start, end))
+    return merged
+
+
+def _overlap(one: Span, other: Span) -> float:
+    return max(0.0, min(one[1], other[1]) - max(one[0], other[0]))

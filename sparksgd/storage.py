@@ -1,0 +1,302 @@
+"""Files wherever they lie: on this machine, or behind one of Hadoop's file systems.
+
+    runs/lenet            this machine, whatever Hadoop's own default is
+    file:/data/lenet      this machine
+    hdfs: s3a: abfss: ... through the driver's JVM, see spark/storage.py
+
+A file is written whole or not at all, so that no reader ever sees half of it.
+"""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import importlib
+import math
+import re
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Protocol, cast
+from urllib.parse import unquote, urlsplit
+
+__all__ = [
+    "FileStatus", "Lines", "LocalLocation", "Location", "Seldom", "SpooledLines", "fingerprint", "has_scheme",
+    "local_copy", "location", "replacing",
+]  # fmt: skip
+
+_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):")
+_HIDDEN = ("_", ".")
+_SECONDS_BETWEEN_COPIES = 5.0
+_COPYING_SHARE = 0.05
+"""Copies of a growing file may take this share of the time."""
+
+
+@dataclass(frozen=True, order=True)
+class FileStatus:
+    """A file within a folder."""
+
+    path: str
+    """Relative to the folder; of a single file its name."""
+
+    size_bytes: int
+    modified_ms: int
+
+
+class Lines(Protocol):
+    """A text file that grows line by line."""
+
+    def write(self, text: str) -> object:
+        """Append whole lines."""
+        ...
+
+    def close(self) -> None:
+        """Let everything be there to read."""
+        ...
+
+
+class Location(Protocol):
+    """A file or folder somewhere, with the names of `pathlib`.
+
+    Everything raises OSError with a strerror: FileNotFoundError, PermissionError, or another.
+    """
+
+    @property
+    def name(self) -> str:
+        """The last part of its path."""
+        ...
+
+    def __truediv__(self, name: str, /) -> Location:
+        """Return what lies in it under a relative path."""
+        ...
+
+    def exists(self) -> bool:
+        """Return whether it is there."""
+        ...
+
+    def read_bytes(self) -> bytes:
+        """Return what the file holds."""
+        ...
+
+    def write_bytes(self, data: bytes) -> None:
+        """Write the file, whole or not at all, and its folder if need be."""
+        ...
+
+    def put(self, file: Path) -> None:
+        """Write the file as a copy of one of this machine, whole or not at all."""
+        ...
+
+    def lines(self) -> Lines:
+        """Begin the file anew, to grow line by line."""
+        ...
+
+    def remove(self) -> None:
+        """Remove the file, if it is there."""
+        ...
+
+    def files(self) -> list[FileStatus]:
+        """Return the file, all files of the folder, or all that a pattern matches, in order.
+
+        Names that begin with _ or . are no data, and are left out.
+        """
+        ...
+
+
+def location(path: str | Path | Location) -> Location:
+    """Return where a path, or URI, leads."""
+    if isinstance(path, str | Path):
+        local = _local_path(path)
+        if local is not None:
+            return LocalLocation(local)
+        # The one way from here to Spark, taken only for a file that no other way leads to.
+        storage = importlib.import_module("sparksgd.spark.storage")
+        return cast(Location, storage.HadoopLocation(str(path)))
+    return path
+
+
+def has_scheme(path: str) -> bool:
+    """Return whether a path says which file system it is of.
+
+    >>> has_scheme("runs/lenet"), has_scheme("file:/runs/lenet"), has_scheme("hdfs:///runs/lenet")
+    (False, True, True)
+    """
+    return _SCHEME.match(path) is not None
+
+
+def _local_path(path: str | Path) -> Path | None:
+    text = str(path)
+    scheme = _SCHEME.match(text)
+    if isinstance(path, Path) or scheme is None:
+        return Path(text)
+    return Path(unquote(urlsplit(text).path)) if scheme[1].lower() == "file" else None
+
+
+@dataclass(frozen=True)
+class LocalLocation:
+    """A file or folder of this machine."""
+
+    path: Path
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+    @property
+    def name(self) -> str:
+        """The last part of its path."""
+        return self.path.resolve().name
+
+    def __truediv__(self, name: str, /) -> LocalLocation:
+        """Return what lies in it under a relative path."""
+        return LocalLocation(self.path / name)
+
+    def exists(self) -> bool:
+        """Return whether it is there."""
+        return self.path.exists()
+
+    def read_bytes(self) -> bytes:
+        """Return what the file holds."""
+        return self.path.read_bytes()
+
+    def write_bytes(self, data: bytes) -> None:
+        """Write the file, whole or not at all, and its folder if need be."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(self.path) as part:
+            part.write_bytes(data)
+
+    def put(self, file: Path) -> None:
+        """Write the file as a copy of one of this machine, whole or not at all."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(self.path) as part:
+            shutil.copyfile(file, part)
+
+    def lines(self) -> Lines:
+        """Begin the file anew, to grow line by line."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        return self.path.open("w", encoding="utf-8", buffering=1)
+
+    def remove(self) -> None:
+        """Remove the file, if it is there."""
+        self.path.unlink(missing_ok=True)
+
+    def files(self) -> list[FileStatus]:
+        """Return the file, all files of the folder, or all that a pattern matches, in order."""
+        found = []
+        for top in [self.path] if self.path.exists() else _matching(self.path):
+            for path in sorted(top.rglob("*")) if top.is_dir() else [top]:
+                within = path.relative_to(top if top.is_dir() else top.parent)
+                if path.is_file() and not any(part.startswith(_HIDDEN) for part in within.parts):
+                    status = path.stat()
+                    modified_ms = status.st_mtime_ns // 1_000_000
+                    found.append(FileStatus(within.as_posix(), status.st_size, modified_ms))
+        return sorted(found)
+
+
+def _matching(pattern: Path) -> list[Path]:
+    return [Path(found) for found in sorted(glob.glob(str(pattern)))]  # noqa: PTH207  # pathlib's takes no absolute pattern
+
+
+class Seldom:
+    """Tells when to do again what takes time: not before some seconds, nor for more than a share of it.
+
+    Args:
+        pause_s: at least so long between two times.
+        share: of all time, that it may take.
+        clock: tells seconds.
+    """
+
+    def __init__(self, pause_s: float, share: float, clock: Callable[[], float] = time.monotonic) -> None:
+        self._pause_s, self._share, self._clock = pause_s, share, clock
+        self._due_s = -math.inf
+
+    def is_due(self) -> bool:
+        """Return whether it is time again."""
+        return self._clock() >= self._due_s
+
+    @contextmanager
+    def done(self) -> Iterator[None]:
+        """Do it in the block."""
+        started_s = self._clock()
+        try:
+            yield
+        finally:
+            ended_s = self._clock()
+            self._due_s = ended_s + max(self._pause_s, (ended_s - started_s) / self._share)
+
+
+class SpooledLines:
+    """Lines for a place where no file can grow: kept here, and copied there every few seconds.
+
+    A killed run lacks the lines of the last seconds there.  Copying a long file takes longer, and is done
+    the less often for it.
+
+    Args:
+        target: where the file goes.
+        clock: tells seconds.
+    """
+
+    def __init__(self, target: Location, clock: Callable[[], float] = time.monotonic) -> None:
+        self._target = target
+        self._copies = Seldom(_SECONDS_BETWEEN_COPIES, _COPYING_SHARE, clock)
+        self._spool: IO[str] = tempfile.NamedTemporaryFile("w", encoding="utf-8", prefix="sparksgd-")  # noqa: SIM115  # closed in close()
+        self._copy()
+
+    def write(self, text: str) -> None:
+        """Append whole lines."""
+        self._spool.write(text)
+        if self._copies.is_due():
+            self._copy()
+
+    def close(self) -> None:
+        """Copy what is not there yet."""
+        try:
+            self._copy()
+        finally:
+            self._spool.close()
+
+    def _copy(self) -> None:
+        with self._copies.done():
+            self._spool.flush()
+            self._target.put(Path(self._spool.name))
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yield a temporary path beside `path`, and move it there if all goes well."""
+    part = path.with_name(f".{path.name}.part")
+    try:
+        yield part
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def fingerprint(path: str) -> str:
+    """Return a digest of the files behind a path: their names, sizes and times, not what they hold."""
+    digest = hashlib.sha256()
+    for file in location(path).files():
+        digest.update(f"{file.path}\0{file.size_bytes}\0{file.modified_ms}\n".encode())
+    return digest.hexdigest()
+
+
+@contextmanager
+def local_copy(path: str) -> Iterator[str]:
+    """Give a path of this machine to read a file, folder or pattern at: the path itself, or a copy's."""
+    local = _local_path(path)
+    if local is not None:
+        yield str(local)
+        return
+    source = location(path)
+    files = source.files()
+    if not files:
+        raise FileNotFoundError(2, "no such file or folder", path)
+    with tempfile.TemporaryDirectory(prefix="sparksgd-") as folder:
+        single = [file.path for file in files] == [source.name]
+        for file in files:
+            copy = Path(folder, file.path)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            copy.write_bytes((source if single else source / file.path).read_bytes())
+        yield folder
