@@ -144,7 +144,7 @@ def load_model(folder: str | Path | Location, module: nn.Module | None = None) -
     return SavedModel(module=module.eval(), schema=schema, loss=loss)
 
 
-def summary(training: Training, run_id: str, wall_s: float) -> dict[str, Any]:
+def summary(training: Training, wall_s: float) -> dict[str, Any]:
     """Return the run's summary: what was reached, how fast, and what its bits depend on."""
     last = training.last_evaluation
     driver, *workers = training.numerics
@@ -152,7 +152,6 @@ def summary(training: Training, run_id: str, wall_s: float) -> dict[str, Any]:
     config, changes = training.config, training.numerics_changes
     return {
         "status": "finished" if training.is_finished else f"{type(training.error).__name__}",
-        "run_id": run_id,
         "test_accuracy": None if last is None else last.accuracy,
         "test_loss": None if last is None else _finite(last.loss),
         "train_rows": training.rows.rows,
@@ -269,7 +268,7 @@ class RunFolder:
         if self._metrics is not None:
             self._metrics.close()
         self._save(training, _WEIGHTS)
-        about = summary(training, self._run_id, time.perf_counter() - self._started)
+        about = {"run_id": self._run_id} | summary(training, time.perf_counter() - self._started)
         _write_json(self.folder / SUMMARY, about)
 
     def _save(self, training: Training, weights: str) -> None:

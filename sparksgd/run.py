@@ -70,7 +70,8 @@ def run(
         from sparksgd.spark.session import job_session
         from sparksgd.spark.training import train_parquet
 
-        with job_session(f"sparksgd {folder.name} {run_id}", config.train) as session:
+        name, patience_s = f"sparksgd {folder.name} {run_id}", config.engine.slots_timeout_s
+        with job_session(name, config.train, patience_s) as session:
             start_up.reached("submit")
             train_parquet(session, config, observers, record, run_id=run_id, start_up=start_up)
     else:

@@ -73,7 +73,7 @@ def test_half_a_model_is_refused(trained: Path, tmp_path: Path, missing: str) ->
 @pytest.mark.parametrize(
     ("change", "error", "says"),
     [
-        (lambda about: about.update(format=2), DataError, "is of format 2, but this version reads 1"),
+        (lambda about: about.update(format=1), DataError, "is of format 1, but this version reads 2"),
         (lambda about: about.pop("features"), DataError, "holds no whole model: KeyError: 'features'"),
         (lambda about: about["model"]["arguments"].update(out_features=3), DataError, "size mismatch"),
         (lambda about: about["model"].update(name="nowhere:Net"), ConfigError, "no module 'nowhere'"),

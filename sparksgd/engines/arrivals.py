@@ -282,7 +282,7 @@ class ArrivalsEngine(SparkEngine):
         try:
             request.future.get()
         except Exception as error:
-            if request.version == step or final_error(error) is not None:
+            if request.version == step or final_error(error, self._context) is not None:
                 raise
             log.warning("a late task of step %d failed: %s", request.version + 1, gist(str(error)))
         else:

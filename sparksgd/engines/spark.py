@@ -31,8 +31,10 @@ from sparksgd.spark.cluster import (
     cleanup,
     final_error,
     gist,
+    session_stopped,
     worker_of_partition,
 )
+from sparksgd.spark.lost_executors import advice_of
 from sparksgd.spark.rows import SparkShards
 from sparksgd.spark.step_rdd import StepRDD
 
@@ -183,22 +185,25 @@ class SparkEngine:
                 cancel_jobs(self._context, self._cluster.run_id)
                 raise
             except Exception as error:
-                failure, missing, final = str(error), (), final_error(error)
+                failure, missing, final = str(error), (), final_error(error, self._context)
                 if watched is not None and watched.expired:
                     failure = (
                         f"its tasks ran for {limit_s:g} s, and were taken for hung (engine.step_timeout_s)"
                     )
                     final = None
                 if final is None and self._cluster.is_stopped():
-                    final = ClusterError(f"the Spark session was stopped during the run, in {doing}")
+                    final = session_stopped(self._context, doing)
                 if isinstance(final, Cancelled):
                     cancel_jobs(self._context, self._cluster.run_id)
                 if final is not None:
                     raise final from error
+            with cleanup():
+                self._cluster.lost_executors.look()
             log.warning("%s: failed and is tried again: %s", doing, gist(failure))
+        advice = advice_of(self._context)
         raise ClusterError(
-            f"{doing}: failed {self._max_attempts} times, as often as engine.max_attempts allows. The "
-            f"last failure:\n{failure}"
+            f"{doing}: failed {self._max_attempts} times, as often as engine.max_attempts allows"
+            f"{f', because {advice}' if advice else ''}. The last failure:\n{failure}"
         )
 
 

@@ -30,6 +30,7 @@ from sparksgd.errors import (
     UserCodeError,
 )
 from sparksgd.spark import environment_tasks
+from sparksgd.spark.lost_executors import LostExecutors, advice_of, memory_advice
 from sparksgd.spark.step_rdd import keep_names
 from sparksgd.treesum import partials_sent, useful_workers
 
@@ -42,6 +43,7 @@ __all__ = [
     "gist",
     "reduce_groups",
     "refuse_connect",
+    "session_stopped",
     "spark_job",
     "worker_of_partition",
 ]
@@ -88,7 +90,16 @@ def reduce_groups(num_partitions: int) -> int:
     return int(num_partitions / scale) if gathers else num_partitions
 
 
-def final_error(error: Exception) -> SparkSGDError | None:
+def session_stopped(context: SparkContext, doing: str = "") -> ClusterError:
+    """Return the error of a run whose session ended under it."""
+    advice = advice_of(context)
+    return ClusterError(
+        f"the Spark session was stopped during the run{f', in {doing}' if doing else ''}: "
+        + (advice or "somebody killed the application, or ended the session, or its cluster is gone")
+    )
+
+
+def final_error(error: Exception, context: SparkContext) -> SparkSGDError | None:
     """Return what a failed job means where no second attempt can mend it, else None."""
     before: BaseException | None = error
     while before is not None:
@@ -97,7 +108,7 @@ def final_error(error: Exception) -> SparkSGDError | None:
         before = before.__context__
     text = str(error)
     if "SparkContext was shut down" in text or "stopped SparkContext" in text:
-        return ClusterError("the Spark session was stopped during the run")
+        return session_stopped(context)
     if _CANCELLED.search(text):
         return Cancelled("the Spark job was cancelled, and the run ends with it")
     if _TOO_LARGE in text:
@@ -140,10 +151,13 @@ def spark_job(context: SparkContext, doing: str) -> Iterator[None]:
         cancel_jobs(context, group)
         raise
     except Exception as error:
-        final = final_error(error)
+        final = final_error(error, context)
         if isinstance(final, Cancelled):
             cancel_jobs(context, group)
-        raise (final or ClusterError(f"{doing} failed: {gist(str(error))}\n{error}")) from error
+        if final is None:
+            advice = memory_advice(context.getConf(), str(error))
+            final = ClusterError(f"{doing} failed: {advice or gist(str(error))}\n{error}")
+        raise final from error
     finally:
         with cleanup():
             context.setLocalProperty("spark.job.description", before)  # type: ignore[arg-type]  # None unsets it
@@ -185,6 +199,7 @@ class Cluster:
         self.jvm: Any = self.context._jvm
         keep_names(self.jvm)
         self.run_id = run_id or uuid.uuid4().hex[:12]
+        self.lost_executors = LostExecutors(self.context)
         self.job_watch = JobWatch(self)
         self._timeout_s = config.engine.slots_timeout_s
         self._sized_by = "train.num_shards" if config.solver.backup_workers else "engine.num_workers"
@@ -386,16 +401,52 @@ class Cluster:
         while (slots := self.slots()) < wanted:
             waited_s = time.monotonic() - start
             if self.is_local or waited_s >= self._timeout_s:
-                waited = "" if self.is_local else f" after {waited_s:.0f} s"
-                move = f"set {self._sized_by}={slots}" if slots else "check that executors can start"
-                raise NotEnoughSlots(
-                    f"{self._sized_by} is {wanted}, but the cluster has {slots} slots{waited}: "
-                    f"give it {wanted} cores (now {self.context.master}), or {move}"
-                )
+                raise NotEnoughSlots(self._too_few(wanted, slots, waited_s))
             if waited_s - said >= 5:
                 said = waited_s
                 log.info("waiting for slots: %d of %d have come (%.0f s)", slots, wanted, waited_s)
             time.sleep(_POLL_S)
+
+    def _too_few(self, wanted: int, slots: int, waited_s: float) -> str:
+        """Return what was asked for, what came, and what to change."""
+        fewer = f"set {self._sized_by}={slots}" if slots else "check that executors can start"
+        asked = self._asked_slots()
+        if asked is None:
+            waited = "" if self.is_local else f" after {waited_s:.0f} s"
+            return (
+                f"{self._sized_by} is {wanted}, but the cluster has {slots} slots{waited}: "
+                f"give it {wanted} cores (now {self.context.master}), or {fewer}"
+            )
+        asked_slots, settings = asked
+        executors = len(self.places())
+        if asked_slots < wanted:
+            return (
+                f"{self._sized_by} is {wanted}, but only {asked_slots} slots were asked for ({settings}): "
+                f"ask for more executors, or set {self._sized_by}={asked_slots}"
+            )
+        return (
+            f"{wanted} slots are needed, and {asked_slots} were asked for ({settings}), but after "
+            f"{waited_s:.0f} s there are {slots}, of {executors} executors: the queue may hold no more, or "
+            f"be full of others. Ask for fewer executors, or {fewer}, or wait longer "
+            f"(engine.slots_timeout_s={2 * max(waited_s, 30):.0f})"
+        )
+
+    def _asked_slots(self) -> tuple[int, str] | None:
+        """Return how many slots the session asked its cluster for, and how; None: as many as there are."""
+        if self.is_local or self.is_elastic:
+            return None
+        conf = self.context.getConf()
+        task_cpus = int(str(conf.get("spark.task.cpus", "1")))
+        cores = conf.get("spark.executor.cores", None)
+        if str(self.context.master).startswith("spark:"):
+            total = conf.get("spark.cores.max", None)
+            if total is None:
+                return None
+            each = int(cores or total)
+            return int(total) // each * (each // task_cpus), f"spark.cores.max={total}"
+        executors = int(str(conf.get("spark.executor.instances", "2")))
+        each = int(cores or 1)
+        return executors * (each // task_cpus), f"spark.executor.instances={executors} of {each} cores"
 
     def _settled_workers(self, config: Config) -> int:
         """Return engine.num_workers, or as many as there are slots once no more come."""
@@ -412,9 +463,11 @@ class Cluster:
         if config.solver.backup_workers or self.is_elastic:
             self.wait_for_slots(shards)
             return shards
-        self.wait_for_slots(1)
+        asked = self._asked_slots()
+        self.wait_for_slots(1 if asked is None else max(1, min(asked[0], shards)))
         slots, since = self.slots(), time.monotonic()
-        while not self.is_local and slots < shards and time.monotonic() - since < _SETTLED_S:
+        grows = asked is None and not self.is_local
+        while grows and slots < shards and time.monotonic() - since < _SETTLED_S:
             time.sleep(_POLL_S)
             if (now := self.slots()) != slots:
                 slots, since = now, time.monotonic()
@@ -576,6 +629,8 @@ class JobWatch:
             if watched is not None and time.monotonic() - watched.since_s >= _SILENCE_S:
                 with cleanup():
                     self._look_at(watched)
+                with cleanup():
+                    self._cluster.lost_executors.look()
 
     def _look_at(self, watched: Watched) -> None:
         slots, (ours, others) = self._cluster.slots(), self._cluster.running_tasks()

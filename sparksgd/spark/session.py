@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import logging
+import math
+import signal
+import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import FrameType
 from typing import Any
 
 from pyspark import SparkConf, SparkContext
@@ -14,9 +19,10 @@ from pyspark.sql import SparkSession
 
 from sparksgd import instruction_set
 from sparksgd.config import TrainConfig
-from sparksgd.errors import ConfigError
+from sparksgd.errors import ConfigError, NotEnoughSlots
 from sparksgd.spark.cluster import cleanup, refuse_connect
 from sparksgd.spark.quiet import end_quietly
+from sparksgd.spark.storage import hadoop_configuration
 from sparksgd.storage import has_scheme, location
 
 __all__ = [
@@ -30,6 +36,9 @@ __all__ = [
 ]
 
 log = logging.getLogger("sparksgd")
+
+_UNTAKEN_S = 20.0
+_KILLED_S = 10.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,22 +148,74 @@ def start_session(app_name: str, train: TrainConfig) -> SparkSession:
 
 
 @contextmanager
-def job_session(app_name: str, train: TrainConfig) -> Iterator[SparkSession]:
+def job_session(app_name: str, train: TrainConfig, timeout_s: float = math.inf) -> Iterator[SparkSession]:
     """Give a job's process its session, for the time of the block, and Ctrl-C its plain meaning.
 
     A session that is active already is somebody else's: it is used as it is, and goes on.
+
+    Args:
+        app_name: as the cluster shows it.
+        train: says what executors must be started with.
+        timeout_s: how long to wait for the cluster to take the application.
+
+    Raises:
+        NotEnoughSlots: it did not in that time.
     """
-    active = SparkContext._active_spark_context is not None
-    session = start_session(app_name, train)
-    if active:
-        yield session
+    if SparkContext._active_spark_context is not None:
+        yield start_session(app_name, train)
         return
+    with _patience(app_name, timeout_s):
+        session = start_session(app_name, train)
     end_quietly(session.sparkContext)
     try:
         yield session
     finally:
         with cleanup():
             session.stop()
+
+
+@contextmanager
+def _patience(app_name: str, timeout_s: float) -> Iterator[None]:
+    """Say that an application waits to be taken, which Spark does without a word or an end."""
+    started_s = time.monotonic()
+
+    def look(number: int, frame: FrameType | None) -> None:
+        waited_s = time.monotonic() - started_s
+        log.info("waiting for the cluster to take the application (%.0f s)", waited_s)
+        if waited_s >= timeout_s:
+            kill = threading.Thread(
+                target=_kill_on_yarn, args=[app_name]
+            )  # this one's way to the JVM is busy
+            kill.start()
+            kill.join(_KILLED_S)
+            raise NotEnoughSlots(
+                f"the cluster did not take the application in {waited_s:.0f} s: its queue is full, or "
+                f"holds no container as large as spark.driver.memory or spark.yarn.am.memory ask for. Name "
+                f"another queue (--queue), ask for less, or wait longer "
+                f"(engine.slots_timeout_s={2 * max(waited_s, 30):.0f})"
+            )
+
+    before = signal.signal(signal.SIGALRM, look)
+    first_s = min(_UNTAKEN_S, timeout_s)
+    signal.setitimer(signal.ITIMER_REAL, max(first_s, 1.0), min(_UNTAKEN_S, max(timeout_s - first_s, 1.0)))
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def _kill_on_yarn(app_name: str) -> None:
+    """End an application that has no session yet: else it would start once its driver is gone."""
+    if not str(SparkConf().get("spark.master", "")).startswith("yarn"):
+        return
+    jvm: Any = SparkContext._jvm
+    client = jvm.org.apache.hadoop.yarn.client.api.YarnClient.createYarnClient()
+    client.init(jvm.org.apache.hadoop.yarn.conf.YarnConfiguration(hadoop_configuration()))
+    client.start()
+    for report in client.getApplications():
+        if str(report.getName()) == app_name and not report.getFinishTime():
+            client.killApplication(report.getApplicationId())
 
 
 def refuse_lost_output(out: str) -> None:

@@ -21,7 +21,7 @@ from pyspark import SparkContext
 
 from sparksgd.storage import FileStatus, Lines, SpooledLines
 
-__all__ = ["HadoopLocation"]
+__all__ = ["HadoopLocation", "hadoop_configuration"]
 
 _ERRNO = {
     "java.io.FileNotFoundException": errno.ENOENT,
@@ -123,7 +123,7 @@ class HadoopLocation:
         uri = self._path.toUri()
         key = str(uri.getScheme()), str(uri.getAuthority())
         if key not in _file_systems:
-            conf = _hadoop_configuration()
+            conf = hadoop_configuration()
             conf.setBoolean("fs.automatic.close", False)
             _file_systems[key] = _jvm().org.apache.hadoop.fs.FileSystem.newInstance(uri, conf)
         return _file_systems[key]
@@ -166,7 +166,7 @@ def _java_path(uri: str) -> Any:
     return _jvm().org.apache.hadoop.fs.Path(uri)
 
 
-def _hadoop_configuration() -> Any:
+def hadoop_configuration() -> Any:
     """Return a copy of the session's, or what a session would have, with spark.hadoop.* in it."""
     jvm, context = _jvm(), SparkContext._active_spark_context
     if context is not None:

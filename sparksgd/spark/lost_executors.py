@@ -1,0 +1,74 @@
+"""Why executors were lost: Spark knows, and tells only its own log."""
+
+from __future__ import annotations
+
+import logging
+import re
+from typing import Any
+
+from pyspark import SparkConf, SparkContext
+
+__all__ = ["LostExecutors", "advice_of", "memory_advice"]
+
+log = logging.getLogger("sparksgd")
+
+_KILLED_FOR_MEMORY = re.compile(
+    r"exceeding (?:physical |virtual )?memory limits\.\s+([\d.]+ [KMGT]B) of ([\d.]+ [KMGT]B)"
+)
+_LEAST_OVERHEAD_MIB = 1024  # a Python worker that has imported torch, with its batches
+_ON_PURPOSE = ("Executor decommission", "Command exited with code 0", "killed by driver")
+
+
+_advice: dict[str, str] = {}
+"""By application: it outlives its session, which YARN ends after a few such losses."""
+
+
+def advice_of(context: SparkContext) -> str | None:
+    """Return what to set, if containers of a session were killed for memory."""
+    return _advice.get(str(context.applicationId))
+
+
+class LostExecutors:
+    """Names executors that went, with the reason, and what to do if it was memory.
+
+    Args:
+        context: whose executors.
+    """
+
+    def __init__(self, context: SparkContext) -> None:
+        self._context = context
+        self._known: set[str] = set()
+
+    def look(self) -> None:
+        """Warn of those that went since the last look."""
+        executors = self._context._jsc.sc().statusStore().executorList(False)
+        for number in range(executors.size()):
+            executor = executors.apply(number)
+            name = str(executor.id())
+            if executor.isActive() or name in self._known:
+                continue
+            self._known.add(name)
+            reason = str(executor.removeReason().get()) if executor.removeReason().isDefined() else "unknown"
+            if not reason.startswith(_ON_PURPOSE):
+                advice = memory_advice(self._context.getConf(), reason)
+                if advice is not None:
+                    _advice[str(self._context.applicationId)] = advice
+                log.warning("executor %s on %s is lost: %s", name, executor.hostPort(), advice or reason)
+
+
+def memory_advice(conf: SparkConf, reason: str) -> str | None:
+    """Return what to set if this reason is that a container was killed for its memory, else None."""
+    killed = _KILLED_FOR_MEMORY.search(reason)
+    if killed is None:
+        return None
+    mebibytes: Any = SparkContext._jvm.org.apache.spark.network.util.JavaUtils.byteStringAsMb  # type: ignore[union-attr]  # there is a session
+    heap = int(mebibytes(conf.get("spark.executor.memory", "1g")))
+    given = conf.get("spark.executor.memoryOverhead", None)
+    factor = float(str(conf.get("spark.executor.memoryOverheadFactor", "0.1")))
+    overhead = int(mebibytes(given)) if given else max(384, int(heap * factor))
+    wanted = max(_LEAST_OVERHEAD_MIB, 2 * overhead)
+    return (
+        f"its container used {killed[1]} of the {killed[2]} that it may: {heap}m of "
+        f"spark.executor.memory and {overhead}m of spark.executor.memoryOverhead, in which Python and torch "
+        f"live. Set spark.executor.memoryOverhead={wanted}m"
+    )
