@@ -53,7 +53,7 @@ data/mnist/train.parquet data/mnist/test.parquet &: | $(READY)
 
 run: $(READY) data/mnist/train.parquet data/mnist/test.parquet ## Train LeNet on MNIST; OUT=DIR ARGS='--set section.key=value'
 	$(check-java)
-	@spark-submit --master '$(MASTER)' --properties-file conf/spark-local.conf jobs/train.py --config conf/mnist-lenet.toml --out '$(OUT)' $(ARGS)
+	@SPARK_CONF_DIR='$(CURDIR)/conf' spark-submit --master '$(MASTER)' --properties-file conf/spark-local.conf jobs/train.py --config conf/mnist-lenet.toml --out '$(OUT)' $(ARGS)
 
 test: $(READY) ## Run the tests
 	$(check-java)
