@@ -22,7 +22,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Protocol, cast
-from urllib.parse import unquote, urlsplit
 
 __all__ = [
     "FileStatus", "Lines", "LocalLocation", "Location", "Seldom", "SpooledLines", "fingerprint", "has_scheme",
@@ -132,7 +131,9 @@ def _local_path(path: str | Path) -> Path | None:
     scheme = _SCHEME.match(text)
     if isinstance(path, Path) or scheme is None:
         return Path(text)
-    return Path(unquote(urlsplit(text).path)) if scheme[1].lower() == "file" else None
+    if scheme[1].lower() != "file":
+        return None
+    return Path(text[scheme.end() :].removeprefix("//"))  # as Hadoop reads it: %20 is no space
 
 
 @dataclass(frozen=True)

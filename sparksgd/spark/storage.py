@@ -66,7 +66,7 @@ class HadoopLocation:
         """Return what the file holds."""
         with self._errors(), tempfile.TemporaryDirectory(prefix="sparksgd-") as folder:
             copy = Path(folder, "copy")
-            self._files.copyToLocalFile(False, self._path, _java_path(copy.as_uri()), True)
+            self._files.copyToLocalFile(False, self._path, _java_path(f"file:{copy}"), True)
             return copy.read_bytes()
 
     def write_bytes(self, data: bytes) -> None:
@@ -82,7 +82,7 @@ class HadoopLocation:
         part = _java_path(f"{folder}/.{name}.{uuid.uuid4().hex[:8]}.part")
         with self._errors():
             try:
-                self._files.copyFromLocalFile(False, True, _java_path(file.absolute().as_uri()), part)
+                self._files.copyFromLocalFile(False, True, _java_path(f"file:{file.absolute()}"), part)
                 self._rename(part)
             except BaseException:
                 self._files.delete(part, False)

@@ -1,0 +1,94 @@
+"""Files through Hadoop's file systems: what holds for this machine's files holds for them.
+
+Its `file:` stands for all here; tests/cluster/ has HDFS.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from sparksgd.spark.storage import HadoopLocation
+from sparksgd.storage import LocalLocation, Location, fingerprint, local_copy, location
+
+
+@pytest.fixture(params=["local", "hadoop"])
+def at(request: pytest.FixtureRequest, session_for: Callable[..., object]) -> Callable[[Path], Location]:
+    if request.param == "local":
+        return LocalLocation
+    session_for("local[2]")
+    return lambda path: HadoopLocation(f"file:{path}")
+
+
+def test_a_file_is_written_read_replaced_and_removed(at: Callable[[Path], Location], tmp_path: Path) -> None:
+    file = at(tmp_path) / "new folder" / "file"
+    assert not file.exists()
+    for data in (b"", b"old", bytes(range(256)) * 100):
+        file.write_bytes(data)
+        assert file.read_bytes() == data
+    assert [file.name for file in (tmp_path / "new folder").iterdir()] == ["file"]  # no .crc
+    assert file.name == "file"
+    file.remove()
+    file.remove()
+    assert not file.exists()
+
+
+def test_what_is_not_there_is_said_as_python_says_it(at: Callable[[Path], Location], tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError) as refused:
+        (at(tmp_path) / "nothing").read_bytes()
+    assert refused.value.strerror == "No such file or directory"
+    assert "nothing" in str(refused.value.filename)
+    assert (at(tmp_path) / "nothing").files() == []
+
+
+def test_lines_can_be_read_when_they_are_closed(at: Callable[[Path], Location], tmp_path: Path) -> None:
+    lines = (at(tmp_path) / "run" / "lines").lines()
+    assert (at(tmp_path) / "run" / "lines").read_bytes() == b""
+    lines.write("one\n")
+    lines.write("two\n")
+    lines.close()
+    assert (at(tmp_path) / "run" / "lines").read_bytes() == b"one\ntwo\n"
+
+
+def test_files_are_listed_alike_everywhere(at: Callable[[Path], Location], tmp_path: Path) -> None:
+    for name in ("b", "a/c", "a/_hidden", ".hidden/d"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(name)
+        os.utime(tmp_path / name, ns=(0, 7_000_000))
+    for path in (tmp_path, tmp_path / "b", tmp_path / "*"):
+        found = at(path).files()
+        assert found == LocalLocation(path).files()
+        assert found
+    assert [file.path for file in at(tmp_path).files()] == ["a/c", "b"]
+
+
+def test_a_uri_that_is_not_of_this_machine_goes_through_hadoop(session_for: Callable[..., object]) -> None:
+    session_for("local[2]")
+    assert isinstance(location("hdfs://somewhere/x"), HadoopLocation)
+    with pytest.raises(OSError, match='No FileSystem for scheme "nosuch"'):
+        location("nosuch://somewhere/x").exists()
+
+
+def test_an_unknown_host_is_refused_with_its_name(session_for: Callable[..., object]) -> None:
+    session_for("local[2]")
+    with pytest.raises(OSError, match=r"hdfs://127\.0\.0\.1:1/x"):
+        location("hdfs://127.0.0.1:1/x").exists()
+
+
+def test_a_copy_holds_what_is_there(
+    session_for: Callable[..., object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session_for("local[2]")
+    monkeypatch.setattr("sparksgd.storage._local_path", lambda path: None)  # as if `file:` were elsewhere
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "file").write_text("text")
+    for path in (tmp_path, tmp_path / "in" / "file"):
+        with local_copy(path.as_uri()) as copy:
+            assert [file.read_text() for file in Path(copy).rglob("file")] == ["text"]
+            assert not Path(copy).is_relative_to(tmp_path)
+    assert fingerprint((tmp_path / "in").as_uri())
+    with pytest.raises(FileNotFoundError), local_copy((tmp_path / "nothing").as_uri()):
+        pass

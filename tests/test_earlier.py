@@ -1,0 +1,87 @@
+"""A finished run is neither trained twice nor taken for another."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+
+import pytest
+
+from sparksgd.config import Config
+from sparksgd.earlier import is_done
+from sparksgd.errors import ConfigError
+from sparksgd.storage import location
+
+FILES = {"data.train": "1", "data.test": "2"}
+CONFIG = Config.load(None, ["data.train=/rows", "optimizer.lr=0.5"])
+
+
+@pytest.fixture
+def out(tmp_path: Path) -> Path:
+    """Return the folder of a finished run."""
+    write(tmp_path, "finished")
+    return tmp_path
+
+
+def write(folder: Path, status: str) -> None:
+    (folder / "summary.json").write_text(json.dumps({"status": status, "parameters_sha256": "abc"}))
+    record = {"config": CONFIG.to_dict(), "fingerprints": FILES}
+    (folder / "record.json").write_text(json.dumps(record))
+
+
+def test_the_same_is_done(out: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, "sparksgd"):
+        assert is_done(location(out), CONFIG, FILES, "skip")
+    assert "nothing to do" in caplog.text
+    assert "abc" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "setting", ["engine.num_workers=3", "engine.name=allreduce", "data.train=/moved", "train.eval_every=7"]
+)
+def test_what_does_not_shape_the_parameters_is_no_difference(out: Path, setting: str) -> None:
+    config = Config.load(CONFIG.to_dict(), [setting])
+    assert is_done(location(out), config, FILES, "skip")
+
+
+@pytest.mark.parametrize(
+    ("setting", "says"),
+    [
+        ("optimizer.lr=0.25", "optimizer.lr is 0.25, but was 0.5"),
+        ("optimizer.momentum=0.9", "optimizer.momentum is 0.9, but was None"),
+        ("train.seed=1", "train.seed is 1, but was 0"),
+    ],
+)
+def test_another_configuration_is_refused(out: Path, setting: str, says: str) -> None:
+    config = Config.load(CONFIG.to_dict(), [setting])
+    with pytest.raises(ConfigError, match=says):
+        is_done(location(out), config, FILES, "skip")
+    assert not is_done(location(out), config, FILES, "overwrite")
+
+
+@pytest.mark.parametrize("files", [FILES | {"data.train": "3"}, {"data.train": "1"}, {}])
+def test_other_files_are_refused(out: Path, files: dict[str, str]) -> None:
+    with pytest.raises(ConfigError, match=r"the files of data\.t"):
+        is_done(location(out), CONFIG, files, "skip")
+
+
+def test_fail_refuses_any_finished_run(out: Path) -> None:
+    with pytest.raises(ConfigError, match="--if-exists is fail"):
+        is_done(location(out), CONFIG, FILES, "fail")
+
+
+@pytest.mark.parametrize("policy", ["skip", "fail", "overwrite"])
+def test_no_run_or_half_a_run_is_not_done(tmp_path: Path, policy: str) -> None:
+    assert not is_done(location(tmp_path), CONFIG, FILES, policy)
+    write(tmp_path, "Terminated")
+    assert not is_done(location(tmp_path), CONFIG, FILES, policy)
+    (tmp_path / "summary.json").unlink()  # as a run that was killed leaves it
+    assert not is_done(location(tmp_path), CONFIG, FILES, policy)
+
+
+def test_what_is_no_run_of_ours_is_not_written_over(tmp_path: Path) -> None:
+    (tmp_path / "summary.json").write_text("[]")
+    (tmp_path / "record.json").write_text("{}")
+    with pytest.raises(ConfigError, match="holds what is no run of this version"):
+        is_done(location(tmp_path), CONFIG, FILES, "skip")

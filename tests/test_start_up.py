@@ -1,0 +1,52 @@
+"""The parts of a start add up to all of it."""
+
+from __future__ import annotations
+
+import pytest
+
+from sparksgd.start_up import StartUp
+
+
+def started(*ends: float) -> StartUp:
+    """Return a start at 100 whose parts ended at these times."""
+    times = iter(ends)
+    start = StartUp(100.0, lambda: next(times))
+    for part, _ in zip(("submit", "containers", "shards", "first_step"), ends, strict=False):
+        start.reached(part)
+    return start
+
+
+def test_a_run_that_has_not_come_to_a_part_has_no_time_for_it() -> None:
+    assert StartUp().seconds() == {}
+    assert started(104.0, 110.0).seconds() == {"submit": 4.0, "containers": 6.0}
+
+
+@pytest.mark.parametrize(
+    ("spans", "environment", "submit", "containers"),
+    [
+        ([(105.0, 108.0)], 3.0, 4.0, 3.0),  # two executors' hosts, of which one was a little later
+        ([(105.0, 108.0), (106.0, 109.0)], 4.0, 4.0, 2.0),
+        ([(101.0, 103.0), (105.0, 108.0)], 5.0, 2.0, 3.0),  # the driver's own container first
+        ([(20.0, 30.0)], None, 4.0, 6.0),  # it was there from a run before
+    ],
+)
+def test_unpacking_an_environment_is_taken_out_of_the_parts_it_was_in(
+    spans: list[tuple[float, float]], environment: float | None, submit: float, containers: float
+) -> None:
+    start = started(104.0, 110.0, 115.0, 116.0)
+    start.unpacked(spans)
+    found = start.seconds()
+    assert (found["submit"], found["containers"], found.get("environment")) == (
+        submit,
+        containers,
+        environment,
+    )
+    assert sum(found.values()) == 16.0
+
+
+def test_only_the_first_time_counts() -> None:
+    times = iter([101.0, 105.0])
+    start = StartUp(100.0, lambda: next(times))
+    start.reached("first_step")
+    start.reached("first_step")
+    assert start.seconds() == {"first_step": 1.0}
