@@ -24,12 +24,13 @@ from pathlib import Path
 from typing import IO, Protocol, cast
 
 __all__ = [
-    "FileStatus", "Lines", "LocalLocation", "Location", "Seldom", "SpooledLines", "fingerprint", "has_scheme",
-    "local_copy", "location", "replacing",
+    "HIDDEN", "FileStatus", "Lines", "LocalLocation", "Location", "Seldom", "SpooledLines", "fingerprint",
+    "has_scheme", "local_copy", "location", "replacing",
 ]  # fmt: skip
 
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):")
-_HIDDEN = ("_", ".")
+HIDDEN = ("_", ".")
+"""How the names of files begin that are no data."""
 _SECONDS_BETWEEN_COPIES = 5.0
 _COPYING_SHARE = 0.05
 """Copies of a growing file may take this share of the time."""
@@ -189,7 +190,7 @@ class LocalLocation:
         for top in [self.path] if self.path.exists() else _matching(self.path):
             for path in sorted(top.rglob("*")) if top.is_dir() else [top]:
                 within = path.relative_to(top if top.is_dir() else top.parent)
-                if path.is_file() and not any(part.startswith(_HIDDEN) for part in within.parts):
+                if path.is_file() and not any(part.startswith(HIDDEN) for part in within.parts):
                     status = path.stat()
                     modified_ms = status.st_mtime_ns // 1_000_000
                     found.append(FileStatus(within.as_posix(), status.st_size, modified_ms))
@@ -197,7 +198,9 @@ class LocalLocation:
 
 
 def _matching(pattern: Path) -> list[Path]:
-    return [Path(found) for found in sorted(glob.glob(str(pattern)))]  # noqa: PTH207  # pathlib's takes no absolute pattern
+    """Return what a pattern matches, but for hidden names."""
+    found = sorted(glob.glob(str(pattern)))  # noqa: PTH207  # pathlib's takes no absolute pattern
+    return [path for path in map(Path, found) if not path.name.startswith(HIDDEN)]
 
 
 class Seldom:

@@ -7,6 +7,7 @@ import importlib.util
 import json
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -190,7 +191,16 @@ def test_nonsense_ends_in_one_line_and_a_status(digits, tmp_path, settings, stat
     assert "Traceback" not in done.stdout
 
 
-def test_ctrl_c_ends_a_run_in_a_line_and_leaves_no_file(digits, tmp_path):
+@pytest.mark.parametrize(
+    ("sent", "to", "status", "says"),
+    [
+        (signal.SIGINT, "all", 130, {"KeyboardInterrupt", "Cancelled"}),  # as a terminal sends Ctrl-C
+        (signal.SIGTERM, "spark-submit", 143, {"Terminated"}),  # as a scheduler ends what it started
+    ],
+)
+def test_a_signal_ends_a_run_in_a_line_and_leaves_its_model_but_no_other_file(
+    digits, tmp_path, sent, to, status, says
+):
     command = submission(
         "train.py", *arguments(digits, tmp_path / "run", "train.epochs=1000", "schedule.total_steps=10000")
     )
@@ -204,13 +214,45 @@ def test_ctrl_c_ends_a_run_in_a_line_and_leaves_no_file(digits, tmp_path):
         while not (lines.exists() and lines.read_text().count("\n") > 3) and time.monotonic() < deadline:
             time.sleep(0.1)  # until it trains
         assert list(shards.rglob("sparksgd-*"))
-        os.killpg(process.pid, signal.SIGINT)
-        said, _ = process.communicate(timeout=60)
-    assert process.returncode == 130, said
+        (os.killpg if to == "all" else os.kill)(process.pid, sent)
+        said, _ = process.communicate(timeout=30)
+        with pytest.raises(ProcessLookupError):
+            os.killpg(process.pid, 0)  # nobody is left
+    assert process.returncode == status, said
     assert "Traceback" not in said
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
-    assert summary["status"] in ("KeyboardInterrupt", "Cancelled")
+    assert summary["status"] in says
     assert not list(shards.rglob("sparksgd-*"))
+    load_model(tmp_path / "run" / "model")
+
+
+def test_a_finished_run_is_not_trained_again_nor_taken_for_another(digits, reference, tmp_path):
+    out = tmp_path / "run"
+    shutil.copytree(reference, out)
+    before = (out / "summary.json").stat().st_mtime_ns
+    again = train(digits, out, engine="inline", master=None)
+    assert (again.returncode, "nothing to do" in again.stdout) == (0, True), again.stdout
+    refused = train(digits, out, "optimizer.lr=0.01", engine="inline", master=None)
+    assert refused.returncode == 2
+    assert "error: --out" in refused.stdout
+    assert "optimizer.lr is 0.01, but was 0.02" in refused.stdout
+    assert (out / "summary.json").stat().st_mtime_ns == before
+
+
+def test_a_run_that_is_killed_leaves_a_model_and_the_steps_that_made_it(digits, tmp_path):
+    out = tmp_path / "run"
+    words = arguments(digits, out, "train.epochs=1000", "schedule.total_steps=10000", engine="inline")
+    process = subprocess.Popen(submission("train.py", *words, master=None), stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 100
+    while not (out / "model" / "model.json").exists() and time.monotonic() < deadline:
+        time.sleep(0.1)  # until it trains
+    process.kill()
+    process.wait()
+    about = json.loads((out / "model" / "model.json").read_text())
+    load_model(out / "model")
+    assert not about["finished"]
+    assert about["version"] <= metrics(out)[-1]["step"]
+    assert not (out / "summary.json").exists()
 
 
 @pytest.mark.parametrize("job", sorted(path.name for path in (ROOT / "jobs").glob("*.py")))

@@ -19,7 +19,7 @@ from typing import Any
 from py4j.protocol import Py4JError, Py4JJavaError
 from pyspark import SparkContext
 
-from sparksgd.storage import FileStatus, Lines, SpooledLines
+from sparksgd.storage import HIDDEN, FileStatus, Lines, SpooledLines
 
 __all__ = ["HadoopLocation", "hadoop_configuration"]
 
@@ -102,6 +102,8 @@ class HadoopLocation:
         found = []
         with self._errors():
             for top in self._files.globStatus(self._path) or ():
+                if str(top.getPath().getName()) != self.name and _is_hidden(str(top.getPath().getName())):
+                    continue
                 within = str(top.getPath().toUri().getPath())
                 if top.isFile():
                     within = within.rpartition("/")[0]
@@ -109,7 +111,7 @@ class HadoopLocation:
                 while listed.hasNext():
                     file = listed.next()
                     path = str(file.getPath().toUri().getPath()).removeprefix(within).lstrip("/")
-                    if not any(part.startswith(("_", ".")) for part in path.split("/")):
+                    if not any(map(_is_hidden, path.split("/"))):
                         found.append(FileStatus(path, int(file.getLen()), int(file.getModificationTime())))
         return sorted(found)
 
@@ -155,6 +157,10 @@ class HadoopLocation:
             raise OSError(number, reason, self._uri) from error
         except Py4JError as error:
             raise OSError(errno.EIO, f"the driver's JVM does not answer: {error}", self._uri) from error
+
+
+def _is_hidden(name: str) -> bool:
+    return name.startswith(HIDDEN)
 
 
 def _jvm() -> Any:
