@@ -22,6 +22,7 @@ __all__ = [
     "start_server",
     "start_spark",
     "stop",
+    "submit",
     "wait_for",
 ]
 
@@ -186,3 +187,13 @@ def standalone(
         yield cluster
     finally:
         cluster.close()
+
+
+def submit(
+    *words: str, cwd: Path, environment: Mapping[str, str], timeout_s: float = 200
+) -> subprocess.CompletedProcess[str]:
+    """Run spark-submit with some words, in a directory."""
+    return subprocess.run(
+        [str(Path(sys.executable).parent / "spark-submit"), *words], cwd=cwd,  env={**os.environ, **environment},
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=timeout_s, check=False,
+    )  # fmt: skip
