@@ -98,6 +98,8 @@ _YARN_SITE = {
     "yarn.nodemanager.disk-health-checker.max-disk-utilization-per-disk-percentage": "100",
     "yarn.nodemanager.disk-health-checker.min-free-space-per-disk-mb": "0",
     "yarn.nodemanager.delete.debug-delay-sec": "0",
+    # what containers get from their node; not admin-env, which appends to what Spark hands on itself
+    "yarn.nodemanager.env-whitelist": "JAVA_HOME,PATH,LANG,TZ,SPARK_LOCAL_IP,PYSPARK_PYTHON",
     "yarn.log-aggregation-enable": "false",  # container_logs reads them where they are written
 }
 _SCHEDULER = {
@@ -276,6 +278,8 @@ class Hadoop:
         words += [f"org.apache.hadoop.{of_class}", *options]
         foreign = ("HADOOP_", "YARN_")
         environment = {key: value for key, value in os.environ.items() if not key.startswith(foreign)}
+        # host names need not resolve, and a driver in a container has no other way to know its address
+        environment |= {"SPARK_LOCAL_IP": "127.0.0.1", "PYSPARK_PYTHON": sys.executable}
         self._processes[name] = kept(words, self.folder / f"{name}.log", environment=environment)
         return self._processes[name]
 
@@ -288,14 +292,11 @@ class Hadoop:
     def _start_node_manager(self, number: int) -> None:
         name, host = f"nodemanager-{number}", NODE_HOSTS[number]
         own = self.folder / name
-        python = f"PYSPARK_PYTHON={sys.executable}"
         node = {
             "hostname": host,
             "bind-host": host,
             "local-dirs": str(own / "local"),
             "log-dirs": str(own / "logs"),
-            # hosts' own names need not resolve, and a driver in a container has no other way to know
-            "admin-env": f"SPARK_LOCAL_IP={host},{python}",
         }
         ports = ("address", "localizer.address", "webapp.address", "collector-service.address")
         node |= dict.fromkeys(ports, f"{host}:0")

@@ -81,7 +81,8 @@ def test_a_barrier_job_and_parquet_on_hdfs_work_on_yarn(hadoop, tmp_path, mode):
 def test_an_application_is_killed_through_yarn(hadoop, tmp_path):
     program = tmp_path / "sleeps.py"
     program.write_text(
-        "import time; from pyspark.sql import SparkSession; SparkSession.builder.getOrCreate(); time.sleep(600)"
+        "import time\nfrom pyspark.sql import SparkSession\n"
+        "SparkSession.builder.getOrCreate()\ntime.sleep(600)\n"
     )
     words = ["--master", "yarn", "--deploy-mode", "cluster", *SMALL, str(program)]
     command = [str(Path(sys.executable).parent / "spark-submit"), *words]

@@ -193,7 +193,8 @@ def submit(
     *words: str, cwd: Path, environment: Mapping[str, str], timeout_s: float = 200
 ) -> subprocess.CompletedProcess[str]:
     """Run spark-submit with some words, in a directory."""
+    command = [str(Path(sys.executable).parent / "spark-submit"), *words]
     return subprocess.run(
-        [str(Path(sys.executable).parent / "spark-submit"), *words], cwd=cwd,  env={**os.environ, **environment},
+        command, cwd=cwd, env={**os.environ, **environment},
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=timeout_s, check=False,
     )  # fmt: skip
