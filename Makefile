@@ -33,10 +33,10 @@ define check-java
 endef
 
 .DEFAULT_GOAL := help
-.PHONY: help install run test soak check fix bench dist clean
+.PHONY: help install run test soak test-cluster hadoop-jars check fix bench dist clean
 
 help: ## List the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 install: $(READY) ## Make .venv with the pinned, tested versions
 
@@ -57,11 +57,20 @@ run: $(READY) data/mnist/train.parquet data/mnist/test.parquet ## Train LeNet on
 
 test: $(READY) ## Run the tests
 	$(check-java)
-	@$(BIN)/python -m pytest -m 'not soak'
+	@$(BIN)/python -m pytest -m 'not soak and not cluster'
 
 soak: $(READY) ## Run the long tests: much data, many steps, killed executors, hosts of their own
 	$(check-java)
-	@$(BIN)/python -m pytest -m soak
+	@$(BIN)/python -m pytest -m 'soak and not cluster'
+
+test-cluster: $(READY) ## Run the tests on real servers: HDFS, YARN, a standalone cluster, a history server
+	$(check-java)
+	@$(BIN)/python tests/cluster/jars.py || true  # without them these tests are skipped, and say so
+	@$(BIN)/python -m pytest -m cluster tests/cluster
+
+hadoop-jars: $(READY) ## Fetch what test-cluster needs from Maven Central, unless SPARKSGD_HADOOP_JARS has it
+	$(check-java)
+	@$(BIN)/python tests/cluster/jars.py
 
 check: $(READY) ## Lint and type-check
 	@$(BIN)/ruff check .

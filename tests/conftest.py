@@ -12,5 +12,5 @@ MODULES = Path(__file__).parent / "modules"
 os.environ.setdefault("SPARK_LOCAL_IP", "127.0.0.1")  # a host name need not resolve where tests run
 os.environ["PYSPARK_PYTHON"] = sys.executable
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(MODULES), os.environ.get("PYTHONPATH")]))
-sys.path[:0] = [str(MODULES), str(MODULES.parent / "hosts")]
+sys.path[:0] = [str(MODULES), str(MODULES.parent / "hosts"), str(MODULES.parent / "cluster")]
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore Ctrl-C

@@ -19,8 +19,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import servers  # tests/hosts
 import torch
-from servers import start_server  # tests/hosts
 
 from sparksgd.models import LeNet
 from sparksgd.output import load_model
@@ -107,25 +107,8 @@ def metrics(out: Path) -> list[dict]:
 @pytest.fixture
 def standalone(tmp_path) -> Iterator[str]:
     """Start a master and a worker of two cores; return the master's address."""
-    folder = tmp_path / "standalone"
-    folder.mkdir()
-    processes: list[subprocess.Popen[bytes]] = []
-
-    def started(role: str, *options: str) -> str:
-        words = ["--host", "127.0.0.1", "--port", "0", *options]
-        log = folder / f"{role}.log"
-        process, address = start_server(role, log, *words, environment=environment())
-        processes.append(process)
-        return address
-
-    try:
-        master = started("Master")
-        started("Worker", "--cores", "2", "--memory", "2g", "--work-dir", str(folder), master)
-        yield master
-    finally:
-        for process in processes:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+    with servers.standalone(tmp_path / "standalone", environment=environment(), cores=2) as cluster:
+        yield cluster.address
 
 
 def test_a_run_on_a_standalone_cluster_leaves_all_its_files_and_equals_the_reference(

@@ -7,7 +7,6 @@ a second before some of their gradients, or before each.
 from __future__ import annotations
 
 import os
-import signal
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -23,7 +22,7 @@ from pyspark.sql import SparkSession
 _TESTS = Path(__file__).parents[1]
 sys.path[:0] = [str(_TESTS / "hosts"), str(_TESTS / "modules")]
 
-from servers import start_server  # noqa: E402  # tests/hosts
+import servers  # noqa: E402  # tests/hosts
 from stragglers import SLOW_HOST, SlowHost  # noqa: E402  # tests/modules
 
 from sparksgd.config import Config  # noqa: E402
@@ -76,22 +75,12 @@ def standalone(folder: Path) -> Iterator[str]:
     """Give the address of a master with four workers of one core, for the time of the block."""
     modules = os.pathsep.join([str(_TESTS / "modules"), os.environ.get("PYTHONPATH", "")])
     environment = os.environ | {"PYTHONPATH": modules}
-    servers = []
-    try:
-        master, address = start_server(
-            "Master", folder / "master.log", "--host", "127.0.0.1", "--port", "0", environment=environment
-        )
-        servers.append(master)
-        for number in range(1, 1 + WORKERS):
-            options = ["--host", f"127.0.0.{number}", "--cores", "1", "--memory", "1g"]
-            options += ["--work-dir", str(folder / f"work-{number}"), address]
-            log = folder / f"worker-{number}.log"
-            of_host = environment | ({SLOW_HOST: "1"} if number == WORKERS else {})
-            servers.append(start_server("Worker", log, *options, environment=of_host)[0])
-        yield address
-    finally:
-        for server in servers:
-            os.killpg(server.pid, signal.SIGKILL)
+    hosts = [f"127.0.0.{number}" for number in range(1, 1 + WORKERS)]
+    slow = {hosts[-1]: {SLOW_HOST: "1"}}
+    with servers.standalone(
+        folder, environment=environment, hosts=hosts, memory="1g", of_host=slow
+    ) as cluster:
+        yield cluster.address
 
 
 @contextmanager

@@ -9,8 +9,8 @@ import signal
 from pathlib import Path
 
 import pytest
+import servers  # tests/hosts
 from conftest import AtStep, configured, undisturbed  # tests/spark/conftest.py
-from servers import start_server  # tests/hosts
 from stragglers import SLOW_HOST, SlowHost  # tests/modules
 
 from sparksgd.engines.inline import InlineEngine
@@ -32,25 +32,16 @@ ONE_BACKUP = (
 @pytest.fixture
 def standalone(tmp_path, session_for):
     """Start a master and four hosts of one slot, the last one slow; yield its address, and their servers."""
-    environment, servers = os.environ | {"SPARK_LOCAL_DIRS": str(tmp_path / "local")}, []
-    try:
-        master, address = start_server(
-            "Master", tmp_path / "log", "--host", "127.0.0.1", "--port", "0", environment=environment
-        )
-        servers.append(master)
-        for number in range(1, 5):
-            options = ["--host", f"127.0.0.{number}", "--cores", "1", "--memory", "1g"]
-            options += ["--work-dir", str(tmp_path / f"{number}"), address]
-            slow = {SLOW_HOST: "1"} if number == 4 else {}
-            log = tmp_path / f"{number}.log"
-            servers.append(start_server("Worker", log, *options, environment=environment | slow)[0])
-        yield address, servers[1:]
-    finally:
-        session_for("local[2]")
-        for server in servers:
-            if server.poll() is None:
-                os.killpg(server.pid, signal.SIGKILL)
-            server.wait()
+    environment = os.environ | {"SPARK_LOCAL_DIRS": str(tmp_path / "local")}
+    hosts = [f"127.0.0.{number}" for number in range(1, 5)]
+    slow = {hosts[-1]: {SLOW_HOST: "1"}}
+    with servers.standalone(
+        tmp_path / "cluster", environment=environment, hosts=hosts, memory="1g", of_host=slow
+    ) as cluster:
+        try:
+            yield cluster.address, cluster.workers
+        finally:
+            session_for("local[2]")
 
 
 @pytest.mark.soak

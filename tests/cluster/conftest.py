@@ -1,0 +1,51 @@
+"""Clusters of real servers: Hadoop's once for all tests, a standalone master and workers for one."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import servers  # tests/hosts
+from hadoop import Hadoop
+from jars import NoJars, class_path
+
+
+@pytest.fixture(scope="session")
+def hadoop(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hadoop]:
+    """Start HDFS and YARN, once."""
+    try:
+        class_path()
+    except NoJars as why:
+        pytest.skip(str(why))
+    with Hadoop(tmp_path_factory.mktemp("hadoop") / "cluster") as cluster:
+        yield cluster
+
+
+@pytest.fixture
+def standalone(tmp_path: Path) -> Iterator[servers.Standalone]:
+    """Start a master, and two workers of two cores with hosts of their own."""
+    environment = os.environ | {"SPARK_LOCAL_DIRS": str(tmp_path / "standalone" / "local")}
+    hosts = ("127.0.0.2", "127.0.0.3")
+    with servers.standalone(
+        tmp_path / "standalone", environment=environment, hosts=hosts, cores=2
+    ) as cluster:
+        yield cluster
+
+
+@pytest.fixture
+def history_server(tmp_path: Path) -> Iterator[Callable[..., str]]:
+    """Return a function that starts a history server of a folder, or URI, and returns its address."""
+    started = []
+
+    def start(log_directory: str, **environment: str) -> str:
+        log = tmp_path / f"history-{len(started)}.log"
+        process, address = servers.start_history_server(
+            log_directory, log, environment=os.environ | environment
+        )
+        started.append(process)
+        return address
+
+    yield start
+    servers.stop(*started)
