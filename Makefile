@@ -8,7 +8,8 @@ ARGS   ?=
 MASTER ?= local[*]
 READY  := $(VENV)/.installed
 
-SOURCES := $(shell find sparksgd -name '*.py' -o -name py.typed)
+# Folders, too: one's time changes when a file of it goes.
+SOURCES := $(filter-out %__pycache__/,$(wildcard sparksgd/ sparksgd/*/ sparksgd/py.typed sparksgd/*.py sparksgd/*/*.py))
 VERSION := $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
 WHEEL   := dist/sparksgd-$(VERSION)-py3-none-any.whl
 

@@ -22,6 +22,7 @@ import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from importlib.metadata import distributions
 from importlib.util import find_spec
 from pathlib import Path
@@ -38,6 +39,7 @@ __all__ = [
     "base_python",
     "compile_what_training_imports",
     "cuda_parts",
+    "cuda_warning",
     "installed_bytes",
     "main",
     "pack_environment",
@@ -73,7 +75,7 @@ NEEDED = ("torch/bin/torch_shm_manager",)
 """Kept all the same: torch looks for it when it is imported."""
 
 COMPRESS_LEVEL = 4
-"""gzip's: 1 saves a fifth of the packing, once; 4 a tenth of what every node fetches; 6 takes twice as long."""
+"""gzip's: 1 saves some seconds, once; 4 a tenth of what every node fetches; 6 takes twice as long as 4."""
 
 TRIAL = """
 import compileall, py_compile, sys
@@ -118,14 +120,17 @@ def pack_package(out: Path, package: Path = PACKAGE) -> None:
         (path for path in package.rglob("*") if path.suffix == ".py" or path.name == "py.typed"),
         key=lambda path: path.relative_to(package).as_posix(),
     )
-    with _refusing_what_the_disk_refuses(out), _put_in_place(out) as part:
+    with (
+        _refusing_what_the_disk_refuses(out),
+        _put_in_place(out) as part,
         # Stored: zlib's builds differ in what they make of equal bytes, and half a megabyte travels once.
-        with zipfile.ZipFile(part, "w", zipfile.ZIP_STORED) as opened:
-            for path in files:
-                info = zipfile.ZipInfo(path.relative_to(package.parent).as_posix(), (1980, 1, 1, 0, 0, 0))
-                info.create_system = 3
-                info.external_attr = 0o100644 << 16
-                opened.writestr(info, path.read_bytes())
+        zipfile.ZipFile(part, "w", zipfile.ZIP_STORED) as opened,
+    ):
+        for path in files:
+            info = zipfile.ZipInfo(path.relative_to(package.parent).as_posix(), (1980, 1, 1, 0, 0, 0))
+            info.create_system = 3  # or it would say which system packed it
+            info.external_attr = 0o100644 << 16
+            opened.writestr(info, path.read_bytes())
 
 
 def requirements(pyproject: Path, extras: Sequence[str] = EXTRAS) -> list[str]:
@@ -196,15 +201,15 @@ def pack_environment(
         folder = Path(made)
         venv = folder / "environment"
         _run("make an environment", [str(python), "-m", "venv", "--without-pip", str(venv)], folder)
-        say(f"installing {', '.join(wanted)}")
+        say(f"installing {escape(', '.join(wanted))}")
         pip = [sys.executable, "-m", "pip", "--python", str(venv / "bin" / "python"), "install"]
         pip += ["--quiet", "--quiet", "--disable-pip-version-check", "--no-compile"]
         _run("install what sparksgd needs", [*pip, "--constraint", str(constraints), *wanted], folder)
         brought = CLUSTER_BRINGS & {_normal(found.name) for found in distributions(path=[_site(venv)])}
         if brought:
             raise ConfigError(
-                f"{', '.join(sorted(brought))} came in with what pyproject.toml names, but the cluster has its "
-                "own: take out what asks for it"
+                f"{', '.join(sorted(brought))} came in with what pyproject.toml names, but the cluster has "
+                "its own: take out what asks for it"
             )
         stripped = 0 if whole else strip(Path(_site(venv)))
         say("training with it")
@@ -220,14 +225,19 @@ def pack_environment(
         cuda = cuda_parts(Path(_site(venv)))
         version, link = base_python(venv)
     say(sizes_table(sizes, packed=out.stat().st_size, stripped=stripped))
-    say(f"its Python is a link: every node needs Python {version} as {link}")
+    say(f"its Python is a link: every node needs Python {version} as {escape(link)}")
     if cuda:
-        say(
-            f"[bold yellow]WARNING[/] this torch brings CUDA ({escape(', '.join(cuda))}): gigabytes that every node "
-            "fetches and unpacks.  If executors have no GPU, name an index or a folder that has torch's CPU build "
-            "in pip's own settings (PIP_EXTRA_INDEX_URL or PIP_FIND_LINKS; the CPU index is on the install page "
-            f"of pytorch.org), remove {escape(str(out))}, and run make dist again"
-        )
+        say(cuda_warning(cuda, out))
+
+
+def cuda_warning(parts: Sequence[str], out: Path) -> str:
+    """Return what to say, in rich's markup, of an archive that has CUDA in it, and the way out."""
+    return (
+        f"[bold yellow]WARNING[/] this torch brings CUDA ({escape(', '.join(parts))}): gigabytes that every "
+        "node fetches and unpacks.  If executors have no GPU, name an index or a folder that has torch's CPU "
+        "build in pip's own settings (PIP_EXTRA_INDEX_URL or PIP_FIND_LINKS; the CPU index is on the install "
+        f"page of pytorch.org), remove {escape(str(out))}, and run make dist again"
+    )
 
 
 def strip(site: Path) -> int:
@@ -256,13 +266,13 @@ def compile_what_training_imports(venv: Path, also: Sequence[str] = ("cryptograp
         venv: the environment.
         also: names of modules to import as well.
     """
-    _run("train with it", [str(venv / "bin" / "python"), "-I", "-B", "-c", TRIAL, *also], venv)
+    _run("train with it", [str(venv / "bin" / "python"), "-I", "-B", "-c", TRIAL, *also], venv.parent)
 
 
 def relink_python(venv: Path, prefix: str) -> None:
     """Point an environment's Python at the one that is elsewhere on the nodes.
 
-    venv-pack's own option would link to python3.113.11 where the link is to python3.11.
+    venv-pack's own option, given /usr, links python3 to /usr/bin/python3.113.
 
     Args:
         venv: the environment; it works no longer where the prefix has no Python.
@@ -290,7 +300,7 @@ def base_python(venv: Path) -> tuple[str, str]:
 def installed_bytes(venv: Path) -> dict[str, int]:
     """Return the bytes of each package of an environment, bytecode included; "" is of none."""
     owners = {
-        os.path.normpath(found.locate_file(file)): found.name
+        os.path.normpath(str(found.locate_file(file))): found.name
         for found in distributions(path=[_site(venv)])
         for file in found.files or ()
     }
@@ -304,9 +314,7 @@ def installed_bytes(venv: Path) -> dict[str, int]:
 
 def cuda_parts(site: Path) -> list[str]:
     """Return what of site-packages is CUDA's: NVIDIA's packages, and a torch that was built for them."""
-    found = {
-        _normal(distribution.name): distribution.version for distribution in distributions(path=[str(site)])
-    }
+    found = {_normal(each.name): each.version for each in distributions(path=[str(site)])}
     parts = sorted(name for name in found if name.startswith(("nvidia-", "cuda-")))
     built = found.get("torch", "").partition("+")[2].startswith("cu")
     if built or (site / "torch" / "lib" / "libtorch_cuda.so").exists():
@@ -443,7 +451,7 @@ def main(argv: Sequence[str]) -> int:
             python=args.python,
             python_prefix=args.python_prefix,
             whole=args.whole,
-            say=console.print,
+            say=partial(console.print, soft_wrap=True),
         )
 
     return exit_status(work)
