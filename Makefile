@@ -8,6 +8,11 @@ ARGS   ?=
 MASTER ?= local[*]
 READY  := $(VENV)/.installed
 
+# Folders, too: one's time changes when a file of it goes.
+SOURCES := $(filter-out %__pycache__/,$(wildcard sparksgd/ sparksgd/*/ sparksgd/py.typed sparksgd/*.py sparksgd/*/*.py))
+VERSION := $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
+WHEEL   := dist/sparksgd-$(VERSION)-py3-none-any.whl
+
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 # Another Spark's, or another Python's, would be taken instead of those in .venv.
@@ -85,8 +90,19 @@ bench: $(READY) data/mnist/train.parquet ## Measure both engines against what on
 	$(check-java)
 	@$(BIN)/python tests/bench/run.py --data data/mnist
 
-dist: $(READY) ## Build dist/sparksgd-*.whl
-	@$(BIN)/pip wheel --quiet --no-deps --wheel-dir dist .
+dist: $(WHEEL) dist/sparksgd.zip dist/environment.tar.gz ## Build a wheel; and for clusters, sparksgd.zip and environment.tar.gz
+
+# build/lib, which setuptools leaves, would keep modules that are gone.
+$(WHEEL): $(SOURCES) pyproject.toml README.md | $(READY)
+	@rm -rf build/lib
+	@$(BIN)/pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir dist .
+	@touch $@
+
+dist/sparksgd.zip: $(SOURCES) | $(READY)
+	@$(BIN)/python -m sparksgd.packing zip --out $@
+
+dist/environment.tar.gz: pyproject.toml conf/constraints.txt sparksgd/packing.py | $(READY)
+	@$(BIN)/python -m sparksgd.packing environment --out $@
 
 clean: ## Remove what the targets made, except data/ and runs/
 	rm -rf $(VENV) dist build *.egg-info .pytest_cache .mypy_cache .ruff_cache spark-warehouse benchmark.json

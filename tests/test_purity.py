@@ -24,7 +24,9 @@ MODULES = sorted(
     for path in PACKAGE.rglob("*.py")
 )
 
-RING_0 = [f"sparksgd.{name}" for name in ("errors", "seeds", "config", "imports", "instruction_set")]
+RING_0 = [
+    f"sparksgd.{name}" for name in ("errors", "seeds", "config", "imports", "instruction_set", "packing")
+]
 
 # Executors import the *_tasks modules before they know of Spark.
 SPARK = [
