@@ -3,13 +3,25 @@
 from __future__ import annotations
 
 import os
+import shlex
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import servers  # tests/hosts
+from checkouts import ROOT, Checkout, make_checkout
 from hadoop import Hadoop
 from jars import NoJars, class_path
+
+README_LINES = [
+    line
+    for line in (ROOT / "README.md")
+    .read_text()
+    .partition("## On a cluster")[2]
+    .partition("\n## ")[0]
+    .splitlines()
+    if line.startswith(("make ", "hdfs ", "spark-submit "))
+]
 
 
 @pytest.fixture(scope="session")
@@ -21,6 +33,17 @@ def hadoop(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hadoop]:
         pytest.skip(str(why))
     with Hadoop(tmp_path_factory.mktemp("hadoop") / "cluster") as cluster:
         yield cluster
+
+
+@pytest.fixture(scope="session")
+def checkout(hadoop: Hadoop, tmp_path_factory: pytest.TempPathFactory) -> Checkout:
+    """Return a checkout whose files are where README's first lines put them."""
+    made = make_checkout(tmp_path_factory.mktemp("checkout") / "sparksgd", hadoop)
+    for line in README_LINES:
+        if line.startswith("hdfs "):
+            done = made.run(*shlex.split(line))
+            assert done.returncode == 0, done.stdout
+    return made
 
 
 @pytest.fixture

@@ -14,6 +14,7 @@ import os
 import re
 import shlex
 import sys
+import urllib.error
 import urllib.request
 import xml.sax.saxutils
 import zipfile
@@ -225,6 +226,17 @@ class Hadoop:
                 found[container.name] = text
         return found
 
+    # HDFS
+
+    def read(self, path: str) -> bytes:
+        """Return what a file on HDFS holds."""
+        try:
+            return self._fetch(f"{self.namenode_web}/webhdfs/v1{path}?op=OPEN&user.name={getpass.getuser()}")
+        except urllib.error.HTTPError as error:
+            if error.code == 404:
+                raise FileNotFoundError(path) from error
+            raise
+
     # how it starts
 
     def _start(self) -> None:
@@ -329,13 +341,17 @@ class Hadoop:
 
     @staticmethod
     def _get(url: str, put: Mapping[str, str] | None = None) -> dict[str, Any]:
+        return json.loads(Hadoop._fetch(url, put))
+
+    @staticmethod
+    def _fetch(url: str, put: Mapping[str, str] | None = None) -> bytes:
         headers = {"Accept": "application/json", "Content-Type": "application/json"}
         body = None if put is None else json.dumps(put).encode()
         method = "GET" if put is None else "PUT"
         request = urllib.request.Request(url, data=body, headers=headers, method=method)
         direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
         with direct.open(request, timeout=30) as answer:
-            return json.load(answer)
+            return answer.read()
 
     # what it writes
 

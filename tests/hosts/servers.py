@@ -35,12 +35,15 @@ Process = subprocess.Popen[bytes]
 T = TypeVar("T")
 
 
-def kept(command: Sequence[str], log: Path, *, environment: Mapping[str, str]) -> Process:
+def kept(
+    command: Sequence[str], log: Path, *, environment: Mapping[str, str], cwd: Path | None = None
+) -> Process:
     """Start a command whose descendants die with it, with the returned process, and with this one."""
     words = [sys.executable, "-I", "-S", str(_KEEPER), str(os.getpid()), *command]
     with log.open("w") as opened:
         return subprocess.Popen(
-            words, stdin=subprocess.DEVNULL, stdout=opened, stderr=subprocess.STDOUT, env=environment,
+            words, stdin=subprocess.DEVNULL, stdout=opened, stderr=subprocess.STDOUT,
+            env=environment, cwd=cwd,
             start_new_session=True,  # a Ctrl-C is for who started it, which then stops it
         )  # fmt: skip
 

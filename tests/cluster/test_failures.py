@@ -1,0 +1,179 @@
+"""What goes wrong on a cluster: containers, nodes and applications that are killed, queues that are full."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import time
+
+import pytest
+import servers  # tests/hosts
+from checkouts import SMALL, Checkout, Run, processes_of, sets
+
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(400)]
+
+LONG = (*SMALL, "train.epochs=200", "schedule.name=none")
+"""Some minutes of training, if nobody ends it."""
+
+STEPS = "train.steps=150"
+
+
+def executors(application: str) -> list[int]:
+    """Return the JVMs of an application's executors."""
+    return processes_of("CoarseGrainedExecutorBackend", application, "-Dspark.yarn.app.container.log.dir")
+
+
+def wait_for_steps(checkout: Checkout, run: Run, out: str, steps: int = 10) -> None:
+    """Return when a run's metrics, on HDFS, tell of some steps."""
+    servers.wait_for(
+        lambda: checkout.steps(out) >= steps,
+        "the first steps",
+        process=run.process,
+        log=run.log,
+        timeout_s=150,
+    )
+
+
+def trained(checkout: Checkout, out: str, steps: int) -> dict:
+    """Return a run's model.json; its weights are there."""
+    about = json.loads(checkout.hadoop.read(f"{out}/model/model.json"))
+    assert checkout.hadoop.read(f"{out}/model/{about['weights']}")
+    assert about["version"] <= steps
+    return about
+
+
+@pytest.mark.parametrize("engine", ["tree", "allreduce"])
+def test_a_killed_container_costs_a_step_and_no_bit(checkout, engine):
+    out = f"/models/killed-{engine}"
+    words = sets(*LONG, STEPS, f"engine.name={engine}")
+    with checkout.started(
+        *checkout.on_yarn(*words, "--out", f"hdfs://{out}"), name=f"killed-{engine}"
+    ) as run:
+        wait_for_steps(checkout, run, out)
+        os.kill(executors(run.application())[0], signal.SIGKILL)
+        assert run.wait() == 0, run.said
+    summary = checkout.summary(out)
+    assert summary["parameters_sha256"] == checkout.reference(*LONG, STEPS)["parameters_sha256"]
+    assert summary["retried_steps"] >= 1
+    assert summary["rebuilt_shards"] >= 1
+
+
+def test_a_killed_node_costs_no_bit(checkout):
+    out, hadoop = "/models/killed-node", checkout.hadoop
+    words = checkout.on_yarn(*sets(*LONG, STEPS), "--out", f"hdfs://{out}")
+    with checkout.started(*words, name="killed-node") as run:
+        wait_for_steps(checkout, run, out)
+        application = run.application()
+        # not that of the application master: YARN starts another, which knows nothing of this driver
+        (number,) = [
+            number
+            for number in (0, 1)
+            if not processes_of("ExecutorLauncher", application, f"nodemanager-{number}/")
+        ]
+        hadoop.kill_node_manager(number)
+        try:
+            assert run.wait() == 0, run.said
+        finally:
+            hadoop.restart_node_manager(number)
+    summary = checkout.summary(out)
+    assert summary["parameters_sha256"] == checkout.reference(*LONG, STEPS)["parameters_sha256"]
+
+
+def test_more_executors_than_the_queue_holds_are_an_error_in_the_configured_time(checkout):
+    words = checkout.on_yarn(
+        *sets("engine.slots_timeout_s=15"),
+        "--out",
+        "hdfs:///models/too-many",
+        settings=["--num-executors", "8"],
+    )
+    done = checkout.run(*words)
+    assert done.returncode == 4, done.stdout
+    said = re.search(r"error: .*", done.stdout)[0]
+    assert re.search(
+        r"8 slots are needed, and 8 were asked for \(spark.executor.instances=8 of 1 cores\), but after "
+        r"1[5-9] s there are [1-6], of [1-6] executors", said
+    ), said  # fmt: skip
+    assert "waiting for slots: " in done.stdout
+
+
+def test_an_application_that_yarn_does_not_take_is_given_up_and_killed(checkout):
+    words = checkout.on_yarn(
+        *sets("engine.slots_timeout_s=8"), "--out", "hdfs:///models/untaken",
+        settings=["--conf", "spark.yarn.am.memory=5g"],
+    )  # fmt: skip
+    holder = checkout.on_yarn(
+        *sets(*LONG), "--out", "hdfs:///models/holder", settings=["--conf", "spark.yarn.am.memory=5g"]
+    )
+    with checkout.started(*holder, name="holder") as run:
+        servers.wait_for(
+            lambda: [one for one in checkout.hadoop.applications() if one["state"] == "RUNNING"],
+            "the holder", process=run.process, log=run.log,
+        )  # fmt: skip
+        done = checkout.run(*words)
+        assert done.returncode == 4, done.stdout
+        assert "error: the cluster did not take the application in 8 s: its queue is full" in done.stdout
+        assert "Traceback" not in done.stdout
+        (untaken,) = [one for one in checkout.hadoop.applications() if "untaken" in one["name"]]
+        assert untaken["state"] == "KILLED"
+        checkout.hadoop.kill_application(run.application())
+        run.wait()
+
+
+@pytest.mark.parametrize("mode", ["client", "cluster"])
+def test_an_application_that_is_killed_leaves_its_last_model_and_no_process(checkout, mode):
+    out = f"/models/application-killed-{mode}"
+    words = checkout.on_yarn(*sets(*LONG), "--out", f"hdfs://{out}", mode=mode)
+    with checkout.started(*words, name=f"application-killed-{mode}") as run:
+        wait_for_steps(checkout, run, out)
+        application, started_s = run.application(), time.monotonic()
+        checkout.hadoop.kill_application(application)
+        status = run.wait(30)
+        assert status == (4 if mode == "client" else 1), run.said
+        servers.wait_for(lambda: not processes_of(application), "the end of its containers", timeout_s=30)
+        assert time.monotonic() - started_s < 30
+        assert not processes_of("jobs/train.py", out)
+        if mode == "client":
+            assert "Traceback" not in run.said
+            assert "error: the Spark session was stopped during the run" in run.said
+            assert checkout.summary(out)["status"] == "ClusterError"
+    about = trained(checkout, out, checkout.steps(out))
+    assert not about["finished"]
+    assert about["version"] >= 1
+
+
+def test_sigterm_to_the_driver_writes_the_last_model_to_hdfs(checkout):
+    out = "/models/terminated"
+    words = checkout.on_yarn(*sets(*LONG), "--out", f"hdfs://{out}")
+    with checkout.started(*words, name="terminated") as run:
+        wait_for_steps(checkout, run, out)
+        application = run.application()
+        (submitter,) = processes_of("org.apache.spark.deploy.SparkSubmit", f"hdfs://{out}", "-Dspark")
+        started_s = time.monotonic()
+        os.kill(submitter, signal.SIGTERM)
+        assert run.wait(30) == 143, run.said
+        assert time.monotonic() - started_s < 30
+        assert "Traceback" not in run.said
+        servers.wait_for(lambda: not processes_of(application), "the end of its containers", timeout_s=20)
+    assert checkout.summary(out)["status"] == "Terminated"
+    about = trained(checkout, out, checkout.steps(out))
+    assert (about["version"], about["weights"]) == (checkout.summary(out)["steps"], "weights.pt")
+    assert checkout.hadoop.application(application)["state"] != "RUNNING"
+
+
+def test_a_container_killed_for_its_memory_is_an_error_that_names_the_setting(checkout):
+    settings = [
+        "--conf",
+        "spark.executor.memoryOverhead=100m",
+        "--conf",
+        "spark.yarn.max.executor.failures=3",
+    ]
+    words = checkout.on_yarn(*sets(*LONG), "--out", "hdfs:///models/too-large", settings=settings)
+    done = checkout.run(*words)
+    assert done.returncode == 4, done.stdout
+    (said,) = re.findall(r"error: .*", done.stdout)
+    assert re.search(
+        r"its container used \d+\.?\d* MB of the 740 MB that it may: 640m of spark\.executor\.memory and "
+        r"100m of spark\.executor\.memoryOverhead.* Set spark\.executor\.memoryOverhead=1024m", said
+    ), done.stdout  # fmt: skip

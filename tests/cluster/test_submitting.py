@@ -1,0 +1,212 @@
+"""Every line of README's section on clusters, and what it promises: the same bits, wherever they ran."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import socket
+import subprocess
+import sys
+import urllib.request
+from pathlib import Path
+
+import pytest
+import servers  # tests/hosts
+from checkouts import ROOT, SMALL, Checkout, processes_of, sets
+from conftest import README_LINES
+
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(400)]
+
+SUBMISSIONS = [line for line in README_LINES if line.startswith("spark-submit ")]
+ENCRYPTED = [
+    "--conf", "spark.authenticate=true", "--conf", "spark.network.crypto.enabled=true",
+    "--conf", "spark.authenticate.secret=of-the-tests",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def master(checkout: Checkout, tmp_path_factory: pytest.TempPathFactory):
+    """Start a standalone master and two workers; return the master's address."""
+    folder = tmp_path_factory.mktemp("standalone")
+    with servers.standalone(
+        folder / "servers", environment=checkout.environment, hosts=("127.0.0.2", "127.0.0.3"), memory="3g",
+        of_host={host: {"SPARK_LOCAL_DIRS": str(folder / host)} for host in ("127.0.0.2", "127.0.0.3")},
+    ) as cluster:  # fmt: skip
+        yield cluster.address
+
+
+def test_the_nodes_own_python_cannot_train():
+    base = Path(sys.base_prefix, "bin", f"python{sys.version_info.major}.{sys.version_info.minor}")
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    done = subprocess.run([base, "-c", "import torch"], env=environment, capture_output=True, check=False)
+    assert b"No module named 'torch'" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "line", SUBMISSIONS, ids=lambda line: "-".join(re.findall(r"jobs/(\w+)|mode-(\w+)", line)[0])
+)
+def test_a_line_of_readme_does_what_it_says(checkout, request, line):
+    if "spark://host:7077" in line:
+        line = line.replace("spark://host:7077", request.getfixturevalue("master"))
+    done = checkout.run(*shlex.split(line))
+    assert done.returncode == 0, done.stdout
+    if "jobs/evaluate.py" in line:
+        assert "Confusion matrix" in done.stdout
+        return
+    summary = checkout.summary(re.search(r"--out hdfs://(\S+)", line)[1])
+    reference = checkout.reference()
+    for key in ("parameters_sha256", "buffers_sha256", "data_digest", "test_accuracy", "steps"):
+        assert summary[key] == reference[key], key
+    assert summary["engine"] == ("allreduce" if "allreduce" in line else "tree")
+    assert summary["num_workers"] == 2
+    assert summary["retried_steps"] == 0
+    start = summary["start_up_s"]
+    assert list(start)[:4] == ["submit", "containers", "shards", "first_step"]
+    assert all(seconds >= 0 for seconds in start.values())
+    if "--deploy-mode cluster" not in line:
+        assert re.search(r"start .*submit [\d.]+ +containers", done.stdout)
+
+
+def test_a_node_unpacks_the_environment_once_for_all_applications(checkout):
+    assert len(checkout.hadoop.applications()) >= 2
+    for number in (0, 1):
+        local = checkout.hadoop.folder / f"nodemanager-{number}" / "local"
+        assert len(list(local.rglob("filecache/*/environment.tar.gz"))) == 1
+    first, second = (checkout.summary(f"/models/lenet-of-{mode}-mode") for mode in ("cluster", "client"))
+    assert first["start_up_s"]["environment"] > 0
+    assert "environment" not in second["start_up_s"]
+
+
+def test_a_second_submission_has_nothing_to_do_and_another_is_refused(checkout, tmp_path):
+    (line,) = [line for line in SUBMISSIONS if "--deploy-mode client" in line]
+    words = shlex.split(line)
+    applications = len(checkout.hadoop.applications())
+    done = checkout.run(*words, "--set", "engine.num_workers=1")
+    assert (done.returncode, "nothing to do" in done.stdout) == (0, True), done.stdout
+    done = checkout.run(*words, "--set", "optimizer.lr=0.05", "--log-format", "json")
+    assert done.returncode == 2, done.stdout
+    (said,) = [json.loads(text) for text in done.stdout.splitlines() if text.startswith("{")]
+    assert "optimizer.lr is 0.05, but was 0.1" in said["message"]
+    assert len(checkout.hadoop.applications()) == applications  # it did not ask the cluster for anything
+
+
+def test_a_path_of_the_drivers_machine_is_refused_for_output_in_cluster_mode(checkout):
+    done = checkout.run(*checkout.on_yarn("--out", "models/lenet", mode="cluster"))
+    assert done.returncode == 1
+    application = checkout.hadoop.applications()[0]
+    said = "".join(checkout.hadoop.container_logs(application["id"]).values())
+    assert "error: --out is models/lenet, of the driver's machine; but --deploy-mode is cluster" in said
+    assert "exitCode: 2" in application["diagnostics"]
+    assert len(checkout.hadoop.container_logs(application["id"])) == 1  # and it was not tried a second time
+
+
+def test_from_another_directory_encrypted_with_a_module_of_ones_own_seen_in_the_history(
+    checkout, history_server, tmp_path
+):
+    (tmp_path / "theirs.py").write_text(
+        "from torch import nn\n\n"
+        "class Linear(nn.Linear):\n"
+        "    def forward(self, image):\n"
+        "        return super().forward(image.float() / 255)\n\n"
+        "def factory(classes=10):\n"
+        "    return Linear(784, classes)\n"
+    )
+    settings = ("train.num_shards=4", "train.rows_per_step=120", "schedule.name=none", "optimizer.lr=0.1")
+    module = "model.name=theirs:factory"
+    events = f"{checkout.hadoop.default_fs}/events"
+    checkout.run("hdfs", "dfs", "-mkdir", "-p", "/events")
+    recorded = ["--conf", "spark.eventLog.enabled=true", "--conf", f"spark.eventLog.dir={events}"]
+    words = checkout.on_yarn(
+        *sets(*settings, module), "--out", "hdfs:///models/theirs", settings=[*recorded, *ENCRYPTED]
+    )
+    elsewhere = [
+        str(checkout.folder / word) if word.startswith(("conf/", "jobs/")) else word for word in words
+    ]
+    shipped = f"{checkout.folder}/dist/sparksgd.zip,{tmp_path}/theirs.py"
+    elsewhere[elsewhere.index("dist/sparksgd.zip")] = shipped
+    done = checkout.run(*elsewhere, cwd=tmp_path)
+    assert done.returncode == 0, done.stdout
+    assert [file.name for file in tmp_path.iterdir()] == ["theirs.py"]
+
+    local = checkout.folder / "theirs.py"
+    local.write_bytes((tmp_path / "theirs.py").read_bytes())
+    reference = checkout.reference(*settings, module)
+    summary = checkout.summary("/models/theirs")
+    assert summary["parameters_sha256"] == reference["parameters_sha256"]
+
+    address = history_server(events, **checkout.environment)
+
+    def seen(path: str) -> list[dict]:
+        with urllib.request.urlopen(f"{address}/api/v1/applications{path}", timeout=10) as answer:
+            return json.load(answer)
+
+    (application,) = servers.wait_for(lambda: seen(""), "the application in the history")
+    assert application["name"] == f"sparksgd theirs {summary['run_id']}"
+    jobs = [job.get("description", "") for job in seen(f"/{application['id']}/jobs")]
+    assert any(re.fullmatch(r"sparksgd: step 6 .*", name) for name in jobs), jobs
+    assert all(name.startswith("sparksgd: ") for name in jobs), jobs
+
+
+def listening(pids: list[int]) -> set[tuple[str, int]]:
+    """Return the addresses and ports, of IPv4, on which some processes listen."""
+    sockets = set()
+    for pid in pids:
+        try:
+            for link in Path(f"/proc/{pid}/fd").iterdir():
+                found = re.fullmatch(r"socket:\[(\d+)\]", str(link.readlink()))
+                sockets.update(found.groups() if found else ())
+        except OSError:
+            continue
+    found = set()
+    for table in ("tcp", "tcp6"):
+        for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]:
+            fields = line.split()
+            if fields[3] == "0A" and fields[9] in sockets:
+                address, port = fields[1].split(":")
+                raw = bytes.fromhex(address[-8:])[::-1]
+                found.add((socket.inet_ntoa(raw), int(port, 16)))
+    return found
+
+
+def test_on_standalone_encrypted_everybody_listens_on_the_ports_that_were_given(checkout, master):
+    ports = {
+        "spark.driver.port": "41000", "spark.driver.blockManager.port": "41001",
+        "spark.blockManager.port": "41002", "spark.driver.host": "127.0.0.4",
+        "spark.driver.bindAddress": "127.0.0.4", "spark.ui.port": "41020",
+    }  # fmt: skip
+    words = ["spark-submit", "--master", master, "--properties-file", "conf/spark-standalone.conf"]
+    words += ["--conf", "spark.pyspark.driver.python=python3", "--executor-memory", "640m"]
+    words += ["--archives", "dist/environment.tar.gz#environment", "--py-files", "dist/sparksgd.zip"]
+    words += [word for key, value in ports.items() for word in ("--conf", f"{key}={value}")]
+    words += [*ENCRYPTED, "jobs/train.py", "--config", "conf/mnist-lenet.toml"]
+    allreduce = ("engine.name=allreduce", "engine.ports=41010-41012")
+    settings = (*SMALL, "train.steps=300", "train.epochs=60", "schedule.name=none")
+    words += [*sets(*settings, *allreduce), "--out", "hdfs:///models/ports"]
+    seen: set[tuple[str, int]] = set()
+    with checkout.started(*words, name="ports") as run:
+        while run.process.poll() is None:
+            ours = (
+                processes_of(str(checkout.folder), "app-")
+                + processes_of("127.0.0.4")
+                + processes_of("hdfs:///models/ports")
+            )
+            seen |= listening(ours)
+        assert run.wait() == 0, run.said
+    between_hosts = {
+        port for address, port in seen if address in ("127.0.0.2", "127.0.0.3", "127.0.0.4", "0.0.0.0")
+    }
+    assert {41000, 41001, 41002} <= between_hosts
+    assert between_hosts & {41010, 41011, 41012}
+    assert between_hosts <= {*range(41000, 41013), 41020}
+    reference = checkout.reference(*settings)
+    assert checkout.summary("/models/ports")["parameters_sha256"] == reference["parameters_sha256"]
+
+
+def test_what_readme_says_of_data_is_there(checkout):
+    """The same rows are read from HDFS as lie here."""
+    for split in ("train", "test"):
+        here = (checkout.folder / "data" / "mnist" / f"{split}.parquet").read_bytes()
+        assert checkout.hadoop.read(f"/data/mnist/{split}.parquet") == here
+    assert ROOT.joinpath("dist", "environment.tar.gz").exists()
