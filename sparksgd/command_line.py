@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import argparse
 import logging
+import signal
 import sys
 from collections.abc import Callable
 
 from sparksgd.errors import SparkSGDError
-from sparksgd.interrupts import Terminated, end_in_order
+from sparksgd.interrupts import end_in_order, ended_by
 from sparksgd.logs import are_json
 
 __all__ = ["exit_status", "parser_of"]
@@ -34,15 +35,16 @@ def exit_status(work: Callable[[], object], *, interrupted: str = "interrupted")
     try:
         work()
     except SparkSGDError as error:
-        _say(f"error: {error}")
-        return error.exit_code
-    except Terminated:
-        _say("terminated")
-        return 143
+        if ended_by() is None:
+            _say(f"error: {error}")
+            return error.exit_code
     except KeyboardInterrupt:
-        _say(interrupted)
-        return 130
-    return 0
+        pass
+    else:
+        return 0
+    terminated = ended_by() == signal.SIGTERM
+    _say("terminated" if terminated else interrupted)
+    return 128 + (signal.SIGTERM if terminated else signal.SIGINT)
 
 
 def _say(last: str) -> None:

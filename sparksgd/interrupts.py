@@ -11,7 +11,7 @@ import threading
 from collections.abc import Callable
 from types import FrameType
 
-__all__ = ["Terminated", "end_in_order"]
+__all__ = ["Terminated", "end_in_order", "ended_by"]
 
 _LONGEST_END_S = 25.0
 
@@ -20,7 +20,13 @@ class Terminated(KeyboardInterrupt):
     """SIGTERM came."""
 
 
-_ending = threading.Event()
+_came: list[int] = []
+"""The signal that ends this process, once it came."""
+
+
+def ended_by() -> int | None:
+    """Return the signal that ends this process, if one came: what it raised may come back as another error."""
+    return _came[0] if _came else None
 
 
 def end_in_order(first: Callable[[], object] = lambda: None) -> None:
@@ -33,11 +39,11 @@ def end_in_order(first: Callable[[], object] = lambda: None) -> None:
     """
 
     def end(number: int, frame: FrameType | None) -> None:
-        if _ending.is_set():
+        if _came:
             if number == signal.SIGINT:
                 os._exit(128 + number)
             return  # SIGTERM may follow Ctrl-C: the JVM hands on what it gets
-        _ending.set()
+        _came.append(number)
         last = threading.Timer(_LONGEST_END_S, os._exit, [128 + number])
         last.daemon = True
         last.start()

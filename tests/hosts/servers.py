@@ -27,7 +27,7 @@ __all__ = [
 ]
 
 _KEEPER = Path(__file__).parent / "keeper.py"
-_READY_S = 60
+_READY_S = 120
 _READY = re.compile(r"(?:Starting Spark master at|registered with master) (spark://\S+)")
 _HISTORY_READY = re.compile(r"started at (http://\S+)")
 
