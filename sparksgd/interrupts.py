@@ -25,7 +25,7 @@ _came: list[int] = []
 
 
 def ended_by() -> int | None:
-    """Return the signal that ends this process, if one came: what it raised may come back as another error."""
+    """Return the signal that ends this process, if one came: its exception may have become another."""
     return _came[0] if _came else None
 
 
