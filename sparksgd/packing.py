@@ -260,9 +260,9 @@ def strip(site: Path) -> int:
 def compile_what_training_imports(venv: Path, also: Sequence[str] = ("cryptography.x509",)) -> None:
     """Train a small module in an environment, and keep the bytecode of what that imported.
 
-    Without bytecode, a node's first worker compiles for ten seconds.  This is 55 MB, 21 packed; of all modules
-    it would be three times that.
-    It is not checked against its source, whose time of change an unpacker may lose.
+    Without bytecode, a node's first worker compiles for ten seconds.  This is 55 MB, 21 packed; of all
+    modules it would be three times that.  It is not checked against its source, whose time of change an
+    unpacker may lose.
 
     Args:
         venv: the environment.
