@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -27,7 +28,7 @@ __all__ = [
 ]
 
 _KEEPER = Path(__file__).parent / "keeper.py"
-_READY_S = 60
+_READY_S = 120
 _READY = re.compile(r"(?:Starting Spark master at|registered with master) (spark://\S+)")
 _HISTORY_READY = re.compile(r"started at (http://\S+)")
 
@@ -35,13 +36,15 @@ Process = subprocess.Popen[bytes]
 T = TypeVar("T")
 
 
-def kept(command: Sequence[str], log: Path, *, environment: Mapping[str, str]) -> Process:
+def kept(
+    command: Sequence[str], log: Path, *, environment: Mapping[str, str], cwd: Path | None = None
+) -> Process:
     """Start a command whose descendants die with it, with the returned process, and with this one."""
     words = [sys.executable, "-I", "-S", str(_KEEPER), str(os.getpid()), *command]
     with log.open("w") as opened:
         return subprocess.Popen(
             words, stdin=subprocess.DEVNULL, stdout=opened, stderr=subprocess.STDOUT, env=environment,
-            start_new_session=True,  # a Ctrl-C is for who started it, which then stops it
+            cwd=cwd, start_new_session=True,  # a Ctrl-C is for who started it, which then stops it
         )  # fmt: skip
 
 
@@ -192,9 +195,15 @@ def standalone(
 def submit(
     *words: str, cwd: Path, environment: Mapping[str, str], timeout_s: float = 200
 ) -> subprocess.CompletedProcess[str]:
-    """Run spark-submit with some words, in a directory."""
+    """Run spark-submit with some words, in a directory; nothing of it on this host outlives the call."""
     command = [str(Path(sys.executable).parent / "spark-submit"), *words]
-    return subprocess.run(
-        command, cwd=cwd, env={**os.environ, **environment},
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=timeout_s, check=False,
-    )  # fmt: skip
+    with tempfile.TemporaryDirectory() as folder:
+        log = Path(folder) / "log"
+        process = kept(command, log, environment={**os.environ, **environment}, cwd=cwd)
+        try:
+            process.wait(timeout=timeout_s)
+        except subprocess.TimeoutExpired:
+            raise RuntimeError(f"not within {timeout_s:.0f} s: {log.read_text()[-4000:]}") from None
+        finally:
+            stop(process)
+        return subprocess.CompletedProcess(command, process.returncode, log.read_text(errors="replace"))
