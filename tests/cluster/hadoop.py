@@ -95,6 +95,8 @@ _YARN_SITE = {
     "yarn.nodemanager.resource.cpu-vcores": str(NODE_VCORES),
     "yarn.nodemanager.pmem-check-enabled": "true",
     "yarn.nodemanager.vmem-check-enabled": "false",
+    # true, the default, leaves all to cgroups, also where there are none: nothing is ever killed
+    "yarn.nodemanager.resource.memory.enforced": "false",
     "yarn.nodemanager.container-monitor.interval-ms": "500",
     "yarn.nodemanager.disk-health-checker.max-disk-utilization-per-disk-percentage": "100",
     "yarn.nodemanager.disk-health-checker.min-free-space-per-disk-mb": "0",

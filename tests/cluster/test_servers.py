@@ -143,7 +143,7 @@ def test_a_history_server_shows_what_a_standalone_cluster_ran(standalone, histor
     address = history_server(events.as_uri())
 
     def names() -> list[str]:
-        with urllib.request.urlopen(f"{address}/api/v1/applications", timeout=10) as answer:
+        with urllib.request.urlopen(f"{address}/api/v1/applications", timeout=60) as answer:
             return [application["name"] for application in json.load(answer)]
 
     assert servers.wait_for(names, "the application in the history") == ["of the past"]

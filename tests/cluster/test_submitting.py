@@ -44,9 +44,7 @@ def test_the_nodes_own_python_cannot_train():
     assert b"No module named 'torch'" in done.stderr
 
 
-@pytest.mark.parametrize(
-    "line", SUBMISSIONS, ids=lambda line: "-".join(re.findall(r"jobs/(\w+)|mode-(\w+)", line)[0])
-)
+@pytest.mark.parametrize("line", SUBMISSIONS, ids=lambda line: re.search(r"(lenet-of-\w+)", line)[1])
 def test_a_line_of_readme_does_what_it_says(checkout, request, line):
     if "spark://host:7077" in line:
         line = line.replace("spark://host:7077", request.getfixturevalue("master"))

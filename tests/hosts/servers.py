@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -195,9 +196,15 @@ def standalone(
 def submit(
     *words: str, cwd: Path, environment: Mapping[str, str], timeout_s: float = 200
 ) -> subprocess.CompletedProcess[str]:
-    """Run spark-submit with some words, in a directory."""
+    """Run spark-submit with some words, in a directory; nothing of it on this host outlives the call."""
     command = [str(Path(sys.executable).parent / "spark-submit"), *words]
-    return subprocess.run(
-        command, cwd=cwd, env={**os.environ, **environment},
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=timeout_s, check=False,
-    )  # fmt: skip
+    with tempfile.TemporaryDirectory() as folder:
+        log = Path(folder) / "log"
+        process = kept(command, log, environment={**os.environ, **environment}, cwd=cwd)
+        try:
+            process.wait(timeout=timeout_s)
+        except subprocess.TimeoutExpired:
+            raise RuntimeError(f"not within {timeout_s:.0f} s: {log.read_text()[-4000:]}") from None
+        finally:
+            stop(process)
+        return subprocess.CompletedProcess(command, process.returncode, log.read_text(errors="replace"))
