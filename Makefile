@@ -2,6 +2,7 @@
 
 PYTHON ?= python3
 VENV   := .venv
+PINS   := conf/constraints.txt
 BIN    := $(VENV)/bin
 OUT    ?= runs/mnist-lenet
 ARGS   ?=
@@ -38,19 +39,27 @@ define check-java
 endef
 
 .DEFAULT_GOAL := help
+<<<<<<< HEAD
 .PHONY: help install run test soak test-cluster hadoop-jars check fix bench dist clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+=======
+.PHONY: help install run test test-spark35 soak check fix bench dist clean
+
+help: ## List the targets
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+>>>>>>> b945a1486d55a08bf875beef23f843b03b95932f
 
 install: $(READY) ## Make .venv with the pinned, tested versions
 
-$(READY): pyproject.toml conf/constraints.txt
+$(READY): pyproject.toml $(PINS)
 	$(check-python)
 	$(check-java)
 	@echo "installing into $(VENV) (once; some minutes)"
 	@$(PYTHON) -m venv $(VENV)
-	@$(BIN)/pip install --quiet --disable-pip-version-check --constraint conf/constraints.txt --editable '.[dev]'
+	@awk -F == '!pinned[$$1]++' $(PINS) > $(VENV)/constraints.txt
+	@$(BIN)/pip install --quiet --disable-pip-version-check --constraint $(VENV)/constraints.txt --editable '.[dev]'
 	@touch $@
 
 data/mnist/train.parquet data/mnist/test.parquet &: | $(READY)
@@ -62,7 +71,16 @@ run: $(READY) data/mnist/train.parquet data/mnist/test.parquet ## Train LeNet on
 
 test: $(READY) ## Run the tests
 	$(check-java)
+<<<<<<< HEAD
 	@$(BIN)/python -m pytest -m 'not soak and not cluster'
+=======
+	@$(BIN)/python -m pytest -m 'not soak' $(TESTS)
+
+test-spark35: ## Run the tests that start Spark on the oldest one that is supported
+	@$(MAKE) --no-print-directory test VENV=.venv-spark35 \
+	  PINS='conf/constraints-spark35.txt conf/constraints.txt' \
+	  TESTS='tests/spark tests/test_jobs.py tests/test_readme.py'
+>>>>>>> b945a1486d55a08bf875beef23f843b03b95932f
 
 soak: $(READY) ## Run the long tests: much data, many steps, killed executors, hosts of their own
 	$(check-java)
@@ -105,4 +123,4 @@ dist/environment.tar.gz: pyproject.toml conf/constraints.txt sparksgd/packing.py
 	@$(BIN)/python -m sparksgd.packing environment --out $@
 
 clean: ## Remove what the targets made, except data/ and runs/
-	rm -rf $(VENV) dist build *.egg-info .pytest_cache .mypy_cache .ruff_cache spark-warehouse benchmark.json
+	rm -rf $(VENV) .venv-spark35 dist build *.egg-info .pytest_cache .mypy_cache .ruff_cache spark-warehouse benchmark.json

@@ -155,8 +155,8 @@ class EngineConfig:
     """Gradient computers (Spark tasks); None takes as many as there are slots and shards for,
     less those that would only wait for others."""
 
-    slots_timeout_s: float = _cluster(60.0)
-    """How long to wait for the slots that the workers need."""
+    slots_timeout_s: float = _cluster(300.0)
+    """How long to wait for the slots that the workers need; nodes may unpack an environment first."""
 
     barrier: bool = _cluster(True)
     """tree: barrier mode.  false: ordinary stages, whose tasks arrive at the driver one by one, for

@@ -178,6 +178,7 @@ def job_session(app_name: str, train: TrainConfig, timeout_s: float = math.inf) 
 def _patience(app_name: str, timeout_s: float) -> Iterator[None]:
     """Say that an application waits to be taken, which Spark does without a word or an end."""
     started_s = time.monotonic()
+    given_up: list[NotEnoughSlots] = []
 
     def look(number: int, frame: FrameType | None) -> None:
         waited_s = time.monotonic() - started_s
@@ -188,18 +189,25 @@ def _patience(app_name: str, timeout_s: float) -> Iterator[None]:
             )  # this one's way to the JVM is busy
             kill.start()
             kill.join(_KILLED_S)
-            raise NotEnoughSlots(
-                f"the cluster did not take the application in {waited_s:.0f} s: its queue is full, or "
-                f"holds no container as large as spark.driver.memory or spark.yarn.am.memory ask for. Name "
-                f"another queue (--queue), ask for less, or wait longer "
-                f"(engine.slots_timeout_s={2 * max(waited_s, 30):.0f})"
+            given_up.append(
+                NotEnoughSlots(
+                    f"the cluster did not take the application in {waited_s:.0f} s: its queue is full, or "
+                    f"holds no container as large as spark.yarn.am.memory asks for. Name another queue "
+                    f"(--queue), ask for less, or wait longer "
+                    f"(engine.slots_timeout_s={2 * max(waited_s, 30):.0f})"
+                )
             )
+            raise given_up[0]
 
     before = signal.signal(signal.SIGALRM, look)
     first_s = min(_UNTAKEN_S, timeout_s)
     signal.setitimer(signal.ITIMER_REAL, max(first_s, 1.0), min(_UNTAKEN_S, max(timeout_s - first_s, 1.0)))
     try:
         yield
+    except Exception:
+        if given_up:  # py4j, in whose call it was raised, may have made another of it
+            raise given_up[0] from None
+        raise
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)

@@ -167,7 +167,7 @@ def test_a_container_killed_for_its_memory_is_an_error_that_names_the_setting(ch
         "--conf",
         "spark.executor.memoryOverhead=100m",
         "--conf",
-        "spark.yarn.max.executor.failures=3",
+        "spark.executor.maxNumFailures=3",
     ]
     words = checkout.on_yarn(*sets(*LONG), "--out", "hdfs:///models/too-large", settings=settings)
     done = checkout.run(*words)
