@@ -39,17 +39,10 @@ define check-java
 endef
 
 .DEFAULT_GOAL := help
-<<<<<<< HEAD
-.PHONY: help install run test soak test-cluster hadoop-jars check fix bench dist clean
-
-help: ## List the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
-=======
-.PHONY: help install run test test-spark35 soak check fix bench dist clean
+.PHONY: help install run test test-spark35 soak test-cluster hadoop-jars check fix bench dist clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
->>>>>>> b945a1486d55a08bf875beef23f843b03b95932f
 
 install: $(READY) ## Make .venv with the pinned, tested versions
 
@@ -71,22 +64,19 @@ run: $(READY) data/mnist/train.parquet data/mnist/test.parquet ## Train LeNet on
 
 test: $(READY) ## Run the tests
 	$(check-java)
-<<<<<<< HEAD
-	@$(BIN)/python -m pytest -m 'not soak and not cluster'
-=======
-	@$(BIN)/python -m pytest -m 'not soak' $(TESTS)
+	@$(BIN)/python -m pytest -m 'not soak and not cluster' $(TESTS)
 
 test-spark35: ## Run the tests that start Spark on the oldest one that is supported
 	@$(MAKE) --no-print-directory test VENV=.venv-spark35 \
 	  PINS='conf/constraints-spark35.txt conf/constraints.txt' \
 	  TESTS='tests/spark tests/test_jobs.py tests/test_readme.py'
->>>>>>> b945a1486d55a08bf875beef23f843b03b95932f
+
 
 soak: $(READY) ## Run the long tests: much data, many steps, killed executors, hosts of their own
 	$(check-java)
 	@$(BIN)/python -m pytest -m 'soak and not cluster'
 
-test-cluster: $(READY) ## Run the tests on real servers: HDFS, YARN, a standalone cluster, a history server
+test-cluster: $(READY) data/mnist/train.parquet dist ## Run the tests on real servers: HDFS, YARN, a standalone cluster, a history server
 	$(check-java)
 	@$(BIN)/python tests/cluster/jars.py || true  # without them these tests are skipped, and say so
 	@$(BIN)/python -m pytest -m cluster tests/cluster
