@@ -35,9 +35,8 @@ def look(partition: Iterable[int]) -> Iterator[UnpackedEnvironment]:
         # Unpacking sets the time of modification to that of the packing, but this one it cannot.
         written_s = [entry.lstat().st_ctime for entry in _files(top)]
         status = top.stat()
-        yield UnpackedEnvironment(
-            socket.gethostname(), (status.st_dev, status.st_ino), min(written_s), max(written_s)
-        )
+        host = os.environ.get("NM_HOST") or socket.gethostname()  # YARN's name of its node
+        yield UnpackedEnvironment(host, (status.st_dev, status.st_ino), min(written_s), max(written_s))
 
 
 def _files(top: Path) -> Iterator[Path]:
