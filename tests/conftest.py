@@ -14,3 +14,5 @@ os.environ["PYSPARK_PYTHON"] = sys.executable
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(MODULES), os.environ.get("PYTHONPATH")]))
 sys.path[:0] = [str(MODULES), str(MODULES.parent / "hosts"), str(MODULES.parent / "cluster")]
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore Ctrl-C
+
+pytest_plugins = ["cluster_fixtures"]  # not a conftest.py: tests import from the one of tests/spark
