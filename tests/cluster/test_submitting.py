@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import servers  # tests/hosts
 from checkouts import ROOT, SMALL, Checkout, processes_of, sets
-from conftest import README_LINES
+from cluster_fixtures import README_LINES
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(400)]
 
