@@ -15,7 +15,7 @@ from sparksgd.participation import Record
 from sparksgd.start_up import StartUp
 from sparksgd.storage import Location, fingerprint, local_copy, location
 from sparksgd.terminal import Terminal, scores_tables
-from sparksgd.training import Observer
+from sparksgd.training import Observer, check_solver
 
 __all__ = ["run", "run_evaluation"]
 
@@ -50,6 +50,7 @@ def run(
             "the run to be replayed trained a module given in Python: replay it there, with "
             "train(..., module=, record=Record.read(folder))"
         )
+    check_solver(config)
     on_spark = config.engine.name != "inline"
     start_up = StartUp()
     if on_spark:

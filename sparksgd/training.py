@@ -57,6 +57,7 @@ __all__ = [
     "RowSource",
     "Training",
     "build_module",
+    "check_solver",
     "train",
 ]
 
@@ -276,7 +277,7 @@ def train(
         module = build_module(config.model, config.train.seed)
     loss = loss_named(config.loss.name)
     schema = _tried_schema(config, module, loss, rows, dtype)
-    _try_solver(config)
+    check_solver(config)
     if not module.training:
         log.warning(
             "the module is in evaluation mode: it trains without dropout, its batch-norm fixed; "
@@ -396,8 +397,8 @@ def _typical(rows: Sequence[dict[str, Any]], features: Sequence[str]) -> dict[st
     return next(row for row in rows if lengths(row) == common)
 
 
-def _try_solver(config: Config) -> None:
-    """Refuse an optimiser or a schedule that cannot be made, before any row is read for it."""
+def check_solver(config: Config) -> None:
+    """Refuse an optimiser or a schedule that cannot be made, before anything waits for it."""
     SynchronousSolver(
         FlatModule(nn.ParameterList([nn.Parameter(torch.zeros(2, 2))])),
         optimizer=config.optimizer,

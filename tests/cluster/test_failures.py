@@ -14,7 +14,7 @@ from checkouts import SMALL, Checkout, Run, processes_of, sets
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(400)]
 
-LONG = (*SMALL, "train.epochs=200", "schedule.name=none")
+LONG = (*SMALL, "train.epochs=200", "schedule.total_steps=10000")
 """Some minutes of training, if nobody ends it."""
 
 STEPS = "train.steps=150"

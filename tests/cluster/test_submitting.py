@@ -111,7 +111,7 @@ def test_from_another_directory_encrypted_with_a_module_of_ones_own_seen_in_the_
         "def factory(classes=10):\n"
         "    return Linear(784, classes)\n"
     )
-    settings = ("train.num_shards=4", "train.rows_per_step=120", "schedule.name=none", "optimizer.lr=0.1")
+    settings = ("train.num_shards=4", "train.rows_per_step=120")
     module = "model.name=theirs:factory"
     events = f"{checkout.hadoop.default_fs}/events"
     checkout.run("hdfs", "dfs", "-mkdir", "-p", "/events")
@@ -180,7 +180,7 @@ def test_on_standalone_encrypted_everybody_listens_on_the_ports_that_were_given(
     words += [word for key, value in ports.items() for word in ("--conf", f"{key}={value}")]
     words += [*ENCRYPTED, "jobs/train.py", "--config", "conf/mnist-lenet.toml"]
     allreduce = ("engine.name=allreduce", "engine.ports=41010-41012")
-    settings = (*SMALL, "train.steps=300", "train.epochs=60", "schedule.name=none")
+    settings = (*SMALL, "train.steps=300", "train.epochs=60", "schedule.total_steps=3000")
     words += [*sets(*settings, *allreduce), "--out", "hdfs:///models/ports"]
     seen: set[tuple[str, int]] = set()
     with checkout.started(*words, name="ports") as run:
