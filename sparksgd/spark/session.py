@@ -166,7 +166,10 @@ def job_session(app_name: str, train: TrainConfig, timeout_s: float = math.inf) 
         return
     with _patience(app_name, timeout_s):
         session = start_session(app_name, train)
-    end_quietly(session.sparkContext)
+    context = session.sparkContext
+    end_quietly(context)
+    shown = f", shown at {context.uiWebUrl}" if context.uiWebUrl else ""
+    log.info("application %s on %s%s", context.applicationId, context.master, shown)
     try:
         yield session
     finally:
