@@ -87,18 +87,22 @@ class Checkout:
     hadoop: Hadoop
     environment: dict[str, str] = field(default_factory=dict)
 
-    def run(self, *command: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    def run(
+        self, *command: str, cwd: Path | None = None, timeout_s: float = 250
+    ) -> subprocess.CompletedProcess[str]:
         """Run a command here, or elsewhere."""
-        return subprocess.run(
-            command, cwd=cwd or self.folder, env=self.environment, text=True, stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT, check=False, timeout=250,
-        )  # fmt: skip
+        with self.started(*command, name="run", cwd=cwd) as run:
+            try:
+                status = run.wait(timeout_s)
+            except subprocess.TimeoutExpired as error:
+                raise RuntimeError(f"not within {timeout_s:.0f} s: {run.said[-4000:]}") from error
+            return subprocess.CompletedProcess(command, status, run.said)
 
     @contextmanager
-    def started(self, *command: str, name: str) -> Iterator[Run]:
+    def started(self, *command: str, name: str, cwd: Path | None = None) -> Iterator[Run]:
         """Start a command; nothing of it is left after the block."""
         log = self.folder / f"{name}.log"
-        process = servers.kept(command, log, environment=self.environment, cwd=self.folder)
+        process = servers.kept(command, log, environment=self.environment, cwd=cwd or self.folder)
         try:
             yield Run(process, log)
         finally:

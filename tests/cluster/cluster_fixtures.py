@@ -46,13 +46,13 @@ def checkout(hadoop: Hadoop, tmp_path_factory: pytest.TempPathFactory) -> Checko
     return made
 
 
-@pytest.fixture
-def standalone(tmp_path: Path) -> Iterator[servers.Standalone]:
-    """Start a master, and two workers of two cores with hosts of their own."""
-    environment = os.environ | {"SPARK_LOCAL_DIRS": str(tmp_path / "standalone" / "local")}
-    hosts = ("127.0.0.2", "127.0.0.3")
+@pytest.fixture(scope="module")
+def standalone(checkout: Checkout, tmp_path_factory: pytest.TempPathFactory) -> Iterator[servers.Standalone]:
+    """Start a master, and two workers with hosts and disks of their own."""
+    folder, hosts = tmp_path_factory.mktemp("standalone"), ("127.0.0.2", "127.0.0.3")
+    of_host = {host: {"SPARK_LOCAL_DIRS": str(folder / host)} for host in hosts}
     with servers.standalone(
-        tmp_path / "standalone", environment=environment, hosts=hosts, cores=2
+        folder / "servers", environment=checkout.environment, hosts=hosts, memory="3g", of_host=of_host
     ) as cluster:
         yield cluster
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import servers  # tests/hosts
-from checkouts import ROOT, SMALL, Checkout, processes_of, sets
+from checkouts import ROOT, SMALL, processes_of, sets
 from cluster_fixtures import README_LINES
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(400)]
@@ -24,17 +24,6 @@ ENCRYPTED = [
     "--conf", "spark.authenticate=true", "--conf", "spark.network.crypto.enabled=true",
     "--conf", "spark.authenticate.secret=of-the-tests",
 ]  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def master(checkout: Checkout, tmp_path_factory: pytest.TempPathFactory):
-    """Start a standalone master and two workers; return the master's address."""
-    folder = tmp_path_factory.mktemp("standalone")
-    with servers.standalone(
-        folder / "servers", environment=checkout.environment, hosts=("127.0.0.2", "127.0.0.3"), memory="3g",
-        of_host={host: {"SPARK_LOCAL_DIRS": str(folder / host)} for host in ("127.0.0.2", "127.0.0.3")},
-    ) as cluster:  # fmt: skip
-        yield cluster.address
 
 
 def test_the_nodes_own_python_cannot_train():
@@ -47,7 +36,7 @@ def test_the_nodes_own_python_cannot_train():
 @pytest.mark.parametrize("line", SUBMISSIONS, ids=lambda line: re.search(r"(lenet-of-\w+)", line)[1])
 def test_a_line_of_readme_does_what_it_says(checkout, request, line):
     if "spark://host:7077" in line:
-        line = line.replace("spark://host:7077", request.getfixturevalue("master"))
+        line = line.replace("spark://host:7077", request.getfixturevalue("standalone").address)
     done = checkout.run(*shlex.split(line))
     assert done.returncode == 0, done.stdout
     if "jobs/evaluate.py" in line:
@@ -168,13 +157,19 @@ def listening(pids: list[int]) -> set[tuple[str, int]]:
     return found
 
 
-def test_on_standalone_encrypted_everybody_listens_on_the_ports_that_were_given(checkout, master):
+def test_on_standalone_encrypted_everybody_listens_on_the_ports_that_were_given(checkout, standalone):
     ports = {
         "spark.driver.port": "41000", "spark.driver.blockManager.port": "41001",
         "spark.blockManager.port": "41002", "spark.driver.host": "127.0.0.4",
         "spark.driver.bindAddress": "127.0.0.4", "spark.ui.port": "41020",
     }  # fmt: skip
-    words = ["spark-submit", "--master", master, "--properties-file", "conf/spark-standalone.conf"]
+    words = [
+        "spark-submit",
+        "--master",
+        standalone.address,
+        "--properties-file",
+        "conf/spark-standalone.conf",
+    ]
     words += ["--conf", "spark.pyspark.driver.python=python3", "--executor-memory", "640m"]
     words += ["--archives", "dist/environment.tar.gz#environment", "--py-files", "dist/sparksgd.zip"]
     words += [word for key, value in ports.items() for word in ("--conf", f"{key}={value}")]

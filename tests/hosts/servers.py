@@ -7,7 +7,6 @@ import re
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -23,7 +22,6 @@ __all__ = [
     "start_server",
     "start_spark",
     "stop",
-    "submit",
     "wait_for",
 ]
 
@@ -191,20 +189,3 @@ def standalone(
         yield cluster
     finally:
         cluster.close()
-
-
-def submit(
-    *words: str, cwd: Path, environment: Mapping[str, str], timeout_s: float = 200
-) -> subprocess.CompletedProcess[str]:
-    """Run spark-submit with some words, in a directory; nothing of it on this host outlives the call."""
-    command = [str(Path(sys.executable).parent / "spark-submit"), *words]
-    with tempfile.TemporaryDirectory() as folder:
-        log = Path(folder) / "log"
-        process = kept(command, log, environment={**os.environ, **environment}, cwd=cwd)
-        try:
-            process.wait(timeout=timeout_s)
-        except subprocess.TimeoutExpired:
-            raise RuntimeError(f"not within {timeout_s:.0f} s: {log.read_text()[-4000:]}") from None
-        finally:
-            stop(process)
-        return subprocess.CompletedProcess(command, process.returncode, log.read_text(errors="replace"))
