@@ -38,7 +38,6 @@ __all__ = [
 log = logging.getLogger("sparksgd")
 
 _UNTAKEN_S = 20.0
-_KILLED_S = 10.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,6 +138,8 @@ def start_session(app_name: str, train: TrainConfig) -> SparkSession:
     conf.setIfMissing("spark.task.cpus", str(train.threads))
     conf.setIfMissing("spark.ui.showConsoleProgress", "false")
     conf.setIfMissing("spark.log.level", "WARN")
+    # A job waits for its slots by itself, and says so: Spark would do it in silence, for 30 s.
+    conf.setIfMissing("spark.scheduler.minRegisteredResourcesRatio", "0")
     if str(conf.get("spark.master", "")).startswith("yarn"):
         # the container's own directory: its temporary one is too long a path for a socket
         conf.setIfMissing("spark.python.unix.domain.socket.dir", ".")
@@ -181,35 +182,29 @@ def job_session(app_name: str, train: TrainConfig, timeout_s: float = math.inf) 
 def _patience(app_name: str, timeout_s: float) -> Iterator[None]:
     """Say that an application waits to be taken, which Spark does without a word or an end."""
     started_s = time.monotonic()
-    given_up: list[NotEnoughSlots] = []
+    given_up_s: list[float] = []
 
     def look(number: int, frame: FrameType | None) -> None:
         waited_s = time.monotonic() - started_s
         log.info("waiting for the cluster to take the application (%.0f s)", waited_s)
-        if waited_s >= timeout_s:
-            kill = threading.Thread(
-                target=_kill_on_yarn, args=[app_name]
-            )  # this one's way to the JVM is busy
-            kill.start()
-            kill.join(_KILLED_S)
-            given_up.append(
-                NotEnoughSlots(
-                    f"the cluster did not take the application in {waited_s:.0f} s: its queue is full, or "
-                    f"holds no container as large as spark.yarn.am.memory asks for. Name another queue "
-                    f"(--queue), ask for less, or wait longer "
-                    f"(engine.slots_timeout_s={2 * max(waited_s, 30):.0f})"
-                )
-            )
-            raise given_up[0]
+        if waited_s >= timeout_s and not given_up_s:
+            given_up_s.append(waited_s)
+            # In a thread of its own, for this one's way to the JVM is busy; the wait ends with the application.
+            threading.Thread(target=_kill_on_yarn, args=[app_name]).start()
 
     before = signal.signal(signal.SIGALRM, look)
     first_s = min(_UNTAKEN_S, timeout_s)
     signal.setitimer(signal.ITIMER_REAL, max(first_s, 1.0), min(_UNTAKEN_S, max(timeout_s - first_s, 1.0)))
     try:
         yield
-    except Exception:
-        if given_up:  # py4j, in whose call it was raised, may have made another of it
-            raise given_up[0] from None
+    except Exception as error:
+        if given_up_s:
+            raise NotEnoughSlots(
+                f"the cluster did not take the application in {given_up_s[0]:.0f} s: its queue is full, or "
+                f"holds no container as large as spark.yarn.am.memory asks for. Name another queue "
+                f"(--queue), ask for less, or wait longer "
+                f"(engine.slots_timeout_s={2 * max(given_up_s[0], 30):.0f})"
+            ) from error
         raise
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
