@@ -189,7 +189,7 @@ def _patience(app_name: str, timeout_s: float) -> Iterator[None]:
         log.info("waiting for the cluster to take the application (%.0f s)", waited_s)
         if waited_s >= timeout_s and not given_up_s:
             given_up_s.append(waited_s)
-            # In a thread of its own, for this one's way to the JVM is busy; the wait ends with the application.
+            # In a thread of its own, for this one's way to the JVM is busy: the wait ends with it.
             threading.Thread(target=_kill_on_yarn, args=[app_name]).start()
 
     before = signal.signal(signal.SIGALRM, look)
