@@ -30,7 +30,8 @@ def is_done(out: Location, config: Config, fingerprints: Mapping[str, str], if_e
     Args:
         out: the folder.
         config: what is to be trained.
-        fingerprints: of the files trained on and evaluated on, by the key that names them.
+        fingerprints: of the files trained on and evaluated on, by the key that names them; of what is
+            repeated, if anything is.
         if_exists: "skip" asks this question; "fail" refuses any finished run; "overwrite" wants none.
 
     Raises:
@@ -40,10 +41,13 @@ def is_done(out: Location, config: Config, fingerprints: Mapping[str, str], if_e
         return False
     try:
         summary, record = (json.loads((out / name).read_bytes()) for name in (SUMMARY, RECORD))
-        status = summary["status"]
+        status, parameters = summary["status"], summary.get("parameters_sha256")
+        then, files = Config.from_dict(record["config"]).experiment(), dict(record["fingerprints"])
     except FileNotFoundError:
         return False
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except OSError as error:
+        raise ConfigError(f"--out {out} cannot be read: {error.strerror}; name another folder") from error
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise ConfigError(
             f"--out {out} holds what is no run of this version ({type(error).__name__}: {error}): name "
             f"another folder, or pass --if-exists overwrite"
@@ -56,7 +60,7 @@ def is_done(out: Location, config: Config, fingerprints: Mapping[str, str], if_e
             f"--out {out} holds a finished run, and --if-exists is fail: name another folder, or pass "
             f"--if-exists overwrite"
         )
-    differences = _differences(record, config, fingerprints)
+    differences = _differences(then, files, config, fingerprints)
     if differences:
         raise ConfigError(
             f"--out {out} holds a finished run, but not of this: {'; '.join(differences)}. Name another "
@@ -65,20 +69,22 @@ def is_done(out: Location, config: Config, fingerprints: Mapping[str, str], if_e
     log.info(
         "nothing to do: --out %s holds a finished run of this configuration and these files, parameters %s",
         out,
-        summary["parameters_sha256"],
+        parameters,
     )
     return True
 
 
-def _differences(record: Mapping[str, Any], config: Config, fingerprints: Mapping[str, str]) -> list[str]:
-    then, now = Config.from_dict(record["config"]).experiment(), config.experiment()
+def _differences(
+    then: Mapping[str, Any], files: Mapping[str, str], config: Config, fingerprints: Mapping[str, str]
+) -> list[str]:
+    now = config.experiment()
     found = [
         f"{key} is {now.get(key)!r}, but was {then.get(key)!r}"
         for key in sorted((then.keys() | now.keys()) - set(_PATHS))
         if then.get(key) != now.get(key)
     ]
-    earlier = record.get("fingerprints", {})
-    for key in _PATHS:
-        if earlier.get(key) != fingerprints.get(key):
-            found.append(f"the files of {key} are others, or were changed since ({now.get(key)})")
+    for key in sorted(files.keys() | fingerprints.keys()):
+        if files.get(key) != fingerprints.get(key):
+            changed = f"the files of {key} are others, or were changed since ({now.get(key)})"
+            found.append(changed if key in _PATHS else f"the {key} is another, or only one of them is one")
     return found

@@ -32,7 +32,8 @@ def open_console() -> Console:
         behind = Path(f"/proc/{os.getppid()}/fd/2").readlink()
     except OSError:
         behind = Path()
-    if sys.stderr.isatty() or not str(behind).startswith(("/dev/pts/", "/dev/tty")):
+    submitted = "PYSPARK_GATEWAY_PORT" in os.environ
+    if sys.stderr.isatty() or not submitted or not str(behind).startswith(("/dev/pts/", "/dev/tty")):
         return Console(stderr=True)
     try:
         terminal = behind.open("w", encoding="utf-8")

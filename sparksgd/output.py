@@ -21,7 +21,8 @@ import pickle
 import re
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ from torch import nn
 
 from sparksgd.config import ModelConfig
 from sparksgd.engines.protocol import StepReport
-from sparksgd.errors import DataError
+from sparksgd.errors import ClusterError, DataError
 from sparksgd.losses import Loss, loss_named
 from sparksgd.participation import METRICS, RECORD, SUMMARY
 from sparksgd.rows import Feature, RowSchema
@@ -209,6 +210,10 @@ class RunFolder:
 
     def started(self, training: Training) -> None:
         """Begin metrics.jsonl; what an earlier run left goes."""
+        with self._told():
+            self._begin(training)
+
+    def _begin(self, training: Training) -> None:
         for name in (SUMMARY, "model/model.json"):
             (self.folder / name).remove()
         model = self.folder / "model"
@@ -247,9 +252,8 @@ class RunFolder:
         if report.arrivals:
             timing |= {"late": list(report.late), "arrivals": [asdict(one) for one in report.arrivals]}
         self._line(exact | {"timing": timing})
-        if report.step == training.version < training.total_steps and self._saves.is_due():
-            with self._saves.done():
-                self._save(training, f"weights-{report.step}.pt")
+        if report.step == training.version:
+            self._keep(training)
 
     def evaluated(self, training: Training, report: EvaluationReport) -> None:
         """Write an evaluation's line."""
@@ -265,11 +269,31 @@ class RunFolder:
 
     def ended(self, training: Training) -> None:
         """Write the model, as the last good step left it, and the summary."""
-        if self._metrics is not None:
-            self._metrics.close()
-        self._save(training, _WEIGHTS)
-        about = {"run_id": self._run_id} | summary(training, time.perf_counter() - self._started)
-        _write_json(self.folder / SUMMARY, about)
+        with self._told(), ExitStack() as each:  # what cannot be written keeps nothing else from it
+            about = {"run_id": self._run_id} | summary(training, time.perf_counter() - self._started)
+            each.callback(_write_json, self.folder / SUMMARY, about)
+            if self._metrics is not None:
+                each.callback(self._metrics.close)
+            self._save(training, _WEIGHTS)
+
+    def _keep(self, training: Training) -> None:
+        """Write what a killed run should leave; an output that does not answer is asked again later."""
+        assert self._metrics is not None
+        try:
+            self._metrics.flush()
+            if training.version < training.total_steps and self._saves.is_due():
+                with self._saves.done():
+                    self._save(training, f"weights-{training.version}.pt")
+        except OSError as error:
+            log.warning("%s cannot be written now, training goes on: %s", self.folder, error.strerror)
+
+    @contextmanager
+    def _told(self) -> Iterator[None]:
+        """Tell what failed as an error of ours."""
+        try:
+            yield
+        except OSError as error:
+            raise ClusterError(f"--out {self.folder} cannot be written: {error.strerror}") from error
 
     def _save(self, training: Training, weights: str) -> None:
         before, self._weights = self._weights, weights
@@ -279,7 +303,8 @@ class RunFolder:
 
     def _line(self, values: dict[str, Any]) -> None:
         assert self._metrics is not None
-        self._metrics.write(json.dumps(values) + "\n")
+        with self._told():
+            self._metrics.write(json.dumps(values) + "\n")
 
 
 def _finite(value: float) -> float | None:

@@ -6,6 +6,7 @@ at the same parameters.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections import defaultdict, deque
 from collections.abc import Iterable, Sequence
@@ -153,6 +154,11 @@ class Record:
         if not record.took_part:
             raise DataError(f"{folder} is the record of a run that made no step")
         return record
+
+    def fingerprint(self) -> str:
+        """Return a digest of which shards take part when."""
+        steps = [(sorted(shards), deal) for shards, deal in zip(self.took_part, self.deals, strict=True)]
+        return hashlib.sha256(json.dumps(steps).encode()).hexdigest()
 
     def check(self, config: Config, data_digest: str) -> None:
         """Refuse another experiment, or other rows.

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import uuid
 from contextlib import ExitStack
 
 from rich.console import Console
 
-from sparksgd.config import Config, TrainConfig
+from sparksgd.config import Config, EngineConfig, TrainConfig
 from sparksgd.earlier import IfExists, is_done
 from sparksgd.errors import ConfigError, DataError
+from sparksgd.logs import log_to, new_run_id, open_console
 from sparksgd.output import RunFolder, load_model
 from sparksgd.participation import Record
 from sparksgd.start_up import StartUp
@@ -51,18 +53,23 @@ def run(
             "train(..., module=, record=Record.read(folder))"
         )
     check_solver(config)
+    if "PYSPARK_GATEWAY_PORT" in os.environ:  # under spark-submit
+        from sparksgd.spark.session import refuse_lost_output
+
+        refuse_lost_output(out)
     on_spark = config.engine.name != "inline"
     start_up = StartUp()
     if on_spark:
-        from sparksgd.spark.session import refuse_lost_output, submitted_at_s
+        from sparksgd.spark.session import submitted_at_s
 
-        refuse_lost_output(out)
         start_up = StartUp(submitted_at_s())
     folder = location(out)
     try:
         fingerprints = {key: fingerprint(path) for key, path in data.items() if path is not None}
     except OSError as error:
-        raise DataError(f"cannot read {error.filename}: {error.strerror}") from error
+        raise DataError(f"cannot read {error.filename} as Parquet: {error.strerror}") from error
+    if record is not None:
+        fingerprints["replay"] = record.fingerprint()
     if is_done(folder, config, fingerprints, if_exists):
         return
     _require_writable(folder)
@@ -129,12 +136,14 @@ def run_evaluation(folder: str, data: str) -> None:
         folder: model/ of a run, a path or URI.
         data: Parquet with the columns that the model was trained on, a path or URI.
     """
+    log_to(open_console(), new_run_id())
     from sparksgd.spark.evaluation import evaluate
     from sparksgd.spark.rows import read_parquet
     from sparksgd.spark.session import job_session
 
     model = load_model(folder)
-    with job_session(f"sparksgd evaluation of {folder}", TrainConfig()) as session:
+    patience_s = EngineConfig().slots_timeout_s
+    with job_session(f"sparksgd evaluation of {folder}", TrainConfig(), patience_s) as session:
         scores = evaluate(read_parquet(session, data), model)
     for table in scores_tables(scores.rows, scores.loss, scores.accuracy, scores.confusion):
         Console().print(table)

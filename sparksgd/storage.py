@@ -9,6 +9,7 @@ A file is written whole or not at all, so that no reader ever sees half of it.
 
 from __future__ import annotations
 
+import errno
 import glob
 import hashlib
 import importlib
@@ -52,6 +53,10 @@ class Lines(Protocol):
 
     def write(self, text: str) -> object:
         """Append whole lines."""
+        ...
+
+    def flush(self) -> object:
+        """Let others read what was written, but for what some seconds brought."""
         ...
 
     def close(self) -> None:
@@ -134,7 +139,7 @@ def _local_path(path: str | Path) -> Path | None:
         return Path(text)
     if scheme[1].lower() != "file":
         return None
-    return Path(text[scheme.end() :].removeprefix("//"))  # as Hadoop reads it: %20 is no space
+    return Path("/" + text[scheme.end() :].lstrip("/"))  # as Hadoop reads it: %20 is no space
 
 
 @dataclass(frozen=True)
@@ -251,6 +256,9 @@ class SpooledLines:
     def write(self, text: str) -> None:
         """Append whole lines."""
         self._spool.write(text)
+
+    def flush(self) -> None:
+        """Copy what is not there yet, if that is due."""
         if self._copies.is_due():
             self._copy()
 
@@ -280,8 +288,10 @@ def replacing(path: Path) -> Iterator[Path]:
 
 def fingerprint(path: str) -> str:
     """Return a digest of the files behind a path: their names, sizes and times, not what they hold."""
-    digest = hashlib.sha256()
-    for file in location(path).files():
+    digest, files = hashlib.sha256(), location(path).files()
+    if not files:
+        raise FileNotFoundError(errno.ENOENT, "no file is there", path)
+    for file in files:
         digest.update(f"{file.path}\0{file.size_bytes}\0{file.modified_ms}\n".encode())
     return digest.hexdigest()
 
@@ -296,7 +306,7 @@ def local_copy(path: str) -> Iterator[str]:
     source = location(path)
     files = source.files()
     if not files:
-        raise FileNotFoundError(2, "no such file or folder", path)
+        raise FileNotFoundError(errno.ENOENT, "no such file or folder", path)
     with tempfile.TemporaryDirectory(prefix="sparksgd-") as folder:
         single = [file.path for file in files] == [source.name]
         for file in files:

@@ -672,8 +672,9 @@ def _loop(
         raise
     finally:
         training.version = solver.step
-        for observer in observers:
-            observer.ended(training)
+        with ExitStack() as all_of_them:  # also where one cannot
+            for observer in reversed(observers):
+                all_of_them.callback(observer.ended, training)
 
 
 def _evaluated(training: Training, engine: Engine, solver: SynchronousSolver) -> EvaluationReport:

@@ -66,6 +66,11 @@ def test_other_files_are_refused(out: Path, files: dict[str, str]) -> None:
         is_done(location(out), CONFIG, files, "skip")
 
 
+def test_a_replay_is_not_the_run_that_it_repeats(out: Path) -> None:
+    with pytest.raises(ConfigError, match="the replay is another"):
+        is_done(location(out), CONFIG, FILES | {"replay": "4"}, "skip")
+
+
 def test_fail_refuses_any_finished_run(out: Path) -> None:
     with pytest.raises(ConfigError, match="--if-exists is fail"):
         is_done(location(out), CONFIG, FILES, "fail")

@@ -50,6 +50,7 @@ def test_lines_are_copied_at_most_every_five_seconds_and_at_the_end() -> None:
     for second in range(1, 12):
         now[0] = 100.0 + second
         lines.write(f"{second}\n")
+        lines.flush()
     assert [copy.splitlines()[-1:] for copy in target.copies] == [[], ["5"], ["10"]]
     lines.close()
     assert target.copies[-1].splitlines() == [str(second) for second in range(1, 12)]
@@ -67,6 +68,7 @@ def test_a_copy_that_takes_long_is_made_the_less_often() -> None:
     while now[0] < 100.0:
         now[0] += 0.5
         lines.write("line\n")
+        lines.flush()
     assert len(target.copies) == 5  # one second of each 21
 
 

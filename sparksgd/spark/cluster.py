@@ -56,6 +56,7 @@ _POLL_S = 0.2
 _SETTLED_S = 3.0
 _DROPPED_S = 5.0
 _SILENCE_S = 3.0
+_SAID_EVERY_S = 15.0
 _WAITS = tuple(f"spark.locality.wait.{level}" for level in ("process", "node", "rack"))
 _CANCELLED = re.compile(r"SPARK_JOB_CANCELLED|(Job|Stage) \d+ (was )?cancelled")
 _LOST = re.compile(r"CHECKPOINT_RDD_BLOCK_ID_NOT_FOUND|Checkpoint block rdd_\d+_\d+ not found|ExecutorLost")
@@ -433,14 +434,15 @@ class Cluster:
 
     def _asked_slots(self) -> tuple[int, str] | None:
         """Return how many slots the session asked its cluster for, and how; None: as many as there are."""
-        if self.is_local or self.is_elastic:
+        conf, master = self.context.getConf(), str(self.context.master)
+        by_resources = any(key.startswith("spark.task.resource.") for key, _ in conf.getAll())
+        if self.is_elastic or by_resources or not master.startswith(("yarn", "k8s:", "spark:")):
             return None
-        conf = self.context.getConf()
         task_cpus = int(str(conf.get("spark.task.cpus", "1")))
         cores = conf.get("spark.executor.cores", None)
-        if str(self.context.master).startswith("spark:"):
+        if master.startswith("spark:"):
             total = conf.get("spark.cores.max", None)
-            if total is None:
+            if total is None or (cores is None and task_cpus > 1):  # spread over workers, who knows how
                 return None
             each = int(cores or total)
             return int(total) // each * (each // task_cpus), f"spark.cores.max={total}"
@@ -457,6 +459,9 @@ class Cluster:
                     f"engine.num_workers is {wanted}, but train.num_shards is {shards}, and a worker "
                     f"owns one shard at least: set engine.num_workers={shards}, or more shards"
                 )
+            asked = self._asked_slots()
+            if asked is not None and asked[0] < wanted:
+                raise NotEnoughSlots(self._too_few(wanted, self.slots(), 0.0))
             self.wait_for_slots(wanted)
             _warn_of_waste(wanted, config)
             return wanted
@@ -580,7 +585,7 @@ class Watched:
     """How long its tasks may run; None for ever."""
 
     since_s: float = field(default_factory=time.monotonic)
-    said: bool = False
+    say_again_s: float = 0.0
     running_since_s: float | None = None
 
     expired: bool = False
@@ -641,8 +646,8 @@ class JobWatch:
             if watched.limit_s is not None and ran_s > watched.limit_s and self._watched is watched:
                 watched.expired = True
                 cancel_jobs(self._cluster.context, self._cluster.run_id)
-        elif slots - others < watched.needed and not watched.said:
-            watched.said = True
+        elif slots - others < watched.needed and time.monotonic() >= watched.say_again_s:
+            watched.say_again_s = time.monotonic() + _SAID_EVERY_S
             log.warning(
                 "waiting for slots: %d needed, %d free (%d in all, other jobs hold %d)",
                 watched.needed,

@@ -40,5 +40,6 @@ def look(partition: Iterable[int]) -> Iterator[UnpackedEnvironment]:
 
 
 def _files(top: Path) -> Iterator[Path]:
-    for folder, _, names in os.walk(top):
+    for folder, folders, names in os.walk(top):
+        folders[:] = [name for name in folders if name != "__pycache__"]  # which Python adds to
         yield from (Path(folder, name) for name in names)

@@ -16,7 +16,7 @@ _KILLED_FOR_MEMORY = re.compile(
     r"exceeding (?:physical |virtual )?memory limits\.\s+([\d.]+ [KMGT]B) of ([\d.]+ [KMGT]B)"
 )
 _LEAST_OVERHEAD_MIB = 1024  # a Python worker that has imported torch, with its batches
-_ON_PURPOSE = ("Executor decommission", "Command exited with code 0", "killed by driver")
+_ON_PURPOSE = re.compile(r"decommission|exited with code 0|killed by driver", re.IGNORECASE)
 
 
 _advice: dict[str, str] = {}
@@ -37,23 +37,27 @@ class LostExecutors:
 
     def __init__(self, context: SparkContext) -> None:
         self._context = context
-        self._known: set[str] = set()
+        self._known = {str(executor.id()) for executor in self._gone()}  # those are of earlier runs
+        _advice.pop(str(context.applicationId), None)
 
     def look(self) -> None:
         """Warn of those that went since the last look."""
-        executors = self._context._jsc.sc().statusStore().executorList(False)
-        for number in range(executors.size()):
-            executor = executors.apply(number)
+        for executor in self._gone():
             name = str(executor.id())
-            if executor.isActive() or name in self._known:
+            if name in self._known:
                 continue
             self._known.add(name)
             reason = str(executor.removeReason().get()) if executor.removeReason().isDefined() else "unknown"
-            if not reason.startswith(_ON_PURPOSE):
+            if not _ON_PURPOSE.search(reason):
                 advice = memory_advice(self._context.getConf(), reason)
                 if advice is not None:
                     _advice[str(self._context.applicationId)] = advice
                 log.warning("executor %s on %s is lost: %s", name, executor.hostPort(), advice or reason)
+
+    def _gone(self) -> list[Any]:
+        executors = self._context._jsc.sc().statusStore().executorList(False)
+        every = (executors.apply(number) for number in range(executors.size()))
+        return [executor for executor in every if not executor.isActive()]
 
 
 def memory_advice(conf: SparkConf, reason: str) -> str | None:

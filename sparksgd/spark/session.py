@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import logging
 import math
-import signal
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from types import FrameType
 from typing import Any
 
 from pyspark import SparkConf, SparkContext
@@ -38,6 +36,7 @@ __all__ = [
 log = logging.getLogger("sparksgd")
 
 _UNTAKEN_S = 20.0
+_KILLED_S = 5.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,7 +131,9 @@ def start_session(app_name: str, train: TrainConfig) -> SparkSession:
     """
     if SparkContext._active_spark_context is not None:
         return SparkSession.builder.getOrCreate()
-    conf = SparkConf().setAppName(app_name)
+    conf = SparkConf()
+    if str(conf.get("spark.app.name", ".py")).endswith(".py"):  # as spark-submit names what nobody named
+        conf.setAppName(app_name)
     for setting in _wanted(train):
         conf.setIfMissing(setting.key, setting.value)
     conf.setIfMissing("spark.task.cpus", str(train.threads))
@@ -181,22 +182,27 @@ def job_session(app_name: str, train: TrainConfig, timeout_s: float = math.inf) 
 @contextmanager
 def _patience(app_name: str, timeout_s: float) -> Iterator[None]:
     """Say that an application waits to be taken, which Spark does without a word or an end."""
-    started_s = time.monotonic()
-    given_up_s: list[float] = []
+    taken, given_up_s = threading.Event(), list[float]()
 
-    def look(number: int, frame: FrameType | None) -> None:
-        waited_s = time.monotonic() - started_s
-        log.info("waiting for the cluster to take the application (%.0f s)", waited_s)
-        if waited_s >= timeout_s and not given_up_s:
-            given_up_s.append(waited_s)
-            # In a thread of its own, for this one's way to the JVM is busy: the wait ends with it.
-            threading.Thread(target=_kill_on_yarn, args=[app_name]).start()
+    def watch() -> None:
+        started_s, waited_s = time.monotonic(), 0.0
+        while not taken.wait(min(_UNTAKEN_S, max(timeout_s - waited_s, 1.0))):
+            waited_s = time.monotonic() - started_s
+            log.info("waiting for the cluster to take the application (%.0f s)", waited_s)
+            if waited_s >= timeout_s:
+                with cleanup():
+                    if _killed_untaken(app_name):
+                        given_up_s.append(waited_s)
+                        return
 
-    before = signal.signal(signal.SIGALRM, look)
-    first_s = min(_UNTAKEN_S, timeout_s)
-    signal.setitimer(signal.ITIMER_REAL, max(first_s, 1.0), min(_UNTAKEN_S, max(timeout_s - first_s, 1.0)))
+    threading.Thread(target=watch, name="sparksgd-patience", daemon=True).start()
     try:
         yield
+    except KeyboardInterrupt:
+        ending = threading.Thread(target=_killed_untaken, args=[app_name], daemon=True)
+        ending.start()
+        ending.join(_KILLED_S)
+        raise
     except Exception as error:
         if given_up_s:
             raise NotEnoughSlots(
@@ -207,21 +213,24 @@ def _patience(app_name: str, timeout_s: float) -> Iterator[None]:
             ) from error
         raise
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
+        taken.set()
 
 
-def _kill_on_yarn(app_name: str) -> None:
-    """End an application that has no session yet: else it would start once its driver is gone."""
+def _killed_untaken(app_name: str) -> bool:
+    """End an application that YARN has given no container, and so the wait for it; return whether it was."""
     if not str(SparkConf().get("spark.master", "")).startswith("yarn"):
-        return
+        return False
     jvm: Any = SparkContext._jvm
     client = jvm.org.apache.hadoop.yarn.client.api.YarnClient.createYarnClient()
     client.init(jvm.org.apache.hadoop.yarn.conf.YarnConfiguration(hadoop_configuration()))
     client.start()
     for report in client.getApplications():
-        if str(report.getName()) == app_name and not report.getFinishTime():
+        waits = str(report.getName()) == app_name and not report.getFinishTime()
+        # One that has a container may be unpacking its environment there.
+        if waits and report.getApplicationResourceUsageReport().getNumUsedContainers() <= 0:
             client.killApplication(report.getApplicationId())
+            return True
+    return False
 
 
 def refuse_lost_output(out: str) -> None:

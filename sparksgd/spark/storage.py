@@ -31,6 +31,9 @@ _ERRNO = {
     "java.net.ConnectException": errno.ECONNREFUSED,
 }
 
+_WHOLE_AT_ONCE = frozenset(("s3a", "s3", "s3n", "gs", "oss", "cosn", "wasb", "wasbs"))
+"""Object stores, where a file is seen when all of it is there, and renaming is copying."""
+
 _file_systems: dict[tuple[str, str], Any] = {}
 """By scheme and authority."""
 
@@ -79,10 +82,14 @@ class HadoopLocation:
     def put(self, file: Path) -> None:
         """Write the file as a copy of one of this machine, whole or not at all."""
         folder, _, name = self._uri.rpartition("/")
-        part = _java_path(f"{folder}/.{name}.{uuid.uuid4().hex[:8]}.part")
         with self._errors():
+            here = _java_path(f"file:{file.absolute()}")
+            if str(self._path.toUri().getScheme()) in _WHOLE_AT_ONCE:
+                self._files.copyFromLocalFile(False, True, here, self._path)
+                return
+            part = _java_path(f"{folder}/.{name}.{uuid.uuid4().hex[:8]}.part")
             try:
-                self._files.copyFromLocalFile(False, True, _java_path(f"file:{file.absolute()}"), part)
+                self._files.copyFromLocalFile(False, True, here, part)
                 self._rename(part)
             except BaseException:
                 self._files.delete(part, False)
@@ -133,7 +140,7 @@ class HadoopLocation:
     def _rename(self, part: Any) -> None:
         """Move a file to its place, over what is there: in one step where the file system can."""
         files, fs = self._files, _jvm().org.apache.hadoop.fs
-        if str(files.getScheme()) == "hdfs":
+        if str(self._path.toUri().getScheme()) == "hdfs":
             assert SparkContext._gateway is not None
             overwrite = SparkContext._gateway.new_array(getattr(fs, "Options$Rename"), 1)
             overwrite[0] = getattr(fs, "Options$Rename").OVERWRITE

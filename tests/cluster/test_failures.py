@@ -14,7 +14,7 @@ from checkouts import SMALL, Checkout, Run, processes_of, sets
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(400)]
 
-LONG = (*SMALL, "train.epochs=200", "schedule.total_steps=10000")
+LONG = (*SMALL, "train.steps=none", "train.epochs=200", "schedule.total_steps=10000")
 """Some minutes of training, if nobody ends it."""
 
 STEPS = "train.steps=150"
@@ -62,7 +62,8 @@ def test_a_killed_container_costs_a_step_and_no_bit(checkout, engine):
 
 def test_a_killed_node_costs_no_bit(checkout):
     out, hadoop = "/models/killed-node", checkout.hadoop
-    words = checkout.on_yarn(*sets(*LONG, STEPS), "--out", f"hdfs://{out}")
+    large = ["--executor-memory", "2600m"]  # one fits on a node
+    words = checkout.on_yarn(*sets(*LONG, STEPS), "--out", f"hdfs://{out}", settings=large)
     with checkout.started(*words, name="killed-node") as run:
         wait_for_steps(checkout, run, out)
         application = run.application()
@@ -73,11 +74,11 @@ def test_a_killed_node_costs_no_bit(checkout):
             if not processes_of("ExecutorLauncher", application, f"nodemanager-{number}/")
         ]
         hadoop.kill_node_manager(number)
-        try:
-            assert run.wait() == 0, run.said
-        finally:
-            hadoop.restart_node_manager(number)
+        hadoop.wait_until_lost(number)
+        hadoop.restart_node_manager(number)
+        assert run.wait() == 0, run.said
     summary = checkout.summary(out)
+    assert summary["retried_steps"] >= 1
     assert summary["parameters_sha256"] == checkout.reference(*LONG, STEPS)["parameters_sha256"]
 
 
