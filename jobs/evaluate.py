@@ -12,6 +12,7 @@ import sys
 from collections.abc import Sequence
 
 from sparksgd.command_line import exit_status, parser_of
+from sparksgd.interrupts import end_in_order
 from sparksgd.run import run_evaluation
 
 
@@ -29,4 +30,5 @@ def main(argv: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
+    end_in_order()
     sys.exit(main(sys.argv[1:]))

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from sparksgd.command_line import exit_status, parser_of
 from sparksgd.datasets import DATASETS, find_dataset, prepare
+from sparksgd.interrupts import end_in_order
 
 
 def parser() -> argparse.ArgumentParser:
@@ -41,4 +42,5 @@ def main(argv: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
+    end_in_order()
     sys.exit(main(sys.argv[1:]))

@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from sparksgd.command_line import exit_status, parser_of
+from sparksgd.interrupts import end_in_order
 from sparksgd.stragglers import Choice, best_of, choices, plot, read_arrivals
 
 _MOST_ROWS = 16
@@ -74,4 +75,5 @@ def _table(found: list[Choice], steps: int) -> Table:
 
 
 if __name__ == "__main__":
+    end_in_order()
     sys.exit(main(sys.argv[1:]))

@@ -22,6 +22,7 @@ from sparksgd.command_line import exit_status, parser_of
 from sparksgd.config import Config
 from sparksgd.earlier import IfExists
 from sparksgd.errors import ConfigError
+from sparksgd.interrupts import end_in_order
 from sparksgd.logs import LogFormat, log_to, new_run_id, open_console
 from sparksgd.participation import Record
 from sparksgd.storage import location
@@ -78,4 +79,5 @@ def main(argv: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
+    end_in_order()
     sys.exit(main(sys.argv[1:]))

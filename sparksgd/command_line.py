@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable
 
 from sparksgd.errors import SparkSGDError
-from sparksgd.interrupts import end_in_order, ended_by
+from sparksgd.interrupts import ended_by
 from sparksgd.logs import are_json
 
 __all__ = ["exit_status", "parser_of"]
@@ -31,7 +31,6 @@ def exit_status(work: Callable[[], object], *, interrupted: str = "interrupted")
         work: what to do.
         interrupted: what to say after Ctrl-C.
     """
-    end_in_order()
     try:
         work()
     except SparkSGDError as error:

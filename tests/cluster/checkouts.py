@@ -66,7 +66,7 @@ class Run:
         """What it printed so far."""
         return self.log.read_text(errors="replace")
 
-    def wait(self, timeout_s: float = 200) -> int:
+    def wait(self, timeout_s: float = 400) -> int:
         """Return its exit status."""
         return self.process.wait(timeout=timeout_s)
 
@@ -88,7 +88,7 @@ class Checkout:
     environment: dict[str, str] = field(default_factory=dict)
 
     def run(
-        self, *command: str, cwd: Path | None = None, timeout_s: float = 250
+        self, *command: str, cwd: Path | None = None, timeout_s: float = 400
     ) -> subprocess.CompletedProcess[str]:
         """Run a command here, or elsewhere."""
         with self.started(*command, name="run", cwd=cwd) as run:

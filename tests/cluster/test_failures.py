@@ -12,7 +12,7 @@ import pytest
 import servers  # tests/hosts
 from checkouts import SMALL, Checkout, Run, processes_of, sets
 
-pytestmark = [pytest.mark.cluster, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
 
 LONG = (*SMALL, "train.steps=none", "train.epochs=200", "schedule.total_steps=10000")
 """Some minutes of training, if nobody ends it."""
@@ -32,7 +32,7 @@ def wait_for_steps(checkout: Checkout, run: Run, out: str, steps: int = 10) -> N
         "the first steps",
         process=run.process,
         log=run.log,
-        timeout_s=150,
+        timeout_s=300,
     )
 
 

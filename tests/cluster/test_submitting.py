@@ -17,7 +17,7 @@ import servers  # tests/hosts
 from checkouts import ROOT, SMALL, processes_of, sets
 from cluster_fixtures import README_LINES
 
-pytestmark = [pytest.mark.cluster, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
 
 SUBMISSIONS = [line for line in README_LINES if line.startswith("spark-submit ")]
 ENCRYPTED = [
