@@ -139,8 +139,6 @@ def start_session(app_name: str, train: TrainConfig) -> SparkSession:
     conf.setIfMissing("spark.task.cpus", str(train.threads))
     conf.setIfMissing("spark.ui.showConsoleProgress", "false")
     conf.setIfMissing("spark.log.level", "WARN")
-    # A job waits for its slots by itself, and says so: Spark would do it in silence, for 30 s.
-    conf.setIfMissing("spark.scheduler.minRegisteredResourcesRatio", "0")
     if str(conf.get("spark.master", "")).startswith("yarn"):
         # the container's own directory: its temporary one is too long a path for a socket
         conf.setIfMissing("spark.python.unix.domain.socket.dir", ".")
