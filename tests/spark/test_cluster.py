@@ -12,6 +12,9 @@ from sparksgd.config import EngineConfig
 from sparksgd.engines.allreduce import encrypts
 from sparksgd.errors import Cancelled, ClusterError, ModelError, UserCodeError
 from sparksgd.spark.cluster import Cluster, final_error, gist
+from sparksgd.spark.lost_executors import memory_advice
+
+SESSION = SimpleNamespace(applicationId="app-1")
 
 ABORTED = (
     "An error occurred while calling z:org.apache.spark.api.python.PythonRDD.collectAndServe.\n"
@@ -65,14 +68,14 @@ def test_the_gist_of_a_failed_step_is_its_cause_too():
     ],
 )
 def test_what_no_second_attempt_can_mend_is_told_apart(reason, kind):
-    assert type(final_error(RuntimeError(ABORTED.format(reason)))) is kind
+    assert type(final_error(RuntimeError(ABORTED.format(reason)), SESSION)) is kind
 
 
 def test_the_users_error_is_read_back_from_sparks_text():
     text = ABORTED.format(
         "x.PythonException: Traceback\nsparksgd.errors.UserCodeError: it raised\n  in step 5\n"
     )
-    error = final_error(RuntimeError(text))
+    error = final_error(RuntimeError(text), SESSION)
     assert (type(error), str(error)) == (UserCodeError, "it raised\n  in step 5")
 
 
@@ -130,3 +133,48 @@ def test_nothing_waits_for_a_place_while_runs_go_on_and_the_sessions_settings_co
 def test_the_wire_is_encrypted_where_sparks_own_traffic_is(settings, asked, wanted):
     cluster = SimpleNamespace(context=SimpleNamespace(getConf=lambda: settings))
     assert encrypts(cluster, EngineConfig(encrypt=asked)) is wanted
+
+
+class Conf(dict):
+    """Settings, as Spark gives them."""
+
+    def getAll(self):  # noqa: N802  # Spark's name
+        return list(self.items())
+
+
+@pytest.mark.parametrize(
+    ("master", "settings", "slots"),
+    [
+        ("yarn", {"spark.executor.instances": "8"}, 8),
+        ("yarn", {}, 2),
+        ("yarn", {"spark.executor.instances": "3", "spark.executor.cores": "5", "spark.task.cpus": "2"}, 6),
+        ("spark://host:7077", {"spark.cores.max": "6"}, 6),
+        ("spark://host:7077", {"spark.cores.max": "7", "spark.executor.cores": "3"}, 6),
+        ("spark://host:7077", {}, None),  # all that there are
+        ("spark://host:7077", {"spark.cores.max": "6", "spark.task.cpus": "2"}, None),
+        ("yarn", {"spark.executor.cores": "4", "spark.task.resource.gpu.amount": "1"}, None),
+        ("local[2]", {}, None),
+        ("local-cluster[4,1,1024]", {}, None),
+    ],
+)
+def test_the_slots_that_were_asked_for(master, settings, slots):
+    cluster = Cluster.__new__(Cluster)
+    cluster.context = SimpleNamespace(master=master, getConf=lambda: Conf(settings))
+    cluster.is_elastic = False
+    asked = cluster._asked_slots()
+    assert (None if asked is None else asked[0]) == slots
+
+
+@pytest.mark.usefixtures("session_for")
+def test_a_container_killed_for_its_memory_is_told_with_the_setting(session_for):
+    session_for("local[2]")
+    killed = (
+        "Container killed by YARN for exceeding physical memory limits. 1.6 GB of 1.5 GB physical memory "
+        "used. Consider boosting spark.executor.memoryOverhead."
+    )
+    conf = Conf({"spark.executor.memory": "1g", "spark.executor.memoryOverhead": "700m"})
+    advice = memory_advice(conf, killed)
+    assert "used 1.6 GB of the 1.5 GB that it may: 1024m of spark.executor.memory and 700m" in advice
+    assert advice.endswith("Set spark.executor.memoryOverhead=1400m")
+    assert memory_advice(Conf(), killed).endswith("Set spark.executor.memoryOverhead=1024m")
+    assert memory_advice(conf, "Command exited with code 137") is None
