@@ -17,9 +17,9 @@ from sparksgd.engines.allreduce import AllReduceEngine
 from sparksgd.engines.arrivals import ArrivalsEngine
 from sparksgd.engines.protocol import Engine, Shards
 from sparksgd.engines.tree import TreeEngine
-from sparksgd.errors import ClusterError, ConfigError
+from sparksgd.errors import ClusterError, ConfigError, SparkSGDError
 from sparksgd.participation import Record
-from sparksgd.spark.cluster import Cluster
+from sparksgd.spark.cluster import Cluster, session_stopped
 from sparksgd.spark.rows import DataFrameRows, read_parquet
 from sparksgd.spark.session import check_session
 from sparksgd.start_up import StartUp
@@ -124,17 +124,24 @@ def _train(
         start_up.unpacked(cluster.unpacked_environments())
         with cluster.job_watch.over(1):
             rows, test = frames()
-        return train_anywhere(
-            config,
-            rows=DataFrameRows(rows, cluster, config.data.placement),
-            test=None if test is None else DataFrameRows(test, cluster),
-            make_engine=partial(make_engine, cluster, config.engine),
-            module=module,
-            observers=observers,
-            record=record,
-            before_gradients=before_gradients,
-            start_up=start_up,
-        )
+        try:
+            return train_anywhere(
+                config,
+                rows=DataFrameRows(rows, cluster, config.data.placement),
+                test=None if test is None else DataFrameRows(test, cluster),
+                make_engine=partial(make_engine, cluster, config.engine),
+                module=module,
+                observers=observers,
+                record=record,
+                before_gradients=before_gradients,
+                start_up=start_up,
+            )
+        except SparkSGDError:
+            raise
+        except Exception as error:
+            if cluster.is_stopped():  # then any call into it may fail, with words of its own
+                raise session_stopped(cluster.context) from error
+            raise
 
 
 def _chosen(
