@@ -123,6 +123,8 @@ def test_what_a_section_does_not_know_goes_to_the_factory_that_it_names() -> Non
     )
     assert config.model.arguments == {"hidden": 64, "maps": [2, 3]}
     assert config.optimizer.arguments == {"nesterov": True}
+    file = {"model": {"hidden": 64, "maps": [2, 3]}}
+    assert Config.load(file, ["model.hidden=none"]).model.arguments == {"maps": [2, 3]}
     assert config.schedule.arguments == {"T_max": 9}
 
 

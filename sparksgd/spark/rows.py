@@ -107,12 +107,15 @@ def selected(frame: DataFrame, schema: RowSchema) -> DataFrame:
 def small_batches(session: SparkSession, schema: RowSchema) -> Iterator[None]:
     """Bound the memory of Arrow batches: 10,000 wide rows at a time would be gigabytes."""
     key = "spark.sql.execution.arrow.maxRecordsPerBatch"
-    before = session.conf.get(key)
-    session.conf.set(key, str(max(16, min(10_000, _BATCH_BYTES // schema.record.itemsize))))
+    before, context = session.conf.get(key), session.sparkContext
+    rows = str(max(16, min(10_000, _BATCH_BYTES // schema.record.itemsize)))
+    session.conf.set(key, rows)
+    context.setLocalProperty(key, rows)  # what tasks before a shuffle see, where an RDD's job runs them
     try:
         yield
     finally:
         session.conf.set(key, str(before))
+        context.setLocalProperty(key, None)  # type: ignore[arg-type]  # clears it; pyspark's own type says str
 
 
 class DataFrameRows:
@@ -153,7 +156,9 @@ class DataFrameRows:
         write = partial(self._hashed, deal) if hashed else self._in_place
         deal_id = f"{self._cluster.run_id}-{uuid.uuid4().hex[:6]}"
         with self._job("dealing rows into shards"), small_batches(self._cluster.session, schema):
-            return SparkShards(self._cluster, write(schema, num_shards, deal_id), deal_id, shuffled=hashed)
+            return SparkShards(
+                self._cluster, write(schema, num_shards, deal_id), schema, deal_id, shuffled=hashed
+            )
 
     def _hashed(self, deal: int, schema: RowSchema, num_shards: int, deal_id: str) -> RDD[Descriptor]:
         """Deal by content: one shuffle, each worker's shards in one partition."""
@@ -239,12 +244,16 @@ class SparkShards:
     Args:
         cluster: where they are.
         written: writes the shards as its partitions are computed, and holds their descriptors.
+        schema: what its rows are.
         deal_id: names the folders of their files.
         shuffled: whether the last shuffle behind it is ours, and goes with the shards.
     """
 
-    def __init__(self, cluster: Cluster, written: RDD[Descriptor], deal_id: str, *, shuffled: bool) -> None:
+    def __init__(
+        self, cluster: Cluster, written: RDD[Descriptor], schema: RowSchema, deal_id: str, *, shuffled: bool
+    ) -> None:
         self._cluster = cluster
+        self._schema = schema
         self._deal_id = deal_id
         self._shuffled = shuffled
         self._written = written.persist(StorageLevel.MEMORY_AND_DISK)
@@ -286,7 +295,8 @@ class SparkShards:
             if not self._cluster.has_block(self._written, partition)
         ]
         try:
-            self.rdd, self.table = self._cut_off()
+            with small_batches(self._cluster.session, self._schema):
+                self.rdd, self.table = self._cut_off()
         except Exception as error:
             if _INPUT_GONE.search(str(error)) is None:
                 raise

@@ -6,6 +6,7 @@ import logging
 import math
 import threading
 import time
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -37,6 +38,7 @@ log = logging.getLogger("sparksgd")
 
 _UNTAKEN_S = 20.0
 _KILLED_S = 5.0
+_TAGS = "spark.yarn.tags"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,6 +133,10 @@ def start_session(app_name: str, train: TrainConfig) -> SparkSession:
     """
     if SparkContext._active_spark_context is not None:
         return SparkSession.builder.getOrCreate()
+    return _started(_settings_of_session(app_name, train))
+
+
+def _settings_of_session(app_name: str, train: TrainConfig) -> SparkConf:
     conf = SparkConf()
     if str(conf.get("spark.app.name", ".py")).endswith(".py"):  # as spark-submit names what nobody named
         conf.setAppName(app_name)
@@ -139,9 +145,17 @@ def start_session(app_name: str, train: TrainConfig) -> SparkSession:
     conf.setIfMissing("spark.task.cpus", str(train.threads))
     conf.setIfMissing("spark.ui.showConsoleProgress", "false")
     conf.setIfMissing("spark.log.level", "WARN")
-    if str(conf.get("spark.master", "")).startswith("yarn"):
+    if _on_yarn(conf):
         # the container's own directory: its temporary one is too long a path for a socket
         conf.setIfMissing("spark.python.unix.domain.socket.dir", ".")
+    return conf
+
+
+def _on_yarn(conf: SparkConf) -> bool:
+    return str(conf.get("spark.master", "")).startswith("yarn")
+
+
+def _started(conf: SparkConf) -> SparkSession:
     session = SparkSession.builder.config(conf=conf).getOrCreate()
     refuse_connect(session)
     return session
@@ -164,8 +178,9 @@ def job_session(app_name: str, train: TrainConfig, timeout_s: float = math.inf) 
     if SparkContext._active_spark_context is not None:
         yield start_session(app_name, train)
         return
-    with _patience(app_name, timeout_s):
-        session = start_session(app_name, train)
+    conf = _settings_of_session(app_name, train)
+    with _patience(conf, timeout_s):
+        session = _started(conf)
     context = session.sparkContext
     end_quietly(context)
     shown = f", shown at {context.uiWebUrl}" if context.uiWebUrl else ""
@@ -178,9 +193,18 @@ def job_session(app_name: str, train: TrainConfig, timeout_s: float = math.inf) 
 
 
 @contextmanager
-def _patience(app_name: str, timeout_s: float) -> Iterator[None]:
-    """Say that an application waits to be taken, which Spark does without a word or an end."""
+def _patience(conf: SparkConf, timeout_s: float) -> Iterator[None]:
+    """Say that an application waits to be taken, which Spark does without a word or an end.
+
+    Args:
+        conf: the application's settings; gets a tag by which YARN knows it.
+        timeout_s: how long it may wait.
+    """
     taken, given_up_s = threading.Event(), list[float]()
+    tag = f"sparksgd-{uuid.uuid4().hex}"
+    on_yarn = _on_yarn(conf)
+    if on_yarn:
+        conf.set(_TAGS, ",".join(filter(None, (conf.get(_TAGS, None), tag))))
 
     def watch() -> None:
         started_s, waited_s = time.monotonic(), 0.0
@@ -189,7 +213,7 @@ def _patience(app_name: str, timeout_s: float) -> Iterator[None]:
             log.info("waiting for the cluster to take the application (%.0f s)", waited_s)
             if waited_s >= timeout_s:
                 with cleanup():
-                    if _killed_untaken(app_name):
+                    if on_yarn and _killed_untaken(tag):
                         given_up_s.append(waited_s)
                         return
 
@@ -197,9 +221,10 @@ def _patience(app_name: str, timeout_s: float) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        ending = threading.Thread(target=_killed_untaken, args=[app_name], daemon=True)
-        ending.start()
-        ending.join(_KILLED_S)
+        if on_yarn:
+            ending = threading.Thread(target=_killed_untaken, args=[tag], daemon=True)
+            ending.start()
+            ending.join(_KILLED_S)
         raise
     except Exception as error:
         if given_up_s:
@@ -214,16 +239,17 @@ def _patience(app_name: str, timeout_s: float) -> Iterator[None]:
         taken.set()
 
 
-def _killed_untaken(app_name: str) -> bool:
-    """End an application that YARN has given no container, and so the wait for it; return whether it was."""
-    if not str(SparkConf().get("spark.master", "")).startswith("yarn"):
-        return False
+def _killed_untaken(tag: str) -> bool:
+    """End an application that YARN has given no container, and so the wait for it; return whether it was.
+
+    Nothing here may take the lock that is held while a context starts, as making a SparkConf does.
+    """
     jvm: Any = SparkContext._jvm
     client = jvm.org.apache.hadoop.yarn.client.api.YarnClient.createYarnClient()
     client.init(jvm.org.apache.hadoop.yarn.conf.YarnConfiguration(hadoop_configuration()))
     client.start()
     for report in client.getApplications():
-        waits = str(report.getName()) == app_name and not report.getFinishTime()
+        waits = report.getApplicationTags().contains(tag) and not report.getFinishTime()
         # One that has a container may be unpacking its environment there.
         if waits and report.getApplicationResourceUsageReport().getNumUsedContainers() <= 0:
             client.killApplication(report.getApplicationId())

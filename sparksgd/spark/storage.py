@@ -171,7 +171,8 @@ def _is_hidden(name: str) -> bool:
 
 
 def _jvm() -> Any:
-    SparkContext._ensure_initialized()
+    if SparkContext._jvm is None:  # asking takes the lock that is held while a context starts
+        SparkContext._ensure_initialized()
     return SparkContext._jvm
 
 

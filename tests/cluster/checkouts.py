@@ -169,8 +169,9 @@ def make_checkout(folder: Path, hadoop: Hadoop) -> Checkout:
         assert before in text
         text = text.replace(before, after)
     training.write_text(text)
-    with (folder / "conf" / "spark-yarn.conf").open("a") as opened:  # as README says one may
-        opened.writelines(f"{key} {value}\n" for key, value in hadoop.spark_settings.items())
+    for name in ("spark-yarn.conf", "spark-standalone.conf"):
+        with (folder / "conf" / name).open("a") as opened:  # as README says one may
+            opened.writelines(f"{key} {value}\n" for key, value in hadoop.spark_settings.items())
     (folder / "data" / "mnist").mkdir(parents=True)
     for split, rows in ROWS.items():
         table = pq.read_table(ROOT / "data" / "mnist" / f"{split}.parquet").slice(0, rows)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import shlex
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from checkouts import ROOT, Checkout, make_checkout
 from hadoop import Hadoop
 from jars import NoJars, class_path
 
+SECRET = "of-the-tests"
 README_LINES = [
     line
     for line in (ROOT / "README.md")
@@ -49,10 +51,34 @@ def checkout(hadoop: Hadoop, tmp_path_factory: pytest.TempPathFactory) -> Checko
 @pytest.fixture(scope="module")
 def standalone(checkout: Checkout, tmp_path_factory: pytest.TempPathFactory) -> Iterator[servers.Standalone]:
     """Start a master, and two workers with hosts and disks of their own."""
+    with _standalone(checkout, tmp_path_factory, {}) as cluster:
+        yield cluster
+
+
+@pytest.fixture(scope="module")
+def encrypted_standalone(
+    checkout: Checkout, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[servers.Standalone]:
+    """Start the same of servers that speak only with those who know the secret."""
+    settings = {
+        "spark.authenticate": "true",
+        "spark.authenticate.secret": SECRET,
+        "spark.network.crypto.enabled": "true",
+    }
+    with _standalone(checkout, tmp_path_factory, settings) as cluster:
+        yield cluster
+
+
+@contextmanager
+def _standalone(
+    checkout: Checkout, tmp_path_factory: pytest.TempPathFactory, settings: Mapping[str, str]
+) -> Iterator[servers.Standalone]:
+    options = " ".join(f"-D{key}={value}" for key, value in settings.items())
+    environment = checkout.environment | {"SPARK_DAEMON_JAVA_OPTS": options}
     folder, hosts = tmp_path_factory.mktemp("standalone"), ("127.0.0.2", "127.0.0.3")
     of_host = {host: {"SPARK_LOCAL_DIRS": str(folder / host)} for host in hosts}
     with servers.standalone(
-        folder / "servers", environment=checkout.environment, hosts=hosts, memory="3g", of_host=of_host
+        folder / "servers", environment=environment, hosts=hosts, memory="3g", of_host=of_host
     ) as cluster:
         yield cluster
 

@@ -36,7 +36,8 @@ LOST_S = 10
 _ANY = "127.0.0.1:0"
 _WEB_PORT = r"Jetty bound to port (\d+)"
 _RM_PORTS = ("address", "scheduler.address", "resource-tracker.address", "admin.address")
-_JAVA_OPTIONS = ("-Xmx256m", "-XX:+UseSerialGC", "-XX:TieredStopAtLevel=1", "-XX:-UsePerfData")
+_QUICK_JAVA = "-XX:+UseSerialGC -XX:TieredStopAtLevel=1"
+_JAVA_OPTIONS = ("-Xmx256m", *_QUICK_JAVA.split(), "-XX:-UsePerfData")
 _LOGGING = """\
 rootLogger.level = {level}
 rootLogger.appenderRef.console.ref = console
@@ -123,7 +124,8 @@ class Hadoop:
         conf_dir: what HADOOP_CONF_DIR names.
         environment: what `spark-submit`, `hdfs dfs` and `yarn application` must see, over this process's own:
             HADOOP_CONF_DIR, YARN_CONF_DIR, SPARK_CONF_DIR with `spark_settings` as defaults, and PATH.
-        spark_settings: settings that save each submission the upload of Spark's jars.
+        spark_settings: settings that save each submission the upload of Spark's jars, and half a minute of
+            compiling them well: its processes share few cores, and end soon.
         default_fs: hdfs://127.0.0.1:PORT.
         namenode_web, rm_web: http://127.0.0.1:PORT.
 
@@ -137,7 +139,8 @@ class Hadoop:
         self.conf_dir = folder / "conf"
         self.default_fs = self.namenode_web = self.rm_web = ""
         self.environment: dict[str, str] = {}
-        self.spark_settings = {"spark.yarn.jars": f"local:{spark_jars()}/*"}
+        options = {f"spark.{who}.extraJavaOptions": _QUICK_JAVA for who in ("driver", "executor", "yarn.am")}
+        self.spark_settings = {"spark.yarn.jars": f"local:{spark_jars()}/*", **options}
         self._jars: Sequence[Path] = ()
         self._processes: dict[str, Process] = {}
         self._node_ids: dict[int, str] = {}

@@ -10,20 +10,18 @@ import socket
 import subprocess
 import sys
 import urllib.request
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import servers  # tests/hosts
 from checkouts import ROOT, SMALL, processes_of, sets
-from cluster_fixtures import README_LINES
+from cluster_fixtures import README_LINES, SECRET
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
 
 SUBMISSIONS = [line for line in README_LINES if line.startswith("spark-submit ")]
-ENCRYPTED = [
-    "--conf", "spark.authenticate=true", "--conf", "spark.network.crypto.enabled=true",
-    "--conf", "spark.authenticate.secret=of-the-tests",
-]  # fmt: skip
+ENCRYPTED = ["--conf", "spark.authenticate=true", "--conf", "spark.network.crypto.enabled=true"]
 
 
 def test_the_nodes_own_python_cannot_train():
@@ -82,7 +80,7 @@ def test_a_path_of_the_drivers_machine_is_refused_for_output_in_cluster_mode(che
     application = checkout.hadoop.applications()[0]
     said = "".join(checkout.hadoop.container_logs(application["id"]).values())
     assert "error: --out is models/lenet, of the driver's machine; but --deploy-mode is cluster" in said
-    assert "exitCode: 2" in application["diagnostics"]
+    assert "User application exited with status 2" in application["diagnostics"]
     assert len(checkout.hadoop.container_logs(application["id"])) == 1  # and it was not tried a second time
 
 
@@ -159,7 +157,7 @@ def test_the_other_engine_encrypted(checkout, request, where, engine):
     out, settings = f"/models/encrypted-{engine}", (*SMALL, "train.steps=20")
     words = [*sets(*settings, f"engine.name={engine}"), "--out", f"hdfs://{out}"]
     if where == "standalone":
-        command = on_standalone(request.getfixturevalue("standalone").address, *words, settings=ENCRYPTED)
+        command = on_encrypted_standalone(request.getfixturevalue("encrypted_standalone").address, *words)
     else:
         command = checkout.on_yarn(*words, mode="cluster", settings=ENCRYPTED)
     done = checkout.run(*command)
@@ -169,17 +167,20 @@ def test_the_other_engine_encrypted(checkout, request, where, engine):
     assert (summary["engine"], summary["num_workers"]) == (engine, 2)
 
 
-def on_standalone(master: str, *words: str, settings: list[str]) -> list[str]:
-    """Return the command that trains on a standalone cluster, with small executors."""
+def on_encrypted_standalone(master: str, *words: str, settings: Sequence[str] = ()) -> list[str]:
+    """Return the command that trains on a standalone cluster with a secret, with small executors."""
     return [
         "spark-submit", "--master", master, "--properties-file", "conf/spark-standalone.conf",
         "--conf", "spark.pyspark.driver.python=python3", "--executor-memory", "640m",
-        "--archives", "dist/environment.tar.gz#environment", "--py-files", "dist/sparksgd.zip", *settings,
+        "--archives", "dist/environment.tar.gz#environment", "--py-files", "dist/sparksgd.zip",
+        *ENCRYPTED, "--conf", f"spark.authenticate.secret={SECRET}", *settings,
         "jobs/train.py", "--config", "conf/mnist-lenet.toml", *words,
     ]  # fmt: skip
 
 
-def test_on_standalone_encrypted_everybody_listens_on_the_ports_that_were_given(checkout, standalone):
+def test_on_standalone_encrypted_everybody_listens_on_the_ports_that_were_given(
+    checkout, encrypted_standalone
+):
     ports = {
         "spark.driver.port": "41000", "spark.driver.blockManager.port": "41001",
         "spark.blockManager.port": "41002", "spark.driver.host": "127.0.0.4",
@@ -188,8 +189,8 @@ def test_on_standalone_encrypted_everybody_listens_on_the_ports_that_were_given(
     given = [word for key, value in ports.items() for word in ("--conf", f"{key}={value}")]
     settings = (*SMALL, "train.steps=300", "train.epochs=60", "schedule.total_steps=3000")
     allreduce = sets(*settings, "engine.name=allreduce", "engine.ports=41010-41012")
-    words = on_standalone(
-        standalone.address, *allreduce, "--out", "hdfs:///models/ports", settings=[*given, *ENCRYPTED]
+    words = on_encrypted_standalone(
+        encrypted_standalone.address, *allreduce, "--out", "hdfs:///models/ports", settings=given
     )
     seen: set[tuple[str, int]] = set()
     with checkout.started(*words, name="ports") as run:

@@ -14,6 +14,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from sparksgd.rows import RowSchema
+from sparksgd.spark import row_tasks
+
 
 class NormNet(nn.Module):
     """A small net with batch-norm and dropout, for uint8[B, 16] features and 4 classes."""
@@ -125,6 +128,15 @@ class WideNet(nn.Module):
 
 
 BIG_ROW_BYTES = 65_536
+
+
+def keyed_in_small_batches(
+    schema: RowSchema, num_shards: int, deal: int, batches: Iterable[pa.RecordBatch]
+) -> Iterator[pa.RecordBatch]:
+    """Task: what row_tasks.keyed does, but refuse batches of more than 8 MiB."""
+    for batch in batches:
+        assert batch.nbytes <= 8 << 20, f"a batch of {batch.num_rows} rows"
+        yield from row_tasks.keyed(schema, num_shards, deal, [batch])
 
 
 def big_rows(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:

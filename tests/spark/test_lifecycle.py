@@ -25,10 +25,12 @@ from conftest import (  # tests/spark/conftest.py
 from users_modules import (
     BIG_ROW_BYTES,  # tests/modules
     big_rows,  # tests/modules
+    keyed_in_small_batches,  # tests/modules
 )
 
 from sparksgd.config import TrainConfig
 from sparksgd.errors import Cancelled
+from sparksgd.spark import row_tasks
 from sparksgd.spark.session import SETTINGS, Setting, check_session
 from sparksgd.spark.training import train
 
@@ -224,6 +226,14 @@ def test_rows_of_three_times_the_executors_memory_train_in_bounded_memory(sessio
     assert training.rows.rows == BIG_ROWS
     assert len(training.step_times) == 20
     assert 300 << 20 < memory.peak_bytes < 700 << 20  # torch alone takes some 400 MiB; the rows are 1500
+
+
+def test_wide_rows_reach_python_in_small_batches_before_the_shuffle_too(session_for, monkeypatch):
+    spark = session_for("local[2]")
+    monkeypatch.setattr(row_tasks, "keyed", keyed_in_small_batches)
+    rows = spark.range(400, numPartitions=1).mapInArrow(big_rows, "features binary, label int")
+    settings = ("model.name=users_modules:WideNet", "train.rows_per_step=400", "train.steps=1")
+    assert train(spark, configured(*settings), rows).rows.rows == 400
 
 
 class Held:
