@@ -19,7 +19,7 @@ from pyspark.sql import SparkSession
 from sparksgd import instruction_set
 from sparksgd.config import TrainConfig
 from sparksgd.errors import ConfigError, NotEnoughSlots
-from sparksgd.spark.cluster import cleanup, refuse_connect
+from sparksgd.spark.cluster import cleanup, gist, refuse_connect
 from sparksgd.spark.quiet import end_quietly
 from sparksgd.spark.storage import hadoop_configuration
 from sparksgd.storage import has_scheme, location
@@ -207,15 +207,17 @@ def _patience(conf: SparkConf, timeout_s: float) -> Iterator[None]:
         conf.set(_TAGS, ",".join(filter(None, (conf.get(_TAGS, None), tag))))
 
     def watch() -> None:
-        started_s, waited_s = time.monotonic(), 0.0
-        while not taken.wait(min(_UNTAKEN_S, max(timeout_s - waited_s, 1.0))):
-            waited_s = time.monotonic() - started_s
-            log.info("waiting for the cluster to take the application (%.0f s)", waited_s)
-            if waited_s >= timeout_s:
-                with cleanup():
-                    if on_yarn and _killed_untaken(tag):
-                        given_up_s.append(waited_s)
+        started_s, next_s = time.monotonic(), min(_UNTAKEN_S, timeout_s)
+        while not taken.wait(started_s + next_s - time.monotonic()):
+            log.info("waiting for the cluster to take the application (%.0f s)", next_s)
+            if on_yarn and next_s >= timeout_s:
+                try:
+                    if _killed_untaken(tag):
+                        given_up_s.append(next_s)
                         return
+                except Exception as error:
+                    log.warning("cannot ask YARN to end the application: %s", gist(str(error)))
+            next_s = min(next_s + _UNTAKEN_S, timeout_s if next_s < timeout_s else math.inf)
 
     threading.Thread(target=watch, name="sparksgd-patience", daemon=True).start()
     try:

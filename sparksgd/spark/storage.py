@@ -183,7 +183,8 @@ def _java_path(uri: str) -> Any:
 def hadoop_configuration() -> Any:
     """Return a copy of the session's, or what a session would have, with spark.hadoop.* in it."""
     jvm, context = _jvm(), SparkContext._active_spark_context
-    if context is not None:
-        return jvm.org.apache.hadoop.conf.Configuration(context._jsc.hadoopConfiguration())
+    started = getattr(context, "_jsc", None)  # while a context starts, it is there without one
+    if started is not None:
+        return jvm.org.apache.hadoop.conf.Configuration(started.hadoopConfiguration())
     spark_util = jvm.org.apache.spark.deploy.SparkHadoopUtil
     return spark_util.get().newConfiguration(jvm.org.apache.spark.SparkConf())
