@@ -395,11 +395,12 @@ class Cluster:
 
         Raises:
             NotEnoughSlots: not within engine.slots_timeout_s.
+            ClusterError: the session ended meanwhile.
         """
         if self.is_elastic:
             return
         start, said = time.monotonic(), 0.0
-        while (slots := self.slots()) < wanted:
+        while (slots := self._slots_while_it_lasts()) < wanted:
             waited_s = time.monotonic() - start
             if self.is_local or waited_s >= self._timeout_s:
                 raise NotEnoughSlots(self._too_few(wanted, slots, waited_s))
@@ -407,6 +408,18 @@ class Cluster:
                 said = waited_s
                 log.info("waiting for slots: %d of %d have come (%.0f s)", slots, wanted, waited_s)
             time.sleep(_POLL_S)
+
+    def _slots_while_it_lasts(self) -> int:
+        """Return how many slots there are, or raise what a session's end means to one who waits for them."""
+        try:
+            slots = self.slots()
+        except Exception:
+            slots = 0
+            if not self.is_stopped():
+                raise
+        if self.is_stopped():
+            raise session_stopped(self.context, "waiting for slots")
+        return slots
 
     def _too_few(self, wanted: int, slots: int, waited_s: float) -> str:
         """Return what was asked for, what came, and what to change."""

@@ -25,6 +25,8 @@ _advice: dict[str, str] = {}
 
 def advice_of(context: SparkContext) -> str | None:
     """Return what to set, if containers of a session were killed for memory."""
+    if context._jsc is None:  # somebody stopped it in this process, and it knows nothing of itself any more
+        return None
     return _advice.get(str(context.applicationId))
 
 

@@ -119,7 +119,8 @@ def test_an_application_that_yarn_does_not_take_is_given_up_and_killed(checkout)
         (untaken,) = [one for one in checkout.hadoop.applications() if "untaken" in one["name"]]
         assert untaken["state"] == "KILLED"
         checkout.hadoop.kill_application(run.application())
-        run.wait()
+        assert run.wait(30) == 4, run.said
+        assert "error: the Spark session was stopped during the run, in waiting for slots" in run.said
 
 
 @pytest.mark.parametrize("mode", ["client", "cluster"])

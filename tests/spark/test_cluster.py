@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import time
+from threading import Timer
 from types import SimpleNamespace
 
 import pytest
@@ -178,3 +180,15 @@ def test_a_container_killed_for_its_memory_is_told_with_the_setting(session_for)
     assert advice.endswith("Set spark.executor.memoryOverhead=1400m")
     assert memory_advice(Conf(), killed).endswith("Set spark.executor.memoryOverhead=1024m")
     assert memory_advice(conf, "Command exited with code 137") is None
+
+
+def test_a_session_that_ends_while_its_slots_are_waited_for_ends_the_wait(session_for):
+    spark = session_for("local-cluster[1,1,1024]")
+    config = configured("engine.num_workers=2", "engine.slots_timeout_s=60")
+    ending = Timer(1, spark.stop)
+    ending.start()
+    started_s = time.monotonic()
+    with pytest.raises(ClusterError, match="session was stopped during the run, in waiting for slots"):
+        Cluster(spark, config)
+    assert time.monotonic() - started_s < 30
+    ending.join()
