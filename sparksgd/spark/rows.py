@@ -105,25 +105,17 @@ def selected(frame: DataFrame, schema: RowSchema) -> DataFrame:
 
 @contextmanager
 def small_batches(session: SparkSession, schema: RowSchema) -> Iterator[None]:
-    """Bound the memory of Arrow batches, and run them on the Python workers that steps run on, too."""
-    settings = {
-        # 10,000 wide rows at a time would be gigabytes
-        "spark.sql.execution.arrow.maxRecordsPerBatch": str(
-            max(16, min(10_000, _BATCH_BYTES // schema.record.itemsize))
-        ),
-        # an environment variable, which makes workers of their own: 270 MB, and seconds until they are there
-        "spark.sql.execution.pyspark.udf.simplifiedTraceback.enabled": "false",
-    }
-    before, context = {key: str(session.conf.get(key)) for key in settings}, session.sparkContext
-    for key, value in settings.items():
-        session.conf.set(key, value)
-        context.setLocalProperty(key, value)  # what tasks before a shuffle see, where an RDD's job runs them
+    """Bound the memory of Arrow batches: 10,000 wide rows at a time would be gigabytes."""
+    key = "spark.sql.execution.arrow.maxRecordsPerBatch"
+    before, context = session.conf.get(key), session.sparkContext
+    rows = str(max(16, min(10_000, _BATCH_BYTES // schema.record.itemsize)))
+    session.conf.set(key, rows)
+    context.setLocalProperty(key, rows)  # what tasks before a shuffle see, where an RDD's job runs them
     try:
         yield
     finally:
-        for key, value in before.items():
-            session.conf.set(key, value)
-            context.setLocalProperty(key, None)  # type: ignore[arg-type]  # clears it; pyspark's type says str
+        session.conf.set(key, str(before))
+        context.setLocalProperty(key, None)  # type: ignore[arg-type]  # clears it; pyspark's type says str
 
 
 class DataFrameRows:

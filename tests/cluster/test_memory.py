@@ -12,7 +12,7 @@ from users_modules import BIG_ROW_BYTES  # tests/modules
 
 pytestmark = pytest.mark.cluster
 
-HEAP_MIB, OVERHEAD_MIB = 512, 1024
+HEAP_MIB, OVERHEAD_MIB = 512, 1536  # as conf/spark-yarn.conf has it: two pools of Python workers, torch
 ROWS = 3 * (HEAP_MIB + OVERHEAD_MIB) * (1 << 20) // BIG_ROW_BYTES
 ROWS_PER_GROUP = 128
 """Spark reads a group of rows at once, into the heap."""
