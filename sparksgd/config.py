@@ -410,7 +410,8 @@ def _section(section: str, kind: type[Any], table: Mapping[str, Any]) -> Any:
         if key in keys:
             values[key] = _checked(f"{section}.{key}", value, hints[key])
         elif takes_arguments:
-            arguments |= {} if value is None else {key: value}  # `none` unsets
+            if value is not None:  # `none` unsets
+                arguments[key] = value
         else:
             raise ConfigError(f"unknown key {section}.{key}{did_you_mean(key, keys)}")
     if takes_arguments:
