@@ -11,7 +11,6 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -103,18 +102,9 @@ def metrics(out: Path) -> list[dict]:
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
-@pytest.fixture
-def standalone(tmp_path) -> Iterator[str]:
-    """Start a master and a worker of two cores; return the master's address."""
-    with servers.standalone(tmp_path / "standalone", environment=environment(), cores=2) as cluster:
-        yield cluster.address
-
-
-def test_a_run_on_a_standalone_cluster_leaves_all_its_files_and_equals_the_reference(
-    digits, reference, tmp_path, standalone
-):
+def test_a_run_leaves_all_its_files_and_equals_the_reference(digits, reference, tmp_path):
     out = tmp_path / "run"
-    done = train(digits, out, master=standalone)
+    done = train(digits, out)
     assert done.returncode == 0, done.stdout
     assert "Traceback" not in done.stdout
     summary = json.loads((out / "summary.json").read_text())

@@ -55,7 +55,9 @@ class StepReports:
 )
 def test_ordinary_stages_reach_the_digest_of_the_reference(session_for, small, settings):
     config = configured("engine.barrier=false", "engine.num_workers=3", "train.steps=12", *settings)
-    training = train(session_for("local[3]"), config, *[session_for("local[3]").read.parquet(small)] * 2)
+    spark = session_for("local[4]")
+    frame = spark.read.parquet(small)
+    training = train(spark, config, frame, frame)
     inline = train_inline(config, rows=ParquetRows(small), test=ParquetRows(small), make_engine=InlineEngine)
     assert digests(training) == digests(inline)
     assert [e.loss for e in training.evaluations] == [e.loss for e in inline.evaluations]

@@ -16,7 +16,7 @@ from sparksgd.errors import Cancelled, ClusterError, ModelError, UserCodeError
 from sparksgd.spark.cluster import Cluster, final_error, gist
 from sparksgd.spark.lost_executors import memory_advice
 
-SESSION = SimpleNamespace(applicationId="app-1")
+SESSION = SimpleNamespace(applicationId="app-1", _jsc=object())
 
 ABORTED = (
     "An error occurred while calling z:org.apache.spark.api.python.PythonRDD.collectAndServe.\n"
