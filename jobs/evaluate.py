@@ -10,9 +10,11 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from typing import get_args
 
 from sparksgd.command_line import exit_status, parser_of
 from sparksgd.interrupts import end_in_order
+from sparksgd.logs import LogFormat, log_to, new_run_id, open_console
 from sparksgd.run import run_evaluation
 
 
@@ -20,12 +22,16 @@ def parser() -> argparse.ArgumentParser:
     result = parser_of(__doc__)
     result.add_argument("--model", required=True, metavar="DIR", help="model/ of a run: path or URI")
     result.add_argument("--data", required=True, metavar="PARQUET", help="with the columns it trained on")
+    result.add_argument(
+        "--log-format", choices=get_args(LogFormat), default="text", help="of log lines, on standard error"
+    )
     return result
 
 
 def main(argv: Sequence[str]) -> int:
     """Print a model's scores; return the exit status."""
     args = parser().parse_args(argv)
+    log_to(open_console(), new_run_id(), args.log_format)
     return exit_status(lambda: run_evaluation(args.model, args.data))
 
 

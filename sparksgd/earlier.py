@@ -13,8 +13,8 @@ from typing import Any, Literal
 
 from sparksgd.config import Config
 from sparksgd.errors import ConfigError
-from sparksgd.participation import RECORD, SUMMARY
-from sparksgd.storage import Location
+from sparksgd.participation import MODEL, RECORD, SUMMARY
+from sparksgd.storage import Location, unanswered
 
 __all__ = ["IfExists", "is_done"]
 
@@ -30,30 +30,34 @@ def is_done(out: Location, config: Config, fingerprints: Mapping[str, str], if_e
     Args:
         out: the folder.
         config: what is to be trained.
-        fingerprints: of the files trained on and evaluated on, by the key that names them; of what is
-            repeated, if anything is.
+        fingerprints: of the files trained on and evaluated on, and of the user's code, by the key that
+            names them; of what is repeated, if anything is.
         if_exists: "skip" asks this question; "fail" refuses any finished run; "overwrite" wants none.
 
     Raises:
         ConfigError: it holds a finished run of another configuration, or of other files.
+        ClusterError: its file system does not answer.
     """
     if if_exists == "overwrite":
         return False
     try:
         summary, record = (json.loads((out / name).read_bytes()) for name in (SUMMARY, RECORD))
-        status, parameters = summary["status"], summary.get("parameters_sha256")
+        status, parameters = summary["status"], summary["parameters_sha256"]
         then, files = Config.from_dict(record["config"]).experiment(), dict(record["fingerprints"])
+        has_model = _has_model(out, parameters)
     except FileNotFoundError:
         return False
     except OSError as error:
-        raise ConfigError(f"--out {out} cannot be read: {error.strerror}; name another folder") from error
+        refusal = ConfigError(f"--out {out} cannot be read: {error.strerror}; name another folder")
+        raise unanswered(error, refusal) from error
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise ConfigError(
             f"--out {out} holds what is no run of this version ({type(error).__name__}: {error}): name "
             f"another folder, or pass --if-exists overwrite"
         ) from error
-    if status != "finished":
-        log.info("--out %s holds a run that ended early (%s): training anew", out, status)
+    if status != "finished" or not has_model:
+        reason = "its model is not there" if status == "finished" else status
+        log.info("--out %s holds a run that ended early (%s): training anew", out, reason)
         return False
     if if_exists == "fail":
         raise ConfigError(
@@ -74,6 +78,15 @@ def is_done(out: Location, config: Config, fingerprints: Mapping[str, str], if_e
     return True
 
 
+def _has_model(out: Location, parameters: str) -> bool:
+    """Return whether the model of these parameters is there."""
+    try:
+        model = json.loads((out / MODEL).read_bytes())
+    except FileNotFoundError:
+        return False
+    return bool(parameters == model["parameters_sha256"]) and (out / "model" / model["weights"]).exists()
+
+
 def _differences(
     then: Mapping[str, Any], files: Mapping[str, str], config: Config, fingerprints: Mapping[str, str]
 ) -> list[str]:
@@ -85,6 +98,10 @@ def _differences(
     ]
     for key in sorted(files.keys() | fingerprints.keys()):
         if files.get(key) != fingerprints.get(key):
-            changed = f"the files of {key} are others, or were changed since ({now.get(key)})"
-            found.append(changed if key in _PATHS else f"the {key} is another, or only one of them is one")
+            if key in _PATHS:
+                found.append(f"the files of {key} are others, or were changed since ({now.get(key)})")
+            elif key in now:
+                found.append(f"the code of {key} was changed since ({now[key]})")
+            else:
+                found.append(f"the {key} is another, or only one of them is one")
     return found

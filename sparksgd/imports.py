@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import difflib
+import hashlib
 import importlib
+import importlib.util
 from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
 from sparksgd.errors import ConfigError
 
-__all__ = ["did_you_mean", "resolve"]
+__all__ = ["did_you_mean", "resolve", "source_digest"]
 
 T = TypeVar("T")
 
@@ -59,3 +61,15 @@ def resolve(key: str, name: str, ours: Mapping[str, T]) -> T | Any:
             f"{did_you_mean(attribute, [n for n in dir(module) if not n.startswith('_')])}"
         )
     return getattr(module, attribute)
+
+
+def source_digest(name: str | None) -> str | None:
+    """Return the digest of the file that a `package.module:attribute` is in; None for a name of ours."""
+    module_name, colon, _ = (name or "").partition(":")
+    try:
+        spec = importlib.util.find_spec(module_name) if colon else None
+    except (ImportError, ValueError):
+        return None  # resolving it tells why
+    get_source = getattr(spec and spec.loader, "get_source", None)
+    source = get_source(module_name) if get_source else None
+    return None if source is None else hashlib.sha256(source.encode()).hexdigest()

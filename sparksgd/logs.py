@@ -34,12 +34,12 @@ def open_console() -> Console:
         behind = Path()
     submitted = "PYSPARK_GATEWAY_PORT" in os.environ
     if sys.stderr.isatty() or not submitted or not str(behind).startswith(("/dev/pts/", "/dev/tty")):
-        return Console(stderr=True)
+        return Console(stderr=True, force_terminal=sys.stderr.isatty())  # whatever FORCE_COLOR says
     try:
         terminal = behind.open("w", encoding="utf-8")
         width = os.get_terminal_size(terminal.fileno()).columns or None  # 0 where nobody said
     except OSError:
-        return Console(stderr=True)  # another user's terminal, after su or sudo
+        return Console(stderr=True, force_terminal=False)  # another user's terminal, after su or sudo
     return Console(file=terminal, force_terminal=True, width=width)
 
 

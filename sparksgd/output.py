@@ -34,7 +34,7 @@ from sparksgd.config import ModelConfig
 from sparksgd.engines.protocol import StepReport
 from sparksgd.errors import ClusterError, DataError
 from sparksgd.losses import Loss, loss_named
-from sparksgd.participation import METRICS, RECORD, SUMMARY
+from sparksgd.participation import METRICS, MODEL, RECORD, SUMMARY
 from sparksgd.rows import Feature, RowSchema
 from sparksgd.storage import Lines, Location, Seldom, location
 from sparksgd.training import EvaluationReport, Training, build_module
@@ -214,7 +214,7 @@ class RunFolder:
             self._begin(training)
 
     def _begin(self, training: Training) -> None:
-        for name in (SUMMARY, "model/model.json"):
+        for name in (SUMMARY, MODEL):
             (self.folder / name).remove()
         model = self.folder / "model"
         for file in model.files():
@@ -266,24 +266,37 @@ class RunFolder:
             "test_accuracy": report.accuracy,
         }
         self._line(exact | {"timing": {"total": report.time_s}})
+        with self._later():
+            self._lines().flush()
 
     def ended(self, training: Training) -> None:
         """Write the model, as the last good step left it, and the summary."""
-        with self._told(), ExitStack() as each:  # what cannot be written keeps nothing else from it
-            about = {"run_id": self._run_id} | summary(training, time.perf_counter() - self._started)
-            each.callback(_write_json, self.folder / SUMMARY, about)
-            if self._metrics is not None:
-                each.callback(self._metrics.close)
-            self._save(training, _WEIGHTS)
+        about = {"run_id": self._run_id} | summary(training, time.perf_counter() - self._started)
+        with self._told():
+            try:
+                with ExitStack() as each:  # what cannot be written keeps nothing else from it
+                    if self._metrics is not None:
+                        each.callback(self._metrics.close)
+                    self._save(training, _WEIGHTS)
+            except BaseException as error:
+                about["status"] = type(error).__name__  # nobody may take it for finished
+                raise
+            finally:
+                _write_json(self.folder / SUMMARY, about)
 
     def _keep(self, training: Training) -> None:
-        """Write what a killed run should leave; an output that does not answer is asked again later."""
-        assert self._metrics is not None
-        try:
-            self._metrics.flush()
+        """Write what a killed run should leave."""
+        with self._later():
+            self._lines().flush()
             if training.version < training.total_steps and self._saves.is_due():
                 with self._saves.done():
                     self._save(training, f"weights-{training.version}.pt")
+
+    @contextmanager
+    def _later(self) -> Iterator[None]:
+        """Let an output that does not answer be, and say so: it is asked again."""
+        try:
+            yield
         except OSError as error:
             log.warning("%s cannot be written now, training goes on: %s", self.folder, error.strerror)
 
@@ -302,9 +315,12 @@ class RunFolder:
             (self.folder / "model" / before).remove()
 
     def _line(self, values: dict[str, Any]) -> None:
-        assert self._metrics is not None
         with self._told():
-            self._metrics.write(json.dumps(values) + "\n")
+            self._lines().write(json.dumps(values) + "\n")
+
+    def _lines(self) -> Lines:
+        assert self._metrics is not None
+        return self._metrics
 
 
 def _finite(value: float) -> float | None:

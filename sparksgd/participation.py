@@ -23,9 +23,10 @@ from sparksgd.storage import Location, location
 if TYPE_CHECKING:  # it imports torch, which a replay must not before its instruction set is pinned
     from sparksgd.engines.protocol import StepReport
 
-__all__ = ["METRICS", "RECORD", "SUMMARY", "Participation", "Record"]
+__all__ = ["METRICS", "MODEL", "RECORD", "SUMMARY", "Participation", "Record"]
 
 METRICS = "metrics.jsonl"
+MODEL = "model/model.json"
 RECORD = "record.json"
 SUMMARY = "summary.json"
 """Files of a run's folder: a line for each step, what the run was, and what came of it."""

@@ -11,11 +11,11 @@ from rich.console import Console
 from sparksgd.config import Config, EngineConfig, TrainConfig
 from sparksgd.earlier import IfExists, is_done
 from sparksgd.errors import ConfigError, DataError
-from sparksgd.logs import log_to, new_run_id, open_console
+from sparksgd.imports import source_digest
 from sparksgd.output import RunFolder, load_model
 from sparksgd.participation import Record
 from sparksgd.start_up import StartUp
-from sparksgd.storage import Location, fingerprint, local_copy, location
+from sparksgd.storage import Location, fingerprint, local_copy, location, unanswered
 from sparksgd.terminal import Terminal, scores_tables
 from sparksgd.training import Observer, check_solver
 
@@ -67,7 +67,16 @@ def run(
     try:
         fingerprints = {key: fingerprint(path) for key, path in data.items() if path is not None}
     except OSError as error:
-        raise DataError(f"cannot read {error.filename} as Parquet: {error.strerror}") from error
+        refusal = DataError(f"cannot read {error.filename} as Parquet: {error.strerror}")
+        raise unanswered(error, refusal) from error
+    code = {
+        "model.name": config.model.name,
+        "loss.name": config.loss.name,
+        "optimizer.name": config.optimizer.name,
+        "schedule.name": config.schedule.name,
+    }
+    digests = {key: source_digest(name) for key, name in code.items()}
+    fingerprints |= {key: digest for key, digest in digests.items() if digest is not None}
     if record is not None:
         fingerprints["replay"] = record.fingerprint()
     if is_done(folder, config, fingerprints, if_exists):
@@ -124,9 +133,8 @@ def _require_writable(folder: Location) -> None:
         trial.write_bytes(b"")
         trial.remove()
     except OSError as error:
-        raise ConfigError(
-            f"--out {folder} cannot be written: {error.strerror}; name another folder"
-        ) from error
+        refusal = ConfigError(f"--out {folder} cannot be written: {error.strerror}; name another folder")
+        raise unanswered(error, refusal) from error
 
 
 def run_evaluation(folder: str, data: str) -> None:
@@ -136,14 +144,12 @@ def run_evaluation(folder: str, data: str) -> None:
         folder: model/ of a run, a path or URI.
         data: Parquet with the columns that the model was trained on, a path or URI.
     """
-    log_to(open_console(), new_run_id())
-    from sparksgd.spark.evaluation import evaluate
-    from sparksgd.spark.rows import read_parquet
+    from sparksgd.spark.evaluation import evaluate_parquet
     from sparksgd.spark.session import job_session
 
     model = load_model(folder)
     patience_s = EngineConfig().slots_timeout_s
     with job_session(f"sparksgd evaluation of {folder}", TrainConfig(), patience_s) as session:
-        scores = evaluate(read_parquet(session, data), model)
+        scores = evaluate_parquet(session, data, model)
     for table in scores_tables(scores.rows, scores.loss, scores.accuracy, scores.confusion):
         Console().print(table)

@@ -24,14 +24,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Protocol, cast
 
+from sparksgd.errors import ClusterError, SparkSGDError
+
 __all__ = [
     "HIDDEN", "FileStatus", "Lines", "LocalLocation", "Location", "Seldom", "SpooledLines", "fingerprint",
-    "has_scheme", "local_copy", "location", "replacing",
+    "has_scheme", "local_copy", "location", "replacing", "unanswered",
 ]  # fmt: skip
 
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):")
 HIDDEN = ("_", ".")
 """How the names of files begin that are no data."""
+
+_UNANSWERED = (errno.ECONNREFUSED, errno.EHOSTUNREACH, errno.ETIMEDOUT)
 _SECONDS_BETWEEN_COPIES = 5.0
 _COPYING_SHARE = 0.05
 """Copies of a growing file may take this share of the time."""
@@ -284,6 +288,11 @@ def replacing(path: Path) -> Iterator[Path]:
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)
+
+
+def unanswered(error: OSError, refusal: SparkSGDError) -> SparkSGDError:
+    """Return a refusal, or the same as a cluster's error where a file system did not answer."""
+    return ClusterError(str(refusal)) if error.errno in _UNANSWERED else refusal
 
 
 def fingerprint(path: str) -> str:

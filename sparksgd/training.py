@@ -17,7 +17,6 @@ from collections import Counter
 from collections.abc import Callable, Sequence, Sized
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import Any, Protocol
 
 import pyarrow as pa
@@ -349,9 +348,7 @@ def train(
         )
         _name_differences(training.numerics)
         with thread_count(config.train.threads):
-            _loop(training, engine, solver, observers, partial(_next_deal, deals, record), test is not None)
-        if record is not None:
-            _compare(training, record)
+            _loop(training, engine, solver, observers, deals, record, evaluates=test is not None)
         return training
 
 
@@ -636,7 +633,9 @@ def _loop(
     engine: Engine,
     solver: SynchronousSolver,
     observers: Sequence[Observer],
-    next_deal: Callable[[Training, Engine, SynchronousSolver], None],
+    deals: _Deals,
+    record: Record | None,
+    *,
     evaluates: bool,
 ) -> None:
     steps_per_epoch = training.plan.sampling.steps_per_epoch
@@ -664,7 +663,9 @@ def _loop(
                 for observer in observers:
                     observer.evaluated(training, evaluation)
             if finished or solver.step % steps_per_epoch == 0:
-                next_deal(training, engine, solver)
+                _next_deal(deals, record, training, engine, solver)
+        if record is not None:
+            _compare(training, record)
     except BaseException as error:
         training.error = error
         if isinstance(error, NotFinite) and not isinstance(error, UpdateNotFinite):

@@ -28,6 +28,10 @@ def write(folder: Path, status: str) -> None:
     (folder / "summary.json").write_text(json.dumps({"status": status, "parameters_sha256": "abc"}))
     record = {"config": CONFIG.to_dict(), "fingerprints": FILES}
     (folder / "record.json").write_text(json.dumps(record))
+    (folder / "model").mkdir(exist_ok=True)
+    about = {"weights": "weights.pt", "parameters_sha256": "abc"}
+    (folder / "model" / "model.json").write_text(json.dumps(about))
+    (folder / "model" / "weights.pt").touch()
 
 
 def test_the_same_is_done(out: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -66,6 +70,15 @@ def test_other_files_are_refused(out: Path, files: dict[str, str]) -> None:
         is_done(location(out), CONFIG, files, "skip")
 
 
+def test_changed_code_is_another_run(out: Path) -> None:
+    config = Config.load(CONFIG.to_dict(), ["model.name=theirs:Net"])
+    record = {"config": config.to_dict(), "fingerprints": FILES | {"model.name": "5"}}
+    (out / "record.json").write_text(json.dumps(record))
+    assert is_done(location(out), config, FILES | {"model.name": "5"}, "skip")
+    with pytest.raises(ConfigError, match=r"the code of model\.name was changed since \(theirs:Net\)"):
+        is_done(location(out), config, FILES | {"model.name": "6"}, "skip")
+
+
 def test_a_replay_is_not_the_run_that_it_repeats(out: Path) -> None:
     with pytest.raises(ConfigError, match="the replay is another"):
         is_done(location(out), CONFIG, FILES | {"replay": "4"}, "skip")
@@ -83,6 +96,18 @@ def test_no_run_or_half_a_run_is_not_done(tmp_path: Path, policy: str) -> None:
     assert not is_done(location(tmp_path), CONFIG, FILES, policy)
     (tmp_path / "summary.json").unlink()  # as a run that was killed leaves it
     assert not is_done(location(tmp_path), CONFIG, FILES, policy)
+
+
+@pytest.mark.parametrize("missing", ["weights.pt", "model.json"])
+def test_a_run_whose_model_is_gone_is_not_done(out: Path, missing: str) -> None:
+    (out / "model" / missing).unlink()
+    assert not is_done(location(out), CONFIG, FILES, "skip")
+
+
+def test_a_run_whose_model_is_of_an_earlier_step_is_not_done(out: Path) -> None:
+    about = {"weights": "weights.pt", "parameters_sha256": "of an earlier step"}
+    (out / "model" / "model.json").write_text(json.dumps(about))
+    assert not is_done(location(out), CONFIG, FILES, "skip")
 
 
 def test_what_is_no_run_of_ours_is_not_written_over(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import pytest
 from rich.console import Console
 
-from sparksgd.logs import are_json, log_to
+from sparksgd.logs import are_json, log_to, open_console
 
 log = logging.getLogger("sparksgd")
 
@@ -51,3 +51,8 @@ def test_json_is_one_object_a_line_whatever_it_says(capsys: pytest.CaptureFixtur
         'two\nlines and a "quote"',
     )
     assert second["traceback"].endswith("ValueError: no")
+
+
+def test_what_forces_colours_makes_no_file_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    assert not open_console().is_terminal  # else a progress bar would be drawn into it

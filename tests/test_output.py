@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +15,7 @@ import torch
 
 from sparksgd.config import Config
 from sparksgd.engines.inline import InlineEngine
-from sparksgd.errors import ConfigError, DataError, NotFinite
+from sparksgd.errors import ClusterError, ConfigError, DataError, NotFinite
 from sparksgd.local_rows import ParquetRows
 from sparksgd.output import RunFolder, load_model
 from sparksgd.training import train
@@ -133,3 +134,24 @@ def test_a_run_that_diverges_at_once_leaves_the_weights_that_it_began_with(
             observers=[RunFolder(tmp_path)],
         )
     assert load_model(tmp_path / "model", torch.nn.Linear(1, 1)).module.weight.item() == before
+
+
+def test_a_run_whose_last_model_cannot_be_written_is_not_finished(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: Any) -> None:
+        raise OSError(errno.EIO, "the disk is gone")
+
+    monkeypatch.setattr("sparksgd.output.save_model", fails)
+    config = Config.from_dict({"loss": {"name": "squared_error"}, "train": {"num_shards": 1}})
+    rows = ParquetRows(str(trained.parent / "rows.parquet"))
+    with pytest.raises(ClusterError, match="cannot be written: the disk is gone"):
+        train(
+            config,
+            rows=rows,
+            test=None,
+            make_engine=InlineEngine,
+            module=torch.nn.Linear(1, 1),
+            observers=[RunFolder(tmp_path)],
+        )
+    assert json.loads((tmp_path / "summary.json").read_text())["status"] == "OSError"

@@ -420,14 +420,15 @@ class ArrivalsEngine(SparkEngine):
         self._tidy()
 
     def _map(self, shards: SparkShards, task: Callable[[int, Iterable[Descriptor]], Iterable[T]]) -> RDD[T]:
-        """Return the RDD of a task over the workers' shards; of test shards, over those of each slot."""
+        """Return the RDD of a task over the workers' shards; of test shards, in as many tasks."""
         if shards is not self._test:
             return shards.rdd.mapPartitionsWithIndex(task)
         places, partition_of = shards.places(), shards.partition_of
         at_place: dict[str | None, list[Descriptor]] = {}
         for descriptor in shards.table:
             at_place.setdefault(places[partition_of[descriptor.shard]], []).append(descriptor)
-        tasks = max(1, self._cluster.slots() // max(1, len(at_place)))
+        slots = min(self._cluster.slots(), self._cluster.num_workers)
+        tasks = max(1, slots // max(1, len(at_place)))
         placed = [
             self._cluster.at_place(mine[number::tasks], place)
             for place, mine in at_place.items()

@@ -202,7 +202,7 @@ class Cluster:
         self.run_id = run_id or uuid.uuid4().hex[:12]
         self.lost_executors = LostExecutors(self.context)
         self.job_watch = JobWatch(self)
-        self._timeout_s = config.engine.slots_timeout_s
+        self.slots_timeout_s = config.engine.slots_timeout_s
         self._sized_by = "train.num_shards" if config.solver.backup_workers else "engine.num_workers"
         conf = self.context.getConf()
         self.is_elastic = str(conf.get("spark.dynamicAllocation.enabled", "false")).lower() == "true"
@@ -402,7 +402,7 @@ class Cluster:
         start, said = time.monotonic(), 0.0
         while (slots := self._slots_while_it_lasts()) < wanted:
             waited_s = time.monotonic() - start
-            if self.is_local or waited_s >= self._timeout_s:
+            if self.is_local or waited_s >= self.slots_timeout_s:
                 raise NotEnoughSlots(self._too_few(wanted, slots, waited_s))
             if waited_s - said >= 5:
                 said = waited_s
@@ -604,6 +604,12 @@ class Watched:
     expired: bool = False
     """Whether it was cancelled, because its tasks ran too long."""
 
+    starving_since_s: float | None = None
+    """Since when there have been too few slots, others' counted, too."""
+
+    starved: str | None = None
+    """Why it was cancelled, if it starved."""
+
 
 class JobWatch:
     """Says aloud what Spark does not, that a job waits for slots; and cancels one whose tasks hang.
@@ -625,13 +631,21 @@ class JobWatch:
         Args:
             needed: how many slots it needs to start.
             limit_s: how long its tasks may run, waiting for slots not counted.
+
+        Raises:
+            NotEnoughSlots: the cluster had too few for engine.slots_timeout_s.
         """
         if self._thread is None:
             self._thread = threading.Thread(target=self._watch, name="sparksgd-watch", daemon=True)
             self._thread.start()
-        around, self._watched = self._watched, Watched(needed, limit_s)
+        around, watched = self._watched, Watched(needed, limit_s)
+        self._watched = watched
         try:
-            yield self._watched
+            yield watched
+        except Exception as error:
+            if watched.starved is None:
+                raise
+            raise NotEnoughSlots(watched.starved) from error
         finally:
             self._watched = around
 
@@ -650,17 +664,35 @@ class JobWatch:
                 with cleanup():
                     self._cluster.lost_executors.look()
 
+    def _starves(self, watched: Watched, slots: int, now_s: float) -> bool:
+        """Cancel a job whose slots do not come; return whether it was."""
+        since_s = watched.starving_since_s = watched.starving_since_s or now_s
+        timeout_s = self._cluster.slots_timeout_s
+        if now_s - since_s < timeout_s or self._watched is not watched:
+            return False
+        watched.starved = (
+            f"{watched.needed} slots are needed, but for {now_s - since_s:.0f} s there were {slots}: "
+            f"executors were taken away, or cannot start. Ask the cluster why, or wait longer "
+            f"(engine.slots_timeout_s={2 * max(timeout_s, 30):.0f})"
+        )
+        cancel_jobs(self._cluster.context, self._cluster.run_id)
+        return True
+
     def _look_at(self, watched: Watched) -> None:
         slots, (ours, others) = self._cluster.slots(), self._cluster.running_tasks()
+        now_s = time.monotonic()
+        if ours or slots >= watched.needed:
+            watched.starving_since_s = None
+        elif self._starves(watched, slots, now_s):
+            return
         if ours:
-            now_s = time.monotonic()
             watched.running_since_s = watched.running_since_s or now_s
             ran_s = now_s - watched.running_since_s
             if watched.limit_s is not None and ran_s > watched.limit_s and self._watched is watched:
                 watched.expired = True
                 cancel_jobs(self._cluster.context, self._cluster.run_id)
-        elif slots - others < watched.needed and time.monotonic() >= watched.say_again_s:
-            watched.say_again_s = time.monotonic() + _SAID_EVERY_S
+        elif slots - others < watched.needed and now_s >= watched.say_again_s:
+            watched.say_again_s = now_s + _SAID_EVERY_S
             log.warning(
                 "waiting for slots: %d needed, %d free (%d in all, other jobs hold %d)",
                 watched.needed,

@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
 import numpy.typing as npt
 from pyspark import cloudpickle
-from pyspark.sql import DataFrame
+from pyspark.sql import DataFrame, SparkSession
 
 from sparksgd import errors
+from sparksgd.config import Config
 from sparksgd.errors import DataError
 from sparksgd.output import SavedModel
 from sparksgd.rows import RowReport
 from sparksgd.spark import step_tasks
-from sparksgd.spark.cluster import spark_job
-from sparksgd.spark.rows import first_rows, selected, small_batches, without_vectors
+from sparksgd.spark.cluster import Cluster, spark_job
+from sparksgd.spark.rows import first_rows, read_parquet, selected, small_batches, without_vectors
 
-__all__ = ["Scores", "evaluate"]
+__all__ = ["Scores", "evaluate", "evaluate_parquet"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +57,31 @@ def evaluate(frame: DataFrame, model: SavedModel) -> Scores:
         DataError: a column is missing or of another type, there is no row, or a row does not fit.
         UserCodeError: the module or its loss raised.
     """
-    frame = without_vectors(frame)
+    return _evaluate(frame.sparkSession, lambda: frame, model)
+
+
+def evaluate_parquet(session: SparkSession, path: str, model: SavedModel) -> Scores:
+    """Evaluate a model on Parquet: see `evaluate`.
+
+    Args:
+        session: reads it.
+        path: a path or URI.
+        model: as `load_model` returns it.
+
+    Raises:
+        NotEnoughSlots: there is no executor.
+    """
+    return _evaluate(session, lambda: read_parquet(session, path), model)
+
+
+def _evaluate(session: SparkSession, frame: Callable[[], DataFrame], model: SavedModel) -> Scores:
+    """Evaluate on a frame that is made once there is a slot: to read a schema is a job already."""
+    cluster = Cluster(session, Config.load(None, ["engine.num_workers=1", "engine.barrier=false"]))
+    with cluster.job_group(), cluster.job_watch.over(1):
+        return _scores(without_vectors(frame()), model)
+
+
+def _scores(frame: DataFrame, model: SavedModel) -> Scores:
     model.schema.check_columns(*first_rows(frame, model.schema.columns, 1), "this data")
     context = frame.sparkSession.sparkContext
     pickled: bytes = cloudpickle.dumps(model)  # type: ignore[no-untyped-call]  # untyped in pyspark

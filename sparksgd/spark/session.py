@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import threading
 import time
 import uuid
@@ -18,7 +19,7 @@ from pyspark.sql import SparkSession
 
 from sparksgd import instruction_set
 from sparksgd.config import TrainConfig
-from sparksgd.errors import ConfigError, NotEnoughSlots
+from sparksgd.errors import ClusterError, ConfigError, NotEnoughSlots, SparkSGDError
 from sparksgd.spark.cluster import cleanup, gist, refuse_connect
 from sparksgd.spark.quiet import end_quietly
 from sparksgd.spark.storage import hadoop_configuration
@@ -146,8 +147,11 @@ def _settings_of_session(app_name: str, train: TrainConfig) -> SparkConf:
     conf.setIfMissing("spark.ui.showConsoleProgress", "false")
     conf.setIfMissing("spark.log.level", "WARN")
     if _on_yarn(conf):
-        # the container's own directory: its temporary one is too long a path for a socket
-        conf.setIfMissing("spark.python.unix.domain.socket.dir", ".")
+        # A container's own directory, since its temporary one is too long a path for a socket.  It is the
+        # driver's working directory, too.
+        conf.setIfMissing("spark.python.unix.domain.socket.dir", "." if os.access(".", os.W_OK) else "/tmp")
+        # Waiting for slots is ours: we say how many have come, and end it.
+        conf.setIfMissing("spark.scheduler.maxRegisteredResourcesWaitingTime", "3s")
     return conf
 
 
@@ -174,6 +178,7 @@ def job_session(app_name: str, train: TrainConfig, timeout_s: float = math.inf) 
 
     Raises:
         NotEnoughSlots: it did not in that time.
+        ClusterError: the session cannot start.
     """
     if SparkContext._active_spark_context is not None:
         yield start_session(app_name, train)
@@ -236,7 +241,9 @@ def _patience(conf: SparkConf, timeout_s: float) -> Iterator[None]:
                 f"(--queue), ask for less, or wait longer "
                 f"(engine.slots_timeout_s={2 * max(given_up_s[0], 30):.0f})"
             ) from error
-        raise
+        if isinstance(error, SparkSGDError):
+            raise
+        raise ClusterError(f"the Spark session cannot start: {gist(str(error))}") from error
     finally:
         taken.set()
 

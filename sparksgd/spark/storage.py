@@ -29,6 +29,9 @@ _ERRNO = {
     "org.apache.hadoop.security.AccessControlException": errno.EACCES,
     "java.nio.file.AccessDeniedException": errno.EACCES,
     "java.net.ConnectException": errno.ECONNREFUSED,
+    "java.net.NoRouteToHostException": errno.EHOSTUNREACH,
+    "java.net.SocketTimeoutException": errno.ETIMEDOUT,
+    "org.apache.hadoop.net.ConnectTimeoutException": errno.ETIMEDOUT,
 }
 
 _WHOLE_AT_ONCE = frozenset(("s3a", "s3", "s3n", "gs", "oss", "cosn", "wasb", "wasbs"))

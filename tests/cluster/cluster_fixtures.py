@@ -74,7 +74,7 @@ def _standalone(
     checkout: Checkout, tmp_path_factory: pytest.TempPathFactory, settings: Mapping[str, str]
 ) -> Iterator[servers.Standalone]:
     options = " ".join(f"-D{key}={value}" for key, value in settings.items())
-    environment = checkout.environment | {"SPARK_DAEMON_JAVA_OPTS": options}
+    environment = servers.node_environment(checkout.environment) | {"SPARK_DAEMON_JAVA_OPTS": options}
     folder, hosts = tmp_path_factory.mktemp("standalone"), ("127.0.0.2", "127.0.0.3")
     of_host = {host: {"SPARK_LOCAL_DIRS": str(folder / host)} for host in hosts}
     with servers.standalone(

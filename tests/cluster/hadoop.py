@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from jars import class_path, java, spark_jars
-from servers import Process, kept, stop, wait_for  # tests/hosts
+from servers import Process, kept, node_environment, stop, wait_for  # tests/hosts
 
 __all__ = ["NODE_HOSTS", "NODE_MEMORY_MIB", "NODE_VCORES", "Hadoop"]
 
@@ -103,7 +103,7 @@ _YARN_SITE = {
     "yarn.nodemanager.disk-health-checker.min-free-space-per-disk-mb": "0",
     "yarn.nodemanager.delete.debug-delay-sec": "0",
     # what containers get from their node; not admin-env, which appends to what Spark hands on itself
-    "yarn.nodemanager.env-whitelist": "JAVA_HOME,PATH,LANG,TZ,SPARK_LOCAL_IP,PYSPARK_PYTHON",
+    "yarn.nodemanager.env-whitelist": "JAVA_HOME,PATH,LANG,TZ,SPARK_LOCAL_IP",
     "yarn.log-aggregation-enable": "false",  # container_logs reads them where they are written
 }
 _SCHEDULER = {
@@ -296,7 +296,7 @@ class Hadoop:
         foreign = ("HADOOP_", "YARN_")
         environment = {key: value for key, value in os.environ.items() if not key.startswith(foreign)}
         # host names need not resolve, and a driver in a container has no other way to know its address
-        environment |= {"SPARK_LOCAL_IP": "127.0.0.1", "PYSPARK_PYTHON": sys.executable}
+        environment = node_environment(environment) | {"SPARK_LOCAL_IP": "127.0.0.1"}
         self._processes[name] = kept(words, self.folder / f"{name}.log", environment=environment)
         return self._processes[name]
 

@@ -90,13 +90,24 @@ def test_more_executors_than_the_queue_holds_are_an_error_in_the_configured_time
         settings=["--num-executors", "8"],
     )
     done = checkout.run(*words)
+    ended_s = time.time()
     assert done.returncode == 4, done.stdout
+    taken = checkout.hadoop.applications()[0]["launchTime"] / 1000
+    assert 15 < ended_s - taken < 15 + 25  # of which its driver's start and its end take some
     said = re.search(r"error: .*", done.stdout)[0]
     assert re.search(
         r"8 slots are needed, and 8 were asked for \(spark.executor.instances=8 of 1 cores\), but after "
         r"1[5-9] s there are [1-6], of [1-6] executors", said
     ), said  # fmt: skip
     assert "waiting for slots: " in done.stdout
+
+
+def test_a_session_that_yarn_refuses_is_an_error_in_a_line(checkout):
+    words = checkout.on_yarn("--out", "hdfs:///models/no-queue", settings=["--queue", "nosuch"])
+    done = checkout.run(*words)
+    assert done.returncode == 4, done.stdout
+    assert re.search(r"error: the Spark session cannot start: .*nosuch", done.stdout), done.stdout
+    assert "Traceback" not in done.stdout
 
 
 def test_an_application_that_yarn_does_not_take_is_given_up_and_killed(checkout):

@@ -14,9 +14,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
+import pyspark
+
 __all__ = [
     "Standalone",
     "kept",
+    "node_environment",
     "standalone",
     "start_history_server",
     "start_server",
@@ -26,12 +29,21 @@ __all__ = [
 ]
 
 _KEEPER = Path(__file__).parent / "keeper.py"
+_OF_THIS_PYTHON = ("PYTHONPATH", "PYSPARK_PYTHON", "PYSPARK_DRIVER_PYTHON", "VIRTUAL_ENV")
 _READY_S = 120
 _READY = re.compile(r"(?:Starting Spark master at|registered with master) (spark://\S+)")
 _HISTORY_READY = re.compile(r"started at (http://\S+)")
 
 Process = subprocess.Popen[bytes]
 T = TypeVar("T")
+
+
+def node_environment(environment: Mapping[str, str]) -> dict[str, str]:
+    """Return what a node sees that has Spark, but no package of this Python: neither torch nor sparksgd."""
+    seen = {key: value for key, value in environment.items() if key not in _OF_THIS_PYTHON}
+    own = Path(sys.executable).parent
+    folders = [folder for folder in seen["PATH"].split(os.pathsep) if Path(folder) != own]
+    return seen | {"PATH": os.pathsep.join(folders), "SPARK_HOME": str(Path(pyspark.__file__).parent)}
 
 
 def kept(

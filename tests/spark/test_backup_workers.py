@@ -131,7 +131,9 @@ def test_a_run_with_backups_is_replayed_bit_for_bit(session_for, small, tmp_path
         train(spark, config, rows.limit(900), record=record)
     other = replace(record, took_part=[frozenset({0, 1}), *record.took_part[1:]])
     with pytest.raises(ReplayDiffers, match="the replay ended at parameters"):
-        train(spark, config, rows, record=other)
+        train(spark, config, rows, record=other, observers=[RunFolder(tmp_path / "again")])
+    status = json.loads((tmp_path / "again" / "summary.json").read_text())["status"]
+    assert status == "ReplayDiffers"  # a second try may not find it finished
 
 
 def test_the_record_of_a_killed_run_is_replayed_as_far_as_it_goes(session_for, small, tmp_path):

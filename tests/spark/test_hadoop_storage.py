@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from sparksgd.errors import ClusterError, DataError
 from sparksgd.spark.storage import HadoopLocation
-from sparksgd.storage import LocalLocation, Location, fingerprint, local_copy, location
+from sparksgd.storage import LocalLocation, Location, fingerprint, local_copy, location, unanswered
 
 
 @pytest.fixture(params=["local", "hadoop"])
@@ -74,8 +75,20 @@ def test_a_uri_that_is_not_of_this_machine_goes_through_hadoop(session_for: Call
 
 def test_an_unknown_host_is_refused_with_its_name(session_for: Callable[..., object]) -> None:
     session_for("local[2]")
-    with pytest.raises(OSError, match=r"hdfs://127\.0\.0\.1:1/x"):
+    with pytest.raises(OSError, match=r"hdfs://127\.0\.0\.1:1/x") as refused:
         location("hdfs://127.0.0.1:1/x").exists()
+    assert type(unanswered(refused.value, DataError("x"))) is ClusterError  # a scheduler may try again
+
+
+def test_an_object_store_is_written_to_in_one_step(
+    at: Callable[[Path], Location], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sparksgd.spark.storage._WHOLE_AT_ONCE", {"file"})
+    monkeypatch.setattr(HadoopLocation, "_rename", None)
+    file = at(tmp_path) / "new folder" / "file"
+    for data in (b"old", b"new"):
+        file.write_bytes(data)
+        assert file.read_bytes() == data
 
 
 def test_a_copy_holds_what_is_there(

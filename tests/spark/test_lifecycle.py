@@ -22,6 +22,7 @@ from conftest import (  # tests/spark/conftest.py
     undisturbed,
     with_descendants,
 )
+from pyspark import SparkContext
 from users_modules import (
     BIG_ROW_BYTES,  # tests/modules
     big_rows,  # tests/modules
@@ -29,9 +30,10 @@ from users_modules import (
 )
 
 from sparksgd.config import TrainConfig
-from sparksgd.errors import Cancelled
+from sparksgd.errors import Cancelled, ClusterError, NotEnoughSlots
 from sparksgd.spark import row_tasks
-from sparksgd.spark.session import SETTINGS, Setting, check_session
+from sparksgd.spark.cluster import Cluster
+from sparksgd.spark.session import SETTINGS, Setting, _settings_of_session, check_session, job_session
 from sparksgd.spark.training import train
 
 
@@ -314,3 +316,39 @@ def test_five_thousand_steps_of_the_all_reduce_engine_hold_no_more_than_the_firs
             grown += 8  # in 160 segments
         assert least_late <= grown, (what, counts)
     assert held.seen[0]["workers", "threads"] < 60  # not one for each of 36 segments
+
+
+@pytest.mark.parametrize(("writable", "folder"), [(True, "."), (False, "/tmp")])
+def test_on_yarn_sockets_are_where_driver_and_containers_may_write(
+    session_for, monkeypatch, writable, folder
+):
+    session_for("local[2]")
+    monkeypatch.setattr("os.access", lambda *_: writable)
+    monkeypatch.setattr("sparksgd.spark.session._on_yarn", lambda _: True)
+    conf = _settings_of_session("sparksgd tests", TrainConfig())
+    assert conf.get("spark.python.unix.domain.socket.dir") == folder
+
+
+def test_a_job_whose_slots_do_not_come_ends(session_for, monkeypatch):
+    spark = session_for("local[2]")
+    cluster = Cluster(spark, configured("engine.slots_timeout_s=1"))
+    monkeypatch.setattr(cluster, "slots", lambda: 0)
+    monkeypatch.setattr(cluster, "running_tasks", lambda: (0, 0))
+    starved = pytest.raises(NotEnoughSlots, match=r"1 slots are needed, but for \d s there were 0")
+    with cluster.job_group(), starved, cluster.job_watch.over(1):
+        spark.sparkContext.parallelize([0], 1).foreach(lambda _: time.sleep(60))
+
+
+def test_a_session_that_cannot_start_is_an_error_in_a_line(session_for, tmp_path):
+    session_for("local[2]").stop()
+    events = {"spark.eventLog.enabled": "true", "spark.eventLog.dir": f"file:{tmp_path}/nowhere"}
+    system = SparkContext._jvm.System
+    for key, value in events.items():
+        system.setProperty(key, value)
+    try:
+        cannot = pytest.raises(ClusterError, match=r"cannot start: java\.io\.FileNotFoundException.*nowhere")
+        with cannot, job_session("sparksgd tests", TrainConfig()):
+            pass
+    finally:
+        for key in events:
+            system.clearProperty(key)
