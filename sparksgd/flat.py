@@ -2,6 +2,8 @@
 
 Parameters are the trainable ones, in the order of `named_parameters`, tied ones once; each is a
 view of one flat vector, and so is its gradient.  Frozen ones (`requires_grad` false) stay outside.
+The weights of 2-d convolutions lie there channels last, which is how torch computes them fastest on a
+CPU (a gradient of LeNet takes 0.6 of the time); what they are multiplied with follows them.
 Of the buffers, batch-norm's change as it trains: running means and variances are averaged over the
 rows like a gradient, its counters advance.  No other buffer may change.
 
@@ -60,6 +62,7 @@ class FlatModule:
         trainable = [(n, p) for n, p in module.named_parameters() if p.requires_grad]
         _check(trainable, module, dtype)
         self.trainable = [parameter for _, parameter in trainable]
+        self._convolved = {id(part.weight) for part in module.modules() if type(part) is nn.Conv2d}
         size = sum(parameter.numel() for parameter in self.trainable)
         self.parameters = torch.empty(size, dtype=dtype)
         self.gradient = torch.zeros(size, dtype=dtype)
@@ -103,7 +106,11 @@ class FlatModule:
         start = 0
         for parameter in self.trainable:
             end = start + parameter.numel()
-            yield vector[start:end].view(parameter.shape)
+            part, shape = vector[start:end], parameter.shape
+            if id(parameter) in self._convolved:
+                yield part.view(shape[0], *shape[2:], shape[1]).permute(0, 3, 1, 2)
+            else:
+                yield part.view(shape)
             start = end
 
     def weights(self, version: int) -> Weights:

@@ -108,8 +108,8 @@ def _arithmetic(threads: int) -> str:
         values = (torch.arange(count) * 40503 % 65536).float() / 65536 - 0.5  # exact everywhere
         return values.view(shape).requires_grad_()
 
-    image, kernel, matrix = numbers(16, 1, 28, 28), numbers(8, 1, 5, 5), numbers(64, 1152)
-    hidden = F.max_pool2d(F.conv2d(image, kernel), 2).flatten(1)
+    image, kernel, matrix = numbers(16, 1, 28, 28), numbers(8, 5, 5, 1), numbers(64, 1152)
+    hidden = F.max_pool2d(F.conv2d(image, kernel.permute(0, 3, 1, 2)), 2).flatten(1)
     gradients = torch.autograd.grad((hidden @ matrix.T).exp().sum(), [image, kernel, matrix])
     digest = hashlib.sha256()
     for gradient in gradients:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import struct
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -57,6 +59,31 @@ def test_parameters_and_gradients_are_views_of_the_vectors() -> None:
     assert flat.gradient.tolist() == [5, 7, 1]
     flat.gradient.zero_()
     assert module.weight.grad.tolist() == [[0, 0]]
+
+
+class Standardised(nn.Conv2d):
+    """A convolution of the user's, whose forward may not expect another layout."""
+
+
+def test_a_convolution_is_channels_last_and_the_same(tmp_path: Path) -> None:
+    plain = nn.Sequential(nn.Conv2d(3, 4, 3, groups=1), nn.ReLU(), nn.Conv2d(4, 4, 2, groups=2), nn.Flatten())
+    flat = FlatModule(copy.deepcopy(plain))
+    weight = flat.module[0].weight
+    assert weight.is_contiguous(memory_format=torch.channels_last)
+    assert weight.tolist() == plain[0].weight.tolist()
+    assert weight.data_ptr() == flat.parameters.data_ptr()
+    images = torch.rand(2, 3, 6, 6)
+    plain(images).square().sum().backward()
+    with flat.new_gradient():
+        output = flat.module(images)
+        output.square().sum().backward()
+        torch.testing.assert_close(output, plain(images))
+        for ours, theirs in zip(flat.module.parameters(), plain.parameters(), strict=True):
+            torch.testing.assert_close(ours.grad, theirs.grad)
+    torch.save(flat.module.state_dict(), tmp_path / "weights.pt")
+    plain.load_state_dict(torch.load(tmp_path / "weights.pt", weights_only=True))
+    assert weight.tolist() == plain[0].weight.tolist()
+    assert FlatModule(Standardised(3, 4, 3)).module.weight.is_contiguous()
 
 
 def test_a_new_gradient_is_the_sum_of_its_backward_passes_and_the_views_stay() -> None:

@@ -1,4 +1,6 @@
-"""Arm: torch's DistributedDataParallel over gloo, as documented or with sparksgd's malloc; no Spark.
+"""Arm: torch's DistributedDataParallel over gloo, as documented or with what sparksgd sets; no Spark.
+
+What sparksgd sets for every module are malloc's thresholds, and that convolutions' weights lie channels last.
 
 The same model, rows and threads per worker as sparksgd's workers; every process holds all rows in memory.
 """
@@ -31,10 +33,12 @@ def work(rank: int, task: Task, folder: str) -> None:
     )
     images, labels = load(task.data)
     turns = Turns() if rank == 0 else None
-    blocks, arm = [], "DistributedDataParallel" if task.plain_session else "with sparksgd's malloc"
+    blocks, arm = [], "DistributedDataParallel" if task.plain_session else "with sparksgd's settings"
     for name, rows, block_steps in task.sizes:
         torch.manual_seed(0)
-        model = DistributedDataParallel(LeNet(**MODELS[name]))
+        memory_format = torch.contiguous_format if task.plain_session else torch.channels_last
+        module = LeNet(**MODELS[name]).to(memory_format=memory_format)
+        model = DistributedDataParallel(module)
         optimizer = torch.optim.SGD(model.parameters(), lr=LEARNING_RATE, momentum=MOMENTUM)
         step_s = []
         order = torch.randperm(len(labels))

@@ -116,8 +116,9 @@ def test_an_application_that_yarn_does_not_take_is_given_up_and_killed(checkout)
         settings=["--conf", "spark.yarn.am.memory=5g"],
     )  # fmt: skip
     holder = checkout.on_yarn(
-        *sets(*LONG), "--out", "hdfs:///models/holder", settings=["--conf", "spark.yarn.am.memory=5g"]
-    )
+        *sets(*LONG), "--out", "hdfs:///models/holder",
+        settings=["--conf", "spark.yarn.am.memory=5g", "--num-executors", "8"],  # more than there will be
+    )  # fmt: skip
     with checkout.started(*holder, name="holder") as run:
         servers.wait_for(
             lambda: [one for one in checkout.hadoop.applications() if one["state"] == "RUNNING"],
