@@ -9,9 +9,11 @@ Legend: B rows of a piece, P parameters, S shards, C classes.
 from __future__ import annotations
 
 import copy
+import logging
 import socket
 import time
 from collections.abc import Callable, Iterable
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Self
 
@@ -20,8 +22,8 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-from sparksgd.errors import ModelError, NotFinite, ShardMissing, SparkSGDError
-from sparksgd.flat import FlatModule, Weights
+from sparksgd.errors import ModelError, NotFinite, ShardMissing, SparkSGDError, UserCodeError
+from sparksgd.flat import FlatModule, Weights, has_convolutions
 from sparksgd.losses import Loss
 from sparksgd.numerics import Numerics, generator_kept, thread_count
 from sparksgd.rows import RowSchema
@@ -45,6 +47,8 @@ __all__ = [
     "try_out",
     "worse",
 ]
+
+log = logging.getLogger("sparksgd")
 
 EVALUATION_ROWS = 512
 
@@ -76,6 +80,9 @@ class Plan:
 
     dtype: torch.dtype = torch.float32
     """Type of the parameters; tests use float64."""
+
+    channels_last: bool = False
+    """Whether 2-d convolutions are computed so: faster, if the module's forward takes what they make."""
 
     deal: int = 0
     """How often the rows were dealt anew."""
@@ -241,9 +248,11 @@ class Computer:
         rows = 0
         remaining = iter(shards)
         try:
-            with thread_count(self.plan.threads):
+            with thread_count(self.plan.threads), ExitStack() as layout:
                 if weights is not None:
                     self.flat.load(weights)
+                if self.plan.channels_last:
+                    layout.enter_context(self.flat.channels_last())
                 for shard in remaining:
                     result = None
                     if asked is None or shard.shard in asked:
@@ -380,7 +389,7 @@ def predictions(output: torch.Tensor) -> torch.Tensor:
 
 def try_out(
     module: nn.Module, loss: Loss, schema: RowSchema, records: npt.NDArray[Any], dtype: torch.dtype
-) -> torch.Size:
+) -> tuple[torch.Size, bool]:
     """Take a gradient of a few rows, and refuse a module or loss that cannot be trained.
 
     Args:
@@ -391,12 +400,32 @@ def try_out(
         dtype: what the parameters must be.
 
     Returns:
-        The shape of the output.
+        The shape of the output, and whether the module can be computed channels last.
     """
+    if has_convolutions(module):
+        try:
+            return _trial(module, loss, schema, records, dtype, channels_last=True), True
+        except UserCodeError as error:
+            as_it_is = _trial(
+                module, loss, schema, records, dtype, channels_last=False
+            )  # or it raises here, too
+            log.info(
+                "convolutions are computed channels first, which takes longer: channels last, the module or "
+                "its loss raised: %s", str(error).strip().splitlines()[-1].strip(),
+            )  # fmt: skip
+            return as_it_is, False
+    return _trial(module, loss, schema, records, dtype, channels_last=False), False
+
+
+def _trial(
+    module: nn.Module, loss: Loss, schema: RowSchema, records: npt.NDArray[Any], dtype: torch.dtype,
+    *, channels_last: bool,
+) -> torch.Size:  # fmt: skip
+    """Take a gradient of a few rows, and return the shape of the output."""
     records = np.resize(records, max(2, len(records)))  # batch-norm wants two rows
     flat = FlatModule(copy.deepcopy(module), dtype)
     before = {name: tensor.detach().numpy().tobytes() for name, tensor in flat.constants()}
-    with generator_kept():
+    with generator_kept(), flat.channels_last() if channels_last else nullcontext():
         output, losses = forward(flat.module, loss, schema, records)
         with users_code("the module or its loss"):
             losses.sum().backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped

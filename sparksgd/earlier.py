@@ -25,7 +25,7 @@ _PATHS = ("data.train", "data.test")  # the same files may have another path: fi
 
 
 def is_done(out: Location, config: Config, fingerprints: Mapping[str, str], if_exists: IfExists) -> bool:
-    """Return whether a folder holds a finished run of this configuration and these files.
+    """Return whether a folder holds a finished run of this configuration, these files and this code.
 
     Args:
         out: the folder.
@@ -35,7 +35,7 @@ def is_done(out: Location, config: Config, fingerprints: Mapping[str, str], if_e
         if_exists: "skip" asks this question; "fail" refuses any finished run; "overwrite" wants none.
 
     Raises:
-        ConfigError: it holds a finished run of another configuration, or of other files.
+        ConfigError: it holds a finished run of another configuration, other files or other code.
         ClusterError: its file system does not answer.
     """
     if if_exists == "overwrite":
@@ -55,9 +55,8 @@ def is_done(out: Location, config: Config, fingerprints: Mapping[str, str], if_e
             f"--out {out} holds what is no run of this version ({type(error).__name__}: {error}): name "
             f"another folder, or pass --if-exists overwrite"
         ) from error
-    if status != "finished" or not has_model:
-        reason = "its model is not there" if status == "finished" else status
-        log.info("--out %s holds a run that ended early (%s): training anew", out, reason)
+    if status != "finished":
+        log.info("--out %s holds a run that ended early (%s): training anew", out, status)
         return False
     if if_exists == "fail":
         raise ConfigError(
@@ -70,11 +69,13 @@ def is_done(out: Location, config: Config, fingerprints: Mapping[str, str], if_e
             f"--out {out} holds a finished run, but not of this: {'; '.join(differences)}. Name another "
             f"folder, or pass --if-exists overwrite"
         )
+    if not has_model:
+        log.info("--out %s holds a finished run of this, but not its model: training anew", out)
+        return False
     log.info(
-        "nothing to do: --out %s holds a finished run of this configuration and these files, parameters %s",
-        out,
-        parameters,
-    )
+        "nothing to do: --out %s holds a finished run of this configuration, these files and this code, "
+        "parameters %s", out, parameters,
+    )  # fmt: skip
     return True
 
 
@@ -101,7 +102,8 @@ def _differences(
             if key in _PATHS:
                 found.append(f"the files of {key} are others, or were changed since ({now.get(key)})")
             elif key in now:
-                found.append(f"the code of {key} was changed since ({now[key]})")
+                if now[key] == then.get(key):  # else that is told already
+                    found.append(f"the code of {key} was changed since ({now[key]})")
             else:
                 found.append(f"the {key} is another, or only one of them is one")
     return found

@@ -68,8 +68,8 @@ def source_digest(name: str | None) -> str | None:
     module_name, colon, _ = (name or "").partition(":")
     try:
         spec = importlib.util.find_spec(module_name) if colon else None
-    except (ImportError, ValueError):
+        get_source = getattr(spec and spec.loader, "get_source", None)
+        source = get_source(module_name) if get_source else None
+    except Exception:
         return None  # resolving it tells why
-    get_source = getattr(spec and spec.loader, "get_source", None)
-    source = get_source(module_name) if get_source else None
     return None if source is None else hashlib.sha256(source.encode()).hexdigest()

@@ -279,7 +279,8 @@ class RunFolder:
                         each.callback(self._metrics.close)
                     self._save(training, _WEIGHTS)
             except BaseException as error:
-                about["status"] = type(error).__name__  # nobody may take it for finished
+                if training.error is None:  # nobody may take it for finished
+                    training.error, about["status"] = error, type(error).__name__
                 raise
             finally:
                 _write_json(self.folder / SUMMARY, about)

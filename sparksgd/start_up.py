@@ -14,7 +14,7 @@ Span = tuple[float, float]
 class StartUp:
     """Seconds of each part of a start, which add up to all of it.
 
-        submit        until there is a Spark session; on YARN, its first containers came in up to 3 s of it
+        submit        until there is a Spark session, which on YARN waits up to 3 s for containers
         containers    until there are the slots that the workers need
         shards        until all rows are checked and dealt
         first_step    until the first steps are made

@@ -275,7 +275,7 @@ def train(
     if module is None:
         module = build_module(config.model, config.train.seed)
     loss = loss_named(config.loss.name)
-    schema = _tried_schema(config, module, loss, rows, dtype)
+    schema, channels_last = _tried_schema(config, module, loss, rows, dtype)
     check_solver(config)
     if not module.training:
         log.warning(
@@ -327,6 +327,7 @@ def train(
             threads=config.train.threads,
             rows_per_backward=config.train.rows_per_backward,
             dtype=dtype,
+            channels_last=channels_last,
             before_gradients=before_gradients,
         )
         engine = stack.enter_context(closing(make_engine(plan, deals.shards, test_shards)))
@@ -354,8 +355,8 @@ def train(
 
 def _tried_schema(
     config: Config, module: nn.Module, loss: Loss, rows: RowSource, dtype: torch.dtype
-) -> RowSchema:
-    """Return what a row must be, after the module has taken a gradient of the first ones."""
+) -> tuple[RowSchema, bool]:
+    """Return what a row must be, and `Plan.channels_last`, after a gradient of the first rows."""
     data = config.data
     columns = [*data.features, data.label, *([data.id] if data.id else [])]
     arrow_schema, first = rows.first_rows(columns, _FIRST_ROWS)
@@ -375,13 +376,13 @@ def _tried_schema(
     )
     sample = read_rows(first.select(schema.columns).combine_chunks().to_batches()[0], schema).records
     if not len(sample):
-        return schema  # every one of the first rows is bad: the inspection says so
+        return schema, False  # every one of the first rows is bad: the inspection says so
     if classifies:
         schema.label_array(sample)[:] = 0  # a label out of range is the row's fault, told later
-    output = try_out(module, loss, schema, sample[:_TRIED_ROWS], dtype)
-    if not classifies:
-        return schema
-    return replace(schema, classes=2 if loss is binary_cross_entropy else output[1])
+    output, channels_last = try_out(module, loss, schema, sample[:_TRIED_ROWS], dtype)
+    if classifies:
+        schema = replace(schema, classes=2 if loss is binary_cross_entropy else output[1])
+    return schema, channels_last
 
 
 def _typical(rows: Sequence[dict[str, Any]], features: Sequence[str]) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import pickle
 import socket
 from collections.abc import Callable, Sequence
@@ -81,7 +82,7 @@ class Job:
         assert isinstance(total, Evaluation)
         return total
 
-    def tried(self, rows: int | None = None) -> torch.Size:
+    def tried(self, rows: int | None = None) -> tuple[torch.Size, bool]:
         records = np.fromfile(self.table[0].path, self.plan.schema.record)[:rows]
         return try_out(self.plan.module, self.plan.loss, self.plan.schema, records, self.plan.dtype)
 
@@ -454,7 +455,7 @@ def test_a_buffer_that_changes_is_refused(tmp_path: Path, in_place: bool) -> Non
 
 def test_a_batch_norm_s_buffers_may_change(tmp_path: Path) -> None:
     job = noisy_job(tmp_path)
-    assert job.tried(rows=1) == (2,)  # one row is tried twice over
+    assert job.tried(rows=1) == ((2,), False)  # one row is tried twice over
 
 
 @pytest.mark.parametrize(
@@ -508,3 +509,32 @@ def test_a_loss_that_raises_or_has_no_gradient_is_the_user_s_error(
     with pytest.raises(UserCodeError, match="the module or its loss raised") as refused:
         Job(tmp_path, slope(), [ROWS], loss=loss).tried()
     assert phrase in str(refused.value)
+
+
+class Convolved(nn.Module):
+    """Two convolutions of 4 x 4 images of one channel, and what a user may do with what they make."""
+
+    def __init__(self, *, views: bool) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Conv2d(1, 3, 2), nn.ReLU(), nn.Conv2d(3, 2, 2))
+        self.views = views
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        made = self.layers(image.view(-1, 1, 4, 4))
+        return (made.view(-1, 8) if self.views else made.flatten(1)).sum(1)
+
+
+@pytest.mark.parametrize("views", [True, False])
+def test_convolutions_are_computed_channels_last_where_the_module_takes_it(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, views: bool
+) -> None:
+    image = tuple(number / 16 for number in range(16))
+    job = Job(tmp_path, Convolved(views=views), [[(image, 1.0)] * 3])
+    with caplog.at_level(logging.INFO, "sparksgd"):
+        assert job.tried() == ((3,), not views)
+    assert ("computed channels first" in caplog.text) == views
+    plain = the_sum(job.gradients())
+    job.plan = replace(job.plan, channels_last=not views)
+    again = the_sum(job.gradients())
+    np.testing.assert_allclose(again.gradient, plain.gradient, rtol=1e-4)
+    assert job.evaluation().rows == 3

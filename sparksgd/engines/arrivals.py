@@ -420,7 +420,7 @@ class ArrivalsEngine(SparkEngine):
         self._tidy()
 
     def _map(self, shards: SparkShards, task: Callable[[int, Iterable[Descriptor]], Iterable[T]]) -> RDD[T]:
-        """Return the RDD of a task over the workers' shards; of test shards, in as many tasks."""
+        """Return the RDD of a task over the workers' shards; of test shards, in at most as many tasks."""
         if shards is not self._test:
             return shards.rdd.mapPartitionsWithIndex(task)
         places, partition_of = shards.places(), shards.partition_of

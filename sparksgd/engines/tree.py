@@ -25,7 +25,6 @@ from sparksgd.config import EngineConfig
 from sparksgd.engines.protocol import SegmentReport, take_step
 from sparksgd.engines.spark import SparkEngine
 from sparksgd.errors import ClusterError
-from sparksgd.flat import FlatModule
 from sparksgd.ranges import balanced_range
 from sparksgd.solvers.protocol import Solver
 from sparksgd.spark.cluster import (
@@ -100,7 +99,8 @@ def check_sizes(cluster: Cluster, plan: Plan, most: int, count: int) -> None:
         most: partial sums in one task's result.
         count: partial sums that reach the driver in a step.
     """
-    size = FlatModule(plan.module, plan.dtype).parameters.numel() * np.dtype(np.float32).itemsize
+    trained = sum(parameter.numel() for parameter in plan.module.parameters() if parameter.requires_grad)
+    size = trained * np.dtype(np.float32).itemsize
     limits = cluster.context._jsc.sc().conf()
     results = int(limits.getSizeAsBytes("spark.driver.maxResultSize", "1g"))
     arithmetic = f"a step returns {count} partial sums of {decimal(size)} to the driver"

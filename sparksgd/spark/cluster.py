@@ -268,6 +268,15 @@ class Cluster:
         profile = spark.resourceProfileManager().defaultResourceProfile()
         return int(spark.maxNumConcurrentTasks(profile))
 
+    def has_tasks(self) -> bool:
+        """Return whether tasks of the run's own run, or wait to."""
+        pool = self.context._jsc.sc().taskScheduler().rootPool()
+        return any(self._is_ours(task_set) for task_set in _task_sets(pool))
+
+    def _is_ours(self, task_set: Any) -> bool:
+        properties = task_set.taskSet().properties()
+        return bool(properties) and properties.getProperty("spark.jobGroup.id") == self.run_id
+
     def running_tasks(self) -> tuple[int, int]:
         """Return how many tasks run now: the run's own, and those of other jobs.
 
@@ -275,8 +284,7 @@ class Cluster:
         """
         ours = others = 0
         for task_set in _task_sets(self.context._jsc.sc().taskScheduler().rootPool()):
-            properties = task_set.taskSet().properties()
-            if properties and properties.getProperty("spark.jobGroup.id") == self.run_id:
+            if self._is_ours(task_set):
                 ours += task_set.runningTasks()
             else:
                 others += task_set.runningTasks()
@@ -605,14 +613,14 @@ class Watched:
     """Whether it was cancelled, because its tasks ran too long."""
 
     starving_since_s: float | None = None
-    """Since when there have been too few slots, others' counted, too."""
+    """Since when it has waited without there being any slot."""
 
     starved: str | None = None
     """Why it was cancelled, if it starved."""
 
 
 class JobWatch:
-    """Says aloud what Spark does not, that a job waits for slots; and cancels one whose tasks hang.
+    """Says aloud what Spark does not, that a job waits for slots; cancels one that gets none, or hangs.
 
     Args:
         cluster: asked while a job takes long.
@@ -633,7 +641,7 @@ class JobWatch:
             limit_s: how long its tasks may run, waiting for slots not counted.
 
         Raises:
-            NotEnoughSlots: the cluster had too few for engine.slots_timeout_s.
+            NotEnoughSlots: the cluster had none for engine.slots_timeout_s.
         """
         if self._thread is None:
             self._thread = threading.Thread(target=self._watch, name="sparksgd-watch", daemon=True)
@@ -643,10 +651,14 @@ class JobWatch:
         try:
             yield watched
         except Exception as error:
-            if watched.starved is None:
+            if watched.starved is None or (
+                isinstance(error, SparkSGDError) and not isinstance(error, Cancelled)
+            ):
                 raise
             raise NotEnoughSlots(watched.starved) from error
         finally:
+            if around is not None:
+                around.starving_since_s = None
             self._watched = around
 
     def close(self) -> None:
@@ -664,15 +676,15 @@ class JobWatch:
                 with cleanup():
                     self._cluster.lost_executors.look()
 
-    def _starves(self, watched: Watched, slots: int, now_s: float) -> bool:
-        """Cancel a job whose slots do not come; return whether it was."""
+    def _starves(self, watched: Watched, now_s: float) -> bool:
+        """Cancel a job for which no slot comes; return whether it was."""
         since_s = watched.starving_since_s = watched.starving_since_s or now_s
         timeout_s = self._cluster.slots_timeout_s
         if now_s - since_s < timeout_s or self._watched is not watched:
             return False
         watched.starved = (
-            f"{watched.needed} slots are needed, but for {now_s - since_s:.0f} s there were {slots}: "
-            f"executors were taken away, or cannot start. Ask the cluster why, or wait longer "
+            f"{watched.needed} slots are needed, but for {now_s - since_s:.0f} s there was none: executors "
+            f"were taken away, or cannot start. Ask the cluster why, or wait longer "
             f"(engine.slots_timeout_s={2 * max(timeout_s, 30):.0f})"
         )
         cancel_jobs(self._cluster.context, self._cluster.run_id)
@@ -681,9 +693,9 @@ class JobWatch:
     def _look_at(self, watched: Watched) -> None:
         slots, (ours, others) = self._cluster.slots(), self._cluster.running_tasks()
         now_s = time.monotonic()
-        if ours or slots >= watched.needed:
+        if slots or not self._cluster.has_tasks():
             watched.starving_since_s = None
-        elif self._starves(watched, slots, now_s):
+        elif self._starves(watched, now_s):
             return
         if ours:
             watched.running_since_s = watched.running_since_s or now_s

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -57,31 +56,7 @@ def evaluate(frame: DataFrame, model: SavedModel) -> Scores:
         DataError: a column is missing or of another type, there is no row, or a row does not fit.
         UserCodeError: the module or its loss raised.
     """
-    return _evaluate(frame.sparkSession, lambda: frame, model)
-
-
-def evaluate_parquet(session: SparkSession, path: str, model: SavedModel) -> Scores:
-    """Evaluate a model on Parquet: see `evaluate`.
-
-    Args:
-        session: reads it.
-        path: a path or URI.
-        model: as `load_model` returns it.
-
-    Raises:
-        NotEnoughSlots: there is no executor.
-    """
-    return _evaluate(session, lambda: read_parquet(session, path), model)
-
-
-def _evaluate(session: SparkSession, frame: Callable[[], DataFrame], model: SavedModel) -> Scores:
-    """Evaluate on a frame that is made once there is a slot: to read a schema is a job already."""
-    cluster = Cluster(session, Config.load(None, ["engine.num_workers=1", "engine.barrier=false"]))
-    with cluster.job_group(), cluster.job_watch.over(1):
-        return _scores(without_vectors(frame()), model)
-
-
-def _scores(frame: DataFrame, model: SavedModel) -> Scores:
+    frame = without_vectors(frame)
     model.schema.check_columns(*first_rows(frame, model.schema.columns, 1), "this data")
     context = frame.sparkSession.sparkContext
     pickled: bytes = cloudpickle.dumps(model)  # type: ignore[no-untyped-call]  # untyped in pyspark
@@ -108,3 +83,20 @@ def _scores(frame: DataFrame, model: SavedModel) -> Scores:
     if not report.rows:
         raise DataError("there is no row to evaluate on")
     return Scores(rows=report.rows, loss=total / report.rows, confusion=confusion)
+
+
+def evaluate_parquet(session: SparkSession, path: str, model: SavedModel) -> Scores:
+    """Evaluate a model on Parquet, as a job of its own: it waits for executors, aloud, and not for ever.
+
+    Args:
+        session: reads it.
+        path: a path or URI.
+        model: as `load_model` returns it.
+
+    Raises:
+        NotEnoughSlots: no executor came.
+        SparkSGDError: see `evaluate`.
+    """
+    cluster = Cluster(session, Config.load(None, ["engine.num_workers=1", "engine.barrier=false"]))
+    with cluster.job_group(), cluster.job_watch.over(1):  # to read a schema is a job already
+        return evaluate(read_parquet(session, path), model)

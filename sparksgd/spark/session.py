@@ -150,9 +150,14 @@ def _settings_of_session(app_name: str, train: TrainConfig) -> SparkConf:
         # A container's own directory, since its temporary one is too long a path for a socket.  It is the
         # driver's working directory, too.
         conf.setIfMissing("spark.python.unix.domain.socket.dir", "." if os.access(".", os.W_OK) else "/tmp")
-        # Waiting for slots is ours: we say how many have come, and end it.
-        conf.setIfMissing("spark.scheduler.maxRegisteredResourcesWaitingTime", "3s")
+        if not conf.contains("spark.scheduler.minRegisteredResourcesRatio") and not _is_elastic(conf):
+            # Waiting for slots is ours: we say how many have come, and end it.
+            conf.setIfMissing("spark.scheduler.maxRegisteredResourcesWaitingTime", "3s")
     return conf
+
+
+def _is_elastic(conf: SparkConf) -> bool:
+    return str(conf.get("spark.dynamicAllocation.enabled", "false")).lower() == "true"
 
 
 def _on_yarn(conf: SparkConf) -> bool:
@@ -243,7 +248,7 @@ def _patience(conf: SparkConf, timeout_s: float) -> Iterator[None]:
             ) from error
         if isinstance(error, SparkSGDError):
             raise
-        raise ClusterError(f"the Spark session cannot start: {gist(str(error))}") from error
+        raise ClusterError(f"the Spark session cannot start: {gist(str(error) or repr(error))}") from error
     finally:
         taken.set()
 

@@ -31,7 +31,7 @@ def timed(
 ) -> Iterator[Block]:  # fmt: skip
     """Train a model by itself, and yield a block of each number of steps but the first, which warms up."""
     images, labels = data
-    module = LeNet(**model)
+    module = LeNet(**model).to(memory_format=torch.channels_last)  # as sparksgd computes it
     optimizer = torch.optim.SGD(module.parameters(), lr=LEARNING_RATE, momentum=MOMENTUM)
     batches = cycle(torch.randperm(len(labels)).split(rows)[: len(labels) // rows])  # type: ignore[no-untyped-call]  # torch leaves it untyped
     for number, count in enumerate(steps):

@@ -334,7 +334,7 @@ def test_a_job_whose_slots_do_not_come_ends(session_for, monkeypatch):
     cluster = Cluster(spark, configured("engine.slots_timeout_s=1"))
     monkeypatch.setattr(cluster, "slots", lambda: 0)
     monkeypatch.setattr(cluster, "running_tasks", lambda: (0, 0))
-    starved = pytest.raises(NotEnoughSlots, match=r"1 slots are needed, but for \d s there were 0")
+    starved = pytest.raises(NotEnoughSlots, match=r"1 slots are needed, but for \d s there was none")
     with cluster.job_group(), starved, cluster.job_watch.over(1):
         spark.sparkContext.parallelize([0], 1).foreach(lambda _: time.sleep(60))
 
