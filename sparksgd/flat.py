@@ -163,14 +163,17 @@ class FlatModule:
         All that a convolution makes lies as its weights do, and torch computes it faster on a CPU: a gradient
         of LeNet takes 0.6 of the time.
         """
-        held = {id(weight): (weight, weight.data) for weight in _convolved(self.module)}.values()
-        for weight, values in held:
-            weight.data = values.contiguous(memory_format=torch.channels_last)
+        weights = {id(weight): weight for weight in _convolved(self.module)}.values()
+        held = [(weight, weight.data, weight.grad) for weight in weights]
+        for weight, values, _ in held:
+            weight.data, weight.grad = values.contiguous(memory_format=torch.channels_last), None
         try:
             yield
         finally:
-            for weight, values in held:
+            for weight, values, gradient in held:
                 weight.data = values
+                if gradient is not None:
+                    weight.grad = gradient
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
