@@ -39,8 +39,8 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--out", required=True, metavar="DIR", help="model, metrics, summary")
     result.add_argument(
         "--if-exists", choices=get_args(IfExists), default="skip",
-        help="a finished run in --out: of the same configuration and files there is nothing to do, any other "
-        "is refused (skip, the default); refuse any (fail); train anew (overwrite)",
+        help="a finished run in --out: of the same configuration, files and code there is nothing to do, any "
+        "other is refused (skip, the default); refuse any (fail); train anew (overwrite)",
     )  # fmt: skip
     result.add_argument(
         "--log-format", choices=get_args(LogFormat), default="text", help="of log lines, on standard error"

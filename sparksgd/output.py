@@ -3,7 +3,7 @@
 model/weights.pt     state_dict, for torch.load(weights_only=True)
 model/model.json     what rebuilds the module and feeds it
 metrics.jsonl        a line per step and per evaluation: exact fields, then "timing"
-record.json          what the run is: its configuration, and fingerprints of its data
+record.json          what the run is: its configuration, and fingerprints of its data and code
 summary.json         the run in one table
 
 While a run goes on, model/ has the weights of some seconds ago, in weights-STEP.pt; model.json names the
@@ -190,7 +190,8 @@ class RunFolder:
 
     Args:
         folder: made if need be; the files of an earlier run in it are replaced.
-        fingerprints: of the files trained on and evaluated on, by the key that names them.
+        fingerprints: of the files trained on and evaluated on, and of the user's code, by the keys that
+            name them.
         run_id: names the run, in its logs, too.
     """
 
