@@ -406,9 +406,8 @@ def try_out(
         try:
             return _trial(module, loss, schema, records, dtype, channels_last=True), True
         except UserCodeError as error:
-            as_it_is = _trial(
-                module, loss, schema, records, dtype, channels_last=False
-            )  # or it raises here, too
+            # What is wrong in itself raises here again.
+            as_it_is = _trial(module, loss, schema, records, dtype, channels_last=False)
             log.info(
                 "convolutions are computed channels first, which takes longer: channels last, the module or "
                 "its loss raised: %s", str(error).strip().splitlines()[-1].strip(),

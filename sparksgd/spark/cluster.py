@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from math import ceil, sqrt
 from typing import Any, TypeVar
 
-from pyspark import RDD, SparkContext
+from pyspark import RDD, SparkConf, SparkContext
 from pyspark.serializers import CPickleSerializer
 from pyspark.sql import SparkSession
 
@@ -41,6 +41,7 @@ __all__ = [
     "cleanup",
     "final_error",
     "gist",
+    "is_elastic",
     "reduce_groups",
     "refuse_connect",
     "session_stopped",
@@ -205,7 +206,7 @@ class Cluster:
         self.slots_timeout_s = config.engine.slots_timeout_s
         self._sized_by = "train.num_shards" if config.solver.backup_workers else "engine.num_workers"
         conf = self.context.getConf()
-        self.is_elastic = str(conf.get("spark.dynamicAllocation.enabled", "false")).lower() == "true"
+        self.is_elastic = is_elastic(conf)
         if self.is_elastic and config.needs_barrier:
             raise ClusterError(
                 "spark.dynamicAllocation.enabled is true, but Spark runs no barrier-mode job then: "
@@ -583,6 +584,11 @@ def _task_sets(pool: Any) -> Iterator[Any]:
             yield member
         else:
             yield from _task_sets(member)
+
+
+def is_elastic(conf: SparkConf) -> bool:
+    """Return whether executors come as tasks wait for them."""
+    return str(conf.get("spark.dynamicAllocation.enabled", "false")).lower() == "true"
 
 
 def refuse_connect(session: Any) -> None:

@@ -20,7 +20,7 @@ from pyspark.sql import SparkSession
 from sparksgd import instruction_set
 from sparksgd.config import TrainConfig
 from sparksgd.errors import ClusterError, ConfigError, NotEnoughSlots, SparkSGDError
-from sparksgd.spark.cluster import cleanup, gist, refuse_connect
+from sparksgd.spark.cluster import cleanup, gist, is_elastic, refuse_connect
 from sparksgd.spark.quiet import end_quietly
 from sparksgd.spark.storage import hadoop_configuration
 from sparksgd.storage import has_scheme, location
@@ -150,14 +150,10 @@ def _settings_of_session(app_name: str, train: TrainConfig) -> SparkConf:
         # A container's own directory, since its temporary one is too long a path for a socket.  It is the
         # driver's working directory, too.
         conf.setIfMissing("spark.python.unix.domain.socket.dir", "." if os.access(".", os.W_OK) else "/tmp")
-        if not conf.contains("spark.scheduler.minRegisteredResourcesRatio") and not _is_elastic(conf):
+        if not conf.contains("spark.scheduler.minRegisteredResourcesRatio") and not is_elastic(conf):
             # Waiting for slots is ours: we say how many have come, and end it.
             conf.setIfMissing("spark.scheduler.maxRegisteredResourcesWaitingTime", "3s")
     return conf
-
-
-def _is_elastic(conf: SparkConf) -> bool:
-    return str(conf.get("spark.dynamicAllocation.enabled", "false")).lower() == "true"
 
 
 def _on_yarn(conf: SparkConf) -> bool:
