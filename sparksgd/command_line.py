@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import logging
 import signal
 import sys
@@ -41,6 +42,8 @@ def exit_status(work: Callable[[], object], *, interrupted: str = "interrupted")
         pass
     else:
         return 0
+    finally:
+        gc.freeze()  # the process ends now: its last collections would walk all of torch, half a second
     terminated = ended_by() == signal.SIGTERM
     _say("terminated" if terminated else interrupted)
     return 128 + (signal.SIGTERM if terminated else signal.SIGINT)

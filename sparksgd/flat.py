@@ -166,7 +166,9 @@ class FlatModule:
         weights = {id(weight): weight for weight in _convolved(self.module)}.values()
         held = [(weight, weight.data, weight.grad) for weight in weights]
         for weight, values, _ in held:
-            weight.data, weight.grad = values.contiguous(memory_format=torch.channels_last), None
+            # contiguous() would leave a weight of one input channel as it is, and so all that it makes.
+            last = torch.empty(values.shape, dtype=values.dtype, memory_format=torch.channels_last)
+            weight.data, weight.grad = last.copy_(values), None
         try:
             yield
         finally:

@@ -19,6 +19,7 @@ from contextlib import ExitStack, closing
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
+import numpy as np
 import pyarrow as pa
 import torch
 from torch import nn
@@ -376,7 +377,7 @@ def _tried_schema(
     )
     sample = read_rows(first.select(schema.columns).combine_chunks().to_batches()[0], schema).records
     if not len(sample):
-        return schema, False  # every one of the first rows is bad: the inspection says so
+        sample = np.zeros(_TRIED_ROWS, schema.record)  # all of the first rows are bad: others may not be
     if classifies:
         schema.label_array(sample)[:] = 0  # a label out of range is the row's fault, told later
     output, channels_last = try_out(module, loss, schema, sample[:_TRIED_ROWS], dtype)

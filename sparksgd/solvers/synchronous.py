@@ -27,6 +27,7 @@ from sparksgd.config import OptimizerConfig, ScheduleConfig, SolverConfig
 from sparksgd.errors import ConfigError, UpdateNotFinite
 from sparksgd.flat import FlatModule, FlatStrip, Weights
 from sparksgd.imports import did_you_mean, resolve
+from sparksgd.solvers.eager import keep_eager
 from sparksgd.solvers.protocol import GradientSum, MakeReplica, Quorum, SolverState, StepOutcome
 from sparksgd.users_code import users_code
 
@@ -207,6 +208,7 @@ def _optimizer(flat: FlatModule | FlatStrip, config: OptimizerConfig) -> Optimiz
         raise ConfigError("optimizer.fused is true, but fused optimisers give other bits: leave it out")
     if issubclass(kind, torch.optim.LBFGS):
         raise ConfigError("optimizer.name is 'LBFGS', which evaluates a step many times: use another")
+    keep_eager(kind)
     with _refusing("optimizer", config.name, kind, config.arguments):
         trial = nn.Parameter(torch.zeros(2, 2))
         trial.grad = torch.ones(2, 2)
@@ -230,6 +232,7 @@ def _schedule(optimizer: Optimizer, config: ScheduleConfig, moves: int) -> lr_sc
             "schedule.name is 'ReduceLROnPlateau', but the rate must follow from the step alone: "
             "use CosineAnnealingLR, OneCycleLR or another"
         )
+    keep_eager(torch.optim.SGD)
     with _refusing("schedule", config.name, kind, config.arguments):
         trial = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0, momentum=0.9)
         moving = kind(trial, **config.arguments)

@@ -101,8 +101,14 @@ def run_in_turns(arms: Sequence[tuple[str, Task]]) -> list[Any]:
         return [arm.answer() for arm in running]
 
 
-def job_s(script: Path, words: Sequence[str], task: Task) -> float:
+def job_s(script: Path, words: Sequence[str], task: Task, *, archived: bool) -> float:
     """Submit a job, and return how long it took, from spark-submit's start to its end.
+
+    Args:
+        script: what to submit.
+        words: its arguments.
+        task: where to run, and with which settings.
+        archived: whether Java takes Spark's classes from the archive that `make warm` writes.
 
     Raises:
         ArmFailed: it ended with an error.
@@ -112,6 +118,8 @@ def job_s(script: Path, words: Sequence[str], task: Task) -> float:
     with tempfile.TemporaryDirectory(prefix="sgd-") as folder:
         environment = _environment(Path(folder), task) | {"PYTHONPATH": str(Path(__file__).parent)}
         del environment["PYSPARK_SUBMIT_ARGS"]
+        if not archived:
+            environment.pop("SPARK_SUBMIT_OPTS", None)
         started = time.perf_counter()
         done = subprocess.run(
             [*submit, *settings, str(script), *words], env=environment, cwd=folder,

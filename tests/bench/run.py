@@ -32,7 +32,7 @@ from report import (
     Ratio,
     accuracy_ratio,
     allreduce_ratios,
-    job_ratio,
+    job_ratios,
     job_table,
     lines_of,
     machine,
@@ -236,25 +236,27 @@ def _job(task: Task, size: Size, data: str, console: Console) -> dict[str, Any]:
         "train.num_shards": task.num_workers,
     }
     words = [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
-    theirs = [task.data, str(ROWS_PER_WORKER), str(size.epochs), str(task.num_workers)]
+    ours = ROOT / "jobs" / "train.py", [*words, "--out", "run"]
+    theirs = (
+        Path(__file__).with_name("torch_distributor.py"),
+        [task.data, str(ROWS_PER_WORKER), str(size.epochs), str(task.num_workers)],
+    )
     jobs = {
-        "sparksgd": (ROOT / "jobs" / "train.py", [*words, "--out", "run"], task),
-        "TorchDistributor": (
-            Path(__file__).with_name("torch_distributor.py"),
-            theirs,
-            replace(task, plain_session=True),
-        ),
+        "sparksgd": (*ours, task, True),
+        "sparksgd without the archive of classes": (*ours, task, False),
+        "TorchDistributor": (*theirs, replace(task, plain_session=True), False),
+        "TorchDistributor with sparksgd's settings and archive": (*theirs, task, True),
     }
     took_s: dict[str, list[float]] = {name: [] for name in jobs}
     with console.status("") as status:
         for turn in range(size.rounds):
-            for name, job in jobs.items():
+            for name, (script, arguments, job_task, archived) in jobs.items():
                 status.update(f"round {turn + 1} of {size.rounds}: a whole job with {name}")
-                took_s[name].append(job_s(*job))
-    ratio = job_ratio(took_s["sparksgd"], took_s["TorchDistributor"])
+                took_s[name].append(job_s(script, arguments, job_task, archived=archived))
+    ratios = job_ratios(took_s)
     console.print(job_table(f"{size.epochs} epochs, sessions' start included, {data}", took_s))
-    console.print(ratio_table([ratio]))
-    return {"took_s": took_s, "ratios": [asdict(ratio)]}
+    console.print(ratio_table(ratios))
+    return {"took_s": took_s, "ratios": [asdict(ratio) for ratio in ratios]}
 
 
 def _backups(task: Task, size: Size, console: Console) -> dict[str, Any]:
