@@ -60,12 +60,12 @@ $(READY): pyproject.toml $(PINS)
 	@$(BIN)/pip install --quiet --disable-pip-version-check --constraint $(VENV)/constraints.txt --editable '.[dev]'
 	@touch $@
 
-warm: $(CLASSES) ## Archive Spark's classes (a minute, 190 MB): from then on its Java starts some seconds sooner
+warm: $(CLASSES) ## Let Spark start some seconds sooner from then on (once; a minute, 190 MB)
 
 $(CLASSES): $(READY)
 	$(check-java)
-	@echo "archiving Spark's classes in $@ (once; a minute)"
-	@$(BIN)/python -m sparksgd.spark.class_archive $@
+	@echo "warming up: archiving Spark's classes in $@ (once; a minute)"
+	@$(BIN)/python -m sparksgd.spark.warm_up $@
 
 data/mnist/train.parquet data/mnist/test.parquet &: | $(READY)
 	@$(BIN)/python jobs/prepare_data.py --dataset mnist --out data/mnist

@@ -76,6 +76,13 @@ def test_a_convolution_is_channels_last_and_the_same() -> None:
     assert weight.data_ptr() == flat.parameters.data_ptr()
 
 
+def test_what_a_convolution_makes_of_one_channel_lies_channels_last_too() -> None:
+    flat = FlatModule(nn.Sequential(nn.Conv2d(1, 4, 3)))
+    with flat.channels_last():
+        made = flat.module(torch.rand(2, 1, 6, 6))
+    assert made.stride() == (4 * 4 * 4, 1, 4 * 4, 4)
+
+
 def test_convolutions_that_share_a_weight_get_it_back() -> None:
     module = nn.Sequential(nn.Conv2d(2, 2, 3), nn.Conv2d(2, 2, 3))
     module[1].weight = module[0].weight

@@ -258,6 +258,24 @@ def test_bad_rows_that_may_be_skipped_are_counted_and_said(
     assert "3 bad training rows skipped" in caplog.text
 
 
+def test_first_rows_that_are_all_bad_leave_the_trial_to_zeros(tmp_path: Path) -> None:
+    """The layout of convolutions, and the classes, may not depend on where the bad rows lie."""
+    images, bad = [[pixel / 784 for pixel in range(784)]] * 12, [[NAN] * 784] * 64
+    plans = []
+    for x in ([*bad, *images], [*images, *bad]):
+        config = Config.from_dict(
+            {
+                "data": {"features": "x", "label": "y", "on_bad_row": "skip", "max_bad_rows": 64},
+                "model": {"name": f"{__name__}:small_lenet"},
+                "train": {"num_shards": 2, "rows_per_step": 6},
+            }
+        )
+        rows = parquet(tmp_path / str(len(plans)), x=x, y=[0] * 76)
+        plans.append(train(config, rows=rows, test=None, make_engine=InlineEngine).plan)
+    assert [plan.channels_last for plan in plans] == [True, True]
+    assert plans[0].schema == plans[1].schema
+
+
 @pytest.mark.parametrize(
     "rows",
     [{"x": pa.array([], pa.list_(pa.float32())), "y": pa.array([], pa.int64())}, {"x": X, "y": [None] * 12}],
