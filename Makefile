@@ -9,6 +9,8 @@ ARGS   ?=
 MASTER ?= local[*]
 READY  := $(VENV)/.installed
 
+SPARK35_TESTS ?= tests/spark tests/test_jobs.py tests/test_readme.py
+
 # Folders, too: one's time changes when a file of it goes.
 SOURCES := $(filter-out %__pycache__/,$(wildcard sparksgd/ sparksgd/*/ sparksgd/py.typed sparksgd/*.py sparksgd/*/*.py))
 VERSION := $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
@@ -80,11 +82,9 @@ test: $(READY) $(CLASSES) ## Run the tests
 	$(check-java)
 	@SPARK_SUBMIT_OPTS='$(SPARK_SUBMIT_OPTS) -XX:TieredStopAtLevel=1' $(BIN)/python -m pytest -m 'not soak and not cluster' $(TESTS)
 
-test-spark35: ## Run the tests that start Spark on the oldest one that is supported
+test-spark35: ## Run the tests that start Spark on the oldest one that is supported; SPARK35_TESTS=... only some
 	@$(MAKE) --no-print-directory test VENV=.venv-spark35 \
-	  PINS='conf/constraints-spark35.txt conf/constraints.txt' \
-	  TESTS='tests/spark tests/test_jobs.py tests/test_readme.py'
-
+	  PINS='conf/constraints-spark35.txt conf/constraints.txt' TESTS='$(SPARK35_TESTS)'
 
 soak: $(READY) ## Run the long tests: much data, many steps, killed executors, hosts of their own
 	$(check-java)
