@@ -34,7 +34,7 @@ def work(rank: int, task: Task, folder: str) -> None:
     images, labels = load(task.data)
     turns = Turns() if rank == 0 else None
     blocks, arm = [], "DistributedDataParallel" if task.plain_session else "with sparksgd's settings"
-    for name, rows, block_steps in task.sizes:
+    for size, (name, rows, block_steps) in enumerate(task.sizes):
         torch.manual_seed(0)
         memory_format = torch.contiguous_format if task.plain_session else torch.channels_last
         module = LeNet(**MODELS[name]).to(memory_format=memory_format)
@@ -43,7 +43,7 @@ def work(rank: int, task: Task, folder: str) -> None:
         step_s = []
         order = torch.randperm(len(labels))
         for step in range((1 + task.blocks) * block_steps):
-            if step and step % block_steps == 0:
+            if (size or step) and step % block_steps == 0:  # each size's warm-up has a turn, too
                 if turns is not None:
                     turns.next()
                 dist.barrier()
