@@ -8,7 +8,6 @@ OUT    ?= runs/mnist-lenet
 ARGS   ?=
 MASTER ?= local[*]
 READY  := $(VENV)/.installed
-
 SPARK35_TESTS ?= tests/spark tests/test_jobs.py tests/test_readme.py
 
 # Folders, too: one's time changes when a file of it goes.
@@ -22,8 +21,8 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 # Another Spark's, or another Python's, would be taken instead of those in .venv.
 unexport SPARK_HOME SPARK_CONF_DIR PYSPARK_PYTHON PYSPARK_DRIVER_PYTHON
 
-# Java takes the archive if it is there; `make warm` writes it.
-export SPARK_SUBMIT_OPTS := -XX:SharedArchiveFile="$(CURDIR)/$(CLASSES)"
+# Of an archive that is not there Java would take not even its own classes.
+classes = $$([ ! -e '$(CLASSES)' ] || echo '-XX:SharedArchiveFile="$(CURDIR)/$(CLASSES)"')
 
 ifneq ($(filter local%,$(MASTER)),)
 export SPARK_LOCAL_IP ?= 127.0.0.1
@@ -74,21 +73,25 @@ data/mnist/train.parquet data/mnist/test.parquet &: | $(READY)
 
 run: $(READY) data/mnist/train.parquet data/mnist/test.parquet ## Train LeNet on MNIST; OUT=DIR ARGS='--set section.key=value'
 	$(check-java)
-	@SPARK_SUBMIT_OPTS='$(SPARK_SUBMIT_OPTS) -Dlog4j2.configurationFile="file:$(CURDIR)/conf/log4j2.properties"' \
+	@SPARK_SUBMIT_OPTS="$$SPARK_SUBMIT_OPTS $(classes) "'-Dlog4j2.configurationFile="file:$(CURDIR)/conf/log4j2.properties"' \
 	  spark-submit --master '$(MASTER)' --properties-file conf/spark-local.conf jobs/train.py --config conf/mnist-lenet.toml --out '$(OUT)' $(ARGS)
 
 # Tests start Spark some dozens of times, each for seconds: Java's optimising compiler would never pay.
-test: $(READY) $(CLASSES) ## Run the tests
+define pytest
 	$(check-java)
-	@SPARK_SUBMIT_OPTS='$(SPARK_SUBMIT_OPTS) -XX:TieredStopAtLevel=1' $(BIN)/python -m pytest -m 'not soak and not cluster' $(TESTS)
+	@[ -e '$(CLASSES)' ] || $(MAKE) --no-print-directory warm || true  # without, they only take longer
+	@SPARK_SUBMIT_OPTS="$$SPARK_SUBMIT_OPTS $(classes) -XX:TieredStopAtLevel=1" $(BIN)/python -m pytest
+endef
+
+test: $(READY) ## Run the tests
+	$(pytest) -m 'not soak and not cluster' $(TESTS)
 
 test-spark35: ## Run the tests that start Spark on the oldest one that is supported; SPARK35_TESTS=... only some
 	@$(MAKE) --no-print-directory test VENV=.venv-spark35 \
 	  PINS='conf/constraints-spark35.txt conf/constraints.txt' TESTS='$(SPARK35_TESTS)'
 
 soak: $(READY) ## Run the long tests: much data, many steps, killed executors, hosts of their own
-	$(check-java)
-	@$(BIN)/python -m pytest -m 'soak and not cluster'
+	$(pytest) -m 'soak and not cluster' $(TESTS)
 
 test-cluster: $(READY) data/mnist/train.parquet dist ## Run the tests on real servers: HDFS, YARN, a standalone cluster, a history server
 	$(check-java)
@@ -110,7 +113,7 @@ fix: $(READY) ## Format, and mend what ruff can
 
 bench: $(READY) $(CLASSES) data/mnist/train.parquet ## Measure both engines against what one would use instead -> benchmark.json
 	$(check-java)
-	@$(BIN)/python tests/bench/run.py --data data/mnist
+	@SPARK_SUBMIT_OPTS="$$SPARK_SUBMIT_OPTS $(classes)" $(BIN)/python tests/bench/run.py --data data/mnist
 
 dist: $(WHEEL) dist/sparksgd.zip dist/environment.tar.gz ## Build a wheel; and for clusters, sparksgd.zip and environment.tar.gz
 

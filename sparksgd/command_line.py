@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import atexit
 import gc
 import logging
 import signal
@@ -32,6 +33,7 @@ def exit_status(work: Callable[[], object], *, interrupted: str = "interrupted")
         work: what to do.
         interrupted: what to say after Ctrl-C.
     """
+    atexit.register(gc.freeze)  # the last collections would walk all of torch, for half a second
     try:
         work()
     except SparkSGDError as error:
@@ -42,8 +44,6 @@ def exit_status(work: Callable[[], object], *, interrupted: str = "interrupted")
         pass
     else:
         return 0
-    finally:
-        gc.freeze()  # the process ends now: its last collections would walk all of torch, half a second
     terminated = ended_by() == signal.SIGTERM
     _say("terminated" if terminated else interrupted)
     return 128 + (signal.SIGTERM if terminated else signal.SIGINT)

@@ -35,6 +35,7 @@ from sparksgd.errors import (
     ReplayDiffers,
     ShardChanged,
     UpdateNotFinite,
+    UserCodeError,
 )
 from sparksgd.flat import FlatModule, mixes_rows
 from sparksgd.imports import resolve
@@ -376,11 +377,17 @@ def _tried_schema(
         whole_labels=classifies,
     )
     sample = read_rows(first.select(schema.columns).combine_chunks().to_batches()[0], schema).records
-    if not len(sample):
+    made_up = not len(sample)
+    if made_up:
         sample = np.zeros(_TRIED_ROWS, schema.record)  # all of the first rows are bad: others may not be
     if classifies:
         schema.label_array(sample)[:] = 0  # a label out of range is the row's fault, told later
-    output, channels_last = try_out(module, loss, schema, sample[:_TRIED_ROWS], dtype)
+    try:
+        output, channels_last = try_out(module, loss, schema, sample[:_TRIED_ROWS], dtype)
+    except UserCodeError:
+        if not made_up:
+            raise
+        return schema, False  # it may take no zeros, and the inspection names the bad rows
     if classifies:
         schema = replace(schema, classes=2 if loss is binary_cross_entropy else output[1])
     return schema, channels_last

@@ -95,8 +95,9 @@ def test_the_innermost_modules_import_where_torch_is_absent_too() -> None:
     assert import_without({"pyspark", "py4j", "torch"}, RING_0) == ""
 
 
-def test_what_executors_run_on_rows_imports_where_torch_is_absent_too() -> None:
-    assert import_without({"pyspark", "py4j", "torch"}, ["sparksgd.spark.row_tasks"]) == ""
+def test_the_wire_and_what_executors_run_on_rows_import_where_torch_is_absent_too() -> None:
+    modules = ["sparksgd.wire", "sparksgd.mesh", "sparksgd.spark.row_tasks"]
+    assert import_without({"pyspark", "py4j", "torch"}, modules) == ""
 
 
 def test_only_the_modules_of_spark_s_room_may_ask_for_spark() -> None:

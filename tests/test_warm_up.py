@@ -1,4 +1,4 @@
-"""Modules of a zip get their bytecode into it, once, and are imported from that."""
+"""Modules of a zip get their bytecode into it, once, and are imported from that; failures say what to do."""
 
 from __future__ import annotations
 
@@ -7,6 +7,9 @@ import sys
 import zipfile
 from pathlib import Path
 
+import pytest
+
+from sparksgd.spark import warm_up
 from sparksgd.spark.warm_up import add_bytecode
 
 SOURCES = {
@@ -57,8 +60,22 @@ def test_a_second_time_there_is_nothing_to_do(tmp_path: Path) -> None:
     assert path.stat() == before
 
 
-def test_bytecode_of_another_python_is_passed_over(tmp_path: Path) -> None:
-    path = zipped(tmp_path / "shop.zip")
-    with zipfile.ZipFile(path, "a") as opened:
-        opened.writestr("shop/till.pyc", b"\0" * 32)
-    assert imported(path) == f"7 {path}/shop/till.py"
+def test_a_python_of_another_version_passes_it_over(tmp_path: Path) -> None:
+    path, other = zipped(tmp_path / "shop.zip"), tmp_path / "other.zip"
+    add_bytecode(path)
+    with zipfile.ZipFile(path) as ours, zipfile.ZipFile(other, "w") as theirs:
+        for name in ours.namelist():
+            content = ours.read(name)
+            theirs.writestr(name, b"\0\0\r\n" + content[4:] if name.endswith(".pyc") else content)
+    assert imported(other) == f"7 {other}/shop/till.py"
+
+
+def test_what_cannot_be_written_is_said_with_what_to_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(warm_up, "_find_spark_home", lambda: str(tmp_path / "no Spark"))
+    assert warm_up.main([str(tmp_path / "dist" / "spark.jsa")]) == 4
+    warning, *_, error = capsys.readouterr().err.splitlines()
+    assert warning.startswith("warning: PySpark's bytecode cannot be kept: ")
+    assert error.startswith(f"error: {tmp_path}/dist/spark.jsa was not written. Spark does without: ")
+    assert list((tmp_path / "dist").iterdir()) == []

@@ -39,7 +39,7 @@ from sparksgd.spark import step_tasks
 from sparksgd.spark.cluster import Cluster
 from sparksgd.wire import Credentials
 
-__all__ = ["AllReduceEngine", "encrypts"]
+__all__ = ["AllReduceEngine", "encrypts", "next_length"]
 
 log = logging.getLogger("sparksgd")
 
@@ -240,12 +240,11 @@ class AllReduceEngine(SparkEngine):
         ]
 
     def _choose_length(self, report: SegmentReport, wall_s: float) -> None:
-        """Make the next segment so long that its start and end cost little, and progress stays prompt."""
+        """Note what a step took, and let the next segment be as long as that suggests."""
         overhead_s = report.steps[0].timing.launch
         self._step_s = max(1e-4, (wall_s - overhead_s) / len(report.steps))
         if self._fixed_steps is None:
-            wanted_s = min(_LONGEST_SEGMENT_S, max(_SEGMENT_S, overhead_s / _OVERHEAD))
-            self.segment_steps = max(1, min(int(wanted_s / self._step_s), _GROWTH * self.segment_steps))
+            self.segment_steps = next_length(self.segment_steps, self._step_s, overhead_s)
 
     def _note_dropped(self, answers: Sequence[SegmentAnswer]) -> None:
         """Say aloud, and count, who was not let in."""
@@ -255,6 +254,18 @@ class AllReduceEngine(SparkEngine):
                 self.recovery.strangers += dropped.total()
                 reasons = ", ".join(f"{reason}: {count}" for reason, count in sorted(dropped.items()))
                 log.warning("%d connections to %s were dropped: %s", dropped.total(), door, reasons)
+
+
+def next_length(steps: int, step_s: float, overhead_s: float) -> int:
+    """Return how many steps make a segment whose start and end cost little, and that progress can wait for.
+
+    Args:
+        steps: of the last one; it grows by a bounded factor, for the first ones are slow.
+        step_s: what one of its steps took.
+        overhead_s: what its start and end took, the way of the solver's state among it.
+    """
+    wanted_s = min(_LONGEST_SEGMENT_S, max(_SEGMENT_S, overhead_s / _OVERHEAD))
+    return max(1, min(int(wanted_s / step_s), _GROWTH * steps))
 
 
 def _rendezvous(cluster: Cluster, config: EngineConfig) -> Rendezvous:

@@ -34,9 +34,10 @@ def keep_eager(kind: type[Optimizer]) -> None:
     for method in vars(Optimizer).values():
         if _wrapper_of(method) == "inner":  # of torch._disable_dynamo
             _put_off(method)
-    step: Any = vars(kind).get("step")
-    if _wrapper_of(step) == "_use_grad":  # of torch.optim.optimizer._use_grad_for_differentiable
-        kind.step = _put_off_step(step)  # type: ignore[method-assign]  # as torch does itself, for its hooks
+    for base in kind.__mro__:
+        step: Any = vars(base).get("step")
+        if _wrapper_of(step) == "_use_grad":  # of torch.optim.optimizer._use_grad_for_differentiable
+            base.step = _put_off_step(step)  # type: ignore[attr-defined]  # as torch does itself, for its hooks
 
 
 def _wrapper_of(method: Any) -> str | None:

@@ -5,7 +5,8 @@
 
 An archive of the classes that a training loads: Java, which calls it class-data sharing, maps them into
 memory, parsed and checked.  It fits the Java and the Spark that made it, and one path of classes, so
-SPARK_CONF_DIR must not be set; where it does not fit, Java starts as it would without.
+SPARK_CONF_DIR must not be set.  Where it does not fit Java starts as it would without; where the file that
+it is told of is not there it starts later.
 
 The bytecode of PySpark, within the pyspark.zip that Spark puts first on the path of its drivers and its
 Python workers: of a zip Python keeps none by itself, so each process compiles what it imports.
@@ -27,11 +28,13 @@ from collections.abc import Sequence
 from importlib.util import MAGIC_NUMBER, source_hash
 from pathlib import Path
 
-import pyspark
+from pyspark.find_spark_home import _find_spark_home
 
 __all__ = ["add_bytecode", "main"]
 
 _ENGINES = "tree", "allreduce"
+_LONGEST_S = 600
+_OTHERS = "SPARK_CONF_DIR", "PYSPARK_SUBMIT_ARGS"  # they would put other classes on the path
 _UNCHECKED = (0b01).to_bytes(4, "little")  # known by the hash of its source, which nobody compares
 
 
@@ -45,15 +48,16 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("archive", type=Path, metavar="FILE", help="of classes; some 190 MB")
     archive: Path = parser.parse_args(argv).archive.absolute()
     try:
-        add_bytecode(Path(pyspark.__file__).parent / "python" / "lib" / "pyspark.zip")
-        archive.parent.mkdir(parents=True, exist_ok=True)
-        archive.unlink(missing_ok=True)
+        add_bytecode(Path(_find_spark_home(), "python", "lib", "pyspark.zip"))
     except OSError as error:
-        print(f"error: {error.filename} cannot be written: {error.strerror}", file=sys.stderr)
-        return 2
-    said = _archive_classes(archive)
-    if said is not None:
-        print(said, f"error: {archive} was not written; above is what Spark said", sep="\n", file=sys.stderr)
+        print(f"warning: PySpark's bytecode cannot be kept: {error}", file=sys.stderr)
+    try:
+        _archive_classes(archive)
+    except (OSError, _Failed) as error:
+        print(
+            f"{error}\nerror: {archive} was not written. Spark does without: leave SPARK_SUBMIT_OPTS unset",
+            file=sys.stderr,
+        )
         return 4
     return 0
 
@@ -79,20 +83,33 @@ def add_bytecode(path: Path) -> None:
         whole.replace(path)  # at once: Python may be reading it
 
 
-def _archive_classes(archive: Path) -> str | None:
-    """Train a little on a JVM that writes its classes at its end; return what Spark said where it did not."""
-    submit = [str(Path(sys.executable).with_name("spark-submit")), "--master", "local[2]"]
-    java = f'-XX:ArchiveClassesAtExit="{archive}"'
-    with tempfile.TemporaryDirectory() as folder:
-        done = subprocess.run(
-            [*submit, "--conf", "spark.driver.memory=2g", __file__, folder],
-            env=os.environ | {"SPARK_SUBMIT_OPTS": java, "PYSPARK_PYTHON": sys.executable},
-            cwd=folder,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-    return None if not done.returncode and archive.exists() else done.stdout[-2000:] + done.stderr[-4000:]
+class _Failed(Exception):
+    """Spark did not end well; the message is what it said last."""
+
+
+def _archive_classes(archive: Path) -> None:
+    """Train a little on a JVM that writes its classes at its end."""
+    archive.parent.mkdir(parents=True, exist_ok=True)
+    submit = [str(Path(_find_spark_home(), "bin", "spark-submit")), "--master", "local[2]"]
+    environment = {name: value for name, value in os.environ.items() if name not in _OTHERS}
+    with tempfile.TemporaryDirectory(dir=archive.parent) as folder:
+        written = Path(folder, archive.name)
+        environment["SPARK_SUBMIT_OPTS"] = f'-XX:ArchiveClassesAtExit="{written}"'
+        environment["PYSPARK_PYTHON"] = environment["PYSPARK_DRIVER_PYTHON"] = sys.executable
+        try:
+            done = subprocess.run(
+                [*submit, "--conf", "spark.driver.memory=2g", __file__, folder],
+                env=environment,
+                cwd=folder,
+                capture_output=True,
+                text=True,
+                timeout=_LONGEST_S,
+            )
+        except subprocess.TimeoutExpired as error:
+            raise _Failed(f"Spark did not end within {_LONGEST_S} s") from error
+        if done.returncode or not written.exists():
+            raise _Failed(done.stdout[-2000:] + done.stderr[-4000:])
+        written.replace(archive)
 
 
 def train_a_little(folder: str) -> None:

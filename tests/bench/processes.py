@@ -23,6 +23,7 @@ from sparksgd.spark.session import SETTINGS
 __all__ = ["ArmFailed", "job_s", "run_arm", "run_in_turns"]
 
 _LAST_LINES = 40
+_JAVA = "SPARK_SUBMIT_OPTS"
 _MALLOC = {  # of sparksgd's workers, and so of every arm but those of a plain session
     setting.key.rpartition(".")[2]: setting.value for setting in SETTINGS if "MALLOC" in setting.key
 }
@@ -119,7 +120,9 @@ def job_s(script: Path, words: Sequence[str], task: Task, *, archived: bool) -> 
         environment = _environment(Path(folder), task) | {"PYTHONPATH": str(Path(__file__).parent)}
         del environment["PYSPARK_SUBMIT_ARGS"]
         if not archived:
-            environment.pop("SPARK_SUBMIT_OPTS", None)
+            environment.pop(_JAVA, None)
+        elif "SharedArchiveFile" not in environment.get(_JAVA, ""):
+            raise ArmFailed(f"{_JAVA} names no archive of Spark's classes: run it by `make bench`")
         started = time.perf_counter()
         done = subprocess.run(
             [*submit, *settings, str(script), *words], env=environment, cwd=folder,
@@ -134,7 +137,8 @@ def job_s(script: Path, words: Sequence[str], task: Task, *, archived: bool) -> 
 def _environment(scratch: Path, task: Task) -> dict[str, str]:
     """Say where and with which settings to run, and where temporary files go."""
     properties = "" if task.plain_session else "--properties-file conf/spark-local.conf"
-    return os.environ | {
+    inherited = {key: value for key, value in os.environ.items() if key != _JAVA or not task.plain_session}
+    return inherited | {
         "PYSPARK_SUBMIT_ARGS": f"--master local[{task.num_workers}] {properties} pyspark-shell",
         "PYSPARK_PYTHON": sys.executable,
         "SPARK_LOCAL_DIRS": str(scratch),

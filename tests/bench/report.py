@@ -8,6 +8,7 @@ import subprocess
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
+from itertools import product
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -219,19 +220,20 @@ def _speed(blocks: Sequence[Block], faster: str, slower: str) -> float:
 
 
 def job_ratios(took_s: Mapping[str, Sequence[float]]) -> list[Ratio]:
-    """Compare what whole jobs took: the first with all others, and judge it by TorchDistributor's."""
-    (ours, ours_s), *others = took_s.items()
+    """Compare what whole jobs took: both of ours with both of theirs; one pair is judged."""
+    ours_of_all = [name for name in took_s if name.startswith("sparksgd")]
+    theirs_of_all = [name for name in took_s if name not in ours_of_all]
     ratios = []
-    for name, seconds in others:
-        value = median(ours_s) / median(seconds)
-        judged = name == "TorchDistributor"
+    for ours, theirs in product(ours_of_all, theirs_of_all):
+        value = median(took_s[ours]) / median(took_s[theirs])
+        is_judged = (ours, theirs) == ("sparksgd", "TorchDistributor")
         ratios.append(
             Ratio(
-                of=f"job, {name}",
-                means=f"wall-clock of a job with {ours} / {name}",
+                of=f"job, {ours}, {theirs}",
+                means=f"wall-clock of a job with {ours} / {theirs}",
                 value=value,
-                target=f"<= {JOB_TARGET:g}" if judged else None,
-                met=value <= JOB_TARGET if judged else None,
+                target=f"<= {JOB_TARGET:g}" if is_judged else None,
+                met=value <= JOB_TARGET if is_judged else None,
             )
         )
     return ratios

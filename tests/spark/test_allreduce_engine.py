@@ -284,7 +284,7 @@ def test_auto_chooses_and_says_why(session_for, small, caplog, workers, listens,
 
 @pytest.mark.soak
 @pytest.mark.parametrize("encrypt", ["false", "true"])
-def test_strangers_at_every_port_are_counted_and_change_nothing(session_for, small, encrypt):
+def test_strangers_at_every_port_are_counted_and_change_nothing(session_for, small, caplog, encrypt):
     spark = session_for("local[2]")
     with socket.create_server(("127.0.0.1", 0)) as free:
         first = free.getsockname()[1]
@@ -296,12 +296,13 @@ def test_strangers_at_every_port_are_counted_and_change_nothing(session_for, sma
     looks: list[int] = []
     observers = [AtStep(step, lambda _: looks.append(most_resident_bytes())) for step in (50, 1000)]
     training = train(spark, config, spark.read.parquet(small), observers=[*observers, AtStep(50, crowd.come)])
-    crowd.join()
+    assert not crowd.join()  # they were gone when the last look was taken, and nobody was let in
     assert training.flat.parameters_sha256() == undisturbed(small, config)
     assert training.recovery.retries == 0
     assert crowd.knocked.keys() == {"nothing", "garbage", "half", "secret", "gigabyte"}
     assert crowd.knocked.total() >= 8  # the driver and a worker at least
-    assert training.recovery.strangers >= 5
+    for door in ("the driver", "worker 0", "worker 1"):
+        assert f"connections to {door} were dropped" in caplog.text
     before, after = looks
     assert after - before < 200 << 20
 
@@ -316,6 +317,7 @@ class Strangers:
 
     def __init__(self, ports: range, credentials: Credentials) -> None:
         self.knocked: Counter[str] = Counter()
+        self._let_in = 0
         self._ports, self._credentials = ports, credentials
         self._silent: list[socket.socket] = []
 
@@ -323,10 +325,13 @@ class Strangers:
         self._thread = threading.Thread(target=self._knock)
         self._thread.start()
 
-    def join(self) -> None:
+    def join(self) -> bool:
+        """End them; return whether some had still to come, or were let in."""
+        late = self._thread.is_alive()
         self._thread.join()
         for sock in self._silent:
             sock.close()
+        return late or bool(self._let_in)
 
     def _knock(self) -> None:
         for port in self._ports:
@@ -347,6 +352,7 @@ class Strangers:
             sock.sendall(bytes(40))
         elif kind == "secret":
             connect(self._credentials, ("127.0.0.1", port), b"hello", "a worker", 1)
+            self._let_in += 1
         elif kind == "gigabyte":
             for _ in range(1 << 10):
                 sock.sendall(bytes(1 << 20))
@@ -373,6 +379,7 @@ def test_executors_killed_between_segments_and_in_one_change_no_bit(session_for,
     ]
     training = train(spark, config, spark.read.parquet(small), observers=killers)
     assert training.flat.parameters_sha256() == undisturbed(small, config)
+    assert not any(flags.iterdir())  # both killed somebody in mid-segment
     assert training.recovery.retries >= 3
     assert training.recovery.rebuilt_shards >= 4
     assert len(training.step_times) == 20
