@@ -295,8 +295,10 @@ def test_strangers_at_every_port_are_counted_and_change_nothing(session_for, sma
     crowd = Strangers(range(first, first + 21), Credentials.new(encrypt=encrypt == "true"))
     looks: list[int] = []
     observers = [AtStep(step, lambda _: looks.append(most_resident_bytes())) for step in (50, 1000)]
-    training = train(spark, config, spark.read.parquet(small), observers=[*observers, AtStep(50, crowd.come)])
-    assert not crowd.join()  # they were gone when the last look was taken, and nobody was let in
+    observers += [AtStep(50, crowd.come), AtStep(950, crowd.join)]
+    training = train(spark, config, spark.read.parquet(small), observers=observers)
+    crowd.close()
+    assert crowd.let_in == 0
     assert training.flat.parameters_sha256() == undisturbed(small, config)
     assert training.recovery.retries == 0
     assert crowd.knocked.keys() == {"nothing", "garbage", "half", "secret", "gigabyte"}
@@ -317,7 +319,7 @@ class Strangers:
 
     def __init__(self, ports: range, credentials: Credentials) -> None:
         self.knocked: Counter[str] = Counter()
-        self._let_in = 0
+        self.let_in = 0
         self._ports, self._credentials = ports, credentials
         self._silent: list[socket.socket] = []
 
@@ -325,13 +327,13 @@ class Strangers:
         self._thread = threading.Thread(target=self._knock)
         self._thread.start()
 
-    def join(self) -> bool:
-        """End them; return whether some had still to come, or were let in."""
-        late = self._thread.is_alive()
+    def join(self, _) -> None:
+        """Wait until all have come."""
         self._thread.join()
+
+    def close(self) -> None:
         for sock in self._silent:
             sock.close()
-        return late or bool(self._let_in)
 
     def _knock(self) -> None:
         for port in self._ports:
@@ -352,7 +354,7 @@ class Strangers:
             sock.sendall(bytes(40))
         elif kind == "secret":
             connect(self._credentials, ("127.0.0.1", port), b"hello", "a worker", 1)
-            self._let_in += 1
+            self.let_in += 1
         elif kind == "gigabyte":
             for _ in range(1 << 10):
                 sock.sendall(bytes(1 << 20))
