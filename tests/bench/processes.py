@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import zipfile
 from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import asdict
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from measuring import Task
+from pyspark.find_spark_home import _find_spark_home
 from turns import TURNS, TurnsOf
 
 from sparksgd.spark.session import SETTINGS
@@ -102,27 +104,30 @@ def run_in_turns(arms: Sequence[tuple[str, Task]]) -> list[Any]:
         return [arm.answer() for arm in running]
 
 
-def job_s(script: Path, words: Sequence[str], task: Task, *, archived: bool) -> float:
+def job_s(script: Path, words: Sequence[str], task: Task, *, warm: bool) -> float:
     """Submit a job, and return how long it took, from spark-submit's start to its end.
 
     Args:
         script: what to submit.
         words: its arguments.
         task: where to run, and with which settings.
-        archived: whether Java takes Spark's classes from the archive that `make warm` writes.
+        warm: whether Spark has what `make warm` gives it; else it is as pip installed it.
 
     Raises:
         ArmFailed: it ended with an error.
     """
     settings = [] if task.plain_session else ["--properties-file", str(ROOT / "conf" / "spark-local.conf")]
-    submit = [str(Path(sys.executable).with_name("spark-submit")), "--master", f"local[{task.num_workers}]"]
     with tempfile.TemporaryDirectory(prefix="sgd-") as folder:
         environment = _environment(Path(folder), task) | {"PYTHONPATH": str(Path(__file__).parent)}
         del environment["PYSPARK_SUBMIT_ARGS"]
-        if not archived:
+        home = Path(_find_spark_home())
+        if not warm:
             environment.pop(_JAVA, None)
+            home = _as_installed(home, Path(folder, "spark"))
         elif "SharedArchiveFile" not in environment.get(_JAVA, ""):
             raise ArmFailed(f"{_JAVA} names no archive of Spark's classes: run it by `make bench`")
+        environment["SPARK_HOME"] = str(home)
+        submit = [str(home / "bin" / "spark-submit"), "--master", f"local[{task.num_workers}]"]
         started = time.perf_counter()
         done = subprocess.run(
             [*submit, *settings, str(script), *words], env=environment, cwd=folder,
@@ -134,10 +139,29 @@ def job_s(script: Path, words: Sequence[str], task: Task, *, archived: bool) -> 
     return took_s
 
 
+def _as_installed(spark: Path, copy: Path) -> Path:
+    """Return a Spark whose pyspark.zip has no bytecode, and whose other files are links to another's."""
+    library = Path("python", "lib")
+    (copy / library).mkdir(parents=True)
+    for folder in (Path(), library.parent, library):
+        for entry in (spark / folder).iterdir():
+            if not (copy / folder / entry.name).exists() and entry.name != "pyspark.zip":
+                (copy / folder / entry.name).symlink_to(entry)
+    with (
+        zipfile.ZipFile(spark / library / "pyspark.zip") as warm,
+        zipfile.ZipFile(copy / library / "pyspark.zip", "w", zipfile.ZIP_DEFLATED) as bare,
+    ):
+        for name in warm.namelist():
+            if not name.endswith(".pyc"):
+                bare.writestr(name, warm.read(name))
+    return copy
+
+
 def _environment(scratch: Path, task: Task) -> dict[str, str]:
     """Say where and with which settings to run, and where temporary files go."""
     properties = "" if task.plain_session else "--properties-file conf/spark-local.conf"
-    inherited = {key: value for key, value in os.environ.items() if key != _JAVA or not task.plain_session}
+    not_inherited = {"PYTHONDONTWRITEBYTECODE", *([_JAVA] if task.plain_session else [])}
+    inherited = {key: value for key, value in os.environ.items() if key not in not_inherited}
     return inherited | {
         "PYSPARK_SUBMIT_ARGS": f"--master local[{task.num_workers}] {properties} pyspark-shell",
         "PYSPARK_PYTHON": sys.executable,

@@ -87,6 +87,9 @@ class Size:
     turns: int
     """Blocks of each of those sizes."""
 
+    jobs: int
+    """How often whole jobs take their turn."""
+
     epochs: int
     """Of a whole job."""
 
@@ -106,6 +109,7 @@ FULL = Size(
     soak_steps=(200, 2000),
     share=1,
     turns=4,
+    jobs=5,
     epochs=2,
     straggling_steps=60,
     accuracy_epochs=3,
@@ -119,6 +123,7 @@ QUICK = Size(
     soak_steps=(10, 20),
     share=0.05,
     turns=2,
+    jobs=1,
     epochs=1,
     straggling_steps=6,
     accuracy_epochs=1,
@@ -243,16 +248,16 @@ def _job(task: Task, size: Size, data: str, console: Console) -> dict[str, Any]:
     )
     jobs = {
         "sparksgd": (*ours, task, True),
-        "sparksgd without the archive of classes": (*ours, task, False),
+        "sparksgd without make warm": (*ours, task, False),
         "TorchDistributor": (*theirs, replace(task, plain_session=True), False),
-        "TorchDistributor with sparksgd's settings and archive": (*theirs, task, True),
+        "TorchDistributor with sparksgd's settings and make warm": (*theirs, task, True),
     }
     took_s: dict[str, list[float]] = {name: [] for name in jobs}
     with console.status("") as status:
-        for turn in range(size.rounds):
-            for name, (script, arguments, job_task, archived) in jobs.items():
-                status.update(f"round {turn + 1} of {size.rounds}: a whole job with {name}")
-                took_s[name].append(job_s(script, arguments, job_task, archived=archived))
+        for turn in range(size.jobs):
+            for name, (script, arguments, job_task, warm) in jobs.items():
+                status.update(f"round {turn + 1} of {size.jobs}: a whole job with {name}")
+                took_s[name].append(job_s(script, arguments, job_task, warm=warm))
     ratios = job_ratios(took_s)
     console.print(job_table(f"{size.epochs} epochs, sessions' start included, {data}", took_s))
     console.print(ratio_table(ratios))

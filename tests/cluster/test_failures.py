@@ -44,7 +44,7 @@ def trained(checkout: Checkout, out: str, steps: int) -> dict:
     return about
 
 
-@pytest.mark.parametrize(("engine", "steps"), [("tree", 80), ("allreduce", 240)])
+@pytest.mark.parametrize(("engine", "steps"), [("tree", 80), ("allreduce", 1600)])
 def test_a_killed_container_costs_a_step_and_no_bit(checkout, engine, steps):
     out, settings = f"/models/killed-{engine}", (*LONG, f"train.steps={steps}")
     words = sets(*settings, f"engine.name={engine}")
