@@ -7,26 +7,35 @@ Together they are an all-reduce whose order of addition is that of the addition 
 which shard.  Das et al. 2016, "Distributed Deep Learning Using Synchronous Stochastic Gradient
 Descent" (arXiv:1602.06709), section 3.4.
 
+A part-reduce may begin while the gradient is still being computed.  A backward pass comes from the last
+layer to the first, so the vector goes out in buckets from its end, each as soon as it is there; nothing is
+added before all of it is.  Li et al. 2020, "PyTorch Distributed" (arXiv:2006.15704), section 3.2.3.
+
 Legend: W workers, S shards, P parameters, Q running statistics, C counters.
 """
 
 from __future__ import annotations
 
+import itertools
+from collections import Counter
 from collections.abc import Sequence
-from typing import Any
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
 
+from sparksgd.errors import ModelError
 from sparksgd.flat import FlatModule
 from sparksgd.mesh import Mesh
 from sparksgd.ranges import balanced_range
 from sparksgd.solvers.protocol import GradientSum
 from sparksgd.treesum import Partials, add_partial, nodes_of
 
-__all__ = ["AllReduce"]
+__all__ = ["AllReduce", "buckets_of"]
 
-_REDUCE, _BROADCAST = 1, 2
+_BROADCAST, _REDUCE = 0, 1  # each bucket is a phase of its own, from there
+_BUCKET_BYTES = 1 << 20
 
 
 class AllReduce:
@@ -36,11 +45,15 @@ class AllReduce:
         mesh: of a meeting.
         owned: the shards of each worker; all together, the leaves of the addition tree.
         flat: a module of the run's shapes.
+        overlaps: whether gradients go out in buckets; each worker has one shard then.
     """
 
-    def __init__(self, mesh: Mesh, owned: Sequence[Sequence[int]], flat: FlatModule) -> None:
+    def __init__(
+        self, mesh: Mesh, owned: Sequence[Sequence[int]], flat: FlatModule, *, overlaps: bool = False
+    ) -> None:
         vector, processes = flat.parameters.numpy(), len(mesh.workers)
         self._mesh = mesh
+        self._meeting = mesh.number
         self._rank = mesh.rank
         self._leaves = sum(map(len, owned))
         self._peers = [peer for peer in range(processes) if peer != mesh.rank]
@@ -50,10 +63,44 @@ class AllReduce:
         strip, tail = len(self.strip), _tail_type(flat)
         self._gradients = [[np.empty(strip, vector.dtype) for _ in nodes] for nodes in self._nodes]
         self._tails = [np.zeros(len(nodes), tail) for nodes in self._nodes]
-        self._receives = {
-            peer: [*map(_bytes, self._gradients[peer]), _bytes(self._tails[peer])] for peer in self._peers
-        }
         self._absent = np.empty_like(vector)
+        sizes = [parameter.numel() for parameter in flat.trainable]
+        self._buckets = buckets_of(sizes, _BUCKET_BYTES // vector.itemsize if overlaps else len(vector))
+        self._bucket_of = [
+            next(number for number, bucket in enumerate(self._buckets) if end - 1 in bucket)
+            for end in itertools.accumulate(sizes)
+        ]
+        self._thread = ThreadPoolExecutor(1, "sparksgd-reduce") if len(self._buckets) > 1 else None
+        self._begin()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if self._thread is not None:  # after an error, what it does ends when the mesh is left
+            self._thread.shutdown(wait=kind is None, cancel_futures=True)
+
+    @property
+    def overlaps(self) -> bool:
+        """Whether there are several buckets, so that `take_part` is of use."""
+        return self._thread is not None
+
+    def take_part(self, step: int, gradient: npt.NDArray[np.floating], parameter: int) -> None:
+        """Begin a step's part-reduce with the buckets that this parameter's part makes whole.
+
+        The last bucket waits for `part_reduce`, and so does what goes wrong.
+
+        Args:
+            step: which step, from 0.
+            gradient: float[P], of this worker's one shard.
+            parameter: the number of the parameter whose part of it is there, and does not change again.
+        """
+        assert self._thread is not None
+        bucket = self._bucket_of[parameter]
+        self._changed_late |= bucket < len(self._begun)
+        self._missing[bucket] -= 1
+        while (first := len(self._begun)) < len(self._buckets) - 1 and self._missing[first] <= 0:
+            self._begun.append(self._thread.submit(self._exchange, step, first, [gradient]))
 
     def part_reduce(self, step: int, partials: Partials) -> GradientSum:
         """Return the sum over all shards: this process's strip of the gradient, and all of the rest.
@@ -64,19 +111,25 @@ class AllReduce:
 
         Raises:
             PeerLost: another process has ended or is silent.
+            ModelError: a part of the gradient changed after it had gone.
         """
-        own = self._tails[self._rank]
         mine: list[npt.NDArray[np.floating]] = []
-        for tail, node in zip(own, self._nodes[self._rank], strict=True):  # a tail is a view of its record
+        nodes = self._nodes[self._rank]
+        for tail, node in zip(self._tails[self._rank], nodes, strict=True):  # a tail is a view of its record
             partial = partials[node]
             assert partial is None or isinstance(partial, GradientSum)
             _fill(tail, partial)
             mine.append(self._absent if partial is None else partial.gradient)
-        sends = {
-            peer: [*(_bytes(gradient[_slice(self._strips[peer])]) for gradient in mine), _bytes(own)]
-            for peer in self._peers
-        }
-        self._mesh.exchange(step, _REDUCE, sends, self._receives)
+        if self._changed_late:
+            raise ModelError(
+                "a parameter's gradient changed within one backward pass after it had gone to the other "
+                "workers, as with torch.utils.checkpoint(use_reentrant=True): set engine.overlap=never"
+            )
+        for begun in self._begun:
+            begun.result()
+        for bucket in range(len(self._begun), len(self._buckets)):
+            self._exchange(step, bucket, mine)
+        self._begin()
         strip = _slice(self.strip)
         self._gradients[self._rank] = [gradient[strip] for gradient in mine]
         total: Partials = {}
@@ -99,11 +152,56 @@ class AllReduce:
         """
         own = _bytes(vector[_slice(self.strip)])
         self._mesh.exchange(
+            self._meeting,
             step,
             _BROADCAST,
             {peer: [own] for peer in self._peers},
             {peer: [_bytes(vector[_slice(self._strips[peer])])] for peer in self._peers},
         )
+
+    def _begin(self) -> None:
+        """Forget the last step's buckets."""
+        self._missing = Counter(self._bucket_of)
+        self._begun: list[Future[None]] = []
+        self._changed_late = False
+
+    def _exchange(self, step: int, bucket: int, mine: Sequence[npt.NDArray[np.floating]]) -> None:
+        """Send each peer its strip's part of a bucket, and receive this strip's part of theirs.
+
+        With the last bucket go the records of the sums.
+        """
+        part, sends, receives = self._buckets[bucket], {}, {}
+        for peer in self._peers:
+            theirs, here = (_common(part, strip) for strip in (self._strips[peer], self.strip))
+            within = slice(here.start - self.strip.start, here.stop - self.strip.start)
+            sends[peer] = [_bytes(gradient[_slice(theirs)]) for gradient in mine if theirs]
+            receives[peer] = [_bytes(gradient[within]) for gradient in self._gradients[peer] if here]
+            if bucket == len(self._buckets) - 1:
+                sends[peer].append(_bytes(self._tails[self._rank]))
+                receives[peer].append(_bytes(self._tails[peer]))
+        self._mesh.exchange(self._meeting, step, _REDUCE + bucket, sends, receives)
+
+
+def buckets_of(sizes: Sequence[int], least: int) -> list[range]:
+    """Cut a vector between parameters into buckets, from its end, of at least so many elements but the last.
+
+    >>> buckets_of([10, 50, 5, 60, 3], 60)
+    [range(65, 128), range(0, 65)]
+    """
+    buckets, end = [], sum(sizes)
+    start = end
+    for size in reversed(sizes):
+        start -= size
+        if end - start >= least or start == 0:
+            buckets.append(range(start, end))
+            end = start
+    return buckets
+
+
+def _common(one: range, other: range) -> range:
+    """Return what is in both of two ranges."""
+    start = max(one.start, other.start)
+    return range(start, max(start, min(one.stop, other.stop)))
 
 
 def _slice(strip: range) -> slice:

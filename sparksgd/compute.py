@@ -23,7 +23,7 @@ import torch
 from torch import nn
 
 from sparksgd.errors import ModelError, NotFinite, ShardMissing, SparkSGDError, UserCodeError
-from sparksgd.flat import FlatModule, Weights, has_convolutions
+from sparksgd.flat import FlatModule, TakePart, Weights, has_convolutions
 from sparksgd.losses import Loss
 from sparksgd.numerics import Numerics, generator_kept, thread_count
 from sparksgd.rows import RowSchema
@@ -198,6 +198,7 @@ class Computer:
         weights: Weights | None,
         step: int,
         asked: frozenset[int] | None = None,
+        take_part: TakePart | None = None,
     ) -> Answer:
         """Answer a step: the gradient sums of these shards' pieces, as partial sums of the tree.
 
@@ -207,6 +208,8 @@ class Computer:
             weights: the weights to compute at; None takes those that `flat` holds.
             step: which step, from 0.
             asked: those of all shards that take part; None: all of them.
+            take_part: told of each part of the gradient as soon as it is there; for one shard, whose piece
+                is one backward pass.
         """
         if weights is None:
             statistics, counters = self.flat.statistics(), self.flat.counters()
@@ -215,7 +218,7 @@ class Computer:
 
         def gradient(shard: Descriptor) -> GradientSum | None:
             self.flat.load_buffers(statistics, counters)  # each piece starts from the same ones
-            fresh = self._piece(shard, step)
+            fresh = self._piece(shard, step, take_part)
             return None if fresh is None else self.plan.worker_half.outgoing(fresh)
 
         if self.plan.before_gradients is not None:
@@ -276,7 +279,7 @@ class Computer:
         )
         return answer
 
-    def _piece(self, shard: Descriptor, step: int) -> GradientSum | None:
+    def _piece(self, shard: Descriptor, step: int, take_part: TakePart | None) -> GradientSum | None:
         """Return the gradient sum of a shard's piece; None where the step has no row of it."""
         start, end = self.plan.sampling.piece_bounds(shard.shard, step)
         if start == end:
@@ -287,7 +290,7 @@ class Computer:
         torch.default_generator.manual_seed(seed)
         chunk = self.plan.rows_per_backward or len(records)
         loss = 0.0
-        with self.flat.new_gradient() as gradient:
+        with self.flat.new_gradient(take_part) as gradient:
             for first in range(0, len(records), chunk):
                 _, losses = forward(
                     self.flat.module, self.plan.loss, self.plan.schema, records[first : first + chunk]

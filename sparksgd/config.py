@@ -178,6 +178,10 @@ class EngineConfig:
     encrypt: bool = _cluster(False)
     """allreduce: TLS between workers, also where Spark's own traffic is not encrypted."""
 
+    overlap: Literal["auto", "always", "never"] = _cluster("auto")
+    """allreduce: whether gradients of the last layers go out while those of earlier ones are computed,
+    which takes one shard per worker.  auto: where a sum takes 2 ms or more, as between hosts."""
+
     ports: str | None = _cluster(None)
     """allreduce: ports that driver and workers may listen on, as "40000-40099"; None takes any."""
 

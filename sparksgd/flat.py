@@ -11,9 +11,10 @@ Legend: P parameters, Q running statistics, C counters.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
@@ -23,7 +24,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from sparksgd.errors import ModelError
 
-__all__ = ["FlatModule", "FlatStrip", "Weights", "has_convolutions", "mixes_rows"]
+__all__ = ["FlatModule", "FlatStrip", "TakePart", "Weights", "has_convolutions", "mixes_rows"]
+
+TakePart = Callable[[npt.NDArray[np.floating], int], None]
+"""Called with a gradient, float[P], and the number of the parameter whose part of it is there now."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,26 +81,47 @@ class FlatModule:
         self._counters = [norm.num_batches_tracked for norm in norms if norm.num_batches_tracked is not None]
 
     @contextmanager
-    def new_gradient(self) -> Iterator[npt.NDArray[np.floating]]:
+    def new_gradient(self, take_part: TakePart | None = None) -> Iterator[npt.NDArray[np.floating]]:
         """Give a new vector, float[P], that after the block holds the gradient of its backward passes.
 
         They bring tensors of their own, which are then copied: adding them to views that hold zeros
         would pass over all of it three times more.
+
+        Args:
+            take_part: told of each part of the vector as soon as it is there, in the midst of a backward
+                pass, which then must be the only one of the block.
         """
         held = [parameter.grad for parameter in self.trainable]
         gradient = torch.empty_like(self.gradient)
-        for parameter in self.trainable:
-            parameter.grad = None
-        try:
-            yield gradient.numpy()
-            for parameter, view in zip(self.trainable, self._views(gradient), strict=True):
-                if parameter.grad is None:
-                    view.zero_()
-                else:
-                    view.copy_(parameter.grad.to_dense())
-        finally:
-            for parameter, grad in zip(self.trainable, held, strict=True):
-                parameter.grad = grad
+        vector, taken = gradient.numpy(), set[int]()
+
+        def take(number: int, view: torch.Tensor, parameter: torch.Tensor) -> None:
+            assert parameter.grad is not None
+            view.copy_(parameter.grad.to_dense())
+            taken.add(number)
+            if take_part is not None:
+                take_part(vector, number)
+
+        with ExitStack() as hooks:
+            for number, (parameter, view) in enumerate(self._parts(gradient)):
+                parameter.grad = None
+                if take_part is not None:
+                    hook = parameter.register_post_accumulate_grad_hook(partial(take, number, view))  # type: ignore[no-untyped-call]  # torch leaves it untyped
+                    hooks.callback(hook.remove)
+            try:
+                yield vector
+                for number, (parameter, view) in enumerate(self._parts(gradient)):
+                    if parameter.grad is None:
+                        view.zero_()
+                    elif number not in taken:
+                        view.copy_(parameter.grad.to_dense())
+            finally:
+                for parameter, grad in zip(self.trainable, held, strict=True):
+                    parameter.grad = grad
+
+    def _parts(self, vector: torch.Tensor) -> Iterator[tuple[nn.Parameter, torch.Tensor]]:
+        """Yield each parameter with the part of a vector, [P], that is its own."""
+        return zip(self.trainable, self._views(vector), strict=True)
 
     def _views(self, vector: torch.Tensor) -> Iterator[torch.Tensor]:
         """Yield the part of a vector, [P], that is each parameter's, in its shape."""

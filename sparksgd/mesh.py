@@ -215,6 +215,11 @@ class Mesh:
         self.sent_bytes = 0
         self._dropped: Counter[str] = Counter()
 
+    @property
+    def number(self) -> int:
+        """Which meeting its connections are of; 0 where there are none."""
+        return self._formed
+
     def take_dropped(self) -> Counter[str]:
         """Return who was not let in since the last call, by the reason."""
         with self._changed:
@@ -242,6 +247,7 @@ class Mesh:
 
     def exchange(
         self,
+        meeting: int,
         step: int,
         phase: int,
         sends: Mapping[int, Sequence[memoryview]],
@@ -250,6 +256,7 @@ class Mesh:
         """Send to and receive from every other process at once.
 
         Args:
+            meeting: of which; not of a later one.
             step: which step, from 0.
             phase: which exchange of the step.
             sends: what goes to each rank.
@@ -259,11 +266,11 @@ class Mesh:
             PeerLost: a process has ended, or the driver has; call `leave` then.
             PeerSilent: a process was silent for too long.
         """
-        assert self._meeting is not None
-        header = Header(run=self._meeting.run, segment=self._meeting.number, step=step, phase=phase)
         with self._in_use:
-            if not self._formed:
+            if not self._formed or self._formed != meeting:
                 raise PeerLost("the driver has ended, or is out of reach, and the mesh closed with it")
+            assert self._meeting is not None
+            header = Header(run=self._meeting.run, segment=meeting, step=step, phase=phase)
             transfers = [
                 Transfer(
                     connection=connection,
@@ -278,10 +285,12 @@ class Mesh:
 
     def leave(self) -> list[int]:
         """Close all connections once every other process has seen so; return the workers that did not."""
+        deadline = time.monotonic() + (self._meeting.timeout_s if self._meeting else 0)
+        with self._changed:
+            peers = list(self._peers.values())
+        for connection in peers:
+            connection.shut_down(socket.SHUT_WR)  # ends an exchange that is under way
         with self._in_use:
-            for connection in self._peers.values():
-                connection.shut_down(socket.SHUT_WR)
-            deadline = time.monotonic() + (self._meeting.timeout_s if self._meeting else 0)
             silent = [
                 self.workers[peer]
                 for peer, connection in self._peers.items()

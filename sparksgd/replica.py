@@ -15,6 +15,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -70,6 +71,9 @@ class Segment:
 
     make_replica: MakeReplica
     """Makes a solver."""
+
+    overlaps: bool = False
+    """Whether parts of a gradient go out while others are computed; each worker has one shard then."""
 
 
 @dataclass(kw_only=True)
@@ -155,8 +159,12 @@ class Replica:
             answer.lacks_state = True
             return answer
         try:
-            with thread_count(self._computer.plan.threads):
-                allreduce = AllReduce(self._mesh, segment.owned, self._computer.flat)
+            with (
+                thread_count(self._computer.plan.threads),
+                AllReduce(
+                    self._mesh, segment.owned, self._computer.flat, overlaps=segment.overlaps
+                ) as allreduce,
+            ):
                 if load is not None:
                     self._solver = kept = self._loaded(segment, load(), allreduce.strip)
                 assert kept is not None
@@ -212,7 +220,8 @@ class Replica:
     ) -> None:
         step, flat = solver.step, self._computer.flat
         record["started_at_s"] = time.time()
-        computed = self._computer.gradients(worker, shards, None, step)
+        take_part = partial(allreduce.take_part, step) if allreduce.overlaps else None
+        computed = self._computer.gradients(worker, shards, None, step, take_part=take_part)
         if computed.failure is not None:
             raise computed.failure
         record["computed_at_s"] = time.time()

@@ -10,7 +10,9 @@ import torch
 from test_mesh import Company
 from torch import nn
 
-from sparksgd.allreduce import AllReduce
+from sparksgd import allreduce as allreduce_module
+from sparksgd.allreduce import AllReduce, buckets_of
+from sparksgd.errors import ModelError, PeerLost
 from sparksgd.flat import FlatModule
 from sparksgd.ranges import balanced_range
 from sparksgd.solvers.protocol import GradientSum
@@ -110,3 +112,75 @@ def test_a_worker_sends_two_vectors_less_its_own_share_where_shards_divide(
     share = (num_workers - 1) / num_workers
     assert sum(sent) / num_workers == pytest.approx((partials_sent + 1) * share * vector)
     company.close()
+
+
+def take_parts(allreduce: AllReduce, step: int, gradient: np.ndarray, order: list[int]) -> None:
+    for parameter in order:
+        allreduce.take_part(step, gradient, parameter)
+
+
+@pytest.mark.parametrize("absent", [frozenset(), frozenset({1})], ids=str)
+@pytest.mark.parametrize("num_workers", [2, 3, 4])
+def test_a_sum_that_begins_with_the_last_layers_has_the_same_bits(monkeypatch, num_workers, absent):
+    monkeypatch.setattr(allreduce_module, "_BUCKET_BYTES", 30 * 4)
+    whole = added(range(num_workers), num_workers, absent)[(0, num_workers)]
+    company = Company(num_workers)
+    company.meet()
+    orders = [[5, 4, 3, 2, 1, 0], [0, 1, 2, 3, 4, 5], [2, 5, 3], []]  # as backward has it, and any other
+
+    def one(worker, mesh):
+        owned_by = owned(num_workers, num_workers)
+        with AllReduce(mesh, owned_by, FlatModule(module()), overlaps=True) as allreduce:
+            assert allreduce.overlaps
+            sums = []
+            for step, order in enumerate(orders):
+                partials = added(owned_by[worker], num_workers, absent)
+                own = partials[(worker, worker + 1)]
+                if own is not None:
+                    take_parts(allreduce, step, own.gradient, order)
+                total = allreduce.part_reduce(step, partials)
+                vector = np.full(SIZE, np.nan, np.float32)
+                vector[allreduce.strip.start : allreduce.strip.stop] = total.gradient
+                allreduce.part_broadcast(step, vector)
+                sums.append((vector, total))
+            return sums
+
+    for worker, sums in enumerate(company.all(one)):
+        assert not isinstance(sums, Exception), (worker, sums)
+        assert len(sums) == len(orders)
+        for vector, total in sums:
+            assert vector.tobytes() == whole.gradient.tobytes()
+            assert total.statistics.tobytes() == whole.statistics.tobytes()
+            assert (total.rows, total.loss) == (whole.rows, whole.loss)
+    company.close()
+
+
+def test_a_part_that_changed_after_it_had_gone_is_refused(monkeypatch):
+    monkeypatch.setattr(allreduce_module, "_BUCKET_BYTES", 30 * 4)
+    company = Company(2)
+    company.meet()
+
+    def one(worker, mesh):
+        with AllReduce(mesh, owned(2, 2), FlatModule(module()), overlaps=True) as allreduce:
+            partials = added(range(worker, worker + 1), 2, frozenset())
+            gradient = partials[(worker, worker + 1)].gradient
+            take_parts(allreduce, 0, gradient, [5, 4, 3, 2, *([4] if worker else [])])
+            try:
+                allreduce.part_reduce(0, partials)
+            except (ModelError, PeerLost) as error:
+                mesh.leave()
+                return error
+
+    other, refused = company.all(one)
+    assert "engine.overlap=never" in str(refused)
+    assert isinstance(other, PeerLost)
+    company.close()
+
+
+def test_buckets_end_between_parameters_and_hold_all_of_the_vector():
+    for sizes in ([7], [1, 1, 1], [100, 3], [3, 100], [20, 30, 50, 10, 90, 5]):
+        for least in (1, 10, 60, 1000):
+            buckets = buckets_of(sizes, least)
+            assert [x for bucket in reversed(buckets) for x in bucket] == list(range(sum(sizes)))
+            assert all(len(bucket) >= least for bucket in buckets[:-1])
+            assert {bucket.start for bucket in buckets} <= {sum(sizes[:n]) for n in range(len(sizes))}

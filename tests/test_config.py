@@ -59,6 +59,7 @@ def test_every_key_belongs_to_the_experiment_or_to_the_cluster() -> None:
         "engine.peer_timeout_s",
         "engine.step_timeout_s",
         "engine.encrypt",
+        "engine.overlap",
         "engine.ports",
         "train.eval_every",
     }

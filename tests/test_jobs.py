@@ -172,6 +172,7 @@ def in_group(group: int) -> bool:
     return True
 
 
+@pytest.mark.parametrize("engine", ["tree", "allreduce"])
 @pytest.mark.parametrize(
     ("sent", "to", "status", "says"),
     [
@@ -185,11 +186,10 @@ def in_group(group: int) -> bool:
     ],
 )
 def test_a_signal_ends_a_run_in_a_line_and_leaves_its_model_but_no_other_file(
-    digits, tmp_path, sent, to, status, says
+    digits, tmp_path, sent, to, status, says, engine
 ):
-    command = submission(
-        "train.py", *arguments(digits, tmp_path / "run", "train.epochs=1000", "schedule.total_steps=10000")
-    )
+    long = ("train.epochs=1000", "schedule.total_steps=10000")
+    command = submission("train.py", *arguments(digits, tmp_path / "run", *long, engine=engine))
     shards = tmp_path / "local"
     with subprocess.Popen(
         command, cwd=tmp_path, env=environment(SPARK_LOCAL_DIRS=str(shards)), stdout=subprocess.PIPE,

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -60,7 +63,11 @@ class Company:
             heard = {rank: bytearray(1) for rank in others}
             own = memoryview(bytes([worker]))
             mesh.exchange(
-                step, 1, {rank: [own] for rank in others}, {r: [memoryview(h)] for r, h in heard.items()}
+                mesh.number,
+                step,
+                1,
+                {rank: [own] for rank in others},
+                {rank: [memoryview(room)] for rank, room in heard.items()},
             )
             assert all(mesh.workers[rank] == heard[rank][0] for rank in others)
             return sorted(heard[rank][0] for rank in others)
@@ -136,7 +143,8 @@ def test_a_worker_that_ends_is_told_to_all_others_at_once(company):
         if worker == 1:
             mesh.close()
             return
-        mesh.exchange(0, 1, {0: [], 1: [], 2: []}, {o: [memoryview(bytearray(1))] for o in range(3)})
+        nothing = {rank: [] for rank in range(3)}
+        mesh.exchange(mesh.number, 0, 1, nothing, {rank: [memoryview(bytearray(1))] for rank in range(3)})
 
     first, _, third = workers.all(one)
     assert isinstance(first, PeerLost)
@@ -208,16 +216,42 @@ def test_who_leaves_waits_until_all_others_have_seen_it_and_names_who_has_not(co
     assert workers.all(one) == [[1], None, [1]]
 
 
+def be_worker_1(meeting: Meeting) -> None:
+    Mesh().meet(meeting, 1)
+    time.sleep(60)
+
+
+@pytest.mark.parametrize("encrypt", [False, True], ids=["plain", "tls"])
+def test_a_process_that_is_killed_is_missed_within_a_second(company, encrypt):
+    workers = company(2, encrypt=encrypt)
+    meeting, mesh = workers.rendezvous.call(), workers.meshes[0]
+    other = multiprocessing.get_context("spawn").Process(target=be_worker_1, args=[meeting])
+    other.start()
+    mesh.meet(meeting, 0)
+    killed_s: list[float] = []
+
+    def kill() -> None:
+        killed_s.append(time.monotonic())
+        os.kill(other.pid, signal.SIGKILL)
+
+    threading.Timer(0.5, kill).start()
+    with pytest.raises(PeerLost, match="worker 1"):
+        mesh.exchange(mesh.number, 0, 1, {1: []}, {1: [memoryview(bytearray(1))]})
+    assert 0 <= time.monotonic() - killed_s[0] < 1
+    other.join()
+
+
 def test_a_mesh_that_closed_with_the_driver_exchanges_nothing(company):
     workers = company(2)
     workers.meet()
+    number = workers.meshes[0].number
     workers.rendezvous.close()
     deadline = time.monotonic() + 5
     while any(mesh._peers for mesh in workers.meshes):
         assert time.monotonic() < deadline
         time.sleep(0.01)  # their threads see it
     with pytest.raises(PeerLost, match="the driver has ended"):
-        workers.meshes[0].exchange(0, 1, {1: []}, {1: []})
+        workers.meshes[0].exchange(number, 0, 1, {1: []}, {1: []})
 
 
 def test_many_meetings_leave_one_thread_for_each_lifeline():

@@ -15,6 +15,7 @@ import secrets
 import time
 from collections.abc import Sequence
 from functools import partial, reduce
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -48,6 +49,7 @@ _SEGMENT_S = 3.0
 _LONGEST_SEGMENT_S = 10.0
 _OVERHEAD = 0.03  # of a segment's time, that its start and end may take
 _GROWTH = 8
+_OVERLAP_PAYS_S = 0.002  # of a step's sum; less is not waited for, but worked on
 
 
 class AllReduceEngine(SparkEngine):
@@ -81,6 +83,14 @@ class AllReduceEngine(SparkEngine):
         self._before: tuple[SolverState, int] | None = None
         self._kept_step: int | None = None  # where the workers' own solvers should be
         self._processes_stay = True
+        plan, pieces = self._plan, self._cluster.num_workers == len(self._plan.sampling.shard_rows)
+        self._can_overlap = (
+            config.overlap != "never"
+            and pieces
+            and plan.rows_per_backward is None
+            and plan.worker_half.sends_as_it_is
+        )
+        self._overlaps = self._can_overlap and config.overlap == "always"
         self._rendezvous = _rendezvous(self._cluster, config)
 
     def close(self) -> None:
@@ -190,6 +200,7 @@ class AllReduceEngine(SparkEngine):
             owned=owned,
             by_strips=solver.by_strips,
             make_replica=solver.make_replica(),
+            overlaps=self._overlaps,
         )
         task = partial(step_tasks.segment, self._shipped, state, segment, self._workers)
         return sorted(self._map(self._shards, task).collect(), key=lambda answer: answer.worker)
@@ -243,6 +254,10 @@ class AllReduceEngine(SparkEngine):
         """Note what a step took, and let the next segment be as long as that suggests."""
         overhead_s = report.steps[0].timing.launch
         self._step_s = max(1e-4, (wall_s - overhead_s) / len(report.steps))
+        sum_s = median(step.timing.aggregate for step in report.steps)
+        if self._can_overlap and not self._overlaps and sum_s > _OVERLAP_PAYS_S:
+            log.info("summing takes %.1f ms: from now on it begins before gradients are whole", 1e3 * sum_s)
+            self._overlaps = True
         if self._fixed_steps is None:
             self.segment_steps = next_length(self.segment_steps, self._step_s, overhead_s)
 

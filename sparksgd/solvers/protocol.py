@@ -129,6 +129,9 @@ class SolverState:
 class WorkerHalf(Protocol):
     """The part of a solver that runs beside the gradients; it must pickle."""
 
+    sends_as_it_is: bool
+    """Whether what goes out is the fresh gradient: then its parts may go before all of them are there."""
+
     def outgoing(self, fresh: GradientSum) -> GradientSum | None:
         """Return what to send of a shard's fresh gradient; None sends nothing this time."""
         ...

@@ -53,6 +53,8 @@ _ELEMENTWISE = (
 class SendEverything:
     """The worker half of synchronous SGD: every gradient goes out as it is."""
 
+    sends_as_it_is = True
+
     def outgoing(self, fresh: GradientSum) -> GradientSum:
         """Return the gradient."""
         return fresh

@@ -1,4 +1,6 @@
-"""Arm: torch's DistributedDataParallel over gloo, as documented or with what sparksgd sets; no Spark.
+"""Arm: torch's DistributedDataParallel over gloo, as documented or with what sparksgd sets.
+
+On this machine its processes start without Spark; on a cluster they are tasks, as TorchDistributor has it.
 
 What sparksgd sets for every module are malloc's thresholds, and that convolutions' weights lie channels last.
 
@@ -8,8 +10,10 @@ The same model, rows and threads per worker as sparksgd's workers; every process
 from __future__ import annotations
 
 import json
+import os
 import tempfile
 import time
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 
@@ -17,20 +21,23 @@ import torch
 import torch.distributed as dist
 from measuring import LEARNING_RATE, MODELS, MOMENTUM, Block, Task, answer
 from one_process import load
+from product import session_of
+from pyspark import BarrierTaskContext
 from torch import multiprocessing
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
-from turns import Turns
+from turns import TURNS, Turns
 
 from sparksgd.models import LeNet
 
+INTERFACE = "eth0"
+_PORT = 29500
 
-def work(rank: int, task: Task, folder: str) -> None:
+
+def work(rank: int, task: Task, folder: str, meeting: str) -> None:
     """Be one process of all; rank 0 writes the blocks."""
     torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=task.num_workers
-    )
+    dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=task.num_workers)
     images, labels = load(task.data)
     turns = Turns() if rank == 0 else None
     blocks, arm = [], "DistributedDataParallel" if task.plain_session else "with sparksgd's settings"
@@ -70,8 +77,30 @@ def work(rank: int, task: Task, folder: str) -> None:
 def measure(task: Task) -> list[Block]:
     """Start the processes; return the blocks of the first."""
     with tempfile.TemporaryDirectory() as folder:
-        multiprocessing.spawn(work, (task, folder), nprocs=task.num_workers)
+        if task.master is None:
+            multiprocessing.spawn(work, (task, folder, f"file://{folder}/store"), nprocs=task.num_workers)
+        else:
+            _on_cluster(task, folder)
         return [Block.from_dict(block) for block in json.loads(Path(folder, "blocks").read_text())]
+
+
+def _on_cluster(task: Task, folder: str) -> None:
+    """Run the processes as the tasks of a barrier stage."""
+    session = session_of(task)
+    turns = os.environ[TURNS]
+
+    def be_one(_: Iterable[int]) -> Iterator[None]:
+        from ddp import work  # not by value: what it uses is of this module
+
+        context = BarrierTaskContext.get()
+        os.environ |= {"GLOO_SOCKET_IFNAME": INTERFACE, TURNS: turns}  # the host's name resolves to loopback
+        first = context.getTaskInfos()[0].address.partition(":")[0]
+        work(context.partitionId(), task, folder, f"tcp://{first}:{_PORT}")
+        yield None
+
+    ranks = session.sparkContext.parallelize(range(task.num_workers), task.num_workers)
+    ranks.barrier().mapPartitions(be_one).collect()
+    session.stop()
 
 
 if __name__ == "__main__":

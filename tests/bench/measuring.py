@@ -60,6 +60,9 @@ class Task:
     blocks: int
     """Blocks to time."""
 
+    master: str | None = None
+    """Spark's; None: this machine's cores, as many as workers."""
+
     plain_session: bool = False
     """Whether the Spark session is one with nothing set by us."""
 

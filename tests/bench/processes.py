@@ -159,11 +159,15 @@ def _as_installed(spark: Path, copy: Path) -> Path:
 
 def _environment(scratch: Path, task: Task) -> dict[str, str]:
     """Say where and with which settings to run, and where temporary files go."""
+    where = f"--master local[{task.num_workers}]"
+    if task.master is not None:
+        where = f"--master {task.master} --total-executor-cores {task.num_workers} --executor-cores 1"
+        where += f" --executor-memory 700m --conf spark.executorEnv.PYTHONPATH={Path(__file__).parent}"
     properties = "" if task.plain_session else "--properties-file conf/spark-local.conf"
     not_inherited = {"PYTHONDONTWRITEBYTECODE", *([_JAVA] if task.plain_session else [])}
     inherited = {key: value for key, value in os.environ.items() if key not in not_inherited}
     return inherited | {
-        "PYSPARK_SUBMIT_ARGS": f"--master local[{task.num_workers}] {properties} pyspark-shell",
+        "PYSPARK_SUBMIT_ARGS": f"{where} {properties} pyspark-shell",
         "PYSPARK_PYTHON": sys.executable,
         "SPARK_LOCAL_DIRS": str(scratch),
         "TMPDIR": str(scratch),

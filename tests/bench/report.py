@@ -193,10 +193,11 @@ def allreduce_ratios(blocks: Sequence[Block]) -> list[Ratio]:
             met=abs(share - 1) < SENT_BESIDE,
         )
     )
-    base, *finer = [name for name in names if name.endswith("per worker")]
-    for name in finer:
-        value = _speed(blocks, base, name)
-        ratios.append(Ratio(of=name, means=f"rows/s of {base} / {name.rpartition(', ')[2]}", value=value))
+    by_shards = [name for name in names if name.endswith("per worker")]
+    for name in by_shards[1:]:
+        base = by_shards[0]
+        means = f"rows/s of {base} / {name.rpartition(', ')[2]}"
+        ratios.append(Ratio(of=name, means=means, value=_speed(blocks, base, name)))
     return ratios
 
 

@@ -1,6 +1,6 @@
 """The benchmark: how fast sparksgd's engines are, and against what.
 
-    python tests/bench/run.py [--data DIR] [--out FILE] [--quick] [--only speed|allreduce|job|backups|memory]
+    python tests/bench/run.py [--data DIR] [--out FILE] [--quick] [--only PART]
 
 An hour on 2 cores; --only takes a part of it.
 
@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import signal
+import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -48,6 +49,9 @@ from report import (
 from rich.console import Console
 from rich.table import Table
 
+sys.path.append(str(ROOT / "tests" / "hosts"))
+from two_hosts import INSIDE, PROBE  # of another folder of tests
+
 NUM_WORKERS = 2
 ROWS_PER_WORKER = 64
 SYNTHETIC_ROWS = 60_000
@@ -56,6 +60,12 @@ SIZES = tuple(
     (model, rows, steps)
     for model, of_rows in BLOCK_STEPS.items()
     for rows, steps in zip((16, 64, 256), of_rows, strict=True)
+)
+HOSTS_RATE = "1gbit"
+HOSTS_SIZES = (
+    ("431,080 parameters", 16, 200),
+    ("431,080 parameters", 64, 120),
+    ("1,663,370 parameters", 64, 50),
 )
 
 
@@ -156,6 +166,8 @@ def main(argv: list[str]) -> int:
                 found["speed"] = _speed(task, size, data, console)
             if options.only in (None, "allreduce"):
                 found["allreduce"] = _allreduce(task, size, data, console)
+            if options.only in (None, "hosts"):
+                found["hosts"] = _hosts(task, size, data, console)
             if options.only in (None, "job"):
                 found["job"] = _job(task, size, data, console)
             if options.only in (None, "backups"):
@@ -176,7 +188,7 @@ def _options(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=Path("benchmark.json"), metavar="FILE")
     parser.add_argument("--quick", action="store_true", help="few steps: whether it runs, not how fast")
     parser.add_argument(
-        "--only", choices=["speed", "allreduce", "job", "backups", "memory"], help="one part of it"
+        "--only", choices=["speed", "allreduce", "hosts", "job", "backups", "memory"], help="one part of it"
     )
     return parser.parse_args(argv)
 
@@ -217,6 +229,38 @@ def _allreduce(task: Task, size: Size, data: str, console: Console) -> dict[str,
     blocks = [Block.from_dict(block) for arm in found for block in arm]
     lines = lines_of(blocks)
     table = size_table(f"{task.num_workers} workers, rows of each, LeNet, {data}", lines)
+    return _shown(table, lines, allreduce_ratios(blocks), console)
+
+
+def _hosts(task: Task, size: Size, data: str, console: Console) -> dict[str, Any] | None:
+    """Run the all-reduce engine in turns with DistributedDataParallel on two hosts, across a slow link."""
+    if subprocess.run([*INSIDE, "sh", "-c", PROBE], capture_output=True, check=False).returncode:
+        console.print("no hosts of their own: network namespaces cannot be made here")
+        return None
+    sizes = tuple((model, rows, max(1, round(size.share * steps))) for model, rows, steps in HOSTS_SIZES)
+    sized = replace(task, sizes=sizes, blocks=size.turns, shards_per_worker=())
+    with tempfile.TemporaryDirectory(prefix="sgd-") as temporary:
+        folder = Path(temporary)
+        asked, answered = folder / "task", folder / "blocks"
+        asked.write_text(json.dumps(asdict(sized)))
+        hosts = ["--rate", HOSTS_RATE, "--cores", "3", "--memory", "3g"]  # a slot for each of three arms
+        cluster = [
+            *INSIDE,
+            sys.executable,
+            str(ROOT / "tests" / "hosts" / "two_hosts.py"),
+            *hosts,
+            str(folder),
+        ]
+        program = [sys.executable, str(Path(__file__).with_name("on_hosts.py")), str(asked), str(answered)]
+        with console.status(f"two hosts, {HOSTS_RATE} between them"):
+            done = subprocess.run(
+                [*cluster, *program], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
+            )
+        if done.returncode:
+            raise ArmFailed(done.stdout[-4000:])
+        blocks = [Block.from_dict(block) for block in json.loads(answered.read_text())]
+    lines = lines_of(blocks)
+    table = size_table(f"2 hosts, {HOSTS_RATE}, rows of each, LeNet, {data}", lines)
     return _shown(table, lines, allreduce_ratios(blocks), console)
 
 

@@ -1,6 +1,6 @@
 """Runs a program as the driver of a standalone cluster of two worker hosts that are network namespaces.
 
-    python two_hosts.py [--rate 1gbit] [--properties FILE] FOLDER PROGRAM ARGUMENT...
+    python two_hosts.py [--rate 1gbit] [--cores 1] [--memory 2g] [--properties FILE] FOLDER PROGRAM WORD...
 
 The hosts have names that resolve to loopback, as Debian has them, an address on the bridge that
 joins them with the driver, another that leads nowhere, and local directories that no other host sees.
@@ -68,6 +68,8 @@ def main() -> int:
     """Make the hosts, start the cluster, run the program; return its exit status."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rate", help="limit of each host's link, as tc has it")
+    parser.add_argument("--cores", default="1", help="slots of each host")
+    parser.add_argument("--memory", default="2g", help="for the executors of each host")
     parser.add_argument("--properties", default="/dev/null", help="Spark's settings of master and workers")
     parser.add_argument("folder", type=Path)
     parser.add_argument("program", nargs=argparse.REMAINDER)
@@ -87,7 +89,7 @@ def main() -> int:
     _, master = start_server("Master", options.folder / "master.log", *of_driver, environment=environment)
     for name, address in WORKERS.items():
         host = worker_host(name, address, options.rate, options.folder / "local")
-        of_worker = ["--host", address, "--cores", "1", "--memory", "2g", *settings]
+        of_worker = ["--host", address, "--cores", options.cores, "--memory", options.memory, *settings]
         of_worker += ["--work-dir", str(options.folder / name), master]
         log = options.folder / f"{name}.log"
         start_server("Worker", log, *of_worker, environment=environment, host=host)

@@ -49,11 +49,13 @@ class FlagNet(DropoutNet):
 
     Args:
         folder: where the flags lie.  `kill-executor` kills the executor's JVM, `kill-worker` this
-            process, `kill-always` too and stays, `raise` raises, `sleep` sleeps for a minute.
+            process, `kill-always` too and stays, `raise` raises, `sleep` sleeps for a minute, and leaves
+            its process in a file `asleep` beside the folder.
+        width: of the hidden layer.
     """
 
-    def __init__(self, folder: str) -> None:
-        super().__init__()
+    def __init__(self, folder: str, width: int = 32) -> None:
+        super().__init__(width)
         self.folder = folder
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
@@ -80,7 +82,29 @@ class FlagNet(DropoutNet):
             elif name == "raise":
                 raise ValueError("the user's own mistake")
             elif name == "sleep":
+                Path(self.folder).with_name("asleep").write_text(str(os.getpid()))
                 time.sleep(60)
+
+
+class BackwardFlagNet(FlagNet):
+    """A FlagNet that obeys in its backward pass, when the gradients of the last layer are there."""
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        hidden = self.layers[:3](features.float() / 255)
+        return self.layers[3](_Obeys.apply(hidden, self) if self.training else hidden)
+
+
+class _Obeys(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden: torch.Tensor, net: FlagNet) -> torch.Tensor:
+        ctx.net = net
+        return hidden.view_as(hidden)
+
+    @staticmethod
+    def backward(ctx, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+        time.sleep(0.05)  # what went out in the meantime has arrived
+        ctx.net._obey()
+        return gradient, None
 
 
 class TiredSGD(torch.optim.SGD):

@@ -76,6 +76,64 @@ def test_every_number_of_workers_ends_at_the_digest_of_the_reference(session_for
             assert 0 <= beside <= 256 * (workers - 1)  # a record of loss, rows, statistics for each other
 
 
+# Of both layers the last is a bucket by itself.
+OVERLAPPING = ("engine.overlap=always", "model.width=66000", "optimizer.lr=0.001")
+
+
+@pytest.mark.parametrize(
+    ("workers", "settings"),
+    [
+        (2, ("engine.encrypt=true", "engine.segment_steps=3")),
+        (3, ("optimizer.name=Adam",)),
+        (2, ("solver.clip_norm=0.5",)),
+    ],
+    ids=str,
+)
+def test_gradients_that_go_out_while_others_are_computed_change_no_bit(session_for, small, workers, settings):
+    spark = session_for("local[5]")
+    sized = ("train.steps=8", f"train.num_shards={workers}", f"engine.num_workers={workers}")
+    config = configured(*ALLREDUCE, *OVERLAPPING, *sized, *settings)
+    training = train(spark, config, spark.read.parquet(small))
+    assert training.flat.parameters_sha256() == undisturbed(small, config)
+    vector = 4 * training.flat.parameters.numel()
+    assert training.sent_bytes_per_worker_step == pytest.approx(
+        2 * (workers - 1) / workers * vector, rel=1e-3
+    )
+
+
+def test_sums_begin_early_once_they_have_taken_long(session_for, small, caplog, monkeypatch):
+    monkeypatch.setattr("sparksgd.engines.allreduce._OVERLAP_PAYS_S", 0.0)
+    spark, settings = session_for("local[2]"), ("train.steps=12", "model.width=66000", "optimizer.lr=0.001")
+    for shards, overlap, said in ((2, "auto", 1), (2, "never", 0), (4, "auto", 0)):
+        config = configured(*ALLREDUCE, *settings, f"train.num_shards={shards}", f"engine.overlap={overlap}")
+        caplog.clear()
+        with caplog.at_level(logging.INFO, "sparksgd"):
+            training = train(spark, config, spark.read.parquet(small))
+        assert training.flat.parameters_sha256() == undisturbed(small, config)
+        assert caplog.text.count("from now on it begins before gradients are whole") == said
+
+
+@pytest.mark.parametrize("flag", ["kill-worker", "raise", "sleep"])
+def test_a_worker_that_fails_when_half_of_its_gradient_has_gone(session_for, small, flags, flag):
+    spark = session_for("local[2]")
+    config = configured(
+        *ALLREDUCE, *OVERLAPPING, "model.name=users_modules:BackwardFlagNet", f"model.folder={flags}",
+        "train.num_shards=2", "train.steps=8", "engine.peer_timeout_s=6",
+    )  # fmt: skip
+    watch = AtStep(4, lambda _: (flags / flag).touch())
+    started = time.monotonic()
+    if flag == "raise":
+        with pytest.raises(UserCodeError, match=r"the user's own mistake(?s:.*)in step 5, on worker \d"):
+            train(spark, config, spark.read.parquet(small), observers=[watch])
+        assert (watch.training.version, watch.training.recovery.retries) == (4, 0)
+    else:
+        training = train(spark, config, spark.read.parquet(small), observers=[watch])
+        assert training.flat.parameters_sha256() == undisturbed(small, config)
+        assert training.recovery.retries == 1
+    assert time.monotonic() - started < 40  # a flag would sleep for a minute
+    assert_nothing_is_left(flags)
+
+
 def test_two_runs_at_once_on_the_same_executors_do_not_meet(session_for, small):
     spark = session_for("local[5]")
     frame = spark.read.parquet(small)
@@ -136,6 +194,7 @@ def test_a_python_worker_killed_in_a_segment_costs_that_segment_alone(session_fo
     assert training.flat.parameters_sha256() == undisturbed(small, config)
     assert training.recovery.retries == 1
     assert time.monotonic() - started < 30  # nobody waited for the dead
+    assert_nothing_is_left(flags)
 
 
 def test_a_worker_that_hangs_ends_in_bounded_time(session_for, small, flags):
@@ -150,6 +209,7 @@ def test_a_worker_that_hangs_ends_in_bounded_time(session_for, small, flags):
     assert training.flat.parameters_sha256() == undisturbed(small, config)
     assert training.recovery.retries == 1
     assert time.monotonic() - started < 40  # a flag would sleep for a minute
+    assert_nothing_is_left(flags)
 
 
 def test_a_user_error_ends_the_run_with_the_remote_traceback_worker_and_step(session_for, small, flags):
@@ -199,6 +259,7 @@ def test_a_cancelled_job_ends_the_run_and_frees_the_slots(session_for, small, fl
     both = spark.sparkContext.parallelize(range(2), 2).barrier().mapPartitions(list)
     assert both.collect() == [0, 1]
     assert time.monotonic() - started < 30  # a flag would sleep for a minute
+    assert_nothing_is_left(flags)
 
 
 def test_a_failure_that_repeats_ends_the_run(session_for, small, flags):
@@ -368,6 +429,34 @@ def most_resident_bytes() -> int:
 def python_workers() -> set[int]:
     family = with_descendants([os.getpid()])
     return {pid for pid in family if b"pyspark.daemon" in Path(f"/proc/{pid}/cmdline").read_bytes()}
+
+
+def assert_nothing_is_left(flags: Path) -> None:
+    """Require that no Python worker listens for others, that the one which hung is gone, and our threads."""
+    asleep = flags.with_name("asleep")
+    hung = int(asleep.read_text()) if asleep.exists() else None
+    deadline = time.monotonic() + 10
+    while True:
+        listen = [pid for pid in python_workers() if listens(pid)]
+        threads = [one.name for one in threading.enumerate() if one.name.startswith("sparksgd-l")]
+        if not listen and not threads and (hung is None or not Path(f"/proc/{hung}").exists()):
+            return
+        assert time.monotonic() < deadline, (listen, threads, hung)
+        time.sleep(0.1)
+
+
+def listens(pid: int) -> bool:
+    """Return whether a Python worker, not the daemon that forked it, listens on a port."""
+    try:
+        parent = re.search(r"PPid:\s+(\d+)", Path(f"/proc/{pid}/status").read_text())[1]
+        if b"pyspark.daemon" not in Path(f"/proc/{parent}/cmdline").read_bytes():
+            return False
+        inodes = {str(file.readlink())[8:-1] for file in Path(f"/proc/{pid}/fd").iterdir()}
+    except OSError:
+        return False  # it ended
+    lines = [Path("/proc/net", table).read_text().splitlines()[1:] for table in ("tcp", "tcp6")]
+    sockets = [line.split() for of_table in lines for line in of_table]
+    return any(words[3] == "0A" and words[9] in inodes for words in sockets)  # LISTEN
 
 
 @pytest.mark.soak

@@ -150,19 +150,21 @@ def test_a_setting_of_the_contrary_is_named_with_its_value(session_for, setting,
     assert "spark.broadcast.compress is true; set it to false. It costs" in caplog.text
 
 
-def test_ctrl_c_in_a_users_session_ends_our_job_and_frees_its_slots(
-    session_for, small, tmp_path, monkeypatch
-):
+@pytest.mark.parametrize("engine", ["tree", "allreduce"])
+def test_ctrl_c_in_a_users_session_ends_our_job_and_frees_its_slots(session_for, small, flags, engine):
     spark = session_for("local[2]")
-    config = configured("model.name=users_modules:FlagNet", f"model.folder={tmp_path}", "train.steps=50")
+    config = configured(
+        "model.name=users_modules:FlagNet", f"model.folder={flags}", "train.steps=50",
+        f"engine.name={engine}", "engine.segment_steps=2",
+    )  # fmt: skip
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # as a notebook's kernel sets it
 
     class CtrlC:
         def stepped(self, training, report):
             if report.step == 2:
-                (tmp_path / "sleep").touch()
+                (flags / "sleep").touch()
                 Timer(1.5, os.kill, [os.getpid(), signal.SIGINT]).start()
-            assert report.step < 4
+            assert report.step < 5
 
         def started(self, training): ...
         def evaluated(self, training, report): ...
