@@ -80,7 +80,8 @@ def timed(
     """Train at a size; return the blocks after the first."""
     name, rows, block_steps = size
     task = replace(task, rows_per_step=rows * task.num_workers)
-    clock = Clock(f"sparksgd all-reduce, {name}, {rows} rows{finer}", task.rows_per_step, block_steps, turns)
+    arm = "sparksgd all-reduce" if task.overlap == "auto" else f"overlap {task.overlap}"
+    clock = Clock(f"{arm}, {name}, {rows} rows{finer}", task.rows_per_step, block_steps, turns)
     train_lenet(
         session,
         task,
@@ -90,6 +91,7 @@ def timed(
         model=MODELS[name],
         engine=AllReduceEngine,
         segment_steps=block_steps,
+        overlap=task.overlap,
     )
     return clock.blocks
 

@@ -95,7 +95,7 @@ def _on_cluster(task: Task, folder: str) -> None:
         context = BarrierTaskContext.get()
         os.environ |= {"GLOO_SOCKET_IFNAME": INTERFACE, TURNS: turns}  # the host's name resolves to loopback
         first = context.getTaskInfos()[0].address.partition(":")[0]
-        work(context.partitionId(), task, folder, f"tcp://{first}:{_PORT}")
+        work(context.partitionId(), task, folder, f"tcp://{first}:{_PORT + task.plain_session}")
         yield None
 
     ranks = session.sparkContext.parallelize(range(task.num_workers), task.num_workers)

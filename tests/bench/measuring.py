@@ -66,6 +66,9 @@ class Task:
     plain_session: bool = False
     """Whether the Spark session is one with nothing set by us."""
 
+    overlap: str = "auto"
+    """Whether the all-reduce engine's sums begin before gradients are whole."""
+
     shards_per_worker: tuple[int, ...] = (1,)
     """How finely the rows are dealt; more than one value: a training of each, in turns."""
 

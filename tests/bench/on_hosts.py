@@ -20,7 +20,8 @@ def main(task_path: Path, blocks_path: Path, master: str) -> None:
     os.environ.pop("SPARK_LOCAL_IP", None)  # loopback, which no host reaches
     task = replace(Task.read(task_path), master=master)
     documented = replace(task, plain_session=True)
-    arms = [("allreduce.py", task), ("ddp.py", documented), ("ddp.py", task)]
+    whole = replace(task, overlap="never")
+    arms = [("allreduce.py", task), ("allreduce.py", whole), ("ddp.py", documented), ("ddp.py", task)]
     blocks_path.write_text(json.dumps([block for found in run_in_turns(arms) for block in found]))
 
 

@@ -132,6 +132,7 @@ def train_lenet(
     model: Mapping[str, Any] = LENET,
     engine: type[TreeEngine | AllReduceEngine] = TreeEngine,
     segment_steps: int | None = None,
+    overlap: str = "auto",
 ) -> None:
     """Train LeNet for so many steps."""
     config = Config.from_dict(
@@ -139,7 +140,7 @@ def train_lenet(
             "data": {"features": "image", "label": "label"},
             "model": model,
             "optimizer": {"lr": LEARNING_RATE, "momentum": MOMENTUM},
-            "engine": {"num_workers": task.num_workers, "segment_steps": segment_steps},
+            "engine": {"num_workers": task.num_workers, "segment_steps": segment_steps, "overlap": overlap},
             "train": {
                 "epochs": steps,
                 "steps": steps,

@@ -243,7 +243,7 @@ def _hosts(task: Task, size: Size, data: str, console: Console) -> dict[str, Any
         folder = Path(temporary)
         asked, answered = folder / "task", folder / "blocks"
         asked.write_text(json.dumps(asdict(sized)))
-        hosts = ["--rate", HOSTS_RATE, "--cores", "3", "--memory", "3g"]  # a slot for each of three arms
+        hosts = ["--rate", HOSTS_RATE, "--cores", "4", "--memory", "4g"]  # a slot for each of four arms
         cluster = [
             *INSIDE,
             sys.executable,

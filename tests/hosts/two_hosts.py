@@ -70,7 +70,7 @@ def main() -> int:
     parser.add_argument("--rate", help="limit of each host's link, as tc has it")
     parser.add_argument("--cores", default="1", help="slots of each host")
     parser.add_argument("--memory", default="2g", help="for the executors of each host")
-    parser.add_argument("--properties", default="/dev/null", help="Spark's settings of master and workers")
+    parser.add_argument("--properties", help="Spark's settings of master and workers")
     parser.add_argument("folder", type=Path)
     parser.add_argument("program", nargs=argparse.REMAINDER)
     options = parser.parse_args()
@@ -83,7 +83,7 @@ def main() -> int:
     run("ip", "link", "add", "bridge", "type", "bridge")
     run("ip", "address", "add", f"{DRIVER}/24", "dev", "bridge")
     run("ip", "link", "set", "bridge", "up")
-    settings = ["--properties-file", options.properties]
+    settings = [] if options.properties is None else ["--properties-file", options.properties]
     environment = os.environ | {"SPARK_LOCAL_DIRS": str(options.folder / "local")}
     of_driver = ["--host", DRIVER, "--port", "0", *settings]
     _, master = start_server("Master", options.folder / "master.log", *of_driver, environment=environment)
