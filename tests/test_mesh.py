@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -214,6 +215,16 @@ def test_who_leaves_waits_until_all_others_have_seen_it_and_names_who_has_not(co
         return None if worker == 1 else mesh.leave()  # worker 1 hangs
 
     assert workers.all(one) == [[1], None, [1]]
+
+
+def test_workers_and_the_driver_listen_on_one_address_alone(company):
+    workers = company(2)
+    workers.meet()
+    listeners = [workers.rendezvous._listener, *(mesh._listener for mesh in workers.meshes)]
+    for host, port in (listener.address for listener in listeners):
+        socket.create_connection((host, port)).close()
+        with pytest.raises(ConnectionRefusedError):
+            socket.create_connection(("127.0.0.2", port))  # of this host, too
 
 
 def be_worker_1(meeting: Meeting) -> None:

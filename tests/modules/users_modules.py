@@ -49,8 +49,8 @@ class FlagNet(DropoutNet):
 
     Args:
         folder: where the flags lie.  `kill-executor` kills the executor's JVM, `kill-worker` this
-            process, `kill-always` too and stays, `raise` raises, `sleep` sleeps for a minute, and leaves
-            its process in a file `asleep` beside the folder.
+            process, `kill-always` too and stays, `raise` raises, `sleep` sleeps for a minute and
+            `stop` stops, both of which leave the process in a file `asleep` beside the folder.
         width: of the hidden layer.
     """
 
@@ -81,8 +81,10 @@ class FlagNet(DropoutNet):
                 os.kill(os.getpid(), signal.SIGKILL)
             elif name == "raise":
                 raise ValueError("the user's own mistake")
-            elif name == "sleep":
+            elif name in ("sleep", "stop"):
                 Path(self.folder).with_name("asleep").write_text(str(os.getpid()))
+                if name == "stop":
+                    os.kill(os.getpid(), signal.SIGSTOP)
                 time.sleep(60)
 
 

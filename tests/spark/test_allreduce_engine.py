@@ -197,13 +197,14 @@ def test_a_python_worker_killed_in_a_segment_costs_that_segment_alone(session_fo
     assert_nothing_is_left(flags)
 
 
-def test_a_worker_that_hangs_ends_in_bounded_time(session_for, small, flags):
+@pytest.mark.parametrize("flag", ["sleep", "stop"])
+def test_a_worker_that_hangs_ends_in_bounded_time(session_for, small, flags, flag):
     spark = session_for("local[2]")
     config = configured(
         *ALLREDUCE, "train.steps=12", FLAG_NET, f"model.folder={flags}",
         "engine.peer_timeout_s=6",  # a worker in the hung one's place needs seconds to import torch
     )  # fmt: skip
-    hang = AtStep(5, lambda _: (flags / "sleep").touch())
+    hang = AtStep(5, lambda _: (flags / flag).touch())
     started = time.monotonic()
     training = train(spark, config, spark.read.parquet(small), observers=[hang])
     assert training.flat.parameters_sha256() == undisturbed(small, config)
