@@ -17,7 +17,6 @@ Legend: W workers, S shards, P parameters, Q running statistics, C counters.
 from __future__ import annotations
 
 import itertools
-from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Self
@@ -67,7 +66,7 @@ class AllReduce:
         sizes = [parameter.numel() for parameter in flat.trainable]
         self._buckets = buckets_of(sizes, _BUCKET_BYTES // vector.itemsize if overlaps else len(vector))
         self._bucket_of = [
-            next(number for number, bucket in enumerate(self._buckets) if end - 1 in bucket)
+            next(number for number, bucket in enumerate(self._buckets) if max(0, end - 1) in bucket)
             for end in itertools.accumulate(sizes)
         ]
         self._thread = ThreadPoolExecutor(1, "sparksgd-reduce") if len(self._buckets) > 1 else None
@@ -98,8 +97,8 @@ class AllReduce:
         assert self._thread is not None
         bucket = self._bucket_of[parameter]
         self._changed_late |= bucket < len(self._begun)
-        self._missing[bucket] -= 1
-        while (first := len(self._begun)) < len(self._buckets) - 1 and self._missing[first] <= 0:
+        self._missing[bucket].discard(parameter)
+        while (first := len(self._begun)) < len(self._buckets) - 1 and not self._missing[first]:
             self._begun.append(self._thread.submit(self._exchange, step, first, [gradient]))
 
     def part_reduce(self, step: int, partials: Partials) -> GradientSum:
@@ -161,7 +160,9 @@ class AllReduce:
 
     def _begin(self) -> None:
         """Forget the last step's buckets."""
-        self._missing = Counter(self._bucket_of)
+        self._missing: list[set[int]] = [set() for _ in self._buckets]
+        for parameter, bucket in enumerate(self._bucket_of):
+            self._missing[bucket].add(parameter)
         self._begun: list[Future[None]] = []
         self._changed_late = False
 
@@ -192,7 +193,7 @@ def buckets_of(sizes: Sequence[int], least: int) -> list[range]:
     start = end
     for size in reversed(sizes):
         start -= size
-        if end - start >= least or start == 0:
+        if start < end and (end - start >= least or start == 0):
             buckets.append(range(start, end))
             end = start
     return buckets

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import time
 
 import numpy as np
 import pytest
@@ -94,7 +95,8 @@ def test_a_worker_sends_two_vectors_less_its_own_share_where_shards_divide(
     company.meet()
 
     def one(worker, mesh):
-        allreduce = AllReduce(mesh, owned(num_workers, num_shards), FlatModule(nn.Linear(60, 1, bias=False)))
+        layers = nn.Sequential(nn.Linear(0, 1, bias=False), nn.Linear(60, 1, bias=False))  # one has nothing
+        allreduce = AllReduce(mesh, owned(num_workers, num_shards), FlatModule(layers))
         torch.manual_seed(0)
         make = functools.partial(
             GradientSum, statistics=np.empty(0, np.float32), counters=np.empty(0, np.int64), loss=1.0, rows=1
@@ -155,6 +157,27 @@ def test_a_sum_that_begins_with_the_last_layers_has_the_same_bits(monkeypatch, n
     company.close()
 
 
+def test_a_bucket_waits_for_every_parameter_though_another_comes_twice(monkeypatch):
+    monkeypatch.setattr(allreduce_module, "_BUCKET_BYTES", 30 * 4)
+    whole = added(range(2), 2, frozenset())[(0, 2)]
+    company = Company(2)
+    company.meet()
+
+    def one(worker, mesh):
+        with AllReduce(mesh, owned(2, 2), FlatModule(module()), overlaps=True) as allreduce:
+            partials = added(range(worker, worker + 1), 2, frozenset())
+            gradient = partials[(worker, worker + 1)].gradient
+            late, gradient[-36:-3] = gradient[-36:-3].copy(), np.nan  # of parameter 4, the last but one
+            take_parts(allreduce, 0, gradient, [5, 5])
+            time.sleep(0.1)
+            gradient[-36:-3] = late
+            return allreduce.strip, allreduce.part_reduce(0, partials).gradient
+
+    for strip, gradient in company.all(one):
+        assert gradient.tobytes() == whole.gradient[strip.start : strip.stop].tobytes()
+    company.close()
+
+
 def test_a_part_that_changed_after_it_had_gone_is_refused(monkeypatch):
     monkeypatch.setattr(allreduce_module, "_BUCKET_BYTES", 30 * 4)
     company = Company(2)
@@ -178,9 +201,10 @@ def test_a_part_that_changed_after_it_had_gone_is_refused(monkeypatch):
 
 
 def test_buckets_end_between_parameters_and_hold_all_of_the_vector():
-    for sizes in ([7], [1, 1, 1], [100, 3], [3, 100], [20, 30, 50, 10, 90, 5]):
+    for sizes in ([7], [1, 1, 1], [100, 3], [3, 100], [0, 0, 60, 0, 70, 0], [20, 30, 50, 10, 90, 5]):
         for least in (1, 10, 60, 1000):
             buckets = buckets_of(sizes, least)
             assert [x for bucket in reversed(buckets) for x in bucket] == list(range(sum(sizes)))
             assert all(len(bucket) >= least for bucket in buckets[:-1])
+            assert all(buckets)
             assert {bucket.start for bucket in buckets} <= {sum(sizes[:n]) for n in range(len(sizes))}
