@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from sparksgd.errors import ModelError
 from sparksgd.flat import FlatModule, Weights, mixes_rows
@@ -107,6 +108,49 @@ def test_a_new_gradient_is_the_sum_of_its_backward_passes_and_the_views_stay() -
         raise ZeroDivisionError
     assert flat.gradient.tolist() == [9] * 11
     assert module[0].weight.grad.data_ptr() == flat.gradient.data_ptr()
+
+
+def test_each_part_of_a_new_gradient_is_told_of_when_it_is_there_the_last_layer_first() -> None:
+    module = nn.Sequential(nn.Conv2d(2, 3, 3), nn.ReLU(), nn.Flatten(), nn.Linear(48, 5), nn.Linear(5, 1))
+    module.unused = nn.Parameter(torch.ones(4))
+    flat = FlatModule(module)
+    images = torch.rand(2, 2, 6, 6)
+
+    def layers() -> torch.Tensor:
+        return module[4](module[3](module[2](module[1](module[0](images))))).sum()
+
+    with flat.channels_last(), flat.new_gradient() as whole:
+        layers().backward()
+    told: list[int] = []
+    ends = np.cumsum([parameter.numel() for parameter in flat.trainable])
+
+    def take_part(vector: np.ndarray, parameter: int) -> None:
+        part = slice(ends[parameter] - flat.trainable[parameter].numel(), ends[parameter])
+        assert vector[part].tobytes() == whole[part].tobytes()
+        told.append(parameter)
+
+    with flat.channels_last(), flat.new_gradient(take_part) as gradient:
+        layers().backward()
+    assert gradient.tobytes() == whole.tobytes()
+    names = [name for name, _ in module.named_parameters()]
+    assert sorted(names[number] for number in told) == sorted(set(names) - {"unused"})
+    layer_of = [names[number][0] for number in told]
+    assert layer_of == sorted(layer_of, reverse=True)
+    layers().backward()
+    assert len(told) == len(names) - 1  # nobody is told any more
+
+
+def test_parts_that_a_backward_pass_makes_twice_are_told_of_twice() -> None:
+    layer = nn.Linear(2, 2)
+    flat, told = FlatModule(nn.Sequential(layer)), []
+    values = torch.ones(1, 2, requires_grad=True)
+    with flat.new_gradient(lambda _, parameter: told.append(parameter)) as gradient:
+        once = checkpoint(layer, values, use_reentrant=True)
+        checkpoint(layer, once, use_reentrant=True).sum().backward()
+    with flat.new_gradient() as whole:
+        layer(layer(values)).sum().backward()
+    assert sorted(told) == [0, 0, 1, 1]
+    np.testing.assert_allclose(gradient, whole)
 
 
 def test_a_frozen_parameter_is_not_in_the_vector() -> None:
