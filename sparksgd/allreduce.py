@@ -24,7 +24,7 @@ from typing import Any, Self
 import numpy as np
 import numpy.typing as npt
 
-from sparksgd.errors import ModelError
+from sparksgd.errors import GradientChanged
 from sparksgd.flat import FlatModule
 from sparksgd.mesh import Mesh
 from sparksgd.ranges import balanced_range
@@ -110,7 +110,7 @@ class AllReduce:
 
         Raises:
             PeerLost: another process has ended or is silent.
-            ModelError: a part of the gradient changed after it had gone.
+            GradientChanged: a part of the gradient changed after it had gone.
         """
         mine: list[npt.NDArray[np.floating]] = []
         nodes = self._nodes[self._rank]
@@ -120,7 +120,7 @@ class AllReduce:
             _fill(tail, partial)
             mine.append(self._absent if partial is None else partial.gradient)
         if self._changed_late:
-            raise ModelError(
+            raise GradientChanged(
                 "a parameter's gradient changed within one backward pass after it had gone to the other "
                 "workers, as with torch.utils.checkpoint(use_reentrant=True): set engine.overlap=never"
             )

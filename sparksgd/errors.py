@@ -6,6 +6,7 @@
     │   ├── BadRows          null, non-finite, misshapen or out-of-range rows
     │   └── ShardChanged     rows read again differ from the rows read before
     ├── ModelError           a module, loss or optimiser that cannot be trained     exit 2
+    │   └── GradientChanged  a part of a gradient did after it had gone; all goes at once then
     ├── TrainingError        the training itself went wrong                         exit 3
     │   ├── NotFinite        a loss or gradient became NaN or infinite
     │   │   └── UpdateNotFinite  the update did; the weights before it are good
@@ -29,6 +30,7 @@ __all__ = [
     "ClusterError",
     "ConfigError",
     "DataError",
+    "GradientChanged",
     "ModelError",
     "NotEnoughSlots",
     "NotFinite",
@@ -74,6 +76,10 @@ class ModelError(SparkSGDError):
     """The module, loss or optimiser is refused."""
 
     exit_code = 2
+
+
+class GradientChanged(ModelError):
+    """A part of a gradient changed after it had gone to the other workers; all of it must go at once."""
 
 
 class TrainingError(SparkSGDError):

@@ -286,10 +286,7 @@ class Mesh:
     def leave(self) -> list[int]:
         """Close all connections once every other process has seen so; return the workers that did not."""
         deadline = time.monotonic() + (self._meeting.timeout_s if self._meeting else 0)
-        with self._changed:
-            peers = list(self._peers.values())
-        for connection in peers:
-            connection.shut_down(socket.SHUT_WR)  # ends an exchange that is under way
+        self._end_exchange(socket.SHUT_WR)
         with self._in_use:
             silent = [
                 self.workers[peer]
@@ -301,6 +298,7 @@ class Mesh:
 
     def close(self) -> None:
         """Close all connections; the peers see so at once."""
+        self._end_exchange()
         with self._in_use:
             self._close()
 
@@ -372,6 +370,12 @@ class Mesh:
         self.workers = [worker for worker, _, _ in entries]
         return bool(table[0]), [(_unpacked_host(host), port) for _, host, port in entries]
 
+    def _end_exchange(self, how: int = socket.SHUT_RDWR) -> None:
+        """Let an exchange that is under way, in whatever thread, end now."""
+        with self._changed:
+            for connection in self._peers.values():
+                connection.shut_down(how)
+
     def _let_go(self) -> None:
         """End the lifeline.
 
@@ -389,9 +393,7 @@ class Mesh:
         with self._changed:
             if self._lifeline is not lifeline:
                 return
-            peers = list(self._peers.values())
-        for peer in peers:
-            peer.shut_down()  # ends an exchange that is under way
+            self._end_exchange()
         with self._in_use:
             if self._lifeline is lifeline:
                 self._close()

@@ -473,7 +473,8 @@ def connect(
             sock = socket.create_connection(address, max(0.001, deadline - time.monotonic()))
             if tls is not None:
                 sock = tls.wrap_socket(sock, do_handshake_on_connect=False)
-            return Connection(_proved(sock, credentials, hello, deadline), hello)
+            handshake = min(deadline, time.monotonic() + _HANDSHAKE_S)
+            return Connection(_proved(sock, credentials, hello, handshake), hello)
         except OSError as error:
             if sock is not None:
                 _close(sock)

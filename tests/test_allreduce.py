@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import threading
 import time
 
 import numpy as np
@@ -13,7 +14,7 @@ from torch import nn
 
 from sparksgd import allreduce as allreduce_module
 from sparksgd.allreduce import AllReduce, buckets_of
-from sparksgd.errors import ModelError, PeerLost
+from sparksgd.errors import GradientChanged, PeerLost, PeerSilent
 from sparksgd.flat import FlatModule
 from sparksgd.ranges import balanced_range
 from sparksgd.solvers.protocol import GradientSum
@@ -190,14 +191,51 @@ def test_a_part_that_changed_after_it_had_gone_is_refused(monkeypatch):
             take_parts(allreduce, 0, gradient, [5, 4, 3, 2, *([4] if worker else [])])
             try:
                 allreduce.part_reduce(0, partials)
-            except (ModelError, PeerLost) as error:
+            except (GradientChanged, PeerLost) as error:
                 mesh.leave()
                 return error
 
     other, refused = company.all(one)
-    assert "engine.overlap=never" in str(refused)
+    assert isinstance(refused, GradientChanged)
     assert isinstance(other, PeerLost)
     company.close()
+
+
+@pytest.mark.parametrize("error", [PeerSilent, MemoryError])
+def test_who_gives_up_while_buckets_are_under_way_is_gone_at_once(monkeypatch, error):
+    monkeypatch.setattr(allreduce_module, "_BUCKET_BYTES", 30 * 4)
+    company = Company(2, timeout_s=2)
+    company.meet()
+    left = threading.Event()
+
+    def fail(mesh):
+        with AllReduce(mesh, owned(2, 2), FlatModule(module()), overlaps=True) as allreduce:
+            partials = added(range(1), 2, frozenset())
+            take_parts(allreduce, 0, partials[(0, 1)].gradient, [5, 4, 3, 2, 1, 0])
+            time.sleep(0.1)
+            if error is MemoryError:
+                raise error
+            allreduce.part_reduce(0, partials)
+
+    def one(worker, mesh):
+        if worker:
+            left.wait(10)  # it hangs
+            return None
+        with pytest.raises(error):
+            fail(mesh)
+        gave_up_s = time.monotonic()
+        mesh.close()
+        left.set()
+        return time.monotonic() - gave_up_s
+
+    took_s, _ = company.all(one)
+    company.close()
+    assert isinstance(took_s, float), took_s
+    assert took_s < 1
+    deadline = time.monotonic() + 2
+    while any(thread.name.startswith("sparksgd-reduce") for thread in threading.enumerate()):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 def test_buckets_end_between_parameters_and_hold_all_of_the_vector():

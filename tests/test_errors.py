@@ -61,6 +61,7 @@ def test_users_mistakes_and_the_cluster_s_faults_leave_by_different_exits() -> N
         "BadRows": 2,
         "ShardChanged": 2,
         "ModelError": 2,
+        "GradientChanged": 2,
         "TrainingError": 3,
         "NotFinite": 3,
         "UpdateNotFinite": 3,

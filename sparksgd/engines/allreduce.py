@@ -29,6 +29,7 @@ from sparksgd.engines.protocol import SegmentReport, StepReport, StepTiming
 from sparksgd.engines.spark import SparkEngine, destroy
 from sparksgd.errors import (
     ClusterError,
+    GradientChanged,
     NotFinite,
     PeerLost,
     UpdateNotFinite,
@@ -170,6 +171,10 @@ class AllReduceEngine(SparkEngine):
             return self._segment(solver, start, steps)
         failures = [answer.failure for answer in answers if answer.failure is not None]
         raised = [failure for failure in failures if not isinstance(failure, (PeerLost, NotFinite))]
+        if raised and all(isinstance(failure, GradientChanged) for failure in raised):
+            log.warning("from now on gradients go out whole: %s", raised[0])
+            self._can_overlap = self._overlaps = False
+            return self._segment(solver, start, steps)
         if raised:
             raise reduce(worse, raised)
         if failures and not any(isinstance(failure, NotFinite) for failure in failures):
@@ -254,8 +259,8 @@ class AllReduceEngine(SparkEngine):
         """Note what a step took, and let the next segment be as long as that suggests."""
         overhead_s = report.steps[0].timing.launch
         self._step_s = max(1e-4, (wall_s - overhead_s) / len(report.steps))
-        sum_s = median(step.timing.aggregate for step in report.steps)
-        if self._can_overlap and not self._overlaps and sum_s > _OVERLAP_PAYS_S:
+        sum_s, is_warm = median(step.timing.aggregate for step in report.steps), report.steps[0].step > 1
+        if self._can_overlap and is_warm and not self._overlaps and sum_s > _OVERLAP_PAYS_S:
             log.info("summing takes %.1f ms: from now on it begins before gradients are whole", 1e3 * sum_s)
             self._overlaps = True
         if self._fixed_steps is None:

@@ -13,6 +13,7 @@ import pyarrow as pa
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from sparksgd.rows import RowSchema
 from sparksgd.spark import row_tasks
@@ -49,8 +50,9 @@ class FlagNet(DropoutNet):
 
     Args:
         folder: where the flags lie.  `kill-executor` kills the executor's JVM, `kill-worker` this
-            process, `kill-always` too and stays, `raise` raises, `sleep` sleeps for a minute and
-            `stop` stops, both of which leave the process in a file `asleep` beside the folder.
+            process, `kill-always` too and stays, `raise` raises, `nan` makes a BackwardFlagNet's gradient
+            NaN; `sleep` sleeps for a minute and `stop` stops, which leave the process in a file `asleep`
+            beside the folder.
         width: of the hidden layer.
     """
 
@@ -63,7 +65,9 @@ class FlagNet(DropoutNet):
             self._obey()
         return super().forward(features)
 
-    def _obey(self) -> None:
+    def _obey(self) -> set[str]:
+        """Do what flags say, and return which there were."""
+        obeyed = set()
         for flag in Path(self.folder).iterdir():
             try:
                 if flag.name != "kill-always":
@@ -71,6 +75,7 @@ class FlagNet(DropoutNet):
             except FileNotFoundError:
                 continue  # another worker took it
             name = flag.name
+            obeyed.add(name)
             if name == "kill-executor":
                 daemon = os.getppid()
                 status = Path(f"/proc/{daemon}/status").read_text()
@@ -86,6 +91,7 @@ class FlagNet(DropoutNet):
                 if name == "stop":
                     os.kill(os.getpid(), signal.SIGSTOP)
                 time.sleep(60)
+        return obeyed
 
 
 class BackwardFlagNet(FlagNet):
@@ -105,8 +111,15 @@ class _Obeys(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
         time.sleep(0.05)  # what went out in the meantime has arrived
-        ctx.net._obey()
-        return gradient, None
+        return gradient * (np.nan if "nan" in ctx.net._obey() else 1), None
+
+
+class TwiceNet(DropoutNet):
+    """A DropoutNet whose last layer is computed twice, each time with its own part of the gradient."""
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        hidden = self.layers[:3](features.float() / 255)
+        return sum(checkpoint(self.layers[3], part, use_reentrant=True) for part in (hidden, hidden / 2))
 
 
 class TiredSGD(torch.optim.SGD):

@@ -113,7 +113,19 @@ def test_sums_begin_early_once_they_have_taken_long(session_for, small, caplog, 
         assert caplog.text.count("from now on it begins before gradients are whole") == said
 
 
-@pytest.mark.parametrize("flag", ["kill-worker", "raise", "sleep"])
+def test_gradients_that_come_in_parts_go_out_whole(session_for, small, caplog):
+    spark = session_for("local[2]")
+    config = configured(
+        *ALLREDUCE, *OVERLAPPING, "model.name=users_modules:TwiceNet", "train.num_shards=2", "train.steps=8"
+    )
+    with caplog.at_level(logging.WARNING, "sparksgd"):
+        training = train(spark, config, spark.read.parquet(small))
+    assert training.flat.parameters_sha256() == undisturbed(small, config)
+    assert training.recovery.retries == 0
+    assert caplog.text.count("from now on gradients go out whole") == 1
+
+
+@pytest.mark.parametrize("flag", ["kill-worker", "raise", "nan", "sleep"])
 def test_a_worker_that_fails_when_half_of_its_gradient_has_gone(session_for, small, flags, flag):
     spark = session_for("local[2]")
     config = configured(
@@ -122,7 +134,11 @@ def test_a_worker_that_fails_when_half_of_its_gradient_has_gone(session_for, sma
     )  # fmt: skip
     watch = AtStep(4, lambda _: (flags / flag).touch())
     started = time.monotonic()
-    if flag == "raise":
+    if flag == "nan":
+        with pytest.raises(NotFinite, match=r"the gradient of step 5 is NaN or infinite in shard \d"):
+            train(spark, config, spark.read.parquet(small), observers=[watch])
+        assert (watch.training.version, watch.training.recovery.retries) == (3, 0)
+    elif flag == "raise":
         with pytest.raises(UserCodeError, match=r"the user's own mistake(?s:.*)in step 5, on worker \d"):
             train(spark, config, spark.read.parquet(small), observers=[watch])
         assert (watch.training.version, watch.training.recovery.retries) == (4, 0)
