@@ -380,6 +380,10 @@ def forward(
             f"the loss gave {shape} for {len(records)} rows, but must give one value per row, "
             f"({len(records)},): use reduction='none'"
         )
+    if losses.device.type != "cpu":
+        raise ModelError(
+            f"the loss is on {losses.device}, but only the CPU is supported: let forward move nothing"
+        )
     return output, losses
 
 

@@ -479,6 +479,12 @@ def test_a_loss_without_one_value_per_row_is_refused(
     )
 
 
+def test_a_loss_on_another_device_is_refused(tmp_path: Path) -> None:
+    job = Job(tmp_path, slope(), [ROWS], loss=lambda output, label: output[:, 0].to("meta"))
+    with pytest.raises(ModelError, match="the loss is on meta, but only the CPU is supported"):
+        job.tried()
+
+
 def test_a_module_that_gives_no_tensor_is_refused(tmp_path: Path) -> None:
     class Pair(nn.Module):
         def __init__(self) -> None:
