@@ -84,10 +84,10 @@ class AllReduceEngine(SparkEngine):
         self._before: tuple[SolverState, int] | None = None
         self._kept_step: int | None = None  # where the workers' own solvers should be
         self._processes_stay = True
-        plan, pieces = self._plan, self._cluster.num_workers == len(self._plan.sampling.shard_rows)
+        plan = self._plan
         self._can_overlap = (
             config.overlap != "never"
-            and pieces
+            and self._cluster.num_workers == len(plan.sampling.shard_rows)
             and plan.rows_per_backward is None
             and plan.worker_half.sends_as_it_is
         )

@@ -30,7 +30,7 @@ from turns import TURNS, Turns
 
 from sparksgd.models import LeNet
 
-INTERFACE = "eth0"
+_INTERFACE = "eth0"
 _PORT = 29500
 
 
@@ -93,7 +93,7 @@ def _on_cluster(task: Task, folder: str) -> None:
         from ddp import work  # not by value: what it uses is of this module
 
         context = BarrierTaskContext.get()
-        os.environ |= {"GLOO_SOCKET_IFNAME": INTERFACE, TURNS: turns}  # the host's name resolves to loopback
+        os.environ |= {"GLOO_SOCKET_IFNAME": _INTERFACE, TURNS: turns}  # the host's name resolves to loopback
         first = context.getTaskInfos()[0].address.partition(":")[0]
         work(context.partitionId(), task, folder, f"tcp://{first}:{_PORT + task.plain_session}")
         yield None

@@ -195,9 +195,8 @@ def allreduce_ratios(blocks: Sequence[Block]) -> list[Ratio]:
     )
     by_shards = [name for name in names if name.endswith("per worker")]
     for name in by_shards[1:]:
-        base = by_shards[0]
-        means = f"rows/s of {base} / {name.rpartition(', ')[2]}"
-        ratios.append(Ratio(of=name, means=means, value=_speed(blocks, base, name)))
+        means = f"rows/s of {by_shards[0]} / {name.rpartition(', ')[2]}"
+        ratios.append(Ratio(of=name, means=means, value=_speed(blocks, by_shards[0], name)))
     return ratios
 
 
