@@ -1,8 +1,8 @@
 """The configuration: defaults, then a TOML file, then `--set section.key=value`.
 
-Every key is marked as the *experiment's* (it shapes the parameters, bit for bit) or the *cluster's*
-(it does not).  The sections `model`, `optimizer` and `schedule` pass what they do not know to the
-factory that they name: `optimizer.momentum = 0.9` reaches torch.optim.SGD.
+Every key belongs to the *experiment* (it changes the bits of the trained parameters) or to the *cluster*
+(it does not).  The sections `model`, `optimizer`, `schedule` and `solver` name a class or a function, and
+pass it all keys that are not their own: `optimizer.momentum = 0.9` reaches torch.optim.SGD.
 """
 
 from __future__ import annotations
@@ -30,17 +30,19 @@ __all__ = [
     "ScheduleConfig",
     "SolverConfig",
     "TrainConfig",
+    "read_section",
 ]
 
 
 class Readable(Protocol):
-    """A file, of this machine or elsewhere."""
+    """A file, on this machine or elsewhere."""
 
     def read_bytes(self) -> bytes:
-        """Return what it holds, or raise OSError."""
+        """Return its content, or raise OSError."""
         ...
 
 
+_MOST_SHARDS = 1_000_000
 _PORTS = re.compile(r"\d{1,5}-\d{1,5}")
 
 
@@ -58,40 +60,41 @@ def _arguments() -> Any:
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """What is trained on."""
+    """The rows to train on."""
 
     train: str | None = _experiment(None)
     """Parquet to train on: a path or URI that Spark can read."""
 
     test: str | None = _experiment(None)
-    """Parquet to evaluate on; None trains without evaluation."""
+    """Parquet to evaluate on.  If not set, the run is not evaluated."""
 
     features: tuple[str, ...] = _experiment(("features",))
-    """Columns; one reaches `forward` as its argument, several as arguments of the columns' names."""
+    """Feature columns.  A single one is the argument of `forward`; several are keyword arguments of their
+    names."""
 
     label: str = _experiment("label")
-    """Column of labels."""
+    """The column of labels."""
 
     id: str | None = _experiment(None)
-    """Column whose hash deals a row to a shard; None hashes the features themselves."""
+    """The column whose hash assigns a row to a shard.  If not set, the features are hashed."""
 
     placement: Literal["hashed", "in_place"] = _experiment("hashed")
-    """hashed: one shuffle, any file layout gives the same shards.  in_place: whole partitions of the
-    input become shards where they are, without a shuffle; the layout then shapes the trajectory."""
+    """hashed: one shuffle; the shards do not depend on the layout of the files.  in_place: no shuffle;
+    whole partitions of the input become shards where they are, so the layout shapes the result."""
 
     on_bad_row: Literal["error", "skip"] = _experiment("error")
-    """What null, misshapen, non-finite or wrongly labelled rows do."""
+    """What to do with rows that are null, misshapen, not finite or wrongly labelled."""
 
     max_bad_rows: int = _experiment(100)
-    """With on_bad_row = "skip": more bad rows than this are an error all the same."""
+    """The most bad rows that on_bad_row = "skip" skips; more are an error."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """The module; other keys of the section are arguments of its factory."""
+    """The module.  Other keys of the section are arguments of its factory."""
 
     name: str = _experiment("lenet")
-    """One of sparksgd.models, or package.module:factory."""
+    """A model of sparksgd.models, or your own as package.module:factory."""
 
     arguments: Mapping[str, Any] = _arguments()
     """Keyword arguments of the factory."""
@@ -99,18 +102,18 @@ class ModelConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class LossConfig:
-    """The loss: one value per row."""
+    """The loss: one value for each row."""
 
     name: str = _experiment("cross_entropy")
-    """One of sparksgd.losses, or package.module:function(output, label) -> Tensor[B]."""
+    """A loss of sparksgd.losses, or your own as package.module:function, (output, label) -> Tensor[B]."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    """The optimiser; other keys of the section are arguments of its class."""
+    """The optimiser.  Other keys of the section are arguments of its class."""
 
     name: str = _experiment("SGD")
-    """A class of torch.optim, or package.module:class."""
+    """A class of torch.optim, or your own as package.module:class."""
 
     arguments: Mapping[str, Any] = _arguments()
     """Keyword arguments of the class."""
@@ -118,13 +121,14 @@ class OptimizerConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ScheduleConfig:
-    """The learning-rate schedule; other keys of the section are arguments of its class."""
+    """The learning-rate schedule.  Other keys of the section are arguments of its class."""
 
     name: str | None = _experiment(None)
-    """A class of torch.optim.lr_scheduler, or package.module:class; None keeps the rate."""
+    """A class of torch.optim.lr_scheduler, or your own as package.module:class.  If not set, the rate is
+    constant."""
 
     interval: Literal["step", "epoch"] = _experiment("step")
-    """How often the schedule moves."""
+    """Whether the schedule moves after each turn (in synchronous SGD a turn is a step) or each epoch."""
 
     arguments: Mapping[str, Any] = _arguments()
     """Keyword arguments of the class."""
@@ -132,62 +136,61 @@ class ScheduleConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class SolverConfig:
-    """What the solver does around the optimiser."""
+    """The rule.  Other keys of the section are the rule's own."""
 
-    clip_norm: float | None = _experiment(None)
-    """Largest Euclidean norm of the gradient of a step; None does not clip."""
+    name: str = _experiment("synchronous")
+    """The rule that makes the steps: synchronous, or local_sgd (local SGD and DiLoCo)."""
 
-    backup_workers: int = _experiment(0)
-    """b: a step ends when all shards but b have arrived, and later gradients are dropped.  One shard per
-    worker, tree engine, in ordinary stages; which shards took part is recorded, and can be replayed."""
+    arguments: Mapping[str, Any] = _arguments()
+    """Keys of the rule."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class EngineConfig:
-    """Who computes, and how the sums travel; none of it shapes the parameters."""
+    """Who computes, and how the sums travel.  None of it changes the trained parameters."""
 
-    name: Literal["tree", "allreduce", "auto", "inline"] = _cluster("tree")
-    """tree: one barrier-mode Spark job per step.  allreduce: one for many steps, workers sum among
-    themselves.  auto: allreduce where there are several workers that reach each other, else tree.
-    inline: this process alone, without Spark."""
+    name: str = _cluster("tree")
+    """tree: one Spark job for each step.  allreduce: one Spark job for many steps; workers exchange their
+    sums directly.  auto: allreduce if there are several workers and they can reach each other, else tree.
+    inline: in this process, without Spark."""
 
     num_workers: int | None = _cluster(None)
-    """Gradient computers (Spark tasks); None takes as many as there are slots and shards for,
-    less those that would only wait for others."""
+    """How many Spark tasks compute gradients.  If not set: as many as the slots and the shards allow, but
+    none that would only wait for others."""
 
     slots_timeout_s: float = _cluster(300.0)
-    """How long to wait for the slots that the workers need; nodes may unpack an environment first."""
+    """How long to wait for the slots that the workers need.  Nodes may unpack an environment first."""
 
     barrier: bool = _cluster(True)
-    """tree: barrier mode.  false: ordinary stages, whose tasks arrive at the driver one by one, for
-    sessions with dynamic allocation; solver.backup_workers needs them, too."""
+    """tree: true uses barrier mode.  false uses ordinary stages, whose tasks answer the driver one by one:
+    for sessions with dynamic allocation.  Backup workers always use ordinary stages."""
 
     max_attempts: int = _cluster(4)
-    """How often one step, or segment, is tried, through lost executors, before the run is given up."""
+    """How often a step is tried before the run fails, when executors are lost (allreduce: a segment)."""
 
     step_timeout_s: float = _cluster(600.0)
-    """How long the tasks of a step may run before they are taken for hung, and the step is tried again; of
-    a segment, by as much longer as its steps should take."""
+    """How long the tasks of a step may run.  After that they count as hung, and the step is tried again.  A
+    segment may take longer, by the time that its steps should take."""
 
     segment_steps: int | None = _cluster(None)
-    """allreduce: steps of one Spark job; None takes as many as some seconds hold."""
+    """allreduce: steps of one Spark job.  If not set: as many as fit into some seconds."""
 
     peer_timeout_s: float = _cluster(30.0)
-    """allreduce: how long a worker waits for another before the segment is run again."""
+    """allreduce: how long a worker waits for another.  After that the segment is tried again."""
 
     encrypt: bool = _cluster(False)
-    """allreduce: TLS between workers, also where Spark's own traffic is not encrypted."""
+    """allreduce: use TLS between workers even if Spark's own traffic is not encrypted."""
 
     overlap: Literal["auto", "always", "never"] = _cluster("auto")
-    """allreduce: whether gradients of the last layers go out while those of earlier ones are computed,
-    which takes one shard per worker.  auto: where a sum takes 2 ms or more, as between hosts."""
+    """allreduce: whether the gradients of the last layers are sent while those of earlier layers are still
+    computed.  It needs one shard for each worker.  auto: if a sum takes 2 ms or more, as between hosts."""
 
     ports: str | None = _cluster(None)
-    """allreduce: ports that driver and workers may listen on, as "40000-40099"; None takes any."""
+    """allreduce: the ports that driver and workers may listen on, such as "40000-40099".  If not set: any."""
 
     @property
     def port_range(self) -> range | None:
-        """`ports` as numbers."""
+        """Return `ports` as numbers."""
         if self.ports is None:
             return None
         first, last = map(int, self.ports.split("-"))
@@ -199,37 +202,38 @@ class TrainConfig:
     """The loop."""
 
     epochs: int = _experiment(1)
-    """Passes over the rows."""
+    """How many passes over the rows."""
 
     steps: int | None = _experiment(None)
-    """Stop after so many steps; None runs all epochs."""
+    """Stop after this many turns (in synchronous SGD a turn is a step).  If not set, all epochs run."""
 
     rows_per_step: int = _experiment(128)
-    """At most so many rows take part in one step: the mini-batch of the whole cluster."""
+    """The mini-batch of the whole cluster: at most this many rows in one turn of all shards."""
 
     num_shards: int = _experiment(8)
-    """Slices that the rows are dealt into; it shapes every mini-batch, so it is never read off the
+    """How many shards the rows are divided into.  It shapes every mini-batch, so it never follows from the
     cluster."""
 
     seed: int = _experiment(0)
-    """Keys the initial parameters, the shuffles and dropout."""
+    """The seed of the initial parameters, of the shuffles and of dropout."""
 
     threads: int = _experiment(1)
-    """Threads of torch in each worker; another number gives other bits."""
+    """How many threads torch uses in each worker.  Another number gives other bits."""
 
     rows_per_backward: int | None = _experiment(None)
-    """Rows of one backward pass; None takes a shard's whole piece at once."""
+    """Rows of one backward pass.  If not set, it takes all rows that a shard uses in a turn."""
 
     instruction_set: Literal["default", "avx2", "avx512"] | None = _experiment(None)
-    """Instruction set that torch is held to, on every machine; None takes each machine's best."""
+    """The instruction set that torch may use, on every machine.  If not set: the best of each machine."""
 
     eval_every: int | None = _cluster(None)
-    """Steps between evaluations; None evaluates at the end of each epoch."""
+    """Turns between two evaluations; an evaluation waits for the end of the round.  If not set: evaluate at
+    the end of each epoch."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """One run: what is trained (the experiment) and by whom (the cluster)."""
+    """One run: what is trained (the experiment), and where (the cluster)."""
 
     data: DataConfig = DataConfig()
     model: ModelConfig = ModelConfig()
@@ -252,7 +256,6 @@ class Config:
             ("train.steps", self.train.steps, 1),
             ("train.rows_per_step", self.train.rows_per_step, 1),
             ("train.num_shards", self.train.num_shards, 1),
-            ("solver.backup_workers", self.solver.backup_workers, 0),
             ("train.threads", self.train.threads, 1),
             ("train.rows_per_backward", self.train.rows_per_backward, 1),
             ("train.eval_every", self.train.eval_every, 1),
@@ -260,6 +263,10 @@ class Config:
         ):
             if value is not None and value < least:
                 raise ConfigError(f"{key} is {value}, but must be at least {least}")
+        if self.train.num_shards > _MOST_SHARDS:
+            raise ConfigError(
+                f"train.num_shards is {self.train.num_shards}, but may be {_MOST_SHARDS} at most"
+            )
         if self.engine.ports is not None and not (
             _PORTS.fullmatch(self.engine.ports)
             and (ports := self.engine.port_range)
@@ -274,48 +281,8 @@ class Config:
             raise ConfigError(f"data.label is {self.data.label!r}, which data.features names, too")
         if self.data.id is not None and self.data.id in (*self.data.features, self.data.label):
             raise ConfigError(
-                f"data.id is {self.data.id!r}, which is a feature or the label: leave data.id out, and the "
-                f"features themselves are hashed, or name a column of its own"
-            )
-        if self.data.placement == "in_place" and self.engine.name == "inline":
-            raise ConfigError(
-                'data.placement is "in_place", but engine.name is "inline", which has no partitions: '
-                'use "hashed", or engine.name = "tree"'
-            )
-        self._check_backups()
-        if self.solver.clip_norm is not None and not self.solver.clip_norm > 0:
-            raise ConfigError(f"solver.clip_norm is {self.solver.clip_norm}, but must be above 0")
-
-    @property
-    def needs_barrier(self) -> bool:
-        """Whether steps run in barrier mode, all tasks at once."""
-        return self.engine.barrier and not self.solver.backup_workers
-
-    def _check_backups(self) -> None:
-        backups, shards = self.solver.backup_workers, self.train.num_shards
-        if not self.needs_barrier and self.engine.name == "allreduce":
-            asked = f"solver.backup_workers is {backups}" if backups else "engine.barrier is false"
-            raise ConfigError(
-                f'{asked}, but engine.name is "allreduce", whose workers sum among themselves and so wait '
-                f'for each other: use engine.name = "tree"'
-            )
-        if not backups:
-            return
-        if backups >= shards:
-            raise ConfigError(
-                f"solver.backup_workers is {backups}, but train.num_shards is {shards}, and a step needs "
-                f"one at least: set backup_workers to {shards - 1} or less (about 4 of 100 were best)"
-            )
-        if self.engine.num_workers not in (None, shards):
-            raise ConfigError(
-                f"solver.backup_workers is {backups}, which takes one shard per worker, but "
-                f"engine.num_workers is {self.engine.num_workers} and train.num_shards {shards}: set both "
-                f"to one number"
-            )
-        if self.data.placement == "in_place":
-            raise ConfigError(
-                f'solver.backup_workers is {backups}, but data.placement is "in_place": starved rows could '
-                f'not be dealt anew; use "hashed"'
+                f"data.id is {self.data.id!r}, which is a feature or the label: name another column, or "
+                f"leave data.id out to hash the features"
             )
 
     @classmethod
@@ -327,21 +294,22 @@ class Config:
         """
         sections = {field.name: type(field.default) for field in dataclasses.fields(cls)}
         for name, table in tables.items():
+            _require_text(name, "the name of a section")
             if name not in sections:
                 raise ConfigError(f"unknown section [{name}]{did_you_mean(name, sections)}")
             if not isinstance(table, Mapping):
                 raise ConfigError(f"{name} is {table!r}, but is a section: write {name}.key = value")
-        return cls(**{name: _section(name, sections[name], table) for name, table in tables.items()})
+        return cls(**{name: read_section(name, sections[name], table) for name, table in tables.items()})
 
     @classmethod
     def load(
         cls, path: str | Readable | Mapping[str, Any] | None = None, settings: Iterable[str] = ()
     ) -> Config:
-        """Read a TOML file, if any, and lay `section.key=value` settings over it.
+        """Read a TOML file, if any, and override its keys by `section.key=value` settings.
 
         Args:
-            path: the TOML file, or what one holds as nested tables.
-            settings: values are TOML; a bare word is a string; `none` unsets a key.
+            path: the TOML file, or its content as nested tables.
+            settings: a value is TOML; a bare word is a string; `none` unsets the key.
         """
         tables: dict[str, Any] = {}
         if isinstance(path, Mapping):
@@ -366,16 +334,15 @@ class Config:
         return cls.from_dict(tables)
 
     def to_dict(self) -> dict[str, dict[str, Any]]:
-        """Return nested tables of all keys that are set, `from_dict`'s inverse."""
+        """Return nested tables of all keys that are set: the inverse of `from_dict`."""
         tables = {}
         for section, values in dataclasses.asdict(self).items():
             arguments = values.pop("arguments", {})
-            values = {key: list(v) if isinstance(v, tuple) else v for key, v in values.items()}
-            tables[section] = {k: v for k, v in values.items() if v is not None} | arguments
+            tables[section] = _as_toml({k: v for k, v in values.items() if v is not None} | arguments)
         return tables
 
     def experiment(self) -> dict[str, Any]:
-        """Return {section.key: value} of what shapes the parameters."""
+        """Return {section.key: value} of the keys that shape the parameters."""
         scopes = {key: scope for key, (scope, _) in self.keys().items()}
         return {
             f"{section}.{key}": value
@@ -395,6 +362,13 @@ class Config:
         }
 
 
+def _as_toml(value: Any) -> Any:
+    """Return a value as TOML would give it back: tuples are lists there."""
+    if isinstance(value, Mapping):
+        return {key: _as_toml(inner) for key, inner in value.items()}
+    return [_as_toml(inner) for inner in value] if isinstance(value, list | tuple) else value
+
+
 def _value(text: str) -> Any:
     if text.lower() == "none":
         return None
@@ -404,13 +378,24 @@ def _value(text: str) -> Any:
         return text
 
 
-def _section(section: str, kind: type[Any], table: Mapping[str, Any]) -> Any:
+def read_section(section: str, kind: type[Any], table: Mapping[str, Any]) -> Any:
+    """Return the dataclass of a section, with the values of a table.
+
+    Args:
+        section: its name, for errors.
+        kind: the dataclass; its field `arguments`, if it has one, takes the keys that are not fields.
+        table: values by key.
+
+    Raises:
+        ConfigError: a key is unknown, or a value of another type.
+    """
     hints = get_type_hints(kind)
     takes_arguments = "arguments" in hints
     keys = [name for name in hints if name != "arguments"]
     values: dict[str, Any] = {}
     arguments: dict[str, Any] = {}
     for key, value in table.items():
+        _require_text(key, f"a key of [{section}]")
         if key in keys:
             values[key] = _checked(f"{section}.{key}", value, hints[key])
         elif takes_arguments:
@@ -423,19 +408,29 @@ def _section(section: str, kind: type[Any], table: Mapping[str, Any]) -> Any:
     return kind(**values)
 
 
+def _require_text(name: Any, what: str) -> None:
+    if not isinstance(name, str):
+        raise ConfigError(f"{what} is {name!r}, but must be a text")
+
+
 def _checked(key: str, value: Any, hint: Any) -> Any:
     """Return the value as the type that the field declares, or refuse it."""
     options = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
     for option in options:
         if get_origin(option) is Literal:
-            if value in get_args(option):
+            if isinstance(value, str) and value in get_args(option):
                 return value
         elif get_origin(option) is tuple:
             texts = [value] if isinstance(value, str) else value
             if isinstance(texts, list | tuple) and all(isinstance(text, str) for text in texts):
                 return tuple(texts)
         elif option is float and type(value) in (int, float):
-            return float(value)
+            try:
+                return float(value)
+            except OverflowError as error:
+                raise ConfigError(
+                    f"{key} is {str(value)[:20]}..., which is too large for a number"
+                ) from error
         elif type(value) is option:
             return value
     raise ConfigError(f"{key} is {value!r}, but must be {_described(options)}")

@@ -6,20 +6,20 @@
     │   ├── BadRows          null, non-finite, misshapen or out-of-range rows
     │   └── ShardChanged     rows read again differ from the rows read before
     ├── ModelError           a module, loss or optimiser that cannot be trained     exit 2
-    │   └── GradientChanged  a part of a gradient did after it had gone; all goes at once then
+    │   └── GradientChanged  a part of a gradient changed after it was sent; then gradients go whole
     ├── TrainingError        the training itself went wrong                         exit 3
     │   ├── NotFinite        a loss or gradient became NaN or infinite
-    │   │   └── UpdateNotFinite  the update did; the weights before it are good
-    │   ├── ReplayDiffers    a run repeated from its record ended at other parameters
+    │   │   └── UpdateNotFinite  an update made a parameter NaN or infinite; the weights before it are good
+    │   ├── ReplayDiffers    a replay ended at other parameters than its run
     │   └── UserCodeError    the user's own module, loss or optimiser raised
     ├── ClusterError         Spark could not do what was asked                      exit 4
     │   ├── NotEnoughSlots   fewer free task slots than workers
     │   ├── PeerLost         a worker's connection to another broke; the segment is run again
-    │   │   └── PeerSilent   it stands, but nothing came in time
-    │   └── ShardMissing     shards' files are gone; they are written again
+    │   │   └── PeerSilent   the connection is open, but nothing came in time
+    │   └── ShardMissing     files of shards are gone; they are written again
     └── Cancelled            somebody cancelled the job                             exit 130
 
-A message names the value, the rule and the next move.  All of them pickle: a worker may return one.
+A message names the value, the rule and the next move.  All errors can be pickled: a worker may return one.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ class BadRows(DataError):
 
 
 class ShardChanged(DataError):
-    """A shard was rebuilt from rows other than those it held."""
+    """A shard was rebuilt from other rows than it held before."""
 
 
 class ModelError(SparkSGDError):
@@ -79,27 +79,27 @@ class ModelError(SparkSGDError):
 
 
 class GradientChanged(ModelError):
-    """A part of a gradient changed after it had gone to the other workers; all of it must go at once."""
+    """A part of a gradient changed after it was sent to the other workers: gradients must be sent whole."""
 
 
 class TrainingError(SparkSGDError):
-    """Training began and could not go on."""
+    """Training began, but could not continue."""
 
 
 class NotFinite(TrainingError):
-    """A loss or a gradient is NaN or infinite: the weights that gave it are of no use."""
+    """A loss or a gradient is NaN or infinite: the weights that it was computed from are unusable."""
 
 
 class UpdateNotFinite(NotFinite):
-    """An update made a parameter NaN or infinite, and was taken back: the weights before it are good."""
+    """An update made a parameter NaN or infinite, and was undone: the weights before it are good."""
 
 
 class ReplayDiffers(TrainingError):
-    """A run that was repeated from its record ended at other parameters."""
+    """A replay ended at other parameters than the run that it repeats."""
 
 
 class UserCodeError(TrainingError):
-    """The user's module, loss or optimiser raised; the message holds the traceback, of whatever host."""
+    """The user's module, loss or optimiser raised; the message has the traceback of the host that ran it."""
 
 
 class ClusterError(SparkSGDError):
@@ -113,15 +113,15 @@ class NotEnoughSlots(ClusterError):
 
 
 class PeerLost(ClusterError):
-    """Another worker, or the driver, has ended, cannot be reached, or says what is not due."""
+    """Another worker, or the driver, has ended, cannot be reached, or sent something unexpected."""
 
 
 class PeerSilent(PeerLost):
-    """Another worker, or the driver, hangs: its connection stands, but nothing came in time."""
+    """Another worker, or the driver, hangs: the connection is open, but nothing came in time."""
 
 
 class ShardMissing(ClusterError):
-    """Shards' files are not on their worker's host, or not whole: they must be written again."""
+    """Files of shards are missing on their worker's host, or incomplete: they must be written again."""
 
     def __init__(self, why: str, shards: tuple[int, ...] = ()) -> None:
         super().__init__(why, shards)
@@ -135,6 +135,6 @@ class ShardMissing(ClusterError):
 
 
 class Cancelled(SparkSGDError):
-    """The Spark job was cancelled; not a fault, so it is never retried."""
+    """The Spark job was cancelled.  That is no fault, so it is never retried."""
 
     exit_code = 130

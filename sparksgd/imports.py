@@ -1,4 +1,4 @@
-"""Names in a configuration: one of ours, or `package.module:attribute` of the user's."""
+"""The user's own code, which a configuration names as `package.module:attribute`: import it, and run it."""
 
 from __future__ import annotations
 
@@ -6,18 +6,20 @@ import difflib
 import hashlib
 import importlib
 import importlib.util
-from collections.abc import Iterable, Mapping
+import traceback
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
-from sparksgd.errors import ConfigError
+from sparksgd.errors import ConfigError, SparkSGDError, UserCodeError
 
-__all__ = ["did_you_mean", "resolve", "source_digest"]
+__all__ = ["did_you_mean", "resolve", "source_digest", "users_code"]
 
 T = TypeVar("T")
 
 
 def did_you_mean(word: str, valid: Iterable[str]) -> str:
-    """Return " (did you mean X?)" with the nearest valid word, or all of them where none is near."""
+    """Return " (did you mean X?)" with the nearest valid word, or all of them if none is near."""
     by_lower = {name.lower(): name for name in sorted(valid)}
     nearest = difflib.get_close_matches(word.lower(), by_lower, n=1, cutoff=0.5)
     if nearest:
@@ -26,15 +28,15 @@ def did_you_mean(word: str, valid: Iterable[str]) -> str:
 
 
 def resolve(key: str, name: str, ours: Mapping[str, T]) -> T | Any:
-    """Return what a configuration value names.
+    """Return the object that a configuration value names.
 
     Args:
         key: the configuration key, for the error.
         name: a key of `ours`, or an import path `package.module:attribute`.
-        ours: what the library offers by a plain name.
+        ours: what the library offers, by plain names.
 
     Raises:
-        ConfigError: the name is unknown, or its module or attribute is not there.
+        ConfigError: the name is unknown, or its module or attribute does not exist.
     """
     if name in ours:
         return ours[name]
@@ -71,5 +73,22 @@ def source_digest(name: str | None) -> str | None:
         get_source = getattr(spec and spec.loader, "get_source", None)
         source = get_source(module_name) if get_source else None
     except Exception:
-        return None  # resolving it tells why
+        return None  # `resolve` will say why
     return None if source is None else hashlib.sha256(source.encode()).hexdigest()
+
+
+@contextmanager
+def users_code(what: str) -> Iterator[None]:
+    """Turn what the user's code raises in the block into a UserCodeError that holds its traceback.
+
+    Args:
+        what: which of the user's code runs in the block, for the error.
+    """
+    try:
+        yield
+    except SparkSGDError:
+        raise
+    except Exception as error:
+        raise UserCodeError(
+            f"{what} raised {type(error).__name__}: {error}\n" + traceback.format_exc().rstrip()
+        ) from error

@@ -1,6 +1,6 @@
-"""Losses: functions of (output, label) with one value per row; the trainer sums them.
+"""Losses: functions of (output, label) with one value for each row; the trainer adds them.
 
-A mean would not do: a mean times the row count is not the same bits as the sum.
+A mean would not do: a mean times the number of rows has other bits than the sum.
 
 Legend: B rows, C classes.
 """

@@ -1,8 +1,8 @@
-"""Files wherever they lie: on this machine, or behind one of Hadoop's file systems.
+"""Files on this machine, or on one of Hadoop's file systems.
 
-    runs/lenet            this machine, whatever Hadoop's own default is
+    runs/lenet            this machine, whatever Hadoop's default file system is
     file:/data/lenet      this machine
-    hdfs: s3a: abfss: ... through the driver's JVM, see spark/storage.py
+    hdfs: s3a: abfss: ... what is registered here for URIs; in a job, spark/hadoop_files.py
 
 A file is written whole or not at all, so that no reader ever sees half of it.
 """
@@ -12,7 +12,6 @@ from __future__ import annotations
 import errno
 import glob
 import hashlib
-import importlib
 import math
 import re
 import shutil
@@ -22,23 +21,23 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Protocol, cast
+from typing import IO, Protocol
 
-from sparksgd.errors import ClusterError, SparkSGDError
+from sparksgd.errors import ClusterError, ConfigError, SparkSGDError
 
 __all__ = [
-    "HIDDEN", "FileStatus", "Lines", "LocalLocation", "Location", "Seldom", "SpooledLines", "fingerprint",
-    "has_scheme", "local_copy", "location", "replacing", "unanswered",
+    "HIDDEN", "FileStatus", "Lines", "LocalLocation", "Location", "SpooledLines", "Throttle", "fingerprint",
+    "has_scheme", "local_copy", "location", "register_uris", "replacing", "unanswered",
 ]  # fmt: skip
 
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):")
 HIDDEN = ("_", ".")
-"""How the names of files begin that are no data."""
+"""How the names of files begin that hold no data."""
 
 _UNANSWERED = (errno.ECONNREFUSED, errno.EHOSTUNREACH, errno.ETIMEDOUT)
 _SECONDS_BETWEEN_COPIES = 5.0
 _COPYING_SHARE = 0.05
-"""Copies of a growing file may take this share of the time."""
+"""Copying a growing file may take this share of the time."""
 
 
 @dataclass(frozen=True, order=True)
@@ -60,18 +59,18 @@ class Lines(Protocol):
         ...
 
     def flush(self) -> object:
-        """Let others read what was written, but for what some seconds brought."""
+        """Let others read what was written; the lines of the last seconds may be missing."""
         ...
 
     def close(self) -> None:
-        """Let everything be there to read."""
+        """Let others read everything."""
         ...
 
 
 class Location(Protocol):
-    """A file or folder somewhere, with the names of `pathlib`.
+    """A file or folder, here or elsewhere, with the method names of `pathlib`.
 
-    Everything raises OSError with a strerror: FileNotFoundError, PermissionError, or another.
+    Its methods raise OSError with a strerror: FileNotFoundError, PermissionError, or another.
     """
 
     @property
@@ -100,7 +99,7 @@ class Location(Protocol):
         ...
 
     def lines(self) -> Lines:
-        """Begin the file anew, to grow line by line."""
+        """Begin a new, empty file, which grows line by line."""
         ...
 
     def remove(self) -> None:
@@ -115,20 +114,41 @@ class Location(Protocol):
         ...
 
 
+_location_of_uri: Callable[[str], Location] | None = None
+
+
+def register_uris(make: Callable[[str], Location]) -> None:
+    """Make `location` understand URIs of other schemes than `file:`.
+
+    Args:
+        make: returns the Location of a URI; it knows which schemes exist.
+    """
+    global _location_of_uri
+    _location_of_uri = make
+
+
 def location(path: str | Path | Location) -> Location:
-    """Return where a path, or URI, leads."""
-    if isinstance(path, str | Path):
-        local = _local_path(path)
-        if local is not None:
-            return LocalLocation(local)
-        # The one way from here to Spark, taken only for a file that no other way leads to.
-        storage = importlib.import_module("sparksgd.spark.storage")
-        return cast(Location, storage.HadoopLocation(str(path)))
-    return path
+    """Return the location of a path or URI.
+
+    Raises:
+        ConfigError: it is a URI of another scheme than `file:`, and nothing is registered for those.
+    """
+    if not isinstance(path, str | Path):
+        return path
+    local = _local_path(path)
+    if local is not None:
+        return LocalLocation(local)
+    if _location_of_uri is None:
+        raise ConfigError(
+            f"{path} is a URI of another file system, and nothing in this process opens those yet: call "
+            f"sparksgd.spark.uris.lead_to_hadoop() before, or start the session with "
+            f"sparksgd.spark.session.start_session; or name a path of this machine"
+        )
+    return _location_of_uri(str(path))
 
 
 def has_scheme(path: str) -> bool:
-    """Return whether a path says which file system it is of.
+    """Return whether a path names its file system.
 
     >>> has_scheme("runs/lenet"), has_scheme("file:/runs/lenet"), has_scheme("hdfs:///runs/lenet")
     (False, True, True)
@@ -143,7 +163,7 @@ def _local_path(path: str | Path) -> Path | None:
         return Path(text)
     if scheme[1].lower() != "file":
         return None
-    return Path("/" + text[scheme.end() :].lstrip("/"))  # as Hadoop reads it: %20 is no space
+    return Path("/" + text[scheme.end() :].lstrip("/"))  # as Hadoop does: %20 is not a space
 
 
 @dataclass(frozen=True)
@@ -185,7 +205,7 @@ class LocalLocation:
             shutil.copyfile(file, part)
 
     def lines(self) -> Lines:
-        """Begin the file anew, to grow line by line."""
+        """Begin a new, empty file, which grows line by line."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         return self.path.open("w", encoding="utf-8", buffering=1)
 
@@ -207,18 +227,18 @@ class LocalLocation:
 
 
 def _matching(pattern: Path) -> list[Path]:
-    """Return what a pattern matches, but for hidden names."""
+    """Return what a pattern matches, except hidden names."""
     found = sorted(glob.glob(str(pattern)))  # noqa: PTH207  # pathlib's takes no absolute pattern
     return [path for path in map(Path, found) if not path.name.startswith(HIDDEN)]
 
 
-class Seldom:
-    """Tells when to do again what takes time: not before some seconds, nor for more than a share of it.
+class Throttle:
+    """Says when to do something again that takes time.
 
     Args:
-        pause_s: at least so long between two times.
-        share: of all time, that it may take.
-        clock: tells seconds.
+        pause_s: the least time between two times.
+        share: the largest share of all time that it may take.
+        clock: returns seconds.
     """
 
     def __init__(self, pause_s: float, share: float, clock: Callable[[], float] = time.monotonic) -> None:
@@ -241,19 +261,19 @@ class Seldom:
 
 
 class SpooledLines:
-    """Lines for a place where no file can grow: kept here, and copied there every few seconds.
+    """Lines for a place where files cannot grow: they are kept here, and copied there every few seconds.
 
-    A killed run lacks the lines of the last seconds there.  Copying a long file takes longer, and is done
-    the less often for it.
+    If a run is killed, the lines of its last seconds are missing there.  A long file takes longer to copy, so
+    it is copied less often.
 
     Args:
         target: where the file goes.
-        clock: tells seconds.
+        clock: returns seconds.
     """
 
     def __init__(self, target: Location, clock: Callable[[], float] = time.monotonic) -> None:
         self._target = target
-        self._copies = Seldom(_SECONDS_BETWEEN_COPIES, _COPYING_SHARE, clock)
+        self._copies = Throttle(_SECONDS_BETWEEN_COPIES, _COPYING_SHARE, clock)
         self._spool: IO[str] = tempfile.NamedTemporaryFile("w", encoding="utf-8", prefix="sparksgd-")  # noqa: SIM115  # closed in close()
         self._copy()
 
@@ -262,7 +282,7 @@ class SpooledLines:
         self._spool.write(text)
 
     def flush(self) -> None:
-        """Copy what is not there yet, if that is due."""
+        """Copy what is not there yet, if it is time to."""
         if self._copies.is_due():
             self._copy()
 
@@ -291,12 +311,12 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def unanswered(error: OSError, refusal: SparkSGDError) -> SparkSGDError:
-    """Return a refusal, or the same as a cluster's error where a file system did not answer."""
+    """Return a refusal; or a ClusterError of the same words, if a file system did not answer."""
     return ClusterError(str(refusal)) if error.errno in _UNANSWERED else refusal
 
 
 def fingerprint(path: str) -> str:
-    """Return a digest of the files behind a path: their names, sizes and times, not what they hold."""
+    """Return a digest of the files behind a path: their names, sizes and times, not their content."""
     digest, files = hashlib.sha256(), location(path).files()
     if not files:
         raise FileNotFoundError(errno.ENOENT, "no file is there", path)
@@ -307,7 +327,7 @@ def fingerprint(path: str) -> str:
 
 @contextmanager
 def local_copy(path: str) -> Iterator[str]:
-    """Give a path of this machine to read a file, folder or pattern at: the path itself, or a copy's."""
+    """Yield a path on this machine where a file, folder or pattern can be read: its own, or a copy's."""
     local = _local_path(path)
     if local is not None:
         yield str(local)

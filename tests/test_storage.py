@@ -7,7 +7,15 @@ from pathlib import Path
 
 import pytest
 
-from sparksgd.storage import LocalLocation, SpooledLines, fingerprint, local_copy, location
+from sparksgd.errors import ConfigError
+from sparksgd.storage import (
+    LocalLocation,
+    SpooledLines,
+    fingerprint,
+    local_copy,
+    location,
+    register_uris,
+)
 
 
 class Elsewhere:
@@ -24,6 +32,15 @@ def test_a_path_of_this_machine_may_have_a_scheme_and_odd_letters(tmp_path: Path
     odd = tmp_path / "a b%c"
     for path in (str(odd), f"file:{odd}", f"file://{odd}", odd):
         assert location(path) == LocalLocation(odd)
+
+
+def test_a_uri_leads_where_what_is_registered_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sparksgd.storage._location_of_uri", None)
+    with pytest.raises(ConfigError, match=r"hdfs:/x is a URI .* call sparksgd\.spark\.uris\.lead_to_hadoop"):
+        location("hdfs:/x")
+    register_uris(lambda uri: LocalLocation(tmp_path / uri.replace(":", "")))
+    assert location("hdfs:/x") == LocalLocation(tmp_path / "hdfs" / "x")
+    assert location(f"file:{tmp_path}") == location(str(tmp_path)) == LocalLocation(tmp_path)
 
 
 def test_a_file_is_replaced_whole_and_leaves_nothing_beside_it(tmp_path: Path) -> None:

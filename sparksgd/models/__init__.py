@@ -1,4 +1,4 @@
-"""Modules that a configuration can name; the user's own go by import path."""
+"""Modules that a configuration can name.  Users name their own by import path."""
 
 from __future__ import annotations
 

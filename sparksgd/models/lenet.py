@@ -24,12 +24,12 @@ class LeNet(nn.Module):
         maps: convolution maps, (M1, M2).
         hidden: H.
         classes: C.
-        padding: of both 5x5 convolutions, in pixels.
+        padding: pixels around the input of both 5x5 convolutions.
         dropout: probability that a hidden unit is dropped in training.
         side: height and width of the images, in pixels.
 
-    Initialisation is He et al. 2015: N(0, 2 / fan_in), biases 0; the last layer's deviation is
-    1 / sqrt(fan_in), since no rectifier follows it.
+    Initialisation is He et al. 2015: N(0, 2 / fan_in), biases 0; the last layer's standard
+    deviation is 1 / sqrt(fan_in), because no rectifier follows it.
     """
 
     def __init__(

@@ -1,0 +1,1 @@
+"""What makes bits equal: numerics, instruction sets, seeds, flat vectors, the addition tree."""

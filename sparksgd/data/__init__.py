@@ -1,0 +1,1 @@
+"""From rows to shards: schema, shard files, sampling."""

@@ -1,0 +1,112 @@
+"""Rows of Parquet files on this machine, dealt into shards without Spark: the data of the inline engine."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.dataset as ds
+
+from sparksgd.data.schema import HASH_BYTES, RowReport, Rows, RowSchema, read_rows
+from sparksgd.data.shard import Descriptor, ShardWriter
+from sparksgd.errors import DataError
+
+__all__ = ["LocalShards", "ParquetRows"]
+
+_BATCH_ROWS = 4096
+
+
+class LocalShards:
+    """Shards in a temporary folder of this machine."""
+
+    def __init__(self, table: list[Descriptor], folder: str) -> None:
+        self.table = table
+        self._folder = folder
+
+    def close(self) -> None:
+        """Remove the files."""
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+
+class ParquetRows:
+    """Rows of a Parquet file or folder.
+
+    Args:
+        path: the file or folder.
+    """
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+        try:
+            self._dataset = ds.dataset(path, format="parquet")
+            self._schema = self._dataset.schema
+        except (OSError, pa.ArrowInvalid) as error:
+            raise DataError(f"cannot read {path} as Parquet: {error}") from error
+
+    def first_rows(self, columns: list[str], count: int) -> tuple[pa.Schema, pa.Table]:
+        """Return the schema, and the first rows in which none of the columns is null."""
+        known = [name for name in columns if name in self._schema.names]
+        complete = None
+        for name in known:
+            valid = ds.field(name).is_valid()
+            complete = valid if complete is None else complete & valid
+        return self._schema, self._dataset.head(count, columns=known, filter=complete)
+
+    def inspect(self, schema: RowSchema, num_shards: int) -> RowReport:
+        """Read every row once; return the report."""
+        report = RowReport()
+        for rows in self._rows(schema):
+            report += rows.report
+            report += RowReport(shard_digests=rows.shard_digests(num_shards))
+        return report
+
+    def deal(self, schema: RowSchema, num_shards: int, expected: RowReport, deal: int = 0) -> LocalShards:
+        """Write every good row to its shard.
+
+        Each shard is first written unsorted.  Then one shard at a time is sorted in memory.
+        """
+        folder = tempfile.mkdtemp(prefix="sparksgd-")
+        try:
+            return LocalShards(self._written(Path(folder), schema, num_shards, deal), folder)
+        except BaseException:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
+
+    def _written(self, target: Path, schema: RowSchema, num_shards: int, deal: int) -> list[Descriptor]:
+        unsorted = [target / f"unsorted-{shard}" for shard in range(num_shards)]
+        for file in unsorted:
+            file.touch()
+        width = HASH_BYTES
+        for rows in self._rows(schema):
+            lines = np.hstack([rows.keys, _bytes(rows)])
+            width = rows.keys.shape[1]
+            shards = rows.shards(num_shards, deal)
+            for shard in np.unique(shards):
+                with unsorted[shard].open("ab") as opened:
+                    opened.write(lines[shards == shard].tobytes())
+        table = []
+        for shard, file in enumerate(unsorted):
+            lines = np.fromfile(file, np.uint8).reshape(-1, width + schema.record.itemsize)
+            keys = np.ascontiguousarray(lines[:, :width])
+            order = np.lexsort(keys.view(">u8").T[::-1])
+            with ShardWriter(target, shard) as writer:
+                writer.append(keys[order], lines[order, width:])
+                table.append(writer.close())
+            file.unlink()
+        return table
+
+    def _rows(self, schema: RowSchema) -> Iterator[Rows]:
+        try:
+            for batch in self._dataset.to_batches(columns=schema.columns, batch_size=_BATCH_ROWS):
+                yield read_rows(batch, schema)
+        except (OSError, pa.ArrowInvalid) as error:
+            raise DataError(f"cannot read {self._path} as Parquet: {error}") from error
+
+
+def _bytes(rows: Rows) -> np.ndarray[tuple[int, int], np.dtype[np.uint8]]:
+    width = rows.records.dtype.itemsize
+    return np.ascontiguousarray(rows.records).view(np.uint8).reshape(-1, width)

@@ -1,0 +1,93 @@
+"""IDX files, the format of MNIST and similar data sets, plain or gzipped.
+
+An IDX file has two zero bytes, a byte for the type (0x08: unsigned bytes, the only one read here), a byte for
+the number of dimensions, the size of each dimension as a big-endian 32-bit number, then the values, with the
+last dimension running fastest.  Any other file is refused, with the reason.
+"""
+
+from __future__ import annotations
+
+import gzip
+import math
+import struct
+import zlib
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sparksgd.errors import DataError
+
+__all__ = ["idx_header", "parse_idx", "parse_shape", "read_idx", "unpack"]
+
+MAX_UNPACKED_BYTES = 2**28
+"""A longer file is refused: the largest of ours has 47 MB, and a gzip bomb must not fill the memory."""
+
+_GZIP_MAGIC = b"\x1f\x8b"
+_UNSIGNED_BYTES = b"\x00\x00\x08"
+
+
+def read_idx(path: Path) -> NDArray[np.uint8]:
+    """Read one IDX file of unsigned bytes, plain or gzipped.
+
+    Returns:
+        A read-only array with the shape that the file declares, dtype uint8.
+
+    Raises:
+        DataError: the file is unreadable, damaged, truncated or not IDX.
+    """
+    return parse_idx(unpack(path), str(path))
+
+
+def unpack(path: Path) -> bytes:
+    """Return the content of a file, unpacked if it begins like gzip, whatever its name is."""
+    try:
+        with path.open("rb") as raw:
+            packed = raw.read(len(_GZIP_MAGIC)) == _GZIP_MAGIC
+            raw.seek(0)
+            stream = gzip.GzipFile(fileobj=raw) if packed else raw
+            content = stream.read(MAX_UNPACKED_BYTES + 1)
+    except EOFError:
+        raise DataError(
+            f"{path} is truncated: its gzip stream stops before its end; copy or download it again"
+        ) from None
+    except (gzip.BadGzipFile, zlib.error) as error:
+        raise DataError(f"{path} is damaged: {error}; copy or download it again") from error
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror or error}") from error
+    if len(content) > MAX_UNPACKED_BYTES:
+        raise DataError(f"{path} is foreign: it unpacks to more than {MAX_UNPACKED_BYTES:,} bytes")
+    return content
+
+
+def idx_header(shape: tuple[int, ...]) -> bytes:
+    """Return the header of an IDX file that holds unsigned bytes of this shape."""
+    return _UNSIGNED_BYTES + struct.pack(f">B{len(shape)}I", len(shape), *shape)
+
+
+def parse_shape(content: bytes, name: str) -> tuple[int, ...]:
+    """Return the shape that an IDX header declares; `name` is what an error calls the file."""
+    if content[:3] != _UNSIGNED_BYTES[: len(content)] or content[3:4] == b"\x00":
+        raise DataError(
+            f"{name} is foreign: it begins with {content[:4].hex(' ')}, but an IDX file of "
+            "unsigned bytes begins with 00 00 08 and its number of dimensions"
+        )
+    ndim = content[3] if len(content) > 3 else 0
+    if len(content) < 4 + 4 * ndim or not ndim:
+        raise DataError(f"{name} is truncated: its {len(content)} bytes are no whole IDX header")
+    return struct.unpack_from(f">{ndim}I", content, 4)
+
+
+def parse_idx(content: bytes, name: str) -> NDArray[np.uint8]:
+    """Return the array that an unpacked IDX file holds; `name` is what an error calls the file."""
+    shape = parse_shape(content, name)
+    header_bytes = 4 + 4 * len(shape)
+    promised_bytes = header_bytes + math.prod(shape)
+    if len(content) != promised_bytes:
+        flaw = "truncated" if len(content) < promised_bytes else "damaged"
+        raise DataError(
+            f"{name} is {flaw}: its header promises {header_bytes} + "
+            f"{' x '.join(str(n) for n in shape)} = {promised_bytes:,} bytes, "
+            f"but it has {len(content):,}; copy or download it again"
+        )
+    return np.frombuffer(content, np.uint8, offset=header_bytes).reshape(shape)

@@ -1,0 +1,103 @@
+"""Rows of Parquet files on this machine are dealt into shards by what they hold, each exactly once."""
+
+from __future__ import annotations
+
+import tempfile
+from hashlib import blake2b
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from sparksgd.data.local_files import LocalShards, ParquetRows
+from sparksgd.data.schema import Feature, RowSchema
+
+SCHEMA = RowSchema(features=(Feature(name="x", dtype="float32", length=2),), label="y", label_dtype="int64")
+
+
+@pytest.fixture(autouse=True)
+def temporary_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    folder = tmp_path / "temporary"
+    folder.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))
+    return folder
+
+
+def parquet(folder: Path, x: list[list[float]], y: list[int], files: int = 1) -> ParquetRows:
+    folder.mkdir()
+    for number in range(files):
+        part = slice(number * len(x) // files, (number + 1) * len(x) // files)
+        columns = {"x": pa.array(x[part], pa.list_(pa.float64())), "y": pa.array(y[part], pa.int64())}
+        pq.write_table(pa.table(columns), folder / f"{number:02}.parquet", row_group_size=17)
+    return ParquetRows(str(folder))
+
+
+def dealt(rows: ParquetRows, num_shards: int) -> LocalShards:
+    return rows.deal(SCHEMA, num_shards, rows.inspect(SCHEMA, num_shards))
+
+
+def contents(shards: LocalShards) -> list[bytes]:
+    return [Path(shard.path).read_bytes() for shard in shards.table]
+
+
+def shard_by_hand(x: list[float], num_shards: int) -> int:
+    digest = blake2b(np.array(x, "<f4").tobytes(), digest_size=16).digest()
+    return int.from_bytes(digest[:8], "little") % num_shards
+
+
+NUMBERS = [[float(row), -row / 2] for row in range(200)]
+
+
+def test_every_row_goes_to_the_shard_of_its_hash(tmp_path: Path) -> None:
+    shards = dealt(parquet(tmp_path / "rows", NUMBERS, list(range(200))), 5)
+    found = {
+        number: {int(record["(label)"]) for record in np.frombuffer(content, SCHEMA.record)}
+        for number, content in enumerate(contents(shards))
+    }
+    by_hand = {
+        number: {row for row in range(200) if shard_by_hand(NUMBERS[row], 5) == number} for number in range(5)
+    }
+    assert found == by_hand
+    assert [shard.shard for shard in shards.table] == [0, 1, 2, 3, 4]
+    assert sum(shard.rows for shard in shards.table) == 200
+
+
+def test_shards_are_the_same_bytes_whatever_the_files(tmp_path: Path) -> None:
+    # Every third row repeats the features of another under another label.
+    x = [NUMBERS[row - row % 3] for row in range(200)]
+    one = dealt(parquet(tmp_path / "one", x, list(range(200))), 4)
+    order = np.random.default_rng(0).permutation(200)
+    thirteen = parquet(tmp_path / "thirteen", [x[row] for row in order], order.tolist(), files=13)
+    many = dealt(thirteen, 4)
+    assert contents(many) == contents(one)
+    assert [shard.digest for shard in many.table] == [shard.digest for shard in one.table]
+    assert sum(shard.repeats for shard in one.table) == 200 - 67  # 67 different features
+
+
+def test_the_digests_of_the_shards_add_up_to_that_of_the_inspection(tmp_path: Path) -> None:
+    rows = parquet(tmp_path / "rows", NUMBERS, list(range(200)))
+    halves = zip(*(shard.row_digest for shard in dealt(rows, 3).table), strict=True)
+    assert tuple(sum(half) % 2**64 for half in halves) == rows.inspect(SCHEMA, 4).digest
+
+
+def test_shards_without_rows_are_there_all_the_same(tmp_path: Path) -> None:
+    shards = dealt(parquet(tmp_path / "rows", [[1.0, 2.0]] * 3, [0, 0, 0]), 4)
+    assert sorted(shard.rows for shard in shards.table) == [0, 0, 0, 3]
+
+
+def test_closing_removes_every_file(tmp_path: Path, temporary_folder: Path) -> None:
+    shards = dealt(parquet(tmp_path / "rows", NUMBERS, [0] * 200), 3)
+    assert sum(path.is_file() for path in temporary_folder.rglob("*")) == 3
+    shards.close()
+    assert list(temporary_folder.iterdir()) == []
+
+
+def test_the_first_rows_are_whole_ones(tmp_path: Path) -> None:
+    (tmp_path / "rows").mkdir()
+    columns = {"x": [None, 1.0, 2.0, 3.0], "y": [0, None, 5, 6], "z": [0, 0, 0, 0]}
+    pq.write_table(pa.table(columns), tmp_path / "rows" / "a.parquet")
+    schema, first = ParquetRows(str(tmp_path / "rows")).first_rows(["x", "y", "missing"], 1)
+    assert schema.names == ["x", "y", "z"]
+    assert first.to_pylist() == [{"x": 2.0, "y": 5}]
