@@ -1,1 +1,1 @@
-"""Solvers: who owns the parameters and decides each update."""
+"""Solvers: they own the parameters, and decide each update."""

@@ -1,39 +1,87 @@
-"""What a solver is: a central half that owns the parameters, and a worker half.
+"""What a solver is: a central half, and a worker half for each shard.
 
-The central half takes what workers send and gives new weights; the worker half says what a worker
-sends of a fresh gradient.  Both are pure: same inputs, same bits; no clock, I/O, thread, Spark or
-global random number.  A solver decides; an engine carries it out.
+    turn t of shard s, on whichever worker has the shard
+        half.take(answer)                              the answer of the round, or of the centre
+        gradient = gradient of the piece's rows, at half.point()
+        half.turn(gradient, settings)                  may move its local model
+        message = half.send()                          None: nothing is sent after this turn
+
+Both halves are pure: equal inputs give equal bits, and they use no clock, I/O, thread, Spark or global random
+number.  A solver decides; an engine carries it out.  There are three families, by how messages meet:
+
+    rounds      the messages of all shards, or of the first ones, are summed; one step; one answer for all
+    arrivals    each message reaches the centre by itself, which answers at once or holds the shard back
+    gossip      each message goes to other shards, along a graph that may change with the turn
+
+What a half keeps belongs to its shard, never to a worker or a host: local models, clocks, versions.
+
+Legend: S shards, P parameters, Q running statistics, C counters, H turns of a round.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Protocol, Self
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from enum import Enum
+from typing import Any, Protocol, Self, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
-from sparksgd.flat import FlatModule, FlatStrip, Weights
+from sparksgd.arithmetic.flat import FlatModule, FlatStrip, Weights
 
-__all__ = ["GradientSum", "MakeReplica", "Quorum", "Solver", "SolverState", "StepOutcome", "WorkerHalf"]
+__all__ = [
+    "Answer",
+    "ArrivalSolver",
+    "GossipSolver",
+    "Gradient",
+    "Halves",
+    "MakeReplica",
+    "Message",
+    "MessageShape",
+    "Need",
+    "Quorum",
+    "RoundSolver",
+    "Settings",
+    "Solver",
+    "SolverState",
+    "StepOutcome",
+    "Vector",
+    "Verdict",
+    "WorkerHalf",
+]
+
+Vector = npt.NDArray[np.floating]
+"""float32[P]."""
+
+Settings = Mapping[str, Any]
+"""What a schedule sets for one turn, by torch's names: lr, and momentum or betas if it changes them."""
 
 
-@dataclass(kw_only=True)
-class GradientSum:
-    """Sums over the rows of a piece, or of all pieces below a node of the addition tree.
+class Need(Enum):
+    """What a solver needs of its engine; the value completes the words "needs ..."."""
 
-    Legend: P parameters, Q running statistics, C counters.
-    """
+    ROUNDS = "messages of all shards in one sum"
+    ARRIVALS = "messages that reach the centre one by one"
+    GOSSIP = "messages from shard to shard"
+    QUORUM = "steps that end when the first shards have arrived"
+    REPLAY = "steps of the shards that a trace names"
+    SHARD_STATE = "a state of each shard that outlives the round"
+    LAG = "an exchange that runs beside the next turn"
 
-    gradient: npt.NDArray[np.floating]
+
+@dataclass(frozen=True, kw_only=True)
+class Gradient:
+    """What a worker computes in one turn of a shard: sums over the rows of its piece."""
+
+    vector: Vector
     """Sum of the gradients of the loss over the rows, float32[P]."""
 
     statistics: npt.NDArray[np.floating]
-    """Sum over the rows of the running statistics that their piece left behind, float32[Q]."""
+    """The running statistics after the piece, float32[Q]."""
 
     counters: npt.NDArray[np.int64]
-    """Batch-norm's counters, the largest of any piece, int64[C]."""
+    """Batch-norm's counters, int64[C]."""
 
     loss: float
     """Sum of the loss over the rows."""
@@ -41,11 +89,49 @@ class GradientSum:
     rows: int
     """How many rows."""
 
+
+@dataclass(kw_only=True)
+class Message:
+    """What a shard sends, or the sum of the messages of several shards."""
+
+    vectors: dict[str, Vector]
+    """float32[P] each."""
+
+    scalars: dict[str, float] = field(default_factory=dict)
+
+    statistics: npt.NDArray[np.floating]
+    """Running statistics times the rows, float32[Q]."""
+
+    counters: npt.NDArray[np.int64]
+    """Batch-norm's counters, the largest of any shard, int64[C]."""
+
+    loss: float
+    """Sum of the loss over the rows."""
+
+    rows: int
+    """How many rows it sums over."""
+
     shards: int = 1
     """How many shards took part."""
 
+    @classmethod
+    def of(cls, gradients: Sequence[Gradient], vectors: dict[str, Vector], **scalars: float) -> Self:
+        """Return the message of some turns of a shard, with the statistics after the last one."""
+        rows, last = sum(gradient.rows for gradient in gradients), gradients[-1]
+        return cls(
+            vectors=vectors,
+            scalars=scalars,
+            statistics=last.statistics * np.asarray(rows, last.statistics.dtype),
+            counters=last.counters,
+            loss=sum(gradient.loss for gradient in gradients),
+            rows=rows,
+        )
+
     def __iadd__(self, other: Self) -> Self:
-        self.gradient += other.gradient
+        for name, vector in self.vectors.items():
+            vector += other.vectors[name]
+        for name, value in other.scalars.items():
+            self.scalars[name] += value
         self.statistics += other.statistics
         np.maximum(self.counters, other.counters, out=self.counters)
         self.loss += other.loss
@@ -53,16 +139,55 @@ class GradientSum:
         self.shards += other.shards
         return self
 
+    def mean_statistics(self) -> npt.NDArray[np.floating]:
+        """Return the row-weighted mean of the running statistics, float32[Q]."""
+        return self.statistics / np.asarray(self.rows, self.statistics.dtype)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MessageShape:
+    """The names in a message, so that buffers can be made for it."""
+
+    vectors: tuple[str, ...]
+    scalars: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    """What the centre gives to the worker halves: the weights to start from, and settings."""
+
+    weights: Weights
+    """Parameters, statistics, and their version."""
+
+    turn: int
+    """The first turn that it is for."""
+
+    turns: int = 1
+    """How many turns it is for; H in a round."""
+
+    settings: tuple[Settings, ...] = ()
+    """The settings of each turn, if halves make updates themselves."""
+
+    vectors: Mapping[str, Vector] = field(default_factory=dict)
+    """What else every half gets, float32[P] each."""
+
+    scalars: Mapping[str, float] = field(default_factory=dict)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Quorum:
-    """Whose gradients a step is made of."""
+    """Which shards' messages a step needs."""
 
     shards: frozenset[int]
-    """Who is asked."""
+    """The shards that are asked."""
 
     enough: int
-    """How many of them end the step; those that arrive later are dropped."""
+    """How many of them are enough for the step; messages that arrive later are dropped."""
+
+    @classmethod
+    def of_all(cls, shards: frozenset[int]) -> Self:
+        """Return a quorum that waits for all of these shards."""
+        return cls(shards=shards, enough=len(shards))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,109 +195,215 @@ class StepOutcome:
     """What one update did."""
 
     lr: float
-    """The learning rate that it used (of the first parameter group)."""
+    """The learning rate that it used (of the first parameter group, in the first turn)."""
 
     gradient_norm: float | None
-    """Euclidean norm of the mean gradient before clipping; None where no norm was asked for."""
+    """Euclidean norm of the mean gradient before clipping; None if gradients are not clipped."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verdict:
+    """What the centre of an arrivals solver decides after a message."""
+
+    answers: Mapping[int, Answer] = field(default_factory=dict)
+    """The shards that may go on now, and their answers.  A sender that is not among them is held back."""
+
+    step: StepOutcome | None = None
+    """What the update did; None if the message caused none yet."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SolverState:
-    """All that a solver's next step depends on, beside what the step brings."""
+    """All that a solver's next step depends on, except its messages."""
 
     weights: Weights
     """Parameters, statistics, and the version they are."""
 
-    optimizer: dict[str, Any]
-    """The optimiser's state_dict; its tensors as arrays."""
+    turns: int
+    """Turns that every shard has made."""
 
-    schedule: dict[str, Any] | None
-    """The schedule's state_dict; None without one."""
+    vectors: Mapping[str, Vector] = field(default_factory=dict)
+    """What it keeps for each parameter, float32[P] each."""
+
+    rest: Mapping[str, Any] = field(default_factory=dict)
+    """What else it keeps; it is the same for every strip of the vector."""
 
     def strip(self, strip: range) -> SolverState:
-        """Return a strip's part; only for a solver that is updated by strips."""
-        whole = self.weights.parameters.shape
+        """Return the part of a strip; only for a solver that can be updated by strips."""
         part = slice(strip.start, strip.stop)
         return self._with(
-            self.weights.parameters[part],
-            {name: v[part] if np.shape(v) == whole else v for name, v in self._vectors().items()},
+            self.weights.parameters[part], {name: vector[part] for name, vector in self.vectors.items()}
         )
 
     @classmethod
     def joined(cls, strips: Sequence[SolverState]) -> SolverState:
-        """Return the whole state of the states of all strips, in their order."""
-        first, vectors = strips[0], [state._vectors() for state in strips]
-        shape = first.weights.parameters.shape
+        """Return the whole state, from the states of all strips in their order."""
+        first = strips[0]
         return first._with(
             np.concatenate([state.weights.parameters for state in strips]),
-            {
-                name: np.concatenate([of_strip[name] for of_strip in vectors])
-                if np.shape(value) == shape
-                else value
-                for name, value in vectors[0].items()
-            },
+            {name: np.concatenate([state.vectors[name] for state in strips]) for name in first.vectors},
         )
 
-    def _vectors(self) -> dict[str, Any]:
-        """Return what the optimiser keeps of the one vector that it updates."""
-        vectors: dict[str, Any] = self.optimizer["state"].get(0, {})
-        return vectors
-
-    def _with(self, parameters: npt.NDArray[np.floating], vectors: dict[str, Any]) -> SolverState:
-        return replace(
-            self,
-            weights=replace(self.weights, parameters=parameters),
-            optimizer=self.optimizer | {"state": {0: vectors} if vectors else {}},
-        )
+    def _with(self, parameters: Vector, vectors: Mapping[str, Vector]) -> SolverState:
+        return replace(self, weights=replace(self.weights, parameters=parameters), vectors=vectors)
 
 
-class WorkerHalf(Protocol):
-    """The part of a solver that runs beside the gradients; it must pickle."""
+Taken = TypeVar("Taken", contravariant=True)
+"""What a half takes: an Answer; in gossip, the messages of its peers by shard."""
 
-    sends_as_it_is: bool
-    """Whether what goes out is the fresh gradient: then its parts may go before all of them are there."""
 
-    def outgoing(self, fresh: GradientSum) -> GradientSum | None:
-        """Return what to send of a shard's fresh gradient; None sends nothing this time."""
+class WorkerHalf(Protocol[Taken]):
+    """The part of a solver beside the gradients of one shard."""
+
+    lag: int
+    """0: what is sent is answered before the next turn.  1: the exchange runs beside the next turn, and its
+    answer is taken after that turn.  It is never taken "when it comes", because that would be chance."""
+
+    def take(self, taken: Taken) -> None:
+        """Continue from the answer of the round or the centre, or from the messages of the peers."""
         ...
+
+    def point(self) -> Vector:
+        """Return the point of the next gradient, float32[P]; the same object only if no value changed."""
+        ...
+
+    def turn(self, gradient: Gradient, settings: Settings) -> None:
+        """Take a new gradient; this may move the local model."""
+        ...
+
+    def send(self) -> Message | None:
+        """Return what to send after this turn; None: nothing."""
+        ...
+
+    def state(self) -> dict[str, npt.NDArray[Any]]:
+        """Return what it keeps, besides what it took."""
+        ...
+
+    def load_state(self, state: Mapping[str, npt.NDArray[Any]]) -> None:
+        """Continue from the state of another half of the same shard."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Halves:
+    """How a solver's worker halves are made, and what an engine must know about them; it can be pickled."""
+
+    make: Callable[[FlatModule, int], WorkerHalf[Any]]
+    """Makes the half of a shard, for a module of these shapes."""
+
+    send_gradients: bool = False
+    """Whether a message is just the new gradient: then parts of it may be sent before it is complete."""
+
+    have_local_models: bool = False
+    """Whether they have models that differ from the centre's."""
+
+    keep_state: bool = False
+    """Whether a half keeps a state from round to round; if not, one half can serve any shard."""
+
+    vectors: int = 1
+    """The most vectors that a message has, or that go to every half."""
 
 
 class Solver(Protocol):
-    """The central half: owner of parameters, optimiser and step count."""
+    """The central half: what all families have in common."""
 
-    step: int
-    """Updates so far: the version of the weights."""
+    needs: frozenset[Need]
+    """What its engine must carry."""
 
-    by_strips: bool
-    """Whether updating strips of the vector apart gives the bits of updating it whole."""
+    halves: Halves
+    """The worker halves."""
 
-    def worker_half(self) -> WorkerHalf:
-        """Return the worker half, to be shipped once."""
-        ...
-
-    def weights(self) -> Weights:
-        """Return the weights to compute the next gradients from."""
-        ...
-
-    def quorum(self) -> Quorum:
-        """Return whose gradients the next step is to be made of."""
-        ...
-
-    def receive(self, arrived: GradientSum) -> StepOutcome:
-        """Take the sum that arrived and make one step, or raise and stay as before."""
+    @property
+    def version(self) -> int:
+        """How many steps made the weights."""
         ...
 
     def state(self) -> SolverState:
-        """Return what its next step depends on; a view, to be copied or sent before that."""
+        """Return all that its next step depends on: a view, to be copied or sent before the step."""
         ...
 
     def load_state(self, state: SolverState) -> None:
-        """Go on from where another solver of the same kind was."""
+        """Continue from the state of another solver of the same kind."""
+        ...
+
+
+class RoundSolver(Solver, Protocol):
+    """The central half of a solver whose messages meet in one sum."""
+
+    by_strips: bool
+    """Whether updates of separate strips give the same bits as one update of the whole vector."""
+
+    remarks: list[str]
+    """What a person should know before the first step."""
+
+    @property
+    def turns(self) -> int:
+        """Return how many turns every shard has made, which is the number of the next one."""
+        ...
+
+    def turns_at(self, turn: int) -> int:
+        """Return how many turns a round has that begins at this turn."""
+        ...
+
+    def shape_at(self, turn: int) -> MessageShape:
+        """Return the names in the messages of that round."""
+        ...
+
+    def answer(self) -> Answer:
+        """Return what every half takes when the next round begins; the same object until the next step."""
+        ...
+
+    def quorum(self) -> Quorum:
+        """Return which shards' messages the next step needs."""
+        ...
+
+    def receive(self, total: Message) -> StepOutcome:
+        """Take the sum of a round, and make one step; if this raises, the weights are as before."""
+        ...
+
+    def readout(self) -> Weights:
+        """Return a copy of the weights that are evaluated and saved; the same object until the next step."""
+        ...
+
+    def step_back(self) -> None:
+        """Return to the weights before the last step; the run must end there."""
         ...
 
     def make_replica(self) -> MakeReplica:
-        """Return what makes another solver of the same kind; it pickles."""
+        """Return a function that makes another solver of this kind, at version 0; it can be pickled."""
         ...
 
 
-MakeReplica = Callable[[FlatModule | FlatStrip], Solver]
+MakeReplica = Callable[[FlatModule | FlatStrip], RoundSolver]
+
+
+class ArrivalSolver(Solver, Protocol):
+    """The central half of a solver whose messages arrive one by one."""
+
+    def begin(self, shard: int) -> Answer:
+        """Return what a shard begins with, at the start or after a loss."""
+        ...
+
+    def arrived(self, shard: int, message: Message, version_read: int) -> Verdict:
+        """Take a shard's message, computed from the weights of a version."""
+        ...
+
+    def lost(self, shard: int) -> Verdict:
+        """Continue without a shard; return which shards may go on, because they no longer wait for it."""
+        ...
+
+    def readout(self) -> Weights:
+        """Return a copy of the weights that are evaluated and saved."""
+        ...
+
+
+class GossipSolver(Solver, Protocol):
+    """What all shards share if messages go from shard to shard: the graph, and the readout."""
+
+    def peers(self, turn: int, shard: int) -> Sequence[int]:
+        """Return the shards that a shard's message of a turn is sent to."""
+        ...
+
+    def readout(self, states: Iterable[Mapping[str, npt.NDArray[Any]]]) -> Vector:
+        """Return the parameters that are evaluated and saved, from the states of all halves in order."""
+        ...

@@ -1,290 +1,251 @@
-"""Synchronous SGD: every step uses gradients of the newest weights, of all shards, or of all but b.
+"""Synchronous SGD: every step uses gradients at the newest weights, of all shards, or of all but b.
 
     g_t = (sum over the rows that took part of the gradient of their loss) / rows
     theta_(t+1) = optimiser(theta_t, g_t)
 
-With no backup workers that is one process taking all rows of the step as one mini-batch.  With b of
-them the step is made of the first N = S - b shards that arrive; later ones are dropped.  The
-optimiser and the schedule are torch's own.  Chen et al. 2016, "Revisiting Distributed Synchronous
-SGD" (arXiv:1604.00981), algorithms 3 and 4.
+Without backup workers, this equals one process that uses all rows of the step as one mini-batch.  With b of
+them, a step uses the first N = S - b shards that arrive, and drops later ones.  The optimiser and the
+schedule are torch's own.  Chen et al. 2016, "Revisiting Distributed Synchronous SGD" (arXiv:1604.00981),
+algorithms 3 and 4.
 """
 
 from __future__ import annotations
 
 import copy
-import inspect
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
-import numpy as np
 import torch
-from torch import nn
-from torch.optim import Optimizer, lr_scheduler
 
-from sparksgd.config import OptimizerConfig, ScheduleConfig, SolverConfig
-from sparksgd.errors import ConfigError, UpdateNotFinite
-from sparksgd.flat import FlatModule, FlatStrip, Weights
-from sparksgd.imports import did_you_mean, resolve
-from sparksgd.solvers.eager import keep_eager
-from sparksgd.solvers.protocol import GradientSum, MakeReplica, Quorum, SolverState, StepOutcome
-from sparksgd.users_code import users_code
-
-__all__ = ["SendEverything", "SynchronousSolver"]
-
-# Their rule for one element looks at no other: one vector of all parameters gives the bits of many
-# tensors, and so do strips of it.  Measured for each by a test.
-_ELEMENTWISE = (
-    torch.optim.SGD,
-    torch.optim.Adam,
-    torch.optim.AdamW,
-    torch.optim.Adamax,
-    torch.optim.NAdam,
-    torch.optim.RAdam,
-    torch.optim.Adagrad,
-    torch.optim.Adadelta,
-    torch.optim.RMSprop,
-    torch.optim.Rprop,
-    torch.optim.ASGD,
+from sparksgd.arithmetic.flat import FlatModule, FlatStrip, Weights
+from sparksgd.config import Config
+from sparksgd.errors import ConfigError
+from sparksgd.imports import users_code
+from sparksgd.solvers.centre import Centre, clip
+from sparksgd.solvers.protocol import (
+    Answer,
+    Gradient,
+    Halves,
+    MakeReplica,
+    Message,
+    MessageShape,
+    Need,
+    Quorum,
+    Settings,
+    SolverState,
+    StepOutcome,
+    Vector,
+)
+from sparksgd.solvers.rules import Experiment, require_at_least
+from sparksgd.solvers.torch_optimizers import (
+    is_elementwise,
+    load_state,
+    make_optimizer,
+    make_schedule,
+    remarks_on,
+    state_of,
 )
 
+__all__ = [
+    "GRADIENT",
+    "SendGradients",
+    "SynchronousSettings",
+    "SynchronousSolver",
+]
 
-class SendEverything:
-    """The worker half of synchronous SGD: every gradient goes out as it is."""
 
-    sends_as_it_is = True
+@dataclass(frozen=True, kw_only=True)
+class SynchronousSettings:
+    """The keys of solver.name = "synchronous"."""
 
-    def outgoing(self, fresh: GradientSum) -> GradientSum:
+    clip_norm: float | None = None
+    """The largest Euclidean norm of a step's gradient.  If not set, gradients are not clipped."""
+
+    backup_workers: int = 0
+    """b: a step ends when all shards but b have arrived; gradients that come later are dropped.  It needs
+    the tree engine, and one shard for each worker.  The run's trace says who took part, for a replay."""
+
+    def check(self, config: Config) -> None:
+        """Refuse what does not fit the rest of the configuration."""
+        require_at_least("solver.backup_workers", self.backup_workers, 0)
+        require_at_least("solver.clip_norm", self.clip_norm, 0, above=True)
+        backups, shards = self.backup_workers, config.train.num_shards
+        if not backups:
+            return
+        if backups >= shards:
+            raise ConfigError(
+                f"solver.backup_workers is {backups}, but train.num_shards is {shards}, and a step needs "
+                f"one at least: set backup_workers to {shards - 1} or less (about 4 of 100 were best)"
+            )
+        if config.engine.num_workers not in (None, shards):
+            raise ConfigError(
+                f"solver.backup_workers is {backups}, which takes one shard per worker, but "
+                f"engine.num_workers is {config.engine.num_workers} and train.num_shards {shards}: set both "
+                f"to one number"
+            )
+        if config.data.placement == "in_place":
+            raise ConfigError(
+                f'solver.backup_workers is {backups}, but data.placement is "in_place": starved rows could '
+                f'not be dealt anew; use "hashed"'
+            )
+
+    def needs(self) -> frozenset[Need]:
+        """Return what the engine must carry."""
+        return frozenset({Need.ROUNDS, Need.QUORUM} if self.backup_workers else {Need.ROUNDS})
+
+
+GRADIENT = MessageShape(vectors=("gradient",))
+
+
+class SendGradients:
+    """The worker half of synchronous SGD: it sends every gradient unchanged."""
+
+    lag = 0
+
+    def __init__(self, flat: FlatModule, shard: int) -> None:
+        self._at: Vector | None = None
+        self._gradient: Gradient | None = None
+
+    def take(self, answer: Answer) -> None:
+        """Continue from the newest weights."""
+        self._at = answer.weights.parameters
+
+    def point(self) -> Vector:
+        """Return the newest weights."""
+        assert self._at is not None
+        return self._at
+
+    def turn(self, gradient: Gradient, settings: Settings) -> None:
+        """Keep the gradient."""
+        self._gradient = gradient
+
+    def send(self) -> Message | None:
         """Return the gradient."""
-        return fresh
+        gradient, self._gradient = self._gradient, None
+        return None if gradient is None else Message.of([gradient], {"gradient": gradient.vector})
+
+    def state(self) -> dict[str, Vector]:
+        """Keep nothing."""
+        return {}
+
+    def load_state(self, state: Mapping[str, Vector]) -> None:
+        """Keep nothing."""
 
 
 class SynchronousSolver:
     """Synchronous SGD with any torch optimiser and learning-rate schedule.
 
     Args:
-        flat: the module, or a strip of it; its parameters are the solver's from here on.
-        optimizer: which class of torch.optim, and its arguments.
-        schedule: which class of torch.optim.lr_scheduler, and its arguments.
-        solver: clipping, and backup workers.
-        num_shards: S.
-        steps_per_epoch: how often a schedule that moves by the epoch moves.
-        total_steps: how many steps will be made; a schedule must reach that far.
-        took_part: the shards of each step of an earlier run, to be made again; None: the first to arrive.
+        flat: the module, or a strip of it; the solver owns its parameters from now on.
+        settings: clipping, and backup workers.
+        experiment: has the optimiser, the schedule, and how long they are used.
+        took_part: in a replay, the shards of each step; None: the first to arrive.
     """
 
     def __init__(
         self,
         flat: FlatModule | FlatStrip,
-        *,
-        optimizer: OptimizerConfig,
-        schedule: ScheduleConfig,
-        solver: SolverConfig,
-        num_shards: int,
-        steps_per_epoch: int,
-        total_steps: int,
+        settings: SynchronousSettings,
+        experiment: Experiment,
         took_part: Sequence[frozenset[int]] | None = None,
     ) -> None:
-        self.flat = flat
-        self.step = 0
-        self._make_replica = partial(
-            SynchronousSolver,
-            optimizer=optimizer,
-            schedule=schedule,
-            solver=solver,
-            num_shards=num_shards,
-            steps_per_epoch=steps_per_epoch,
-            total_steps=total_steps,
-        )
-        self._all = Quorum(shards=frozenset(range(num_shards)), enough=num_shards - solver.backup_workers)
+        self.flat, self._centre = flat, Centre(flat)
+        self.halves = Halves(make=SendGradients, send_gradients=True)
+        self._make_replica = partial(SynchronousSolver, settings=settings, experiment=experiment)
+        num_shards = experiment.num_shards
+        everyone = frozenset(range(num_shards))
+        self._first = Quorum(shards=everyone, enough=num_shards - settings.backup_workers)
         self._took_part = took_part
-        self._clip_norm = solver.clip_norm
-        self._optimizer = _optimizer(flat, optimizer)
-        self.by_strips = type(self._optimizer) in _ELEMENTWISE and self._clip_norm is None
-        self._steps_per_move = steps_per_epoch if schedule.interval == "epoch" else 1
-        moves = total_steps // self._steps_per_move
-        self._schedule = _schedule(self._optimizer, schedule, moves)
-        self.remark = _remark(self._schedule, moves)
-        self._current: Weights | None = None
-        self._previous: Weights | None = None
+        self.needs = settings.needs()
+        if took_part is not None:
+            is_partial = any(shards != everyone for shards in took_part)
+            self.needs = frozenset({Need.ROUNDS, Need.REPLAY} if is_partial else {Need.ROUNDS})
+        self._clip_norm = settings.clip_norm
+        self._optimizer = make_optimizer(flat, experiment.optimizer)
+        self.by_strips = is_elementwise(self._optimizer) and self._clip_norm is None
+        self._turns_per_move = experiment.turns_per_move
+        self._schedule = make_schedule(self._optimizer, experiment.schedule, experiment.moves)
+        self.remarks = remarks_on(self._schedule, experiment.moves)
+        self._answer: Answer | None = None
 
-    def worker_half(self) -> SendEverything:
-        """Return the trivial worker half."""
-        return SendEverything()
+    @property
+    def version(self) -> int:
+        """Steps so far."""
+        return self._centre.version
+
+    @property
+    def turns(self) -> int:
+        """Turns that every shard has made: one a step."""
+        return self._centre.turns
+
+    def turns_at(self, turn: int) -> int:
+        """Return 1: every turn is a round."""
+        return 1
+
+    def shape_at(self, turn: int) -> MessageShape:
+        """Return the names in every message: the gradient."""
+        return GRADIENT
+
+    def answer(self) -> Answer:
+        """Return the newest weights; the same answer until the next step."""
+        if self._answer is None or self._answer.weights is not self.readout():
+            self._answer = Answer(weights=self.readout(), turn=self.version)
+        return self._answer
 
     def make_replica(self) -> MakeReplica:
-        """Return what makes another of its kind, at step 0; it pickles."""
+        """Return a function that makes another solver of this kind, at version 0; it can be pickled."""
         return self._make_replica
 
     def state(self) -> SolverState:
-        """Return what its next step depends on; the optimiser's arrays are views of its own."""
-        optimizer = self._optimizer.state_dict()
-        kept = {
-            key: {name: v.numpy() if isinstance(v, torch.Tensor) else v for name, v in values.items()}
-            for key, values in optimizer["state"].items()
-        }
+        """Return all that its next step depends on; the optimiser's arrays are views."""
+        vectors, rest = state_of(self._optimizer)
+        schedule = None if self._schedule is None else self._schedule.state_dict()
         return SolverState(
-            weights=self.weights(),
-            optimizer=optimizer | {"state": kept},
-            schedule=None if self._schedule is None else self._schedule.state_dict(),
+            weights=self.readout(),
+            turns=self.turns,
+            vectors=vectors,
+            rest={"optimizer": rest, "schedule": schedule},
         )
 
     def load_state(self, state: SolverState) -> None:
-        """Go on from another's state, one step further or anywhere else."""
-        before = self.weights() if state.weights.version == self.step + 1 else None
-        kept = {
-            key: {n: torch.from_numpy(v) if isinstance(v, np.ndarray) else v for n, v in values.items()}
-            for key, values in state.optimizer["state"].items()
-        }
-        self._optimizer.load_state_dict(copy.deepcopy(state.optimizer | {"state": kept}))
+        """Continue from the state of another solver, at any step."""
+        load_state(self._optimizer, state.vectors, state.rest["optimizer"])
         if self._schedule is not None:
-            self._schedule.load_state_dict(copy.deepcopy(dict(state.schedule or {})))
-        self.flat.load(state.weights)
-        self.step = state.weights.version
-        self._previous, self._current = before, None
+            self._schedule.load_state_dict(copy.deepcopy(dict(state.rest["schedule"] or {})))
+        self._centre.load(state)
 
-    def weights(self) -> Weights:
+    def readout(self) -> Weights:
         """Return a copy of the newest weights; the same object until the next step."""
-        if self._current is None:
-            self._current = self.flat.weights(self.step)
-        return self._current
+        return self._centre.readout()
 
     def quorum(self) -> Quorum:
-        """Return whose gradients the next step is made of: all but the backups, or those of the record."""
+        """Return the shards that the next step needs: all but the backups, or those of the trace."""
         if self._took_part is None:
-            return self._all
-        shards = self._took_part[self.step]
+            return self._first
+        shards = self._took_part[self.version]
         return Quorum(shards=shards, enough=len(shards))
 
-    def receive(self, arrived: GradientSum) -> StepOutcome:
-        """Make one step of the mean gradient.
+    def receive(self, total: Message) -> StepOutcome:
+        """Make one step with the mean gradient.
 
         Raises:
             UpdateNotFinite: the step would make a parameter NaN or infinite; the weights stay as before.
         """
-        before = self.weights()
         gradient = self.flat.gradient
-        torch.div(torch.from_numpy(arrived.gradient), arrived.rows, out=gradient)
-        norm = None
-        if self._clip_norm is not None:
-            norm = float(torch.linalg.vector_norm(gradient, dtype=torch.float64))
-            if norm > self._clip_norm:
-                gradient.mul_(self._clip_norm / norm)
+        torch.div(torch.from_numpy(total.vectors["gradient"]), total.rows, out=gradient)
+        norm = clip(gradient, self._clip_norm)
         lr = float(self._optimizer.param_groups[0]["lr"])
-        with users_code("the optimiser"):
+        with self._centre.step(total, 1, "optimizer.lr", lr), users_code("the optimiser"):
             self._optimizer.step()
-        parameters = self.flat.parameters
-        if not torch.isfinite(parameters.sum()) and not torch.isfinite(parameters).all():
-            self.flat.load(before)
-            self._previous = None
-            raise UpdateNotFinite(
-                f"step {self.step + 1} made a parameter infinite or NaN; lower optimizer.lr (it was "
-                f"{lr:g}) or set solver.clip_norm"
-            )
-        self.flat.load_buffers(
-            arrived.statistics / np.asarray(arrived.rows, arrived.statistics.dtype),
-            arrived.counters,
-        )
-        self.step += 1
-        if self._schedule is not None and self.step % self._steps_per_move == 0:
+        if self._schedule is not None and self.version % self._turns_per_move == 0:
             with users_code("the schedule"):
                 self._schedule.step()
-        self._previous, self._current = before, None
         return StepOutcome(lr=lr, gradient_norm=norm)
 
     def step_back(self) -> None:
-        """Return to the weights of the step before, the last ones whose loss was finite.
+        """Return to the weights before the last step, which had a finite loss.
 
-        For a run that ends here: the optimiser's own state stays as it is.
+        The run must end here, because the optimiser's state does not change.
         """
-        if self._previous is not None:
-            self.flat.load(self._previous)
-            self.step = self._previous.version
-        self._current = self._previous = None
-
-
-def _optimizer(flat: FlatModule | FlatStrip, config: OptimizerConfig) -> Optimizer:
-    kind = _kind("optimizer.name", config.name, torch.optim, Optimizer)
-    if config.arguments.get("fused"):
-        raise ConfigError("optimizer.fused is true, but fused optimisers give other bits: leave it out")
-    if issubclass(kind, torch.optim.LBFGS):
-        raise ConfigError("optimizer.name is 'LBFGS', which evaluates a step many times: use another")
-    keep_eager(kind)
-    with _refusing("optimizer", config.name, kind, config.arguments):
-        trial = nn.Parameter(torch.zeros(2, 2))
-        trial.grad = torch.ones(2, 2)
-        kind([trial], **config.arguments).step()
-        parameters = [flat.whole] if kind in _ELEMENTWISE else flat.trainable
-        made: Optimizer = kind(parameters, **config.arguments)
-    return made
-
-
-def _schedule(optimizer: Optimizer, config: ScheduleConfig, moves: int) -> lr_scheduler.LRScheduler | None:
-    if config.name is None:
-        if config.arguments:
-            raise ConfigError(
-                f"schedule.{next(iter(config.arguments))} is set, but schedule.name is not: name one, or "
-                f"unset {' and '.join(f'schedule.{key}' for key in config.arguments)} (--set KEY=none)"
-            )
-        return None
-    kind = _kind("schedule.name", config.name, lr_scheduler, lr_scheduler.LRScheduler)
-    if issubclass(kind, lr_scheduler.ReduceLROnPlateau):
-        raise ConfigError(
-            "schedule.name is 'ReduceLROnPlateau', but the rate must follow from the step alone: "
-            "use CosineAnnealingLR, OneCycleLR or another"
-        )
-    keep_eager(torch.optim.SGD)
-    with _refusing("schedule", config.name, kind, config.arguments):
-        trial = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0, momentum=0.9)
-        moving = kind(trial, **config.arguments)
-        trial.step()
-        moving.step()
-        made: lr_scheduler.LRScheduler = kind(optimizer, **config.arguments)
-    limit = getattr(made, "total_steps", None)
-    if limit is not None and limit < moves:
-        raise ConfigError(
-            f"schedule.total_steps is {limit}, but the run moves the schedule {moves} times: "
-            f"set schedule.total_steps={moves}"
-        )
-    return made
-
-
-def _remark(schedule: lr_scheduler.LRScheduler | None, moves: int) -> str | None:
-    """Return what a person should know of a schedule that the run does not follow to its end."""
-    limit = getattr(schedule, "total_steps", None)
-    if limit is None or not 0 < moves < limit:
-        return None
-    return (
-        f"schedule.total_steps is {limit}, but the run moves the schedule {moves} times and ends before its "
-        f"end: set schedule.total_steps={moves}"
-    )
-
-
-def _kind(key: str, name: str, home: Any, base: type[Any]) -> Any:
-    ours = {
-        word: kind
-        for word, kind in vars(home).items()
-        if inspect.isclass(kind) and issubclass(kind, base) and kind is not base
-    }
-    kind = resolve(key, name, ours)
-    if not (inspect.isclass(kind) and issubclass(kind, base)):
-        raise ConfigError(f"{key} is {name!r}, which is not a {base.__module__}.{base.__name__}")
-    return kind
-
-
-@contextmanager
-def _refusing(section: str, name: str, kind: Any, arguments: Mapping[str, Any]) -> Iterator[None]:
-    """Turn what torch says of arguments, when made or at the first step, into a ConfigError."""
-    known = inspect.signature(kind).parameters
-    takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in known.values())
-    for key in arguments:
-        if key not in known and not takes_any:
-            raise ConfigError(f"{section}.{key} is no argument of {name}{did_you_mean(key, list(known)[1:])}")
-    try:
-        yield
-    except Exception as error:
-        raise ConfigError(
-            f"{section}.name is {name!r}, which does not take {dict(arguments)}: "
-            f"{type(error).__name__}: {error}"
-        ) from error
+        self._centre.step_back()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -10,12 +11,13 @@ import pytest
 import torch
 from torch import nn
 
-from sparksgd.config import OptimizerConfig, ScheduleConfig, SolverConfig
-from sparksgd.flat import FlatModule, FlatStrip
-from sparksgd.ranges import balanced_range
-from sparksgd.solvers import synchronous
-from sparksgd.solvers.protocol import GradientSum, SolverState
-from sparksgd.solvers.synchronous import SynchronousSolver
+from sparksgd.arithmetic.flat import FlatModule, FlatStrip
+from sparksgd.arithmetic.ranges import balanced_range
+from sparksgd.config import OptimizerConfig, ScheduleConfig
+from sparksgd.solvers import torch_optimizers
+from sparksgd.solvers.protocol import Message, SolverState
+from sparksgd.solvers.rules import Experiment
+from sparksgd.solvers.synchronous import SynchronousSettings, SynchronousSolver
 
 ROWS, STEPS = 7, 6
 ARGUMENTS: dict[str, list[dict[str, Any]]] = {
@@ -25,7 +27,7 @@ ARGUMENTS: dict[str, list[dict[str, Any]]] = {
 }
 CASES = [
     (kind.__name__, arguments)
-    for kind in synchronous._ELEMENTWISE
+    for kind in torch_optimizers._ELEMENTWISE
     for arguments in ARGUMENTS.get(kind.__name__, [{}])
 ]
 
@@ -36,21 +38,20 @@ def module() -> nn.Module:
 
 
 def solver_over(flat: FlatModule | FlatStrip, name: str, arguments: dict[str, Any]) -> SynchronousSolver:
-    return SynchronousSolver(
-        flat,
+    experiment = Experiment(
         optimizer=OptimizerConfig(name=name, arguments={"lr": 0.05} | arguments),
         schedule=ScheduleConfig(name="CosineAnnealingLR", arguments={"T_max": STEPS}),
-        solver=SolverConfig(),
         num_shards=1,
-        steps_per_epoch=1,
-        total_steps=STEPS,
+        turns_per_epoch=1,
+        total_turns=STEPS,
     )
+    return SynchronousSolver(flat, SynchronousSettings(), experiment)
 
 
-def arrived(step: int, size: int) -> GradientSum:
+def arrived(step: int, size: int) -> Message:
     source = np.random.default_rng(step)
-    return GradientSum(
-        gradient=source.standard_normal(size, np.float32) * np.float32(10.0 ** (step - 2)),
+    return Message(
+        vectors={"gradient": source.standard_normal(size, np.float32) * np.float32(10.0 ** (step - 2))},
         statistics=source.random(34, np.float32),
         counters=np.array([step + 1], np.int64),
         loss=1.0,
@@ -58,8 +59,8 @@ def arrived(step: int, size: int) -> GradientSum:
     )
 
 
-def part(whole: GradientSum, strip: range) -> GradientSum:
-    return GradientSum(**{**vars(whole), "gradient": whole.gradient[strip.start : strip.stop]})
+def part(whole: Message, strip: range) -> Message:
+    return replace(whole, vectors={"gradient": whole.vectors["gradient"][strip.start : strip.stop]})
 
 
 @pytest.mark.parametrize(("name", "arguments"), CASES)
@@ -75,7 +76,7 @@ def test_strips_make_the_bits_of_torchs_own_tensors(name: str, arguments: dict[s
         whole = arrived(step, size)
         for solver, strip in zip(solvers, strips, strict=True):
             solver.receive(part(whole, strip))
-        mean, start = torch.from_numpy(whole.gradient) / ROWS, 0
+        mean, start = torch.from_numpy(whole.vectors["gradient"]) / ROWS, 0
         for parameter in plain.parameters():
             parameter.grad = mean[start : start + parameter.numel()].view(parameter.shape).clone()
             start += parameter.numel()
@@ -103,7 +104,7 @@ def test_a_state_may_be_cut_into_strips_and_joined_at_any_step(name: str, argume
             assert worker.receive(part(whole, strip)).lr == outcome.lr
             states.append(pickle.loads(pickle.dumps(worker.state())))
         moving.load_state(SolverState.joined(states))
-        assert moving.step == steady.step == step + 1
+        assert moving.version == steady.version == step + 1
         assert moving.flat.parameters.numpy().tobytes() == steady.flat.parameters.numpy().tobytes()
         assert moving.flat.weights(0).statistics.tobytes() == steady.flat.weights(0).statistics.tobytes()
         assert moving.flat.weights(0).counters.tolist() == [step + 1]
@@ -118,7 +119,7 @@ def test_a_solver_that_was_given_the_next_state_can_step_back() -> None:
     ahead.receive(arrived(1, size))
     behind.load_state(ahead.state())
     behind.step_back()
-    assert behind.step == 1
+    assert behind.version == 1
     assert torch.equal(behind.flat.parameters, first)
 
 
@@ -130,13 +131,12 @@ class Normed(torch.optim.SGD):
     ("name", "clip_norm"), [("SGD", 1.0), ("test_strips:Normed", None), ("Adafactor", None)]
 )
 def test_who_looks_at_the_whole_is_not_cut(name: str, clip_norm: float | None) -> None:
-    solver = SynchronousSolver(
-        FlatModule(module()),
+    experiment = Experiment(
         optimizer=OptimizerConfig(name=name, arguments={"lr": 0.1}),
         schedule=ScheduleConfig(),
-        solver=SolverConfig(clip_norm=clip_norm),
         num_shards=1,
-        steps_per_epoch=1,
-        total_steps=1,
+        turns_per_epoch=1,
+        total_turns=1,
     )
+    solver = SynchronousSolver(FlatModule(module()), SynchronousSettings(clip_norm=clip_norm), experiment)
     assert not solver.by_strips

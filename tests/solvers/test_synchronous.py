@@ -13,11 +13,12 @@ import pytest
 import torch
 from torch import nn
 
-from sparksgd.config import OptimizerConfig, ScheduleConfig, SolverConfig
+from sparksgd.arithmetic.flat import FlatModule
+from sparksgd.config import OptimizerConfig, ScheduleConfig
 from sparksgd.errors import ConfigError, NotFinite
-from sparksgd.flat import FlatModule
-from sparksgd.solvers.protocol import GradientSum
-from sparksgd.solvers.synchronous import SendEverything, SynchronousSolver
+from sparksgd.solvers.protocol import Answer, Gradient, Message
+from sparksgd.solvers.rules import Experiment
+from sparksgd.solvers.synchronous import SynchronousSettings, SynchronousSolver
 
 
 def arrived(
@@ -25,9 +26,9 @@ def arrived(
     rows: int = 1,
     statistics: Sequence[float] = (),
     counters: Sequence[int] = (),
-) -> GradientSum:
-    return GradientSum(
-        gradient=np.array(gradient, np.float32),
+) -> Message:
+    return Message(
+        vectors={"gradient": np.array(gradient, np.float32)},
         statistics=np.array(statistics, np.float32),
         counters=np.array(counters, np.int64),
         loss=0.0,
@@ -41,18 +42,17 @@ def solver_of(
     *,
     schedule: ScheduleConfig | None = None,
     clip_norm: float | None = None,
-    steps_per_epoch: int = 1,
+    turns_per_epoch: int = 1,
     **arguments: Any,
 ) -> SynchronousSolver:
-    return SynchronousSolver(
-        FlatModule(module),
+    experiment = Experiment(
         optimizer=OptimizerConfig(name=name, arguments=arguments),
         schedule=schedule or ScheduleConfig(),
-        solver=SolverConfig(clip_norm=clip_norm),
         num_shards=1,
-        steps_per_epoch=steps_per_epoch,
-        total_steps=3,
+        turns_per_epoch=turns_per_epoch,
+        total_turns=3,
     )
+    return SynchronousSolver(FlatModule(module), SynchronousSettings(clip_norm=clip_norm), experiment)
 
 
 def at(*parameters: float) -> nn.Linear:
@@ -126,7 +126,7 @@ def test_plain_descent_is_what_a_person_works_out() -> None:
     solver = solver_of(at(1.0, 2.0), lr=0.5)
     solver.receive(arrived([4.0, -8.0], rows=4))  # means 1 and -2
     assert solver.flat.parameters.tolist() == [0.5, 3.0]
-    assert solver.step == 1
+    assert solver.version == 1
 
 
 def test_an_optimiser_of_the_user_s_goes_by_import_path() -> None:
@@ -173,11 +173,23 @@ def test_the_solver_draws_no_random_number() -> None:
 # What is sent
 
 
-def test_the_worker_half_sends_everything_and_can_be_shipped() -> None:
-    half = pickle.loads(pickle.dumps(solver_of(at(1.0)).worker_half()))
-    assert isinstance(half, SendEverything)
-    fresh = arrived([1.0])
-    assert half.outgoing(fresh) is fresh
+def test_the_worker_half_sends_its_gradient_as_it_is_and_can_be_shipped() -> None:
+    solver = solver_of(at(1.0, 2.0))
+    halves = pickle.loads(pickle.dumps(solver.halves))
+    half = halves.make(solver.flat, 3)
+    half.take(Answer(weights=solver.readout(), turn=0))
+    assert half.point().tolist() == [1.0, 2.0]
+    assert half.send() is None  # it has made no turn
+    gradient = Gradient(
+        vector=np.array([3.0, 4.0], np.float32), statistics=np.array([0.5], np.float32),
+        counters=np.array([7]), loss=2.0, rows=5,
+    )  # fmt: skip
+    half.turn(gradient, {})
+    message = half.send()
+    assert message.vectors["gradient"] is gradient.vector
+    assert (message.statistics.tolist(), message.counters.tolist()) == ([2.5], [7])
+    assert (message.loss, message.rows, message.shards) == (2.0, 5, 1)
+    assert half.send() is None  # it was sent
 
 
 def test_gradient_sums_add_up_part_by_part() -> None:
@@ -186,7 +198,7 @@ def test_gradient_sums_add_up_part_by_part() -> None:
     right = arrived([10, 20], rows=4, statistics=[5], counters=[6, 2])
     right.loss = 0.25
     left += right
-    assert (left.gradient.tolist(), left.statistics.tolist()) == ([11, 22], [15])
+    assert (left.vectors["gradient"].tolist(), left.statistics.tolist()) == ([11, 22], [15])
     assert (left.counters.tolist(), left.loss, left.rows, left.shards) == ([6, 9], 0.75, 7, 2)
 
 
@@ -195,10 +207,10 @@ def test_gradient_sums_add_up_part_by_part() -> None:
 
 def test_weights_are_one_object_until_the_next_step() -> None:
     solver = solver_of(at(1.0), lr=0.5)
-    first = solver.weights()
-    assert solver.weights() is first
+    first = solver.readout()
+    assert solver.readout() is first
     solver.receive(arrived([1.0]))
-    second = solver.weights()
+    second = solver.readout()
     assert (first.version, first.parameters.tolist()) == (0, [1.0])
     assert (second.version, second.parameters.tolist()) == (1, [0.5])
 
@@ -212,8 +224,8 @@ def test_stepping_back_gives_the_weights_of_the_step_before_once() -> None:
     assert solver.flat.parameters.tolist() == [5.0]
     for _ in range(2):  # there is no step further back
         solver.step_back()
-        weights = solver.weights()
-        assert (solver.step, weights.version) == (2, 2)
+        weights = solver.readout()
+        assert (solver.version, weights.version) == (2, 2)
         assert weights.parameters.tolist() == [6.0]
         assert weights.statistics.tolist() == [20.0, 200.0]
         assert weights.counters.tolist() == [2]
@@ -222,7 +234,7 @@ def test_stepping_back_gives_the_weights_of_the_step_before_once() -> None:
 def test_stepping_back_before_the_first_step_changes_nothing() -> None:
     solver = solver_of(at(1.0))
     solver.step_back()
-    assert (solver.step, solver.flat.parameters.tolist()) == (0, [1.0])
+    assert (solver.version, solver.flat.parameters.tolist()) == (0, [1.0])
 
 
 @pytest.mark.parametrize("gradient", [3e38, float("inf"), float("nan")])
@@ -236,7 +248,7 @@ def test_a_step_that_would_make_a_parameter_infinite_is_not_made(gradient: float
     ):
         solver.receive(arrived([gradient], statistics=[3, 4], counters=[2]))
     solver.step_back()  # those weights were good: nothing to take back
-    assert (solver.step, solver.weights().version) == (1, 1)
+    assert (solver.version, solver.readout().version) == (1, 1)
     assert solver.flat.parameters.tolist() == [-1.0]
     assert solver.flat.statistics().tolist() == [1.0, 2.0]
     assert solver.flat.counters().tolist() == [1]
@@ -288,7 +300,7 @@ def test_a_schedule_by_the_step_moves_after_every_step() -> None:
 
 def test_a_schedule_by_the_epoch_moves_after_every_epoch() -> None:
     halving = ScheduleConfig(name="StepLR", interval="epoch", arguments={"step_size": 1, "gamma": 0.5})
-    solver = solver_of(at(1.0), lr=1.0, schedule=halving, steps_per_epoch=3)
+    solver = solver_of(at(1.0), lr=1.0, schedule=halving, turns_per_epoch=3)
     assert rates(solver, 7) == [1.0, 1.0, 1.0, 0.5, 0.5, 0.5, 0.25]
 
 
@@ -322,9 +334,8 @@ def test_a_schedule_that_the_run_cuts_short_is_named() -> None:
     fitting, longer = (
         ScheduleConfig(name="OneCycleLR", arguments={"max_lr": 0.5, "total_steps": steps}) for steps in (3, 4)
     )
-    assert solver_of(at(1.0), lr=0.1, momentum=0.9, schedule=fitting).remark is None
-    remark = solver_of(at(1.0), lr=0.1, momentum=0.9, schedule=longer).remark
-    assert remark is not None
+    assert solver_of(at(1.0), lr=0.1, momentum=0.9, schedule=fitting).remarks == []
+    (remark,) = solver_of(at(1.0), lr=0.1, momentum=0.9, schedule=longer).remarks
     assert "total_steps is 4, but the run moves the schedule 3 times" in remark
 
 

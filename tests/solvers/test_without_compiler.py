@@ -7,20 +7,20 @@ import sys
 
 import pytest
 
-from sparksgd.solvers import synchronous
+from sparksgd.solvers import torch_optimizers
 
-NAMES = [kind.__name__ for kind in synchronous._ELEMENTWISE]
+NAMES = [kind.__name__ for kind in torch_optimizers._ELEMENTWISE]
 
 PROGRAM = """
 import sys
 import torch
-from sparksgd.solvers.eager import keep_eager
+from sparksgd.solvers.torch_optimizers import without_compiler
 
 {before}
+without_compiler()
 torch.manual_seed(0)
 starts = torch.randn(5)
 for name in {names}:
-    keep_eager(getattr(torch.optim, name))
     weights, hooked = torch.nn.Parameter(starts.clone()), []
     optimizer = getattr(torch.optim, name)([weights], lr=0.1)
     schedule = torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5)
@@ -55,6 +55,7 @@ def test_the_compiler_is_not_loaded_and_the_bits_are_those_with_it() -> None:
     assert said(before=LOADED) == [*made, "True"]
 
 
+@pytest.mark.soak
 @pytest.mark.parametrize("name", ["SGD", "AdamW"])
 def test_who_loads_the_compiler_later_gets_the_same(name: str) -> None:
     made, _ = said(names=[name])

@@ -1,0 +1,108 @@
+"""The weights of a central half: reading them, changing them as a transaction, and undoing a step.
+
+Legend: P parameters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from sparksgd.arithmetic.flat import FlatModule, FlatStrip, Weights
+from sparksgd.errors import UpdateNotFinite
+from sparksgd.solvers.protocol import Message, SolverState
+
+__all__ = ["Centre", "clip", "refuse_not_finite"]
+
+
+class Centre:
+    """A module, or a strip of it, with its version and the turns that made it.
+
+    Args:
+        flat: the solver owns its parameters from now on.
+    """
+
+    def __init__(self, flat: FlatModule | FlatStrip) -> None:
+        self.flat = flat
+        self.version = 0
+        """Steps that made the weights."""
+
+        self.turns = 0
+        """Turns that every shard has made."""
+
+        self._current: Weights | None = None
+        self._before: tuple[Weights, int] | None = None
+
+    def readout(self) -> Weights:
+        """Return a copy of the weights; the same object until the next step."""
+        if self._current is None:
+            self._current = self.flat.weights(self.version)
+        return self._current
+
+    @contextmanager
+    def step(self, total: Message, turns: int, key: str, rate: float) -> Iterator[None]:
+        """Let the block change the parameters, and make that the next version.
+
+        Args:
+            total: the sum that the step uses; its running statistics become the module's.
+            turns: how many turns each shard made for it.
+            key: of the rate, for the error.
+            rate: how far the step goes.
+
+        Raises:
+            UpdateNotFinite: a parameter became NaN or infinite; the weights are as before.
+        """
+        before = self.readout(), self.turns
+        try:
+            yield
+            refuse_not_finite(self.flat.parameters, f"step {self.version + 1}", key, rate)
+        except BaseException as error:
+            self.flat.load(before[0])
+            if isinstance(error, UpdateNotFinite):
+                self._before = None
+            raise
+        self.flat.load_buffers(total.mean_statistics(), total.counters)
+        self.version, self.turns = self.version + 1, self.turns + turns
+        self._before, self._current = before, None
+
+    def load(self, state: SolverState) -> None:
+        """Continue from the weights of another solver, at any step."""
+        is_next = state.weights.version == self.version + 1
+        self._before = (self.readout(), self.turns) if is_next else None
+        self.flat.load(state.weights)
+        self.version, self.turns, self._current = state.weights.version, state.turns, None
+
+    def step_back(self) -> None:
+        """Return to the weights before the last step; only once."""
+        if self._before is not None:
+            weights, self.turns = self._before
+            self.flat.load(weights)
+            self.version = weights.version
+        self._current = self._before = None
+
+
+def clip(gradient: torch.Tensor, clip_norm: float | None) -> float | None:
+    """Scale a gradient, float[P], down to a Euclidean norm, in place; return its norm before that.
+
+    With None nothing is clipped, and no norm is computed.
+    """
+    if clip_norm is None:
+        return None
+    norm = float(torch.linalg.vector_norm(gradient, dtype=torch.float64))
+    if norm > clip_norm:
+        gradient.mul_(clip_norm / norm)
+    return norm
+
+
+def refuse_not_finite(parameters: torch.Tensor, doing: str, key: str, rate: float) -> None:
+    """Refuse parameters that an update made NaN or infinite.
+
+    Raises:
+        UpdateNotFinite: with the rate, and the key to lower.
+    """
+    if not torch.isfinite(parameters.sum()) and not torch.isfinite(parameters).all():
+        raise UpdateNotFinite(
+            f"{doing} made a parameter infinite or NaN; lower {key} (it was {rate:g}) or set solver.clip_norm"
+        )
