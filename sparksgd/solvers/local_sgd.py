@@ -1,0 +1,442 @@
+"""Local SGD and DiLoCo: each shard makes H turns by itself, then the centre steps along the mean difference.
+
+    x_s = theta;  in each of H turns  x_s <- optimiser(x_s, (sum of the piece's gradients) / rows)
+    Delta = (sum over shards of r_s (theta - x_s)) / (sum over shards of r_s)       r_s: rows of shard s
+    m <- beta m + Delta
+    theta <- theta - epsilon (Delta + beta m)
+
+epsilon = 1 and beta = 0 averages the shards' models: local SGD (Stich 2019, arXiv:1805.09767).
+epsilon = 0.7, beta = 0.9 and H = 500 with AdamW inside is DiLoCo (Douillard et al. 2023, arXiv:2311.08105).
+The first `synchronous_steps` steps may be synchronous SGD: post-local SGD (Lin et al. 2020,
+arXiv:1808.07217).  A round is cut short at the end of an epoch and of the run.  Batch-norm's statistics are
+the row-weighted mean of the shards' statistics at the end of the round.
+
+Legend: P parameters, H turns of a round.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch.optim import Optimizer
+
+from sparksgd.arithmetic.flat import FlatModule, FlatStrip, Weights
+from sparksgd.config import Config, OptimizerConfig
+from sparksgd.errors import ConfigError
+from sparksgd.imports import users_code
+from sparksgd.solvers.centre import Centre, clip, refuse_not_finite
+from sparksgd.solvers.protocol import (
+    Answer,
+    Gradient,
+    Halves,
+    MakeReplica,
+    Message,
+    MessageShape,
+    Need,
+    Quorum,
+    Settings,
+    SolverState,
+    StepOutcome,
+    Vector,
+)
+from sparksgd.solvers.rules import Experiment, require_at_least
+from sparksgd.solvers.synchronous import GRADIENT, SendGradients
+from sparksgd.solvers.torch_optimizers import (
+    Rates,
+    another_optimizer,
+    averaged_state,
+    load_averaged_state,
+    load_state,
+    make_optimizer,
+    state_names,
+    state_of,
+)
+
+__all__ = ["LocalSGD", "LocalSGDSettings", "LocalTurns"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LocalSGDSettings:
+    """The keys of solver.name = "local_sgd"."""
+
+    turns_per_round: int = 16
+    """H: how many turns each shard makes by itself between two sums.  Workers send 1/H of the bytes of
+    synchronous SGD."""
+
+    outer_lr: float = 1.0
+    """epsilon: the step of the centre along the mean difference.  1 averages the shards' models."""
+
+    outer_momentum: float = 0.0
+    """beta: the centre's Nesterov momentum.  DiLoCo uses 0.9, with outer_lr = 0.7."""
+
+    synchronous_steps: int = 0
+    """How many steps of synchronous SGD come first (post-local SGD).  After them each shard's optimiser
+    begins with a copy of the centre's state."""
+
+    inner_state: Literal["drop", "average", "keep"] = "drop"
+    """What happens at a round's end to the state of the shards' optimisers, such as momentum.  drop: it is
+    forgotten.  average: all continue from its mean.  keep: each shard keeps its own, which only some engines
+    carry."""
+
+    clip_norm: float | None = None
+    """The largest Euclidean norm of a gradient that an optimiser takes.  If not set, gradients are not
+    clipped."""
+
+    def check(self, config: Config) -> None:
+        """Refuse values out of range."""
+        require_at_least("solver.turns_per_round", self.turns_per_round, 1)
+        require_at_least("solver.outer_lr", self.outer_lr, 0, above=True)
+        require_at_least("solver.outer_momentum", self.outer_momentum, 0)
+        if self.outer_momentum >= 1:
+            raise ConfigError(f"solver.outer_momentum is {self.outer_momentum}, but must be below 1")
+        require_at_least("solver.synchronous_steps", self.synchronous_steps, 0)
+        require_at_least("solver.clip_norm", self.clip_norm, 0, above=True)
+
+    def needs(self) -> frozenset[Need]:
+        """Return what the engine must carry."""
+        return frozenset({Need.ROUNDS, Need.SHARD_STATE} if self.inner_state == "keep" else {Need.ROUNDS})
+
+
+class LocalTurns:
+    """The worker half: its own optimiser moves a local model, which starts from the round's weights.
+
+    Args:
+        flat: a module of the run's shapes.
+        shard: the shard that it belongs to.
+        settings: the rule's keys.
+        optimizer: which class of torch.optim, and its arguments.
+        state_names: names of the vectors and numbers in the optimiser's state, if it is averaged.
+    """
+
+    lag = 0
+
+    def __init__(
+        self,
+        flat: FlatModule,
+        shard: int,
+        *,
+        settings: LocalSGDSettings,
+        optimizer: OptimizerConfig,
+        state_names: tuple[tuple[str, ...], tuple[str, ...]],
+    ) -> None:
+        self._settings, self._config, self._state_names = settings, optimizer, state_names
+        self._synchronous = SendGradients(flat, shard)
+        self._local = flat.parameters_like()
+        self._optimizer: Optimizer | None = None
+        self._round: Answer | None = None
+        self._made: Gradient | None = None  # rows and losses of the round's turns, and its last statistics
+
+    def take(self, answer: Answer) -> None:
+        """Begin a round at the centre's weights."""
+        self._made = None
+        if answer.turn < self._settings.synchronous_steps:
+            self._round = None
+            self._synchronous.take(answer)
+            return
+        self._round = answer
+        self._local.parameters.copy_(torch.from_numpy(answer.weights.parameters))
+        if self._optimizer is None or self._settings.inner_state != "keep":
+            self._optimizer = another_optimizer(self._local, self._config)
+            if answer.vectors or answer.scalars:
+                load_averaged_state(self._optimizer, answer.vectors, answer.scalars)
+
+    def point(self) -> Vector:
+        """Return the local model."""
+        return self._synchronous.point() if self._round is None else self._local.parameters.numpy()
+
+    def turn(self, gradient: Gradient, settings: Settings) -> None:
+        """Let the optimiser make a step with the piece's mean gradient.
+
+        Raises:
+            UpdateNotFinite: a parameter became NaN or infinite.
+        """
+        if self._round is None:
+            self._synchronous.turn(gradient, settings)
+            return
+        assert self._optimizer is not None
+        local, before = self._local, self._made
+        torch.div(torch.from_numpy(gradient.vector), gradient.rows, out=local.gradient)
+        clip(local.gradient, self._settings.clip_norm)
+        group = self._optimizer.param_groups[0]
+        group.update(settings)
+        with users_code("the optimiser"):
+            self._optimizer.step()
+        refuse_not_finite(local.parameters, "the shard's own step", "optimizer.lr", float(group["lr"]))
+        self._made = replace(
+            gradient,
+            vector=gradient.vector[:0],
+            rows=gradient.rows + (before.rows if before else 0),
+            loss=(before.loss if before else 0.0) + gradient.loss,
+        )
+
+    def send(self) -> Message | None:
+        """Return the difference to the round's weights, times the rows; None where the shard had no row.
+
+        Raises:
+            ConfigError: the optimisers' states cannot be averaged.
+        """
+        if self._round is None:
+            return self._synchronous.send()
+        if self._made is None:
+            return None
+        local, rows = self._local.parameters.numpy(), self._made.rows
+        weight = np.asarray(rows, local.dtype)
+        vectors = {"difference": (self._round.weights.parameters - local) * weight}
+        scalars: dict[str, float] = {}
+        if self._settings.inner_state == "average":
+            assert self._optimizer is not None
+            of_elements, of_all = averaged_state(self._optimizer)
+            if (tuple(sorted(of_elements)), tuple(sorted(of_all))) != self._state_names:
+                raise ConfigError(
+                    f'solver.inner_state is "average", but what the optimiser keeps changes during the run, '
+                    f"from {self._state_names} to {sorted(of_elements)}, {sorted(of_all)}: a schedule "
+                    f'switches its momentum. Use solver.inner_state = "drop", or schedule.cycle_momentum = '
+                    f"false"
+                )
+            vectors |= {name: vector * weight for name, vector in of_elements.items()}
+            scalars = {name: value * rows for name, value in of_all.items()}
+        return Message.of([self._made], vectors, **scalars)
+
+    def state(self) -> dict[str, npt.NDArray[Any]]:
+        """Return the optimiser's state, if it is kept."""
+        if self._optimizer is None or self._settings.inner_state != "keep":
+            return {}
+        vectors, scalars = averaged_state(self._optimizer)
+        return {**vectors, **{name: np.asarray(value) for name, value in scalars.items()}}
+
+    def load_state(self, state: Mapping[str, npt.NDArray[Any]]) -> None:
+        """Continue from the state of another half."""
+        if state:
+            self._optimizer = another_optimizer(self._local, self._config)
+            vectors = {name: value for name, value in state.items() if value.ndim}
+            scalars = {name: float(value) for name, value in state.items() if not value.ndim}
+            load_averaged_state(self._optimizer, vectors, scalars)
+
+
+class LocalSGD:
+    """The central half: it steps along the mean of the shards' differences.
+
+    Args:
+        flat: the module, or a strip of it; the solver owns its parameters from now on.
+        settings: the rule's keys.
+        experiment: optimiser and schedule, and how long they are used.
+        took_part: of a run that is replayed; every step is made of all shards.
+    """
+
+    def __init__(
+        self,
+        flat: FlatModule | FlatStrip,
+        settings: LocalSGDSettings,
+        experiment: Experiment,
+        took_part: Sequence[frozenset[int]] | None = None,
+    ) -> None:
+        everyone = frozenset(range(experiment.num_shards))
+        if took_part is not None and any(shards != everyone for shards in took_part):
+            raise ConfigError(
+                'solver.name is "local_sgd", which makes every step of all shards, but the run to be '
+                "replayed made some of fewer: it was made by another rule"
+            )
+        self.flat, self._centre, self._quorum = flat, Centre(flat), Quorum.of_all(everyone)
+        self.needs = settings.needs()
+        self._settings, self._experiment = settings, experiment
+        self._make_replica = partial(LocalSGD, settings=settings, experiment=experiment)
+        self._rates = Rates(
+            experiment.optimizer, experiment.schedule, experiment.turns_per_move, experiment.moves
+        )
+        if settings.inner_state != "drop" and not self._rates.is_elementwise:
+            raise ConfigError(
+                f'solver.inner_state is "{settings.inner_state}", but optimizer.name is '
+                f"{experiment.optimizer.name!r}, whose state is not one value for each parameter: use "
+                f'"drop", or an optimiser of torch.optim that treats each element by itself'
+            )
+        self.by_strips = settings.inner_state == "drop" and not settings.synchronous_steps
+        self._inner = make_optimizer(flat, experiment.optimizer) if settings.synchronous_steps else None
+        is_averaged = settings.inner_state == "average"
+        self._state_names = state_names(experiment.optimizer, self._rates.now) if is_averaged else ((), ())
+        self.halves = Halves(
+            make=partial(
+                LocalTurns,
+                settings=settings,
+                optimizer=experiment.optimizer,
+                state_names=self._state_names,
+            ),
+            have_local_models=True,
+            keep_state=Need.SHARD_STATE in self.needs,
+            vectors=1 + len(self._state_names[0]),
+        )
+        self.remarks = self._rates.remarks + _remarks(settings, experiment, self._rates)
+        self._momentum = torch.zeros_like(flat.parameters) if settings.outer_momentum else None
+        self._vectors: dict[str, Vector] = {}
+        self._scalars: dict[str, float] = {}
+        self._answer: Answer | None = None
+
+    @property
+    def version(self) -> int:
+        """Steps so far."""
+        return self._centre.version
+
+    @property
+    def turns(self) -> int:
+        """Turns that every shard has made."""
+        return self._centre.turns
+
+    @property
+    def _is_local(self) -> bool:
+        """Whether the next round has local turns."""
+        return self.turns >= self._settings.synchronous_steps
+
+    def turns_at(self, turn: int) -> int:
+        """Return H, or fewer if the epoch or the run ends before; 1 before the local turns begin."""
+        if turn < self._settings.synchronous_steps:
+            return 1
+        epoch = self._experiment.turns_per_epoch
+        end = min(self._experiment.total_turns, (turn // epoch + 1) * epoch)
+        return min(self._settings.turns_per_round, max(1, end - turn))
+
+    def shape_at(self, turn: int) -> MessageShape:
+        """Return the names in the messages: the gradient, or the difference and what else is averaged."""
+        if turn < self._settings.synchronous_steps:
+            return GRADIENT
+        vectors, scalars = self._state_names
+        return MessageShape(vectors=("difference", *vectors), scalars=scalars)
+
+    def answer(self) -> Answer:
+        """Return the weights, and the settings of each turn; the same object until the next step."""
+        if self._answer is None:
+            turns = self.turns_at(self.turns)
+            self._answer = Answer(
+                weights=self._centre.readout(),
+                turn=self.turns,
+                turns=turns,
+                settings=self._rates.ahead(turns) if self._is_local else (),
+                vectors=self._vectors,
+                scalars=self._scalars,
+            )
+        return self._answer
+
+    def quorum(self) -> Quorum:
+        """Return that every shard takes part."""
+        return self._quorum
+
+    def receive(self, total: Message) -> StepOutcome:
+        """Step along the mean difference; or, before the local turns begin, along the mean gradient.
+
+        Raises:
+            UpdateNotFinite: the step would make a parameter NaN or infinite; the weights stay as before.
+        """
+        lr, turns, step = self._rates.lr, self.turns_at(self.turns), self._centre.step
+        if self._is_local:
+            norm = None
+            with step(total, turns, "solver.outer_lr", self._settings.outer_lr):
+                momentum = self._step_outside(total)
+            self._momentum, given = momentum, self._averaged(total)
+        else:
+            with step(total, turns, "optimizer.lr", lr):
+                norm = self._step_inside(total)
+            given = self._of_centre() if self._is_local else ({}, {})
+        self._rates.move(turns)
+        (self._vectors, self._scalars), self._answer = given, None
+        return StepOutcome(lr=lr, gradient_norm=norm)
+
+    def _of_centre(self) -> tuple[dict[str, Vector], dict[str, float]]:
+        """Return the state of the centre's optimiser, with which those of the shards begin."""
+        assert self._inner is not None
+        return averaged_state(self._inner) if self._rates.is_elementwise else ({}, {})
+
+    def _step_outside(self, total: Message) -> torch.Tensor | None:
+        """Make the outer step: SGD with Nesterov momentum, whose gradient is the mean difference.
+
+        Returns:
+            The momentum after it; None without one.
+        """
+        difference = torch.from_numpy(total.vectors["difference"] / np.asarray(total.rows, np.float32))
+        step, momentum, beta = difference, self._momentum, self._settings.outer_momentum
+        if momentum is not None:
+            momentum = beta * momentum + difference
+            step = difference + beta * momentum
+        self.flat.parameters.sub_(self._settings.outer_lr * step)
+        return momentum
+
+    def _step_inside(self, total: Message) -> float | None:
+        """Make a step of synchronous SGD; return the norm of the mean gradient if gradients are clipped."""
+        gradient = self.flat.gradient
+        torch.div(torch.from_numpy(total.vectors["gradient"]), total.rows, out=gradient)
+        norm = clip(gradient, self._settings.clip_norm)
+        assert self._inner is not None
+        self._inner.param_groups[0].update(self._rates.now)
+        with users_code("the optimiser"):
+            self._inner.step()
+        return norm
+
+    def _averaged(self, total: Message) -> tuple[dict[str, Vector], dict[str, float]]:
+        """Return the mean state of the shards' optimisers, where it is averaged."""
+        rows, (names, _) = np.asarray(total.rows, np.float32), self._state_names
+        scalars = {name: value / total.rows for name, value in total.scalars.items()}
+        return {name: total.vectors[name] / rows for name in names}, scalars
+
+    def readout(self) -> Weights:
+        """Return a copy of the centre's weights; the same object until the next step."""
+        return self._centre.readout()
+
+    def state(self) -> SolverState:
+        """Return what its next step depends on."""
+        vectors, rest = ({}, None) if self._inner is None else state_of(self._inner)
+        momentum = {} if self._momentum is None else {"outer.momentum": self._momentum.numpy()}
+        return SolverState(
+            weights=self.readout(),
+            turns=self.turns,
+            vectors={
+                **momentum,
+                **{f"centre.{name}": vector for name, vector in vectors.items()},
+                **{f"halves.{name}": vector for name, vector in self._vectors.items()},
+            },
+            rest={"centre": rest, "rates": self._rates.state(), "scalars": dict(self._scalars)},
+        )
+
+    def load_state(self, state: SolverState) -> None:
+        """Continue from the state of another solver, at any step."""
+
+        def named(prefix: str) -> dict[str, Vector]:
+            found = state.vectors.items()
+            return {name.removeprefix(prefix): vector for name, vector in found if name.startswith(prefix)}
+
+        if self._momentum is not None:
+            self._momentum = torch.from_numpy(state.vectors["outer.momentum"].copy())
+        if self._inner is not None:
+            load_state(self._inner, named("centre."), state.rest["centre"])
+        self._vectors = {name: vector.copy() for name, vector in named("halves.").items()}
+        self._scalars = dict(state.rest["scalars"])
+        self._rates.load_state(state.rest["rates"])
+        self._centre.load(state)
+        self._answer = None
+
+    def step_back(self) -> None:
+        """Return to the weights before the last step; the state of the optimisers does not change."""
+        self._centre.step_back()
+        self._answer = None
+
+    def make_replica(self) -> MakeReplica:
+        """Return a function that makes another solver of this kind, at version 0; it can be pickled."""
+        return self._make_replica
+
+
+def _remarks(settings: LocalSGDSettings, experiment: Experiment, rates: Rates) -> list[str]:
+    """Return remarks on settings that have no effect, or not the expected one."""
+    found, first = [], settings.synchronous_steps
+    if first >= experiment.total_turns > 0:
+        found.append(
+            f"solver.synchronous_steps is {first}, but the run has {experiment.total_turns} turns: no round "
+            f"of local turns is made"
+        )
+    elif first and not rates.is_elementwise:
+        found.append(
+            f"optimizer.name is {experiment.optimizer.name!r}, whose state cannot be copied: after "
+            f"solver.synchronous_steps the shards' optimisers begin without one"
+        )
+    return found
