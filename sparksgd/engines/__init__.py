@@ -1,1 +1,1 @@
-"""Engines: they move vectors between workers and the solver, and decide nothing."""
+"""Engines: they move vectors between workers and the solver, and decide nothing about the update."""

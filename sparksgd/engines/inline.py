@@ -1,6 +1,6 @@
-"""The inline engine: every shard computed in this process, one after the other.
+"""The inline engine: it computes all shards in this process, one after the other.
 
-The reference that all other engines must equal, bit for bit; and the one to debug a module with.
+It is the reference: all other engines must give the same bits.  Use it to debug a module.
 """
 
 from __future__ import annotations
@@ -9,11 +9,14 @@ import os
 import time
 from collections.abc import Callable
 
-from sparksgd.compute import Computer, Evaluation, Plan
-from sparksgd.engines.protocol import Recovery, SegmentReport, Shards, StepTiming, take_step
+from sparksgd.arithmetic.numerics import Numerics
+from sparksgd.data.source import Shards
+from sparksgd.engines.compute import Computer, Plan
+from sparksgd.engines.kinds import INLINE
+from sparksgd.engines.protocol import Recovery, SegmentReport, StepTiming, take_step
+from sparksgd.engines.replies import Evaluation
 from sparksgd.errors import ConfigError
-from sparksgd.numerics import Numerics
-from sparksgd.solvers.protocol import Solver
+from sparksgd.solvers.protocol import RoundSolver
 
 __all__ = ["InlineEngine"]
 
@@ -27,57 +30,65 @@ class InlineEngine:
         test: rows to evaluate on.
     """
 
-    name = "inline"
-    mode = "in one process"
+    kinds = (INLINE,)
+    name = INLINE.name
+    mode = INLINE.mode
     segment_steps = 1
 
     def __init__(self, plan: Plan, shards: Shards, test: Shards | None) -> None:
-        cores = os.cpu_count() or 1
-        if plan.threads > cores:
-            raise ConfigError(
-                f"train.threads is {plan.threads}, but this machine has {cores} cores: set "
-                f"train.threads={cores} or less"
-            )
         self._plan = plan
         self._shards = shards
         self._test = test
-        self._computer = Computer(plan)
         self.recovery = Recovery()
+
+    def open(self) -> None:
+        """Make the computer.
+
+        Raises:
+            ConfigError: train.threads is larger than the number of cores.
+        """
+        cores = os.cpu_count() or 1
+        if self._plan.threads > cores:
+            raise ConfigError(
+                f"train.threads is {self._plan.threads}, but this machine has {cores} cores: set "
+                f"train.threads={cores} or less"
+            )
+        self._computer = Computer(self._plan)
 
     def contact(self) -> list[Numerics]:
         """Return this process's numerics."""
         return [self._computer.numerics]
 
-    def advance(self, solver: Solver, steps: int) -> SegmentReport:
+    def advance(self, solver: RoundSolver, steps: int) -> SegmentReport:
         """Make steps."""
         report = SegmentReport()
         for _ in range(steps):
             started = time.perf_counter()
             asked = solver.quorum().shards
-            answer = self._computer.gradients(0, self._shards.table, solver.weights(), solver.step, asked)
-            if answer.failure is not None:
-                raise answer.failure
+            reply = self._computer.round(0, self._shards.table, solver.answer(), asked)
+            if reply.failure is not None:
+                raise reply.failure
             computed = time.perf_counter()
 
             def timing(started: float = started, computed: float = computed) -> StepTiming:
                 ended = time.perf_counter()
                 return StepTiming(total=ended - started, compute=computed - started, update=ended - computed)
 
-            report.steps.append(take_step(solver, self._plan, answer, timing))
+            report.steps.append(take_step(solver, self._plan, reply, timing))
         return report
 
-    def evaluate(self, solver: Solver) -> Evaluation:
+    def evaluate(self, solver: RoundSolver) -> Evaluation:
         """Evaluate the solver's weights on the test rows."""
         assert self._test is not None
-        answer = self._computer.evaluations(0, self._test.table, solver.weights())
-        if answer.failure is not None:
-            raise answer.failure
-        total = answer.total()
+        reply = self._computer.evaluations(0, self._test.table, solver.readout())
+        if reply.failure is not None:
+            raise reply.failure
+        total = reply.total()
         assert isinstance(total, Evaluation)
         return total
 
     def deal_anew(self, deal: Callable[[], tuple[Plan, Shards]]) -> None:
-        """Go on with the same rows in other shards."""
+        """Continue with the same rows in other shards."""
         self._plan, self._shards = deal()
         self._computer = Computer(self._plan)
 

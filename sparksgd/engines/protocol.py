@@ -1,15 +1,18 @@
-"""What an engine is: it advances a solver by steps, and evaluates weights."""
+"""The interface of engines: an engine advances a solver by steps, and evaluates weights."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from sparksgd.compute import Answer, Evaluation, Plan, WorkerReport
-from sparksgd.numerics import Numerics
-from sparksgd.shard import Descriptor
-from sparksgd.solvers.protocol import GradientSum, Solver
+from sparksgd.arithmetic.numerics import Numerics
+from sparksgd.data.source import Shards
+from sparksgd.engines.compute import Plan
+from sparksgd.engines.kinds import EngineKind
+from sparksgd.engines.replies import Evaluation, Reply, WorkerReport
+from sparksgd.engines.trace import TraceEvent
+from sparksgd.solvers.protocol import Message, RoundSolver
 
 __all__ = [
     "Arrival",
@@ -17,31 +20,32 @@ __all__ = [
     "MakeEngine",
     "Recovery",
     "SegmentReport",
-    "Shards",
     "StepReport",
     "StepTiming",
+    "step_report",
     "take_step",
 ]
 
 
 @dataclass(frozen=True, kw_only=True)
 class StepTiming:
-    """Where the seconds of one step went."""
+    """How the seconds of one step were spent."""
 
     total: float
     """The whole step."""
 
     broadcast: float = 0.0
-    """Handing the weights to Spark, or the strips to all workers."""
+    """Broadcasting the weights (all-reduce: the strips, to all workers)."""
 
     launch: float = 0.0
-    """From submitting the job to the last worker's start; of a job of many steps, its start and end."""
+    """From submitting the job to the start of the last worker; with many steps in a job, the job's start and
+    end."""
 
     compute: float = 0.0
-    """The slowest worker's own work."""
+    """The work of the slowest worker."""
 
     aggregate: float = 0.0
-    """From the last worker's end to the sum."""
+    """From the end of the last worker to the sum."""
 
     update: float = 0.0
     """The solver."""
@@ -49,7 +53,7 @@ class StepTiming:
 
 @dataclass(frozen=True, kw_only=True)
 class Arrival:
-    """An answer that reached the driver by itself, in time or late."""
+    """An answer that reached the driver by itself, in time or too late."""
 
     worker: int
     host: str
@@ -63,22 +67,25 @@ class Arrival:
 
 @dataclass(frozen=True, kw_only=True)
 class StepReport:
-    """One step: what is exact first, then what the clock said."""
+    """One step: first what is exact, then what was measured."""
 
     step: int
-    """Its number, from 1."""
+    """Its number, from 1: the version that it made."""
+
+    turn: int
+    """How many turns every shard had made after it; in synchronous SGD this is the step's number."""
 
     epoch: int
-    """Its epoch, from 1."""
+    """The epoch of its last turn, from 1."""
 
     version: int
-    """The version of the weights that its gradients were computed from."""
+    """The version of the weights that its messages were computed from."""
 
     rows: int
-    """Rows that took part."""
+    """How many rows took part."""
 
     shards: int
-    """Shards that took part."""
+    """How many shards took part."""
 
     loss: float
     """Mean loss of the rows."""
@@ -90,19 +97,22 @@ class StepReport:
     """Seconds."""
 
     workers: tuple[WorkerReport, ...]
-    """Who worked, and when."""
+    """Which workers computed, and when."""
 
     took_part: tuple[int, ...]
-    """The shards whose gradients it is made of."""
+    """The shards whose messages it uses."""
 
     deal: int = 0
-    """How often the rows had been dealt anew."""
+    """How often the rows had been dealt again."""
 
     late: tuple[int, ...] = ()
-    """Workers that were asked, and had not answered when it ended."""
+    """Workers that had been asked, but had not answered when it ended."""
+
+    trace: tuple[TraceEvent, ...] = ()
+    """What chance decided since the last step; empty if nothing is chance."""
 
     arrivals: tuple[Arrival, ...] = ()
-    """Answers since the step before, late ones of earlier steps, too; empty where they come summed."""
+    """Answers since the last step, with late ones of earlier steps; empty if answers arrive as a sum."""
 
 
 @dataclass(kw_only=True)
@@ -110,7 +120,7 @@ class SegmentReport:
     """The steps between two returns to the training loop."""
 
     steps: list[StepReport] = field(default_factory=list)
-    """Steps made."""
+    """The steps that were made."""
 
     sent_bytes: int = 0
     """Bytes of vectors that workers sent to each other."""
@@ -118,106 +128,165 @@ class SegmentReport:
 
 @dataclass(kw_only=True)
 class Recovery:
-    """What went wrong during a run, and was mended."""
+    """The failures that a run recovered from."""
 
     retries: int = 0
-    """Jobs tried again because an executor or a shard's file was lost."""
+    """Jobs that were tried again because an executor or a shard's file was lost."""
 
     rebuilt_shards: int = 0
-    """Shards written again."""
+    """Shards that were written again."""
 
     strangers: int = 0
-    """Connections dropped because they did not prove that they belong to the run."""
-
-
-class Shards(Protocol):
-    """Dealt rows."""
-
-    @property
-    def table(self) -> Sequence[Descriptor]:
-        """Every shard's descriptor, in order."""
-        ...
-
-    def close(self) -> None:
-        """Remove the files."""
-        ...
+    """Connections that were dropped because they did not prove to belong to the run."""
 
 
 class Engine(Protocol):
     """Advances a solver."""
 
     name: str
-    """What engine.name calls it."""
+    """The value of engine.name."""
 
     mode: str
     """How its steps run."""
 
     segment_steps: int
-    """How many steps it likes to make between two returns."""
+    """How many steps it makes between two returns to the loop, if it may."""
 
     recovery: Recovery
-    """What it had to mend so far."""
+    """The failures that it recovered from so far."""
+
+    def open(self) -> None:
+        """Refuse what cannot work, and get what the engine needs until `close`."""
+        ...
 
     def contact(self) -> list[Numerics]:
         """Reach every worker once, and return their numerics."""
         ...
 
-    def advance(self, solver: Solver, steps: int) -> SegmentReport:
-        """Make steps; a call that raises leaves the solver as the last whole step made it."""
+    def advance(self, solver: RoundSolver, steps: int) -> SegmentReport:
+        """Make steps; if this raises, the solver is as after the last complete step."""
         ...
 
-    def evaluate(self, solver: Solver) -> Evaluation:
+    def evaluate(self, solver: RoundSolver) -> Evaluation:
         """Evaluate the solver's weights on the test rows."""
         ...
 
     def deal_anew(self, deal: Callable[[], tuple[Plan, Shards]]) -> None:
-        """Go on with the same rows in other shards, dealt while no worker computes."""
+        """Continue with the same rows in other shards; `deal` is called while no worker computes."""
         ...
 
     def close(self) -> None:
-        """Let go of what it holds."""
+        """Release what it holds."""
         ...
 
 
-MakeEngine = Callable[[Plan, Shards, Shards | None], Engine]
+class MakeEngine(Protocol):
+    """Makes the engine of a run; the class of `inline` is one of these."""
+
+    @property
+    def kinds(self) -> Sequence[EngineKind]:
+        """Return the possible engines."""
+        ...
+
+    def __call__(self, plan: Plan, shards: Shards, test: Shards | None, /) -> Engine:
+        """Return the engine, not opened yet."""
+        ...
 
 
 def take_step(
-    solver: Solver,
+    solver: RoundSolver,
     plan: Plan,
-    answer: Answer,
+    reply: Reply,
     timing: Callable[[], StepTiming],
     late: Sequence[int] = (),
     arrivals: Sequence[Arrival] = (),
+    trace: Sequence[TraceEvent] = (),
 ) -> StepReport:
-    """Give a step's sum to the solver and report it.
+    """Give a round's sum to the solver and report it.
 
     Args:
         solver: advanced by one step.
-        plan: the run's.
-        answer: of all shards that take part.
-        timing: called after the update.
+        plan: of the run.
+        reply: of all shards that take part.
+        timing: returns the timing; called after the update.
         late: workers that did not answer in time.
-        arrivals: who answered, and when.
+        arrivals: which workers answered, and when.
+        trace: what chance decided.
+
+    Raises:
+        TrainingError: no shard sent a message.
     """
-    arrived = answer.total()
-    assert isinstance(arrived, GradientSum)
-    version, took_part = solver.step, tuple(sorted(answer.shards))
-    expected = plan.sampling.rows_of_step(version, took_part)
-    assert arrived.rows == expected, f"{arrived.rows} rows arrived for a step of {expected}"
-    outcome = solver.receive(arrived)
-    return StepReport(
-        step=version + 1,
-        epoch=plan.sampling.epoch_of(version) + 1,
+    total = reply.total()
+    assert isinstance(total, Message)
+    version, first, turns = solver.version, solver.turns, solver.turns_at(solver.turns)
+    took_part = tuple(sorted(reply.shards))
+    expected = plan.sampling.rows_of_round(range(first, first + turns), took_part)
+    assert total.rows == expected, f"{total.rows} rows arrived for a step of {expected}"
+    outcome = solver.receive(total)
+    return step_report(
+        plan,
         version=version,
-        rows=arrived.rows,
-        shards=arrived.shards,
-        loss=arrived.loss / arrived.rows,
+        turn=first + turns,
+        rows=total.rows,
+        loss_sum=total.loss,
         lr=outcome.lr,
         timing=timing(),
-        workers=tuple(answer.workers),
+        workers=reply.workers,
+        took_part=took_part,
+        shards=total.shards,
+        late=late,
+        arrivals=arrivals,
+        trace=trace,
+    )
+
+
+def step_report(
+    plan: Plan,
+    *,
+    version: int,
+    turn: int,
+    rows: int,
+    loss_sum: float,
+    lr: float,
+    timing: StepTiming,
+    workers: Iterable[WorkerReport],
+    took_part: tuple[int, ...],
+    shards: int,
+    late: Sequence[int] = (),
+    arrivals: Sequence[Arrival] = (),
+    trace: Sequence[TraceEvent] = (),
+) -> StepReport:
+    """Assemble the report of a step; all engines use this.
+
+    Args:
+        plan: of the run.
+        version: of the weights that the step began with.
+        turn: how many turns every shard had made after it.
+        rows: how many rows took part.
+        loss_sum: the sum of their losses.
+        lr: the learning rate.
+        timing: seconds.
+        workers: the reports of the workers.
+        took_part: the shards.
+        shards: how many of them had rows.
+        late: workers that did not answer in time.
+        arrivals: which workers answered, and when.
+        trace: what chance decided.
+    """
+    return StepReport(
+        step=version + 1,
+        turn=turn,
+        epoch=plan.sampling.epoch_of(turn - 1) + 1,
+        version=version,
+        rows=rows,
+        shards=shards,
+        loss=loss_sum / rows,
+        lr=lr,
+        timing=timing,
+        workers=tuple(workers),
         took_part=took_part,
         deal=plan.deal,
         late=tuple(late),
         arrivals=tuple(arrivals),
+        trace=tuple(trace),
     )

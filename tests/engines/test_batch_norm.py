@@ -10,15 +10,17 @@ import numpy as np
 import torch
 from torch import nn
 
-from sparksgd.compute import Plan
-from sparksgd.config import OptimizerConfig, ScheduleConfig, SolverConfig
+from sparksgd.arithmetic.flat import FlatModule
+from sparksgd.config import OptimizerConfig, ScheduleConfig
+from sparksgd.data.sampling import Sampling
+from sparksgd.data.schema import Feature, RowSchema
+from sparksgd.data.shard import Descriptor, ShardWriter
+from sparksgd.engines.compute import Plan
 from sparksgd.engines.inline import InlineEngine
-from sparksgd.flat import FlatModule
 from sparksgd.losses import squared_error
-from sparksgd.rows import Feature, RowSchema
-from sparksgd.sampling import Sampling
-from sparksgd.shard import Descriptor, ShardWriter
-from sparksgd.solvers.synchronous import SendEverything, SynchronousSolver
+from sparksgd.solvers.protocol import Halves
+from sparksgd.solvers.rules import Experiment
+from sparksgd.solvers.synchronous import SendGradients, SynchronousSettings, SynchronousSolver
 
 SCHEMA = RowSchema(features=(Feature(name="x", dtype="float32", length=3),), label="y", label_dtype="float32")
 SIZES = (14, 0, 5, 9)
@@ -55,20 +57,23 @@ class Run:
             loss=squared_error,
             schema=SCHEMA,
             sampling=self.sampling,
-            worker_half=SendEverything(),
+            halves=Halves(make=SendGradients),
             threads=1,
         )
         self.flat = FlatModule(module)
         self.solver = SynchronousSolver(
             self.flat,
-            optimizer=OptimizerConfig(arguments={"lr": 0.01}),
-            schedule=ScheduleConfig(),
-            solver=SolverConfig(),
-            num_shards=len(SIZES),
-            steps_per_epoch=2,
-            total_steps=2,
+            SynchronousSettings(),
+            Experiment(
+                optimizer=OptimizerConfig(arguments={"lr": 0.01}),
+                schedule=ScheduleConfig(),
+                num_shards=len(SIZES),
+                turns_per_epoch=2,
+                total_turns=2,
+            ),
         )
         self.engine = InlineEngine(plan, Dealt(table), None)
+        self.engine.open()
 
     def advance(self, steps: int = 1) -> None:
         self.engine.advance(self.solver, steps)

@@ -17,16 +17,17 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from sparksgd.compute import Answer, Computer, Evaluation, Plan, try_out
+from sparksgd.arithmetic.flat import FlatModule, Weights
+from sparksgd.arithmetic.seeds import seed32
+from sparksgd.data.sampling import Sampling
+from sparksgd.data.schema import Feature, RowSchema
+from sparksgd.data.shard import Descriptor, ShardWriter
+from sparksgd.engines.compute import Computer, Plan, try_out
+from sparksgd.engines.replies import Evaluation, Reply
 from sparksgd.errors import ModelError, NotFinite, ShardMissing, UserCodeError
-from sparksgd.flat import FlatModule, Weights
 from sparksgd.losses import cross_entropy, squared_error
-from sparksgd.rows import Feature, RowSchema
-from sparksgd.sampling import Sampling
-from sparksgd.seeds import seed32
-from sparksgd.shard import Descriptor, ShardWriter
-from sparksgd.solvers.protocol import GradientSum
-from sparksgd.solvers.synchronous import SendEverything
+from sparksgd.solvers.protocol import Answer, Halves, Message
+from sparksgd.solvers.synchronous import SendGradients
 
 Row = tuple[Any, ...]  # the features, then the label
 
@@ -62,7 +63,7 @@ class Job:
             loss=loss,
             schema=schema,
             sampling=Sampling(shard_rows=tuple(map(len, shards)), rows_per_step=rows_per_step, seed=seed),
-            worker_half=SendEverything(),
+            halves=Halves(make=SendGradients),
             threads=threads,
             rows_per_backward=rows_per_backward,
         )
@@ -71,9 +72,12 @@ class Job:
     def computer(self) -> Computer:
         return Computer(self.plan)
 
-    def gradients(self, shards: Sequence[int] | None = None, step: int = 0, worker: int = 0) -> Answer:
+    def gradients(self, shards: Sequence[int] | None = None, step: int = 0, worker: int = 0) -> Reply:
         asked = self.table if shards is None else [self.table[number] for number in shards]
-        return self.computer().gradients(worker, asked, self.weights, step)
+        return self.computer().round(worker, asked, self.answer(step))
+
+    def answer(self, turn: int) -> Answer:
+        return Answer(weights=self.weights, turn=turn)
 
     def evaluation(self) -> Evaluation:
         answer = self.computer().evaluations(0, self.table, self.weights)
@@ -95,10 +99,10 @@ def written(folder: Path, schema: RowSchema, number: int, rows: Sequence[Row]) -
         return writer.close()
 
 
-def the_sum(answer: Answer) -> GradientSum:
+def the_sum(answer: Reply) -> Message:
     assert answer.failure is None
     total = answer.total()
-    assert isinstance(total, GradientSum)
+    assert isinstance(total, Message)
     return total
 
 
@@ -110,7 +114,7 @@ def slope(value: float = 0.0) -> nn.Linear:
 
 
 def bits(sum_: Any) -> bytes:
-    return sum_.gradient.tobytes() + sum_.statistics.tobytes() + np.float64(sum_.loss).tobytes()
+    return sum_.vectors["gradient"].tobytes() + sum_.statistics.tobytes() + np.float64(sum_.loss).tobytes()
 
 
 ROWS = [((1.0,), 3.0), ((1.0,), 6.0), ((2.0,), 0.0)]
@@ -122,7 +126,7 @@ ROWS = [((1.0,), 3.0), ((1.0,), 6.0), ((2.0,), 0.0)]
 def test_the_gradient_of_three_rows_is_the_one_that_a_person_works_out(tmp_path: Path) -> None:
     # loss (wx - y)^2 at w = 0: 9, 36, 0; gradient 2 (wx - y) x: -6, -12, 0
     sum_ = the_sum(Job(tmp_path, slope(), [ROWS]).gradients())
-    assert (sum_.gradient.tolist(), sum_.loss, sum_.rows, sum_.shards) == ([-18.0], 45.0, 3, 1)
+    assert (sum_.vectors["gradient"].tolist(), sum_.loss, sum_.rows, sum_.shards) == ([-18.0], 45.0, 3, 1)
 
 
 def test_shards_add_up_along_the_tree(tmp_path: Path) -> None:
@@ -132,7 +136,7 @@ def test_shards_add_up_along_the_tree(tmp_path: Path) -> None:
     answer = job.gradients([1, 2])
     answer += job.gradients([0])
     sum_ = the_sum(answer)
-    assert (sum_.gradient.tolist(), sum_.loss, sum_.rows, sum_.shards) == ([-18.0], 45.0, 3, 3)
+    assert (sum_.vectors["gradient"].tolist(), sum_.loss, sum_.rows, sum_.shards) == ([-18.0], 45.0, 3, 3)
 
 
 def test_a_shard_without_a_row_in_the_step_takes_no_part(tmp_path: Path) -> None:
@@ -150,13 +154,13 @@ def test_the_rows_of_a_step_are_those_of_the_sampling(tmp_path: Path) -> None:
     for step in (3, 4, 5):  # the second epoch
         start, end = job.plan.sampling.piece_bounds(0, step)
         expected = -2.0 * sum(2 ** int(row) for row in order[start:end])
-        assert the_sum(job.gradients(step=step)).gradient.tolist() == [expected]
+        assert the_sum(job.gradients(step=step)).vectors["gradient"].tolist() == [expected]
 
 
 def test_gradients_are_taken_at_the_weights_that_came(tmp_path: Path) -> None:
     job = Job(tmp_path, slope(5.0), [ROWS])
     job.weights = replace(job.weights, parameters=np.array([0.0], np.float32), version=7)
-    assert the_sum(job.gradients()).gradient.tolist() == [-18.0]
+    assert the_sum(job.gradients()).vectors["gradient"].tolist() == [-18.0]
 
 
 class Area(nn.Module):
@@ -173,7 +177,7 @@ class Area(nn.Module):
 def test_several_features_reach_the_module_by_their_names(tmp_path: Path) -> None:
     # output 2 (3 + 4) = 14, label 10: loss 16, gradient 2 x 4 x 14
     sum_ = the_sum(Job(tmp_path, Area(), [[(2.0, (3.0, 4.0), 10.0)]]).gradients())
-    assert (sum_.loss, sum_.gradient.tolist()) == (16.0, [112.0])
+    assert (sum_.loss, sum_.vectors["gradient"].tolist()) == (16.0, [112.0])
 
 
 class Watched(nn.Module):
@@ -200,8 +204,8 @@ def test_a_piece_is_cut_into_backward_passes_of_so_many_rows(tmp_path: Path) -> 
     assert Watched.rows == [5]
     in_chunks = the_sum(Job(tmp_path, Watched(), [rows], rows_per_backward=2).gradients())
     assert Watched.rows == [2, 2, 1]
-    assert (in_chunks.gradient.tolist(), in_chunks.loss, in_chunks.rows) == ([-20.0], 5.0, 5)
-    assert (whole.gradient.tolist(), whole.loss, whole.rows) == ([-20.0], 5.0, 5)
+    assert (in_chunks.vectors["gradient"].tolist(), in_chunks.loss, in_chunks.rows) == ([-20.0], 5.0, 5)
+    assert (whole.vectors["gradient"].tolist(), whole.loss, whole.rows) == ([-20.0], 5.0, 5)
 
 
 @pytest.mark.parametrize("threads", [1, 2])
@@ -263,7 +267,7 @@ def test_dropout_is_drawn_from_seed_shard_and_step(tmp_path: Path) -> None:
                 with torch.random.fork_rng(devices=[]):
                     torch.manual_seed(seed32(seed, "dropout", shard, step))
                     mask = F.dropout(torch.ones(1, 16), 0.5)[0]
-                assert sum_.gradient.tolist() == (-mask).tolist()
+                assert sum_.vectors["gradient"].tolist() == (-mask).tolist()
                 seen.add(bits(sum_))
     assert len(seen) == 8
 
@@ -273,13 +277,13 @@ def test_a_piece_does_not_depend_on_what_was_computed_before_it(tmp_path: Path) 
     alone = job.gradients([1], step=2).partials[(1, 2)]
     busy = job.computer()
     for step, shards in [(0, [0, 1, 2]), (5, [2]), (2, [0])]:
-        busy.gradients(0, [job.table[shard] for shard in shards], job.weights, step)
+        busy.round(0, [job.table[shard] for shard in shards], job.answer(step))
     busy.evaluations(0, job.table, job.weights)
     torch.manual_seed(99)
     torch.rand(7)
-    after_all_that = busy.gradients(0, [job.table[1]], job.weights, 2).partials[(1, 2)]
+    after_all_that = busy.round(0, [job.table[1]], job.answer(2)).partials[(1, 2)]
     assert bits(after_all_that) == bits(alone)
-    in_company = busy.gradients(0, [job.table[2], job.table[1]], job.weights, 2).partials
+    in_company = busy.round(0, [job.table[2], job.table[1]], job.answer(2)).partials
     assert list(in_company) == [(2, 3), (1, 2)]
     assert bits(in_company[(1, 2)]) == bits(alone)
 
@@ -352,7 +356,7 @@ def test_a_loss_that_is_not_finite_names_step_shard_and_rows(tmp_path: Path) -> 
     failure = job.gradients(worker=3).failure
     assert isinstance(failure, NotFinite)
     assert str(failure) == (
-        f"the loss of step 1 is nan in shard 1, rows 1, 3\n  in step 1, on worker 3 at {socket.gethostname()}"
+        f"the loss of turn 1 is nan in shard 1, rows 1, 3\n  in turn 1, on worker 3 at {socket.gethostname()}"
     )
 
 
@@ -370,7 +374,7 @@ def test_a_gradient_that_is_not_finite_is_told_from_the_loss(tmp_path: Path) -> 
 
     failure = Job(tmp_path, Root(), [ROWS], loss=itself).gradients().failure
     assert isinstance(failure, NotFinite)
-    assert "the gradient of step 1 is NaN or infinite in shard 0, rows 0, 1, 2, though the loss is 0" in str(
+    assert "the gradient of turn 1 is NaN or infinite in shard 0, rows 0, 1, 2, though the loss is 0" in str(
         failure
     )
 
@@ -390,7 +394,7 @@ def test_what_the_user_s_code_raised_comes_back_with_its_traceback(tmp_path: Pat
     assert isinstance(failure, UserCodeError)
     for phrase in ("the module or its loss raised KeyError: 'no such label'", "in picky", "test_compute.py"):
         assert phrase in str(failure)
-    assert str(failure).endswith(f"in step 1, on worker 1 at {socket.gethostname()}")
+    assert str(failure).endswith(f"in turn 1, on worker 1 at {socket.gethostname()}")
 
 
 def test_a_file_that_is_gone_is_a_missing_shard_not_an_error_of_training(tmp_path: Path) -> None:
@@ -405,21 +409,21 @@ def test_a_file_that_is_gone_is_a_missing_shard_not_an_error_of_training(tmp_pat
 def test_of_two_failures_the_one_that_cannot_be_mended_is_kept(tmp_path: Path) -> None:
     missing, wrong = ShardMissing("gone", (0,)), UserCodeError("wrong")
     for left, right in [(missing, wrong), (wrong, missing), (None, wrong), (wrong, None)]:
-        answer = Answer(leaves=2, partials={(0, 1): None}, failure=left)
-        answer += Answer(leaves=2, partials={(1, 2): None}, failure=right)
+        answer = Reply(leaves=2, partials={(0, 1): None}, failure=left)
+        answer += Reply(leaves=2, partials={(1, 2): None}, failure=right)
         assert (answer.failure, answer.partials) == (wrong, {})
 
 
 def test_a_failure_leaves_no_shard_in_the_input_or_spark_would_drop_the_worker(tmp_path: Path) -> None:
     job = Job(tmp_path, slope(), [ROWS, ROWS], loss=picky)
     shards = iter(job.table)
-    assert job.computer().gradients(0, shards, job.weights, 0).failure is not None
+    assert job.computer().round(0, shards, job.answer(0)).failure is not None
     assert next(shards, None) is None
 
 
 def test_two_missing_shards_are_both_told(tmp_path: Path) -> None:
-    answer = Answer(leaves=2, failure=ShardMissing("gone", (0,)))
-    answer += Answer(leaves=2, failure=ShardMissing("gone", (1,)))
+    answer = Reply(leaves=2, failure=ShardMissing("gone", (0,)))
+    answer += Reply(leaves=2, failure=ShardMissing("gone", (1,)))
     assert isinstance(answer.failure, ShardMissing)
     assert answer.failure.shards == (0, 1)
 
@@ -542,5 +546,5 @@ def test_convolutions_are_computed_channels_last_where_the_module_takes_it(
     plain = the_sum(job.gradients())
     job.plan = replace(job.plan, channels_last=not views)
     again = the_sum(job.gradients())
-    np.testing.assert_allclose(again.gradient, plain.gradient, rtol=1e-4)
+    np.testing.assert_allclose(again.vectors["gradient"], plain.vectors["gradient"], rtol=1e-4)
     assert job.evaluation().rows == 3

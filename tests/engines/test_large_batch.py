@@ -16,21 +16,25 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from engine_makers import Inline
 from torch import nn
 from torch.nn import functional as F
 
-from sparksgd.compute import Plan
-from sparksgd.config import Config, OptimizerConfig, ScheduleConfig, SolverConfig
+from sparksgd.arithmetic.flat import FlatModule
+from sparksgd.config import Config, OptimizerConfig, ScheduleConfig
+from sparksgd.data.local_files import ParquetRows
+from sparksgd.data.sampling import Sampling
+from sparksgd.data.schema import Feature, RowSchema
+from sparksgd.data.shard import Descriptor, ShardWriter
+from sparksgd.engines.compute import Plan
 from sparksgd.engines.inline import InlineEngine
-from sparksgd.flat import FlatModule
-from sparksgd.local_rows import ParquetRows
 from sparksgd.losses import cross_entropy
 from sparksgd.models import LeNet
-from sparksgd.rows import Feature, RowSchema
-from sparksgd.sampling import Sampling
-from sparksgd.shard import Descriptor, ShardWriter
-from sparksgd.solvers.synchronous import SendEverything, SynchronousSolver
-from sparksgd.training import train
+from sparksgd.solvers.protocol import Halves
+from sparksgd.solvers.rules import Experiment
+from sparksgd.solvers.synchronous import SendGradients, SynchronousSettings, SynchronousSolver
+from sparksgd.training.loop import train
+from sparksgd.training.state import Observer, Probe
 
 SGD = {"lr": 0.05, "momentum": 0.9, "nesterov": True, "weight_decay": 0.01}
 SCHEMA = RowSchema(
@@ -83,7 +87,7 @@ def by_shards(
         loss=cross_entropy,
         schema=SCHEMA,
         sampling=sampling,
-        worker_half=SendEverything(),
+        halves=Halves(make=SendGradients),
         threads=1,
         rows_per_backward=rows_per_backward,
         dtype=torch.float64,
@@ -91,14 +95,17 @@ def by_shards(
     flat = FlatModule(copy.deepcopy(module), torch.float64)
     solver = SynchronousSolver(
         flat,
-        optimizer=OptimizerConfig(name="SGD", arguments=SGD),
-        schedule=ScheduleConfig(),
-        solver=SolverConfig(),
-        num_shards=len(sampling.shard_rows),
-        steps_per_epoch=sampling.steps_per_epoch,
-        total_steps=1,
+        SynchronousSettings(),
+        Experiment(
+            optimizer=OptimizerConfig(name="SGD", arguments=SGD),
+            schedule=ScheduleConfig(),
+            num_shards=len(sampling.shard_rows),
+            turns_per_epoch=sampling.turns_per_epoch,
+            total_turns=1,
+        ),
     )
     engine = InlineEngine(plan, dealt, None)
+    engine.open()
     for _ in range(steps):
         (report,) = engine.advance(solver, 1).steps
         yield flat.parameters.clone(), report.loss, report.rows
@@ -111,7 +118,7 @@ def by_one_process(
     module = copy.deepcopy(module)
     optimizer = torch.optim.SGD(module.parameters(), **SGD)
     for step in range(steps):
-        epoch = step // sampling.steps_per_epoch
+        epoch = step // sampling.turns_per_epoch
         union = np.concatenate(
             [
                 records[sampling.shuffled(shard, epoch)[slice(*sampling.piece_bounds(shard, step))]]
@@ -155,7 +162,7 @@ def test_lenet_on_shards_is_lenet_on_the_union_of_their_rows(
 ) -> None:
     shards = [images(rows, seed) for seed, rows in enumerate(sizes)]
     sampling = Sampling(shard_rows=sizes, rows_per_step=rows_per_step, seed=3)
-    steps = 2 * sampling.steps_per_epoch + 1  # into the third epoch
+    steps = 2 * sampling.turns_per_epoch + 1  # into the third epoch
     module, dealt = small_lenet(), written(tmp_path, shards)
     assert steps == assert_equal(
         by_shards(module, dealt, sampling, steps), by_one_process(module, shards, sampling, steps)
@@ -179,7 +186,7 @@ def test_cutting_pieces_into_backward_passes_changes_nothing_but_rounding(tmp_pa
     assert_equal(in_passes, by_one_process(module, shards, sampling, 4))
 
 
-class Snapshots:
+class Snapshots(Observer):
     """An observer that keeps each step's parameters, mean loss and rows."""
 
     def __init__(self) -> None:
@@ -190,10 +197,6 @@ class Snapshots:
 
     def stepped(self, training: Any, report: Any) -> None:
         self.steps.append((training.flat.parameters.clone(), report.loss, report.rows))
-
-    def evaluated(self, training: Any, report: Any) -> None: ...
-
-    def ended(self, training: Any) -> None: ...
 
 
 def test_a_whole_training_from_parquet_is_one_process_on_its_rows(tmp_path: Path) -> None:
@@ -218,10 +221,10 @@ def test_a_whole_training_from_parquet_is_one_process_on_its_rows(tmp_path: Path
         config,
         rows=ParquetRows(str(tmp_path / "rows.parquet")),
         test=None,
-        make_engine=engine,
+        make_engine=Inline(engine),
         module=copy.deepcopy(module),
         observers=[watching],
-        dtype=torch.float64,
+        probe=Probe(dtype=torch.float64),
     )
     assert sorted(row.tobytes() for part in read_back for row in part) == sorted(r.tobytes() for r in rows)
     sampling = training.plan.sampling

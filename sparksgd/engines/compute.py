@@ -1,7 +1,7 @@
-"""What a worker computes: gradient sums of pieces, and evaluations of shards.
+"""What a worker computes: its shards' turns of a round, and evaluations of shards.
 
-The only caller of `backward()`.  Everything here is a function of the weights, the step and the
-rows; which worker computes a shard, in which process, makes no difference.
+The only caller of `backward()`.  Results depend only on the round's answer, the turn and the rows, and never
+on the worker or the process that computes a shard.
 
 Legend: B rows of a piece, P parameters, S shards, C classes.
 """
@@ -14,38 +14,40 @@ import socket
 import time
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack, nullcontext
-from dataclasses import dataclass, field
-from typing import Any, Self
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import nn
 
-from sparksgd.errors import ModelError, NotFinite, ShardMissing, SparkSGDError, UserCodeError
-from sparksgd.flat import FlatModule, TakePart, Weights, has_convolutions
+from sparksgd.arithmetic.addition_tree import add_partial
+from sparksgd.arithmetic.flat import FlatModule, TakePart, Weights, has_convolutions
+from sparksgd.arithmetic.numerics import Numerics, generator_kept, thread_count
+from sparksgd.arithmetic.seeds import seed32
+from sparksgd.data.sampling import Sampling
+from sparksgd.data.schema import RowSchema
+from sparksgd.data.shard import Descriptor, read_records
+from sparksgd.engines.replies import Evaluation, Reply, WorkerReport, with_place
+from sparksgd.errors import (
+    ModelError,
+    NotFinite,
+    SparkSGDError,
+    UpdateNotFinite,
+    UserCodeError,
+)
+from sparksgd.imports import users_code
 from sparksgd.losses import Loss
-from sparksgd.numerics import Numerics, generator_kept, thread_count
-from sparksgd.rows import RowSchema
-from sparksgd.sampling import Sampling
-from sparksgd.seeds import seed32
-from sparksgd.shard import Descriptor, read_records
-from sparksgd.solvers.protocol import GradientSum, WorkerHalf
-from sparksgd.treesum import Addable, Partials, add_partial, merge_partials
-from sparksgd.users_code import users_code
+from sparksgd.solvers.protocol import Answer, Gradient, Halves, Message, Vector, WorkerHalf
 
 __all__ = [
     "EVALUATION_ROWS",
-    "Answer",
     "Computer",
-    "Evaluation",
     "Plan",
-    "WorkerReport",
     "forward",
-    "located",
     "predictions",
     "try_out",
-    "worse",
 ]
 
 log = logging.getLogger("sparksgd")
@@ -55,131 +57,46 @@ EVALUATION_ROWS = 512
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What every worker must know, the same for the whole run."""
+    """What every worker must know; it is the same for the whole run."""
 
     module: nn.Module
-    """As it was before training; weights come with each step."""
+    """The module before training; weights are sent with each step."""
 
     loss: Loss
     """One value per row."""
 
     schema: RowSchema
-    """What a record is."""
+    """The schema of a record."""
 
     sampling: Sampling
-    """Which rows take part in which step."""
+    """Which rows take part in which turn."""
 
-    worker_half: WorkerHalf
-    """What the solver does beside the gradients."""
+    halves: Halves
+    """The worker halves of the solver."""
 
     threads: int
-    """Threads of torch."""
+    """How many threads torch uses."""
 
     rows_per_backward: int | None = None
-    """Rows of one backward pass; None takes a piece at once."""
+    """Rows of one backward pass; None: a whole piece."""
 
     dtype: torch.dtype = torch.float32
-    """Type of the parameters; tests use float64."""
+    """Type of the parameters; tests also use float64."""
 
     channels_last: bool = False
-    """Whether 2-d convolutions are computed so: faster, if the module's forward takes what they make."""
+    """Whether 2-d convolutions are computed channels last: faster, but not every module can use their
+    output."""
 
     deal: int = 0
-    """How often the rows were dealt anew."""
+    """How often the rows were dealt again."""
 
     before_gradients: Callable[[int, int], None] | None = None
-    """Called with worker and step, from 0, before a worker computes: makes stragglers for tests and
-    benchmarks."""
-
-
-@dataclass(kw_only=True)
-class Evaluation:
-    """Sums over rows in evaluation mode."""
-
-    loss: float
-    """Sum of the loss."""
-
-    correct: int | None
-    """Rows whose greatest output is that of their label; None where there are no classes."""
-
-    rows: int
-    """How many rows."""
-
-    def __iadd__(self, other: Self) -> Self:
-        self.loss += other.loss
-        if self.correct is not None and other.correct is not None:
-            self.correct += other.correct
-        self.rows += other.rows
-        return self
-
-
-@dataclass(frozen=True, kw_only=True)
-class WorkerReport:
-    """Who worked, and when, by its own host's clock."""
-
-    worker: int
-    host: str
-    rows: int
-    started_at_s: float
-    ended_at_s: float
-
-    numerics: Numerics
-    """Its arithmetic: an executor that takes another's place may have another."""
-
-    @property
-    def compute_s(self) -> float:
-        """Seconds of work."""
-        return self.ended_at_s - self.started_at_s
-
-
-@dataclass(kw_only=True)
-class Answer:
-    """What workers answer to one request, and what answers add up to on their way to the driver."""
-
-    leaves: int
-    """S, the leaves of the addition tree."""
-
-    partials: Partials = field(default_factory=dict)
-    """Sums by node of the tree."""
-
-    workers: list[WorkerReport] = field(default_factory=list)
-    """Who took part."""
-
-    shards: list[int] = field(default_factory=list)
-    """Which shards were asked, and are in the sums."""
-
-    failure: SparkSGDError | None = None
-    """What went wrong, as a value: how Spark treats a raising task depends on the partitions."""
-
-    def __iadd__(self, other: Self) -> Self:
-        self.workers += other.workers
-        self.shards += other.shards
-        if self.failure is None or other.failure is None:
-            self.failure = self.failure or other.failure
-        else:
-            self.failure = worse(self.failure, other.failure)
-        if self.failure is not None:
-            self.partials = {}
-        else:
-            merge_partials(self.partials, other.partials, self.leaves)
-        return self
-
-    def total(self) -> Addable:
-        """Return the sum over all shards."""
-        total = self.partials[(0, self.leaves)]
-        assert total is not None, "a step without a row"
-        return total
-
-
-def worse(one: SparkSGDError, other: SparkSGDError) -> SparkSGDError:
-    """Return which of two failures to tell: missing shards can be mended, and are told together."""
-    if isinstance(one, ShardMissing):
-        return one + other if isinstance(other, ShardMissing) else other
-    return one
+    """Called with a worker and a round's first turn (from 0) before the worker computes; tests and benchmarks
+    make stragglers by it."""
 
 
 class Computer:
-    """Computes gradient sums of pieces; made once per process and run.
+    """Computes what a worker is asked for; there is one in each process of a run.
 
     Args:
         plan: what to compute; its module is copied.
@@ -190,84 +107,84 @@ class Computer:
         self.flat = FlatModule(copy.deepcopy(plan.module), plan.dtype)
         self.numerics = Numerics.here(plan.threads)
         self._orders: dict[int, tuple[int, npt.NDArray[np.uint32]]] = {}
+        self._halves: dict[int | None, WorkerHalf[Answer]] = {}
 
-    def gradients(
+    def round(
         self,
         worker: int,
         shards: Iterable[Descriptor],
-        weights: Weights | None,
-        step: int,
+        answer: Answer,
         asked: frozenset[int] | None = None,
         take_part: TakePart | None = None,
-    ) -> Answer:
-        """Answer a step: the gradient sums of these shards' pieces, as partial sums of the tree.
+    ) -> Reply:
+        """Make the turns of a round for these shards; reply with partial sums of their messages.
 
         Args:
-            worker: who is asked, for reports.
+            worker: its number, for reports.
             shards: its shards.
-            weights: the weights to compute at; None takes those that `flat` holds.
-            step: which step, from 0.
-            asked: those of all shards that take part; None: all of them.
-            take_part: told of each part of the gradient as soon as it is there; for one shard, whose piece
-                is one backward pass.
+            answer: what the round begins with.
+            asked: the shards that take part; None: all.
+            take_part: called for each part of the gradient as soon as it is computed; only for one shard
+                with a single backward pass.
         """
-        if weights is None:
-            statistics, counters = self.flat.statistics(), self.flat.counters()
-        else:
-            statistics, counters = weights.statistics, weights.counters
-
-        def gradient(shard: Descriptor) -> GradientSum | None:
-            self.flat.load_buffers(statistics, counters)  # each piece starts from the same ones
-            fresh = self._piece(shard, step, take_part)
-            return None if fresh is None else self.plan.worker_half.outgoing(fresh)
-
         if self.plan.before_gradients is not None:
-            self.plan.before_gradients(worker, step)
-        with generator_kept():
-            return self._answer(worker, shards, weights, gradient, f"step {step + 1}", asked)
+            self.plan.before_gradients(worker, answer.turn)
 
-    def evaluations(self, worker: int, shards: Iterable[Descriptor], weights: Weights) -> Answer:
-        """Answer an evaluation: sums over all rows of these shards."""
+        def compute(shard: Descriptor) -> tuple[Message | None, bool]:
+            message = self._turns(shard, answer, standing, take_part)
+            if message is not None:
+                return message, True
+            turns = range(answer.turn, answer.turn + answer.turns)
+            return None, not self.plan.sampling.rows_of_round(turns, [shard.shard])
 
-        def evaluation(shard: Descriptor) -> Evaluation | None:
+        def is_asked(shard: int) -> bool:
+            return asked is None or shard in asked
+
+        with generator_kept(), ExitStack() as layout:
+            standing = _Standing(self.flat, layout, channels_last=self.plan.channels_last)
+            return self._reply(worker, shards, compute, is_asked, _turns_named(answer.turn, answer.turns))
+
+    def evaluations(self, worker: int, shards: Iterable[Descriptor], weights: Weights) -> Reply:
+        """Reply to an evaluation: sums over all rows of these shards."""
+
+        def compute(shard: Descriptor) -> tuple[Evaluation | None, bool]:
             with self.flat.evaluating():
-                return self._whole(shard)
+                return self._whole(shard), True
 
-        return self._answer(
-            worker, shards, weights, evaluation, f"the evaluation of version {weights.version}"
-        )
+        doing = f"the evaluation of version {weights.version}"
+        with ExitStack() as layout:
+            self.flat.load(weights)
+            if self.plan.channels_last:
+                layout.enter_context(self.flat.channels_last())
+            return self._reply(worker, shards, compute, lambda shard: True, doing)
 
-    def _answer(
+    def _reply(
         self,
         worker: int,
         shards: Iterable[Descriptor],
-        weights: Weights | None,
-        compute: Any,
+        compute: Callable[[Descriptor], tuple[Message | Evaluation | None, bool]],
+        is_asked: Callable[[int], bool],
         doing: str,
-        asked: frozenset[int] | None = None,
-    ) -> Answer:
+    ) -> Reply:
         started = time.time()
-        answer = Answer(leaves=len(self.plan.sampling.shard_rows))
+        reply = Reply(leaves=len(self.plan.sampling.shard_rows))
         rows = 0
         remaining = iter(shards)
         try:
-            with thread_count(self.plan.threads), ExitStack() as layout:
-                if weights is not None:
-                    self.flat.load(weights)
-                if self.plan.channels_last:
-                    layout.enter_context(self.flat.channels_last())
+            with thread_count(self.plan.threads):
                 for shard in remaining:
-                    result = None
-                    if asked is None or shard.shard in asked:
-                        result = compute(shard)
-                        answer.shards.append(shard.shard)
+                    result, takes_part = None, False
+                    if is_asked(shard.shard):
+                        result, takes_part = compute(shard)
+                    if takes_part:
+                        reply.shards.append(shard.shard)
                     rows += 0 if result is None else result.rows
                     node = (shard.shard, shard.shard + 1)
-                    add_partial(answer.partials, node, result, answer.leaves)
+                    add_partial(reply.partials, node, result, reply.leaves)
         except SparkSGDError as error:
-            answer.failure = located(error, worker, doing)
+            reply.failure = with_place(error, worker, doing)
             list(remaining)  # Spark keeps a Python worker only if its input was drained
-        answer.workers.append(
+        reply.workers.append(
             WorkerReport(
                 worker=worker,
                 host=socket.gethostname(),
@@ -277,16 +194,50 @@ class Computer:
                 numerics=self.numerics,
             )
         )
-        return answer
+        return reply
 
-    def _piece(self, shard: Descriptor, step: int, take_part: TakePart | None) -> GradientSum | None:
-        """Return the gradient sum of a shard's piece; None where the step has no row of it."""
-        start, end = self.plan.sampling.piece_bounds(shard.shard, step)
+    def _turns(
+        self, shard: Descriptor, answer: Answer, standing: _Standing, take_part: TakePart | None
+    ) -> Message | None:
+        """Return the message of a shard after its turns of a round; None if these had no row."""
+        half = self._half(shard.shard)
+        half.take(answer)
+        # Each shard starts from the same ones.
+        self.flat.load_buffers(answer.weights.statistics, answer.weights.counters)
+        has_moved = False
+        for index in range(answer.turns):
+            turn = answer.turn + index
+            standing.move_to(half.point())
+            try:
+                gradient = self._piece(shard, turn, take_part)
+            except NotFinite as error:
+                if has_moved:  # the round's weights are good: what diverged is the shard's own model
+                    raise UpdateNotFinite(str(error)) from error
+                raise
+            if gradient is None:
+                continue
+            try:
+                half.turn(gradient, answer.settings[index] if answer.settings else {})
+            except UpdateNotFinite as error:
+                raise UpdateNotFinite(f"turn {turn + 1} of shard {shard.shard}: {error}") from error
+            has_moved = True
+        return half.send()
+
+    def _half(self, shard: int) -> WorkerHalf[Answer]:
+        """Return the worker half of a shard; where halves keep no state, one serves all shards in turn."""
+        key = shard if self.plan.halves.keep_state else None
+        if key not in self._halves:
+            self._halves[key] = self.plan.halves.make(self.flat, shard)
+        return self._halves[key]
+
+    def _piece(self, shard: Descriptor, turn: int, take_part: TakePart | None) -> Gradient | None:
+        """Return the gradient of a shard's piece; None if the piece is empty."""
+        start, end = self.plan.sampling.piece_bounds(shard.shard, turn)
         if start == end:
             return None
-        rows = np.sort(self._order(shard.shard, self.plan.sampling.epoch_of(step))[start:end])
+        rows = np.sort(self._order(shard.shard, self.plan.sampling.epoch_of(turn))[start:end])
         records = read_records(shard, rows, self.plan.schema.record)
-        seed = seed32(self.plan.sampling.seed, "dropout", shard.shard, step)
+        seed = seed32(self.plan.sampling.seed, "dropout", shard.shard, turn)
         torch.default_generator.manual_seed(seed)
         chunk = self.plan.rows_per_backward or len(records)
         loss = 0.0
@@ -296,26 +247,25 @@ class Computer:
                     self.flat.module, self.plan.loss, self.plan.schema, records[first : first + chunk]
                 )
                 total = losses.sum()
-                self._require_finite(losses, rows[first : first + chunk], shard, step)
+                self._require_finite(losses, rows[first : first + chunk], shard, turn)
                 with users_code("the module or its loss"):
                     total.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
                 loss += float(total.detach())
         if not np.isfinite(gradient.sum()) and not np.isfinite(gradient).all():
             raise NotFinite(
-                f"the gradient of step {step + 1} is NaN or infinite in shard {shard.shard}, rows "
+                f"the gradient of turn {turn + 1} is NaN or infinite in shard {shard.shard}, rows "
                 f"{_listed(rows)}, though the loss is {loss:g}"
             )
-        statistics = self.flat.statistics()
-        return GradientSum(
-            gradient=gradient,
-            statistics=statistics * np.asarray(len(records), statistics.dtype),
+        return Gradient(
+            vector=gradient,
+            statistics=self.flat.statistics(),
             counters=self.flat.counters(),
             loss=loss,
             rows=len(records),
         )
 
     def _whole(self, shard: Descriptor) -> Evaluation | None:
-        """Return the sums over a shard's rows, in evaluation mode; None where it is empty."""
+        """Return the sums over a shard's rows, in evaluation mode; None if the shard is empty."""
         total = None
         for first in range(0, shard.rows, EVALUATION_ROWS):
             rows = range(first, min(first + EVALUATION_ROWS, shard.rows))
@@ -339,7 +289,7 @@ class Computer:
         return forward(self.flat.module, self.plan.loss, self.plan.schema, records)
 
     def _order(self, shard: int, epoch: int) -> npt.NDArray[np.uint32]:
-        """Return the shard's row numbers as shuffled for an epoch; kept until the next one."""
+        """Return the shard's row numbers in the shuffled order of an epoch; cached for the epoch."""
         known = self._orders.get(shard)
         if known is None or known[0] != epoch:
             self._orders = {s: order for s, order in self._orders.items() if order[0] == epoch}
@@ -347,14 +297,38 @@ class Computer:
         return known[1]
 
     def _require_finite(
-        self, losses: torch.Tensor, rows: npt.NDArray[np.uint32], shard: Descriptor, step: int
+        self, losses: torch.Tensor, rows: npt.NDArray[np.uint32], shard: Descriptor, turn: int
     ) -> None:
         bad = ~torch.isfinite(losses.detach()).numpy()
         if bad.any():
             raise NotFinite(
-                f"the loss of step {step + 1} is {float(losses.detach()[bad][0])} in shard "
+                f"the loss of turn {turn + 1} is {float(losses.detach()[bad][0])} in shard "
                 f"{shard.shard}, rows {_listed(rows[bad])}"
             )
+
+
+class _Standing:
+    """The parameters that the module has now; they change when a half points elsewhere.
+
+    Args:
+        flat: the module.
+        layout: keeps the channels-last copies, and removes them at its end.
+        channels_last: whether to make such copies.
+    """
+
+    def __init__(self, flat: FlatModule, layout: ExitStack, *, channels_last: bool) -> None:
+        self._flat, self._layout, self._channels_last = flat, layout, channels_last
+        self._point: Vector | None = None
+
+    def move_to(self, point: Vector) -> None:
+        """Give the module the parameters of a point, float32[P]."""
+        if point is self._point:
+            return
+        self._layout.close()
+        self._flat.load_parameters(point)
+        self._point = point
+        if self._channels_last:
+            self._layout.enter_context(self._flat.channels_last())
 
 
 def forward(
@@ -397,14 +371,14 @@ def predictions(output: torch.Tensor) -> torch.Tensor:
 def try_out(
     module: nn.Module, loss: Loss, schema: RowSchema, records: npt.NDArray[Any], dtype: torch.dtype
 ) -> tuple[torch.Size, bool]:
-    """Take a gradient of a few rows, and refuse a module or loss that cannot be trained.
+    """Compute a gradient of a few rows, and refuse a module or loss that cannot be trained.
 
     Args:
-        module: left as it is; a copy is tried.
+        module: not changed; a copy is tried.
         loss: one value per row.
-        schema: what a record is.
+        schema: of a record.
         records: some rows, [B].
-        dtype: what the parameters must be.
+        dtype: the type that the parameters must have.
 
     Returns:
         The shape of the output, and whether the module can be computed channels last.
@@ -413,7 +387,7 @@ def try_out(
         try:
             return _trial(module, loss, schema, records, dtype, channels_last=True), True
         except UserCodeError as error:
-            # What is wrong in itself raises here again.
+            # If the module is wrong in any layout, it raises again here.
             as_it_is = _trial(module, loss, schema, records, dtype, channels_last=False)
             log.info(
                 "convolutions are computed channels first, which takes longer: channels last, the module or "
@@ -427,8 +401,8 @@ def _trial(
     module: nn.Module, loss: Loss, schema: RowSchema, records: npt.NDArray[Any], dtype: torch.dtype,
     *, channels_last: bool,
 ) -> torch.Size:  # fmt: skip
-    """Take a gradient of a few rows, and return the shape of the output."""
-    records = np.resize(records, max(2, len(records)))  # batch-norm wants two rows
+    """Compute a gradient of a few rows, and return the shape of the output."""
+    records = np.resize(records, max(2, len(records)))  # batch-norm needs two rows
     flat = FlatModule(copy.deepcopy(module), dtype)
     before = {name: tensor.detach().numpy().tobytes() for name, tensor in flat.constants()}
     with generator_kept(), flat.channels_last() if channels_last else nullcontext():
@@ -447,19 +421,17 @@ def _trial(
 
 
 def _tensor(values: npt.NDArray[Any]) -> torch.Tensor:
-    """Copy an array into torch's own memory: its alignment is part of what decides the bits."""
+    """Copy an array into torch's own memory, because the bits depend on the alignment."""
     tensor = torch.empty(values.shape, dtype=getattr(torch, values.dtype.name))
     tensor.numpy()[...] = values
     return tensor
 
 
+def _turns_named(first: int, turns: int) -> str:
+    """Return the name of a round for errors: its turns, from 1."""
+    return f"turn {first + 1}" if turns == 1 else f"turns {first + 1} to {first + turns}"
+
+
 def _listed(rows: npt.NDArray[np.integer]) -> str:
     shown = ", ".join(map(str, rows[:8]))
     return shown if len(rows) <= 8 else f"{shown} and {len(rows) - 8} more"
-
-
-def located(error: SparkSGDError, worker: int, doing: str) -> SparkSGDError:
-    """Return an error that says where it was, too."""
-    if isinstance(error, ShardMissing):
-        return error
-    return type(error)(f"{error}\n  in {doing}, on worker {worker} at {socket.gethostname()}")
