@@ -13,10 +13,12 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from sparksgd.errors import PeerLost, PeerSilent
-from sparksgd.mesh import Meeting, Mesh, Rendezvous
-from sparksgd.wire import Credentials, connect
+from sparksgd.peers.mesh import Meeting, Mesh, Rendezvous
+from sparksgd.peers.wire import Credentials, connect
 
 HOST = "127.0.0.1"
+ENDLESS_S = 3600.0
+"""Longer than any test may take: what passes did not wait so long."""
 
 
 class Company:
@@ -136,9 +138,8 @@ def test_one_process_that_is_new_makes_all_connect_anew(company):
 
 
 def test_a_worker_that_ends_is_told_to_all_others_at_once(company):
-    workers = company(3)
+    workers = company(3, timeout_s=ENDLESS_S)
     workers.meet()
-    started = time.monotonic()
 
     def one(worker: int, mesh: Mesh) -> None:
         if worker == 1:
@@ -150,7 +151,6 @@ def test_a_worker_that_ends_is_told_to_all_others_at_once(company):
     first, _, third = workers.all(one)
     assert isinstance(first, PeerLost)
     assert isinstance(third, PeerLost)
-    assert time.monotonic() - started < 1
 
 
 def test_a_worker_that_never_comes_is_told_in_time(company):
@@ -175,7 +175,7 @@ def test_when_the_driver_ends_every_worker_closes_all_it_has(company):
     workers.meet()
     assert all(mesh._peers for mesh in workers.meshes)
     workers.rendezvous.close()
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 120
     while any(mesh._peers or mesh._listener for mesh in workers.meshes) or threads_of_ours() > before:
         assert time.monotonic() < deadline
         time.sleep(0.01)  # their threads see it
@@ -227,28 +227,25 @@ def test_workers_and_the_driver_listen_on_one_address_alone(company):
             socket.create_connection(("127.0.0.2", port))  # of this host, too
 
 
-def be_worker_1(meeting: Meeting) -> None:
-    Mesh().meet(meeting, 1)
-    time.sleep(60)
+def be_worker_1_and_die_in_an_exchange(meeting: Meeting) -> None:
+    mesh = Mesh()
+    mesh.meet(meeting, 1)
+    (to_worker_0,) = mesh._peers.values()
+    to_worker_0.sock.setblocking(True)
+    assert to_worker_0.sock.recv(1)  # worker 0 is in its exchange now
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 @pytest.mark.parametrize("encrypt", [False, True], ids=["plain", "tls"])
-def test_a_process_that_is_killed_is_missed_within_a_second(company, encrypt):
-    workers = company(2, encrypt=encrypt)
+def test_a_process_that_is_killed_is_missed_at_once(company, encrypt):
+    workers = company(2, encrypt=encrypt, timeout_s=ENDLESS_S)
     meeting, mesh = workers.rendezvous.call(), workers.meshes[0]
-    other = multiprocessing.get_context("spawn").Process(target=be_worker_1, args=[meeting])
+    spawn = multiprocessing.get_context("spawn")
+    other = spawn.Process(target=be_worker_1_and_die_in_an_exchange, args=[meeting])
     other.start()
     mesh.meet(meeting, 0)
-    killed_s: list[float] = []
-
-    def kill() -> None:
-        killed_s.append(time.monotonic())
-        os.kill(other.pid, signal.SIGKILL)
-
-    threading.Timer(0.5, kill).start()
     with pytest.raises(PeerLost, match="worker 1"):
-        mesh.exchange(mesh.number, 0, 1, {1: []}, {1: [memoryview(bytearray(1))]})
-    assert 0 <= time.monotonic() - killed_s[0] < 1
+        mesh.exchange(mesh.number, 0, 1, {1: [memoryview(b"1")]}, {1: [memoryview(bytearray(1))]})
     other.join()
 
 
@@ -257,7 +254,7 @@ def test_a_mesh_that_closed_with_the_driver_exchanges_nothing(company):
     workers.meet()
     number = workers.meshes[0].number
     workers.rendezvous.close()
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 120
     while any(mesh._peers for mesh in workers.meshes):
         assert time.monotonic() < deadline
         time.sleep(0.01)  # their threads see it
@@ -269,7 +266,7 @@ def test_many_meetings_leave_one_thread_for_each_lifeline():
     company = Company(3)
     for _ in range(60):
         company.meet()
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 120
     while (count := lifelines()) > 3 and time.monotonic() < deadline:
         time.sleep(0.01)  # the last one ends by itself
     assert count == 3

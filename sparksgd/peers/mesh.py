@@ -1,14 +1,13 @@
-"""A full mesh of a run's processes, who find each other at the driver.
+"""A full mesh of a run's processes, which find each other through the driver.
 
     process ──── hello: meeting, worker, its address, the mesh that it has ───> rendezvous
-    process <─── all workers and addresses by rank, and whether that mesh stands ── rendezvous
-    rank i ── connects to each rank j < i, and is reached by each j > i
+    process <─── all workers and addresses by rank, and whether that mesh is kept ── rendezvous
+    rank i ── connects to each rank j < i; each rank j > i connects to it
 
-A meeting is one attempt at a segment.  Connections are kept from one to the next where every
-process still has those of the last; else all are made anew.  A process keeps its rank as long as
-the mesh stands, but may be another worker in every meeting: Spark gives a task to any process.
-The connection to the driver is a process's lifeline: when it ends, with the run or with the driver,
-the mesh closes.
+A meeting is one attempt at a segment.  If every process still has the connections of the last meeting, they
+are kept; else all are made anew.  A process keeps its rank as long as the mesh is kept.  But it may be
+another worker in every meeting, because Spark gives a task to any process.  The connection to the driver is a
+process's lifeline.  When it ends, because the run or the driver has ended, the mesh closes.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from sparksgd.errors import PeerLost, PeerSilent
-from sparksgd.wire import (
+from sparksgd.peers.wire import (
     Connection,
     Credentials,
     Header,
@@ -46,7 +45,7 @@ _ENTRY = struct.Struct(">I16sH")
 
 @dataclass(frozen=True, kw_only=True)
 class Meeting:
-    """What a worker must know to meet the others."""
+    """What a worker must know to find the others."""
 
     run: bytes
     """Which run, 8 bytes."""
@@ -64,15 +63,15 @@ class Meeting:
     """The run's."""
 
     ports: range | None
-    """Ports that a worker may listen on; None takes any."""
+    """Ports that a worker may listen on; None: any."""
 
     timeout_s: float
-    """How long anyone waits for another."""
+    """How long a process waits for another one."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Hello:
-    """What a process says of itself, to the driver or to another of the mesh."""
+    """How a process names itself, to the driver or to another process of the mesh."""
 
     meeting: int
     worker: int
@@ -104,12 +103,12 @@ class Rendezvous:
 
     Args:
         run: which run, 8 bytes.
-        num_workers: how many meet.
+        num_workers: how many workers meet.
         credentials: the run's.
         host: name or address by which workers reach the driver.
         listen_on: address to listen on.
-        ports: ports to try; None takes any.
-        timeout_s: how long anyone waits for another.
+        ports: ports to try; None: any.
+        timeout_s: how long a process waits for another one.
     """
 
     def __init__(
@@ -144,11 +143,11 @@ class Rendezvous:
         self._listener.start()
 
     def call(self) -> Meeting:
-        """Call the next meeting; who comes late to an earlier one is turned away."""
+        """Begin the next meeting; a worker that comes late to an earlier one is turned away."""
         with self._lock:
             self._number += 1
             before_last, self._last, self._arrived = self._last, list(self._arrived.values()), {}
-        for _, lifeline in before_last:  # whoever was at the last meeting has another now
+        for _, lifeline in before_last:  # the workers of the last meeting have a new one now
             lifeline.close()
         return Meeting(
             run=self._run,
@@ -195,11 +194,11 @@ class Rendezvous:
         try:
             exchange(_meeting_header(self._run, hellos[0].meeting), transfers, self._timeout_s)
         except PeerLost as error:
-            log.debug("a worker left before the meeting: %s", error)  # its task says why
+            log.debug("a worker left before the meeting: %s", error)  # its task reports why
 
 
 class Mesh:
-    """A process's end: one connection to every other; lives as long as its process likes."""
+    """The end of one process: a connection to every other one, for as long as the process keeps it."""
 
     def __init__(self) -> None:
         self._in_use = threading.Lock()
@@ -217,7 +216,7 @@ class Mesh:
 
     @property
     def number(self) -> int:
-        """Which meeting its connections are of; 0 where there are none."""
+        """Return which meeting its connections are of; 0 if there are none."""
         return self._formed
 
     def take_dropped(self) -> Counter[str]:
@@ -229,13 +228,13 @@ class Mesh:
         return dropped
 
     def meet(self, meeting: Meeting, worker: int) -> bool:
-        """Find the others of a meeting, and connect to all of them; `rank` and `workers` then say who is who.
+        """Find the others of a meeting, and connect to all of them; sets `rank` and `workers`.
 
         Returns:
-            Whether the connections of the last meeting stand, at every worker.
+            Whether every worker still has the connections of the last meeting.
 
         Raises:
-            PeerLost: somebody did not come in time, or cannot be reached.
+            PeerLost: a worker did not come in time, or cannot be reached.
         """
         with self._using():
             stands, addresses = self._ask(meeting, worker)
@@ -256,7 +255,7 @@ class Mesh:
         """Send to and receive from every other process at once.
 
         Args:
-            meeting: of which; not of a later one.
+            meeting: the meeting that the exchange belongs to; it fails if a later one has begun.
             step: which step, from 0.
             phase: which exchange of the step.
             sends: what goes to each rank.
@@ -270,7 +269,7 @@ class Mesh:
             if not self._formed or self._formed != meeting:
                 raise PeerLost("the driver has ended, or is out of reach, and the mesh closed with it")
             assert self._meeting is not None
-            header = Header(run=self._meeting.run, segment=meeting, step=step, phase=phase)
+            header = Header(run=self._meeting.run, meeting=meeting, step=step, phase=phase)
             transfers = [
                 Transfer(
                     connection=connection,
@@ -284,7 +283,7 @@ class Mesh:
             self.sent_bytes += sum(view.nbytes for peer in self._peers for view in sends[peer])
 
     def leave(self) -> list[int]:
-        """Close all connections once every other process has seen so; return the workers that did not."""
+        """Close all connections when every other process has noticed; return the workers that did not."""
         deadline = time.monotonic() + (self._meeting.timeout_s if self._meeting else 0)
         self._end_exchange(socket.SHUT_WR)
         with self._in_use:
@@ -297,14 +296,14 @@ class Mesh:
             return silent
 
     def close(self) -> None:
-        """Close all connections; the peers see so at once."""
+        """Close all connections; the peers notice at once."""
         self._end_exchange()
         with self._in_use:
             self._close()
 
     @contextmanager
     def _using(self) -> Iterator[None]:
-        """Keep others from closing sockets under the block, and close all of them if it fails."""
+        """Let no other thread close the sockets during the block; close all of them if it fails."""
         with self._in_use:
             try:
                 yield
@@ -327,7 +326,7 @@ class Mesh:
                 self._dropped += listener.take_dropped()
 
     def _ask(self, meeting: Meeting, worker: int) -> tuple[bool, list[tuple[str, int]]]:
-        """Say hello at the rendezvous; return whether the old mesh stands, and all addresses by rank."""
+        """Say hello at the rendezvous; return whether the old mesh is kept, and all addresses by rank."""
         with self._changed:
             self._let_go()
         if self._listener is None:
@@ -371,7 +370,7 @@ class Mesh:
         return bool(table[0]), [(_unpacked_host(host), port) for _, host, port in entries]
 
     def _end_exchange(self, how: int = socket.SHUT_RDWR) -> None:
-        """Let an exchange that is under way, in whatever thread, end now."""
+        """End an exchange that is under way, in whatever thread."""
         with self._changed:
             for connection in self._peers.values():
                 connection.shut_down(how)
@@ -379,15 +378,15 @@ class Mesh:
     def _let_go(self) -> None:
         """End the lifeline.
 
-        Its thread closes it: closed here, its number may be another file's before that thread wakes, which
-        then waits for that one, for ever.
+        Its own thread closes the socket.  If it were closed here, another file could get its number before
+        that thread wakes, and the thread would wait for that file for ever.
         """
         if self._lifeline is not None:
             self._lifeline.shut_down()
             self._lifeline = None
 
     def _hold(self, lifeline: Connection) -> None:
-        """Wait for the end of a lifeline, and close the mesh if it is still the one."""
+        """Wait for the end of a lifeline, and close the mesh if it still has this lifeline."""
         lifeline.ends()
         lifeline.close()
         with self._changed:
@@ -435,7 +434,7 @@ class Mesh:
 
 
 def _meeting_header(run: bytes, number: int) -> Header:
-    return Header(run=run, segment=number, step=0, phase=0)
+    return Header(run=run, meeting=number, step=0, phase=0)
 
 
 def _packed_host(host: str) -> bytes:

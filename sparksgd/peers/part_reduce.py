@@ -1,15 +1,16 @@
-"""Part-reduce and part-broadcast: workers sum their gradients among themselves, in the tree's order.
+"""Part-reduce and part-broadcast: workers sum their messages among themselves, in the tree's order.
 
     part-reduce     every worker receives its strip of all others' partial sums, and adds them up
     part-broadcast  every worker sends its strip of a vector to all others
 
-Together they are an all-reduce whose order of addition is that of the addition tree, whoever holds
-which shard.  Das et al. 2016, "Distributed Deep Learning Using Synchronous Stochastic Gradient
-Descent" (arXiv:1602.06709), section 3.4.
+Together they are an all-reduce that adds in the order of the addition tree, whichever worker holds a shard.
+Das et al. 2016, "Distributed Deep Learning Using Synchronous Stochastic Gradient Descent" (arXiv:1602.06709),
+section 3.4.
 
-A part-reduce may begin while the gradient is still being computed.  A backward pass comes from the last
-layer to the first, so the vector goes out in buckets from its end, each as soon as it is there; nothing is
-added before all of it is.  Li et al. 2020, "PyTorch Distributed" (arXiv:2006.15704), section 3.2.3.
+A part-reduce may begin while the gradient is still being computed.  A backward pass goes from the last layer
+to the first.  So the vector is sent in buckets from its end, each as soon as it is computed.  Nothing is
+added before the whole vector is there.  Li et al. 2020, "PyTorch Distributed" (arXiv:2006.15704), section
+3.2.3.
 
 Legend: W workers, S shards, P parameters, Q running statistics, C counters.
 """
@@ -19,32 +20,35 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
 
-from sparksgd.errors import GradientChanged
-from sparksgd.flat import FlatModule
-from sparksgd.mesh import Mesh
-from sparksgd.ranges import balanced_range
-from sparksgd.solvers.protocol import GradientSum
-from sparksgd.treesum import Partials, add_partial, nodes_of
+from sparksgd.arithmetic.addition_tree import Partials, add_partial, nodes_of
+from sparksgd.arithmetic.flat import FlatModule
+from sparksgd.arithmetic.ranges import balanced_range
+from sparksgd.errors import GradientChanged, TrainingError
+from sparksgd.peers.mesh import Mesh
+from sparksgd.solvers.protocol import Message, MessageShape, Vector
 
 __all__ = ["AllReduce", "buckets_of"]
 
-_BROADCAST, _REDUCE = 0, 1  # each bucket is a phase of its own, from there
+_BROADCAST, _REDUCE = 0, 1  # each bucket is a phase of its own; they begin here
 _BUCKET_BYTES = 1 << 20
 
 
 class AllReduce:
-    """One process's part, for one segment: strips go by rank, shards by worker.
+    """The part of one process, for one segment.  A rank has a strip, a worker has shards.
+
+    A message has one or several vectors of P elements; all are cut into the same strips.
 
     Args:
-        mesh: of a meeting.
-        owned: the shards of each worker; all together, the leaves of the addition tree.
+        mesh: the processes of a meeting.
+        owned: the shards of each worker; together they are the leaves of the addition tree.
         flat: a module of the run's shapes.
-        overlaps: whether gradients go out in buckets; each worker has one shard then.
+        overlaps: whether gradients are sent in buckets; each worker must have one shard.
     """
 
     def __init__(
@@ -59,9 +63,10 @@ class AllReduce:
         self._strips = [balanced_range(rank, processes, len(vector)) for rank in range(processes)]
         self.strip = self._strips[mesh.rank]
         self._nodes = [nodes_of(owned[worker], self._leaves) for worker in mesh.workers]
-        strip, tail = len(self.strip), _tail_type(flat)
-        self._gradients = [[np.empty(strip, vector.dtype) for _ in nodes] for nodes in self._nodes]
-        self._tails = [np.zeros(len(nodes), tail) for nodes in self._nodes]
+        self._received: list[list[list[Vector]]] = [[] for _ in self._nodes]  # by rank, node and vector
+        self._new_strip = partial(np.empty, len(self.strip), vector.dtype)
+        self._flat = flat
+        self._tails: list[npt.NDArray[Any]] = []
         self._absent = np.empty_like(vector)
         sizes = [parameter.numel() for parameter in flat.trainable]
         self._buckets = buckets_of(sizes, _BUCKET_BYTES // vector.itemsize if overlaps else len(vector))
@@ -76,49 +81,55 @@ class AllReduce:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if self._thread is not None:  # after an error, what it does ends when the mesh is left
+        if self._thread is not None:  # after an error, its work ends when the mesh is left
             self._thread.shutdown(wait=kind is None, cancel_futures=True)
 
     @property
     def overlaps(self) -> bool:
-        """Whether there are several buckets, so that `take_part` is of use."""
+        """Return whether there are several buckets, so that `take_part` is useful."""
         return self._thread is not None
 
     def take_part(self, step: int, gradient: npt.NDArray[np.floating], parameter: int) -> None:
-        """Begin a step's part-reduce with the buckets that this parameter's part makes whole.
+        """Send the buckets that this parameter's part completes: the step's part-reduce begins.
 
-        The last bucket waits for `part_reduce`, and so does what goes wrong.
+        The last bucket is sent by `part_reduce`, which also raises what failed here.
 
         Args:
             step: which step, from 0.
             gradient: float[P], of this worker's one shard.
-            parameter: the number of the parameter whose part of it is there, and does not change again.
+            parameter: the number of the parameter whose part is computed, and will not change again.
         """
         assert self._thread is not None
         bucket = self._bucket_of[parameter]
         self._changed_late |= bucket < len(self._begun)
         self._missing[bucket].discard(parameter)
         while (first := len(self._begun)) < len(self._buckets) - 1 and not self._missing[first]:
-            self._begun.append(self._thread.submit(self._exchange, step, first, [gradient]))
+            self._make_room(1, 0)
+            self._begun.append(self._thread.submit(self._exchange, step, first, [[gradient]]))
 
-    def part_reduce(self, step: int, partials: Partials) -> GradientSum:
-        """Return the sum over all shards: this process's strip of the gradient, and all of the rest.
+    def part_reduce(self, step: int, partials: Partials, shape: MessageShape) -> Message:
+        """Return the sum over all shards: of the vectors this process's strip, of the rest everything.
 
         Args:
             step: which step, from 0.
-            partials: its worker's sums by node; changed in place.
+            partials: this worker's sums by node; changed in place.
+            shape: the names in the messages.
 
         Raises:
             PeerLost: another process has ended or is silent.
-            GradientChanged: a part of the gradient changed after it had gone.
+            GradientChanged: a part of the gradient changed after it was sent.
+            TrainingError: no shard sent a message.
         """
-        mine: list[npt.NDArray[np.floating]] = []
+        self._make_room(len(shape.vectors), len(shape.scalars))
+        mine: list[list[Vector]] = []
         nodes = self._nodes[self._rank]
         for tail, node in zip(self._tails[self._rank], nodes, strict=True):  # a tail is a view of its record
-            partial = partials[node]
-            assert partial is None or isinstance(partial, GradientSum)
-            _fill(tail, partial)
-            mine.append(self._absent if partial is None else partial.gradient)
+            message = partials[node]
+            assert message is None or isinstance(message, Message)
+            _fill(tail, message, shape)
+            mine.append(
+                [self._absent if message is None else message.vectors[name] for name in shape.vectors]
+            )
         if self._changed_late:
             raise GradientChanged(
                 "a parameter's gradient changed within one backward pass after it had gone to the other "
@@ -130,13 +141,15 @@ class AllReduce:
             self._exchange(step, bucket, mine)
         self._begin()
         strip = _slice(self.strip)
-        self._gradients[self._rank] = [gradient[strip] for gradient in mine]
+        self._received[self._rank] = [[vector[strip] for vector in vectors] for vectors in mine]
         total: Partials = {}
-        for nodes, gradients, tails in zip(self._nodes, self._gradients, self._tails, strict=True):
-            for node, gradient, tail in zip(nodes, gradients, tails, strict=True):
-                add_partial(total, node, _read(tail, gradient), self._leaves)
+        for nodes, received, tails in zip(self._nodes, self._received, self._tails, strict=True):
+            for node, vectors, tail in zip(nodes, received, tails, strict=True):
+                add_partial(total, node, _read(tail, vectors, shape), self._leaves)
         whole = total[(0, self._leaves)]
-        assert isinstance(whole, GradientSum), "a step without a row"
+        if whole is None:
+            raise TrainingError(f"no shard sent a message in step {step + 1}: no step can be made")
+        assert isinstance(whole, Message)
         return whole
 
     def part_broadcast(self, step: int, vector: npt.NDArray[np.floating]) -> None:
@@ -159,24 +172,35 @@ class AllReduce:
         )
 
     def _begin(self) -> None:
-        """Forget the last step's buckets."""
+        """Forget the buckets of the last step."""
         self._missing: list[set[int]] = [set() for _ in self._buckets]
         for parameter, bucket in enumerate(self._bucket_of):
             self._missing[bucket].add(parameter)
         self._begun: list[Future[None]] = []
         self._changed_late = False
 
-    def _exchange(self, step: int, bucket: int, mine: Sequence[npt.NDArray[np.floating]]) -> None:
+    def _make_room(self, vectors: int, scalars: int) -> None:
+        """Make a record for each node, and buffers for this strip of the others' vectors."""
+        if not self._tails or self._tails[0]["scalars"].shape[1:] != (scalars,):
+            tail = _tail_type(self._flat, scalars)
+            self._tails = [np.zeros(len(nodes), tail) for nodes in self._nodes]
+        for rank, nodes in enumerate(self._nodes):
+            received = self._received[rank]
+            if rank == self._rank or (received and len(received[0]) == vectors):
+                continue
+            self._received[rank] = [[self._new_strip() for _ in range(vectors)] for _ in nodes]
+
+    def _exchange(self, step: int, bucket: int, mine: Sequence[Sequence[Vector]]) -> None:
         """Send each peer its strip's part of a bucket, and receive this strip's part of theirs.
 
-        With the last bucket go the records of the sums.
+        The records of the sums are sent with the last bucket.
         """
         part, sends, receives = self._buckets[bucket], {}, {}
         for peer in self._peers:
             theirs, here = (_common(part, strip) for strip in (self._strips[peer], self.strip))
             within = slice(here.start - self.strip.start, here.stop - self.strip.start)
-            sends[peer] = [_bytes(gradient[_slice(theirs)]) for gradient in mine if theirs]
-            receives[peer] = [_bytes(gradient[within]) for gradient in self._gradients[peer] if here]
+            sends[peer] = [_bytes(v[_slice(theirs)]) for vectors in mine for v in vectors if theirs]
+            receives[peer] = [_bytes(v[within]) for vectors in self._received[peer] for v in vectors if here]
             if bucket == len(self._buckets) - 1:
                 sends[peer].append(_bytes(self._tails[self._rank]))
                 receives[peer].append(_bytes(self._tails[peer]))
@@ -184,7 +208,7 @@ class AllReduce:
 
 
 def buckets_of(sizes: Sequence[int], least: int) -> list[range]:
-    """Cut a vector between parameters into buckets, from its end, of at least so many elements but the last.
+    """Cut a vector between parameters into buckets, from its end; all but the last have a least size.
 
     >>> buckets_of([10, 50, 5, 60, 3], 60)
     [range(65, 128), range(0, 65)]
@@ -200,7 +224,7 @@ def buckets_of(sizes: Sequence[int], least: int) -> list[range]:
 
 
 def _common(one: range, other: range) -> range:
-    """Return what is in both of two ranges."""
+    """Return the intersection of two ranges."""
     start = max(one.start, other.start)
     return range(start, max(start, min(one.stop, other.stop)))
 
@@ -213,34 +237,37 @@ def _bytes(array: npt.NDArray[Any]) -> memoryview:
     return array.view(np.uint8).data
 
 
-def _tail_type(flat: FlatModule) -> np.dtype[Any]:
-    """Return the record that a gradient sum is, without its gradient; absent where it has no rows."""
+def _tail_type(flat: FlatModule, scalars: int) -> np.dtype[Any]:
+    """Return the record that a sum of messages is, without its vectors; absent where it has no rows."""
     statistics, counters = flat.statistics(), flat.counters()
     return np.dtype(
         [
             ("rows", "<i8"),
             ("shards", "<i8"),
             ("loss", "<f8"),
+            ("scalars", "<f8", (scalars,)),
             ("counters", "<i8", counters.shape),
             ("statistics", statistics.dtype, statistics.shape),
         ]
     )
 
 
-def _fill(tail: Any, partial: GradientSum | None) -> None:
-    """Write a sum's record; that of an absent one has no rows."""
-    tail["rows"] = 0 if partial is None else partial.rows
-    if partial is not None:
-        tail["shards"], tail["loss"] = partial.shards, partial.loss
-        tail["counters"], tail["statistics"] = partial.counters, partial.statistics
+def _fill(tail: Any, message: Message | None, shape: MessageShape) -> None:
+    """Write the record of a sum; an absent sum has no rows."""
+    tail["rows"] = 0 if message is None else message.rows
+    if message is not None:
+        tail["shards"], tail["loss"] = message.shards, message.loss
+        tail["counters"], tail["statistics"] = message.counters, message.statistics
+        tail["scalars"] = [message.scalars[name] for name in shape.scalars]
 
 
-def _read(tail: Any, gradient: npt.NDArray[np.floating]) -> GradientSum | None:
-    """Return the sum that a record and a strip of its gradient are."""
+def _read(tail: Any, vectors: Sequence[Vector], shape: MessageShape) -> Message | None:
+    """Return the sum that a record and a strip of its vectors hold."""
     if not tail["rows"]:
         return None
-    return GradientSum(
-        gradient=gradient,
+    return Message(
+        vectors=dict(zip(shape.vectors, vectors, strict=True)),
+        scalars=dict(zip(shape.scalars, tail["scalars"].tolist(), strict=True)),
         statistics=tail["statistics"].copy(),
         counters=tail["counters"].copy(),
         loss=float(tail["loss"]),

@@ -9,16 +9,17 @@ import time
 import numpy as np
 import pytest
 import torch
-from test_mesh import Company
+from test_mesh import ENDLESS_S, Company
 from torch import nn
 
-from sparksgd import allreduce as allreduce_module
-from sparksgd.allreduce import AllReduce, buckets_of
+from sparksgd.arithmetic.addition_tree import Partials, add_partial
+from sparksgd.arithmetic.flat import FlatModule
+from sparksgd.arithmetic.ranges import balanced_range
 from sparksgd.errors import GradientChanged, PeerLost, PeerSilent
-from sparksgd.flat import FlatModule
-from sparksgd.ranges import balanced_range
-from sparksgd.solvers.protocol import GradientSum
-from sparksgd.treesum import Partials, add_partial
+from sparksgd.peers import part_reduce as allreduce_module
+from sparksgd.peers.part_reduce import AllReduce, buckets_of
+from sparksgd.solvers.protocol import Message
+from sparksgd.solvers.synchronous import GRADIENT
 
 
 def module() -> nn.Module:
@@ -28,14 +29,14 @@ def module() -> nn.Module:
 SIZE = sum(p.numel() for p in module().parameters())
 
 
-def piece(shard: int, absent: frozenset[int]) -> GradientSum | None:
+def piece(shard: int, absent: frozenset[int]) -> Message | None:
     """Return some shard's sum, of values that show every other order of addition."""
     if shard in absent:
         return None
     source = np.random.default_rng(shard)
     scale = np.float32(10.0 ** (shard % 5))
-    return GradientSum(
-        gradient=source.standard_normal(SIZE, np.float32) * scale,
+    return Message(
+        vectors={"gradient": source.standard_normal(SIZE, np.float32) * scale},
         statistics=source.standard_normal(22, np.float32),
         counters=np.array([shard], np.int64),
         loss=source.standard_normal() * float(scale),
@@ -67,10 +68,10 @@ def test_every_worker_ends_with_the_bits_of_the_whole_tree(num_workers, num_shar
         sums = []
         for step in range(2):  # the second one in used buffers
             partials = added(balanced_range(worker, num_workers, num_shards), num_shards, absent)
-            total = allreduce.part_reduce(step, partials)
+            total = allreduce.part_reduce(step, partials, GRADIENT)
             vector = np.full(SIZE, np.nan, np.float32)
             strip = allreduce.strip
-            vector[strip.start : strip.stop] = total.gradient
+            vector[strip.start : strip.stop] = total.vectors["gradient"]
             allreduce.part_broadcast(step, vector)
             sums.append((vector, total))
         return sums
@@ -78,7 +79,7 @@ def test_every_worker_ends_with_the_bits_of_the_whole_tree(num_workers, num_shar
     for worker, sums in enumerate(company.all(one)):
         assert not isinstance(sums, Exception), (worker, sums)
         for vector, total in sums:
-            assert vector.tobytes() == whole.gradient.tobytes()
+            assert vector.tobytes() == whole.vectors["gradient"].tobytes()
             assert total.statistics.tobytes() == whole.statistics.tobytes()
             assert (total.rows, total.shards, total.loss) == (whole.rows, whole.shards, whole.loss)
             assert total.counters.tolist() == [max(set(range(num_shards)) - absent)]
@@ -100,12 +101,14 @@ def test_a_worker_sends_two_vectors_less_its_own_share_where_shards_divide(
         allreduce = AllReduce(mesh, owned(num_workers, num_shards), FlatModule(layers))
         torch.manual_seed(0)
         make = functools.partial(
-            GradientSum, statistics=np.empty(0, np.float32), counters=np.empty(0, np.int64), loss=1.0, rows=1
+            Message, statistics=np.empty(0, np.float32), counters=np.empty(0, np.int64), loss=1.0, rows=1
         )
         partials: Partials = {}
         for shard in balanced_range(worker, num_workers, num_shards):
-            add_partial(partials, (shard, shard + 1), make(gradient=np.ones(60, np.float32)), num_shards)
-        allreduce.part_reduce(0, partials)
+            add_partial(
+                partials, (shard, shard + 1), make(vectors={"gradient": np.ones(60, np.float32)}), num_shards
+            )
+        allreduce.part_reduce(0, partials, GRADIENT)
         allreduce.part_broadcast(0, np.ones(60, np.float32))
         records = len(partials) * 24 * (num_workers - 1)  # rows, shards and loss of each partial sum
         return mesh.sent_bytes - records
@@ -140,10 +143,10 @@ def test_a_sum_that_begins_with_the_last_layers_has_the_same_bits(monkeypatch, n
                 partials = added(owned_by[worker], num_workers, absent)
                 own = partials[(worker, worker + 1)]
                 if own is not None:
-                    take_parts(allreduce, step, own.gradient, order)
-                total = allreduce.part_reduce(step, partials)
+                    take_parts(allreduce, step, own.vectors["gradient"], order)
+                total = allreduce.part_reduce(step, partials, GRADIENT)
                 vector = np.full(SIZE, np.nan, np.float32)
-                vector[allreduce.strip.start : allreduce.strip.stop] = total.gradient
+                vector[allreduce.strip.start : allreduce.strip.stop] = total.vectors["gradient"]
                 allreduce.part_broadcast(step, vector)
                 sums.append((vector, total))
             return sums
@@ -152,7 +155,7 @@ def test_a_sum_that_begins_with_the_last_layers_has_the_same_bits(monkeypatch, n
         assert not isinstance(sums, Exception), (worker, sums)
         assert len(sums) == len(orders)
         for vector, total in sums:
-            assert vector.tobytes() == whole.gradient.tobytes()
+            assert vector.tobytes() == whole.vectors["gradient"].tobytes()
             assert total.statistics.tobytes() == whole.statistics.tobytes()
             assert (total.rows, total.loss) == (whole.rows, whole.loss)
     company.close()
@@ -167,15 +170,15 @@ def test_a_bucket_waits_for_every_parameter_though_another_comes_twice(monkeypat
     def one(worker, mesh):
         with AllReduce(mesh, owned(2, 2), FlatModule(module()), overlaps=True) as allreduce:
             partials = added(range(worker, worker + 1), 2, frozenset())
-            gradient = partials[(worker, worker + 1)].gradient
+            gradient = partials[(worker, worker + 1)].vectors["gradient"]
             late, gradient[-36:-3] = gradient[-36:-3].copy(), np.nan  # of parameter 4, the last but one
             take_parts(allreduce, 0, gradient, [5, 5])
-            time.sleep(0.1)
+            time.sleep(0.1)  # if the bucket did not wait, it would be gone by now
             gradient[-36:-3] = late
-            return allreduce.strip, allreduce.part_reduce(0, partials).gradient
+            return allreduce.strip, allreduce.part_reduce(0, partials, GRADIENT).vectors["gradient"]
 
     for strip, gradient in company.all(one):
-        assert gradient.tobytes() == whole.gradient[strip.start : strip.stop].tobytes()
+        assert gradient.tobytes() == whole.vectors["gradient"][strip.start : strip.stop].tobytes()
     company.close()
 
 
@@ -187,10 +190,10 @@ def test_a_part_that_changed_after_it_had_gone_is_refused(monkeypatch):
     def one(worker, mesh):
         with AllReduce(mesh, owned(2, 2), FlatModule(module()), overlaps=True) as allreduce:
             partials = added(range(worker, worker + 1), 2, frozenset())
-            gradient = partials[(worker, worker + 1)].gradient
+            gradient = partials[(worker, worker + 1)].vectors["gradient"]
             take_parts(allreduce, 0, gradient, [5, 4, 3, 2, *([4] if worker else [])])
             try:
-                allreduce.part_reduce(0, partials)
+                allreduce.part_reduce(0, partials, GRADIENT)
             except (GradientChanged, PeerLost) as error:
                 mesh.leave()
                 return error
@@ -204,35 +207,31 @@ def test_a_part_that_changed_after_it_had_gone_is_refused(monkeypatch):
 @pytest.mark.parametrize("error", [PeerSilent, MemoryError])
 def test_who_gives_up_while_buckets_are_under_way_is_gone_at_once(monkeypatch, error):
     monkeypatch.setattr(allreduce_module, "_BUCKET_BYTES", 30 * 4)
-    company = Company(2, timeout_s=2)
+    company = Company(2, timeout_s=0.5 if error is PeerSilent else ENDLESS_S)
     company.meet()
     left = threading.Event()
 
     def fail(mesh):
         with AllReduce(mesh, owned(2, 2), FlatModule(module()), overlaps=True) as allreduce:
             partials = added(range(1), 2, frozenset())
-            take_parts(allreduce, 0, partials[(0, 1)].gradient, [5, 4, 3, 2, 1, 0])
-            time.sleep(0.1)
+            take_parts(allreduce, 0, partials[(0, 1)].vectors["gradient"], [5, 4, 3, 2, 1, 0])
+            time.sleep(0.1)  # buckets are on their way
             if error is MemoryError:
                 raise error
-            allreduce.part_reduce(0, partials)
+            allreduce.part_reduce(0, partials, GRADIENT)
 
     def one(worker, mesh):
         if worker:
-            left.wait(10)  # it hangs
-            return None
+            return left.wait(200)  # it hangs until the other one has closed
         with pytest.raises(error):
             fail(mesh)
-        gave_up_s = time.monotonic()
         mesh.close()
         left.set()
-        return time.monotonic() - gave_up_s
+        return None
 
-    took_s, _ = company.all(one)
+    assert company.all(one) == [None, True]
     company.close()
-    assert isinstance(took_s, float), took_s
-    assert took_s < 1
-    deadline = time.monotonic() + 2
+    deadline = time.monotonic() + 120
     while any(thread.name.startswith("sparksgd-reduce") for thread in threading.enumerate()):
         assert time.monotonic() < deadline
         time.sleep(0.01)

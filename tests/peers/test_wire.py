@@ -13,12 +13,14 @@ from contextlib import contextmanager
 import numpy as np
 import pytest
 
-from sparksgd import wire
 from sparksgd.errors import ClusterError, PeerLost
-from sparksgd.wire import Connection, Credentials, Header, Listener, Transfer, connect, exchange
+from sparksgd.peers import wire
+from sparksgd.peers.wire import Connection, Credentials, Header, Listener, Transfer, connect, exchange
 
 HOST = "127.0.0.1"
-HEADER = Header(run=b"run-0001", segment=1, step=7, phase=2)
+ENDLESS_S = 3600.0
+"""Longer than any test may take: what passes did not wait so long."""
+HEADER = Header(run=b"run-0001", meeting=1, step=7, phase=2)
 
 
 @pytest.fixture(params=[False, True], ids=["plain", "tls"])
@@ -50,7 +52,7 @@ def pair(credentials: Credentials) -> Iterator[tuple[Connection, Connection]]:
         here.close()
 
 
-def eventually(true, within_s: float = 10) -> None:
+def eventually(true, within_s: float = 120) -> None:
     deadline = time.monotonic() + within_s
     while not true():
         assert time.monotonic() < deadline
@@ -144,13 +146,12 @@ def test_a_stranger_without_tls_is_dropped(monkeypatch):
         eventually(lambda: listener._dropped["no TLS of this run"])
 
 
-def test_a_crowd_of_silent_strangers_keeps_no_friend_out():
+def test_a_crowd_of_silent_strangers_keeps_no_friend_out(monkeypatch):
+    monkeypatch.setattr(wire, "_HANDSHAKE_S", ENDLESS_S)  # none of them is dropped for its silence
     credentials = Credentials.new(encrypt=False)
     with listening(credentials) as (listener, welcomed):
         crowd = [socket.create_connection(listener.address) for _ in range(150)]
-        started = time.monotonic()
-        connect(credentials, listener.address, b"me", "there", 5).close()
-        assert time.monotonic() - started < wire._HANDSHAKE_S
+        connect(credentials, listener.address, b"me", "there", ENDLESS_S).close()
         eventually(lambda: welcomed)
         eventually(lambda: listener._dropped["too many at once"] >= 80)
         for sock in crowd:
@@ -169,10 +170,8 @@ def test_a_peer_that_dies_is_told_at_once(credentials):
     with pair(credentials) as (a, b):
         waiting = [Transfer(connection=a, name="worker 3", receives=[memoryview(bytearray(8))])]
         thread = in_thread(b.close)
-        started = time.monotonic()
         with pytest.raises(PeerLost, match="worker 3"):
-            exchange(HEADER, waiting, 30)
-        assert time.monotonic() - started < 1
+            exchange(HEADER, waiting, ENDLESS_S)
         thread.join()
 
 
@@ -186,12 +185,12 @@ def test_a_silent_peer_ends_the_exchange_in_time(credentials):
 @pytest.mark.parametrize(
     "other",
     [
-        Header(run=b"run-0002", segment=1, step=7, phase=2),
-        Header(run=b"run-0001", segment=2, step=7, phase=2),
-        Header(run=b"run-0001", segment=1, step=6, phase=2),
-        Header(run=b"run-0001", segment=1, step=7, phase=1),
+        Header(run=b"run-0002", meeting=1, step=7, phase=2),
+        Header(run=b"run-0001", meeting=2, step=7, phase=2),
+        Header(run=b"run-0001", meeting=1, step=6, phase=2),
+        Header(run=b"run-0001", meeting=1, step=7, phase=1),
     ],
-    ids=["run", "segment", "step", "phase"],
+    ids=["run", "meeting", "step", "phase"],
 )
 def test_a_frame_that_is_not_due_is_refused(other):
     with pair(Credentials.new(encrypt=False)) as (a, b):

@@ -1,15 +1,15 @@
-"""Vectors between processes that have proved to each other that they know one secret.
+"""Vectors between processes that have proved to each other that they know the run's secret.
 
     connector                           listener
-        <──────────── challenge ────────   32 random bytes: all that a stranger ever gets
+        <──────────── challenge ────────   32 random bytes; a stranger gets nothing else
         ──── hello, nonce, proof ───────>  HMAC(secret, challenge, nonce, hello)
         <──────────── proof ────────────   HMAC(secret, nonce, challenge)
         ════════════ frames ════════════   a fixed header, then the bytes of a vector
 
-Nothing else is read before the proof; who does not give it in time is dropped and counted.  A frame
-arrives straight in the buffer that waits for it, and only if its header is the one that was due:
-both ends know at any time what comes next.  Sending and receiving go on at once, so no order of
-peers can block another.  With a certificate in the credentials, all of it travels inside TLS.
+Nothing else is read before the proof.  A connector that does not give it in time is dropped and counted.
+Both ends always know which frame comes next.  A frame with this header is received directly into its buffer;
+any other is an error.  Sending and receiving go on at the same time, so that no order of peers can block
+another.  With a certificate in the credentials, everything is sent inside TLS.
 """
 
 from __future__ import annotations
@@ -49,14 +49,14 @@ __all__ = [
 log = logging.getLogger("sparksgd")
 
 HELLO_BYTES = 64
-"""Length of what a connector says of itself, opaque here."""
+"""Length of the hello, in which a connector names itself; its content does not matter here."""
 
 _SECRET_BYTES = 32
 _NONCE_BYTES = 32
 _PROOF_BYTES = 32
 _HANDSHAKE_S = 5.0
 _FEWEST_PENDING = 64
-_TLS_SLICE = 1 << 18  # what ssl takes at once it tells only when all of it is gone
+_TLS_SLICE = 1 << 18  # ssl reports progress only when a whole slice is sent
 _BACKLOG = 128
 _RETRY_S = 0.05
 _CLOCKS_DIFFER = timedelta(days=1)
@@ -65,17 +65,17 @@ _LONGEST_RUN = timedelta(days=365)
 
 @dataclass(frozen=True, kw_only=True)
 class Credentials:
-    """What a run's processes know and nobody else; it travels in Spark's own channels only."""
+    """What only the processes of a run know; it is sent only through Spark's own channels."""
 
     secret: bytes = field(repr=False)
     """Key of every proof."""
 
     pem: bytes | None = field(default=None, repr=False)
-    """Private key and certificate, for TLS; None sends in the clear."""
+    """Private key and certificate, for TLS; None: no encryption."""
 
     @classmethod
     def new(cls, *, encrypt: bool) -> Credentials:
-        """Return fresh ones.
+        """Return new credentials.
 
         Raises:
             ConfigError: encryption is wanted, but the package that makes certificates is not installed.
@@ -99,7 +99,7 @@ class Credentials:
 
 
 def _certificate() -> bytes:
-    """Return a new key and a certificate that it signed itself, as PEM."""
+    """Return a new key and a self-signed certificate, as PEM."""
     try:
         from cryptography import x509
         from cryptography.hazmat.primitives import hashes, serialization
@@ -130,13 +130,13 @@ def _certificate() -> bytes:
 
 @dataclass(frozen=True, kw_only=True)
 class Header:
-    """What a frame is; both ends must mean the same one."""
+    """Identifies a frame; both ends must expect the same one."""
 
     run: bytes
     """Which run, 8 bytes."""
 
-    segment: int
-    """Which segment of the run."""
+    meeting: int
+    """Which meeting of the run."""
 
     step: int
     """Which step, from 0."""
@@ -145,8 +145,8 @@ class Header:
     """Which exchange of the step."""
 
     def pack(self, num_bytes: int) -> bytes:
-        """Return the bytes of the header of a frame of so many bytes."""
-        return _HEADER.pack(self.run, self.segment, self.step, self.phase, num_bytes)
+        """Return the bytes of the header of a frame of this length."""
+        return _HEADER.pack(self.run, self.meeting, self.step, self.phase, num_bytes)
 
 
 _HEADER = struct.Struct(">8sIQIQ")
@@ -157,7 +157,7 @@ class Connection:
 
     Args:
         sock: connected and proved.
-        hello: what the connector said of itself.
+        hello: how the connector named itself.
     """
 
     def __init__(self, sock: socket.socket, hello: bytes) -> None:
@@ -169,16 +169,16 @@ class Connection:
         self.encrypted = isinstance(sock, ssl.SSLSocket)
 
     def close(self) -> None:
-        """Close it; the other end sees so at once."""
+        """Close it; the other end notices at once."""
         _close(self.sock)
 
     def shut_down(self, how: int = socket.SHUT_RDWR) -> None:
-        """End it, from any thread; who uses it now sees so at once."""
+        """End it, from any thread; a thread that uses it notices at once."""
         with suppress(OSError):
-            socket.socket.shutdown(self.sock, how)  # TLS's own would go on in the clear
+            socket.socket.shutdown(self.sock, how)  # the TLS socket's own shutdown would continue unencrypted
 
     def ends(self, timeout_s: float | None = None) -> bool:
-        """Return whether the other end closes, or this one is shut down, in time; None waits for ever."""
+        """Wait until the other end closes, or this one is shut down; return whether that was in time."""
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
         unread, poll = memoryview(bytearray(1 << 16)), select.poll()
         try:
@@ -193,7 +193,7 @@ class Connection:
         return True
 
     def send_some(self, buffers: list[memoryview]) -> int:
-        """Send what the kernel takes now of some buffers; -1 if that is nothing."""
+        """Send as much of some buffers as the kernel takes now; return the bytes, or -1 for none."""
         try:
             if self.encrypted:
                 return self.sock.send(buffers[0][:_TLS_SLICE])
@@ -202,7 +202,7 @@ class Connection:
             return -1
 
     def receive_some(self, buffer: memoryview) -> int:
-        """Receive into a buffer what is there now; -1 if that is nothing, 0 if the peer has ended."""
+        """Receive what has arrived into a buffer; return the bytes, -1 for none, 0 if the peer has ended."""
         try:
             return self.sock.recv_into(buffer)
         except (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError):
@@ -213,7 +213,7 @@ class Connection:
 
 @dataclass(kw_only=True)
 class Transfer:
-    """What goes to one peer and comes from it in one exchange."""
+    """What is sent to a peer, and received from it, in one exchange."""
 
     connection: Connection
     """The peer's."""
@@ -222,10 +222,10 @@ class Transfer:
     """The peer's, for errors."""
 
     sends: Sequence[memoryview] = ()
-    """Bytes to send, in this order; empty sends no frame."""
+    """What to send, in this order; if empty, no frame is sent."""
 
     receives: Sequence[memoryview] = ()
-    """Where to put what comes, in this order; empty expects no frame."""
+    """Where to put what arrives, in this order; if empty, no frame is expected."""
 
 
 class _Moving:
@@ -240,7 +240,7 @@ class _Moving:
         self.incoming = [memoryview(self._header), *due[1:]] if due else []
 
     def move(self) -> bool:
-        """Send and receive what goes now; return whether that was anything."""
+        """Send and receive as much as is possible now; return whether that was anything."""
         before = self.moved
         self._send()
         self._receive()
@@ -271,7 +271,7 @@ class _Moving:
         if bytes(self._header) != self._due:
             raise PeerLost(
                 f"{self.name} sent a frame {_HEADER.unpack(self._header)} where {_HEADER.unpack(self._due)} "
-                f"(run, segment, step, phase, bytes) was due"
+                f"(run, meeting, step, phase, bytes) was due"
             )
 
     @property
@@ -283,13 +283,13 @@ def exchange(header: Header, transfers: Iterable[Transfer], timeout_s: float) ->
     """Send to and receive from many peers at once; return when all of it is done.
 
     Args:
-        header: of every frame of this exchange, but for its length.
+        header: of every frame of this exchange, except its length.
         transfers: one for each peer.
-        timeout_s: how long nothing may move.
+        timeout_s: how long may pass without progress.
 
     Raises:
         PeerLost: a peer has ended, or sent something else.
-        PeerSilent: nothing moved for too long.
+        PeerSilent: there was no progress for too long.
     """
     moving = [_Moving(transfer, header) for transfer in transfers]
     deadline = time.monotonic() + timeout_s
@@ -323,9 +323,9 @@ class Listener:
     Args:
         credentials: the run's.
         host: address to listen on, and on no other.
-        ports: ports to try, in this order; None takes any free one.
-        friends: how many may come at once.
-        welcome: called with each connection that has proved itself, in some thread; it owns it.
+        ports: ports to try, in this order; None: any free one.
+        friends: how many members of the run may connect at once.
+        welcome: called with each connection that has proved itself, in some thread; it owns the connection.
     """
 
     def __init__(
@@ -345,6 +345,7 @@ class Listener:
         self._pending: dict[int, socket.socket] = {}
         self._dropped: Counter[str] = Counter()
         self._closed = False
+        self._socket: socket.socket | None = None
         self.address: tuple[str, int] = (host, 0)
 
     def start(self) -> None:
@@ -353,36 +354,40 @@ class Listener:
         Raises:
             ClusterError: no port is free.
         """
-        self._socket = _bound(self._host, self._ports)
-        self.address = self._socket.getsockname()[:2]
+        self._socket = listening = _bound(self._host, self._ports)
+        self.address = listening.getsockname()[:2]
         self._tls = self._credentials.context(listens=True)
-        threading.Thread(target=self._accept, name="sparksgd-listener", daemon=True).start()
+        accepting = threading.Thread(
+            target=self._accept, args=[listening], name="sparksgd-listener", daemon=True
+        )
+        accepting.start()
 
     def close(self) -> None:
-        """Listen no more, and drop who is still proving."""
+        """Stop listening, and drop connections that have not proved themselves yet."""
         with self._lock:
             self._closed = True
             pending, self._pending = self._pending, {}
-        _close(self._socket)  # wakes the thread that accepts
+        if self._socket is not None:
+            _close(self._socket)  # wakes the thread that accepts
         for sock in pending.values():
             _close(sock)
 
     def take_dropped(self) -> Counter[str]:
-        """Return who was not let in since the last call, by the reason."""
+        """Return how many connections were refused since the last call, by reason."""
         with self._lock:
             dropped, self._dropped = self._dropped, Counter()
         return dropped
 
-    def _accept(self) -> None:
+    def _accept(self, listening: socket.socket) -> None:
         for number in itertools.count():
             try:
-                sock, _ = self._socket.accept()
+                sock, _ = listening.accept()
                 self._admit(number, sock)
-            except (OSError, RuntimeError) as error:  # out of files or threads, or it left at once
+            except (OSError, RuntimeError) as error:  # no files or threads left, or the peer has gone
                 if self._closed:
                     return
                 log.debug("a connection was not accepted: %s", error)
-                time.sleep(_RETRY_S)  # what lacks now may be there then
+                time.sleep(_RETRY_S)  # files or threads may be free then
 
     def _admit(self, number: int, sock: socket.socket) -> None:
         """Start a connection's proof."""
@@ -433,7 +438,7 @@ class Listener:
         _close(sock)
 
     def _taken(self, number: int, reason: str | None = None) -> socket.socket | None:
-        """Take a connection out of those that prove themselves; None if another thread did so before."""
+        """Take a connection out of those that are still proving; None if another thread did so before."""
         with self._lock:
             sock = self._pending.pop(number, None)
             if sock is not None and reason is not None:
@@ -450,14 +455,14 @@ class Listener:
 def connect(
     credentials: Credentials, address: tuple[str, int], hello: bytes, name: str, timeout_s: float
 ) -> Connection:
-    """Connect to a listener, prove to know the secret, and have it prove the same.
+    """Connect to a listener; prove that we know the secret, and let it prove the same.
 
     Args:
         credentials: the run's.
         address: the listener's.
-        hello: what to say of oneself, at most HELLO_BYTES.
+        hello: names this end, in at most HELLO_BYTES.
         name: the listener's, for errors.
-        timeout_s: how long to try; a listener beset by strangers may drop a friend.
+        timeout_s: how long to try; a listener with too many strangers may drop us.
 
     Raises:
         PeerLost: nobody listens, or nobody who knows the secret.
@@ -483,11 +488,11 @@ def connect(
                 raise PeerLost(f"cannot reach {where}: {error}") from error
             if time.monotonic() >= deadline:
                 raise PeerSilent(f"cannot reach {where} within {timeout_s:g} s: {error}") from error
-            time.sleep(_RETRY_S)  # it was beset; its queue needs a moment
+            time.sleep(_RETRY_S)  # its queue was full, and needs a moment
 
 
 class _WrongSecret(OSError):
-    """A listener that does not know the run's secret."""
+    """The listener does not know the run's secret."""
 
 
 def _proved(sock: socket.socket, credentials: Credentials, hello: bytes, deadline: float) -> socket.socket:
@@ -503,12 +508,12 @@ def _proved(sock: socket.socket, credentials: Credentials, hello: bytes, deadlin
 
 
 def _proof(credentials: Credentials, role: bytes, *parts: bytes) -> bytes:
-    """Return what only who knows the secret can say; the role keeps it from being echoed back."""
+    """Return a proof that needs the secret; the role in it makes an echo of it invalid."""
     return hmac.digest(credentials.secret, b"sparksgd " + role + b"".join(parts), "sha256")
 
 
 def _shake_hands(sock: socket.socket, deadline: float) -> None:
-    """Let TLS agree on its keys, where it is used."""
+    """Make the TLS handshake, if TLS is used."""
     if isinstance(sock, ssl.SSLSocket):
         sock.settimeout(_left_s(deadline))
         sock.do_handshake()
@@ -538,7 +543,7 @@ def _left_s(deadline: float) -> float:
 
 
 def _framed(header: Header, buffers: Sequence[memoryview]) -> list[memoryview]:
-    """Return a frame's header and buffers as bytes, without empty ones; nothing for no buffers."""
+    """Return a frame's header and its non-empty buffers as bytes; nothing if there are none."""
     if not buffers:
         return []
     views = [view.cast("B") for view in buffers if view.nbytes]
@@ -546,7 +551,7 @@ def _framed(header: Header, buffers: Sequence[memoryview]) -> list[memoryview]:
 
 
 def _advance(buffers: list[memoryview], count: int) -> None:
-    """Drop the first bytes of some buffers."""
+    """Drop this many first bytes of some buffers."""
     while count:
         first = buffers[0]
         if first.nbytes <= count:
@@ -587,7 +592,7 @@ def _close(sock: socket.socket) -> None:
 
 
 def address_towards(host: str, port: int) -> str:
-    """Return this host's address on the interface that routes to another; nothing is sent.
+    """Return this host's address on the interface towards another host; nothing is sent.
 
     Raises:
         ClusterError: there is no such host, or no route to it.
