@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from sparksgd.start_up import StartUp
+from sparksgd.training.start_up import StartUp
 
 
 def started(*ends: float) -> StartUp:

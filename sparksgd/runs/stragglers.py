@@ -1,17 +1,16 @@
-"""How many backup workers pay: read off arrival times, with N + b = W workers fixed.
+"""How many backup workers save time, from arrival times; N + b = W workers, and W is fixed.
 
     time(N) = iterations(N) x mean of the N-th arrival of W
 
-Chen et al. 2016, "Revisiting Distributed Synchronous SGD" (arXiv:1604.00981), section 3.2: their
-estimate of the time to converge.  iterations(N) is taken to be N ** -exponent: 1 asks for a fixed number of
-gradients, whatever the step is made of; they measured 0.85 between N = 50 and 100.
+Chen et al. 2016, "Revisiting Distributed Synchronous SGD" (arXiv:1604.00981), section 3.2: their estimate of
+the time to converge.  We assume iterations(N) = N ** -exponent.  With exponent 1 a training needs a fixed
+number of gradients, however many a step has.  They measured 0.85 between N = 50 and 100.
 
 Legend: T steps, W workers.
 """
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,8 @@ import numpy as np
 import numpy.typing as npt
 
 from sparksgd.errors import ConfigError, DataError
-from sparksgd.participation import METRICS
+from sparksgd.runs.metrics import read_metrics
+from sparksgd.runs.names import METRICS
 from sparksgd.storage import Location, location
 
 __all__ = ["Choice", "best_of", "choices", "plot", "read_arrivals"]
@@ -45,15 +45,15 @@ class Choice:
     """Mean of the N-th arrival: the expected time of a step."""
 
     relative_time: float
-    """Expected time to the same training, over that without backups."""
+    """Expected time to the same training, divided by the time without backup workers."""
 
 
 def choices(arrivals_s: Seconds, exponent: float = 1.0) -> list[Choice]:
     """Return what each number of backup workers would cost, from none to all but one.
 
     Args:
-        arrivals_s: when each worker's gradient came, from the step's beginning, [T, W].
-        exponent: iterations needed fall with N to this power.
+        arrivals_s: when each worker's gradient arrived, from the step's beginning, [T, W].
+        exponent: see above.
     """
     ordered = np.sort(arrivals_s, axis=1)
     workers = ordered.shape[1]
@@ -71,26 +71,24 @@ def choices(arrivals_s: Seconds, exponent: float = 1.0) -> list[Choice]:
 
 
 def best_of(found: list[Choice]) -> Choice:
-    """Return the choice of the least expected time; of equal ones the one with fewest backups."""
+    """Return the choice with the least expected time; if several are equal, the one with fewest backups."""
     return min(found, key=lambda choice: choice.relative_time)
 
 
 def read_arrivals(path: str | Path | Location) -> Seconds:
-    """Read when workers' gradients came, [T, W], from a run's folder or its metrics.jsonl.
+    """Read when the gradients of workers arrived, [T, W], from a run's folder or its metrics.jsonl.
 
-    Where they came by themselves, that is what was recorded; elsewhere it is what each worker's own
-    work took.  Steps that did not ask every worker, because one was still late, are left out.
+    If gradients arrived one by one, these are the recorded times.  Otherwise it is the time that each worker
+    computed.  Steps in which a worker was not asked, because it was still late, are left out.
 
     Raises:
-        DataError: it holds no such steps, or too few.
+        DataError: there are no such steps, or too few.
     """
     file = location(path)
     try:
         if file.name != METRICS and (file / METRICS).exists():
             file /= METRICS
-        lines = file.read_bytes().splitlines(keepends=True)
-        whole = [json.loads(line) for line in lines if line.endswith(b"\n")]
-        steps = [line for line in whole if line["kind"] == "step"]
+        steps = read_metrics(file).steps
         arrived = [arrival for step in steps for arrival in step["timing"].get("arrivals", [])]
         of_step: dict[int, dict[int, float]] = {step["version"]: {} for step in steps}
         if arrived:
@@ -109,14 +107,14 @@ def read_arrivals(path: str | Path | Location) -> Seconds:
     if len(workers) < 2 or len(complete) < _FEWEST_STEPS:
         raise DataError(
             f"{file} has {len(complete)} steps in which all of {len(workers)} workers answered, but "
-            f"{_FEWEST_STEPS} of two workers or more are needed: record some with jobs/train.py --set "
+            f"{_FEWEST_STEPS} steps of at least two workers are needed: record some with jobs/train.py --set "
             f"engine.barrier=false --set train.steps=100"
         )
     return np.array([[of_worker[worker] for worker in workers] for of_worker in complete])
 
 
 def plot(arrivals_s: Seconds, found: list[Choice], file: Path) -> None:
-    """Draw how late the k-th gradient comes, and what each number of backups costs.
+    """Draw when the k-th gradient arrives, and what each number of backup workers costs.
 
     Raises:
         ConfigError: matplotlib is not installed, or the file cannot be written.

@@ -1,6 +1,6 @@
-"""Ctrl-C and SIGTERM: the first ends the run in order, which writes its last good model.
+"""Ctrl-C and SIGTERM: the first one ends the run in order, and the last good model is written.
 
-A scheduler that sends SIGTERM means what Ctrl-C means, so `Terminated` is a KeyboardInterrupt.
+SIGTERM from a scheduler means the same as Ctrl-C, so `Terminated` is a KeyboardInterrupt.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ class Terminated(KeyboardInterrupt):
 
 
 _came: list[int] = []
-"""The signal that ends this process, once it came."""
+"""The signal that ends this process, if one came."""
 
 
 def ended_by() -> int | None:
-    """Return the signal that ends this process, if one came: its exception may have become another."""
+    """Return the signal that ends this process, if one came; its exception may have been replaced."""
     return _came[0] if _came else None
 
 
 def end_in_order(first: Callable[[], object] = lambda: None) -> None:
-    """Let the first Ctrl-C or SIGTERM raise in this process; it is ended if it has not ended soon after.
+    """Let the first Ctrl-C or SIGTERM raise in this process, and kill it if it does not end soon.
 
-    A second Ctrl-C ends it at once.
+    A second Ctrl-C kills it at once.
 
     Args:
         first: called before anything else.
@@ -42,7 +42,7 @@ def end_in_order(first: Callable[[], object] = lambda: None) -> None:
         if _came:
             if number == signal.SIGINT:
                 os._exit(128 + number)
-            return  # SIGTERM may follow Ctrl-C: the JVM hands on what it gets
+            return  # SIGTERM may follow Ctrl-C, because the JVM passes signals on
         _came.append(number)
         last = threading.Timer(_LONGEST_END_S, os._exit, [128 + number])
         last.daemon = True

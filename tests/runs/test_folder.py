@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,11 +16,12 @@ import pytest
 import torch
 
 from sparksgd.config import Config
+from sparksgd.data.local_files import ParquetRows
 from sparksgd.engines.inline import InlineEngine
 from sparksgd.errors import ClusterError, ConfigError, DataError, NotFinite
-from sparksgd.local_rows import ParquetRows
-from sparksgd.output import RunFolder, load_model
-from sparksgd.training import train
+from sparksgd.runs.folder import RunFolder
+from sparksgd.runs.model import load_model
+from sparksgd.training.loop import train
 
 
 @pytest.fixture(scope="module")
@@ -63,11 +66,29 @@ def test_a_model_is_read_back_as_it_was_saved(trained: Path) -> None:
     assert [(f.name, f.dtype, f.length) for f in model.schema.features] == [("features", "float32", 1)]
 
 
+def test_a_model_is_loaded_without_what_trains_one() -> None:
+    code = "import sys, sparksgd.runs.model; print(*sys.modules, sep='\\n')"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    rooms = ("sparksgd.engines", "sparksgd.solvers", "sparksgd.training.loop", "sparksgd.training.state")
+    assert [name for name in done.stdout.split() if name.startswith(rooms)] == []
+    assert "sparksgd.training.modules" in done.stdout
+
+
+def test_a_new_run_removes_the_file_of_the_version_before(trained: Path, tmp_path: Path) -> None:
+    (tmp_path / "record.json").write_text("{}")
+    config = Config.from_dict({"loss": {"name": "squared_error"}, "train": {"num_shards": 1}})
+    rows, module = ParquetRows(str(trained.parent / "rows.parquet")), torch.nn.Linear(1, 1)
+    observers = [RunFolder(tmp_path, {"data.train": "1"})]
+    train(config, rows=rows, test=None, make_engine=InlineEngine, module=module, observers=observers)
+    assert not (tmp_path / "record.json").exists()
+    assert json.loads((tmp_path / "run.json").read_text())["fingerprints"] == {"data.train": "1"}
+
+
 @pytest.mark.parametrize("missing", ["model.json", "weights.pt"])
 def test_half_a_model_is_refused(trained: Path, tmp_path: Path, missing: str) -> None:
     copied(trained, tmp_path, lambda about: None)
     (tmp_path / missing).unlink()
-    with pytest.raises(DataError, match=rf"holds no whole model: FileNotFoundError: .*{missing}"):
+    with pytest.raises(DataError, match=rf"holds no complete model: FileNotFoundError: .*{missing}"):
         load_model(tmp_path)
 
 
@@ -75,11 +96,11 @@ def test_half_a_model_is_refused(trained: Path, tmp_path: Path, missing: str) ->
     ("change", "error", "says"),
     [
         (lambda about: about.update(format=1), DataError, "is of format 1, but this version reads 2"),
-        (lambda about: about.pop("features"), DataError, "holds no whole model: KeyError: 'features'"),
+        (lambda about: about.pop("features"), DataError, "holds no complete model: KeyError: 'features'"),
         (lambda about: about["model"]["arguments"].update(out_features=3), DataError, "size mismatch"),
         (lambda about: about["model"].update(name="nowhere:Net"), ConfigError, "no module 'nowhere'"),
         (lambda about: about["model"].update(name=None), DataError, "pass it as module="),
-        (lambda about: about.update(state_sha256="0"), DataError, "are not of one run"),
+        (lambda about: about.update(state_sha256="0"), DataError, "are of different runs"),
     ],
 )
 def test_what_does_not_fit_together_is_refused(
@@ -142,7 +163,7 @@ def test_a_run_whose_last_model_cannot_be_written_is_not_finished(
     def fails(*_: Any) -> None:
         raise OSError(errno.EIO, "the disk is gone")
 
-    monkeypatch.setattr("sparksgd.output.save_model", fails)
+    monkeypatch.setattr("sparksgd.runs.folder.save_model", fails)
     config = Config.from_dict({"loss": {"name": "squared_error"}, "train": {"num_shards": 1}})
     rows = ParquetRows(str(trained.parent / "rows.parquet"))
     with pytest.raises(ClusterError, match="cannot be written: the disk is gone"):
@@ -155,3 +176,24 @@ def test_a_run_whose_last_model_cannot_be_written_is_not_finished(
             observers=[RunFolder(tmp_path)],
         )
     assert json.loads((tmp_path / "summary.json").read_text())["status"] == "OSError"
+
+
+def test_the_summary_counts_epochs_by_turns(trained: Path, tmp_path: Path) -> None:
+    config = Config.from_dict(
+        {
+            "loss": {"name": "squared_error"},
+            "solver": {"name": "local_sgd", "turns_per_round": 2},
+            "train": {"num_shards": 1, "rows_per_step": 2, "epochs": 3},
+        }
+    )
+    rows = ParquetRows(str(trained.parent / "rows.parquet"))
+    train(
+        config,
+        rows=rows,
+        test=None,
+        make_engine=InlineEngine,
+        module=torch.nn.Linear(1, 1),
+        observers=[RunFolder(tmp_path)],
+    )
+    found = json.loads((tmp_path / "summary.json").read_text())
+    assert (found["epochs"], found["turns"], found["steps"]) == (3.0, 12, 6)

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from sparksgd.errors import DataError
-from sparksgd.stragglers import best_of, choices, read_arrivals
+from sparksgd.runs.stragglers import best_of, choices, read_arrivals
 
-JOB = Path(__file__).parents[1] / "jobs" / "stragglers.py"
+JOB = Path(__file__).parents[2] / "jobs" / "stragglers.py"
 
 
 @pytest.fixture(scope="module")

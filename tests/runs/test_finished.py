@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from sparksgd.config import Config
-from sparksgd.earlier import is_done
 from sparksgd.errors import ConfigError
+from sparksgd.runs.finished import is_done
 from sparksgd.storage import location
 
 FILES = {"data.train": "1", "data.test": "2"}
@@ -26,11 +26,11 @@ def out(tmp_path: Path) -> Path:
 
 def write(folder: Path, status: str) -> None:
     (folder / "summary.json").write_text(json.dumps({"status": status, "parameters_sha256": "abc"}))
-    record = {"config": CONFIG.to_dict(), "fingerprints": FILES}
-    (folder / "record.json").write_text(json.dumps(record))
+    about = {"config": CONFIG.to_dict(), "fingerprints": FILES}
+    (folder / "run.json").write_text(json.dumps(about))
     (folder / "model").mkdir(exist_ok=True)
-    about = {"weights": "weights.pt", "parameters_sha256": "abc"}
-    (folder / "model" / "model.json").write_text(json.dumps(about))
+    model = {"weights": "weights.pt", "parameters_sha256": "abc"}
+    (folder / "model" / "model.json").write_text(json.dumps(model))
     (folder / "model" / "weights.pt").touch()
 
 
@@ -72,15 +72,15 @@ def test_other_files_are_refused(out: Path, files: dict[str, str]) -> None:
 
 def test_changed_code_is_another_run(out: Path) -> None:
     config = Config.load(CONFIG.to_dict(), ["model.name=theirs:Net"])
-    record = {"config": config.to_dict(), "fingerprints": FILES | {"model.name": "5"}}
-    (out / "record.json").write_text(json.dumps(record))
+    about = {"config": config.to_dict(), "fingerprints": FILES | {"model.name": "5"}}
+    (out / "run.json").write_text(json.dumps(about))
     assert is_done(location(out), config, FILES | {"model.name": "5"}, "skip")
     with pytest.raises(ConfigError, match=r"the code of model\.name was changed since \(theirs:Net\)"):
         is_done(location(out), config, FILES | {"model.name": "6"}, "skip")
 
 
 def test_a_replay_is_not_the_run_that_it_repeats(out: Path) -> None:
-    with pytest.raises(ConfigError, match="the replay is another"):
+    with pytest.raises(ConfigError, match="only one of the two is a replay"):
         is_done(location(out), CONFIG, FILES | {"replay": "4"}, "skip")
 
 
@@ -110,8 +110,13 @@ def test_a_run_whose_model_is_of_an_earlier_step_is_not_done(out: Path) -> None:
     assert not is_done(location(out), CONFIG, FILES, "skip")
 
 
+def test_a_run_of_the_version_before_is_done(out: Path) -> None:
+    (out / "run.json").rename(out / "record.json")
+    assert is_done(location(out), CONFIG, FILES, "skip")
+
+
 def test_what_is_no_run_of_ours_is_not_written_over(tmp_path: Path) -> None:
     (tmp_path / "summary.json").write_text("[]")
-    (tmp_path / "record.json").write_text("{}")
-    with pytest.raises(ConfigError, match="holds what is no run of this version"):
+    (tmp_path / "run.json").write_text("{}")
+    with pytest.raises(ConfigError, match="holds something that is not a run of this version"):
         is_done(location(tmp_path), CONFIG, FILES, "skip")

@@ -1,4 +1,4 @@
-"""What the steps of a run took, in few bytes per step: nightly runs make millions."""
+"""How long the steps of a run took, in few bytes per step, because nightly runs make millions."""
 
 from __future__ import annotations
 
@@ -34,5 +34,5 @@ class StepTimes:
         return self.rows / total if total else None
 
     def medians_s(self) -> dict[str, float]:
-        """Return the median seconds of each part of a step; nothing before the first."""
+        """Return the median seconds of each part of a step; empty before the first step."""
         return {name: statistics.median(seconds) for name, seconds in self._seconds.items() if seconds}

@@ -8,7 +8,6 @@ import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
@@ -17,18 +16,20 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from engine_makers import Inline
 from torch import nn
 
-from sparksgd.compute import Plan
-from sparksgd.config import Config, ModelConfig
+from sparksgd.config import Config
+from sparksgd.data.local_files import ParquetRows
+from sparksgd.data.schema import RowReport, RowSchema
+from sparksgd.engines.compute import Plan
 from sparksgd.engines.inline import InlineEngine
 from sparksgd.engines.protocol import SegmentReport, StepReport
-from sparksgd.errors import ConfigError, ModelError, NotFinite, ShardChanged, UserCodeError
-from sparksgd.local_rows import ParquetRows
-from sparksgd.output import summary
-from sparksgd.rows import RowReport, RowSchema
-from sparksgd.solvers.protocol import Solver
-from sparksgd.training import EvaluationReport, Training, build_module, train
+from sparksgd.errors import NotFinite, UserCodeError
+from sparksgd.runs.folder import summary
+from sparksgd.solvers.protocol import RoundSolver
+from sparksgd.training.loop import train
+from sparksgd.training.state import EvaluationReport, Observer, Training
 
 # Modules and losses, named by import path
 
@@ -95,7 +96,7 @@ def config_of(**sections: dict[str, Any]) -> Config:
     return Config.from_dict({"data": {"features": "x", "label": "y"}, **sections})
 
 
-class Diary:
+class Diary(Observer):
     """An observer that writes down everything that it is told."""
 
     def __init__(self) -> None:
@@ -173,7 +174,7 @@ def test_a_training_takes_the_steps_that_a_person_works_out(
         (4, 4, 3, 3, 0.125),
     ]
     assert training.module.weight.item() == 1.40625
-    assert (training.version, training.total_steps, training.error) == (4, 4, None)
+    assert (training.version, training.total_turns, training.error) == (4, 4, None)
 
 
 def test_the_metrics_of_the_test_rows_are_the_ones_that_a_person_works_out(tmp_path: Path) -> None:
@@ -357,7 +358,7 @@ def own_temporary_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Ite
 def test_twenty_trainings_leave_the_disk_as_it_was(tmp_path: Path, own_temporary_folder: Path) -> None:
     rows, seen = parquet(tmp_path / "rows", COUNTED_ROWS), []
 
-    class Watching(Diary):
+    class Watching(Observer):
         def stepped(self, training: Training, report: StepReport) -> None:
             seen.append(sum(len(files) for _, _, files in os.walk(own_temporary_folder)))
 
@@ -395,7 +396,7 @@ def test_what_the_user_s_loss_raises_ends_the_run_with_its_traceback(tmp_path: P
             make_engine=InlineEngine,
             observers=[diary],
         )
-    for phrase in ("ValueError: later", "in fails_on_three_rows", "in step 1, on worker 0 at"):
+    for phrase in ("ValueError: later", "in fails_on_three_rows", "in turn 1, on worker 0 at"):
         assert phrase in str(raised.value)
     assert diary.lines == ["started", "ended UserCodeError"]
     assert diary.training is not None
@@ -446,7 +447,7 @@ def rooted(
     return (
         diary,
         lambda: train(
-            config, rows=rows, test=rows if evaluates else None, make_engine=engine, observers=[diary]
+            config, rows=rows, test=rows if evaluates else None, make_engine=Inline(engine), observers=[diary]
         ),
         read_back,
     )
@@ -462,7 +463,7 @@ def test_a_loss_that_becomes_nan_stops_the_run_and_names_the_row(tmp_path: Path)
         for row, record in enumerate(records)
         if record["x"][0] == 0
     ]
-    assert f"the loss of step 4 is nan in shard {place[0]}, rows {place[1]}\n" in str(stopped.value)
+    assert f"the loss of turn 4 is nan in shard {place[0]}, rows {place[1]}\n" in str(stopped.value)
     assert diary.lines == ["started", "step 1", "step 2", "step 3", "ended NotFinite"]
     assert diary.training is not None
     assert diary.training.error is stopped.value
@@ -513,7 +514,7 @@ def test_a_step_that_overflows_is_not_made(tmp_path: Path) -> None:
 class Replaced(InlineEngine):
     """Another executor takes the worker's place after the first step."""
 
-    def advance(self, solver: Solver, steps: int) -> SegmentReport:
+    def advance(self, solver: RoundSolver, steps: int) -> SegmentReport:
         report = super().advance(solver, steps)
         self._computer.numerics = replace(self._computer.numerics, instruction_set="OTHER")
         return report
@@ -533,90 +534,12 @@ def test_a_worker_that_is_replaced_by_one_of_other_arithmetic_is_named(
     assert (change["step"], change["worker"], change["numerics"]["instruction_set"]) == (2, 0, "OTHER")
 
 
-class Rewritten(ParquetRows):
-    """Rows that somebody rewrites between the check and the deal."""
-
-    def __init__(self, before: ParquetRows, after: ParquetRows) -> None:
-        self.first_rows, self.inspect, self.deal = before.first_rows, before.inspect, after.deal
-
-
-def test_rows_that_change_under_the_run_are_an_error_that_names_their_shards(tmp_path: Path) -> None:
-    before = parquet(tmp_path / "before", COUNTED_ROWS)
-    for name, after in {"other": [*COUNTED_ROWS[:2], ([2.0], 1.0)], "fewer": COUNTED_ROWS[:2]}.items():
-        changed = r"the training data changed while it was read: 3 rows .*; shards \d(, \d)* hold other rows"
-        with pytest.raises(ShardChanged, match=changed):
-            train(
-                counted(),
-                rows=Rewritten(before, parquet(tmp_path / name, after)),
-                test=None,
-                make_engine=InlineEngine,
-            )
-
-
-def test_of_rows_that_change_those_shards_are_named_that_hold_them(tmp_path: Path) -> None:
-    rows = [([float(x)], 0.0) for x in range(40)]
-    config = counted()
-    config = replace(config, train=replace(config.train, num_shards=5))
-    before = parquet(tmp_path / "before", rows)
-    content = blake2b(np.float32(7).tobytes(), digest_size=16).digest()
-    holder = int.from_bytes(content[:8], "little") % 5
-    after = parquet(tmp_path / "after", [row if row[0] != [7.0] else ([7.0], 1.0) for row in rows])
-    with pytest.raises(ShardChanged, match=f"; shards {holder} hold other rows"):
-        train(config, rows=Rewritten(before, after), test=None, make_engine=InlineEngine)
-
-
-def test_a_heavy_shard_and_an_empty_one_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.WARNING, "sparksgd"):
-        train(
-            counted(num_shards=4, epochs=1),
-            rows=parquet(tmp_path, [([1.0], 3.0)] * 40),
-            test=None,
-            make_engine=InlineEngine,
-        )
-    said = caplog.text
-    assert "holds 40 rows, 4.0 times its share, because 39 of them repeat the features of another" in said
-    assert "are empty: they take part in no step" in said
-
-
 def test_a_shard_of_its_share_is_not_worth_a_word(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, classified: list[Any]
 ) -> None:
     with caplog.at_level(logging.WARNING, "sparksgd"):
         sha256(parquet(tmp_path, classified), with_dropout, epochs=1)
     assert caplog.text == ""
-
-
-# Modules by name
-
-
-def test_a_module_s_first_parameters_follow_from_the_seed_alone() -> None:
-    config = ModelConfig(name="lenet", arguments={"maps": [2, 3], "hidden": 4})
-    torch.manual_seed(1)
-    state = torch.get_rng_state()
-    one = build_module(config, seed=5)
-    assert torch.equal(torch.get_rng_state(), state)
-    torch.manual_seed(2)
-    two, other = build_module(config, seed=5), build_module(config, seed=6)
-    assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters(), strict=True))
-    assert not torch.equal(one.output.weight, other.output.weight)
-
-
-@pytest.mark.parametrize(
-    ("name", "arguments", "error", "phrases"),
-    [
-        ("lenet5", {}, ConfigError, ["model.name is 'lenet5'", "did you mean lenet?"]),
-        ("nowhere:Net", {}, ConfigError, ["no module 'nowhere'", "PYTHONPATH"]),
-        ("lenet", {"hiden": 3}, ConfigError, ["does not take {'hiden': 3}", "hidden"]),
-        ("builtins:dict", {}, ModelError, ["gave a dict, not a torch module"]),
-    ],
-)
-def test_a_model_that_cannot_be_built_is_refused(
-    name: str, arguments: dict[str, Any], error: type[Exception], phrases: list[str]
-) -> None:
-    with pytest.raises(error) as refused:
-        build_module(ModelConfig(name=name, arguments=arguments), seed=0)
-    for phrase in phrases:
-        assert phrase in str(refused.value)
 
 
 def test_reports_of_rows_and_numerics_are_kept(tmp_path: Path) -> None:

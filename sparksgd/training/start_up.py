@@ -1,4 +1,4 @@
-"""Where the time from the submission to the first step went."""
+"""How the time from the submission to the first step was spent."""
 
 from __future__ import annotations
 
@@ -12,17 +12,18 @@ Span = tuple[float, float]
 
 
 class StartUp:
-    """Seconds of each part of a start, which add up to all of it.
+    """Seconds of each part of a start; together they are the whole start.
 
-        submit        until there is a Spark session, which on YARN waits up to 3 s for containers
-        containers    until there are the slots that the workers need
+        submit        until there is a Spark session; on YARN it waits up to 3 s for containers
+        containers    until there are enough slots for the workers
         shards        until all rows are checked and dealt
         first_step    until the first steps are made
-        environment   while a shipped environment was unpacked, within the first two: not counted there
+        environment   while a shipped environment was unpacked; that is during the first two parts, and is
+                      subtracted from them
 
     Args:
-        since_s: when the run was submitted; None for now.
-        clock: tells seconds since the epoch, as other processes' clocks do.
+        since_s: when the run was submitted; None: now.
+        clock: returns seconds since the epoch, which other processes share.
     """
 
     def __init__(self, since_s: float | None = None, clock: Callable[[], float] = time.time) -> None:
@@ -32,7 +33,7 @@ class StartUp:
         self._unpacking: list[Span] = []
 
     def reached(self, part: str) -> None:
-        """Note that a part is over, and the next begins; only the first time counts."""
+        """Note that a part has ended, and the next begins; only the first call for a part counts."""
         if part not in self._parts:
             now_s = self._clock()
             self._parts[part] = self._since_s, now_s
@@ -43,7 +44,7 @@ class StartUp:
         self._unpacking += spans
 
     def seconds(self) -> dict[str, float]:
-        """Return the seconds of each part that is over.
+        """Return the seconds of each part that has ended.
 
         >>> times = iter([4.0, 10.0])
         >>> start = StartUp(0.0, lambda: next(times))
@@ -67,7 +68,7 @@ class StartUp:
 
 
 def _merged(spans: Iterable[Span]) -> list[Span]:
-    """Return spans as ones that do not overlap; empty ones are left out."""
+    """Merge spans that overlap; empty ones are left out."""
     merged: list[Span] = []
     for start, end in sorted(span for span in spans if span[0] < span[1]):
         if merged and start <= merged[-1][1]:

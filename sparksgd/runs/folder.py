@@ -1,0 +1,265 @@
+"""What a run writes to its folder: the model, a line for each step, a summary.
+
+model/weights.pt     state_dict, for torch.load(weights_only=True)
+model/model.json     how to rebuild the module, and which columns feed it
+metrics.jsonl        a line for each step and each evaluation: exact fields, then "timing"
+run.json             the configuration, and fingerprints of the data and the code
+trace.jsonl          what chance decided, if anything was chance
+summary.json         the run in one table
+
+During a run, model/ has the weights of some seconds ago, in weights-STEP.pt.  model.json names this file, so
+that the two always match, even if the run is killed.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import time
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from sparksgd.engines.protocol import StepReport
+from sparksgd.engines.trace import TraceEvent, event_line, first_line
+from sparksgd.errors import ClusterError, ConfigError
+from sparksgd.runs.json_files import finite, write_json
+from sparksgd.runs.model import save_model
+from sparksgd.runs.names import METRICS, MODEL, RUN, RUN_BEFORE, SUMMARY, TRACE, WEIGHTS
+from sparksgd.storage import Lines, Location, Throttle, location, unanswered
+from sparksgd.training.state import EvaluationReport, Observer, Training
+
+__all__ = ["RunFolder", "summary"]
+
+log = logging.getLogger("sparksgd")
+
+_WEIGHTS_OF_A_RUN = re.compile(r"weights(-\d+)?\.pt")
+_SECONDS_BETWEEN_SAVES = 10.0
+_SAVING_SHARE = 0.05
+
+
+def summary(training: Training, wall_s: float) -> dict[str, Any]:
+    """Return the run's summary: its result, its speed, and what its bits depend on."""
+    last = training.last_evaluation
+    driver, *workers = training.numerics
+    different = {str(index): w for index, w in enumerate(workers) if driver.differences(w)}
+    config, changes = training.config, training.numerics_changes
+    return {
+        "status": "finished" if training.is_finished else f"{type(training.error).__name__}",
+        "test_accuracy": None if last is None else last.accuracy,
+        "test_loss": None if last is None else finite(last.loss),
+        "train_rows": training.rows.rows,
+        "bad_rows_skipped": training.rows.bad.total(),
+        "epochs": training.turns / training.plan.sampling.turns_per_epoch,
+        "steps": training.version,
+        "rows_per_second": training.step_times.rows_per_second,
+        "wall_s": wall_s,
+        "engine": training.engine,
+        "step_mode": training.mode,
+        "num_workers": len(workers),
+        "num_shards": config.train.num_shards,
+        "rows_per_step": config.train.rows_per_step,
+        "parameters": training.flat.parameters.numel(),
+        "parameters_sha256": training.flat.parameters_sha256(),
+        "buffers_sha256": training.flat.buffers_sha256(),
+        "data_digest": training.rows.data_digest,
+        "numerics": asdict(driver)
+        | ({"workers": {index: asdict(w) for index, w in different.items()}} if different else {})
+        | ({"changes": [asdict(change) for change in changes]} if changes else {}),
+        "retried_steps": training.recovery.retries,
+        "rebuilt_shards": training.recovery.rebuilt_shards,
+        "strangers": training.recovery.strangers,
+        "sent_bytes_per_worker_step": training.sent_bytes_per_worker_step,
+        "start_up_s": training.start_up.seconds(),
+        "step_time_s": training.step_times.medians_s(),
+        "solver": config.solver.name,
+        "turns": training.turns,
+        "backup_workers": config.solver.arguments.get("backup_workers", 0),
+        "times_dealt": 1 + training.plan.deal,
+        "arrivals": training.participation.by_worker(),
+    }
+
+
+class RunFolder(Observer):
+    """Observes a run and writes its folder.
+
+    Args:
+        folder: created if it does not exist; the files of an earlier run in it are replaced.
+        fingerprints: of the data files and of the user's code, by the keys that name them.
+        run_id: names the run, also in its logs.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path | Location,
+        fingerprints: Mapping[str, str] | None = None,
+        run_id: str | None = None,
+    ) -> None:
+        self.folder = location(folder)
+        self._fingerprints = dict(fingerprints or {})
+        self.run_id = run_id or uuid.uuid4().hex[:12]
+        self._started = time.perf_counter()
+        self._metrics: Lines | None = None
+        self._trace: Lines | None = None
+        self._events = self._deal = 0
+        self._saves = Throttle(_SECONDS_BETWEEN_SAVES, _SAVING_SHARE)
+        self._weights: str | None = None
+
+    def require_writable(self) -> None:
+        """Refuse, before hours of training, a folder that its results could not go to.
+
+        Raises:
+            ConfigError: nothing can be written there.
+            ClusterError: its file system does not answer.
+        """
+        trial = self.folder / f".{uuid.uuid4().hex}"
+        try:
+            trial.write_bytes(b"")
+            trial.remove()
+        except OSError as error:
+            refusal = ConfigError(
+                f"--out {self.folder} cannot be written: {error.strerror}; name another folder"
+            )
+            raise unanswered(error, refusal) from error
+
+    def started(self, training: Training) -> None:
+        """Remove the files of an earlier run, and begin metrics.jsonl."""
+        with self._told():
+            self._begin(training)
+
+    def _begin(self, training: Training) -> None:
+        for name in (SUMMARY, MODEL, TRACE, RUN_BEFORE):
+            (self.folder / name).remove()
+        model = self.folder / "model"
+        for file in model.files():
+            if _WEIGHTS_OF_A_RUN.fullmatch(file.path):
+                (model / file.path).remove()
+        about = {
+            "run_id": self.run_id,
+            "config": training.config.to_dict(),
+            "data_digest": training.rows.data_digest,
+            "fingerprints": self._fingerprints,
+            "model_name": training.model_name,
+        }
+        write_json(self.folder / RUN, about)
+        self._metrics = (self.folder / METRICS).lines()
+
+    def stepped(self, training: Training, report: StepReport) -> None:
+        """Write the line of a step; before it, what chance decided."""
+        if report.trace:
+            self._write_trace(report)
+        exact = {
+            "kind": "step",
+            "step": report.step,
+            "turn": report.turn,
+            "epoch": report.epoch,
+            "version": report.version,
+            "rows": report.rows,
+            "shards": report.shards,
+            "loss": report.loss,
+            "lr": report.lr,
+            "deal": report.deal,
+            "took_part": list(report.took_part),
+        }
+        workers = [
+            {"worker": w.worker, "host": w.host, "rows": w.rows, "compute": w.compute_s}
+            for w in sorted(report.workers, key=lambda w: w.worker)
+        ]
+        timing = asdict(report.timing) | {"workers": workers}
+        if report.arrivals:
+            timing |= {"late": list(report.late), "arrivals": [asdict(one) for one in report.arrivals]}
+        self._line(exact | {"timing": timing})
+        if report.step == training.version:
+            self._keep(training)
+
+    def evaluated(self, training: Training, report: EvaluationReport) -> None:
+        """Write an evaluation's line."""
+        exact = {
+            "kind": "evaluation",
+            "step": report.step,
+            "turn": report.turn,
+            "epoch": report.epoch,
+            "rows": report.rows,
+            "test_loss": finite(report.loss),
+            "test_accuracy": report.accuracy,
+        }
+        self._line(exact | {"timing": {"total": report.time_s}})
+        with self._later():
+            self._lines().flush()
+
+    def ended(self, training: Training) -> None:
+        """Write the model, as the last good step left it, and the summary."""
+        about = {"run_id": self.run_id} | summary(training, time.perf_counter() - self._started)
+        with self._told():
+            try:
+                with ExitStack() as each:  # if one cannot be written, the others still are
+                    for lines in (self._trace, self._metrics):
+                        if lines is not None:
+                            each.callback(lines.close)
+                    self._save(training, WEIGHTS)
+            except BaseException as error:
+                if training.error is None:  # so that nobody takes it for finished
+                    training.error, about["status"] = error, type(error).__name__
+                raise
+            finally:
+                write_json(self.folder / SUMMARY, about)
+
+    def _keep(self, training: Training) -> None:
+        """Write what must be there if the run is killed."""
+        with self._later():
+            if self._trace is not None:
+                self._trace.flush()
+            self._lines().flush()
+            if training.turns < training.total_turns and self._saves.is_due():
+                with self._saves.done():
+                    self._save(training, f"weights-{training.version}.pt")
+
+    @contextmanager
+    def _later(self) -> Iterator[None]:
+        """Warn if the output does not answer; it is asked again later."""
+        try:
+            yield
+        except OSError as error:
+            log.warning("%s cannot be written now, but training goes on: %s", self.folder, error.strerror)
+
+    @contextmanager
+    def _told(self) -> Iterator[None]:
+        """Turn an OSError into an error of ours."""
+        try:
+            yield
+        except OSError as error:
+            raise ClusterError(f"--out {self.folder} cannot be written: {error.strerror}") from error
+
+    def _save(self, training: Training, weights: str) -> None:
+        before, self._weights = self._weights, weights
+        save_model(self.folder / "model", training, weights)
+        if before not in (None, weights):
+            (self.folder / "model" / before).remove()
+
+    def _write_trace(self, report: StepReport) -> None:
+        """Write the events of a step to the trace; the first ones begin the file."""
+        events = list(report.trace)
+        if report.deal != self._deal:
+            first = next(number for number, event in enumerate(events) if event.version == report.version)
+            deal = TraceEvent(kind="deal", turn=events[first].turn, version=report.version)
+            events[first:first] = [deal] * (report.deal - self._deal)
+            self._deal = report.deal
+        with self._told():
+            if self._trace is None:
+                self._trace = (self.folder / TRACE).lines()
+                self._trace.write(first_line("rounds") + "\n")
+            first, self._events = self._events, self._events + len(events)
+            lines = [event_line(first + number, event) + "\n" for number, event in enumerate(events)]
+            self._trace.write("".join(lines))
+
+    def _line(self, values: dict[str, Any]) -> None:
+        with self._told():
+            self._lines().write(json.dumps(values) + "\n")
+
+    def _lines(self) -> Lines:
+        assert self._metrics is not None
+        return self._metrics

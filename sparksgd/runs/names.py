@@ -1,0 +1,26 @@
+"""The files of a run's folder."""
+
+from __future__ import annotations
+
+__all__ = ["METRICS", "MODEL", "RUN", "RUN_BEFORE", "SUMMARY", "TRACE", "WEIGHTS"]
+
+METRICS = "metrics.jsonl"
+"""A line for each step and each evaluation."""
+
+MODEL = "model/model.json"
+"""How to rebuild the module, and the name of the file of its weights."""
+
+RUN = "run.json"
+"""The configuration of the run, and fingerprints of its data and code."""
+
+RUN_BEFORE = "record.json"
+"""The name of RUN in version 0.1; it is still read."""
+
+SUMMARY = "summary.json"
+"""The results of the run."""
+
+TRACE = "trace.jsonl"
+"""What chance decided, if anything was chance; engines/trace.py defines its lines."""
+
+WEIGHTS = "weights.pt"
+"""The weights at the end of the run, in the folder of MODEL."""

@@ -1,0 +1,92 @@
+"""Read the folder of a run, so that the run can be repeated."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from sparksgd.config import Config
+from sparksgd.engines.trace import read_trace, took_part_of
+from sparksgd.errors import ConfigError, DataError
+from sparksgd.runs.json_files import read_about_run
+from sparksgd.runs.metrics import read_metrics
+from sparksgd.runs.names import METRICS, RUN, SUMMARY, TRACE
+from sparksgd.storage import Location, location
+from sparksgd.training.replay import Replay
+
+__all__ = ["read_replay"]
+
+_NO_RUN = (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError, ConfigError)
+"""Errors of reading something else than a run."""
+
+
+def read_replay(folder: str | Path | Location) -> Replay:
+    """Read the folder of a run that has ended or was killed.
+
+    Args:
+        folder: where `jobs/train.py --out` or `RunFolder` wrote, a path or URI.
+
+    Raises:
+        DataError: it holds no run, or one that made no step.
+    """
+    try:
+        run = location(folder)
+        about = read_about_run(run)
+        steps = read_metrics(run / METRICS).steps
+        ended = run / SUMMARY
+        summary = json.loads(ended.read_bytes()) if ended.exists() else {}
+        made = summary.get("steps", len(steps))
+        numbers = [step["step"] for step in steps]
+        if steps and (numbers != list(range(1, len(steps) + 1)) or not 0 <= made <= len(steps)):
+            raise DataError(
+                f"{folder} is not whole: {METRICS} has {len(steps)} steps, but the run made {made}, numbered "
+                f"from 1 without a gap: lines are missing, or of another run"
+            )
+        steps = steps[:made]  # the last step may have been undone
+        took_part = [frozenset(step["took_part"]) for step in steps]
+        deals = [step["deal"] for step in steps]
+        if (run / TRACE).exists():
+            took_part, deals = _traced(run / TRACE, len(steps))
+        is_whole = len(took_part) == summary.get("steps")
+        _check_shards(folder, about["config"], took_part, deals)
+        replay = Replay(
+            config=about["config"],
+            data_digest=about["data_digest"],
+            model_name=about["model_name"],
+            took_part=took_part,
+            deals=deals,
+            parameters_sha256=summary.get("parameters_sha256") if is_whole else None,
+        )
+    except _NO_RUN as error:
+        raise DataError(
+            f"{folder} holds no run to replay: {type(error).__name__}: {error}. Name the folder that "
+            f"jobs/train.py --out wrote, with {RUN} and {METRICS}"
+        ) from error
+    if not replay.took_part:
+        raise DataError(f"{folder} holds a run that made no step: there is nothing to replay")
+    return replay
+
+
+def _check_shards(
+    folder: object, config: dict[str, Any], took_part: list[frozenset[int]], deals: list[int]
+) -> None:
+    """Refuse shards and deals that the run cannot have had."""
+    num_shards = Config.from_dict(config).train.num_shards
+    strange = sorted(
+        {repr(shard) for shards in took_part for shard in shards if shard not in range(num_shards)}
+    )
+    if strange or not all(took_part):
+        what = f"shards {', '.join(strange)} took part" if strange else "no shard took part in a step"
+        raise DataError(f"{folder} is not whole: {what}, but the run has {num_shards} shards, from 0")
+    if any(type(deal) is not int for deal in deals) or deals != sorted(deals):
+        raise DataError(f"{folder} is not whole: its deals must be whole numbers that grow with the steps")
+
+
+def _traced(file: Location, steps: int) -> tuple[list[frozenset[int]], list[int]]:
+    """Return the shards and the deal of each step of a trace, for at most this many steps."""
+    family, events = read_trace(file.read_bytes().splitlines(keepends=True), str(file))
+    if family != "rounds":
+        raise DataError(f"{file} is a trace of {family}, but only rounds can be replayed")
+    took_part, deals = took_part_of(events)
+    return took_part[:steps], deals[:steps]

@@ -1,0 +1,247 @@
+"""The training loop: one for every engine.
+
+    rows ── checked ── dealt into shards ── engine.advance(solver) ... evaluate ── a trained module
+
+A failure is raised as an error; before that, the observers get the weights of the last good step.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import math
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack, closing
+
+from torch import nn
+
+from sparksgd.arithmetic.flat import FlatModule
+from sparksgd.arithmetic.numerics import Numerics, thread_count
+from sparksgd.config import Config
+from sparksgd.data.sampling import Sampling
+from sparksgd.data.source import RowSource
+from sparksgd.engines.compute import Plan
+from sparksgd.engines.protocol import Engine, MakeEngine, StepReport
+from sparksgd.errors import NotFinite, UpdateNotFinite
+from sparksgd.solvers.protocol import RoundSolver
+from sparksgd.solvers.rules import completed, make_solver
+from sparksgd.training.deals import Deals, dealt
+from sparksgd.training.modules import build_module
+from sparksgd.training.participation import Participation
+from sparksgd.training.preflight import Checked, check, check_pieces, warn_of_differences
+from sparksgd.training.replay import Replay, check_end
+from sparksgd.training.start_up import StartUp
+from sparksgd.training.state import NO_PROBE, EvaluationReport, NumericsChange, Observer, Probe, Training
+
+__all__ = ["steps_until", "train"]
+
+log = logging.getLogger("sparksgd")
+
+
+def train(
+    config: Config,
+    *,
+    rows: RowSource,
+    test: RowSource | None,
+    make_engine: MakeEngine,
+    module: nn.Module | None = None,
+    observers: Sequence[Observer] = (),
+    replay: Replay | None = None,
+    start_up: StartUp | None = None,
+    probe: Probe = NO_PROBE,
+) -> Training:
+    """Train a module.
+
+    Args:
+        config: what to train, and how.
+        rows: rows to train on.
+        test: rows to evaluate on; None: no evaluation.
+        make_engine: builds the engine from the plan and the dealt rows.
+        module: the module, instead of the one that config.model names.  It is trained in place: its
+            parameters become views of one vector.
+        observers: who watches.
+        replay: an earlier run of the same experiment, to be repeated: the same shards take part.
+        start_up: what the run's start took so far.
+        probe: for tests and benchmarks.
+
+    Returns:
+        The finished run.
+
+    Raises:
+        SparkSGDError: see errors.py.
+    """
+    config = completed(config)
+    start_up = start_up or StartUp()
+    model_name = config.model.name if module is None else None
+    if module is None:
+        module = build_module(config.model, config.train.seed)
+    checked = check(config, module, rows, test, kinds=make_engine.kinds, replay=replay, dtype=probe.dtype)
+    flat = FlatModule(module, probe.dtype)
+    solver = _solver(config, flat, checked, replay)
+    with ExitStack() as stack:
+        deals = stack.enter_context(Deals(rows, checked.schema, config, checked.rows))
+        test_shards = None
+        if test is not None and checked.test_rows is not None:
+            test_shards = dealt(test, checked.schema, config, checked.test_rows, "test")
+            stack.enter_context(closing(test_shards))
+        start_up.reached("shards")
+        plan = _plan(config, module, checked, deals.sampling(), solver, probe)
+        engine = stack.enter_context(closing(make_engine(plan, deals.shards, test_shards)))
+        engine.open()
+        training = Training(
+            config=config,
+            module=module,
+            model_name=model_name,
+            flat=flat,
+            plan=plan,
+            rows=checked.rows,
+            test_rows=checked.test_rows,
+            total_turns=_total_turns(checked, solver, replay),
+            needs=solver.needs,
+            numerics=[Numerics.here(config.train.threads), *engine.contact()],
+            engine=engine.name,
+            recovery=engine.recovery,
+            participation=Participation(config.train.num_shards),
+            mode=engine.mode,
+            start_up=start_up,
+        )
+        warn_of_differences(training.numerics)
+        with thread_count(config.train.threads):
+            _loop(training, engine, solver, observers, deals, replay, evaluates=test is not None)
+        return training
+
+
+def _solver(config: Config, flat: FlatModule, checked: Checked, replay: Replay | None) -> RoundSolver:
+    took_part = None if replay is None else replay.took_part
+    solver = make_solver(config, flat, checked.experiment, took_part)
+    for remark in solver.remarks:
+        log.warning(remark)
+    return solver
+
+
+def _plan(
+    config: Config,
+    module: nn.Module,
+    checked: Checked,
+    sampling: Sampling,
+    solver: RoundSolver,
+    probe: Probe,
+) -> Plan:
+    check_pieces(module, sampling, config.train.rows_per_backward)
+    return Plan(
+        module=copy.deepcopy(module),
+        loss=checked.loss,
+        schema=checked.schema,
+        sampling=sampling,
+        halves=solver.halves,
+        threads=config.train.threads,
+        rows_per_backward=config.train.rows_per_backward,
+        dtype=probe.dtype,
+        channels_last=checked.channels_last,
+        before_gradients=probe.before_gradients,
+    )
+
+
+def _total_turns(checked: Checked, solver: RoundSolver, replay: Replay | None) -> int:
+    """Return how many turns are made: those that were asked for, or those of the replayed steps."""
+    total, turn = checked.experiment.total_turns, 0
+    if replay is None:
+        return total
+    for _ in replay.took_part:
+        turn = min(total, turn + solver.turns_at(turn))
+    return turn
+
+
+def _loop(
+    training: Training,
+    engine: Engine,
+    solver: RoundSolver,
+    observers: Sequence[Observer],
+    deals: Deals,
+    replay: Replay | None,
+    *,
+    evaluates: bool,
+) -> None:
+    turns_per_epoch, total = training.plan.sampling.turns_per_epoch, training.total_turns
+    every = training.config.train.eval_every or turns_per_epoch
+    due = every if evaluates else total
+    for observer in observers:
+        observer.started(training)
+    try:
+        while solver.turns < total:
+            segment = engine.advance(solver, steps_until(solver, min(total, due), engine.segment_steps))
+            training.start_up.reached("first_step")
+            training.version, training.turns = solver.version, solver.turns
+            training.sent_bytes += segment.sent_bytes
+            for report in segment.steps:
+                _note_replacements(training, report)
+                training.step_times.add(report)
+                training.participation.add(report)
+                for observer in observers:
+                    observer.stepped(training, report)
+            finished = solver.turns >= total
+            if evaluates and (finished or solver.turns >= due):
+                due = (solver.turns // every + 1) * every
+                evaluation = _evaluated(training, engine, solver)
+                for observer in observers:
+                    observer.evaluated(training, evaluation)
+            if finished or solver.turns % turns_per_epoch == 0:
+                deals.end_epoch(training, engine, replay)
+        if replay is not None:
+            check_end(training, replay)
+    except BaseException as error:
+        training.error = error
+        if isinstance(error, NotFinite) and not isinstance(error, UpdateNotFinite):
+            solver.step_back()
+        raise
+    finally:
+        training.version, training.turns = solver.version, solver.turns
+        with ExitStack() as all_of_them:  # even if one of them fails
+            for observer in reversed(observers):
+                all_of_them.callback(observer.ended, training)
+
+
+def steps_until(solver: RoundSolver, turn: int, most: int) -> int:
+    """Return how many steps bring every shard to this many turns: at least 1, at most `most`."""
+    steps, made = 0, solver.turns
+    while steps < most and (made < turn or not steps):
+        made += solver.turns_at(made)
+        steps += 1
+    return steps
+
+
+def _note_replacements(training: Training, report: StepReport) -> None:
+    """Warn of a worker that was replaced by one of other arithmetic, and record it."""
+    for worker in report.workers:
+        different = training.numerics[1 + worker.worker].differences(worker.numerics)
+        if different:
+            training.numerics[1 + worker.worker] = worker.numerics
+            training.numerics_changes.append(
+                NumericsChange(step=report.step, worker=worker.worker, numerics=worker.numerics)
+            )
+            log.warning(
+                "worker %d was replaced before step %d by one that differs (before / now): %s; other runs "
+                "may give other bits (train.instruction_set holds all machines to one)",
+                worker.worker,
+                report.step,
+                "; ".join(different),
+            )
+
+
+def _evaluated(training: Training, engine: Engine, solver: RoundSolver) -> EvaluationReport:
+    started = time.perf_counter()
+    sums = engine.evaluate(solver)
+    report = EvaluationReport(
+        step=solver.version,
+        turn=solver.turns,
+        epoch=training.plan.sampling.epoch_of(solver.turns - 1) + 1,
+        loss=sums.loss / sums.rows,
+        accuracy=None if sums.correct is None else sums.correct / sums.rows,
+        rows=sums.rows,
+        time_s=time.perf_counter() - started,
+    )
+    if not math.isfinite(report.loss):
+        log.warning("the test loss after step %d is %s: the module is unusable", report.step, report.loss)
+    training.evaluations.append(report)
+    return report

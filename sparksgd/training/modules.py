@@ -1,0 +1,43 @@
+"""Make a module by its name in a configuration, to train it or to rebuild a saved model."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+from torch import nn
+
+from sparksgd.arithmetic.numerics import generator_kept
+from sparksgd.arithmetic.seeds import seed32
+from sparksgd.config import ModelConfig
+from sparksgd.errors import ConfigError, ModelError
+from sparksgd.imports import resolve
+from sparksgd.models import MODELS
+
+__all__ = ["build_module"]
+
+
+def build_module(config: ModelConfig, seed: int) -> nn.Module:
+    """Return the module that a configuration names, its parameters drawn from the seed."""
+    factory = resolve("model.name", config.name, MODELS)
+    try:
+        with generator_kept() as generator:
+            generator.manual_seed(seed32(seed, "module"))
+            module = factory(**config.arguments)
+    except Exception as error:
+        raise ConfigError(
+            f"model.name is {config.name!r}, which does not take {dict(config.arguments)}: "
+            f"{type(error).__name__}: {error}{_signature(factory)}"
+        ) from error
+    if not isinstance(module, nn.Module):
+        raise ModelError(
+            f"model.name is {config.name!r}, which gave a {type(module).__name__}, not a torch module"
+        )
+    return module
+
+
+def _signature(factory: Any) -> str:
+    try:
+        return f"; its arguments are {inspect.signature(factory)}"
+    except (TypeError, ValueError):
+        return ""

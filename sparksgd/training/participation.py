@@ -1,0 +1,83 @@
+"""Counts which shards took part in steps, and when workers answered, for reports and for the deal."""
+
+from __future__ import annotations
+
+from collections import defaultdict, deque
+from collections.abc import Iterable
+
+import numpy as np
+
+from sparksgd.engines.protocol import StepReport
+
+__all__ = ["Participation"]
+
+_KEPT = 10_000  # the quantiles are of this many last arrivals of a worker
+_LEAST_SHARE = 0.5  # a shard that takes part in a smaller share of an epoch's steps is starved
+_QUANTILES = {"p50": 0.5, "p90": 0.9, "p99": 0.99}
+
+
+class Participation:
+    """Counts in how many steps each shard took part, and when workers answered.
+
+    Args:
+        num_shards: S.
+    """
+
+    def __init__(self, num_shards: int) -> None:
+        self._steps = 0
+        self._of_shard = [0] * num_shards
+        self._epoch_steps = 0
+        self._epoch_of_shard = [0] * num_shards
+        self._late: dict[int, int] = defaultdict(int)
+        self._answers: dict[int, int] = defaultdict(int)
+        self._arrivals_s: dict[int, deque[float]] = defaultdict(lambda: deque(maxlen=_KEPT))
+
+    def add(self, report: StepReport) -> None:
+        """Note a step."""
+        self._steps += 1
+        self._epoch_steps += 1
+        for shard in report.took_part:
+            self._of_shard[shard] += 1
+            self._epoch_of_shard[shard] += 1
+        for worker in report.late:
+            self._late[worker] += 1
+        for arrival in report.arrivals:
+            self._answers[arrival.worker] += 1
+            self._arrivals_s[arrival.worker].append(arrival.arrived_s)
+
+    def starved(self) -> dict[int, float]:
+        """Return the starved shards of this epoch so far, and in which share of its steps each took part."""
+        steps_made = max(1, self._epoch_steps)
+        shares = {shard: steps / steps_made for shard, steps in enumerate(self._epoch_of_shard)}
+        return {shard: share for shard, share in shares.items() if share < _LEAST_SHARE}
+
+    def begin_epoch(self) -> None:
+        """Begin to count the steps of a new epoch."""
+        self._epoch_steps = 0
+        self._epoch_of_shard = [0] * len(self._of_shard)
+
+    def shares(self) -> list[float]:
+        """Return in which share of all steps each shard took part."""
+        return [steps / max(1, self._steps) for steps in self._of_shard]
+
+    def by_worker(self) -> dict[int, dict[str, float | None]]:
+        """Return figures of each worker that answers by itself.
+
+        They are the number of its answers, the share of steps that ended without it, and quantiles of the
+        arrival times of its last answers, in seconds.
+        """
+        return {
+            worker: {
+                "answers": self._answers.get(worker, 0),
+                "late_share": self._late.get(worker, 0) / self._steps,
+                **_quantiles_s(self._arrivals_s.get(worker)),
+            }
+            for worker in sorted(self._answers.keys() | self._late.keys())
+        }
+
+
+def _quantiles_s(seconds: Iterable[float] | None) -> dict[str, float | None]:
+    return {
+        f"arrival_{name}_s": float(np.quantile(list(seconds), share)) if seconds else None
+        for name, share in _QUANTILES.items()
+    }

@@ -1,0 +1,295 @@
+"""What is checked before the first step, so that no run fails after hours for a reason known before.
+
+configuration ── first rows ── trial: a gradient of them ── schema ── every row inspected
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections import Counter
+from collections.abc import Sequence, Sized
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from sparksgd.arithmetic.flat import FlatModule, mixes_rows
+from sparksgd.arithmetic.numerics import Numerics
+from sparksgd.config import Config, DataConfig
+from sparksgd.data.sampling import Sampling
+from sparksgd.data.schema import RowReport, RowSchema, read_rows
+from sparksgd.data.source import RowSource
+from sparksgd.engines.compute import try_out
+from sparksgd.engines.kinds import EngineKind, candidates, refuse_uncarried
+from sparksgd.errors import ConfigError, DataError, ModelError, UserCodeError
+from sparksgd.losses import CLASSIFIERS, Loss, binary_cross_entropy, loss_named
+from sparksgd.solvers.protocol import Need
+from sparksgd.solvers.rules import Experiment, described, make_solver
+from sparksgd.solvers.torch_optimizers import without_compiler
+from sparksgd.training.replay import Replay
+
+__all__ = [
+    "Checked",
+    "allowed_engines",
+    "check",
+    "check_engine",
+    "check_pieces",
+    "check_solver",
+    "warn_of_differences",
+]
+
+log = logging.getLogger("sparksgd")
+
+_FIRST_ROWS = 64
+_TRIED_ROWS = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checked:
+    """What is known about a run before its rows are dealt."""
+
+    loss: Loss
+    """One value per row."""
+
+    schema: RowSchema
+    """What a row must be."""
+
+    channels_last: bool
+    """See Plan.channels_last."""
+
+    rows: RowReport
+    """The rows to train on."""
+
+    test_rows: RowReport | None
+    """The rows to evaluate on."""
+
+    needs: frozenset[Need]
+    """What the solver needs of the engine."""
+
+    experiment: Experiment
+    """What the solver must know about the run."""
+
+
+def check(
+    config: Config,
+    module: nn.Module,
+    rows: RowSource,
+    test: RowSource | None,
+    *,
+    kinds: Sequence[EngineKind],
+    replay: Replay | None,
+    dtype: torch.dtype,
+) -> Checked:
+    """Refuse what cannot be trained, and return what the checks found.
+
+    Args:
+        config: what to train, and how.
+        module: the module.
+        rows: rows to train on; every one is read once.
+        test: rows to evaluate on; every one is read once.
+        kinds: the engines that may compute it.
+        replay: the run to be repeated.
+        dtype: type of the parameters.
+
+    Raises:
+        SparkSGDError: see errors.py.
+    """
+    loss = loss_named(config.loss.name)
+    schema, channels_last = _tried(config, module, loss, rows, dtype)
+    needs = check_solver(config, replay)
+    check_engine(config, kinds, needs)
+    _warn_of_evaluation_mode(module)
+    if test is not None:
+        schema.check_columns(*test.first_rows(schema.columns, 1), "the test data")
+    report = _inspected(rows, schema, config, "training")
+    test_report = _inspected(test, schema, config, "test") if test is not None else None
+    if replay is not None:
+        replay.check(config, report.data_digest)
+    _check_num_shards(config.train.num_shards, report.rows)
+    turns_per_epoch = math.ceil(report.rows / config.train.rows_per_step)
+    total_turns = config.train.epochs * turns_per_epoch
+    return Checked(
+        loss=loss,
+        schema=schema,
+        channels_last=channels_last,
+        rows=report,
+        test_rows=test_report,
+        needs=needs,
+        experiment=_experiment(config, turns_per_epoch, min(total_turns, config.train.steps or total_turns)),
+    )
+
+
+def check_solver(config: Config, replay: Replay | None = None) -> frozenset[Need]:
+    """Refuse a solver that cannot be made, before anything else starts; return its needs.
+
+    Raises:
+        ConfigError: the rule, its keys, the optimiser or the schedule.
+    """
+    without_compiler()  # before this process makes its first optimiser
+    trial = FlatModule(nn.ParameterList([nn.Parameter(torch.zeros(2, 2))]))
+    took_part = None if replay is None else replay.took_part
+    return make_solver(config, trial, _experiment(config, 1, 0), took_part).needs
+
+
+def allowed_engines(config: Config, replay: Replay | None = None) -> list[EngineKind]:
+    """Return the engines that a configuration allows, the one to try first at the beginning.
+
+    Args:
+        config: with every key of its rule, see `completed`.
+        replay: the run to be repeated.
+
+    Raises:
+        ConfigError: the solver or the engine cannot be, or they do not go together.
+    """
+    needs = check_solver(config, replay)
+    kinds = candidates(config.engine, needs, described(config.solver))
+    check_engine(config, kinds[:1], needs)
+    return kinds
+
+
+def check_engine(config: Config, kinds: Sequence[EngineKind], needs: frozenset[Need]) -> None:
+    """Refuse an engine that cannot compute the run, before anything else starts.
+
+    Raises:
+        ConfigError: it does not carry what the solver needs, or the placement of the rows.
+    """
+    for kind in kinds:
+        refuse_uncarried(kind, needs, described(config.solver))
+        if config.data.placement == "in_place" and not kind.on_spark:
+            raise ConfigError(
+                f'data.placement is "in_place", but {kind}, which has no partitions: use "hashed", or '
+                f'engine.name = "tree"'
+            )
+
+
+def _experiment(config: Config, turns_per_epoch: int, total_turns: int) -> Experiment:
+    return Experiment(
+        optimizer=config.optimizer,
+        schedule=config.schedule,
+        num_shards=config.train.num_shards,
+        turns_per_epoch=turns_per_epoch,
+        total_turns=total_turns,
+    )
+
+
+def check_pieces(module: nn.Module, sampling: Sampling, rows_per_backward: int | None) -> None:
+    """Refuse a batch-norm that would get a single row."""
+    if not mixes_rows(module):
+        return
+    for size in sorted(sampling.piece_sizes()):
+        chunk = rows_per_backward or size
+        if size % chunk == 1 or chunk == 1:
+            raise ModelError(
+                f"the module has batch-norm, but a piece of {size} rows leaves one row by itself, of which "
+                f"there is no variance: train.rows_per_step is {sampling.rows_per_step} over "
+                f"{len(sampling.shard_rows)} shards"
+                + (f" with train.rows_per_backward {rows_per_backward}" if rows_per_backward else "")
+                + "; raise rows_per_step, or lower train.num_shards"
+            )
+
+
+def warn_of_differences(numerics: Sequence[Numerics]) -> None:
+    """Warn of each worker whose arithmetic differs from the driver's.
+
+    Args:
+        numerics: of the driver, then of each worker.
+    """
+    driver, *workers = numerics
+    for index, worker in enumerate(workers):
+        different = driver.differences(worker)
+        if different:
+            log.warning(
+                "worker %d differs from the driver (driver / worker): %s; runs elsewhere may give "
+                "other bits (train.instruction_set holds all machines to one)",
+                index,
+                "; ".join(different),
+            )
+
+
+def _tried(
+    config: Config, module: nn.Module, loss: Loss, rows: RowSource, dtype: torch.dtype
+) -> tuple[RowSchema, bool]:
+    """Return the schema of a row, and `Plan.channels_last`, after a trial gradient of the first rows."""
+    classifies = loss in CLASSIFIERS
+    schema, sample = _first_records(config.data, rows, whole_labels=classifies)
+    made_up = not len(sample)
+    if made_up:
+        sample = np.zeros(_TRIED_ROWS, schema.record)  # all of the first rows are bad; later ones may be good
+    if classifies:
+        schema.label_array(sample)[:] = 0  # a label out of range is reported later, as a bad row
+    try:
+        output, channels_last = try_out(module, loss, schema, sample[:_TRIED_ROWS], dtype)
+    except UserCodeError:
+        if not made_up:
+            raise
+        return schema, False  # zeros may not suit it; the inspection will name the bad rows
+    if classifies:
+        schema = replace(schema, classes=2 if loss is binary_cross_entropy else output[1])
+    return schema, channels_last
+
+
+def _first_records(
+    data: DataConfig, rows: RowSource, *, whole_labels: bool
+) -> tuple[RowSchema, np.ndarray[Any, Any]]:
+    """Return the schema of a row, from the first rows, and the good ones of these rows."""
+    columns = [*data.features, data.label, *([data.id] if data.id else [])]
+    arrow_schema, first = rows.first_rows(columns, _FIRST_ROWS)
+    complete = first.to_pylist()
+    if not complete and set(columns) <= set(arrow_schema.names):
+        raise DataError(
+            f"there is no row to train on: the data is empty, or every row has a null in {', '.join(columns)}"
+        )
+    schema = RowSchema.of(
+        arrow_schema,
+        _typical(complete, data.features) if complete else {},
+        features=data.features,
+        label=data.label,
+        id=data.id,
+        whole_labels=whole_labels,
+    )
+    return schema, read_rows(first.select(schema.columns).combine_chunks().to_batches()[0], schema).records
+
+
+def _typical(rows: Sequence[dict[str, Any]], features: Sequence[str]) -> dict[str, Any]:
+    """Return the first row whose features have the commonest lengths, so that a bad row decides nothing."""
+
+    def lengths(row: dict[str, Any]) -> tuple[int, ...]:
+        return tuple(len(row[name]) if isinstance(row.get(name), Sized) else 0 for name in features)
+
+    (common, _), *_ = Counter(map(lengths, rows)).most_common(1)
+    return next(row for row in rows if lengths(row) == common)
+
+
+def _warn_of_evaluation_mode(module: nn.Module) -> None:
+    if not module.training:
+        log.warning(
+            "the module is in evaluation mode: it trains without dropout, and its batch-norm is fixed; "
+            "if you do not want that, call module.train() first"
+        )
+
+
+def _inspected(source: RowSource, schema: RowSchema, config: Config, which: str) -> RowReport:
+    """Read every row once, and refuse too many bad ones; `which` is training or test."""
+    started = time.perf_counter()
+    report = source.inspect(schema, config.train.num_shards)
+    done = "trained" if which == "training" else "evaluated"
+    report.check(config.data.on_bad_row, config.data.max_bad_rows, done=done)
+    if report.bad:
+        log.warning("%d bad %s rows skipped: %s", report.bad.total(), which, dict(report.bad))
+    if not report.rows:
+        raise DataError(f"the {which} data is empty: not one row")
+    seconds = time.perf_counter() - started
+    log.info("%s rows: %s, each checked (%.1f s)", which, f"{report.rows:,}", seconds)
+    return report
+
+
+def _check_num_shards(num_shards: int, rows: int) -> None:
+    if rows < num_shards:
+        raise ConfigError(
+            f"train.num_shards is {num_shards}, but there are {rows} rows: "
+            f"set train.num_shards to {rows} or less"
+        )

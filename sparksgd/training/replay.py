@@ -1,0 +1,95 @@
+"""Repeat a run: the same shards take part in the same steps.
+
+With backup workers, chance decides which gradients come first.  The run's trace says which did.  A run that
+uses the same ones ends at the same parameters.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from sparksgd.config import Config
+from sparksgd.errors import ConfigError, DataError, ReplayDiffers
+from sparksgd.solvers.rules import completed
+
+if TYPE_CHECKING:  # it imports torch, and the instruction set must be pinned before that
+    from sparksgd.training.state import Training
+
+__all__ = ["Replay", "check_end"]
+
+log = logging.getLogger("sparksgd")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Replay:
+    """What decides the parameters of a run that is to be repeated."""
+
+    config: dict[str, Any]
+    """Its configuration, as nested tables."""
+
+    data_digest: str
+    """Of the rows trained on."""
+
+    model_name: str | None
+    """The name that built the module; None if the module was given in Python."""
+
+    took_part: Sequence[frozenset[int]]
+    """The shards of each step."""
+
+    deals: Sequence[int]
+    """How often the rows had been dealt again, at each step."""
+
+    parameters_sha256: str | None
+    """The digest at its end; None if it was killed."""
+
+    def fingerprint(self) -> str:
+        """Return a digest of which shards take part in which step."""
+        steps = [(sorted(shards), deal) for shards, deal in zip(self.took_part, self.deals, strict=True)]
+        return hashlib.sha256(json.dumps(steps).encode()).hexdigest()
+
+    def check(self, config: Config, data_digest: str) -> None:
+        """Refuse another experiment, or other rows.
+
+        Raises:
+            ConfigError: a key that shapes the parameters has another value.
+            DataError: the rows are others.
+        """
+        then, now = completed(Config.from_dict(self.config)).experiment(), completed(config).experiment()
+        free = {"data.train", "data.test"}
+        if now.get("solver.name") == "synchronous":
+            free.add("train.steps")  # another rule's rounds are cut short there
+        for key in sorted(then.keys() | now.keys()):
+            if then.get(key) != now.get(key) and key not in free:
+                raise ConfigError(
+                    f"{key} is {now.get(key)!r}, but was {then.get(key)!r} in the run to be replayed, and it "
+                    f"shapes the parameters: leave it out"
+                )
+        if data_digest != self.data_digest:
+            raise DataError(
+                f"the rows are not those of the run to be replayed: their digest is {data_digest}, but was "
+                f"{self.data_digest}"
+            )
+
+
+def check_end(training: Training, replay: Replay) -> None:
+    """Check that a replay ended at the parameters of the run, and log it.
+
+    Raises:
+        ReplayDiffers: it made the same steps, but has other parameters.
+    """
+    if replay.parameters_sha256 is None or training.version != len(replay.took_part):
+        log.info("replayed %d steps; there is no digest of the run after that many", training.version)
+        return
+    ended = training.flat.parameters_sha256()
+    if ended != replay.parameters_sha256:
+        raise ReplayDiffers(
+            f"the replay ended at parameters {ended}, but the run at {replay.parameters_sha256}: the same "
+            f"rows and shards, so torch computes differently here (see numerics in both summary.json; "
+            f"train.instruction_set holds machines to one)"
+        )
+    log.info("replayed: the same %d steps, the same parameters", training.version)

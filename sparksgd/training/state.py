@@ -1,0 +1,165 @@
+"""The state of a run, its reports, and its observers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from sparksgd.arithmetic.flat import FlatModule
+from sparksgd.arithmetic.numerics import Numerics
+from sparksgd.config import Config
+from sparksgd.data.schema import RowReport
+from sparksgd.engines.compute import Plan
+from sparksgd.engines.protocol import Recovery, StepReport
+from sparksgd.solvers.protocol import Need
+from sparksgd.training.participation import Participation
+from sparksgd.training.start_up import StartUp
+from sparksgd.training.step_times import StepTimes
+
+__all__ = ["NO_PROBE", "EvaluationReport", "NumericsChange", "Observer", "Probe", "Training"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationReport:
+    """The results of the module on the test rows, after a step."""
+
+    step: int
+    turn: int
+    epoch: int
+    loss: float
+    accuracy: float | None
+    rows: int
+    time_s: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class NumericsChange:
+    """A change of a worker's arithmetic, because another executor took its place."""
+
+    step: int
+    worker: int
+    numerics: Numerics
+
+
+@dataclass(kw_only=True)
+class Training:
+    """A run, and how far it is."""
+
+    config: Config
+    """The configuration."""
+
+    module: nn.Module
+    """The module; the solver owns its parameters."""
+
+    model_name: str | None
+    """The name that rebuilds the module; None if the module was given in Python."""
+
+    flat: FlatModule
+    """The module as vectors."""
+
+    plan: Plan
+    """The plan that the workers follow."""
+
+    rows: RowReport
+    """The rows trained on."""
+
+    test_rows: RowReport | None
+    """The rows evaluated on."""
+
+    total_turns: int
+    """How many turns each shard will make."""
+
+    needs: frozenset[Need]
+    """What the solver needs of the engine."""
+
+    numerics: list[Numerics]
+    """The arithmetic of the driver, then of each worker."""
+
+    version: int = 0
+    """How many steps made the module's parameters."""
+
+    turns: int = 0
+    """How many turns each shard has made."""
+
+    step_times: StepTimes = field(default_factory=StepTimes)
+    """How long the steps took."""
+
+    evaluations: list[EvaluationReport] = field(default_factory=list)
+    """All evaluations so far."""
+
+    engine: str
+    """The engine's name."""
+
+    recovery: Recovery = field(default_factory=Recovery)
+    """What the engine recovered from."""
+
+    participation: Participation
+    """Which shards took part, and when workers answered."""
+
+    mode: str
+    """How the engine runs steps."""
+
+    sent_bytes: int = 0
+    """Bytes of vectors that workers sent to each other, all of them together."""
+
+    numerics_changes: list[NumericsChange] = field(default_factory=list)
+    """Workers that were replaced by workers of other arithmetic."""
+
+    start_up: StartUp
+    """How the time before the first step was spent."""
+
+    error: BaseException | None = None
+    """What ended the run early."""
+
+    @property
+    def is_finished(self) -> bool:
+        """Return whether all turns are made."""
+        return self.error is None and self.turns >= self.total_turns
+
+    @property
+    def sent_bytes_per_worker_step(self) -> float:
+        """Return how many bytes of vectors a worker sent to others in a step, on average."""
+        worker_steps = (len(self.numerics) - 1) * len(self.step_times)
+        return self.sent_bytes / worker_steps if worker_steps else 0.0
+
+    @property
+    def last_evaluation(self) -> EvaluationReport | None:
+        """Return the newest evaluation of weights that the run kept: a NaN loss undoes the last step."""
+        standing = [report for report in self.evaluations if report.step <= self.version]
+        return standing[-1] if standing else None
+
+
+class Observer:
+    """Watches a run: writes its files, draws its progress.
+
+    A subclass defines those of the four methods that it needs; the others do nothing.
+    """
+
+    def started(self, training: Training) -> None:
+        """Called before the first step."""
+
+    def stepped(self, training: Training, report: StepReport) -> None:
+        """Called after a step."""
+
+    def evaluated(self, training: Training, report: EvaluationReport) -> None:
+        """Called after an evaluation."""
+
+    def ended(self, training: Training) -> None:
+        """Called when no step will follow; if the run ended early, `training.error` says why."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Probe:
+    """What tests and benchmarks change in a run; no user needs it."""
+
+    before_gradients: Callable[[int, int], None] | None = None
+    """Called with a worker and a round's first turn (from 0) before the worker computes; it may wait."""
+
+    dtype: torch.dtype = torch.float32
+    """Type of the parameters."""
+
+
+NO_PROBE = Probe()
