@@ -1,2 +1,1 @@
-"""The Spark side: sessions, slots, DataFrames dealt into shards.  The only room that imports pyspark,
-with the engines that run on it."""
+"""Everything on Spark: sessions, slots, rows of DataFrames, engines.  Only this room imports pyspark."""

@@ -1,31 +1,36 @@
-"""A trained module on the rows of a DataFrame, apart from any training."""
+"""Evaluate a trained module on the rows of a DataFrame, without a training."""
 
 from __future__ import annotations
 
-import json
+import pickle
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 from pyspark import cloudpickle
 from pyspark.sql import DataFrame, SparkSession
 
-from sparksgd import errors
-from sparksgd.config import Config
-from sparksgd.errors import DataError
-from sparksgd.output import SavedModel
-from sparksgd.rows import RowReport
-from sparksgd.spark import step_tasks
-from sparksgd.spark.cluster import Cluster, spark_job
-from sparksgd.spark.rows import first_rows, read_parquet, selected, small_batches, without_vectors
+from sparksgd.config import EngineConfig, TrainConfig
+from sparksgd.data.schema import RowReport
+from sparksgd.errors import ConfigError, DataError, SparkSGDError
+from sparksgd.runs.model import SavedModel
+from sparksgd.spark.cluster.arrow_batches import small_batches
+from sparksgd.spark.cluster.cluster import Cluster
+from sparksgd.spark.cluster.jobs import spark_job
+from sparksgd.spark.cluster.slots import WorkerDemand
+from sparksgd.spark.frame_rows import first_rows, read_parquet, selected, without_vectors
+from sparksgd.spark.given_rows import described_value, frame_or_path
+from sparksgd.spark.session import start_session
+from sparksgd.spark.tasks import score_tasks
 
 __all__ = ["Scores", "evaluate", "evaluate_parquet"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Scores:
-    """What a module made of some rows.
+    """The results of a module on some rows.
 
     Legend: C classes.
     """
@@ -45,38 +50,47 @@ class Scores:
         return None if self.confusion is None else float(np.trace(self.confusion)) / self.rows
 
 
-def evaluate(frame: DataFrame, model: SavedModel) -> Scores:
+def evaluate(rows: DataFrame | str | Path, model: SavedModel) -> Scores:
     """Evaluate a model on the executors.
 
     Args:
-        frame: rows with the columns that it was trained on.
+        rows: a DataFrame, or a path or URI of Parquet, with the columns that the model was trained on. A
+            path is read in the active session; if there is none, one is started, and left running.
         model: as `load_model` returns it.
 
     Raises:
+        ConfigError: an argument is of another type.
         DataError: a column is missing or of another type, there is no row, or a row does not fit.
         UserCodeError: the module or its loss raised.
     """
-    frame = without_vectors(frame)
+    given = frame_or_path("rows", rows)
+    if not isinstance(model, SavedModel):
+        raise ConfigError(
+            f"model is {described_value(model)}, but must be what sparksgd.load_model(folder) returns"
+        )
+    if isinstance(given, str):
+        return evaluate_parquet(start_session("sparksgd", TrainConfig()), given, model)
+    frame = without_vectors(given)
     model.schema.check_columns(*first_rows(frame, model.schema.columns, 1), "this data")
     context = frame.sparkSession.sparkContext
-    pickled: bytes = cloudpickle.dumps(model)  # type: ignore[no-untyped-call]  # untyped in pyspark
+    plan = score_tasks.ScoringPlan(module=model.module, schema=model.schema, loss=model.loss)
+    pickled: bytes = cloudpickle.dumps(plan)  # type: ignore[no-untyped-call]  # untyped in pyspark
     shipped = context.broadcast(pickled)
     report, total = RowReport(), 0.0
     confusion = None if model.schema.classes is None else np.zeros((model.schema.classes,) * 2, np.int64)
     try:
         with spark_job(context, "evaluation"), small_batches(frame.sparkSession, model.schema):
             scored = selected(frame, model.schema).mapInArrow(
-                partial(step_tasks.score, shipped), "scores string"
+                partial(score_tasks.score, shipped), "scores binary"
             )
-            for (text,) in scored.collect():
-                part = json.loads(text)
-                if "failure" in part:
-                    kind, told = part["failure"]
-                    raise getattr(errors, kind)(told)
-                report += RowReport.from_json(part["report"])
-                total += part["loss"]
+            for (answer,) in scored.collect():
+                scores: score_tasks.PartialScores | SparkSGDError = pickle.loads(answer)
+                if isinstance(scores, SparkSGDError):
+                    raise scores
+                report += scores.report
+                total += scores.loss
                 if confusion is not None:
-                    confusion += np.array(part["confusion"], np.int64)
+                    confusion += scores.confusion
     finally:
         shipped.destroy()
     report.check(None, done="evaluated")
@@ -86,10 +100,10 @@ def evaluate(frame: DataFrame, model: SavedModel) -> Scores:
 
 
 def evaluate_parquet(session: SparkSession, path: str, model: SavedModel) -> Scores:
-    """Evaluate a model on Parquet, as a job of its own: it waits for executors, aloud, and not for ever.
+    """Evaluate a model on Parquet, as a job of its own: wait for executors, with a log line and a time limit.
 
     Args:
-        session: reads it.
+        session: reads the Parquet.
         path: a path or URI.
         model: as `load_model` returns it.
 
@@ -97,6 +111,9 @@ def evaluate_parquet(session: SparkSession, path: str, model: SavedModel) -> Sco
         NotEnoughSlots: no executor came.
         SparkSGDError: see `evaluate`.
     """
-    cluster = Cluster(session, Config.load(None, ["engine.num_workers=1", "engine.barrier=false"]))
+    patience_s = EngineConfig().slots_timeout_s
+    demand = WorkerDemand(num_workers=1, num_shards=1, barrier=False, slots_timeout_s=patience_s)
+    cluster = Cluster(session, demand)
+    cluster.settle()
     with cluster.job_group(), cluster.job_watch.over(1):  # to read a schema is a job already
         return evaluate(read_parquet(session, path), model)

@@ -1,4 +1,4 @@
-"""The Spark settings that an iterative trainer wants: set in a session of ours, checked in another's."""
+"""The Spark settings that an iterative trainer needs: set in our own sessions, checked in others."""
 
 from __future__ import annotations
 
@@ -17,12 +17,16 @@ from pyspark import SparkConf, SparkContext
 from pyspark import __version__ as spark_version
 from pyspark.sql import SparkSession
 
-from sparksgd import instruction_set
+from sparksgd.arithmetic import instruction_set
 from sparksgd.config import TrainConfig
 from sparksgd.errors import ClusterError, ConfigError, NotEnoughSlots, SparkSGDError
-from sparksgd.spark.cluster import cleanup, gist, is_elastic, refuse_connect
-from sparksgd.spark.quiet import end_quietly
-from sparksgd.spark.storage import hadoop_configuration
+from sparksgd.spark.cluster.cluster import refuse_connect
+from sparksgd.spark.cluster.failures import gist
+from sparksgd.spark.cluster.jobs import cleanup
+from sparksgd.spark.cluster.slots import is_elastic
+from sparksgd.spark.hadoop_files import hadoop_configuration
+from sparksgd.spark.signals import end_quietly
+from sparksgd.spark.uris import lead_to_hadoop
 from sparksgd.storage import has_scheme, location
 
 __all__ = [
@@ -44,15 +48,15 @@ _TAGS = "spark.yarn.tags"
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
-    """One setting and what it is worth."""
+    """One setting, and the reason for it."""
 
     key: str
     value: str
     cost: str
-    """What its absence costs."""
+    """What it costs if it is not set."""
 
     since: tuple[int, int] = (3, 5)
-    """Spark version that knows it."""
+    """The first Spark version that has it."""
 
     exact: bool = False
     """Whether another value is as bad as none."""
@@ -69,7 +73,7 @@ SETTINGS = (
     Setting(
         key="spark.task.maxDirectResultSize",
         value="100m",
-        cost="about 10 ms per step: gradients above 1 MiB take a way round by the block manager",
+        cost="about 10 ms per step: gradients above 1 MiB go through the block manager",
     ),
     Setting(
         key="spark.broadcast.compress",
@@ -128,10 +132,15 @@ def _wanted(train: TrainConfig) -> list[Setting]:
 
 
 def start_session(app_name: str, train: TrainConfig) -> SparkSession:
-    """Return the active session, as it is, or a new one with the settings above.
+    """Return the active session unchanged, or a new one with the settings above.
 
-    What the user gave to spark-submit is kept.
+    Settings that the user gave to spark-submit are kept.  From here on URIs lead to Hadoop's file systems.
+
+    Raises:
+        ClusterError: the session is Spark Connect.
     """
+    lead_to_hadoop()
+    refuse_connect(SparkSession.getActiveSession())
     if SparkContext._active_spark_context is not None:
         return SparkSession.builder.getOrCreate()
     return _started(_settings_of_session(app_name, train))
@@ -139,7 +148,7 @@ def start_session(app_name: str, train: TrainConfig) -> SparkSession:
 
 def _settings_of_session(app_name: str, train: TrainConfig) -> SparkConf:
     conf = SparkConf()
-    if str(conf.get("spark.app.name", ".py")).endswith(".py"):  # as spark-submit names what nobody named
+    if str(conf.get("spark.app.name", ".py")).endswith(".py"):  # spark-submit's name for a job without a name
         conf.setAppName(app_name)
     for setting in _wanted(train):
         conf.setIfMissing(setting.key, setting.value)
@@ -147,11 +156,11 @@ def _settings_of_session(app_name: str, train: TrainConfig) -> SparkConf:
     conf.setIfMissing("spark.ui.showConsoleProgress", "false")
     conf.setIfMissing("spark.log.level", "WARN")
     if _on_yarn(conf):
-        # A container's own directory, since its temporary one is too long a path for a socket.  It is the
-        # driver's working directory, too.
+        # The container's own directory, because the path of its temporary one is too long for a socket.  The
+        # driver's working directory is the same.
         conf.setIfMissing("spark.python.unix.domain.socket.dir", "." if os.access(".", os.W_OK) else "/tmp")
         if not conf.contains("spark.scheduler.minRegisteredResourcesRatio") and not is_elastic(conf):
-            # Waiting for slots is ours: we say how many have come, and end it.
+            # We wait for slots ourselves: we log how many have come, and stop at a time limit.
             conf.setIfMissing("spark.scheduler.maxRegisteredResourcesWaitingTime", "3s")
     return conf
 
@@ -168,19 +177,20 @@ def _started(conf: SparkConf) -> SparkSession:
 
 @contextmanager
 def job_session(app_name: str, train: TrainConfig, timeout_s: float = math.inf) -> Iterator[SparkSession]:
-    """Give a job's process its session, for the time of the block, and Ctrl-C its plain meaning.
+    """Yield the session of a job's process, and stop it after the block; a Ctrl-C ends the block.
 
-    A session that is active already is somebody else's: it is used as it is, and goes on.
+    If a session is active already, somebody else owns it: it is used as it is, and not stopped.
 
     Args:
-        app_name: as the cluster shows it.
-        train: says what executors must be started with.
+        app_name: the name that the cluster shows.
+        train: has the settings that executors must be started with.
         timeout_s: how long to wait for the cluster to take the application.
 
     Raises:
-        NotEnoughSlots: it did not in that time.
+        NotEnoughSlots: it did not take it in that time.
         ClusterError: the session cannot start.
     """
+    lead_to_hadoop()
     if SparkContext._active_spark_context is not None:
         yield start_session(app_name, train)
         return
@@ -200,10 +210,10 @@ def job_session(app_name: str, train: TrainConfig, timeout_s: float = math.inf) 
 
 @contextmanager
 def _patience(conf: SparkConf, timeout_s: float) -> Iterator[None]:
-    """Say that an application waits to be taken, which Spark does without a word or an end.
+    """Log that the application waits for the cluster, and end the wait; Spark would wait silently for ever.
 
     Args:
-        conf: the application's settings; gets a tag by which YARN knows it.
+        conf: the application's settings; gets a tag by which YARN can find it.
         timeout_s: how long it may wait.
     """
     taken, given_up_s = threading.Event(), list[float]()
@@ -250,9 +260,9 @@ def _patience(conf: SparkConf, timeout_s: float) -> Iterator[None]:
 
 
 def _killed_untaken(tag: str) -> bool:
-    """End an application that YARN has given no container, and so the wait for it; return whether it was.
+    """End an application that has no container yet, and with it the wait; return whether that was possible.
 
-    Nothing here may take the lock that is held while a context starts, as making a SparkConf does.
+    Nothing here may take the lock that is held while a context starts; to make a SparkConf takes it.
     """
     jvm: Any = SparkContext._jvm
     client = jvm.org.apache.hadoop.yarn.client.api.YarnClient.createYarnClient()
@@ -260,7 +270,7 @@ def _killed_untaken(tag: str) -> bool:
     client.start()
     for report in client.getApplications():
         waits = report.getApplicationTags().contains(tag) and not report.getFinishTime()
-        # One that has a container may be unpacking its environment there.
+        # If it has a container, it may be unpacking its environment there.
         if waits and report.getApplicationResourceUsageReport().getNumUsedContainers() <= 0:
             client.killApplication(report.getApplicationId())
             return True
@@ -268,7 +278,7 @@ def _killed_untaken(tag: str) -> bool:
 
 
 def refuse_lost_output(out: str) -> None:
-    """Refuse an output on the disk of a container, which goes when the driver ends.
+    """Refuse an output on the disk of a container, which is removed when the driver ends.
 
     Raises:
         ConfigError: it names no file system, in cluster mode.
@@ -283,7 +293,7 @@ def refuse_lost_output(out: str) -> None:
 
 
 def submitted_at_s() -> float:
-    """Return when this run was submitted, or its JVM started, seconds since the epoch."""
+    """Return when this run was submitted, or its JVM started, in seconds since the epoch."""
     SparkContext._ensure_initialized()
     jvm: Any = SparkContext._jvm
     started_ms = jvm.java.lang.management.ManagementFactory.getRuntimeMXBean().getStartTime()
@@ -292,7 +302,7 @@ def submitted_at_s() -> float:
 
 
 def check_session(session: SparkSession, train: TrainConfig) -> list[Setting]:
-    """Log, and return, the settings that a session of the user's lacks, with what each costs."""
+    """Log, and return, the settings that the user's session lacks, and what each costs."""
     conf = session.sparkContext.getConf()
     lacking = []
     for setting in _wanted(train):

@@ -1,15 +1,16 @@
-"""Let Spark start sooner on this machine: make once what it would make anew in every process.
+"""Make Spark start sooner on this machine: prepare once what every process would otherwise repeat.
 
     python -m sparksgd.spark.warm_up spark.jsa
     export SPARK_SUBMIT_OPTS="-XX:SharedArchiveFile=$PWD/spark.jsa"
 
-An archive of the classes that a training loads: Java, which calls it class-data sharing, maps them into
-memory, parsed and checked.  It fits the Java and the Spark that made it, and one path of classes, so
-SPARK_CONF_DIR must not be set.  Where it does not fit Java starts as it would without; where the file that
-it is told of is not there it starts later.
+First, an archive of the classes that a training loads.  Java maps them into memory, already parsed and
+checked (class-data sharing).  The archive fits only the Java and the Spark that made it, and one class path,
+so SPARK_CONF_DIR must not be set.  If the archive does not fit, Java ignores it.  If the file does not exist,
+Java starts more slowly than without the option.
 
-The bytecode of PySpark, within the pyspark.zip that Spark puts first on the path of its drivers and its
-Python workers: of a zip Python keeps none by itself, so each process compiles what it imports.
+Second, the bytecode of PySpark, in the pyspark.zip that Spark puts first on the path of its drivers and
+Python workers.  Python itself keeps no bytecode for a zip, so that each process would compile what it
+imports.
 """
 
 from __future__ import annotations
@@ -34,12 +35,12 @@ __all__ = ["add_bytecode", "main"]
 
 _ENGINES = "tree", "allreduce"
 _LONGEST_S = 600
-_OTHERS = "SPARK_CONF_DIR", "PYSPARK_SUBMIT_ARGS"  # they would put other classes on the path
-_UNCHECKED = (0b01).to_bytes(4, "little")  # known by the hash of its source, which nobody compares
+_OTHERS = "SPARK_CONF_DIR", "PYSPARK_SUBMIT_ARGS"  # they would change the class path
+_UNCHECKED = (0b01).to_bytes(4, "little")  # identified by the hash of its source, which Python does not check
 
 
 def main(argv: Sequence[str]) -> int:
-    """Write bytecode and archive; return the exit status."""
+    """Write the bytecode and the archive; return the exit status."""
     parser = argparse.ArgumentParser(
         prog="python -m sparksgd.spark.warm_up",
         description=__doc__,
@@ -63,7 +64,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def add_bytecode(path: Path) -> None:
-    """Add to a zip the bytecode of its modules that have none; a Python of another version passes it over."""
+    """Add bytecode for the modules of a zip that have none; a Python of another version ignores it."""
     with zipfile.ZipFile(path) as zipped:
         names = set(zipped.namelist())
         modules = [name for name in names if name.endswith(".py") and "/tests/" not in name]
@@ -80,15 +81,15 @@ def add_bytecode(path: Path) -> None:
                 code = compile(source, str(path / name), "exec", dont_inherit=True)
                 header = MAGIC_NUMBER + _UNCHECKED + source_hash(source)
                 zipped.writestr(f"{name}c", header + marshal.dumps(code))
-        whole.replace(path)  # at once: Python may be reading it
+        whole.replace(path)  # in one step: Python may be reading it
 
 
 class _Failed(Exception):
-    """Spark did not end well; the message is what it said last."""
+    """Spark failed; the message is its last output."""
 
 
 def _archive_classes(archive: Path) -> None:
-    """Train a little on a JVM that writes its classes at its end."""
+    """Train a little on a JVM that writes its classes when it ends."""
     archive.parent.mkdir(parents=True, exist_ok=True)
     submit = [str(Path(_find_spark_home(), "bin", "spark-submit")), "--master", "local[2]"]
     environment = {name: value for name, value in os.environ.items() if name not in _OTHERS}
@@ -116,7 +117,7 @@ def train_a_little(folder: str) -> None:
     """Do what a job does: read Parquet, check and deal rows, make steps by every engine, evaluate."""
     from sparksgd.config import Config
     from sparksgd.spark.session import job_session
-    from sparksgd.spark.training import train_parquet
+    from sparksgd.spark.train import train
 
     logging.getLogger("sparksgd").setLevel(logging.ERROR)
     path = str(Path(folder, "rows.parquet"))
@@ -126,13 +127,12 @@ def train_a_little(folder: str) -> None:
         for engine in _ENGINES:
             config = Config.from_dict(
                 {
-                    "data": {"train": path, "test": path},
                     "model": {"name": "torch.nn:Linear", "in_features": 2, "out_features": 2},
                     "engine": {"name": engine},
                     "train": {"rows_per_step": 16, "num_shards": 2, "epochs": 2},
                 }
             )
-            train_parquet(session, config)
+            train(session, config, path, path)
 
 
 if __name__ == "__main__":

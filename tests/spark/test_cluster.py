@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import logging
-import time
-from threading import Timer
 from types import SimpleNamespace
 
 import pytest
-from conftest import configured  # tests/spark/conftest.py
+from spark_helpers import configured, striking
+from users_modules import ENDLESS_S  # tests/modules
 
 from sparksgd.config import EngineConfig
-from sparksgd.engines.allreduce import encrypts
 from sparksgd.errors import Cancelled, ClusterError, ModelError, UserCodeError
-from sparksgd.spark.cluster import Cluster, final_error, gist
-from sparksgd.spark.lost_executors import memory_advice
+from sparksgd.spark.cluster.cluster import Cluster
+from sparksgd.spark.cluster.failures import final_error, gist
+from sparksgd.spark.cluster.lost_executors import memory_advice
+from sparksgd.spark.cluster.slots import asked_slots
+from sparksgd.spark.engines.allreduce import encrypts
+from sparksgd.spark.train import demand_of
+
+pytestmark = pytest.mark.session("local[5]")
 
 SESSION = SimpleNamespace(applicationId="app-1", _jsc=object())
 
@@ -91,22 +95,22 @@ def test_the_users_error_is_read_back_from_sparks_text():
         (3, 4, "in_place", None),
     ],
 )  # fmt: skip
-def test_workers_that_waste_are_named(session_for, caplog, workers, shards, placement, says):
+def test_workers_that_waste_are_named(spark, caplog, workers, shards, placement, says):
     settings = (f"engine.num_workers={workers}", f"train.num_shards={shards}", f"data.placement={placement}")
     with caplog.at_level(logging.WARNING, "sparksgd"):
-        Cluster(session_for("local[3]"), configured(*settings))
+        Cluster(spark, demand_of(configured(*settings))).settle()
     assert says in caplog.text if says else not caplog.records
 
 
-def test_workers_are_as_many_as_are_of_use(session_for):
-    config = configured("engine.num_workers=none", "train.num_shards=4")
-    assert Cluster(session_for("local[3]"), config).num_workers == 2
+def test_workers_are_as_many_as_are_of_use(spark):
+    cluster = Cluster(spark, demand_of(configured("engine.num_workers=none", "train.num_shards=8")))
+    cluster.settle()
+    assert cluster.num_workers == 4  # five would be no faster
 
 
-def test_nothing_waits_for_a_place_while_runs_go_on_and_the_sessions_settings_come_back(session_for, caplog):
-    spark = session_for("local[3]")
+def test_nothing_waits_for_a_place_while_runs_go_on_and_the_sessions_settings_come_back(spark, caplog):
     conf = spark.sparkContext._jsc.sc().conf()
-    one, other = (Cluster(spark, configured("engine.num_workers=1")) for _ in range(2))
+    one, other = (Cluster(spark, demand_of(configured("engine.num_workers=1"))) for _ in range(2))
     keys = [f"spark.locality.wait.{level}" for level in ("process", "node", "rack")]
     conf.set(keys[1], "7s")
     try:
@@ -160,16 +164,12 @@ class Conf(dict):
     ],
 )
 def test_the_slots_that_were_asked_for(master, settings, slots):
-    cluster = Cluster.__new__(Cluster)
-    cluster.context = SimpleNamespace(master=master, getConf=lambda: Conf(settings))
-    cluster.is_elastic = False
-    asked = cluster._asked_slots()
+    asked = asked_slots(Conf(settings), master)
     assert (None if asked is None else asked[0]) == slots
 
 
-@pytest.mark.usefixtures("session_for")
-def test_a_container_killed_for_its_memory_is_told_with_the_setting(session_for):
-    session_for("local[2]")
+@pytest.mark.usefixtures("spark")
+def test_a_container_killed_for_its_memory_is_told_with_the_setting():
     killed = (
         "Container killed by YARN for exceeding physical memory limits. 1.6 GB of 1.5 GB physical memory "
         "used. Consider boosting spark.executor.memoryOverhead."
@@ -182,13 +182,14 @@ def test_a_container_killed_for_its_memory_is_told_with_the_setting(session_for)
     assert memory_advice(conf, "Command exited with code 137") is None
 
 
-def test_a_session_that_ends_while_its_slots_are_waited_for_ends_the_wait(session_for):
+@pytest.mark.soak  # a session of its own
+def test_a_session_that_ends_while_its_slots_are_waited_for_ends_the_wait(session_for, caplog):
     spark = session_for("local-cluster[1,1,1024]")
-    config = configured("engine.num_workers=2", "engine.slots_timeout_s=60")
-    ending = Timer(1, spark.stop)
-    ending.start()
-    started_s = time.monotonic()
-    with pytest.raises(ClusterError, match="session was stopped during the run, in waiting for slots"):
-        Cluster(spark, config)
-    assert time.monotonic() - started_s < 30
-    ending.join()
+    long = ("engine.num_workers=2", f"engine.slots_timeout_s={ENDLESS_S}")
+    cluster = Cluster(spark, demand_of(configured(*long)))
+    with (
+        caplog.at_level(logging.INFO, "sparksgd"),
+        striking(lambda: "waiting for slots" in caplog.text, spark.stop),
+        pytest.raises(ClusterError, match="session was stopped during the run, in waiting for slots"),
+    ):
+        cluster.settle()

@@ -7,14 +7,17 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import configured  # tests/spark/conftest.py
 from pyspark.ml.functions import array_to_vector
 from pyspark.sql import functions as F
+from spark_helpers import configured
 
 from sparksgd.errors import BadRows, DataError, UserCodeError
-from sparksgd.output import RunFolder, load_model
+from sparksgd.runs.folder import RunFolder
+from sparksgd.runs.model import load_model
 from sparksgd.spark.evaluation import evaluate
-from sparksgd.spark.training import train
+from sparksgd.spark.train import train
+
+pytestmark = pytest.mark.session("local[2]")
 
 
 @pytest.fixture(scope="module")

@@ -12,15 +12,16 @@ from pathlib import Path
 import pytest
 
 from sparksgd.errors import ClusterError, DataError
-from sparksgd.spark.storage import HadoopLocation
+from sparksgd.spark.hadoop_files import HadoopLocation
 from sparksgd.storage import LocalLocation, Location, fingerprint, local_copy, location, unanswered
+
+pytestmark = pytest.mark.session("local[2]")
 
 
 @pytest.fixture(params=["local", "hadoop"])
-def at(request: pytest.FixtureRequest, session_for: Callable[..., object]) -> Callable[[Path], Location]:
+def at(request: pytest.FixtureRequest, spark: object) -> Callable[[Path], Location]:
     if request.param == "local":
         return LocalLocation
-    session_for("local[2]")
     return lambda path: HadoopLocation(f"file:{path}")
 
 
@@ -66,15 +67,15 @@ def test_files_are_listed_alike_everywhere(at: Callable[[Path], Location], tmp_p
     assert [file.path for file in at(tmp_path).files()] == ["a/c", "b"]
 
 
-def test_a_uri_that_is_not_of_this_machine_goes_through_hadoop(session_for: Callable[..., object]) -> None:
-    session_for("local[2]")
+@pytest.mark.usefixtures("spark")
+def test_a_uri_that_is_not_of_this_machine_goes_through_hadoop() -> None:
     assert isinstance(location("hdfs://somewhere/x"), HadoopLocation)
     with pytest.raises(OSError, match='No FileSystem for scheme "nosuch"'):
         location("nosuch://somewhere/x").exists()
 
 
-def test_an_unknown_host_is_refused_with_its_name(session_for: Callable[..., object]) -> None:
-    session_for("local[2]")
+@pytest.mark.usefixtures("spark")
+def test_an_unknown_host_is_refused_with_its_name() -> None:
     with pytest.raises(OSError, match=r"hdfs://127\.0\.0\.1:1/x") as refused:
         location("hdfs://127.0.0.1:1/x").exists()
     assert type(unanswered(refused.value, DataError("x"))) is ClusterError  # a scheduler may try again
@@ -83,7 +84,7 @@ def test_an_unknown_host_is_refused_with_its_name(session_for: Callable[..., obj
 def test_an_object_store_is_written_to_in_one_step(
     at: Callable[[Path], Location], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("sparksgd.spark.storage._WHOLE_AT_ONCE", {"file"})
+    monkeypatch.setattr("sparksgd.spark.hadoop_files._WHOLE_AT_ONCE", {"file"})
     monkeypatch.setattr(HadoopLocation, "_rename", None)
     file = at(tmp_path) / "new folder" / "file"
     for data in (b"old", b"new"):
@@ -91,10 +92,8 @@ def test_an_object_store_is_written_to_in_one_step(
         assert file.read_bytes() == data
 
 
-def test_a_copy_holds_what_is_there(
-    session_for: Callable[..., object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    session_for("local[2]")
+@pytest.mark.usefixtures("spark")
+def test_a_copy_holds_what_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sparksgd.storage._local_path", lambda path: None)  # as if `file:` were elsewhere
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "file").write_text("text")

@@ -9,32 +9,40 @@ import signal
 import threading
 import time
 from collections import Counter
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from threading import Timer
 
 import pytest
-from conftest import (  # tests/spark/conftest.py
+from pyspark import SparkContext
+from servers import wait_for  # tests/hosts
+from spark_helpers import (
     LOCAL_CLUSTER,
+    AtStep,
     configured,
     executor_pids,
     memory_bytes,
+    striking,
     undisturbed,
     with_descendants,
 )
-from pyspark import SparkContext
 from users_modules import (
     BIG_ROW_BYTES,  # tests/modules
+    ENDLESS_S,
     big_rows,  # tests/modules
     keyed_in_small_batches,  # tests/modules
 )
 
 from sparksgd.config import TrainConfig
 from sparksgd.errors import Cancelled, ClusterError, NotEnoughSlots
-from sparksgd.spark import row_tasks
-from sparksgd.spark.cluster import Cluster
+from sparksgd.spark.cluster.cluster import Cluster
+from sparksgd.spark.cluster.jobs import RunTasks
 from sparksgd.spark.session import SETTINGS, Setting, _settings_of_session, check_session, job_session
-from sparksgd.spark.training import train
+from sparksgd.spark.tasks import row_tasks
+from sparksgd.spark.train import demand_of, train
+from sparksgd.training.state import Observer
+
+pytestmark = pytest.mark.session("local[2]")
 
 
 def files_below(folder: Path) -> tuple[int, int]:
@@ -56,10 +64,7 @@ def test_twenty_trainings_leave_the_disk_as_it_was(session_for, small, tmp_path)
     before = files_below(tmp_path)
     seen: list[Path] = []
 
-    class Files:
-        def started(self, training): ...
-        def stepped(self, training, report): ...
-        def ended(self, training): ...
+    class Files(Observer):
         def evaluated(self, training, report):
             seen.extend(tmp_path.rglob("sparksgd-*"))
 
@@ -69,11 +74,9 @@ def test_twenty_trainings_leave_the_disk_as_it_was(session_for, small, tmp_path)
     assert files_below(tmp_path) == before
     assert not list(tmp_path.rglob("sparksgd-*"))
     assert not spark.sparkContext._jsc.getPersistentRDDs()
-    session_for("local[2]")
 
 
-def test_every_job_has_a_readable_description_and_the_users_own_comes_back(session_for, small):
-    spark = session_for("local[2]")
+def test_every_job_has_a_readable_description_and_the_users_own_comes_back(spark, small):
     context = spark.sparkContext
     context.setJobGroup("mine", "my own job")
     train(spark, configured("train.steps=2"), spark.read.parquet(small), spark.read.parquet(small))
@@ -94,56 +97,55 @@ def test_every_job_has_a_readable_description_and_the_users_own_comes_back(sessi
         assert wanted in said
 
 
-def neighbour(spark, flags: Path, slots: int) -> threading.Thread:
-    """Let another job hold slots for longer than the watch keeps silent."""
+@contextmanager
+def neighbour(spark, caplog, folder: Path, slots: int) -> Iterator[str]:
+    """Let another job hold slots until somebody says aloud that they are held; give the words."""
+    words = f"{{}} free (2 in all, other jobs hold {slots})".format(2 - slots)
+    folder.mkdir()
 
     def hold(numbers):
         for number in numbers:
-            (flags / f"{slots}-{number}").touch()
-            time.sleep(6)
+            (folder / f"holds-{number}").touch()
+            while not (folder / "said").exists():
+                time.sleep(0.05)  # the driver leaves a file; nobody tells of that
         return iter(())
 
-    thread = threading.Thread(
-        target=spark.sparkContext.parallelize(range(slots), slots).mapPartitions(hold).count
-    )
+    job = spark.sparkContext.parallelize(range(slots), slots).mapPartitions(hold)
+    thread = threading.Thread(target=job.count)
     thread.start()
-    while len(list(flags.glob(f"{slots}-*"))) < slots:
-        time.sleep(0.05)  # until its tasks run
-    return thread
+    wait_for(lambda: len(list(folder.glob("holds-*"))) == slots, "the other job's tasks", timeout_s=250)
+    with striking(lambda: words in caplog.text, (folder / "said").touch):
+        yield words
+    thread.join()
 
 
-def test_slots_that_other_jobs_hold_are_counted_aloud(session_for, small, caplog, tmp_path):
-    spark = session_for("local[2]")
-
-    class Neighbour:
+def test_slots_that_other_jobs_hold_are_counted_aloud(spark, small, caplog, tmp_path):
+    class Neighbour(Observer):
         def started(self, training):
-            self.thread = neighbour(spark, tmp_path, slots=1)
+            self.holding = neighbour(spark, caplog, tmp_path / "one", slots=1)
+            self.words = self.holding.__enter__()
 
-        def stepped(self, training, report): ...
-        def evaluated(self, training, report): ...
         def ended(self, training):
-            self.thread.join()
+            self.holding.__exit__(None, None, None)
 
+    frame, one = spark.read.parquet(small), Neighbour()
     with caplog.at_level(logging.WARNING, "sparksgd"):
-        train(spark, configured("train.steps=2"), spark.read.parquet(small), observers=[Neighbour()])
-        assert "waiting for slots: 2 needed, 1 free (2 in all, other jobs hold 1)" in caplog.text
-        frame, holding = spark.read.parquet(small), neighbour(spark, tmp_path, slots=2)
-        train(spark, configured("train.steps=2"), frame)
-        holding.join()
-    assert "waiting for slots: 1 needed, 0 free (2 in all, other jobs hold 2)" in caplog.text
+        train(spark, configured("train.steps=2"), frame, observers=[one])
+        assert f"waiting for slots: 2 needed, {one.words}" in caplog.text
+        with neighbour(spark, caplog, tmp_path / "two", slots=2) as words:
+            train(spark, configured("train.steps=2"), frame)
+    assert f"waiting for slots: 1 needed, {words}" in caplog.text
 
 
-def test_a_training_in_a_users_session_says_what_it_lacks(session_for, small, caplog, monkeypatch):
+def test_a_training_in_a_users_session_says_what_it_lacks(spark, small, caplog, monkeypatch):
     wish = Setting(key="spark.sparksgd.wish", value="1", cost="nothing")
-    spark = session_for("local[2]")  # a new one would get what is wished for
     monkeypatch.setattr("sparksgd.spark.session.SETTINGS", (*SETTINGS, wish))
     with caplog.at_level(logging.WARNING, "sparksgd"):
         train(spark, configured("train.steps=1"), spark.read.parquet(small))
     assert caplog.messages == ["spark.sparksgd.wish is not set; set it to 1. It costs nothing"]
 
 
-def test_a_setting_of_the_contrary_is_named_with_its_value(session_for, setting, caplog):
-    spark = session_for("local[2]")
+def test_a_setting_of_the_contrary_is_named_with_its_value(spark, setting, caplog):
     setting("spark.broadcast.compress", "true")
     setting("spark.task.maxDirectResultSize", "200m")
     assert [lacking.key for lacking in check_session(spark, TrainConfig())] == ["spark.broadcast.compress"]
@@ -151,38 +153,29 @@ def test_a_setting_of_the_contrary_is_named_with_its_value(session_for, setting,
 
 
 @pytest.mark.parametrize("engine", ["tree", "allreduce"])
-def test_ctrl_c_in_a_users_session_ends_our_job_and_frees_its_slots(session_for, small, flags, engine):
-    spark = session_for("local[2]")
+def test_ctrl_c_in_a_users_session_ends_our_job_and_frees_its_slots(spark, small, flags, engine):
     config = configured(
         "model.name=users_modules:FlagNet", f"model.folder={flags}", "train.steps=50",
         f"engine.name={engine}", "engine.segment_steps=2",
     )  # fmt: skip
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # as a notebook's kernel sets it
 
-    class CtrlC:
-        def stepped(self, training, report):
-            if report.step == 2:
-                (flags / "sleep").touch()
-                Timer(1.5, os.kill, [os.getpid(), signal.SIGINT]).start()
-            assert report.step < 5
-
-        def started(self, training): ...
-        def evaluated(self, training, report): ...
-        def ended(self, training): ...
-
+    ctrl_c = AtStep(2, lambda _: (flags / "sleep").touch())
+    in_a_step = flags.with_name("asleep").exists
     try:
-        started = time.monotonic()
-        with pytest.raises((KeyboardInterrupt, Cancelled)):
-            train(spark, config, spark.read.parquet(small), observers=[CtrlC()])
+        with (
+            striking(in_a_step, lambda: os.kill(os.getpid(), signal.SIGINT)),
+            pytest.raises((KeyboardInterrupt, Cancelled)),
+        ):
+            train(spark, config, spark.read.parquet(small), observers=[ctrl_c])
+        assert ctrl_c.training.version == 2
         both = spark.sparkContext.parallelize(range(2), 2).barrier().mapPartitions(list)
         assert both.collect() == [0, 1]
-        assert time.monotonic() - started < 40  # a flag would sleep for a minute
     finally:
         signal.signal(signal.SIGINT, before)
 
 
-def test_a_session_of_the_users_is_told_which_settings_it_lacks_and_what_that_costs(session_for, caplog):
-    spark = session_for("local[2]")
+def test_a_session_of_the_users_is_told_which_settings_it_lacks_and_what_that_costs(spark, caplog):
     assert check_session(spark, TrainConfig()) == []
     lacking = check_session(spark, TrainConfig(instruction_set="avx2"))
     assert [s.key for s in lacking if "ATEN" in s.key] == ["spark.executorEnv.ATEN_CPU_CAPABILITY"]
@@ -193,14 +186,10 @@ def test_a_session_of_the_users_is_told_which_settings_it_lacks_and_what_that_co
 BIG_ROWS = 21_900
 
 
-class PeakMemory:
+class PeakMemory(Observer):
     """Observes the peak resident memory of the executors' Python workers."""
 
     peak_bytes = 0
-
-    def started(self, training): ...
-    def evaluated(self, training, report): ...
-    def ended(self, training): ...
 
     def stepped(self, training, report):
         executors = executor_pids()
@@ -232,20 +221,19 @@ def test_rows_of_three_times_the_executors_memory_train_in_bounded_memory(sessio
     assert 300 << 20 < memory.peak_bytes < 700 << 20  # torch alone takes some 400 MiB; the rows are 1500
 
 
-def test_wide_rows_reach_python_in_small_batches_before_the_shuffle_too(session_for, monkeypatch):
-    spark = session_for("local[2]")
+def test_wide_rows_reach_python_in_small_batches_before_the_shuffle_too(spark, monkeypatch):
     monkeypatch.setattr(row_tasks, "keyed", keyed_in_small_batches)
     wide = f"cast(rpad(cast(id as string), {BIG_ROW_BYTES}, 'x') as binary) as features"
-    rows = spark.range(400, numPartitions=1).selectExpr(wide, "cast(id % 2 as int) as label")
+    rows = spark.range(200, numPartitions=1).selectExpr(wide, "cast(id % 2 as int) as label")
     settings = (
         "model.name=users_modules:WideNet",
-        "train.rows_per_step=400",
+        "train.rows_per_step=200",
         "train.steps=1",
     )
-    assert train(spark, configured(*settings), rows).rows.rows == 400
+    assert train(spark, configured(*settings), rows).rows.rows == 200
 
 
-class Held:
+class Held(Observer):
     """Observes what driver and executors hold early and late in a run.
 
     Args:
@@ -257,10 +245,6 @@ class Held:
     def __init__(self, spark, folder: Path, *steps: int) -> None:
         self.folder, self.steps, self.seen = folder, steps, []
         self._jvm = spark.sparkContext._jvm
-
-    def started(self, training): ...
-    def evaluated(self, training, report): ...
-    def ended(self, training): ...
 
     def stepped(self, training, report):
         if report.step in self.steps:
@@ -305,10 +289,7 @@ def test_five_thousand_steps_of_the_all_reduce_engine_hold_no_more_than_the_firs
     length = ("train.steps=5000", "train.epochs=400", "engine.segment_steps=25")
     config = configured("engine.name=allreduce", *length)
     held = Held(spark, tmp_path, 900, 950, 1000, 4900, 4950, 5000)
-    try:
-        training = train(spark, config, spark.read.parquet(small), observers=[held])
-    finally:
-        session_for("local[2]")
+    training = train(spark, config, spark.read.parquet(small), observers=[held])
     assert training.flat.parameters_sha256() == undisturbed(small, config)
     for what in set().union(*held.seen):
         counts = [look[what] for look in held.seen]
@@ -321,24 +302,22 @@ def test_five_thousand_steps_of_the_all_reduce_engine_hold_no_more_than_the_firs
 
 
 @pytest.mark.parametrize(("writable", "folder"), [(True, "."), (False, "/tmp")])
-def test_on_yarn_sockets_are_where_driver_and_containers_may_write(
-    session_for, monkeypatch, writable, folder
-):
-    session_for("local[2]")
+@pytest.mark.usefixtures("spark")
+def test_on_yarn_sockets_are_where_driver_and_containers_may_write(monkeypatch, writable, folder):
     monkeypatch.setattr("os.access", lambda *_: writable)
     monkeypatch.setattr("sparksgd.spark.session._on_yarn", lambda _: True)
     conf = _settings_of_session("sparksgd tests", TrainConfig())
     assert conf.get("spark.python.unix.domain.socket.dir") == folder
 
 
-def test_a_job_whose_slots_do_not_come_ends(session_for, monkeypatch):
-    spark = session_for("local[2]")
-    cluster = Cluster(spark, configured("engine.slots_timeout_s=1"))
-    monkeypatch.setattr(cluster, "slots", lambda: 0)
-    monkeypatch.setattr(cluster, "running_tasks", lambda: (0, 0))
+def test_a_job_whose_slots_do_not_come_ends(spark, monkeypatch):
+    cluster = Cluster(spark, demand_of(configured("engine.slots_timeout_s=1")))
+    cluster.settle()
+    monkeypatch.setattr(cluster.job_watch, "_slots", lambda: 0)
+    monkeypatch.setattr(RunTasks, "running", lambda tasks: (0, 0))
     starved = pytest.raises(NotEnoughSlots, match=r"1 slots are needed, but for \d s there was none")
     with cluster.job_group(), starved, cluster.job_watch.over(1):
-        spark.sparkContext.parallelize([0], 1).foreach(lambda _: time.sleep(60))
+        spark.sparkContext.parallelize([0], 1).foreach(lambda _: time.sleep(ENDLESS_S))
 
 
 def test_a_session_that_cannot_start_is_an_error_in_a_line(session_for, tmp_path):

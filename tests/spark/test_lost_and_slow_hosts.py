@@ -10,16 +10,18 @@ from pathlib import Path
 
 import pytest
 import servers  # tests/hosts
-from conftest import AtStep, configured, undisturbed  # tests/spark/conftest.py
+from spark_helpers import AtStep, configured, undisturbed
 from stragglers import SLOW_HOST, SlowHost  # tests/modules
 
+from sparksgd.data.local_files import ParquetRows
 from sparksgd.engines.inline import InlineEngine
 from sparksgd.errors import NotEnoughSlots
-from sparksgd.local_rows import ParquetRows
-from sparksgd.output import RunFolder, load_model
-from sparksgd.participation import Record
-from sparksgd.spark.training import train
-from sparksgd.training import train as train_inline
+from sparksgd.runs.folder import RunFolder
+from sparksgd.runs.model import load_model
+from sparksgd.runs.replay import read_replay
+from sparksgd.spark.train import train
+from sparksgd.training.loop import train as train_inline
+from sparksgd.training.state import Probe
 
 ONE_BACKUP = (
     "engine.num_workers=4",
@@ -64,9 +66,9 @@ def test_one_lost_host_is_made_up_for_and_two_end_the_run_in_words(
     assert summary["status"] == "NotEnoughSlots"
     assert summary["steps"] >= 160
     load_model(Path(out / "model"), kills[0].training.module)
-    record = Record.read(out)
-    assert {len(shards) for shards in record.took_part} <= {3, 4}
-    again = train_inline(config, rows=ParquetRows(small), test=None, make_engine=InlineEngine, record=record)
+    replay = read_replay(out)
+    assert {len(shards) for shards in replay.took_part} <= {3, 4}
+    again = train_inline(config, rows=ParquetRows(small), test=None, make_engine=InlineEngine, replay=replay)
     assert again.flat.parameters_sha256() == summary["parameters_sha256"]
 
 
@@ -82,6 +84,6 @@ def test_copies_that_spark_runs_beside_a_slow_host_count_once(session_for, stand
     spark = session_for(address, spark__executor__memory="512m", **speculation)
     config = configured("engine.num_workers=4", "engine.barrier=false", "train.epochs=3")
     rows = spark.read.parquet(small)
-    training = train(spark, config, rows, before_gradients=SlowHost(delay_s=3.0))
+    training = train(spark, config, rows, probe=Probe(before_gradients=SlowHost(delay_s=3.0)))
     assert training.flat.parameters_sha256() == undisturbed(small, config)
     assert training.step_times.medians_s()["total"] < 3.0  # the copies were first

@@ -1,4 +1,4 @@
-"""Why executors were lost: Spark knows, and tells only its own log."""
+"""Why executors were lost.  Spark knows it, but writes it only to its own log."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ log = logging.getLogger("sparksgd")
 _KILLED_FOR_MEMORY = re.compile(
     r"exceeding (?:physical |virtual )?memory limits\.\s+([\d.]+ [KMGT]B) of ([\d.]+ [KMGT]B)"
 )
-_LEAST_OVERHEAD_MIB = 1024  # a Python worker that has imported torch, with its batches
+_LEAST_OVERHEAD_MIB = 1024  # of a Python worker with torch and its batches
 _ON_PURPOSE = re.compile(r"decommission|exited with code 0|killed by driver", re.IGNORECASE)
 
 
 _advice: dict[str, str] = {}
-"""By application: it outlives its session, which YARN ends after a few such losses."""
+"""For each application; kept after its session ends, because YARN ends it after a few such losses."""
 
 
 def advice_of(context: SparkContext) -> str | None:
     """Return what to set, if containers of a session were killed for memory."""
-    if context._jsc is None:  # somebody stopped it in this process, and it knows nothing of itself any more
+    if context._jsc is None:  # somebody stopped it in this process; it no longer knows its settings
         return None
     return _advice.get(str(context.applicationId))
 
 
 class LostExecutors:
-    """Names executors that went, with the reason, and what to do if it was memory.
+    """Logs lost executors, with the reason, and what to do if it was memory.
 
     Args:
         context: whose executors.
@@ -39,11 +39,15 @@ class LostExecutors:
 
     def __init__(self, context: SparkContext) -> None:
         self._context = context
-        self._known = {str(executor.id()) for executor in self._gone()}  # those are of earlier runs
-        _advice.pop(str(context.applicationId), None)
+        self._known: set[str] = set()
+
+    def forget_earlier(self) -> None:
+        """Ignore executors that are lost already: they were lost in earlier runs."""
+        self._known = {str(executor.id()) for executor in self._gone()}
+        _advice.pop(str(self._context.applicationId), None)
 
     def look(self) -> None:
-        """Warn of those that went since the last look."""
+        """Warn of executors that were lost since the last look."""
         for executor in self._gone():
             name = str(executor.id())
             if name in self._known:
@@ -63,7 +67,7 @@ class LostExecutors:
 
 
 def memory_advice(conf: SparkConf, reason: str) -> str | None:
-    """Return what to set if this reason is that a container was killed for its memory, else None."""
+    """Return what to set if a container was killed for its memory, else None."""
     killed = _KILLED_FOR_MEMORY.search(reason)
     if killed is None:
         return None

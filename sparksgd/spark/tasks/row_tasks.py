@@ -1,6 +1,6 @@
 """What executors run on rows: check them, key them, write them to shard files.
 
-No pyspark at module level, and no torch: executors import this before they know of either.
+No pyspark and no torch at module level: executors import this before either.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 
-from sparksgd.rows import RowReport, Rows, RowSchema, read_rows
-from sparksgd.shard import Descriptor, ShardWriter, deal_folder
-from sparksgd.spark.quiet import leave_quietly
+from sparksgd.data.schema import RowReport, Rows, RowSchema, read_rows
+from sparksgd.data.shard import Descriptor, ShardWriter, deal_folder
+from sparksgd.spark.tasks.worker_exit import leave_quietly
 
 if TYPE_CHECKING:
     from pyspark.sql import Row
@@ -43,7 +43,7 @@ __all__ = [
 def inspect(
     schema: RowSchema, num_shards: int | None, batches: Iterable[pa.RecordBatch]
 ) -> Iterator[pa.RecordBatch]:
-    """Task: report on a partition's rows, with their shards' digests where content deals them."""
+    """Task: report on a partition's rows, with digests of the shards if rows are dealt by content."""
     leave_quietly()
     report = RowReport()
     for rows in rows_of(schema, batches):
@@ -54,7 +54,7 @@ def inspect(
 
 
 def free_bytes(_: Iterable[int]) -> Iterator[tuple[str, int]]:
-    """Task: yield each disk that this executor has local directories on, and its free bytes."""
+    """Task: yield each disk with local directories of this executor, and its free bytes."""
     for folder in _local_folders():
         yield f"{socket.gethostname()}:{Path(folder).stat().st_dev}", shutil.disk_usage(folder).free
 
@@ -82,7 +82,7 @@ def write(
     Args:
         deal_id: names the folder.
         record_bytes: size of a record.
-        shards_of_partition: what each partition holds; None: shard 0 alone, to be numbered later.
+        shards_of_partition: the shards of each partition; None: only shard 0, to be renumbered later.
         batches: (shard, key, record).
     """
     leave_quietly()
@@ -120,7 +120,7 @@ def numbered(partition: int, rows: Iterable[Row]) -> Iterator[Descriptor]:
 
 
 def remove_deal(deal_id: str, folders: list[str], _: Iterable[int]) -> Iterator[str]:
-    """Task: remove all files of a deal from this host, those of executors that are gone, too."""
+    """Task: remove all files of a deal from this host, also those of lost executors."""
     for folder in {*map(Path, folders), *(deal_folder(local, deal_id) for local in _local_folders())}:
         shutil.rmtree(folder, ignore_errors=True)
     yield socket.gethostname()
@@ -149,7 +149,7 @@ def _this_partition() -> int:
 
 
 def _local_folders() -> list[str]:
-    """Return Spark's local directories as this executor has them."""
+    """Return this executor's local directories of Spark."""
     return os.environ.get("SPARK_LOCAL_DIRS", tempfile.gettempdir()).split(",")
 
 

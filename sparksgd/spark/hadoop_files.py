@@ -1,8 +1,8 @@
-"""Files behind Hadoop's file systems, reached through the driver's JVM.
+"""Files on Hadoop's file systems, through the driver's JVM.
 
-It needs no session, only the JVM: a configuration is read, and an output looked at, before Spark asks
-the cluster for anything.  Bytes go through files of this machine: a copy by Hadoop is twice as fast as
-py4j's own way for them.
+This needs the JVM, but no session: the configuration is read, and the output checked, before Spark asks the
+cluster for anything.  Bytes are copied by Hadoop to and from files on this machine, which is twice as fast as
+sending them through py4j.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _ERRNO = {
 }
 
 _WHOLE_AT_ONCE = frozenset(("s3a", "s3", "s3n", "gs", "oss", "cosn", "wasb", "wasbs"))
-"""Object stores, where a file is seen when all of it is there, and renaming is copying."""
+"""Object stores: a file appears only when it is complete, and to rename it means to copy it."""
 
 _file_systems: dict[tuple[str, str], Any] = {}
 """By scheme and authority."""
@@ -45,7 +45,7 @@ class HadoopLocation:
     """A file or folder of a file system that Hadoop knows.
 
     Args:
-        uri: its scheme says which: hdfs:, s3a:, abfss:, dbfs: ...
+        uri: its scheme names the file system: hdfs:, s3a:, abfss:, dbfs: ...
     """
 
     def __init__(self, uri: str) -> None:
@@ -69,21 +69,21 @@ class HadoopLocation:
             return bool(self._files.exists(self._path))
 
     def read_bytes(self) -> bytes:
-        """Return what the file holds."""
+        """Return the content of the file."""
         with self._errors(), tempfile.TemporaryDirectory(prefix="sparksgd-") as folder:
             copy = Path(folder, "copy")
             self._files.copyToLocalFile(False, self._path, _java_path(f"file:{copy}"), True)
             return copy.read_bytes()
 
     def write_bytes(self, data: bytes) -> None:
-        """Write the file, whole or not at all, and its folder if need be."""
+        """Write the file, whole or not at all; create its folder if it does not exist."""
         with tempfile.NamedTemporaryFile(prefix="sparksgd-") as spool:
             spool.write(data)
             spool.flush()
             self.put(Path(spool.name))
 
     def put(self, file: Path) -> None:
-        """Write the file as a copy of one of this machine, whole or not at all."""
+        """Write the file as a copy of one on this machine, whole or not at all."""
         folder, _, name = self._uri.rpartition("/")
         with self._errors():
             here = _java_path(f"file:{file.absolute()}")
@@ -99,7 +99,7 @@ class HadoopLocation:
                 raise
 
     def lines(self) -> Lines:
-        """Begin the file anew, to grow line by line."""
+        """Begin a new, empty file, which grows line by line."""
         return SpooledLines(self)
 
     def remove(self) -> None:
@@ -131,7 +131,10 @@ class HadoopLocation:
 
     @property
     def _files(self) -> Any:
-        """The file system; one of ours, which a JVM that shuts down leaves open for the last model."""
+        """Return a file system of our own.
+
+        Hadoop closes shared ones at the JVM's shutdown, before the last model is written.
+        """
         uri = self._path.toUri()
         key = str(uri.getScheme()), str(uri.getAuthority())
         if key not in _file_systems:
@@ -141,7 +144,7 @@ class HadoopLocation:
         return _file_systems[key]
 
     def _rename(self, part: Any) -> None:
-        """Move a file to its place, over what is there: in one step where the file system can."""
+        """Move a file to its place, replacing what is there; in one step if the file system can."""
         files, fs = self._files, _jvm().org.apache.hadoop.fs
         if str(self._path.toUri().getScheme()) == "hdfs":
             assert SparkContext._gateway is not None
@@ -155,7 +158,7 @@ class HadoopLocation:
 
     @contextmanager
     def _errors(self) -> Iterator[None]:
-        """Turn what Java throws into what Python's own files raise."""
+        """Turn exceptions of Java into those that Python raises for files."""
         try:
             yield
         except Py4JJavaError as error:
@@ -174,7 +177,7 @@ def _is_hidden(name: str) -> bool:
 
 
 def _jvm() -> Any:
-    if SparkContext._jvm is None:  # asking takes the lock that is held while a context starts
+    if SparkContext._jvm is None:  # to ask needs the lock that is held while a context starts
         SparkContext._ensure_initialized()
     return SparkContext._jvm
 

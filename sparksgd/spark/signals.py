@@ -1,15 +1,12 @@
-"""Silence about two things that are no fault: a Python worker that Spark lets go of, and an end by signal.
+"""Ctrl-C and SIGTERM in a driver whose session is ours: the run ends in order, and without noise.
 
-Spark closes the socket of a worker that was idle for a minute.  Over a Unix socket the worker's last
-flush then fails at once, and PySpark's daemon prints the traceback of a BrokenPipeError, though nothing
-is wrong and nothing was lost.
+At Ctrl-C, PySpark's handler calls the JVM in the middle of the call that it interrupts.  That fails with two
+tracebacks, and is not needed: the end of the session cancels the jobs.  A JVM that ends also removes files
+that its tasks still use, and would log their errors.
 
-At Ctrl-C PySpark's handler calls into the JVM from within the call that it interrupts, which fails with
-two tracebacks; the end of the session does what it meant to.  A JVM that ends removes files under its
-tasks, and would log what they say to that.
-
-spark-submit is a JVM, whose child is the driver's Python: a scheduler's SIGTERM goes to the JVM, which would
-end, and take with it the way to HDFS.  So it hands the signal on to Python, and ends when that has.
+spark-submit is a JVM, and the driver's Python is its child.  A scheduler sends SIGTERM to the JVM.  If the
+JVM ended then, Python could no longer write to HDFS.  So the JVM passes the signal on to Python, and ends
+after it.
 """
 
 from __future__ import annotations
@@ -17,36 +14,21 @@ from __future__ import annotations
 import logging
 import os
 import socketserver
-import sys
-import traceback
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from sparksgd.interrupts import end_in_order
+from pyspark import SparkContext
 
-if TYPE_CHECKING:
-    from pyspark import SparkContext
+from sparksgd.training.interrupts import end_in_order
 
-__all__ = ["end_quietly", "leave_quietly"]
-
-_print_exc = traceback.print_exc
-
-
-def leave_quietly() -> None:
-    """Keep this worker process from reporting that Spark let go of it; other errors are printed."""
-    traceback.print_exc = _print_exc_but_goodbye
-
-
-def _print_exc_but_goodbye(*arguments: object, **options: object) -> None:
-    if sys.exc_info()[0] is not BrokenPipeError:
-        _print_exc(*arguments, **options)  # type: ignore[arg-type]  # handed through as they came
+__all__ = ["end_quietly"]
 
 
 def end_quietly(context: SparkContext) -> None:
-    """Let Ctrl-C and SIGTERM end this process, a driver of ours, in order and without noise."""
-    with suppress(Exception):  # a logger of another kind keeps its words
+    """Let Ctrl-C and SIGTERM end this process, a driver with its own session, in order and without noise."""
+    with suppress(Exception):  # a logger of another kind keeps logging
         _log_nothing_at_exit(context._jvm)
-    with suppress(Exception):  # where the JVM was told to leave signals alone
+    with suppress(Exception):  # if the JVM was told to ignore signals
         _hand_signals_on(context)
 
     def no_more_errors_of_requests() -> None:
@@ -58,7 +40,7 @@ def end_quietly(context: SparkContext) -> None:
 
 
 def _log_nothing_at_exit(jvm: Any) -> None:
-    """Give a JVM a shutdown hook that turns its log off: no Python is quick enough for that."""
+    """Give the JVM a shutdown hook that turns its log off: Python would be too slow for that."""
     java, log4j = jvm.java.lang, "org.apache.logging.log4j"
     configurator = java.Class.forName(f"{log4j}.core.config.Configurator")
     signature = java.invoke.MethodType.methodType(java.Void.TYPE, java.Class.forName(f"{log4j}.Level"))
@@ -71,7 +53,7 @@ def _log_nothing_at_exit(jvm: Any) -> None:
 
 
 def _hand_signals_on(context: SparkContext) -> None:
-    """Let a JVM answer SIGTERM and Ctrl-C by sending this process a SIGTERM, and go on."""
+    """Make the JVM answer SIGTERM and Ctrl-C by sending SIGTERM to this process, and go on."""
     assert context._gateway is not None
     jvm: Any = context._jvm
     java, signals = jvm.java.lang, jvm.sun.misc

@@ -1,4 +1,4 @@
-"""What an executor's Python can tell of the environment that it runs from."""
+"""What an executor's Python knows of the environment that it runs from."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ __all__ = ["UnpackedEnvironment", "look"]
 
 @dataclass(frozen=True)
 class UnpackedEnvironment:
-    """An environment that came as an archive, on one host."""
+    """An environment that was unpacked from an archive, on one host."""
 
     host: str
 
     place: tuple[int, int]
-    """Device and inode of its folder: two of one host are two copies."""
+    """Device and inode of its folder; if they differ on one host, there are two copies."""
 
     first_s: float
     last_s: float
@@ -32,14 +32,14 @@ def look(partition: Iterable[int]) -> Iterator[UnpackedEnvironment]:
     prefix = Path(sys.prefix)
     if prefix.is_relative_to(Path.cwd()):
         top = prefix.resolve()
-        # Unpacking sets the time of modification to that of the packing, but this one it cannot.
+        # Unpacking restores the modification time of the archive, but it cannot set this time.
         written_s = [entry.lstat().st_ctime for entry in _files(top)]
         status = top.stat()
-        host = os.environ.get("NM_HOST") or socket.gethostname()  # YARN's name of its node
+        host = os.environ.get("NM_HOST") or socket.gethostname()  # YARN's name of this node
         yield UnpackedEnvironment(host, (status.st_dev, status.st_ino), min(written_s), max(written_s))
 
 
 def _files(top: Path) -> Iterator[Path]:
     for folder, folders, names in os.walk(top):
-        folders[:] = [name for name in folders if name != "__pycache__"]  # which Python adds to
+        folders[:] = [name for name in folders if name != "__pycache__"]  # Python adds files to it later
         yield from (Path(folder, name) for name in names)

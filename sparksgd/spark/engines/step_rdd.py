@@ -1,12 +1,12 @@
-"""The RDD of a step's answers: PySpark's own, whose job costs the driver less.
+"""The RDD of a step: like PySpark's own, but its job costs the driver less.
 
-Of a step of 75 ms (2 cores, 2 workers, 431,080 parameters) these took 8 ms:
+In a step of 75 ms (2 cores, 2 workers, 431,080 parameters) the following took 8 ms:
 
-    RDD.collect has Spark clean two closures of its own: it parses all bytecode of RDD and SparkContext, to
-    find nothing.  collectAsync cleans one, of a small class.
+    RDD.collect makes Spark clean two closures of its own.  It parses all bytecode of RDD and SparkContext,
+    and finds nothing.  collectAsync cleans one closure, of a small class.
 
-    PySpark names the JVM's classes without their packages, and py4j looks through every jar for each package
-    that they could be in, five times a job.  Here a name that was found is kept.
+    PySpark names the JVM's classes without their packages.  So py4j searches every jar for each package that
+    they could be in, five times for each job.  `keep_names` in spark/cluster/jobs.py remembers the result.
 
     treeAggregate asks the JVM twice how many partitions there are.
 """
@@ -28,30 +28,22 @@ else:  # Spark 3.5 has no pyspark.core
     PipelinedRDD = sys.modules[RDD.__module__].PipelinedRDD
     _load_from_socket = sys.modules[RDD.__module__]._load_from_socket
 
-__all__ = ["StepRDD", "keep_names"]
+__all__ = ["StepRDD"]
 
 T = TypeVar("T")
 U = TypeVar("U")
 V = TypeVar("V")
 
-_NAMES = ("PythonRDD", "PythonUtils", "SimplePythonFunction")
-
-
-def keep_names(jvm: Any) -> None:
-    """Let py4j find the classes that every job names where they were found once."""
-    for name in _NAMES:
-        setattr(jvm, name, getattr(jvm, name))
-
 
 class StepRDD(PipelinedRDD[T, U]):
-    """What `rdd.barrier().mapPartitionsWithIndex(task)` gives, with a quicker `collect`.
+    """The same as `rdd.barrier().mapPartitionsWithIndex(task)`, with a faster `collect`.
 
-    From five partitions on, treeAggregate shuffles, and collects another RDD than this.
+    With five partitions or more, treeAggregate shuffles, and collects another RDD.
 
     Args:
-        rdd: the partitions that tasks get.
-        task: (partition, its elements) -> what it yields.
-        num_partitions: how many there are.
+        rdd: has a partition for each task.
+        task: called with the partition's number and its elements; yields results.
+        num_partitions: how many partitions there are.
     """
 
     def __init__(
@@ -65,7 +57,7 @@ class StepRDD(PipelinedRDD[T, U]):
         self._num_partitions = num_partitions
 
     def getNumPartitions(self) -> int:  # noqa: N802  # PySpark's name
-        """Return how many there are."""
+        """Return how many partitions there are."""
         return self._num_partitions
 
     def mapPartitionsWithIndex(  # noqa: N802  # PySpark's name
@@ -73,11 +65,11 @@ class StepRDD(PipelinedRDD[T, U]):
         f: Callable[[int, Iterable[U]], Iterable[V]],
         preservesPartitioning: bool = False,  # noqa: N803  # PySpark's name
     ) -> StepRDD[U, V]:
-        """Return an RDD that pipes this one through a function."""
+        """Return an RDD that applies a function to each partition of this one."""
         return StepRDD(self, f, self._num_partitions, preservesPartitioning)
 
     def collect(self) -> list[U]:
-        """Return what the tasks yield, in the partitions' order."""
+        """Return the results of the tasks, in the order of the partitions."""
         jvm: Any = self.ctx._jvm
         with SCCallSiteSync(self.ctx):  # type: ignore[no-untyped-call]  # untyped in pyspark
             yielded = self._jrdd.collectAsync().get()

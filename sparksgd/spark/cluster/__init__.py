@@ -1,0 +1,1 @@
+"""The cluster of a run: slots, placement, Spark jobs, lost executors, shards."""

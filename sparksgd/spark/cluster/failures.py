@@ -1,0 +1,75 @@
+"""What a failure of Spark means: whether a retry can help, and what the user is told."""
+
+from __future__ import annotations
+
+import re
+
+from pyspark import SparkContext
+
+from sparksgd.errors import Cancelled, ClusterError, ModelError, SparkSGDError, UserCodeError
+from sparksgd.spark.cluster.lost_executors import advice_of
+
+__all__ = ["final_error", "gist", "is_stopped", "session_stopped"]
+
+_CANCELLED = re.compile(r"SPARK_JOB_CANCELLED|(Job|Stage) \d+ (was )?cancelled")
+_LOST = re.compile(r"CHECKPOINT_RDD_BLOCK_ID_NOT_FOUND|Checkpoint block rdd_\d+_\d+ not found|ExecutorLost")
+_WRAPPED = re.compile(r"Job aborted|Exception thrown by job")
+_RAISED = re.compile(r"(Exception|Error): ")
+_TOO_LARGE = "bigger than spark.driver.maxResultSize"
+_USERS = re.compile(r"sparksgd\.errors\.UserCodeError: (.+?)\s*\n\s*at org\.apache\.", re.DOTALL)
+_NO_MODULE = re.compile(r"ModuleNotFoundError: No module named '([\w.]+)'")
+
+
+def is_stopped(context: SparkContext) -> bool:
+    """Return whether a session has ended, or its JVM is ending after Ctrl-C."""
+    try:
+        return bool(context._jsc.sc().isStopped())
+    except Exception:
+        return True
+
+
+def session_stopped(context: SparkContext, doing: str = "") -> ClusterError:
+    """Return the error of a run whose session ended during the run."""
+    advice = advice_of(context)
+    return ClusterError(
+        f"the Spark session was stopped during the run{f', in {doing}' if doing else ''}: "
+        + (advice or "somebody killed the application, or ended the session, or its cluster is gone")
+    )
+
+
+def final_error(error: Exception, context: SparkContext) -> SparkSGDError | None:
+    """Return the error of a failed job that no retry can help; None if a retry can."""
+    before: BaseException | None = error
+    while before is not None:
+        if isinstance(before, KeyboardInterrupt):  # py4j's clean-up may fail, and hide the first error
+            return Cancelled("interrupted")
+        before = before.__context__
+    text = str(error)
+    if "SparkContext was shut down" in text or "stopped SparkContext" in text:
+        return session_stopped(context)
+    if _CANCELLED.search(text):
+        return Cancelled("the Spark job was cancelled, and the run ends with it")
+    if _TOO_LARGE in text:
+        return ClusterError(
+            f"results of a job are {_TOO_LARGE}: raise it (--conf spark.driver.maxResultSize=4g)"
+        )
+    raised = _USERS.search(text)
+    if raised:
+        return UserCodeError(raised[1])
+    missing = _NO_MODULE.search(text)
+    if missing:
+        return ModelError(
+            f"the executors' Python finds no module {missing[1]!r}: ship it with --py-files, or install "
+            f"it on every host"
+        )
+    return None
+
+
+def gist(text: str) -> str:
+    """Return the line of a Java stack trace that says what happened."""
+    if _LOST.search(text):
+        return "an executor was lost"
+    lines = [line.strip().removeprefix("Caused by: ").removeprefix(": ") for line in text.splitlines()]
+    raised = [line for line in lines if _RAISED.search(line) and not line.startswith("at ")]
+    causes = [line for line in raised if not _WRAPPED.search(line)]
+    return (causes or raised[-1:] or lines)[0][-300:]

@@ -1,0 +1,78 @@
+"""The rows that a caller gives: a DataFrame, or a path of Parquet; anything else is refused.
+
+For a path, Spark is not imported.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sparksgd.errors import ConfigError
+
+if TYPE_CHECKING:
+    from pyspark.sql import DataFrame
+
+__all__ = ["described_value", "frame_or_path"]
+
+_ADVICE = {
+    "pyspark.pandas": "pass {argument}.to_spark()",
+    "pandas": "pass spark.createDataFrame({argument}), or the path of {argument}.to_parquet(path)",
+    "pyarrow": "pass the path of pyarrow.parquet.write_table({argument}, path)",
+    "polars": "pass the path of {argument}.write_parquet(path)",
+}
+"""What to do with tables of other libraries, by the beginning of the module of their class."""
+
+
+def frame_or_path(argument: str, rows: object) -> DataFrame | str:
+    """Return rows that can be read: an unchanged DataFrame, or a path as text.
+
+    Args:
+        argument: the name of the argument, for errors.
+        rows: its value.
+
+    Raises:
+        ConfigError: they are neither a DataFrame nor a path, or the path is empty.
+        ClusterError: the DataFrame is Spark Connect's.
+    """
+    if isinstance(rows, Path):
+        return str(rows.absolute())
+    if isinstance(rows, str):
+        if not rows.strip():
+            raise ConfigError(f"{argument} is {rows!r}, but must name a file or folder of Parquet")
+        return rows
+    if _is_of("pyspark.sql", rows):
+        from pyspark.sql import DataFrame
+
+        from sparksgd.spark.cluster.cluster import refuse_connect
+
+        refuse_connect(rows)
+        if isinstance(rows, DataFrame):
+            return rows
+    advice = "pass one of the two" if rows is None else "make one of the two of it"
+    for home, words in _ADVICE.items():
+        if _is_of(home, rows):
+            advice = words.format(argument=argument)
+            break
+    raise ConfigError(
+        f"{argument} is {described_value(rows)}, but must be a Spark DataFrame, or the path of Parquet, as "
+        f"str or Path: {advice}"
+    )
+
+
+def _is_of(package: str, value: Any) -> bool:
+    """Return whether a value's class, or one that it extends, is defined in a package."""
+    return any(f"{kind.__module__}.".startswith(f"{package}.") for kind in type(value).__mro__)
+
+
+def described_value(value: object) -> str:
+    """Return how an error names a value: short values literally, others by their type.
+
+    >>> described_value(None), described_value(3), described_value([0] * 100)
+    ('None', '3', 'of type list')
+    """
+    if value is None or isinstance(value, str | int | float | type):
+        return repr(value)
+    kind = type(value)
+    home = "" if kind.__module__ == "builtins" else f"{kind.__module__}."
+    return f"of type {home}{kind.__qualname__}"

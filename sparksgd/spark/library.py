@@ -1,0 +1,218 @@
+"""`sparksgd.train`: training from a Python program, in a Spark session or in this process.
+
+torch and Spark are imported only after the configuration is read: `train.instruction_set` must be known
+before torch is imported, and the inline engine needs no Spark.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sparksgd.arithmetic import instruction_set
+from sparksgd.config import Config
+from sparksgd.errors import ConfigError
+from sparksgd.spark.given_rows import described_value, frame_or_path
+from sparksgd.spark.uris import lead_to_hadoop
+
+if TYPE_CHECKING:
+    from pyspark.sql import DataFrame, SparkSession
+    from torch import nn
+
+    from sparksgd.runs.folder import RunFolder
+    from sparksgd.training.replay import Replay
+    from sparksgd.training.state import Observer, Training
+
+__all__ = ["train"]
+
+log = logging.getLogger("sparksgd")
+
+
+def train(
+    config: Config | Mapping[str, Any],
+    rows: DataFrame | str | Path,
+    test: DataFrame | str | Path | None = None,
+    *,
+    module: nn.Module | None = None,
+    observers: Sequence[Observer] = (),
+    out: str | Path | None = None,
+    replay: Replay | None = None,
+) -> Training:
+    """Train a module on the rows of a DataFrame, or of Parquet.
+
+    With a DataFrame, its own session is used. With paths it is the active session; if there is none, one is
+    started, and left running. With `engine.name = "inline"` and paths, training runs in this
+    process, without Spark.
+
+    Args:
+        config: what to train, and how: a `Config`, or a dict of its tables, as
+            {"train": {"epochs": 5}}. `rows` and `test` replace `data.train` and `data.test`.
+        rows: rows to train on: a DataFrame, or a path or URI of a file or folder of Parquet. Only the
+            columns that `data.features`, `data.label` and `data.id` name are read. In a row, a feature is
+            binary (n bytes reach forward as uint8[B, n]), a list of n numbers or a vector of Spark ML
+            (float32[B, n] or int64[B, n]), or a number (float32[B] or int64[B]); B rows are one batch.
+        test: rows to evaluate on, like `rows`; None: no evaluation.
+        module: a module of your own, with float32 parameters, instead of the one that `model.name` names;
+            it is trained in place.
+        observers: objects that watch the run, each an `Observer`.
+        out: a folder, path or URI, for the run's files: metrics.jsonl, summary.json, and the model in
+            model/, which `load_model` reads. It is created if it does not exist; the files of an earlier
+            run in it are replaced. None: no files.
+        replay: an earlier run of the same configuration, to be repeated, as `read_replay` returns it.
+
+    Returns:
+        The finished run. Its `module` is trained, `evaluations` has the test loss and accuracy after each
+        epoch, and `step_times` how long the steps took.
+
+    Raises:
+        ConfigError: an argument, a key of the configuration or its value is refused, before Spark is used.
+        DataError: rows or files cannot be trained on.
+        ModelError: the module, loss or optimiser cannot be trained.
+        TrainingError: the training could not continue, for example because the loss became NaN.
+        ClusterError: Spark could not do what was asked of it.
+
+    Example, in this process; with a DataFrame as rows, leave "engine" out:
+
+    >>> import tempfile, pyarrow, pyarrow.parquet, sparksgd, torch
+    >>> points = [[x / 9, y / 9] for x in range(10) for y in range(10)]
+    >>> table = pyarrow.table({"point": points, "above": [int(x > y) for x, y in points]})
+    >>> folder = tempfile.TemporaryDirectory()
+    >>> path = f"{folder.name}/points.parquet"
+    >>> pyarrow.parquet.write_table(table, path)
+    >>> config = {
+    ...     "data": {"features": "point", "label": "above"},
+    ...     "optimizer": {"name": "Adam", "lr": 0.01},
+    ...     "engine": {"name": "inline"},
+    ...     "train": {"epochs": 5, "rows_per_step": 20, "num_shards": 4},
+    ... }
+    >>> module = torch.nn.Sequential(torch.nn.Linear(2, 16), torch.nn.ReLU(), torch.nn.Linear(16, 2))
+    >>> training = sparksgd.train(config, path, path, module=module, out=f"{folder.name}/run")
+    >>> training.version, training.evaluations[-1].rows
+    (25, 100)
+    >>> again = torch.nn.Sequential(torch.nn.Linear(2, 16), torch.nn.ReLU(), torch.nn.Linear(16, 2))
+    >>> model = sparksgd.load_model(f"{folder.name}/run/model", again)
+    >>> model.schema.columns
+    ['point', 'above']
+    """
+    config = _configured(config)
+    instruction_set.pin(config.train.instruction_set)  # before torch is imported
+    rows = frame_or_path("rows", rows)
+    test = None if test is None else frame_or_path("test", test)
+    _check_arguments(module, observers, replay)
+    config = _with_paths(config, rows, test)
+
+    from sparksgd.solvers.rules import completed
+    from sparksgd.training.preflight import allowed_engines
+
+    config = completed(config)
+    on_spark = allowed_engines(config, replay)[0].on_spark
+    lead_to_hadoop()
+    folder = _run_folder(config, out, replay)
+    observers = observers if folder is None else (folder, *observers)
+    if isinstance(rows, str) and (test is None or isinstance(test, str)) and not on_spark:
+        from sparksgd.training.in_process import train_in_process
+
+        return train_in_process(config, rows, test, module=module, observers=observers, replay=replay)
+    from sparksgd.spark.train import train as train_in_session
+
+    return train_in_session(
+        _session(config, rows, test),
+        config,
+        rows,
+        test,
+        module=module,
+        observers=observers,
+        replay=replay,
+        run_id=None if folder is None else folder.run_id,
+    )
+
+
+def _configured(config: object) -> Config:
+    if isinstance(config, Config):
+        return config
+    if isinstance(config, Mapping):
+        return Config.from_dict(config)
+    raise ConfigError(
+        f"config is {described_value(config)}, but must be a sparksgd.Config or a dict of its tables: "
+        f"Config.load(path) reads a TOML file"
+    )
+
+
+def _check_arguments(module: object, observers: object, replay: object) -> None:
+    """Refuse arguments of other types than `train` declares, before anything else starts."""
+    from torch import nn
+
+    from sparksgd.training.replay import Replay
+    from sparksgd.training.state import Observer
+
+    if module is not None and not isinstance(module, nn.Module):
+        made = ": make one of the class" if isinstance(module, type) else ""
+        raise ConfigError(f"module is {described_value(module)}, but must be a torch.nn.Module{made}")
+    if not isinstance(observers, Sequence) or not all(isinstance(each, Observer) for each in observers):
+        raise ConfigError(
+            f"observers is {described_value(observers)}, but must be a list of instances of sparksgd.Observer"
+        )
+    if replay is None:
+        return
+    if not isinstance(replay, Replay):
+        raise ConfigError(
+            f"replay is {described_value(replay)}, but must be what sparksgd.read_replay(folder) returns"
+        )
+    if replay.model_name is None and module is None:
+        raise ConfigError(
+            "module is None, but the run to be replayed trained a module given in Python: pass it as module="
+        )
+
+
+def _with_paths(config: Config, rows: DataFrame | str, test: DataFrame | str | None) -> Config:
+    """Return the configuration with the paths of `rows` and `test`; log which paths they replace."""
+    train, evaluated = (path if isinstance(path, str) else None for path in (rows, test))
+    if config.data.train not in (None, train):
+        log.warning("data.train is %s, but rows are given: they are used instead", config.data.train)
+    if config.data.test not in (None, evaluated):
+        instead = (
+            "test is None: nothing is evaluated" if test is None else "test is given: it is used instead"
+        )
+        log.warning("data.test is %s, but %s", config.data.test, instead)
+    return replace(config, data=replace(config.data, train=train, test=evaluated))
+
+
+def _run_folder(config: Config, out: object, replay: Replay | None) -> RunFolder | None:
+    """Return what writes the run's folder, if any; refuse missing files and an unusable folder."""
+    from sparksgd.runs.finished import fingerprints_of
+    from sparksgd.runs.folder import RunFolder
+
+    fingerprints = fingerprints_of(config, replay)
+    if out is None:
+        return None
+    if not isinstance(out, str | Path) or not str(out).strip():
+        raise ConfigError(f"out is {described_value(out)}, but must name a folder, as a str or Path")
+    if "PYSPARK_GATEWAY_PORT" in os.environ:  # under spark-submit
+        from sparksgd.spark.session import refuse_lost_output
+
+        refuse_lost_output(str(out))
+    for key, value in config.experiment().items():
+        try:
+            json.dumps(value)
+        except (TypeError, ValueError) as error:
+            raise ConfigError(
+                f"{key} is {described_value(value)}, which cannot be written to the run's folder: use plain "
+                f"numbers, texts and lists, or leave out= away"
+            ) from error
+    folder = RunFolder(out, fingerprints)
+    folder.require_writable()
+    return folder
+
+
+def _session(config: Config, rows: DataFrame | str, test: DataFrame | str | None) -> SparkSession:
+    for frame in (rows, test):
+        if frame is not None and not isinstance(frame, str):
+            return frame.sparkSession
+    from sparksgd.spark.session import start_session
+
+    return start_session("sparksgd", config.train)

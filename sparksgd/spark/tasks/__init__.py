@@ -1,0 +1,1 @@
+"""What executors run.  It imports nothing of the driver's side."""

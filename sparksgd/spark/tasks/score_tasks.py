@@ -1,0 +1,91 @@
+"""What executors run to score rows with a saved model.
+
+No pyspark at module level: executors import this as it is.
+"""
+
+from __future__ import annotations
+
+import pickle
+import socket
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import torch
+from torch import nn
+
+from sparksgd.arithmetic.numerics import thread_count
+from sparksgd.data.schema import RowReport, RowSchema
+from sparksgd.engines.compute import EVALUATION_ROWS, forward, predictions
+from sparksgd.errors import SparkSGDError
+from sparksgd.losses import Loss
+from sparksgd.spark.tasks.row_tasks import rows_of
+from sparksgd.spark.tasks.worker_exit import leave_quietly
+
+if TYPE_CHECKING:
+    from pyspark import Broadcast
+
+__all__ = ["PartialScores", "ScoringPlan", "score"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoringPlan:
+    """What is needed to score rows."""
+
+    module: nn.Module
+    """In evaluation mode."""
+
+    schema: RowSchema
+    """What a row must be."""
+
+    loss: Loss
+
+
+@dataclass(frozen=True, kw_only=True)
+class PartialScores:
+    """Sums over the rows of a partition.
+
+    Legend: C classes.
+    """
+
+    report: RowReport
+
+    loss: float
+    """Sum over the rows."""
+
+    confusion: npt.NDArray[np.int64]
+    """Rows by label and prediction, int64[C, C]; C is 0 where there are no classes."""
+
+
+def score(shipped: Broadcast[bytes], batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+    """Task: score a partition's rows; yield one pickled `PartialScores`, or the error that was raised.
+
+    Args:
+        shipped: a pickled `ScoringPlan`.
+        batches: columns in the schema's order.
+    """
+    leave_quietly()
+    try:
+        scores: PartialScores | SparkSGDError = _scores(pickle.loads(shipped.value), batches)
+    except SparkSGDError as error:  # as a value, because Spark would retry a task that raises
+        scores = type(error)(f"{error}\n  in the evaluation, at {socket.gethostname()}")
+    yield pa.RecordBatch.from_arrays([pa.array([pickle.dumps(scores)], pa.binary())], ["scores"])
+
+
+def _scores(plan: ScoringPlan, batches: Iterable[pa.RecordBatch]) -> PartialScores:
+    schema = plan.schema
+    report, total = RowReport(), 0.0
+    confusion = np.zeros((schema.classes or 0,) * 2, np.int64)
+    for rows in rows_of(schema, batches):
+        report += rows.report
+        for first in range(0, len(rows.records), EVALUATION_ROWS):
+            records = rows.records[first : first + EVALUATION_ROWS]
+            with torch.inference_mode(), thread_count(1):
+                output, losses = forward(plan.module, plan.loss, schema, records)
+            total += float(losses.double().sum())
+            if schema.classes is not None:
+                np.add.at(confusion, (schema.label_array(records), predictions(output).numpy()), 1)
+    return PartialScores(report=report, loss=total, confusion=confusion)

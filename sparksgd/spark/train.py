@@ -1,0 +1,192 @@
+"""Training in a Spark session, on DataFrames or Parquet."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
+
+from pyspark.sql import DataFrame, SparkSession
+from torch import nn
+
+from sparksgd.arithmetic import instruction_set
+from sparksgd.config import Config, EngineConfig
+from sparksgd.data.source import Shards
+from sparksgd.engines.compute import Plan
+from sparksgd.engines.kinds import ALLREDUCE, EngineKind, candidates
+from sparksgd.engines.protocol import Engine
+from sparksgd.errors import ClusterError, ConfigError, SparkSGDError
+from sparksgd.imports import resolve
+from sparksgd.solvers.protocol import Need
+from sparksgd.solvers.rules import completed, described
+from sparksgd.spark.cluster.cluster import Cluster
+from sparksgd.spark.cluster.failures import session_stopped
+from sparksgd.spark.cluster.slots import WorkerDemand
+from sparksgd.spark.engines.base import SparkEngine
+from sparksgd.spark.frame_rows import DataFrameRows, read_parquet
+from sparksgd.spark.session import check_session
+from sparksgd.training.loop import train as train_anywhere
+from sparksgd.training.preflight import allowed_engines, check_solver
+from sparksgd.training.replay import Replay
+from sparksgd.training.start_up import StartUp
+from sparksgd.training.state import NO_PROBE, Observer, Probe, Training
+
+__all__ = ["demand_of", "train"]
+
+log = logging.getLogger("sparksgd")
+
+
+def train(
+    session: SparkSession,
+    config: Config,
+    rows: DataFrame | str,
+    test: DataFrame | str | None = None,
+    *,
+    module: nn.Module | None = None,
+    observers: Sequence[Observer] = (),
+    replay: Replay | None = None,
+    run_id: str | None = None,
+    start_up: StartUp | None = None,
+    probe: Probe = NO_PROBE,
+) -> Training:
+    """Train a module in a session, by the engine that the configuration names.
+
+    Args:
+        session: yours; start it with `sparksgd.spark.session.start_session` for its best settings.
+        config: what to train, and how; `data.train` and `data.test` are ignored.
+        rows: rows to train on, a DataFrame or a path or URI of Parquet; only the columns that config.data
+            names are read.
+        test: rows to evaluate on; None evaluates nothing.
+        module: a module of your own, instead of the one that config.model names; trained in place.
+        observers: who watches.
+        replay: an earlier run of the same configuration, to be repeated.
+        run_id: names the run's jobs; None for a new name.
+        start_up: what the run's start took so far.
+        probe: for tests and benchmarks.
+
+    Returns:
+        The finished run; its `module` is trained.
+
+    Raises:
+        SparkSGDError: see sparksgd/errors.py.
+    """
+    instruction_set.pin(config.train.instruction_set)
+    config = completed(config)
+    kinds = allowed_engines(config, replay)
+    if not kinds[0].on_spark:
+        raise ConfigError(
+            f"{kinds[0]} computes without Spark, but the rows are a session's: leave engine.name out, or use "
+            f'"tree", "allreduce" or "auto"'
+        )
+    start_up = start_up or StartUp()
+    cluster = Cluster(session, demand_of(config, replay), run_id)
+    cluster.settle()
+    start_up.reached("containers")
+    check_session(session, config.train)
+    make_engine = _OnCluster(cluster, config.engine, kinds)
+    make_engine.check()
+    with cluster.job_group():
+        start_up.unpacked(cluster.unpacked_environments())
+        with cluster.job_watch.over(1):  # to read a schema is a job already: not before there are slots
+            rows = _frame(session, rows)
+            test = None if test is None else _frame(session, test)
+        try:
+            return train_anywhere(
+                config,
+                rows=DataFrameRows(rows, cluster, config.data.placement),
+                test=None if test is None else DataFrameRows(test, cluster),
+                make_engine=make_engine,
+                module=module,
+                observers=observers,
+                replay=replay,
+                probe=probe,
+                start_up=start_up,
+            )
+        except SparkSGDError:
+            raise
+        except Exception as error:
+            if cluster.is_stopped():  # then any call to it may fail, with any message
+                raise session_stopped(cluster.context) from error
+            raise
+
+
+def _frame(session: SparkSession, rows: DataFrame | str) -> DataFrame:
+    return read_parquet(session, rows) if isinstance(rows, str) else rows
+
+
+def demand_of(config: Config, replay: Replay | None = None) -> WorkerDemand:
+    """Return what a configuration asks of a cluster for its workers.
+
+    Raises:
+        ConfigError: its solver or its engine cannot be, or do not go together.
+    """
+    needs = check_solver(config, replay)
+    return WorkerDemand(
+        num_workers=config.engine.num_workers,
+        num_shards=config.train.num_shards,
+        one_shard_per_worker=Need.QUORUM in needs,
+        barrier=candidates(config.engine, needs, described(config.solver))[0].barrier,
+        threads=config.train.threads,
+        slots_timeout_s=config.engine.slots_timeout_s,
+        hashed=config.data.placement == "hashed",
+    )
+
+
+class _OnCluster:
+    """Makes the engine of a run on a cluster: the first of several kinds that works.
+
+    Args:
+        cluster: where the workers are.
+        config: how they work.
+        kinds: the possible engines, in the order in which they are tried.
+    """
+
+    def __init__(self, cluster: Cluster, config: EngineConfig, kinds: Iterable[EngineKind]) -> None:
+        self._cluster, self._config = cluster, config
+        first_of: dict[str, EngineKind] = {}
+        for kind in kinds:
+            first_of.setdefault(kind.name, kind)
+        self.kinds = list(first_of.values())
+
+    def check(self) -> None:
+        """Refuse what cannot work at the driver, before the rows are dealt."""
+        if len(self.kinds) == 1:
+            _class_of(self.kinds[0]).check(self._cluster, self._config)
+
+    def __call__(self, plan: Plan, shards: Shards, test: Shards | None, /) -> Engine:
+        """Return the engine; if there was a choice, log the reason for it."""
+        *tried, last = self.kinds
+        reason = None
+        if last.name != self._config.name:
+            cannot = "does not carry this run" if self._config.barrier else "needs engine.barrier = true"
+            reason = f"{ALLREDUCE.name} {cannot}"
+        for kind in tried:
+            engine = self._made(kind, plan, shards, test)
+            with ExitStack() as unless_chosen:
+                unless_chosen.callback(engine.close)
+                reason = _obstacle(engine)
+                if reason is None:
+                    unless_chosen.pop_all()
+                    workers = self._cluster.num_workers
+                    log.info("engine: %s, because all %d workers reach each other", kind.name, workers)
+                    return engine
+        if reason is not None:
+            log.warning("engine: %s, because %s", last.name, reason)
+        return self._made(last, plan, shards, test)
+
+    def _made(self, kind: EngineKind, plan: Plan, shards: Shards, test: Shards | None) -> SparkEngine:
+        return _class_of(kind)(self._cluster, self._config, plan, shards, test)
+
+
+def _class_of(kind: EngineKind) -> type[SparkEngine]:
+    found: type[SparkEngine] = resolve("engine.name", kind.home, {})
+    return found
+
+
+def _obstacle(engine: SparkEngine) -> str | None:
+    """Open an engine; return why it cannot work here, or None."""
+    try:
+        engine.open()
+        return engine.obstacle()
+    except ClusterError as error:
+        return f"workers cannot sum among themselves: {error}"

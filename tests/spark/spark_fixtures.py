@@ -1,0 +1,67 @@
+"""One Spark session at a time, started anew where a test wants another master or other settings.
+
+A test says which one it wants by `@pytest.mark.session(MASTER)`, of itself or its file, and gets it as
+`spark`; tests/conftest.py lets those of one session run after each other.  What wants a session of its own
+asks `session_for`, and comes last.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    from pyspark.sql import SparkSession  # here, not above: most tests need no Spark
+
+_current: dict[str, object] = {}
+
+
+@pytest.fixture(scope="session")
+def local_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return where these sessions keep their blocks and shards, apart from any other Spark here."""
+    return tmp_path_factory.mktemp("spark")
+
+
+@pytest.fixture(scope="session")
+def session_for(local_dir: Path) -> Iterator[Callable[..., SparkSession]]:
+    """Return a function: the session of a master and settings, the last one if they are the same."""
+    from pyspark import SparkConf, SparkContext
+
+    from sparksgd.config import TrainConfig
+    from sparksgd.spark.session import start_session
+
+    def session(master: str, **settings: str) -> SparkSession:
+        wanted = (master, tuple(sorted(settings.items())))
+        if _current.get("wanted") != wanted or SparkContext._active_spark_context is None:
+            stop()
+            conf = {"spark.master": master, "spark.ui.enabled": "false", "spark.log.level": "ERROR"}
+            conf |= {"spark.ui.showConsoleProgress": "false", "spark.local.dir": str(local_dir)}
+            conf |= {key.replace("__", "."): value for key, value in settings.items()}
+            if SparkContext._gateway is None:
+                SparkContext._ensure_initialized(conf=SparkConf(loadDefaults=False))
+            system = SparkContext._jvm.System  # what spark-submit would have set
+            for key in _current.get("keys", ()):
+                system.clearProperty(key)
+            for key, value in conf.items():
+                system.setProperty(key, value)
+            _current.update(
+                wanted=wanted, keys=tuple(conf), session=start_session("sparksgd tests", TrainConfig())
+            )
+        return _current["session"]
+
+    def stop() -> None:
+        if SparkContext._active_spark_context is not None:
+            SparkContext._active_spark_context.stop()
+
+    yield session
+    stop()
+
+
+@pytest.fixture
+def spark(request: pytest.FixtureRequest, session_for: Callable[..., SparkSession]) -> SparkSession:
+    """Return the session that the test, or its file, is marked with."""
+    marker = request.node.get_closest_marker("session")
+    return session_for(*marker.args, **marker.kwargs)
