@@ -12,18 +12,28 @@ import sys
 from collections.abc import Sequence
 from typing import get_args
 
-from sparksgd.command_line import exit_status, parser_of
-from sparksgd.interrupts import end_in_order
-from sparksgd.logs import LogFormat, log_to, new_run_id, open_console
-from sparksgd.run import run_evaluation
+from sparksgd.cli.command_line import exit_status, parser_of
+from sparksgd.cli.logs import LogFormat, log_to, new_run_id, open_console
+from sparksgd.cli.run import run_evaluation
+from sparksgd.training.interrupts import end_in_order
 
 
 def parser() -> argparse.ArgumentParser:
     result = parser_of(__doc__)
-    result.add_argument("--model", required=True, metavar="DIR", help="model/ of a run: path or URI")
-    result.add_argument("--data", required=True, metavar="PARQUET", help="with the columns it trained on")
     result.add_argument(
-        "--log-format", choices=get_args(LogFormat), default="text", help="of log lines, on standard error"
+        "--model", required=True, metavar="DIR", help="the folder model/ of a run: path or URI"
+    )
+    result.add_argument(
+        "--data",
+        required=True,
+        metavar="PARQUET",
+        help="Parquet with the columns that the model was trained on: path or URI",
+    )
+    result.add_argument(
+        "--log-format",
+        choices=get_args(LogFormat),
+        default="text",
+        help="format of the log lines, on standard error",
     )
     return result
 

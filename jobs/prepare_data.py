@@ -3,8 +3,8 @@
     python jobs/prepare_data.py --dataset mnist --out data/mnist
     python jobs/prepare_data.py --dataset fashion-mnist --out data/fashion --source DOWNLOADS
 
-It needs no Spark, but spark-submit runs it as well.  Interrupt and repeat it at will: what is done
-stays done.
+It needs no Spark, but spark-submit runs it as well.  You may interrupt and repeat it: finished files are
+kept.
 """
 
 from __future__ import annotations
@@ -14,26 +14,28 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from sparksgd.command_line import exit_status, parser_of
-from sparksgd.datasets import DATASETS, find_dataset, prepare
-from sparksgd.interrupts import end_in_order
+from sparksgd.cli.command_line import exit_status, parser_of
+from sparksgd.data.sets import DATASETS, find_dataset, prepare
+from sparksgd.training.interrupts import end_in_order
 
 
 def parser() -> argparse.ArgumentParser:
     result = parser_of(__doc__)
     result.add_argument("--dataset", required=True, metavar="NAME", help=" or ".join(DATASETS))
-    result.add_argument("--out", required=True, metavar="DIR", help="path or URI; made if need be")
+    result.add_argument(
+        "--out", required=True, metavar="DIR", help="path or URI; created if it does not exist"
+    )
     result.add_argument(
         "--source",
         type=Path,
         metavar="DIR",
-        help="holds the four IDX files, plain or .gz; without it they are downloaded",
+        help="folder of the four IDX files, plain or .gz; without it they are downloaded",
     )
     return result
 
 
 def main(argv: Sequence[str]) -> int:
-    """Return 0 if the data are there, 2 if something was refused, 130 if interrupted."""
+    """Return 0 if the data are written, 2 if something was refused, 130 if interrupted."""
     args = parser().parse_args(argv)
     return exit_status(
         lambda: prepare(find_dataset(args.dataset), args.out, source=args.source),

@@ -1,9 +1,9 @@
-"""Say how many backup workers pay, from when the gradients of a run arrived.
+"""Say how many backup workers would save time, from the arrival times of a run's gradients.
 
     python jobs/stragglers.py runs/probe --plot stragglers.png
 
-The run may be any that jobs/train.py recorded; a probe of 100 steps with --set engine.barrier=false is
-best, for then gradients arrive one by one.  Exit status: 0 done, 2 refused.
+Any run of jobs/train.py will do.  Best is a probe of 100 steps with --set engine.barrier=false, because
+gradients then arrive one by one.  Exit status: 0 done, 2 refused.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from sparksgd.command_line import exit_status, parser_of
-from sparksgd.interrupts import end_in_order
-from sparksgd.stragglers import Choice, best_of, choices, plot, read_arrivals
+from sparksgd.cli.command_line import exit_status, parser_of
+from sparksgd.runs.stragglers import Choice, best_of, choices, plot, read_arrivals
+from sparksgd.training.interrupts import end_in_order
 
 _MOST_ROWS = 16
 
@@ -26,10 +26,10 @@ _MOST_ROWS = 16
 def parser() -> argparse.ArgumentParser:
     result = parser_of(__doc__)
     result.add_argument("run", metavar="DIR", help="folder of a run, or its metrics.jsonl: path or URI")
-    result.add_argument("--plot", type=Path, metavar="FILE", help="draw it, too: .png, .svg or .pdf")
+    result.add_argument("--plot", type=Path, metavar="FILE", help="draw it as well: .png, .svg or .pdf")
     result.add_argument(
         "--exponent", type=float, default=1.0, metavar="P",
-        help="steps needed fall as N ** -P: 1 counts gradients (default), Chen et al. measured 0.85",
+        help="a training needs N ** -P times as many steps (default 1; Chen et al. measured 0.85)",
     )  # fmt: skip
     return result
 
@@ -56,7 +56,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _table(found: list[Choice], steps: int) -> Table:
-    """Return what each number of backups costs; of many workers only the first rows, and the best."""
+    """Return the cost of each number of backups; with many workers only the first rows and the best one."""
     best = best_of(found)
     table = Table(title=f"{len(found)} workers, {steps:,} steps", title_justify="left")
     for name in ("b", "waits for", "p50", "p90", "p99", "mean step", "expected time"):

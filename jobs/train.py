@@ -1,9 +1,10 @@
-"""Train a module on Spark by synchronous SGD.
+"""Train a module on Spark by distributed SGD.
 
     spark-submit jobs/train.py --config conf/mnist-lenet.toml --set optimizer.nesterov=false --out runs/lenet
     spark-submit jobs/train.py --replay runs/lenet --out runs/again
 
-Every path may be a URI: hdfs:, s3a:, abfss: ... as Hadoop knows them; without a scheme it is of this machine.
+A path may be a URI of any file system that Hadoop knows: hdfs:, s3a:, abfss: ...  A path without a scheme
+is on this machine.
 
 Exit status: 0 finished, or there was nothing to do; 2 refused (configuration, data or module); 3 training
 failed; 4 the cluster failed; 130 interrupted or cancelled; 143 terminated.
@@ -17,15 +18,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import get_args
 
-from sparksgd import instruction_set
-from sparksgd.command_line import exit_status, parser_of
+from sparksgd.arithmetic import instruction_set
+from sparksgd.cli.command_line import exit_status, parser_of
+from sparksgd.cli.logs import LogFormat, log_to, new_run_id, open_console
 from sparksgd.config import Config
-from sparksgd.earlier import IfExists
 from sparksgd.errors import ConfigError
-from sparksgd.interrupts import end_in_order
-from sparksgd.logs import LogFormat, log_to, new_run_id, open_console
-from sparksgd.participation import Record
+from sparksgd.runs.finished import IfExists
+from sparksgd.runs.replay import read_replay
 from sparksgd.storage import location
+from sparksgd.training.interrupts import end_in_order
 
 
 def parser() -> argparse.ArgumentParser:
@@ -34,16 +35,25 @@ def parser() -> argparse.ArgumentParser:
     what.add_argument("--config", metavar="FILE", help="TOML; without it, the defaults")
     what.add_argument("--replay", metavar="DIR", help="repeat the run of this --out folder")
     result.add_argument(
-        "--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="over the file; repeatable"
+        "--set",
+        action="append",
+        default=[],
+        metavar="SECTION.KEY=VALUE",
+        help="set a key, over the file; repeatable",
     )
-    result.add_argument("--out", required=True, metavar="DIR", help="model, metrics, summary")
+    result.add_argument(
+        "--out", required=True, metavar="DIR", help="folder for the model, metrics and summary"
+    )
     result.add_argument(
         "--if-exists", choices=get_args(IfExists), default="skip",
-        help="a finished run in --out: of the same configuration, files and code there is nothing to do, any "
-        "other is refused (skip, the default); refuse any (fail); train anew (overwrite)",
+        help="what to do if --out holds a finished run.  skip (the default): nothing, if it has the same "
+        "configuration, files and code, else refuse; fail: refuse; overwrite: train again",
     )  # fmt: skip
     result.add_argument(
-        "--log-format", choices=get_args(LogFormat), default="text", help="of log lines, on standard error"
+        "--log-format",
+        choices=get_args(LogFormat),
+        default="text",
+        help="format of the log lines, on standard error",
     )
     return result
 
@@ -56,22 +66,24 @@ def main(argv: Sequence[str]) -> int:
 
     def work() -> None:
         if args.replay is None:
-            record, config = None, Config.load(args.config and location(args.config), args.set)
+            replay, config = None, Config.load(args.config and location(args.config), args.set)
         else:
             if Path(args.replay).resolve() == Path(args.out).resolve():
-                raise ConfigError(f"--out is {args.out}, which holds the record to be replayed: name another")
-            record = Record.read(args.replay)
-            config = Config.load(record.config, args.set)
+                raise ConfigError(
+                    f"--out is {args.out}, but that folder holds the run to replay: name another folder"
+                )
+            replay = read_replay(args.replay)
+            config = Config.load(replay.config, args.set)
         instruction_set.pin(config.train.instruction_set)  # before anything imports torch
-        from sparksgd.run import run
-        from sparksgd.terminal import Terminal
+        from sparksgd.cli.run import run
+        from sparksgd.cli.terminal import Terminal
 
         run(
             config,
             args.out,
             run_id=run_id,
             terminal=Terminal(console, tables=args.log_format == "text"),
-            record=record,
+            replay=replay,
             if_exists=args.if_exists,
         )
 

@@ -1,17 +1,25 @@
-"""The jobs as a user submits them: from another directory, with nonsense, with what they leave behind."""
+"""The jobs: what they say, what they leave behind, how they end.
+
+Most run as functions in the tests' own process and session; what depends on a process is submitted.
+"""
 
 from __future__ import annotations
 
 import ast
 import importlib.util
+import io
 import json
+import logging
 import os
 import shlex
 import shutil
 import signal
 import subprocess
 import sys
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pyarrow as pa
@@ -19,9 +27,10 @@ import pyarrow.parquet as pq
 import pytest
 import servers  # tests/hosts
 import torch
+from holds import Hold  # tests/hosts
 
 from sparksgd.models import LeNet
-from sparksgd.output import load_model
+from sparksgd.runs.model import load_model
 
 ROOT = Path(__file__).parent.parent
 SUMMARY_KEYS = {
@@ -29,7 +38,9 @@ SUMMARY_KEYS = {
     "num_workers", "num_shards", "rows_per_step", "parameters", "parameters_sha256", "buffers_sha256",
     "numerics", "data_digest", "step_time_s",
 }  # fmt: skip
-EXACT_KEYS = ["kind", "step", "epoch", "version", "rows", "shards", "loss", "lr", "deal", "took_part"]
+EXACT_KEYS = [
+    "kind", "step", "turn", "epoch", "version", "rows", "shards", "loss", "lr", "deal", "took_part",
+]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -49,44 +60,72 @@ def digits(tmp_path_factory) -> Path:
     return folder
 
 
+@dataclass(frozen=True)
+class Done:
+    """How a job ended, and what it said."""
+
+    returncode: int
+    stdout: str
+
+
+def run_job(job: str, *words: str) -> Done:
+    """Run a job as a function, in the session that is active."""
+    logger, said = logging.getLogger("sparksgd"), io.StringIO()
+    before = (logger.handlers[:], logger.level, logger.propagate)
+    try:
+        with redirect_stdout(said), redirect_stderr(said):
+            status = module_of(job).main(words)
+    finally:
+        logger.handlers[:], logger.level, logger.propagate = before
+    return Done(status, said.getvalue())
+
+
+def module_of(job: str) -> ModuleType:
+    path = ROOT / "jobs" / job
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 def environment(**more: str) -> dict[str, str]:
     """Return what a job's process sees: the Spark of this Python first."""
     return os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"} | more
 
 
-def submission(job: str, *words: str, master: str | None = "local[2]") -> list[str]:
-    """Return the command that submits a job; without a master, that runs it without Spark."""
-    if master is None:
-        return [sys.executable, str(ROOT / "jobs" / job), *words]
+def submission(job: str, *words: str) -> list[str]:
+    """Return the command that submits a job."""
     spark_submit = str(Path(sys.executable).parent / "spark-submit")
     settings = ["--conf", "spark.ui.enabled=false", "--conf", "spark.executor.memory=1g"]
-    return [spark_submit, "--master", master, *settings, str(ROOT / "jobs" / job), *words]
+    return [spark_submit, "--master", "local[2]", *settings, str(ROOT / "jobs" / job), *words]
 
 
 def submit(command: list[str], cwd: Path) -> subprocess.CompletedProcess[str]:
     """Submit a job from a directory."""
     return subprocess.run(
         command, cwd=cwd, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        timeout=200, check=False,
+        timeout=280, check=False,
     )  # fmt: skip
 
 
-def arguments(digits: Path, out: Path, *settings: str, engine: str = "tree") -> list[str]:
+LENET = ("model.maps=[4, 8]", "model.hidden=16")
+LONG = ("train.epochs=1000", "schedule.total_steps=10000")
+
+
+def arguments(
+    digits: Path, out: Path, *settings: str, engine: str = "tree", model: tuple[str, ...] = LENET
+) -> list[str]:
     """Return the arguments of a small training."""
     base = [
         f"data.train={digits}/train.parquet", f"data.test={digits}/test.parquet", f"engine.name={engine}",
-        "model.maps=[4, 8]", "model.hidden=16", "train.num_shards=4", "train.rows_per_step=60",
-        "train.epochs=2", "optimizer.lr=0.02",
+        "train.num_shards=4", "train.rows_per_step=60", "train.epochs=2", "optimizer.lr=0.02", *model,
     ]  # fmt: skip
     sets = [word for setting in (*base, *settings) for word in ("--set", setting)]
     return ["--config", str(ROOT / "conf" / "mnist-lenet.toml"), *sets, "--out", str(out)]
 
 
-def train(
-    digits: Path, out: Path, *settings: str, engine: str = "tree", master: str | None = "local[2]"
-) -> subprocess.CompletedProcess[str]:
-    words = arguments(digits, out, *settings, engine=engine)
-    return submit(submission("train.py", *words, master=master), out.parent)
+def train(digits: Path, out: Path, *settings: str, engine: str = "tree") -> Done:
+    return run_job("train.py", *arguments(digits, out, *settings, engine=engine))
 
 
 @pytest.fixture(scope="module")
@@ -102,6 +141,8 @@ def metrics(out: Path) -> list[dict]:
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.session("local[2]")
+@pytest.mark.usefixtures("spark")
 def test_a_run_leaves_all_its_files_and_equals_the_reference(digits, reference, tmp_path):
     out = tmp_path / "run"
     done = train(digits, out)
@@ -129,7 +170,7 @@ def test_a_run_leaves_all_its_files_and_equals_the_reference(digits, reference, 
     assert not model.module.training
 
     words = ["--model", str(out / "model"), "--data", f"{digits}/test.parquet"]
-    scored = submit(submission("evaluate.py", *words), tmp_path)
+    scored = run_job("evaluate.py", *words)
     assert scored.returncode == 0, scored.stdout
     assert f"{summary['test_accuracy']:.4f}" in scored.stdout
     assert "Confusion matrix" in scored.stdout
@@ -149,18 +190,31 @@ def test_a_run_leaves_all_its_files_and_equals_the_reference(digits, reference, 
     [
         (["train.epoch=3"], 2, "error: unknown key train.epoch (did you mean epochs?)"),
         (["model.name=lennet"], 2, "error: model.name is 'lennet', which is not one of ours (did you mean"),
-        (["data.placement=in_place"], 2, 'error: data.placement is "in_place", but engine.name is "inline"'),
+        (["data.placement=in_place"], 2, 'error: data.placement is "in_place", but engine.name = "inline"'),
         (["data.train=/nowhere"], 2, "error: cannot read /nowhere as Parquet"),
         (["schedule.max_lr=1e38"], 3, "error: "),
     ],
 )  # fmt: skip
 def test_nonsense_ends_in_one_line_and_a_status(digits, tmp_path, settings, status, says):
-    # what an end of training is to spark-submit, and what a refusal is without it
-    master = "local[2]" if status == 3 else None
-    done = train(digits, tmp_path / "run", *settings, engine="inline", master=master)
+    done = train(digits, tmp_path / "run", *settings, engine="inline")
     assert done.returncode == status
     assert says in done.stdout
     assert "Traceback" not in done.stdout
+
+
+@pytest.mark.soak
+@pytest.mark.jvm
+@pytest.mark.parametrize(("settings", "status"), [((), 0), (("schedule.max_lr=1e38",), 3)])
+def test_jobs_are_submitted_from_another_directory_and_leave_their_status(digits, tmp_path, settings, status):
+    done = submit(submission("train.py", *arguments(digits, tmp_path / "run", *settings)), tmp_path)
+    assert done.returncode == status, done.stdout
+    assert "Traceback" not in done.stdout
+    if status == 0:
+        words = ["--model", str(tmp_path / "run" / "model"), "--data", f"{digits}/test.parquet"]
+        scored = submit(submission("evaluate.py", *words), tmp_path)
+        assert scored.returncode == 0, scored.stdout
+        accuracy = json.loads((tmp_path / "run" / "summary.json").read_text())["test_accuracy"]
+        assert f"{accuracy:.4f}" in scored.stdout
 
 
 def in_group(group: int) -> bool:
@@ -172,43 +226,46 @@ def in_group(group: int) -> bool:
     return True
 
 
-@pytest.mark.parametrize("engine", ["tree", "allreduce"])
+CTRL_C = (signal.SIGINT, "all", 130, {"KeyboardInterrupt", "Cancelled"})
+"""As a terminal sends it."""
+SIGTERM = (signal.SIGTERM, "spark-submit", 143, {"Terminated", "Cancelled"})
+"""As a scheduler ends what it started."""
+
+
+@pytest.mark.jvm
 @pytest.mark.parametrize(
-    ("sent", "to", "status", "says"),
+    ("sent", "to", "status", "says", "engine"),
     [
-        (signal.SIGINT, "all", 130, {"KeyboardInterrupt", "Cancelled"}),  # as a terminal sends Ctrl-C
-        (
-            signal.SIGTERM,
-            "spark-submit",
-            143,
-            {"Terminated", "Cancelled"},
-        ),  # as a scheduler ends what it started
+        pytest.param(*CTRL_C, "allreduce", id="Ctrl-C, allreduce"),
+        pytest.param(*SIGTERM, "tree", id="SIGTERM, tree"),
+        pytest.param(*CTRL_C, "tree", id="Ctrl-C, tree", marks=pytest.mark.soak),
+        pytest.param(*SIGTERM, "allreduce", id="SIGTERM, allreduce", marks=pytest.mark.soak),
     ],
 )
 def test_a_signal_ends_a_run_in_a_line_and_leaves_its_model_but_no_other_file(
     digits, tmp_path, sent, to, status, says, engine
 ):
-    long = ("train.epochs=1000", "schedule.total_steps=10000")
-    command = submission("train.py", *arguments(digits, tmp_path / "run", *long, engine=engine))
-    shards = tmp_path / "local"
+    hold, shards = Hold(folder=tmp_path / "hold", at=6), tmp_path / "local"
+    words = arguments(digits, tmp_path / "run", *LONG, engine=engine, model=hold.settings)
+    command = submission("train.py", *words, *("--set", "engine.segment_steps=2"))
     with subprocess.Popen(
         command, cwd=tmp_path, env=environment(SPARK_LOCAL_DIRS=str(shards)), stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT, text=True, start_new_session=True,
     ) as process:  # fmt: skip
-        lines = tmp_path / "run" / "metrics.jsonl"
         try:
-            servers.wait_for(lambda: lines.exists() and lines.read_text().count("\n") > 3, "the first steps")
+            hold.wait(workers=2, process=process)
             assert list(shards.rglob("sparksgd-*"))
             (os.killpg if to == "all" else os.kill)(process.pid, sent)
-            said, _ = process.communicate(timeout=30)
+            said, _ = process.communicate(timeout=200)
         except BaseException:
             os.killpg(process.pid, signal.SIGKILL)
             raise
-        servers.wait_for(lambda: not in_group(process.pid), "the end of all its processes", timeout_s=20)
+        servers.wait_for(lambda: not in_group(process.pid), "the end of all its processes")
     assert process.returncode == status, said
-    assert "Traceback" not in said
+    assert "Traceback" not in said, said
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["status"] in says
+    assert summary["steps"] in (4, 5)  # whole segments, or all steps before that which was held
     assert not list(shards.rglob("sparksgd-*"))
     load_model(tmp_path / "run" / "model")
 
@@ -217,9 +274,9 @@ def test_a_finished_run_is_not_trained_again_nor_taken_for_another(digits, refer
     out = tmp_path / "run"
     shutil.copytree(reference, out)
     before = (out / "summary.json").stat().st_mtime_ns
-    again = train(digits, out, engine="inline", master=None)
+    again = train(digits, out, engine="inline")
     assert (again.returncode, "nothing to do" in again.stdout) == (0, True), again.stdout
-    refused = train(digits, out, "optimizer.lr=0.01", engine="inline", master=None)
+    refused = train(digits, out, "optimizer.lr=0.01", engine="inline")
     assert refused.returncode == 2
     assert "error: --out" in refused.stdout
     assert "optimizer.lr is 0.01, but was 0.02" in refused.stdout
@@ -227,11 +284,12 @@ def test_a_finished_run_is_not_trained_again_nor_taken_for_another(digits, refer
 
 
 def test_a_run_that_is_killed_leaves_a_model_and_the_steps_that_made_it(digits, tmp_path):
-    out = tmp_path / "run"
-    words = arguments(digits, out, "train.epochs=1000", "schedule.total_steps=10000", engine="inline")
-    process = subprocess.Popen(submission("train.py", *words, master=None), stderr=subprocess.DEVNULL)
+    out, hold = tmp_path / "run", Hold(folder=tmp_path / "hold", at=12)  # after the first evaluation
+    words = arguments(digits, out, *LONG, engine="inline", model=hold.settings)
+    command = [sys.executable, str(ROOT / "jobs" / "train.py"), *words]
+    process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.DEVNULL)
     try:
-        servers.wait_for((out / "model" / "model.json").exists, "the first model")
+        hold.wait(process=process)
     finally:
         process.kill()
         process.wait()
@@ -249,9 +307,7 @@ def test_the_command_line_in_a_jobs_docstring_parses(job):
     assert docstring is not None
     lines = [line.strip() for line in docstring.splitlines() if f"jobs/{job}" in line]
     assert lines
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = module_of(job)
     for line in lines:
         words = shlex.split(line)
         module.parser().parse_args(words[words.index(f"jobs/{job}") + 1 :])

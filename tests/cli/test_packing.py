@@ -15,11 +15,11 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from sparksgd import packing
+from sparksgd.arithmetic.numerics import package_digest
+from sparksgd.cli import packing
 from sparksgd.errors import ConfigError
-from sparksgd.numerics import package_digest
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 TRAIN_INLINE = """
 import sys, sparksgd
@@ -27,8 +27,8 @@ assert ".zip" in sparksgd.__file__, sparksgd.__file__
 import numpy as np, pyarrow as pa, pyarrow.parquet as pq, torch
 from sparksgd.config import Config
 from sparksgd.engines.inline import InlineEngine
-from sparksgd.local_rows import ParquetRows
-from sparksgd.training import train
+from sparksgd.data.local_files import ParquetRows
+from sparksgd.training.loop import train
 
 x = np.arange(40.0).reshape(20, 2) / 40
 table = pa.table({"x": pa.array(x.tolist(), pa.list_(pa.float32())), "y": (x[:, 0] > 0.5).astype("int64")})
@@ -108,7 +108,7 @@ def test_the_zip_has_the_package_at_its_top_and_nothing_else(tmp_path):
         names = opened.namelist()
         times = {info.date_time for info in opened.infolist()}
     assert names == sorted(names)
-    assert {"sparksgd/__init__.py", "sparksgd/py.typed", "sparksgd/spark/step_tasks.py"} <= set(names)
+    assert {"sparksgd/__init__.py", "sparksgd/py.typed", "sparksgd/spark/tasks/step_tasks.py"} <= set(names)
     assert [name for name in names if not name.startswith("sparksgd/") or "__pycache__" in name] == []
     assert times == {(1980, 1, 1, 0, 0, 0)}
 
@@ -252,9 +252,9 @@ def test_a_folder_that_cannot_be_written_to_is_named(tmp_path):
 
 
 def test_its_help_is_how_to_call_it():
-    command = [sys.executable, "-m", "sparksgd.packing", "--help"]
+    command = [sys.executable, "-m", "sparksgd.cli.packing", "--help"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    assert "python -m sparksgd.packing environment --out dist/environment.tar.gz" in done.stdout
+    assert "python -m sparksgd.cli.packing environment --out dist/environment.tar.gz" in done.stdout
 
 
 # The whole

@@ -1,12 +1,12 @@
-r"""Pack what a cluster lacks: sparksgd as a zip, and what it depends on as an archive.
+r"""Pack what a cluster lacks: sparksgd as a zip, and its dependencies as an archive.
 
-    python -m sparksgd.packing zip --out dist/sparksgd.zip
-    python -m sparksgd.packing environment --out dist/environment.tar.gz
+    python -m sparksgd.cli.packing zip --out dist/sparksgd.zip
+    python -m sparksgd.cli.packing environment --out dist/environment.tar.gz
     spark-submit --py-files dist/sparksgd.zip --archives dist/environment.tar.gz#environment \
         --conf spark.pyspark.python=./environment/bin/python --conf spark.pyspark.driver.python=python3 ...
 
-pyspark is in neither, for the cluster brings its own; sparksgd is not in the archive, which so changes
-with its dependencies only.  The archive's Python is a link to each node's own.
+pyspark is in neither, because the cluster brings its own.  sparksgd is not in the archive, so that the
+archive changes only with the dependencies.  The archive's Python is a link to the Python of each node.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from rich.filesize import decimal
 from rich.markup import escape
 from rich.table import Table
 
-from sparksgd.command_line import exit_status, parser_of
+from sparksgd.cli.command_line import exit_status, parser_of
 from sparksgd.errors import ConfigError
 
 __all__ = [
@@ -52,7 +52,7 @@ __all__ = [
     "strip",
 ]
 
-PACKAGE = Path(__file__).parent
+PACKAGE = Path(__file__).parents[1]
 
 EXTRAS = ("tls",)
 
@@ -70,52 +70,25 @@ NEVER_RUN = (
     "distutils-precedence.pth",
     "**/tests",  # 35 MB
 )
-"""Of site-packages: what no executor runs."""
+"""What no executor runs, in site-packages."""
 
 NEEDED = ("torch/bin/torch_shm_manager",)
-"""Kept all the same: torch looks for it when it is imported."""
+"""Kept in spite of that: torch looks for it when it is imported."""
 
 COMPRESS_LEVEL = 4
-"""gzip's: 1 saves some seconds, once; 4 a tenth of what every node fetches; 6 takes twice as long as 4."""
+"""The level of gzip.  1 saves some seconds, once.  4 saves a tenth of what every node fetches.  6 takes twice
+as long as 4."""
 
-TRIAL = """
-import compileall, py_compile, sys
-from pathlib import Path
-
-import pandas, pyarrow.dataset, pyarrow.parquet, rich.console, rich.progress, rich.table, torch
-from torch import nn
-
-torch.manual_seed(0)
-module = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(144, 2))
-optimizer = torch.optim.Adam(module.parameters())
-torch.optim.SGD(module.parameters())
-images, labels = torch.randn(8, 1, 8, 8), torch.arange(8) % 2
-losses = []
-for _ in range(20):
-    optimizer.zero_grad()
-    loss = nn.functional.cross_entropy(module(images), labels)
-    loss.backward()
-    optimizer.step()
-    losses.append(loss.item())
-assert losses[-1] < losses[0], losses
-
-for name in sys.argv[1:]:
-    __import__(name)
-files = {getattr(module, "__file__", None) or "" for module in list(sys.modules.values())}
-for file in files:
-    if file.endswith(".py") and Path(file).is_relative_to(sys.prefix):
-        compileall.compile_file(
-            file, quiet=2, invalidation_mode=py_compile.PycInvalidationMode.UNCHECKED_HASH
-        )
-"""
+TRIAL = Path(__file__).with_name("packing_trial.py")
+"""The program that trains in the environment; it is run as a file, because sparksgd is not in there."""
 
 
 def pack_package(out: Path, package: Path = PACKAGE) -> None:
-    """Write a package as a zip that Python imports from; equal sources give equal bytes.
+    """Write a package as a zip that Python can import; equal sources give equal bytes.
 
     Args:
-        out: the zip; its folder is made if need be.
-        package: the package's folder, which stands at the zip's top.
+        out: the zip; its folder is created if it does not exist.
+        package: the package's folder, which is at the top of the zip.
     """
     files = sorted(
         (path for path in package.rglob("*") if path.suffix == ".py" or path.name == "py.typed"),
@@ -124,18 +97,18 @@ def pack_package(out: Path, package: Path = PACKAGE) -> None:
     with (
         _refusing_what_the_disk_refuses(out),
         _put_in_place(out) as part,
-        # Stored: zlib's builds differ in what they make of equal bytes, and half a megabyte travels once.
+        # Not compressed: builds of zlib compress differently, and half a megabyte travels only once.
         zipfile.ZipFile(part, "w", zipfile.ZIP_STORED) as opened,
     ):
         for path in files:
             info = zipfile.ZipInfo(path.relative_to(package.parent).as_posix(), (1980, 1, 1, 0, 0, 0))
-            info.create_system = 3  # or it would say which system packed it
+            info.create_system = 3  # else the zip would name the system that packed it
             info.external_attr = 0o100644 << 16
             opened.writestr(info, path.read_bytes())
 
 
 def requirements(pyproject: Path, extras: Sequence[str] = EXTRAS) -> list[str]:
-    """Return what executors need of what a project depends on: all but Spark, and some of its extras.
+    """Return the dependencies of a project that executors need: all except Spark, and some extras.
 
     Args:
         pyproject: the project's pyproject.toml.
@@ -171,15 +144,15 @@ def pack_environment(
     """Install what executors need into a fresh environment, try it, and pack it by venv-pack.
 
     Args:
-        out: the archive, a .tar.gz; its folder is made if need be.
-        project: a checkout: pyproject.toml and conf/constraints.txt.
-        python: makes the environment; its own installation, or an equal one, must be on every node.
-        python_prefix: where nodes have Python, as in /usr for /usr/bin/python3.11; None: where it is here.
+        out: the archive, a .tar.gz; its folder is created if it does not exist.
+        project: a checkout, with pyproject.toml and conf/constraints.txt.
+        python: makes the environment; every node needs this Python, or an equal one.
+        python_prefix: where nodes have Python, such as /usr for /usr/bin/python3.11; None: as here.
         whole: pack NEVER_RUN as well.
-        say: shows a line, or a table.
+        say: shows a line or a table.
 
     Raises:
-        ConfigError: something is missing, or does not go in.
+        ConfigError: something is missing, or cannot be packed.
     """
     wanted = requirements(project / "pyproject.toml")
     constraints = project / "conf" / "constraints.txt"
@@ -220,7 +193,7 @@ def pack_environment(
         say("packing it")
         sizes = installed_bytes(venv)
         pack = [sys.executable, "-m", "venv_pack", "--quiet", "--prefix", str(venv)]
-        pack += ["--exclude", "pyvenv.cfg"]  # or it is in twice, for venv-pack adds it at the end
+        pack += ["--exclude", "pyvenv.cfg"]  # else it is in twice: venv-pack adds it at the end
         pack += ["--compress-level", str(COMPRESS_LEVEL), "--format", "tar.gz", "--force"]
         _run("pack it", [*pack, "--output", str(part)], folder)
         cuda = cuda_parts(Path(_site(venv)))
@@ -232,7 +205,7 @@ def pack_environment(
 
 
 def cuda_warning(parts: Sequence[str], out: Path) -> str:
-    """Return what to say, in rich's markup, of an archive that has CUDA in it, and the way out."""
+    """Return a warning, in rich's markup, about an archive with CUDA, and what to do."""
     return (
         f"[bold yellow]WARNING[/] this torch brings CUDA ({escape(', '.join(parts))}): gigabytes that every "
         "node fetches and unpacks.  If executors have no GPU, name an index or a folder that has torch's CPU "
@@ -242,7 +215,7 @@ def cuda_warning(parts: Sequence[str], out: Path) -> str:
 
 
 def strip(site: Path) -> int:
-    """Remove from site-packages what no executor runs; return the bytes that it took."""
+    """Remove from site-packages what no executor runs; return how many bytes it had."""
     needed = {site / name for name in NEEDED}
     removed = 0
     for pattern in NEVER_RUN:
@@ -258,27 +231,27 @@ def strip(site: Path) -> int:
 
 
 def compile_what_training_imports(venv: Path, also: Sequence[str] = ("cryptography.x509",)) -> None:
-    """Train a small module in an environment, and keep the bytecode of what that imported.
+    """Train a small module in an environment, and keep the bytecode of what it imported.
 
-    Without bytecode, a node's first worker compiles for ten seconds.  This is 55 MB, 21 packed; of all
-    modules it would be three times that.  It is not checked against its source, whose time of change an
-    unpacker may lose.
+    Without bytecode, the first worker of a node compiles for ten seconds.  The bytecode has 55 MB, packed 21;
+    of all modules it would have three times as many.  It is not checked against its source, because unpacking
+    may change the modification time of the source.
 
     Args:
         venv: the environment.
         also: names of modules to import as well.
     """
-    _run("train with it", [str(venv / "bin" / "python"), "-I", "-B", "-c", TRIAL, *also], venv.parent)
+    _run("train with it", [str(venv / "bin" / "python"), "-I", "-B", str(TRIAL), *also], venv.parent)
 
 
 def relink_python(venv: Path, prefix: str) -> None:
-    """Point an environment's Python at the one that is elsewhere on the nodes.
+    """Link an environment's Python to another path, the one that the nodes have.
 
-    venv-pack's own option, given /usr, links python3 to /usr/bin/python3.113.
+    This is not venv-pack's own option: given /usr, it links python3 to /usr/bin/python3.113.
 
     Args:
-        venv: the environment; it works no longer where the prefix has no Python.
-        prefix: as /usr for /usr/bin/python3.11.
+        venv: the environment; from then on it works only if the prefix has a Python.
+        prefix: such as /usr for /usr/bin/python3.11.
     """
     home = f"{prefix.rstrip('/')}/bin"
     minor = Path(_site(venv)).parent.name
@@ -292,7 +265,7 @@ def relink_python(venv: Path, prefix: str) -> None:
 
 
 def base_python(venv: Path) -> tuple[str, str]:
-    """Return the version, as 3.11, and the path of the Python that an environment links to."""
+    """Return the version (such as 3.11) and the path of the Python that an environment links to."""
     link = venv / "bin" / "python"
     while link.is_symlink() and link.is_relative_to(venv):
         link = link.parent / link.readlink()
@@ -300,7 +273,7 @@ def base_python(venv: Path) -> tuple[str, str]:
 
 
 def installed_bytes(venv: Path) -> dict[str, int]:
-    """Return the bytes of each package of an environment, bytecode included; "" is of none."""
+    """Return the bytes of each package of an environment, with bytecode; "" is what belongs to no package."""
     owners = {
         os.path.normpath(str(found.locate_file(file))): found.name
         for found in distributions(path=[_site(venv)])
@@ -315,7 +288,7 @@ def installed_bytes(venv: Path) -> dict[str, int]:
 
 
 def cuda_parts(site: Path) -> list[str]:
-    """Return what of site-packages is CUDA's: NVIDIA's packages, and a torch that was built for them."""
+    """Return what belongs to CUDA in site-packages: NVIDIA's packages, and a torch built for them."""
     found = {_normal(each.name): each.version for each in distributions(path=[str(site)])}
     parts = sorted(name for name in found if name.startswith(("nvidia-", "cuda-")))
     built = found.get("torch", "").partition("+")[2].startswith("cu")
@@ -325,10 +298,10 @@ def cuda_parts(site: Path) -> list[str]:
 
 
 def sizes_table(sizes: dict[str, int], *, packed: int, stripped: int) -> Table:
-    """Return a table of what makes up an archive: the largest packages, the rest in one line.
+    """Return a table of the content of an archive: the largest packages, and the rest in one line.
 
     Args:
-        sizes: bytes of each package; "" is of none.
+        sizes: bytes of each package; "" is what belongs to no package.
         packed: bytes of the archive.
         stripped: bytes that were left out.
     """
@@ -372,11 +345,11 @@ def _made(folder: Path) -> Path:
 
 @contextmanager
 def _put_in_place(out: Path) -> Iterator[Path]:
-    """Give a file to write, and put it in its place when it is whole."""
+    """Yield a file to write, and move it to its place when it is complete."""
     part = _made(out.parent) / f".{out.name}.part"
     try:
         yield part
-        part.chmod(0o644)  # venv-pack's is the builder's alone
+        part.chmod(0o644)  # venv-pack's file can only be read by the builder
         part.replace(out)
     finally:
         part.unlink(missing_ok=True)
@@ -394,7 +367,7 @@ def _refusing_what_the_disk_refuses(out: Path) -> Iterator[None]:
 
 
 def _run(what: str, command: list[str], folder: Path) -> None:
-    """Run a program whose temporary files are in a folder; what it says is shown only if it fails."""
+    """Run a program with temporary files in a folder; show its output only if it fails."""
     clean = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
     done = subprocess.run(
         command,
@@ -417,14 +390,18 @@ def _run(what: str, command: list[str], folder: Path) -> None:
 def parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
     result = parser_of(__doc__)
-    result.prog = "python -m sparksgd.packing"
+    result.prog = "python -m sparksgd.cli.packing"
     commands = result.add_subparsers(dest="command", required=True, metavar="zip|environment")
     package = commands.add_parser("zip", help="sparksgd, for --py-files")
     package.add_argument("--out", required=True, type=Path, metavar="FILE", help="as sparksgd.zip")
     archive = commands.add_parser("environment", help="what it depends on, for --archives")
     archive.add_argument("--out", required=True, type=Path, metavar="FILE", help="as environment.tar.gz")
     archive.add_argument(
-        "--project", type=Path, default=Path(), metavar="DIR", help="a checkout of sparksgd; default: here"
+        "--project",
+        type=Path,
+        default=Path(),
+        metavar="DIR",
+        help="a checkout of sparksgd; default: the current folder",
     )
     archive.add_argument(
         "--python", type=Path, default=Path(sys.executable), metavar="FILE", help="default: this one"
@@ -439,7 +416,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Return 0 if the file is made, 2 if something was refused, 130 if interrupted."""
+    """Return 0 if the file was made, 2 if something was refused, 130 if interrupted."""
     args = parser().parse_args(argv)
     console = Console(highlight=False)
 

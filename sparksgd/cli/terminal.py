@@ -13,7 +13,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from sparksgd.engines.protocol import StepReport
-from sparksgd.training import EvaluationReport, Training
+from sparksgd.solvers.protocol import Need
+from sparksgd.training.state import EvaluationReport, Observer, Training
 
 __all__ = ["Terminal", "scores_tables"]
 
@@ -22,12 +23,12 @@ log = logging.getLogger("sparksgd")
 _LINE_EVERY_S = 10.0
 
 
-class Terminal:
-    """Observes a run and shows it: a bar on a terminal, a line every ten seconds elsewhere.
+class Terminal(Observer):
+    """Observes a run and shows it: a progress bar on a terminal, elsewhere a line every ten seconds.
 
     Args:
-        console: where to.
-        tables: whether a finished run ends in tables; else it ends in a log line.
+        console: where to show it.
+        tables: whether a finished run ends with tables; else it ends with a log line.
     """
 
     def __init__(self, console: Console, *, tables: bool = True) -> None:
@@ -52,15 +53,15 @@ class Terminal:
         """Draw the bar."""
         plan, config = training.plan, training.config
         log.info(
-            "%s parameters, %s rows in %d shards, %d steps of %d rows (%d per epoch)",
+            "%s parameters, %s rows in %d shards, %d turns of %d rows (%d per epoch)",
             f"{training.flat.parameters.numel():,}",
             f"{training.rows.rows:,}",
             config.train.num_shards,
-            training.total_steps,
+            training.total_turns,
             config.train.rows_per_step,
-            plan.sampling.steps_per_epoch,
+            plan.sampling.turns_per_epoch,
         )
-        self._progress.update(self._task, total=training.total_steps)
+        self._progress.update(self._task, total=training.total_turns)
         self._progress.start()
 
     def stepped(self, training: Training, report: StepReport) -> None:
@@ -68,30 +69,30 @@ class Terminal:
         rate = report.rows / report.timing.total
         self._rate = rate if report.step == 1 else 0.95 * self._rate + 0.05 * rate
         self._progress.update(
-            self._task, completed=report.step, epoch=report.epoch, loss=report.loss, rate=self._rate
+            self._task, completed=report.turn, epoch=report.epoch, loss=report.loss, rate=self._rate
         )
         if not self._bar and time.monotonic() - self._said >= _LINE_EVERY_S:
             self._said = time.monotonic()
             log.info(
-                "step %d of %d, epoch %d, loss %.4f, %.0f rows/s",
-                report.step, training.total_steps, report.epoch, report.loss, self._rate,
+                "turn %d of %d, epoch %d, loss %.4f, %.0f rows/s",
+                report.turn, training.total_turns, report.epoch, report.loss, self._rate,
             )  # fmt: skip
 
     def evaluated(self, training: Training, report: EvaluationReport) -> None:
-        """Say what was reached."""
+        """Log the result of an evaluation."""
         reached = f"loss {report.loss:.4f}"
         if report.accuracy is not None:
             reached = f"accuracy {report.accuracy:.4f}, {reached}"
         log.info("epoch %d, step %d: test %s (%.1f s)", report.epoch, report.step, reached, report.time_s)
 
     def ended(self, training: Training) -> None:
-        """Take the bar away, and show the table of a finished run."""
+        """Remove the bar, and show the table of a finished run."""
         self._progress.stop()
         if training.error is None and not self._tables:
             log.info("finished: %d steps, parameters %s", training.version, training.flat.parameters_sha256())
         elif training.error is None:
             self._console.print(_table(training))
-            if training.config.solver.backup_workers and training.participation.by_worker():
+            if Need.QUORUM in training.needs and training.participation.by_worker():
                 self._console.print(_arrivals_table(training))
 
 
@@ -108,10 +109,12 @@ def _table(training: Training) -> Table:
     table.add_row(
         "trained", f"{times.rows:,} rows in {len(times):,} steps, {times.rows_per_second:,.0f} rows/s"
     )
+    if training.turns != training.version:
+        table.add_row("solver", f"{training.config.solver.name}, {training.turns:,} turns of each shard")
     workers = len(training.numerics) - 1
     table.add_row("engine", f"{training.engine}, {workers} workers, "
                             f"{training.config.train.num_shards} shards")  # fmt: skip
-    if not training.config.needs_barrier:
+    if training.participation.by_worker():
         table.add_row("steps ran as", training.mode)
     parts = [f"{name} {1e3 * seconds:.1f}" for name, seconds in times.medians_s().items()]
     table.add_row("median step", "  ".join(parts) + "  ms")
@@ -133,7 +136,7 @@ def _table(training: Training) -> Table:
 
 
 def _arrivals_table(training: Training) -> Table:
-    """Return who was late how often: with backup workers, a worker owns the shard of its number."""
+    """Return a table of how often each worker was late; with backup workers, worker i owns shard i."""
     table = Table(title="Backup workers: who came when", title_justify="left")
     for name in ("worker", "took part", "late", "arrived p50", "p90", "p99"):
         table.add_column(name, justify="right")

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import pytest
 from rich.console import Console
 
-from sparksgd.logs import are_json, log_to, open_console
+from sparksgd.cli.logs import are_json, log_to, open_console
 
 log = logging.getLogger("sparksgd")
 

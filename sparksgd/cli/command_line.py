@@ -1,4 +1,4 @@
-"""What the jobs have in common on a command line: their help, and how their errors leave."""
+"""What the command lines of the jobs have in common: their help, and how errors are reported."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ import signal
 import sys
 from collections.abc import Callable
 
+from sparksgd.cli.logs import are_json
 from sparksgd.errors import SparkSGDError
-from sparksgd.interrupts import ended_by
-from sparksgd.logs import are_json
+from sparksgd.spark.uris import lead_to_hadoop
+from sparksgd.training.interrupts import ended_by
 
 __all__ = ["exit_status", "parser_of"]
 
@@ -20,20 +21,23 @@ log = logging.getLogger("sparksgd")
 
 
 def parser_of(docstring: str | None) -> argparse.ArgumentParser:
-    """Return a parser whose help is a job's docstring."""
+    """Return a parser whose help text is a job's docstring."""
     return argparse.ArgumentParser(
         description=docstring, formatter_class=argparse.RawDescriptionHelpFormatter
     )
 
 
 def exit_status(work: Callable[[], object], *, interrupted: str = "interrupted") -> int:
-    """Do a job's work, and return its exit status; what it refuses goes to standard error.
+    """Do a job's work, and return its exit status; errors are printed on standard error.
+
+    Its paths may be URIs of Hadoop's file systems, even if there is no session.
 
     Args:
         work: what to do.
         interrupted: what to say after Ctrl-C.
     """
-    atexit.register(gc.freeze)  # the last collections would walk all of torch, for half a second
+    atexit.register(gc.freeze)  # the last garbage collections would take half a second
+    lead_to_hadoop()
     try:
         work()
     except SparkSGDError as error:

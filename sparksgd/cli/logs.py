@@ -1,4 +1,4 @@
-"""Where log lines go: a terminal, a file, or a collector that wants one JSON object a line."""
+"""Where log lines go: a terminal, a file, or a collector that needs one JSON object on each line."""
 
 from __future__ import annotations
 
@@ -22,33 +22,33 @@ LogFormat = Literal["text", "json"]
 
 
 def new_run_id() -> str:
-    """Return a name that no other run has."""
+    """Return a unique name for a run."""
     return uuid.uuid4().hex[:12]
 
 
 def open_console() -> Console:
-    """Return standard error, or the terminal behind it: spark-submit puts a pipe of its own between."""
+    """Return standard error, or the terminal behind it: spark-submit puts a pipe between the two."""
     try:
         behind = Path(f"/proc/{os.getppid()}/fd/2").readlink()
     except OSError:
         behind = Path()
     submitted = "PYSPARK_GATEWAY_PORT" in os.environ
     if sys.stderr.isatty() or not submitted or not str(behind).startswith(("/dev/pts/", "/dev/tty")):
-        return Console(stderr=True, force_terminal=sys.stderr.isatty())  # whatever FORCE_COLOR says
+        return Console(stderr=True, force_terminal=sys.stderr.isatty())  # even if FORCE_COLOR is set
     try:
         terminal = behind.open("w", encoding="utf-8")
-        width = os.get_terminal_size(terminal.fileno()).columns or None  # 0 where nobody said
+        width = os.get_terminal_size(terminal.fileno()).columns or None  # 0 if nobody set it
     except OSError:
         return Console(stderr=True, force_terminal=False)  # another user's terminal, after su or sudo
     return Console(file=terminal, force_terminal=True, width=width)
 
 
 def log_to(console: Console, run_id: str, form: LogFormat = "text") -> None:
-    """Send the library's log lines to a console; with time and run where it is no terminal.
+    """Send the library's log lines to a console; with time and run if it is not a terminal.
 
     Args:
-        console: where to.
-        run_id: the run that they are of.
+        console: receives them.
+        run_id: the run that they belong to.
         form: text or json.
     """
     handler: logging.Handler
@@ -67,12 +67,12 @@ def log_to(console: Console, run_id: str, form: LogFormat = "text") -> None:
 
 
 def are_json() -> bool:
-    """Return whether log lines are JSON, so that an error should be, too."""
+    """Return whether log lines are JSON; then errors should be, too."""
     return any(isinstance(handler.formatter, _JsonFormatter) for handler in log.handlers)
 
 
 class _JsonFormatter(logging.Formatter):
-    """One JSON object a line: time, level, run, message, and the traceback where there is one."""
+    """One JSON object on each line: time, level, run, message, and the traceback if there is one."""
 
     def __init__(self, run_id: str) -> None:
         super().__init__()

@@ -1,0 +1,110 @@
+"""What the jobs do: train from a configuration, and evaluate a saved model."""
+
+from __future__ import annotations
+
+import os
+
+from rich.console import Console
+
+from sparksgd.cli.terminal import Terminal, scores_tables
+from sparksgd.config import Config, EngineConfig, TrainConfig
+from sparksgd.errors import ConfigError
+from sparksgd.runs.finished import IfExists, fingerprints_of, is_done
+from sparksgd.runs.folder import RunFolder
+from sparksgd.runs.model import load_model
+from sparksgd.solvers.rules import completed
+from sparksgd.storage import location
+from sparksgd.training.preflight import allowed_engines
+from sparksgd.training.replay import Replay
+from sparksgd.training.start_up import StartUp
+
+__all__ = ["run", "run_evaluation"]
+
+
+def run(
+    config: Config,
+    out: str,
+    *,
+    run_id: str,
+    terminal: Terminal,
+    replay: Replay | None = None,
+    if_exists: IfExists = "skip",
+) -> None:
+    """Train as a configuration says, on its Parquet, and write the run's folder.
+
+    Args:
+        config: data.train must be set.
+        out: the folder, a path or URI; created if it does not exist.
+        run_id: names the run.
+        terminal: shows the progress.
+        replay: an earlier run, to be repeated.
+        if_exists: what to do if the folder holds a finished run, see `finished.is_done`.
+
+    Raises:
+        SparkSGDError: see errors.py.
+    """
+    rows, test = config.data.train, config.data.test
+    if rows is None:
+        raise ConfigError("data.train is not set: name the Parquet to train on")
+    if replay is not None and replay.model_name is None:
+        raise ConfigError(
+            "the run to be replayed trained a module given in Python: replay it in Python, with "
+            "train(..., module=, replay=read_replay(folder))"
+        )
+    config = completed(config)
+    on_spark = allowed_engines(config, replay)[0].on_spark
+    if "PYSPARK_GATEWAY_PORT" in os.environ:  # under spark-submit
+        from sparksgd.spark.session import refuse_lost_output
+
+        refuse_lost_output(out)
+    start_up = StartUp()
+    if on_spark:
+        from sparksgd.spark.session import submitted_at_s
+
+        start_up = StartUp(submitted_at_s())
+    folder = location(out)
+    fingerprints = fingerprints_of(config, replay)
+    if is_done(folder, config, fingerprints, if_exists):
+        return
+    run_folder = RunFolder(folder, fingerprints, run_id)
+    run_folder.require_writable()
+    observers = run_folder, terminal
+    if on_spark:
+        from sparksgd.spark.session import job_session
+        from sparksgd.spark.train import train
+
+        name, patience_s = f"sparksgd {folder.name} {run_id}", config.engine.slots_timeout_s
+        with job_session(name, config.train, patience_s) as session:
+            start_up.reached("submit")
+            train(
+                session,
+                config,
+                rows,
+                test,
+                observers=observers,
+                replay=replay,
+                run_id=run_id,
+                start_up=start_up,
+            )
+    else:
+        from sparksgd.training.in_process import train_in_process
+
+        train_in_process(config, rows, test, observers=observers, replay=replay, start_up=start_up)
+
+
+def run_evaluation(folder: str, data: str) -> None:
+    """Print the scores of a saved model on Parquet.
+
+    Args:
+        folder: the folder model/ of a run, a path or URI.
+        data: Parquet with the columns that the model was trained on, a path or URI.
+    """
+    from sparksgd.spark.evaluation import evaluate_parquet
+    from sparksgd.spark.session import job_session
+
+    model = load_model(folder)
+    patience_s = EngineConfig().slots_timeout_s
+    with job_session(f"sparksgd evaluation of {folder}", TrainConfig(), patience_s) as session:
+        scores = evaluate_parquet(session, data, model)
+    for table in scores_tables(scores.rows, scores.loss, scores.accuracy, scores.confusion):
+        Console().print(table)
