@@ -1,4 +1,4 @@
-# sparksgd: `make run` trains LeNet on MNIST, `make test` passes the tests.  `make` lists all targets.
+# sparksgd: `make run` trains LeNet on MNIST, `make test` runs the tests.  `make` lists all targets.
 
 PYTHON ?= python3
 VENV   := .venv
@@ -9,19 +9,20 @@ ARGS   ?=
 MASTER ?= local[*]
 READY  := $(VENV)/.installed
 SPARK35_TESTS ?= tests/spark tests/test_jobs.py tests/test_readme.py
+ONLY   ?= cluster
 
-# Folders, too: one's time changes when a file of it goes.
-SOURCES := $(filter-out %__pycache__/,$(wildcard sparksgd/ sparksgd/*/ sparksgd/py.typed sparksgd/*.py sparksgd/*/*.py))
+# Folders are in the list, too: a folder's time changes when a file in it is removed.
+SOURCES := $(filter-out %__pycache__/,$(wildcard sparksgd/ sparksgd/*/ sparksgd/*/*/ sparksgd/py.typed sparksgd/*.py sparksgd/*/*.py sparksgd/*/*/*.py))
 VERSION := $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
 CLASSES := dist/spark$(VENV:.venv%=%).jsa
 WHEEL   := dist/sparksgd-$(VERSION)-py3-none-any.whl
 
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-# Another Spark's, or another Python's, would be taken instead of those in .venv.
+# Otherwise another Spark or Python would be used instead of those in .venv.
 unexport SPARK_HOME SPARK_CONF_DIR PYSPARK_PYTHON PYSPARK_DRIVER_PYTHON
 
-# Of an archive that is not there Java would take not even its own classes.
+# Only if the archive exists: given a missing one, Java would not even use the archive of its own classes.
 classes = $$([ ! -e '$(CLASSES)' ] || echo '-XX:SharedArchiveFile="$(CURDIR)/$(CLASSES)"')
 
 ifneq ($(filter local%,$(MASTER)),)
@@ -45,7 +46,7 @@ define check-java
 endef
 
 .DEFAULT_GOAL := help
-.PHONY: help install warm run test test-spark35 soak test-cluster hadoop-jars check fix bench dist clean
+.PHONY: help install warm run test-quick test test-all test-long soak test-spark35 test-cluster hadoop-jars check fix bench dist clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -61,7 +62,7 @@ $(READY): pyproject.toml $(PINS)
 	@$(BIN)/pip install --quiet --disable-pip-version-check --constraint $(VENV)/constraints.txt --editable '.[dev]'
 	@touch $@
 
-warm: $(CLASSES) ## Let Spark start some seconds sooner from then on (once; a minute, 190 MB)
+warm: $(CLASSES) ## Make Spark start some seconds sooner (run it once; a minute, 190 MB)
 
 $(CLASSES): $(READY)
 	$(check-java)
@@ -76,58 +77,71 @@ run: $(READY) data/mnist/train.parquet data/mnist/test.parquet ## Train LeNet on
 	@SPARK_SUBMIT_OPTS="$$SPARK_SUBMIT_OPTS $(classes) "'-Dlog4j2.configurationFile="file:$(CURDIR)/conf/log4j2.properties"' \
 	  spark-submit --master '$(MASTER)' --properties-file conf/spark-local.conf jobs/train.py --config conf/mnist-lenet.toml --out '$(OUT)' $(ARGS)
 
-# Tests start Spark some dozens of times, each for seconds: Java's optimising compiler would never pay.
+# Tests start few JVMs, for some minutes each.  Java's optimising compiler, and an archive of Spark's classes, would
+# cost more than they save.
 define pytest
 	$(check-java)
-	@[ -e '$(CLASSES)' ] || $(MAKE) --no-print-directory warm || true  # without, they only take longer
 	@SPARK_SUBMIT_OPTS="$$SPARK_SUBMIT_OPTS $(classes) -XX:TieredStopAtLevel=1" $(BIN)/python -m pytest
 endef
 
-test: $(READY) ## Run the tests
+test-quick: $(READY) ## Run the tests that need no JVM (a minute)
+	@$(BIN)/python -m pytest -m 'not jvm and not soak and not cluster' $(TESTS)
+
+test: $(READY) ## Run the quick tests and those that share a few Spark sessions (6 minutes); TESTS=... runs some of them
 	$(pytest) -m 'not soak and not cluster' $(TESTS)
 
-test-spark35: ## Run the tests that start Spark on the oldest one that is supported; SPARK35_TESTS=... only some
+test-all: ## Run every test: test, soak, test-cluster, test-spark35 (before a piece of work is called done)
+	$(MAKE) check
+	$(MAKE) test-long
+	$(MAKE) test-cluster
+	$(MAKE) test-spark35
+
+test-long: $(READY)
+	$(pytest) -m 'not cluster' $(TESTS)
+
+test-spark35: ## Run the tests of Spark on the oldest version that is supported; SPARK35_TESTS=... runs some of them
 	@$(MAKE) --no-print-directory test VENV=.venv-spark35 \
 	  PINS='conf/constraints-spark35.txt conf/constraints.txt' TESTS='$(SPARK35_TESTS)'
 
-soak: $(READY) ## Run the long tests: much data, many steps, killed executors, hosts of their own
+soak: $(READY) ## Run the long tests: much data, many steps, killed executors, several hosts
 	$(pytest) -m 'soak and not cluster' $(TESTS)
 
-test-cluster: $(READY) data/mnist/train.parquet dist ## Run the tests on real servers: HDFS, YARN, a standalone cluster, a history server
+test-cluster: $(READY) data/mnist/train.parquet dist ## Run the tests on real servers: HDFS, YARN, standalone, history; ONLY=gate runs a few
 	$(check-java)
-	@$(BIN)/python tests/cluster/jars.py || true  # without them these tests are skipped, and say so
-	@$(BIN)/python -m pytest -m cluster tests/cluster
+	@$(BIN)/python tests/cluster/jars.py || true  # without the jars these tests are skipped, and say so
+	@$(BIN)/python -m pytest -m 'cluster and $(ONLY)' tests/cluster
 
-hadoop-jars: $(READY) ## Fetch what test-cluster needs from Maven Central, unless SPARKSGD_HADOOP_JARS has it
+hadoop-jars: $(READY) ## Fetch the jars of test-cluster from Maven Central, unless SPARKSGD_HADOOP_JARS has them
 	$(check-java)
 	@$(BIN)/python tests/cluster/jars.py
 
-check: $(READY) ## Lint and type-check
+check: $(READY) ## Lint, type-check, and check the rooms: who imports whom, what is public, how long files are
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
+	@$(BIN)/python -m pytest --durations=0 --durations-min=9 tests/test_rooms.py tests/test_purity.py
 
-fix: $(READY) ## Format, and mend what ruff can
+fix: $(READY) ## Format, and fix what ruff can fix
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
 
-bench: $(READY) $(CLASSES) data/mnist/train.parquet ## Measure both engines against what one would use instead -> benchmark.json
+bench: $(READY) $(CLASSES) data/mnist/train.parquet ## Measure both engines against what you would use instead -> benchmark.json
 	$(check-java)
 	@SPARK_SUBMIT_OPTS="$$SPARK_SUBMIT_OPTS $(classes)" $(BIN)/python tests/bench/run.py --data data/mnist
 
-dist: $(WHEEL) dist/sparksgd.zip dist/environment.tar.gz ## Build a wheel; and for clusters, sparksgd.zip and environment.tar.gz
+dist: $(WHEEL) dist/sparksgd.zip dist/environment.tar.gz ## Build a wheel, and what travels to clusters: sparksgd.zip and environment.tar.gz
 
-# build/lib, which setuptools leaves, would keep modules that are gone.
+# setuptools leaves build/lib behind, which would bring removed modules into the wheel.
 $(WHEEL): $(SOURCES) pyproject.toml README.md | $(READY)
 	@rm -rf build/lib
 	@$(BIN)/pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir dist .
 	@touch $@
 
 dist/sparksgd.zip: $(SOURCES) | $(READY)
-	@$(BIN)/python -m sparksgd.packing zip --out $@
+	@$(BIN)/python -m sparksgd.cli.packing zip --out $@
 
-dist/environment.tar.gz: pyproject.toml conf/constraints.txt sparksgd/packing.py | $(READY)
-	@$(BIN)/python -m sparksgd.packing environment --out $@
+dist/environment.tar.gz: pyproject.toml conf/constraints.txt sparksgd/cli/packing.py sparksgd/cli/packing_trial.py | $(READY)
+	@$(BIN)/python -m sparksgd.cli.packing environment --out $@
 
 clean: ## Remove what the targets made, except data/ and runs/
 	rm -rf $(VENV) .venv-spark35 dist build *.egg-info .pytest_cache .mypy_cache .ruff_cache spark-warehouse benchmark.json

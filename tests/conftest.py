@@ -7,12 +7,35 @@ import signal
 import sys
 from pathlib import Path
 
-MODULES = Path(__file__).parent / "modules"
+import pytest
+
+TESTS = Path(__file__).parent
+MODULES = TESTS / "modules"
 
 os.environ.setdefault("SPARK_LOCAL_IP", "127.0.0.1")  # a host name need not resolve where tests run
 os.environ["PYSPARK_PYTHON"] = sys.executable
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(MODULES), os.environ.get("PYTHONPATH")]))
-sys.path[:0] = [str(MODULES), str(MODULES.parent / "hosts"), str(MODULES.parent / "cluster")]
+sys.path[:0] = [str(TESTS / name) for name in ("modules", "hosts", "cluster", "spark")]
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore Ctrl-C
 
-pytest_plugins = ["cluster_fixtures"]  # not a conftest.py: tests import from the one of tests/spark
+pytest_plugins = ["cluster_fixtures", "spark_fixtures"]  # not of a conftest.py: all folders use them
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Order the tests: without a JVM, with one of their own, by the session they share, with their own."""
+    for item in items:
+        if "session_for" in getattr(item, "fixturenames", ()):
+            item.add_marker("jvm")
+    items.sort(key=_turn)
+
+
+def _turn(item: pytest.Item) -> tuple[int, str]:
+    """Return when a test runs; those of equal turns keep their order."""
+    if item.get_closest_marker("cluster") is not None:
+        return (4, "")
+    if item.get_closest_marker("jvm") is None:
+        return (0, "")
+    if "session_for" not in getattr(item, "fixturenames", ()):
+        return (1, "")
+    shared = item.get_closest_marker("session")
+    return (3, "") if shared is None else (2, f"{shared.args} {shared.kwargs}")

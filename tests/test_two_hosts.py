@@ -15,9 +15,11 @@ import pytest
 from two_hosts import INSIDE, PROBE, WORKERS  # tests/hosts
 
 from sparksgd.config import Config
+from sparksgd.data.local_files import ParquetRows
 from sparksgd.engines.inline import InlineEngine
-from sparksgd.local_rows import ParquetRows
-from sparksgd.training import train
+from sparksgd.training.loop import train
+
+pytestmark = pytest.mark.jvm
 
 HOSTS = Path(__file__).parent / "hosts"
 
@@ -77,7 +79,7 @@ def trained(
         [*INSIDE, *cluster, str(folder), *program],
         env={key: value for key, value in os.environ.items() if key not in without}
         | {"PYSPARK_PYTHON": sys.executable, "SPARK_LOCAL_DIRS": str(folder / "driver")},
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=200, check=False,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=280, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout
     return json.loads(results.read_text())

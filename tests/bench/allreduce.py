@@ -10,14 +10,13 @@ from product import session_of, train_lenet
 from pyspark.sql import SparkSession
 from turns import Turns
 
-from sparksgd.engines.allreduce import AllReduceEngine
 from sparksgd.engines.protocol import StepReport
-from sparksgd.training import EvaluationReport, Training
+from sparksgd.training.state import Observer, Training
 
 _ROUNDS_OF_SHARDS = 2
 
 
-class Clock:
+class Clock(Observer):
     """Observer that times blocks; a block is a segment, and has all that the driver does around it.
 
     Args:
@@ -35,9 +34,6 @@ class Clock:
         self._turns = turns
         self._step_s: list[float] = []
         self._compute_s: list[float] = []
-
-    def started(self, training: Training) -> None:
-        """Do nothing: the first block warms up."""
 
     def stepped(self, training: Training, report: StepReport) -> None:
         """Note the step, and end the block after its last."""
@@ -60,9 +56,6 @@ class Clock:
         self._step_s, self._compute_s = [], []
         self._turns.next()
         self._began = time.perf_counter()
-
-    def evaluated(self, training: Training, report: EvaluationReport) -> None:
-        """Do nothing: nothing is evaluated."""
 
     def ended(self, training: Training) -> None:
         """Refuse numbers in which a segment was made twice."""
@@ -89,7 +82,7 @@ def timed(
         shards_per_worker=shards,
         observers=[clock],
         model=MODELS[name],
-        engine=AllReduceEngine,
+        engine="allreduce",
         segment_steps=block_steps,
         overlap=task.overlap,
     )

@@ -26,9 +26,10 @@ import servers  # noqa: E402  # tests/hosts
 from stragglers import SLOW_HOST, SlowHost  # noqa: E402  # tests/modules
 
 from sparksgd.config import Config  # noqa: E402
-from sparksgd.spark.rows import read_parquet  # noqa: E402
+from sparksgd.spark.frame_rows import read_parquet  # noqa: E402
 from sparksgd.spark.session import SETTINGS  # noqa: E402
-from sparksgd.spark.training import train  # noqa: E402
+from sparksgd.spark.train import train  # noqa: E402
+from sparksgd.training.state import Probe  # noqa: E402
 
 WORKERS = 4
 ROWS = 6_000
@@ -116,7 +117,7 @@ def timed(case: Case, task: Task, rows: str, session: SparkSession) -> list[Bloc
     )
     clock = Stopwatch(task, case.what)
     slow = SlowHost(DELAY_S, case.share) if case.share else None
-    train(session, config, read_parquet(session, rows), observers=[clock], before_gradients=slow)
+    train(session, config, read_parquet(session, rows), observers=[clock], probe=Probe(before_gradients=slow))
     return clock.blocks
 
 

@@ -17,8 +17,9 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "modules"))
 import stragglers  # tests/modules
 
 from sparksgd.config import Config
-from sparksgd.spark.rows import read_parquet
-from sparksgd.spark.training import train
+from sparksgd.spark.frame_rows import read_parquet
+from sparksgd.spark.train import train
+from sparksgd.training.state import Probe
 
 DELAY_S = 1.0
 
@@ -46,7 +47,7 @@ def main(task_path: Path, answer_path: Path) -> None:
         )
         slow = stragglers.Straggler(task.num_workers - 1, DELAY_S) if backups else None
         rows, test = (read_parquet(session, str(path)) for path in (config.data.train, config.data.test))
-        training = train(session, config, rows, test, before_gradients=slow)
+        training = train(session, config, rows, test, probe=Probe(before_gradients=slow))
         evaluation = training.last_evaluation
         assert evaluation is not None
         found[f"b = {backups}"] = {

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from functools import partial
 from typing import Any
 
 from measuring import EMPTY_JOB, LEARNING_RATE, LENET, MOMENTUM, OWN_EMPTY_JOB, Block, Task, answer
@@ -17,13 +16,11 @@ from pyspark import RDD
 from pyspark.sql import SparkSession
 
 from sparksgd.config import Config
-from sparksgd.engines.allreduce import AllReduceEngine
 from sparksgd.engines.protocol import StepReport
-from sparksgd.engines.tree import TreeEngine
-from sparksgd.spark.cluster import Cluster
-from sparksgd.spark.rows import DataFrameRows, read_parquet
+from sparksgd.spark.frame_rows import read_parquet
 from sparksgd.spark.session import start_session
-from sparksgd.training import EvaluationReport, Observer, Training, train
+from sparksgd.spark.train import train
+from sparksgd.training.state import Observer, Training
 
 
 class EmptyJobs:
@@ -58,7 +55,7 @@ class EmptyJobs:
         return Block(what=what, rows_per_step=0, step_s=tuple(job_s))
 
 
-class Stopwatch:
+class Stopwatch(Observer):
     """Observer that times blocks of steps, with a block of each kind of empty jobs after each.
 
     Args:
@@ -107,9 +104,6 @@ class Stopwatch:
             self.blocks += blocks
         self._reset()
 
-    def evaluated(self, training: Training, report: EvaluationReport) -> None:
-        """Do nothing: nothing is evaluated."""
-
     def ended(self, training: Training) -> None:
         """Refuse numbers in which a step was made twice."""
         assert not training.recovery.retries, f"{training.recovery.retries} steps were tried again"
@@ -130,7 +124,7 @@ def train_lenet(
     shards_per_worker: int,
     observers: Sequence[Observer],
     model: Mapping[str, Any] = LENET,
-    engine: type[TreeEngine | AllReduceEngine] = TreeEngine,
+    engine: str = "tree",
     segment_steps: int | None = None,
     overlap: str = "auto",
 ) -> None:
@@ -140,7 +134,12 @@ def train_lenet(
             "data": {"features": "image", "label": "label"},
             "model": model,
             "optimizer": {"lr": LEARNING_RATE, "momentum": MOMENTUM},
-            "engine": {"num_workers": task.num_workers, "segment_steps": segment_steps, "overlap": overlap},
+            "engine": {
+                "name": engine,
+                "num_workers": task.num_workers,
+                "segment_steps": segment_steps,
+                "overlap": overlap,
+            },
             "train": {
                 "epochs": steps,
                 "steps": steps,
@@ -149,15 +148,7 @@ def train_lenet(
             },
         }
     )
-    cluster = Cluster(session, config)
-    with cluster.job_group():
-        train(
-            config,
-            rows=DataFrameRows(read_parquet(session, task.data), cluster, config.data.placement),
-            test=None,
-            make_engine=partial(engine, cluster, config.engine),
-            observers=observers,
-        )
+    train(session, config, read_parquet(session, task.data), observers=observers)
 
 
 def measure(task: Task) -> list[Block]:

@@ -21,7 +21,7 @@ from product import session_of, train_lenet
 from pyspark.sql import SparkSession
 
 from sparksgd.engines.protocol import StepReport
-from sparksgd.training import EvaluationReport, Training
+from sparksgd.training.state import Observer, Training
 
 _MOST_COLLECTIONS = 20
 _SETTLED_SHARE = 0.005
@@ -50,7 +50,7 @@ class Sample:
     """Their size."""
 
 
-class Sampler:
+class Sampler(Observer):
     """Observer that takes a sample early and one late.
 
     There is none in between: the collection that it asks for would clean up what had leaked.
@@ -65,19 +65,10 @@ class Sampler:
         self._jvm: Any = session.sparkContext._jvm
         self._steps = steps
 
-    def started(self, training: Training) -> None:
-        """Do nothing: the first step is next."""
-
     def stepped(self, training: Training, report: StepReport) -> None:
         """Take a sample, if it is time."""
         if report.step in self._steps:
             self.samples.append(self._sample(report.step))
-
-    def evaluated(self, training: Training, report: EvaluationReport) -> None:
-        """Do nothing: nothing is evaluated."""
-
-    def ended(self, training: Training) -> None:
-        """Do nothing: the samples are taken."""
 
     def _sample(self, step: int) -> Sample:
         files = temporary_files(Path(tempfile.gettempdir()))

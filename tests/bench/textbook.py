@@ -3,7 +3,7 @@
 Everything here is what a tutorial would write, in a session with Spark's default settings: cached
 rows, and per step a broadcast, a barrier-mode mapPartitions and a treeAggregate.  It is correct.
 The comments say where its milliseconds go (medians on 2 cores, 2 workers, 64 rows each, 60,000
-MNIST rows), and what sparksgd does instead; DESIGN.md, section 7, has the measurements.
+MNIST rows), and what sparksgd does instead.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def textbook_step(
     # and Python.  sparksgd: spark.python.unix.domain.socket.enabled=true.
     # The zero vector travels in the job's closure, which grows as large as the weights: 30 ms.
     # sparksgd: a zero of None.
-    # The sums, above 1 MiB each, take a way round by the block manager: about 10 ms.
+    # The sums, above 1 MiB each, go through the block manager: about 10 ms.
     # sparksgd: spark.task.maxDirectResultSize=100m.
     zero = np.zeros_like(weights), 0
     gradient, count = (

@@ -19,7 +19,9 @@ import pyarrow.parquet as pq
 import servers  # tests/hosts
 from hadoop import Hadoop
 
-__all__ = ["ROOT", "ROWS", "SMALL", "Checkout", "Run", "make_checkout", "processes_of", "sets"]
+__all__ = [
+    "HELD", "HOLDING", "ROOT", "ROWS", "SMALL", "Checkout", "Run", "make_checkout", "processes_of", "sets",
+]  # fmt: skip
 
 ROOT = Path(__file__).parent.parent.parent
 ROWS = {"train": 6_000, "test": 1_000}
@@ -30,6 +32,11 @@ SMALL = ("model.maps=[4, 8]", "model.hidden=32", "train.num_shards=4", "train.ro
 
 _LESS = {"epochs = 3": "epochs = 1", "rows_per_step = 256": "rows_per_step = 256\nsteps = 6"}
 _OF_TESTS = ("PYTHONPATH", "PYSPARK_PYTHON", "PYSPARK_DRIVER_PYTHON")
+
+
+HOLDING = ROOT / "tests" / "modules" / "holding.py"
+HELD = ("train.num_shards=4", "train.rows_per_step=120", "train.steps=20")
+"""Settings of a training of holding.HeldNet, beside those of its `Hold`."""
 
 
 def sets(*settings: str) -> list[str]:
@@ -108,13 +115,16 @@ class Checkout:
         finally:
             servers.stop(process)
 
-    def on_yarn(self, *words: str, mode: str = "client", settings: Sequence[str] = ()) -> list[str]:
+    def on_yarn(
+        self, *words: str, mode: str = "client", settings: Sequence[str] = (), modules: Sequence[Path] = ()
+    ) -> list[str]:
         """Return the command that trains on YARN, with small containers.
 
         Args:
             words: arguments of the job.
             mode: client or cluster.
             settings: words for spark-submit, over these.
+            modules: files that are shipped beside the package.
         """
         return [
             "spark-submit", "--master", "yarn", "--deploy-mode", mode,
@@ -122,7 +132,7 @@ class Checkout:
             *(("--conf", "spark.pyspark.driver.python=python3") if mode == "client" else ()),
             "--executor-memory", "640m", "--driver-memory", "768m",
             "--archives", "hdfs:///environments/environment.tar.gz#environment",
-            "--py-files", "dist/sparksgd.zip", *settings,
+            "--py-files", ",".join(["dist/sparksgd.zip", *map(str, modules)]), *settings,
             "jobs/train.py", "--config", "hdfs:///data/mnist-lenet.toml",
             *sets("data.train=hdfs:///data/mnist/train.parquet", "data.test=hdfs:///data/mnist/test.parquet"),
             *words,
@@ -149,8 +159,9 @@ class Checkout:
 def _reference(folder: Path, settings: tuple[str, ...]) -> dict[str, Any]:
     out = folder / f"reference-{len(list(folder.glob('reference-*')))}"
     words = ["--config", "conf/mnist-lenet.toml", *sets(*settings, "engine.name=inline"), "--out", str(out)]
+    path = os.pathsep.join([str(folder), str(HOLDING.parent)])
     done = subprocess.run(
-        [sys.executable, "jobs/train.py", *words], cwd=folder, env=os.environ | {"PYTHONPATH": str(folder)},
+        [sys.executable, "jobs/train.py", *words], cwd=folder, env=os.environ | {"PYTHONPATH": path},
         text=True, capture_output=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

@@ -17,7 +17,7 @@ from jars import NoJars, class_path
 SECRET = "of-the-tests"
 README_LINES = [
     line
-    for line in (ROOT / "README.md")
+    for line in (ROOT / "jobs" / "README.md")
     .read_text()
     .partition("## On a cluster")[2]
     .partition("\n## ")[0]

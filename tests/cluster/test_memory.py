@@ -46,11 +46,10 @@ def test_rows_of_three_times_a_containers_memory_train_under_yarns_own_check(
             "train.steps=10", "train.num_shards=8",
         ),
         "--out", "hdfs:///models/big",
+        modules=[ROOT / "tests" / "modules" / "users_modules.py"],
         settings=["--num-executors", "1", "--executor-memory", f"{HEAP_MIB}m", "--conf",
                   f"spark.executor.memoryOverhead={OVERHEAD_MIB}m"],
     )  # fmt: skip
-    shipped = words.index("dist/sparksgd.zip")
-    words[shipped] += f",{ROOT}/tests/modules/users_modules.py"
     done = checkout.run(*words, timeout_s=850)
     assert done.returncode == 0, done.stdout
     summary = checkout.summary("/models/big")

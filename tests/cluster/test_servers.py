@@ -25,6 +25,7 @@ def hdfs(hadoop, *words: str) -> str:
     return done.stdout
 
 
+@pytest.mark.gate
 def test_a_file_put_on_hdfs_is_read_back_by_the_command_of_hadoop(hadoop, tmp_path):
     (tmp_path / "greeting").write_text("good morning\n")
     hdfs(hadoop, "-put", str(tmp_path / "greeting"), "greeting")
@@ -48,7 +49,7 @@ def test_no_server_and_no_container_outlives_who_started_it(tmp_path, ending):
         assert process.stdout.readline() == "started\n"
         servers.wait_for(lambda: len(processes_of(marker)) >= 4, "keeper, shell and two sleepers")
         process.send_signal(ending)
-    servers.wait_for(lambda: not processes_of(marker), "the end of all", timeout_s=10)
+    servers.wait_for(lambda: not processes_of(marker), "the end of all")
 
 
 def test_closing_a_cluster_leaves_no_process(hadoop, tmp_path):

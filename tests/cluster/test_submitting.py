@@ -8,15 +8,15 @@ import re
 import shlex
 import socket
 import subprocess
-import time
 import urllib.request
 from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import servers  # tests/hosts
-from checkouts import ROOT, SMALL, processes_of, sets
+from checkouts import HELD, HOLDING, ROOT, SMALL, processes_of, sets
 from cluster_fixtures import README_LINES, SECRET
+from holds import Hold  # tests/hosts
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
 
@@ -31,6 +31,7 @@ def test_the_nodes_own_python_cannot_train():
     assert b"No module named 'torch'" in done.stderr
 
 
+@pytest.mark.gate
 @pytest.mark.parametrize("line", SUBMISSIONS, ids=lambda line: re.search(r"(lenet-of-\w+)", line)[1])
 def test_a_line_of_readme_does_what_it_says(checkout, request, line):
     if "spark://host:7077" in line:
@@ -169,19 +170,22 @@ def test_the_other_engine_encrypted(checkout, request, where, engine):
     assert (summary["engine"], summary["num_workers"]) == (engine, 2)
 
 
-def on_encrypted_standalone(master: str, *words: str, settings: Sequence[str] = ()) -> list[str]:
+def on_encrypted_standalone(
+    master: str, *words: str, settings: Sequence[str] = (), modules: Sequence[Path] = ()
+) -> list[str]:
     """Return the command that trains on a standalone cluster with a secret, with small executors."""
+    shipped = ",".join(["dist/sparksgd.zip", *map(str, modules)])
     return [
         "spark-submit", "--master", master, "--properties-file", "conf/spark-standalone.conf",
         "--conf", "spark.pyspark.driver.python=python3", "--executor-memory", "640m",
-        "--archives", "dist/environment.tar.gz#environment", "--py-files", "dist/sparksgd.zip",
+        "--archives", "dist/environment.tar.gz#environment", "--py-files", shipped,
         *ENCRYPTED, "--conf", f"spark.authenticate.secret={SECRET}", *settings,
         "jobs/train.py", "--config", "conf/mnist-lenet.toml", *words,
     ]  # fmt: skip
 
 
 def test_on_standalone_encrypted_everybody_listens_on_the_ports_that_were_given(
-    checkout, encrypted_standalone
+    checkout, encrypted_standalone, tmp_path
 ):
     ports = {
         "spark.driver.port": "41000", "spark.driver.blockManager.port": "41001",
@@ -189,21 +193,22 @@ def test_on_standalone_encrypted_everybody_listens_on_the_ports_that_were_given(
         "spark.driver.bindAddress": "127.0.0.4", "spark.ui.port": "41020",
     }  # fmt: skip
     given = [word for key, value in ports.items() for word in ("--conf", f"{key}={value}")]
-    settings = (*SMALL, "train.steps=300", "train.epochs=60", "schedule.total_steps=3000")
+    hold = Hold(folder=tmp_path / "hold", at=12)
+    settings = (*HELD, *hold.settings)
     allreduce = sets(*settings, "engine.name=allreduce", "engine.ports=41010-41012")
     words = on_encrypted_standalone(
-        encrypted_standalone.address, *allreduce, "--out", "hdfs:///models/ports", settings=given
-    )
-    seen: set[tuple[str, int]] = set()
+        encrypted_standalone.address, *allreduce, "--out", "hdfs:///models/ports", settings=given,
+        modules=[HOLDING],
+    )  # fmt: skip
+
+    def ours() -> list[int]:
+        marks = [(str(checkout.folder), "app-"), ("127.0.0.4",), ("hdfs:///models/ports",)]
+        return [pid for mark in marks for pid in processes_of(*mark)]
+
     with checkout.started(*words, name="ports") as run:
-        while run.process.poll() is None:
-            ours = (
-                processes_of(str(checkout.folder), "app-")
-                + processes_of("127.0.0.4")
-                + processes_of("hdfs:///models/ports")
-            )
-            seen |= listening(ours)
-            time.sleep(0.5)  # looking at every process takes a core
+        hold.wait(workers=2, process=run.process, log=run.log)
+        seen = listening(ours())  # everybody listens: workers are in the midst of a segment
+        hold.go()
         assert run.wait() == 0, run.said
     between_hosts = {
         port for address, port in seen if address in ("127.0.0.2", "127.0.0.3", "127.0.0.4", "0.0.0.0")

@@ -8,20 +8,20 @@ from functools import cache
 from golden_runs import DEALS, TOOK_PART, tables
 from pyspark.sql import SparkSession
 
+from sparksgd.arithmetic.numerics import Numerics
 from sparksgd.config import Config
+from sparksgd.data.local_files import ParquetRows
 from sparksgd.engines.inline import InlineEngine
-from sparksgd.local_rows import ParquetRows
-from sparksgd.numerics import Numerics
-from sparksgd.participation import Record
-from sparksgd.spark.training import train as train_on_spark
-from sparksgd.training import train as train_inline
+from sparksgd.spark.train import train as train_on_spark
+from sparksgd.training.loop import train as train_inline
+from sparksgd.training.replay import Replay
 
 
-def record_of(config: Config, data_digest: str) -> Record | None:
-    """Return the made-up record of the experiment with backup workers; None for others."""
-    if not config.solver.backup_workers:
+def replay_of(config: Config, data_digest: str) -> Replay | None:
+    """Return the made-up run that the experiment with backup workers repeats; None for others."""
+    if "backup_workers" not in config.solver.arguments:
         return None
-    return Record(
+    return Replay(
         config=config.to_dict(), data_digest=data_digest, model_name=config.model.name, took_part=TOOK_PART,
         deals=DEALS, parameters_sha256=None,
     )  # fmt: skip
@@ -30,10 +30,10 @@ def record_of(config: Config, data_digest: str) -> Record | None:
 def run(path: str, engine: str, workers: int, experiment: str) -> tuple[str, str]:
     """Train; return the digests of parameters and buffers."""
     config = Config.from_dict(tables(experiment))
-    record = record_of(config, digest_of(path))
+    replay = replay_of(config, digest_of(path))
     if engine == "inline":
         training = train_inline(
-            config, rows=ParquetRows(path), test=None, make_engine=InlineEngine, record=record
+            config, rows=ParquetRows(path), test=None, make_engine=InlineEngine, replay=replay
         )
     else:
         settings = replace(
@@ -43,7 +43,7 @@ def run(path: str, engine: str, workers: int, experiment: str) -> tuple[str, str
             num_workers=workers,
         )
         rows = session().read.parquet(path)
-        training = train_on_spark(session(), replace(config, engine=settings), rows, record=record)
+        training = train_on_spark(session(), replace(config, engine=settings), rows, replay=replay)
     return training.flat.parameters_sha256(), training.flat.buffers_sha256()
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from sparksgd import instruction_set
+from sparksgd.arithmetic import instruction_set
 
 HERE = Path(__file__).parent
 
@@ -73,6 +73,7 @@ def test_inline_ends_at_the_golden_digests():
     check(digests("inline"), set(PARAMETERS_AND_BUFFERS))
 
 
+@pytest.mark.jvm
 def test_every_engine_ends_at_the_golden_digests():
     words = (
         "tree:3:batch-norm", "tree:4:momentum", "allreduce:2:adam", "allreduce:3:batch-norm",
@@ -81,6 +82,7 @@ def test_every_engine_ends_at_the_golden_digests():
     check(digests(*words), {"batch-norm", "momentum", "adam", "clipping", "backup replay", "schedule"})
 
 
+@pytest.mark.jvm
 @pytest.mark.soak
 @pytest.mark.timeout(900)
 def test_every_engine_with_every_number_of_workers_ends_at_the_golden_digests():

@@ -13,18 +13,16 @@ from pathlib import Path
 from pyspark.sql import SparkSession
 
 from sparksgd.config import Config
-from sparksgd.spark.training import train_parquet
+from sparksgd.spark.train import train
+from sparksgd.training.state import Observer
 
 
-class Hosts:
+class Hosts(Observer):
     """Observes on which hosts workers ran."""
 
     def __init__(self) -> None:
         self.seen: set[str] = set()
 
-    def started(self, training): ...
-    def evaluated(self, training, report): ...
-    def ended(self, training): ...
     def stepped(self, training, report):
         self.seen |= {worker.host for worker in report.workers}
 
@@ -39,7 +37,8 @@ def main(task_path: Path, results_path: Path, master: str) -> None:
     session, results = builder.getOrCreate(), []
     for settings in task["trainings"]:
         hosts = Hosts()
-        training = train_parquet(session, Config.load(None, settings), observers=[hosts])
+        config = Config.load(None, settings)
+        training = train(session, config, config.data.train, config.data.test, observers=[hosts])
         results.append(
             {
                 "engine": training.engine,

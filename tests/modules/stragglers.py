@@ -1,4 +1,4 @@
-"""Makes workers late, by rules that every process evaluates alike; for `before_gradients`."""
+"""Makes workers late, by rules that every process evaluates alike; for `Probe.before_gradients`."""
 
 from __future__ import annotations
 
@@ -6,9 +6,40 @@ import os
 import time
 from dataclasses import dataclass
 from hashlib import blake2b
+from pathlib import Path
 
 SLOW_HOST = "SPARKSGD_TEST_SLOW_HOST"
 """Variable that is set on a slow host."""
+
+
+@dataclass(frozen=True)
+class HeldBack:
+    """Holds one worker back, before it computes, until its step has been made without it.
+
+    It does so from the first step on: after one of which another worker was late, who is still busy, nobody
+    would make up for this one.  A `StepsMade` of spark_helpers.py, which observes the run, says which steps
+    were made.
+
+    Args:
+        worker: which one.
+        made: the file that holds the number of the last step.
+        steps: how many steps; None for all.
+    """
+
+    worker: int
+    made: str
+    steps: int | None = None
+
+    def __call__(self, worker: int, step: int) -> None:
+        if worker == self.worker and (self.steps is None or step < self.steps):
+            while not self._is_made(step + 1):
+                time.sleep(0.005)  # the driver writes a file; nobody tells of that
+
+    def _is_made(self, number: int) -> bool:
+        try:
+            return int(Path(self.made).read_text()) >= number
+        except FileNotFoundError:
+            return False
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,11 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from sparksgd.rows import RowSchema
-from sparksgd.spark import row_tasks
+from sparksgd.data.schema import RowSchema
+from sparksgd.spark.tasks import row_tasks
+
+ENDLESS_S = 3600.0
+"""Longer than any test may take: what passes did not wait for who sleeps so long."""
 
 
 class NormNet(nn.Module):
@@ -51,8 +54,8 @@ class FlagNet(DropoutNet):
     Args:
         folder: where the flags lie.  `kill-executor` kills the executor's JVM, `kill-worker` this
             process, `kill-always` too and stays, `raise` raises, `nan` makes a BackwardFlagNet's gradient
-            NaN; `sleep` sleeps for a minute and `stop` stops, which leave the process in a file `asleep`
-            beside the folder.
+            NaN; `sleep` sleeps until somebody ends it and `stop` stops, which leave the process in a file
+            `asleep` beside the folder: who waits for that file strikes while the step is held.
         width: of the hidden layer.
     """
 
@@ -87,10 +90,12 @@ class FlagNet(DropoutNet):
             elif name == "raise":
                 raise ValueError("the user's own mistake")
             elif name in ("sleep", "stop"):
-                Path(self.folder).with_name("asleep").write_text(str(os.getpid()))
+                asleep = Path(self.folder).with_name("asleep")
+                asleep.with_suffix(".new").write_text(str(os.getpid()))
+                asleep.with_suffix(".new").rename(asleep)  # whoever finds it reads all of it
                 if name == "stop":
                     os.kill(os.getpid(), signal.SIGSTOP)
-                time.sleep(60)
+                time.sleep(ENDLESS_S)
         return obeyed
 
 
