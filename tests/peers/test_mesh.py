@@ -232,7 +232,7 @@ def be_worker_1_and_die_in_an_exchange(meeting: Meeting) -> None:
     mesh.meet(meeting, 1)
     (to_worker_0,) = mesh._peers.values()
     to_worker_0.sock.setblocking(True)
-    assert to_worker_0.sock.recv(1)  # worker 0 is in its exchange now
+    assert to_worker_0.sock.recv(1 << 16)  # all of it: worker 0 is in its exchange, and gets no reset
     os.kill(os.getpid(), signal.SIGKILL)
 
 
