@@ -218,12 +218,16 @@ def test_jobs_are_submitted_from_another_directory_and_leave_their_status(digits
 
 
 def in_group(group: int) -> bool:
-    """Return whether a process group has a process."""
-    try:
-        os.killpg(group, 0)
-    except ProcessLookupError:
-        return False
-    return True
+    """Return whether a process group has a process that has not ended, reaped or not."""
+    for process in Path("/proc").iterdir():
+        if process.name.isdigit():
+            try:
+                state, _, of = (process / "stat").read_text().rpartition(")")[2].split()[:3]
+            except OSError:
+                continue
+            if int(of) == group and state not in "ZX":
+                return True
+    return False
 
 
 CTRL_C = (signal.SIGINT, "all", 130, {"KeyboardInterrupt", "Cancelled"})
