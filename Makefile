@@ -46,7 +46,7 @@ define check-java
 endef
 
 .DEFAULT_GOAL := help
-.PHONY: help install warm run test-quick test test-all test-long soak test-spark35 test-cluster hadoop-jars check fix bench dist clean
+.PHONY: help install warm run test-quick test test-all soak test-spark35 test-cluster hadoop-jars check fix bench dist clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -88,16 +88,14 @@ test-quick: $(READY) ## Run the tests that need no JVM (a minute)
 	@$(BIN)/python -m pytest -m 'not jvm and not soak and not cluster' $(TESTS)
 
 test: $(READY) ## Run the quick tests and those that share a few Spark sessions (6 minutes); TESTS=... runs some of them
-	$(pytest) -m 'not soak and not cluster' $(TESTS)
+	$(pytest) --numprocesses 2 --dist loadgroup -m 'not soak and not cluster' $(TESTS)
 
 test-all: ## Run every test: test, soak, test-cluster, test-spark35 (before a piece of work is called done)
 	$(MAKE) check
-	$(MAKE) test-long
+	$(MAKE) test
+	$(MAKE) soak
 	$(MAKE) test-cluster
 	$(MAKE) test-spark35
-
-test-long: $(READY)
-	$(pytest) -m 'not cluster' $(TESTS)
 
 test-spark35: ## Run the tests of Spark on the oldest version that is supported; SPARK35_TESTS=... runs some of them
 	@$(MAKE) --no-print-directory test VENV=.venv-spark35 \

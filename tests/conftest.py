@@ -22,10 +22,14 @@ pytest_plugins = ["cluster_fixtures", "spark_fixtures"]  # not of a conftest.py:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Order the tests: without a JVM, with one of their own, by the session they share, with their own."""
+    """Order the tests: without a JVM, with one of their own, by the session they share, with their own.
+
+    Where several processes run them, one process has all tests of a session.
+    """
     for item in items:
-        if "session_for" in getattr(item, "fixturenames", ()):
+        if _uses_sessions(item):
             item.add_marker("jvm")
+            item.add_marker(pytest.mark.xdist_group(_shared_session(item) or "sessions of their own"))
     items.sort(key=_turn)
 
 
@@ -35,7 +39,17 @@ def _turn(item: pytest.Item) -> tuple[int, str]:
         return (4, "")
     if item.get_closest_marker("jvm") is None:
         return (0, "")
-    if "session_for" not in getattr(item, "fixturenames", ()):
+    if not _uses_sessions(item):
         return (1, "")
+    shared = _shared_session(item)
+    return (2, shared) if shared else (3, "")
+
+
+def _uses_sessions(item: pytest.Item) -> bool:
+    return "session_for" in getattr(item, "fixturenames", ())
+
+
+def _shared_session(item: pytest.Item) -> str:
+    """Return the name of the session that a test shares, or nothing."""
     shared = item.get_closest_marker("session")
-    return (3, "") if shared is None else (2, f"{shared.args} {shared.kwargs}")
+    return "" if shared is None else " ".join([*shared.args, *(f"{k}={v}" for k, v in shared.kwargs.items())])
