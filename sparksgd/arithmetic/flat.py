@@ -5,12 +5,13 @@ of the flat vector, and so is its gradient.  Frozen parameters (`requires_grad` 
 The buffers of batch-norm change in training: running means and variances are averaged over the rows, like
 a gradient, and counters advance.  No other buffer may change.
 
-Legend: P parameters, Q running statistics, C counters.
+Legend: P elements of K parameters, Q running statistics, C counters.
 """
 
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -72,6 +73,10 @@ class FlatModule:
         trainable = [(n, p) for n, p in module.named_parameters() if p.requires_grad]
         _check(trainable, module, dtype)
         self.trainable = [parameter for _, parameter in trainable]
+        self.parts = _parts(parameter.numel() for parameter in self.trainable)
+        self.touched: npt.NDArray[np.bool_] | None = None
+        """Which parameters the passes of the last `new_gradient` gave a gradient, bool[K]; None: all."""
+
         size = sum(parameter.numel() for parameter in self.trainable)
         self.parameters = torch.empty(size, dtype=dtype)
         self.gradient = torch.zeros(size, dtype=dtype)
@@ -91,6 +96,8 @@ class FlatModule:
     @contextmanager
     def new_gradient(self, take_part: TakePart | None = None) -> Iterator[npt.NDArray[np.floating]]:
         """Yield a new vector, float[P]; after the block it holds the gradient of the block's backward passes.
+
+        A parameter that these did not reach has zeros in it, and is not among those in `touched`.
 
         The backward passes make tensors of their own, which are then copied.  To add them to views of zeros
         would read and write the vector three times more.
@@ -118,6 +125,8 @@ class FlatModule:
                     hooks.callback(hook.remove)
             try:
                 yield vector
+                reached = [parameter.grad is not None for parameter in self.trainable]
+                self.touched = None if all(reached) else np.array(reached)
                 for number, (parameter, view) in enumerate(self._parts(gradient)):
                     if parameter.grad is None:
                         view.zero_()
@@ -252,6 +261,7 @@ class FlatParameters:
 
     def __init__(self, shapes: Sequence[torch.Size], dtype: torch.dtype) -> None:
         sizes = [shape.numel() for shape in shapes]
+        self.parts = _parts(sizes)
         self.parameters = torch.zeros(sum(sizes), dtype=dtype)
         self.gradient = torch.zeros(sum(sizes), dtype=dtype)
         self.whole = _parameter(self.parameters, self.gradient)
@@ -276,6 +286,12 @@ class FlatStrip:
         self.gradient = flat.gradient[part]
         self.whole = _parameter(self.parameters, self.gradient)
         self.trainable = [self.whole]
+        first, last = strip.start, strip.stop
+        self.parts = [
+            slice(min(max(part.start, first), last) - first, min(max(part.stop, first), last) - first)
+            for part in flat.parts
+        ]
+        """The part of each of the module's parameters; many have no element."""
 
     def weights(self, version: int) -> Weights:
         """Return a copy of the strip's parameters and of all statistics."""
@@ -336,6 +352,12 @@ def _check(trainable: list[tuple[str, nn.Parameter]], module: nn.Module, dtype: 
             raise ModelError(
                 f"parameter {name} is {parameter.dtype}, but must be {dtype}: call module.float()"
             )
+
+
+def _parts(sizes: Iterable[int]) -> list[slice]:
+    """Return each parameter's part of the vector."""
+    ends = [0, *itertools.accumulate(sizes)]
+    return [slice(start, end) for start, end in itertools.pairwise(ends)]
 
 
 def _parameter(values: torch.Tensor, gradient: torch.Tensor) -> nn.Parameter:

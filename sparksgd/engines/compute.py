@@ -262,6 +262,9 @@ class Computer:
             counters=self.flat.counters(),
             loss=loss,
             rows=len(records),
+            touched=self.flat.touched,
+            shard=shard.shard,
+            turn=turn,
         )
 
     def _whole(self, shard: Descriptor) -> Evaluation | None:

@@ -12,7 +12,7 @@ to the first.  So the vector is sent in buckets from its end, each as soon as it
 added before the whole vector is there.  Li et al. 2020, "PyTorch Distributed" (arXiv:2006.15704), section
 3.2.3.
 
-Legend: W workers, S shards, P parameters, Q running statistics, C counters.
+Legend: W workers, S shards, P elements of K parameters, Q running statistics, C counters.
 """
 
 from __future__ import annotations
@@ -248,6 +248,7 @@ def _tail_type(flat: FlatModule, scalars: int) -> np.dtype[Any]:
             ("scalars", "<f8", (scalars,)),
             ("counters", "<i8", counters.shape),
             ("statistics", statistics.dtype, statistics.shape),
+            ("touched", "?", (len(flat.trainable),)),
         ]
     )
 
@@ -257,6 +258,7 @@ def _fill(tail: Any, message: Message | None, shape: MessageShape) -> None:
     tail["rows"] = 0 if message is None else message.rows
     if message is not None:
         tail["shards"], tail["loss"] = message.shards, message.loss
+        tail["touched"] = True if message.touched is None else message.touched
         tail["counters"], tail["statistics"] = message.counters, message.statistics
         tail["scalars"] = [message.scalars[name] for name in shape.scalars]
 
@@ -273,4 +275,5 @@ def _read(tail: Any, vectors: Sequence[Vector], shape: MessageShape) -> Message 
         loss=float(tail["loss"]),
         rows=int(tail["rows"]),
         shards=int(tail["shards"]),
+        touched=None if tail["touched"].all() else tail["touched"].copy(),
     )

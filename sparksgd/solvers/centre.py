@@ -1,4 +1,4 @@
-"""The weights of a central half: reading them, changing them as a transaction, and undoing a step.
+"""The weights of a half: reading them, changing them as a transaction, stepping, and undoing a step.
 
 Legend: P parameters.
 """
@@ -12,9 +12,10 @@ import torch
 
 from sparksgd.arithmetic.flat import FlatModule, FlatStrip, Weights
 from sparksgd.errors import UpdateNotFinite
-from sparksgd.solvers.protocol import Message, SolverState
+from sparksgd.solvers.flat_optimizer import FlatOptimizer
+from sparksgd.solvers.protocol import Message, SolverState, Touched, Vector
 
-__all__ = ["Centre", "clip", "refuse_not_finite"]
+__all__ = ["Centre", "clip", "refuse_not_finite", "step_along"]
 
 
 class Centre:
@@ -81,6 +82,29 @@ class Centre:
             self.flat.load(weights)
             self.version = weights.version
         self._current = self._before = None
+
+
+def step_along(
+    optimizer: FlatOptimizer, total: Vector, rows: int, touched: Touched, clip_norm: float | None, seed: int
+) -> float | None:
+    """Let an optimiser step with a mean gradient; return its norm before clipping.
+
+    Args:
+        optimizer: over the parameters that it changes.
+        total: the sum of the gradients over the rows, float[P].
+        rows: how many.
+        touched: the parameters that have a gradient.
+        clip_norm: the largest norm of the mean gradient; None: nothing is clipped, and no norm is computed.
+        seed: of what an optimiser of the user's own draws.
+
+    Raises:
+        UserCodeError: the optimiser raised.
+    """
+    gradient = optimizer.new_gradient()
+    torch.div(torch.from_numpy(total), rows, out=gradient)
+    norm = clip(gradient, clip_norm)
+    optimizer.step(gradient, touched, seed)
+    return norm
 
 
 def clip(gradient: torch.Tensor, clip_norm: float | None) -> float | None:

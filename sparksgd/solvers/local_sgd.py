@@ -24,13 +24,13 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch.optim import Optimizer
 
 from sparksgd.arithmetic.flat import FlatModule, FlatStrip, Weights
+from sparksgd.arithmetic.seeds import seed32
 from sparksgd.config import Config, OptimizerConfig
 from sparksgd.errors import ConfigError
-from sparksgd.imports import users_code
-from sparksgd.solvers.centre import Centre, clip, refuse_not_finite
+from sparksgd.solvers.centre import Centre, refuse_not_finite, step_along
+from sparksgd.solvers.flat_optimizer import HAS, FlatOptimizer, means
 from sparksgd.solvers.protocol import (
     Answer,
     Gradient,
@@ -44,19 +44,12 @@ from sparksgd.solvers.protocol import (
     SolverState,
     StepOutcome,
     Vector,
+    either,
 )
 from sparksgd.solvers.rules import Experiment, require_at_least
+from sparksgd.solvers.schedules import Rates
 from sparksgd.solvers.synchronous import GRADIENT, SendGradients
-from sparksgd.solvers.torch_optimizers import (
-    Rates,
-    another_optimizer,
-    averaged_state,
-    load_averaged_state,
-    load_state,
-    make_optimizer,
-    state_names,
-    state_of,
-)
+from sparksgd.solvers.torch_optimizers import another_optimizer, make_optimizer, state_names
 
 __all__ = ["LocalSGD", "LocalSGDSettings", "LocalTurns"]
 
@@ -112,6 +105,7 @@ class LocalTurns:
         settings: the rule's keys.
         optimizer: which class of torch.optim, and its arguments.
         state_names: names of the vectors and numbers in the optimiser's state, if it is averaged.
+        seed: of the run.
     """
 
     lag = 0
@@ -124,11 +118,13 @@ class LocalTurns:
         settings: LocalSGDSettings,
         optimizer: OptimizerConfig,
         state_names: tuple[tuple[str, ...], tuple[str, ...]],
+        seed: int,
     ) -> None:
         self._settings, self._config, self._state_names = settings, optimizer, state_names
+        self._seed = seed
         self._synchronous = SendGradients(flat, shard)
         self._local = flat.parameters_like()
-        self._optimizer: Optimizer | None = None
+        self._optimizer: FlatOptimizer | None = None
         self._round: Answer | None = None
         self._made: Gradient | None = None  # rows and losses of the round's turns, and its last statistics
 
@@ -142,9 +138,9 @@ class LocalTurns:
         self._round = answer
         self._local.parameters.copy_(torch.from_numpy(answer.weights.parameters))
         if self._optimizer is None or self._settings.inner_state != "keep":
-            self._optimizer = another_optimizer(self._local, self._config)
-            if answer.vectors or answer.scalars:
-                load_averaged_state(self._optimizer, answer.vectors, answer.scalars)
+            self._optimizer = another_optimizer(self._local, self._config, self._seed)
+            if answer.scalars:
+                self._optimizer.load_averaged(answer.vectors, answer.scalars)
 
     def point(self) -> Vector:
         """Return the local model."""
@@ -160,19 +156,19 @@ class LocalTurns:
             self._synchronous.turn(gradient, settings)
             return
         assert self._optimizer is not None
-        local, before = self._local, self._made
-        torch.div(torch.from_numpy(gradient.vector), gradient.rows, out=local.gradient)
-        clip(local.gradient, self._settings.clip_norm)
-        group = self._optimizer.param_groups[0]
-        group.update(settings)
-        with users_code("the optimiser"):
-            self._optimizer.step()
-        refuse_not_finite(local.parameters, "the shard's own step", "optimizer.lr", float(group["lr"]))
+        optimizer, before = self._optimizer, self._made
+        optimizer.set(settings)
+        seed = seed32(self._seed, "optimizer", gradient.shard, gradient.turn)
+        step_along(
+            optimizer, gradient.vector, gradient.rows, gradient.touched, self._settings.clip_norm, seed
+        )
+        refuse_not_finite(self._local.parameters, "the shard's own step", "optimizer.lr", optimizer.lr)
         self._made = replace(
             gradient,
             vector=gradient.vector[:0],
             rows=gradient.rows + (before.rows if before else 0),
             loss=(before.loss if before else 0.0) + gradient.loss,
+            touched=either(before.touched, gradient.touched) if before else gradient.touched,
         )
 
     def send(self) -> Message | None:
@@ -191,11 +187,13 @@ class LocalTurns:
         scalars: dict[str, float] = {}
         if self._settings.inner_state == "average":
             assert self._optimizer is not None
-            of_elements, of_all = averaged_state(self._optimizer)
-            if (tuple(sorted(of_elements)), tuple(sorted(of_all))) != self._state_names:
+            of_elements, of_all = self._optimizer.averageable()
+            of_elements, of_all = self._or_zeros(of_elements, of_all)
+            found = tuple(sorted(of_elements)), _numbers(of_all)
+            if found != self._state_names:
                 raise ConfigError(
                     f'solver.inner_state is "average", but what the optimiser keeps changes during the run, '
-                    f"from {self._state_names} to {sorted(of_elements)}, {sorted(of_all)}: a schedule "
+                    f"from {self._state_names} to {found}: a schedule "
                     f'switches its momentum. Use solver.inner_state = "drop", or schedule.cycle_momentum = '
                     f"false"
                 )
@@ -203,20 +201,30 @@ class LocalTurns:
             scalars = {name: value * rows for name, value in of_all.items()}
         return Message.of([self._made], vectors, **scalars)
 
+    def _or_zeros(
+        self, vectors: dict[str, Vector], numbers: dict[str, float]
+    ) -> tuple[dict[str, Vector], dict[str, float]]:
+        """Return what the optimiser keeps; zeros if no turn gave any parameter a gradient."""
+        if any(numbers.values()) or vectors:
+            return vectors, numbers
+        names, of_all = self._state_names
+        zeros = {f"{name}.{k}": 0.0 for name in of_all for k in range(len(self._local.parts))}
+        return {name: np.zeros_like(self._local.parameters.numpy()) for name in names}, numbers | zeros
+
     def state(self) -> dict[str, npt.NDArray[Any]]:
         """Return the optimiser's state, if it is kept."""
         if self._optimizer is None or self._settings.inner_state != "keep":
             return {}
-        vectors, scalars = averaged_state(self._optimizer)
+        vectors, scalars = self._optimizer.averageable()
         return {**vectors, **{name: np.asarray(value) for name, value in scalars.items()}}
 
     def load_state(self, state: Mapping[str, npt.NDArray[Any]]) -> None:
         """Continue from the state of another half."""
         if state:
-            self._optimizer = another_optimizer(self._local, self._config)
+            self._optimizer = another_optimizer(self._local, self._config, self._seed)
             vectors = {name: value for name, value in state.items() if value.ndim}
             scalars = {name: float(value) for name, value in state.items() if not value.ndim}
-            load_averaged_state(self._optimizer, vectors, scalars)
+            self._optimizer.load_averaged(vectors, scalars)
 
 
 class LocalSGD:
@@ -246,8 +254,16 @@ class LocalSGD:
         self.needs = settings.needs()
         self._settings, self._experiment = settings, experiment
         self._make_replica = partial(LocalSGD, settings=settings, experiment=experiment)
+        optimizer = None  # a strip has no optimiser: that of a worker half moves whole models
+        if isinstance(flat, FlatModule):
+            optimizer = make_optimizer(flat, experiment.optimizer, experiment.seed)
+            _refuse_several_groups(optimizer, experiment)
         self._rates = Rates(
-            experiment.optimizer, experiment.schedule, experiment.turns_per_move, experiment.moves
+            experiment.optimizer,
+            experiment.schedule,
+            experiment.turns_per_move,
+            experiment.moves,
+            experiment.seed,
         )
         if settings.inner_state != "drop" and not self._rates.is_elementwise:
             raise ConfigError(
@@ -256,7 +272,7 @@ class LocalSGD:
                 f'"drop", or an optimiser of torch.optim that treats each element by itself'
             )
         self.by_strips = settings.inner_state == "drop" and not settings.synchronous_steps
-        self._inner = make_optimizer(flat, experiment.optimizer) if settings.synchronous_steps else None
+        self._inner = optimizer if settings.synchronous_steps else None
         is_averaged = settings.inner_state == "average"
         self._state_names = state_names(experiment.optimizer, self._rates.now) if is_averaged else ((), ())
         self.halves = Halves(
@@ -265,6 +281,7 @@ class LocalSGD:
                 settings=settings,
                 optimizer=experiment.optimizer,
                 state_names=self._state_names,
+                seed=experiment.seed,
             ),
             have_local_models=True,
             keep_state=Need.SHARD_STATE in self.needs,
@@ -304,7 +321,9 @@ class LocalSGD:
         if turn < self._settings.synchronous_steps:
             return GRADIENT
         vectors, scalars = self._state_names
-        return MessageShape(vectors=("difference", *vectors), scalars=scalars)
+        count = len(self.flat.parts) if self._settings.inner_state == "average" else 0
+        of_each = [f"{name}.{k}" for name in (HAS, *scalars) for k in range(count)]
+        return MessageShape(vectors=("difference", *vectors), scalars=tuple(of_each))
 
     def answer(self) -> Answer:
         """Return the weights, and the settings of each turn; the same object until the next step."""
@@ -347,7 +366,7 @@ class LocalSGD:
     def _of_centre(self) -> tuple[dict[str, Vector], dict[str, float]]:
         """Return the state of the centre's optimiser, with which those of the shards begin."""
         assert self._inner is not None
-        return averaged_state(self._inner) if self._rates.is_elementwise else ({}, {})
+        return self._inner.averageable() if self._rates.is_elementwise else ({}, {})
 
     def _step_outside(self, total: Message) -> torch.Tensor | None:
         """Make the outer step: SGD with Nesterov momentum, whose gradient is the mean difference.
@@ -365,20 +384,23 @@ class LocalSGD:
 
     def _step_inside(self, total: Message) -> float | None:
         """Make a step of synchronous SGD; return the norm of the mean gradient if gradients are clipped."""
-        gradient = self.flat.gradient
-        torch.div(torch.from_numpy(total.vectors["gradient"]), total.rows, out=gradient)
-        norm = clip(gradient, self._settings.clip_norm)
         assert self._inner is not None
-        self._inner.param_groups[0].update(self._rates.now)
-        with users_code("the optimiser"):
-            self._inner.step()
-        return norm
+        self._inner.set(self._rates.now)
+        return step_along(
+            self._inner,
+            total.vectors["gradient"],
+            total.rows,
+            total.touched,
+            self._settings.clip_norm,
+            seed32(self._experiment.seed, "optimizer", self.version),
+        )
 
     def _averaged(self, total: Message) -> tuple[dict[str, Vector], dict[str, float]]:
         """Return the mean state of the shards' optimisers, where it is averaged."""
-        rows, (names, _) = np.asarray(total.rows, np.float32), self._state_names
-        scalars = {name: value / total.rows for name, value in total.scalars.items()}
-        return {name: total.vectors[name] / rows for name in names}, scalars
+        if self._settings.inner_state != "average":
+            return {}, {}
+        vectors = {name: total.vectors[name] for name in self._state_names[0]}
+        return means(vectors, total.scalars, total.rows, self.flat.parts)
 
     def readout(self) -> Weights:
         """Return a copy of the centre's weights; the same object until the next step."""
@@ -386,7 +408,7 @@ class LocalSGD:
 
     def state(self) -> SolverState:
         """Return what its next step depends on."""
-        vectors, rest = ({}, None) if self._inner is None else state_of(self._inner)
+        vectors, rest = ({}, None) if self._inner is None else self._inner.state()
         momentum = {} if self._momentum is None else {"outer.momentum": self._momentum.numpy()}
         return SolverState(
             weights=self.readout(),
@@ -409,7 +431,7 @@ class LocalSGD:
         if self._momentum is not None:
             self._momentum = torch.from_numpy(state.vectors["outer.momentum"].copy())
         if self._inner is not None:
-            load_state(self._inner, named("centre."), state.rest["centre"])
+            self._inner.load_state(named("centre."), state.rest["centre"])
         self._vectors = {name: vector.copy() for name, vector in named("halves.").items()}
         self._scalars = dict(state.rest["scalars"])
         self._rates.load_state(state.rest["rates"])
@@ -424,6 +446,22 @@ class LocalSGD:
     def make_replica(self) -> MakeReplica:
         """Return a function that makes another solver of this kind, at version 0; it can be pickled."""
         return self._make_replica
+
+
+def _refuse_several_groups(optimizer: FlatOptimizer, experiment: Experiment) -> None:
+    """Refuse a schedule of several rates, because the answer to the halves has one of each name."""
+    count = len(optimizer.optimizer.param_groups)
+    if count > 1 and experiment.schedule.name is not None:
+        raise ConfigError(
+            f"schedule.name is {experiment.schedule.name!r}, but {experiment.optimizer.name} divides the "
+            f'parameters into {count} groups, and solver.name = "local_sgd" moves the rate of one: leave the '
+            f'schedule out, or use solver.name = "synchronous"'
+        )
+
+
+def _numbers(of_each: Mapping[str, float]) -> tuple[str, ...]:
+    """Return the names of the numbers that an optimiser keeps for a parameter."""
+    return tuple(sorted({name.rpartition(".")[0] for name in of_each} - {HAS}))
 
 
 def _remarks(settings: LocalSGDSettings, experiment: Experiment, rates: Rates) -> list[str]:

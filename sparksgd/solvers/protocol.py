@@ -15,7 +15,7 @@ number.  A solver decides; an engine carries it out.  There are three families, 
 
 What a half keeps belongs to its shard, never to a worker or a host: local models, clocks, versions.
 
-Legend: S shards, P parameters, Q running statistics, C counters, H turns of a round.
+Legend: S shards, P elements of K parameters, Q running statistics, C counters, H turns of a round.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum
+from functools import reduce
 from typing import Any, Protocol, Self, TypeVar
 
 import numpy as np
@@ -46,9 +47,11 @@ __all__ = [
     "Solver",
     "SolverState",
     "StepOutcome",
+    "Touched",
     "Vector",
     "Verdict",
     "WorkerHalf",
+    "either",
 ]
 
 Vector = npt.NDArray[np.floating]
@@ -56,6 +59,18 @@ Vector = npt.NDArray[np.floating]
 
 Settings = Mapping[str, Any]
 """What a schedule sets for one turn, by torch's names: lr, and momentum or betas if it changes them."""
+
+
+Touched = npt.NDArray[np.bool_] | None
+"""Which trainable parameters have a gradient, bool[K]; None: all of them."""
+
+
+def either(one: Touched, other: Touched) -> Touched:
+    """Return which parameters have a gradient in one sum or in the other."""
+    if one is None or other is None:
+        return None
+    found = one | other
+    return None if found.all() else found
 
 
 class Need(Enum):
@@ -89,6 +104,15 @@ class Gradient:
     rows: int
     """How many rows."""
 
+    touched: Touched = None
+    """The parameters that the backward passes gave a gradient; the others have zeros in the vector."""
+
+    shard: int = 0
+    """Which shard's piece it is."""
+
+    turn: int = 0
+    """Which piece of the shard it is, from 0."""
+
 
 @dataclass(kw_only=True)
 class Message:
@@ -114,6 +138,9 @@ class Message:
     shards: int = 1
     """How many shards took part."""
 
+    touched: Touched = None
+    """The parameters that had a gradient in any turn of any shard."""
+
     @classmethod
     def of(cls, gradients: Sequence[Gradient], vectors: dict[str, Vector], **scalars: float) -> Self:
         """Return the message of some turns of a shard, with the statistics after the last one."""
@@ -125,6 +152,7 @@ class Message:
             counters=last.counters,
             loss=sum(gradient.loss for gradient in gradients),
             rows=rows,
+            touched=reduce(either, [gradient.touched for gradient in gradients]),
         )
 
     def __iadd__(self, other: Self) -> Self:
@@ -137,6 +165,7 @@ class Message:
         self.loss += other.loss
         self.rows += other.rows
         self.shards += other.shards
+        self.touched = either(self.touched, other.touched)
         return self
 
     def mean_statistics(self) -> npt.NDArray[np.floating]:

@@ -73,6 +73,9 @@ class Experiment:
     total_turns: int
     """How many turns each shard will make."""
 
+    seed: int = 0
+    """Of the run; what an optimiser of the user's own draws follows from it."""
+
     @property
     def turns_per_move(self) -> int:
         """How many turns pass between two moves of the schedule."""

@@ -11,18 +11,15 @@ algorithms 3 and 4.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-import torch
-
 from sparksgd.arithmetic.flat import FlatModule, FlatStrip, Weights
+from sparksgd.arithmetic.seeds import seed32
 from sparksgd.config import Config
 from sparksgd.errors import ConfigError
-from sparksgd.imports import users_code
-from sparksgd.solvers.centre import Centre, clip
+from sparksgd.solvers.centre import Centre, step_along
 from sparksgd.solvers.protocol import (
     Answer,
     Gradient,
@@ -38,14 +35,8 @@ from sparksgd.solvers.protocol import (
     Vector,
 )
 from sparksgd.solvers.rules import Experiment, require_at_least
-from sparksgd.solvers.torch_optimizers import (
-    is_elementwise,
-    load_state,
-    make_optimizer,
-    make_schedule,
-    remarks_on,
-    state_of,
-)
+from sparksgd.solvers.schedules import make_schedule, remarks_on
+from sparksgd.solvers.torch_optimizers import make_optimizer
 
 __all__ = [
     "GRADIENT",
@@ -162,10 +153,13 @@ class SynchronousSolver:
             is_partial = any(shards != everyone for shards in took_part)
             self.needs = frozenset({Need.ROUNDS, Need.REPLAY} if is_partial else {Need.ROUNDS})
         self._clip_norm = settings.clip_norm
-        self._optimizer = make_optimizer(flat, experiment.optimizer)
-        self.by_strips = is_elementwise(self._optimizer) and self._clip_norm is None
+        self._seed = experiment.seed
+        self._optimizer = make_optimizer(flat, experiment.optimizer, self._seed)
+        self.by_strips = self._optimizer.is_elementwise and self._clip_norm is None
         self._turns_per_move = experiment.turns_per_move
-        self._schedule = make_schedule(self._optimizer, experiment.schedule, experiment.moves)
+        self._schedule = make_schedule(
+            self._optimizer.optimizer, experiment.schedule, experiment.moves, self._seed
+        )
         self.remarks = remarks_on(self._schedule, experiment.moves)
         self._answer: Answer | None = None
 
@@ -199,8 +193,8 @@ class SynchronousSolver:
 
     def state(self) -> SolverState:
         """Return all that its next step depends on; the optimiser's arrays are views."""
-        vectors, rest = state_of(self._optimizer)
-        schedule = None if self._schedule is None else self._schedule.state_dict()
+        vectors, rest = self._optimizer.state()
+        schedule = None if self._schedule is None else self._schedule.state()
         return SolverState(
             weights=self.readout(),
             turns=self.turns,
@@ -210,9 +204,9 @@ class SynchronousSolver:
 
     def load_state(self, state: SolverState) -> None:
         """Continue from the state of another solver, at any step."""
-        load_state(self._optimizer, state.vectors, state.rest["optimizer"])
+        self._optimizer.load_state(state.vectors, state.rest["optimizer"])
         if self._schedule is not None:
-            self._schedule.load_state_dict(copy.deepcopy(dict(state.rest["schedule"] or {})))
+            self._schedule.load_state(state.rest["schedule"])
         self._centre.load(state)
 
     def readout(self) -> Weights:
@@ -231,16 +225,20 @@ class SynchronousSolver:
 
         Raises:
             UpdateNotFinite: the step would make a parameter NaN or infinite; the weights stay as before.
+            UserCodeError: the optimiser or the schedule raised.
         """
-        gradient = self.flat.gradient
-        torch.div(torch.from_numpy(total.vectors["gradient"]), total.rows, out=gradient)
-        norm = clip(gradient, self._clip_norm)
-        lr = float(self._optimizer.param_groups[0]["lr"])
-        with self._centre.step(total, 1, "optimizer.lr", lr), users_code("the optimiser"):
-            self._optimizer.step()
+        lr, seed = self._optimizer.lr, seed32(self._seed, "optimizer", self.version)
+        with self._centre.step(total, 1, "optimizer.lr", lr):
+            norm = step_along(
+                self._optimizer,
+                total.vectors["gradient"],
+                total.rows,
+                total.touched,
+                self._clip_norm,
+                seed,
+            )
         if self._schedule is not None and self.version % self._turns_per_move == 0:
-            with users_code("the schedule"):
-                self._schedule.step()
+            self._schedule.move(self.version)
         return StepOutcome(lr=lr, gradient_norm=norm)
 
     def step_back(self) -> None:

@@ -1,301 +1,236 @@
-"""torch's optimisers and schedules for all rules: making them, refusing them, their state as arrays.
+"""torch's optimisers for all rules: making them, trying them, refusing them.
+
+An optimiser of the user's own, and one of torch that looks at whole tensors, is tried on small tensors of the
+dimensions of the module's: held as it will be, against itself held as a plain loop would.  So the trial finds
+tensors that share memory with a parameter that is rebound, state that no attribute holds, and numbers that no
+seed decides.
 
 torch wraps the methods of its optimisers.  The wrapper imports torch._dynamo, the compiler, only to switch it
 off, which costs a second and 75 MB in every process.  After `without_compiler()` the method is called without
 the wrapper, as long as nothing else in the process has imported the compiler.
-
-Legend: P parameters.
 """
 
 from __future__ import annotations
 
-import copy
 import functools
 import inspect
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
-from torch.optim import Optimizer, lr_scheduler
+from torch.optim import Optimizer
 
 from sparksgd.arithmetic.flat import FlatParameters
-from sparksgd.config import OptimizerConfig, ScheduleConfig
-from sparksgd.errors import ConfigError
-from sparksgd.imports import did_you_mean, resolve, users_code
-from sparksgd.solvers.protocol import Settings, Vector
+from sparksgd.arithmetic.seeds import seed32
+from sparksgd.config import OptimizerConfig
+from sparksgd.errors import ConfigError, UserCodeError
+from sparksgd.imports import did_you_mean, resolve
+from sparksgd.solvers.flat_optimizer import ELEMENTWISE, HAS, FlatOptimizer, Parameters, seeded
+from sparksgd.solvers.protocol import Settings, Touched
 
 __all__ = [
-    "Parameters",
-    "Rates",
     "another_optimizer",
-    "averaged_state",
-    "is_elementwise",
-    "load_averaged_state",
-    "load_state",
+    "class_named",
     "make_optimizer",
-    "make_schedule",
-    "remarks_on",
+    "refusing",
     "state_names",
-    "state_of",
     "without_compiler",
 ]
 
-# They update each element by itself.  So one vector of all parameters gives the same bits as many tensors,
-# and so do strips of the vector.  A test checks this for each of them.
-_ELEMENTWISE = (
-    torch.optim.SGD,
-    torch.optim.Adam,
-    torch.optim.AdamW,
-    torch.optim.Adamax,
-    torch.optim.NAdam,
-    torch.optim.RAdam,
-    torch.optim.Adagrad,
-    torch.optim.Adadelta,
-    torch.optim.RMSprop,
-    torch.optim.Rprop,
-    torch.optim.ASGD,
-)
 
+def make_optimizer(parameters: Parameters, config: OptimizerConfig, seed: int = 0) -> FlatOptimizer:
+    """Return the optimiser that a configuration names, after a trial.
 
-class Parameters(Protocol):
-    """Parameters as one vector, and as the tensors that are its parts."""
-
-    whole: nn.Parameter
-    trainable: list[nn.Parameter]
-
-
-def is_elementwise(optimizer: Optimizer) -> bool:
-    """Return whether an optimiser treats each element by itself, so that strips can be updated apart."""
-    return type(optimizer) in _ELEMENTWISE
-
-
-def make_optimizer(parameters: Parameters, config: OptimizerConfig) -> Optimizer:
-    """Return the optimiser that a configuration names, over one vector, or over its tensors if it needs them.
+    Args:
+        parameters: that it will move.
+        config: which class, and its arguments.
+        seed: of the run.
 
     Raises:
-        ConfigError: no optimiser has that name, or it does not take these arguments.
+        ConfigError: no optimiser has that name, it does not take these arguments or parameters, or it cannot
+            be held as this package holds optimisers.
     """
-    kind = _optimizer_kind(config)
-    if config.arguments.get("fused"):
-        raise ConfigError("optimizer.fused is true, but fused optimisers give other bits: leave it out")
-    if issubclass(kind, torch.optim.LBFGS):
-        raise ConfigError("optimizer.name is 'LBFGS', which evaluates a step many times: use another")
-    with _refusing("optimizer", config.name, kind, config.arguments):
-        trial = nn.Parameter(torch.zeros(2, 2))
-        trial.grad = torch.ones(2, 2)
-        kind([trial], **config.arguments).step()
-        return another_optimizer(parameters, config)
+    try_optimizer([parameter.shape for parameter in parameters.trainable], config)
+    return another_optimizer(parameters, config, seed)
 
 
-def another_optimizer(parameters: Parameters, config: OptimizerConfig) -> Optimizer:
+def another_optimizer(parameters: Parameters, config: OptimizerConfig, seed: int = 0) -> FlatOptimizer:
     """Return an optimiser as `make_optimizer` does, of a configuration that was tried before."""
     kind = _optimizer_kind(config)
-    tensors = [parameters.whole] if kind in _ELEMENTWISE else parameters.trainable
-    made: Optimizer = kind(tensors, **config.arguments)
-    return made
-
-
-def _optimizer_kind(config: OptimizerConfig) -> Any:
-    return _kind("optimizer.name", config.name, torch.optim, Optimizer)
-
-
-def make_schedule(
-    optimizer: Optimizer, config: ScheduleConfig, moves: int
-) -> lr_scheduler.LRScheduler | None:
-    """Return the schedule that a configuration names, or None; it must last for this many moves.
-
-    Raises:
-        ConfigError: no schedule has that name, it does not take these arguments, or it ends too early.
-    """
-    if config.name is None:
-        if config.arguments:
-            raise ConfigError(
-                f"schedule.{next(iter(config.arguments))} is set, but schedule.name is not: name one, or "
-                f"unset {' and '.join(f'schedule.{key}' for key in config.arguments)} (--set KEY=none)"
-            )
-        return None
-    kind = _kind("schedule.name", config.name, lr_scheduler, lr_scheduler.LRScheduler)
-    if issubclass(kind, lr_scheduler.ReduceLROnPlateau):
-        raise ConfigError(
-            "schedule.name is 'ReduceLROnPlateau', but the rate must follow from the step alone: "
-            "use CosineAnnealingLR, OneCycleLR or another"
-        )
-    with _refusing("schedule", config.name, kind, config.arguments):
-        trial = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0, momentum=0.9)
-        moving = kind(trial, **config.arguments)
-        trial.step()
-        moving.step()
-        made: lr_scheduler.LRScheduler = kind(optimizer, **config.arguments)
-    limit = getattr(made, "total_steps", None)
-    if limit is not None and limit < moves:
-        raise ConfigError(
-            f"schedule.total_steps is {limit}, but the run moves the schedule {moves} times: "
-            f"set schedule.total_steps={moves}"
-        )
-    return made
-
-
-def remarks_on(schedule: lr_scheduler.LRScheduler | None, moves: int) -> list[str]:
-    """Return a remark if the run ends before the schedule does."""
-    limit = getattr(schedule, "total_steps", None)
-    if limit is None or not 0 < moves < limit:
-        return []
-    return [
-        f"schedule.total_steps is {limit}, but the run moves the schedule {moves} times and ends before its "
-        f"end: set schedule.total_steps={moves}"
-    ]
-
-
-def state_of(optimizer: Optimizer) -> tuple[dict[str, Vector], dict[str, Any]]:
-    """Return an optimiser's state: what it keeps for each element of its vector, and the rest.
-
-    The arrays are views of its tensors.  An optimiser over several tensors has no vectors.
-    """
-    whole = optimizer.state_dict()
-    kept = {
-        key: {name: v.numpy() if isinstance(v, torch.Tensor) else v for name, v in values.items()}
-        for key, values in whole["state"].items()
-    }
-    vectors: dict[str, Vector] = {}
-    if is_elementwise(optimizer):
-        (parameter,) = optimizer.param_groups[0]["params"]
-        of_whole = kept.get(0, {})
-        vectors = {name: v for name, v in of_whole.items() if np.shape(v) == tuple(parameter.shape)}
-        kept = {0: {name: v for name, v in of_whole.items() if name not in vectors}} if of_whole else {}
-    return vectors, {"param_groups": whole["param_groups"], "state": kept}
-
-
-def load_state(optimizer: Optimizer, vectors: Mapping[str, Vector], rest: Mapping[str, Any]) -> None:
-    """Continue from the state of another optimiser of the same kind, from `state_of`; it is copied."""
-    kept = {key: dict(values) for key, values in rest["state"].items()}
-    if vectors:
-        kept[0] = kept.get(0, {}) | dict(vectors)
-    tensors = {
-        key: {name: torch.from_numpy(v) if isinstance(v, np.ndarray) else v for name, v in values.items()}
-        for key, values in kept.items()
-    }
-    optimizer.load_state_dict(copy.deepcopy({**rest, "state": tensors}))
-
-
-def averaged_state(optimizer: Optimizer) -> tuple[dict[str, Vector], dict[str, float]]:
-    """Return the state of an elementwise optimiser, in a form that can be averaged.
-
-    Returns:
-        Copies of what it keeps for each element, float32[P] each, and its single numbers, such as a count.
-    """
-    vectors, rest = state_of(optimizer)
-    numbers = {name: float(v) for name, v in rest["state"].get(0, {}).items() if v is not None}
-    return {name: vector.copy() for name, vector in vectors.items()}, numbers
-
-
-def load_averaged_state(
-    optimizer: Optimizer, vectors: Mapping[str, Vector], numbers: Mapping[str, float]
-) -> None:
-    """Let an elementwise optimiser continue from a result of `averaged_state`, or from a mean of several."""
-    _, rest = state_of(optimizer)
-    kept = {name: np.asarray(value, np.float32) for name, value in numbers.items()}
-    load_state(optimizer, vectors, {**rest, "state": {0: kept}})
+    tensors = [parameters.whole] if kind in ELEMENTWISE else parameters.trainable
+    with refusing("optimizer", config.name, kind, config.arguments), seeded(kind, seed32(seed, "optimizer")):
+        return FlatOptimizer(parameters, kind(tensors, **config.arguments))
 
 
 def state_names(config: OptimizerConfig, settings: Settings) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Return the names of what an elementwise optimiser keeps after a step: vectors, and numbers."""
     trial = FlatParameters([torch.Size([2])], torch.float32)
     optimizer = another_optimizer(trial, config)
-    optimizer.param_groups[0].update(settings)
+    optimizer.set(settings)
     trial.gradient.fill_(1)
-    optimizer.step()
-    vectors, numbers = averaged_state(optimizer)
-    return tuple(sorted(vectors)), tuple(sorted(numbers))
+    optimizer.step(trial.gradient, None, 0)
+    vectors, numbers = optimizer.averageable()
+    names = {name.rpartition(".")[0] for name in numbers} - {HAS}
+    return tuple(sorted(vectors)), tuple(sorted(names))
 
 
-class Rates:
-    """What a schedule sets in each turn; the schedule moves a stand-in optimiser with one element.
+def _optimizer_kind(config: OptimizerConfig) -> Any:
+    return class_named("optimizer.name", config.name, torch.optim, Optimizer)
 
-    Args:
-        optimizer: which class of torch.optim, and its arguments.
-        schedule: which class of torch.optim.lr_scheduler, and its arguments.
-        turns_per_move: how many turns pass between two moves of the schedule.
-        moves: how often it will be moved.
+
+# The trial
+
+_TRIED_STEPS = 4
+_STATE_AFTER = 2
+_LARGEST = 3  # of a dimension of a tried tensor
+
+
+def try_optimizer(shapes: Sequence[torch.Size], config: OptimizerConfig) -> None:
+    """Try an optimiser on small tensors of as many dimensions as these.
+
+    Raises:
+        ConfigError: see `make_optimizer`.
     """
-
-    def __init__(
-        self, optimizer: OptimizerConfig, schedule: ScheduleConfig, turns_per_move: int, moves: int
-    ) -> None:
-        stand_in = FlatParameters([torch.Size([1, 1])], torch.float32)
-        self._optimizer = make_optimizer(stand_in, optimizer)
-        self.is_elementwise = is_elementwise(self._optimizer)
-        self._unscheduled = dict(self._group)
-        self._schedule = make_schedule(self._optimizer, schedule, moves)
-        scheduled = dict(self._group)
-        self._optimizer.step()  # else torch warns that the schedule moved first
-        self._group.update(scheduled)
-        self._moved: set[str] = set()
-        self._note_moved()
-        self._turns_per_move = turns_per_move
-        self._turn = 0
-        self.remarks = remarks_on(self._schedule, moves)
-
-    @property
-    def _group(self) -> dict[str, Any]:
-        return self._optimizer.param_groups[0]
-
-    @property
-    def lr(self) -> float:
-        """Return the learning rate of the next turn."""
-        return float(self._group["lr"])
-
-    @property
-    def now(self) -> Settings:
-        """What the schedule has set for the turn that is next: nothing without one."""
-        return {name: self._group[name] for name in sorted(self._moved)}
-
-    def move(self, turns: int) -> None:
-        """Let this many turns pass."""
-        if self._schedule is None:
-            self._turn += turns
+    kind, arguments = _optimizer_kind(config), config.arguments
+    if arguments.get("fused"):
+        raise ConfigError("optimizer.fused is true, but fused optimisers give other bits: leave it out")
+    if issubclass(kind, torch.optim.LBFGS):
+        raise ConfigError("optimizer.name is 'LBFGS', which evaluates a step many times: use another")
+    if issubclass(kind, torch.optim.SparseAdam):
+        raise ConfigError(
+            f"optimizer.name is {config.name!r}, which takes sparse gradients alone, but gradients are "
+            f"summed as dense vectors: use Adam"
+        )
+    with refusing("optimizer", config.name, kind, arguments):
+        if kind in ELEMENTWISE:
+            one = _free([torch.Size([2, 2])])
+            one[0].grad = torch.ones(2, 2)
+            kind(one, **arguments).step()
             return
-        for _ in range(turns):
-            self._turn += 1
-            if self._turn % self._turns_per_move == 0:
-                with users_code("the schedule"):
-                    self._schedule.step()
-                self._note_moved()
-
-    def ahead(self, turns: int) -> tuple[Settings, ...]:
-        """Return what will be set for each of the next turns."""
-        if self._schedule is None:
-            return (self.now,) * turns
-        before, found = copy.deepcopy(self.state()), []
-        for _ in range(turns):
-            found.append(self.now)
-            self.move(1)
-        self.load_state(before)
-        return tuple(found)
-
-    def _note_moved(self) -> None:
-        """Note which of the optimiser's keys the schedule changes."""
-        before, now = self._unscheduled, self._group
-        self._moved |= {name for name, v in before.items() if name != "params" and now[name] != v}
-
-    def state(self) -> dict[str, Any]:
-        """Return where it is; a view."""
-        group = {name: v for name, v in self._group.items() if name != "params"}
-        schedule = None if self._schedule is None else self._schedule.state_dict()
-        return {"turn": self._turn, "group": group, "moved": sorted(self._moved), "schedule": schedule}
-
-    def load_state(self, state: Mapping[str, Any]) -> None:
-        """Continue from the state of another one."""
-        self._turn, self._moved = state["turn"], set(state["moved"])
-        self._group.update(copy.deepcopy(dict(state["group"])))
-        if self._schedule is not None:
-            self._schedule.load_state_dict(copy.deepcopy(dict(state["schedule"])))
+        small = {len(shape): torch.Size(min(size, _LARGEST) for size in shape) for shape in shapes}
+        tried = list(small.values()) * (2 if len(small) == 1 else 1)
+        try:
+            expected = _steps_of_torch(kind, arguments, tried, None)
+        except Exception:
+            tried = list(shapes)  # it may need larger ones
+            expected = _steps_of_torch(kind, arguments, tried, None)
+        _compare(kind, config, tried, expected)
 
 
-def _kind(key: str, name: str, home: Any, base: type[Any]) -> Any:
+def _compare(
+    kind: Any, config: OptimizerConfig, shapes: Sequence[torch.Size], expected: list[torch.Tensor]
+) -> None:
+    """Refuse an optimiser that gives other parameters as it is held here."""
+
+    def refuse(what: str) -> None:
+        raise ConfigError(f"optimizer.name is {config.name!r}, but {what}")
+
+    if not _are_same(expected, _steps_of_torch(kind, config.arguments, shapes, None)):
+        refuse(
+            "two that are made alike give different parameters: let it draw from torch's, numpy's or "
+            "random's global generator, which are seeded for each step, and from no clock"
+        )
+    if not _are_same(expected, _steps_as_held(kind, config, shapes, None, moves=False)):
+        refuse(
+            "it gives other parameters where these are views of one vector: it keeps a tensor that shares "
+            "memory with a parameter that it rebinds; let it keep p.detach().clone()"
+        )
+    if not _are_same(expected, _steps_as_held(kind, config, shapes, None, moves=True)):
+        refuse(
+            "it does not go on to the same parameters in another process: it keeps something that is no "
+            "attribute of its own, such as a global, or something of its class; keep it in self.state"
+        )
+    untouched = [index > 0 for index in range(len(shapes))]
+    try:
+        skipping = _steps_of_torch(kind, config.arguments, shapes, untouched)
+    except Exception:
+        return  # as in plain torch, it raises where a parameter has no gradient
+    if not _are_same(skipping, _steps_as_held(kind, config, shapes, untouched, moves=True)):
+        refuse("it gives other parameters than in plain torch where one has no gradient: use another")
+
+
+def _steps_of_torch(
+    kind: Any, arguments: Mapping[str, Any], shapes: Sequence[torch.Size], touched: list[bool] | None
+) -> list[torch.Tensor]:
+    """Return the parameters after each step of a plain loop; in one step some have no gradient."""
+    parameters, found = _free(shapes), []
+    with seeded(kind, seed32(0, "optimizer")):
+        optimizer = kind(parameters, **arguments)
+    if "lr" not in optimizer.param_groups[0]:
+        raise ValueError("its parameter groups have no 'lr', which schedules and reports need")
+    for step in range(_TRIED_STEPS):
+        mask = touched if step == _STATE_AFTER else None
+        for number, parameter in enumerate(parameters):
+            has_gradient = mask is None or mask[number]
+            parameter.grad = _wave(parameter.shape, 10 * step + number) if has_gradient else None
+        with seeded(kind, step):
+            optimizer.step()
+        found.append(torch.cat([parameter.detach().reshape(-1) for parameter in parameters]))
+    return found
+
+
+def _steps_as_held(
+    kind: Any,
+    config: OptimizerConfig,
+    shapes: Sequence[torch.Size],
+    touched: list[bool] | None,
+    *,
+    moves: bool,
+) -> list[torch.Tensor]:
+    """Return the same of a `FlatOptimizer`; if it moves, another one takes over in the middle."""
+
+    def made() -> tuple[FlatParameters, FlatOptimizer]:
+        parameters = FlatParameters(shapes, torch.float32)
+        for number, (parameter, shape) in enumerate(zip(parameters.trainable, shapes, strict=True)):
+            parameter.data.copy_(_wave(shape, number))
+        return parameters, another_optimizer(parameters, config)
+
+    parameters, optimizer = made()
+    found = []
+    for step in range(_TRIED_STEPS):
+        if moves and step == _STATE_AFTER:
+            vectors, rest = optimizer.state()
+            values = parameters.parameters.clone()
+            parameters, optimizer = made()
+            parameters.parameters.copy_(values)
+            optimizer.load_state(vectors, rest)
+        mask: Touched = np.array(touched) if touched and step == _STATE_AFTER else None
+        gradient = optimizer.new_gradient()
+        for number, (part, shape) in enumerate(zip(parameters.parts, shapes, strict=True)):
+            gradient[part] = _wave(shape, 10 * step + number).reshape(-1)
+        optimizer.step(gradient, mask, step)
+        found.append(parameters.parameters.clone())
+    return found
+
+
+def _free(shapes: Sequence[torch.Size]) -> list[nn.Parameter]:
+    return [nn.Parameter(_wave(shape, number)) for number, shape in enumerate(shapes)]
+
+
+def _wave(shape: torch.Size, phase: int) -> torch.Tensor:
+    """Return values between -1 and 1 that are not alike."""
+    return torch.sin(torch.arange(shape.numel()) * 1.7 + phase).view(shape)
+
+
+def _are_same(one: Sequence[torch.Tensor], other: Sequence[torch.Tensor]) -> bool:
+    """Compare to rounding: matrix products depend on where in memory a tensor begins."""
+    pairs = zip(one, other, strict=True)
+    return all(torch.allclose(a, b, rtol=1e-4, atol=1e-6, equal_nan=True) for a, b in pairs)
+
+
+# Classes by name
+
+
+def class_named(key: str, name: str, home: Any, base: type[Any]) -> Any:
+    """Return the class that a configuration value names: one of torch's module `home`, or the user's own.
+
+    Raises:
+        ConfigError: there is none, or it is not derived from `base`.
+    """
     ours = {
         word: kind
         for word, kind in vars(home).items()
@@ -308,7 +243,7 @@ def _kind(key: str, name: str, home: Any, base: type[Any]) -> Any:
 
 
 @contextmanager
-def _refusing(section: str, name: str, kind: Any, arguments: Mapping[str, Any]) -> Iterator[None]:
+def refusing(section: str, name: str, kind: Any, arguments: Mapping[str, Any]) -> Iterator[None]:
     """Turn an error of torch about arguments, at the start or at the first step, into a ConfigError."""
     known = inspect.signature(kind).parameters
     takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in known.values())
@@ -317,6 +252,10 @@ def _refusing(section: str, name: str, kind: Any, arguments: Mapping[str, Any]) 
             raise ConfigError(f"{section}.{key} is no argument of {name}{did_you_mean(key, list(known)[1:])}")
     try:
         yield
+    except ConfigError:
+        raise
+    except UserCodeError as error:
+        raise ConfigError(f"{section}.name is {name!r}, which cannot be used: {error}") from error
     except Exception as error:
         raise ConfigError(
             f"{section}.name is {name!r}, which does not take {dict(arguments)}: "

@@ -173,6 +173,7 @@ def _experiment(config: Config, turns_per_epoch: int, total_turns: int) -> Exper
         num_shards=config.train.num_shards,
         turns_per_epoch=turns_per_epoch,
         total_turns=total_turns,
+        seed=config.train.seed,
     )
 
 

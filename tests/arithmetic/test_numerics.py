@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import subprocess
 import sys
 import zipfile
@@ -11,12 +12,13 @@ from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 import sparksgd
 from sparksgd.arithmetic import instruction_set, numerics
-from sparksgd.arithmetic.numerics import Numerics, thread_count
+from sparksgd.arithmetic.numerics import Numerics, generators_seeded, thread_count
 from sparksgd.errors import ConfigError
 
 SAY = """
@@ -140,3 +142,27 @@ def test_the_package_s_digest_is_of_its_source_wherever_it_lies(
     with zipfile.ZipFile(tmp_path / "package.zip", "a") as archive:
         archive.writestr("sparksgd/one_more.py", "")
     assert digest() != here
+
+
+def drawn() -> tuple[float, float, float]:
+    return torch.rand(()).item(), float(np.random.rand()), random.random()
+
+
+def test_seeded_generators_draw_the_same_numbers_and_the_callers_go_on_as_before() -> None:
+    torch.manual_seed(1)
+    np.random.seed(2)
+    random.seed(3)
+    undisturbed = drawn(), drawn()
+    torch.manual_seed(1)
+    np.random.seed(2)
+    random.seed(3)
+    first = drawn()
+    with generators_seeded(7):
+        seeded = drawn()
+    with generators_seeded(7):
+        assert drawn() == seeded
+    with pytest.raises(ZeroDivisionError), generators_seeded(7):
+        raise ZeroDivisionError
+    assert (first, drawn()) == undisturbed
+    with generators_seeded(8):
+        assert all(one != other for one, other in zip(drawn(), seeded, strict=True))

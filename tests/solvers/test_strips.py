@@ -14,7 +14,7 @@ from torch import nn
 from sparksgd.arithmetic.flat import FlatModule, FlatStrip
 from sparksgd.arithmetic.ranges import balanced_range
 from sparksgd.config import OptimizerConfig, ScheduleConfig
-from sparksgd.solvers import torch_optimizers
+from sparksgd.solvers import flat_optimizer
 from sparksgd.solvers.protocol import Message, SolverState
 from sparksgd.solvers.rules import Experiment
 from sparksgd.solvers.synchronous import SynchronousSettings, SynchronousSolver
@@ -27,7 +27,7 @@ ARGUMENTS: dict[str, list[dict[str, Any]]] = {
 }
 CASES = [
     (kind.__name__, arguments)
-    for kind in torch_optimizers._ELEMENTWISE
+    for kind in flat_optimizer.ELEMENTWISE
     for arguments in ARGUMENTS.get(kind.__name__, [{}])
 ]
 

@@ -7,9 +7,9 @@ import sys
 
 import pytest
 
-from sparksgd.solvers import torch_optimizers
+from sparksgd.solvers import flat_optimizer
 
-NAMES = [kind.__name__ for kind in torch_optimizers._ELEMENTWISE]
+NAMES = [kind.__name__ for kind in flat_optimizer.ELEMENTWISE]
 
 PROGRAM = """
 import sys

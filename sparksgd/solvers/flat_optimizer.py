@@ -1,0 +1,362 @@
+"""A torch optimiser on flat parameters: its steps, and what it keeps as arrays.
+
+    an optimiser of torch that treats each element by itself
+        holds one vector, as long as every step gives every parameter a gradient; from the first other step
+        on, one view for each parameter, so that torch skips the parameters without a gradient.  Both give
+        the same bits, and so do strips of the vector.
+    any other
+        holds the parameters themselves, in their shapes.  What its step leaves in `p.data` is taken up into
+        the vector, and `p.grad` is set before each step.
+
+Legend: P elements of K parameters.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from sparksgd.arithmetic.numerics import generators_seeded
+from sparksgd.errors import ConfigError
+from sparksgd.imports import users_code
+from sparksgd.solvers.carrying import CannotCarry, own_attributes, packed, replace_attributes, unpacked
+from sparksgd.solvers.protocol import Settings, Touched, Vector
+
+__all__ = ["ELEMENTWISE", "FlatOptimizer", "Parameters", "is_of_torch", "means", "seeded"]
+
+# They update each element by itself.  So one vector of all parameters gives the same bits as many tensors,
+# and so do strips of the vector.  A test checks this for each of them.
+ELEMENTWISE = (
+    torch.optim.SGD,
+    torch.optim.Adam,
+    torch.optim.AdamW,
+    torch.optim.Adamax,
+    torch.optim.NAdam,
+    torch.optim.RAdam,
+    torch.optim.Adagrad,
+    torch.optim.Adadelta,
+    torch.optim.RMSprop,
+    torch.optim.Rprop,
+    torch.optim.ASGD,
+)
+
+
+class Parameters(Protocol):
+    """Parameters as one vector, and as the tensors that are its parts."""
+
+    parameters: torch.Tensor
+    gradient: torch.Tensor
+    whole: nn.Parameter
+    trainable: list[nn.Parameter]
+    parts: list[slice]
+
+
+def is_of_torch(kind: type[Any]) -> bool:
+    """Return whether a class is torch's own: it draws no random number, and its state_dict is complete."""
+    return kind.__module__.startswith("torch.optim.")
+
+
+def seeded(kind: type[Any], seed: int) -> AbstractContextManager[None]:
+    """Seed the global generators while code of this class runs, where it may draw from them."""
+    return nullcontext() if is_of_torch(kind) else generators_seeded(seed)
+
+
+class FlatOptimizer:
+    """An optimiser and its parameters.
+
+    Args:
+        parameters: that it moves.
+        optimizer: over `parameters.whole` if it treats each element by itself, else over
+            `parameters.trainable`.
+    """
+
+    def __init__(self, parameters: Parameters, optimizer: Optimizer) -> None:
+        self.optimizer = optimizer
+        self.is_elementwise = type(optimizer) in ELEMENTWISE
+        self._parameters = parameters
+        self._views: list[nn.Parameter] = []  # one for each parameter, once they are needed
+        self._given = _identities(optimizer)
+
+    @property
+    def group(self) -> dict[str, Any]:
+        """Return the first parameter group."""
+        return self.optimizer.param_groups[0]
+
+    @property
+    def lr(self) -> float:
+        """Return the learning rate of the first parameter group."""
+        return float(self.group["lr"])
+
+    def set(self, settings: Settings) -> None:
+        """Set what a schedule says."""
+        self.group.update(settings)
+
+    def new_gradient(self) -> torch.Tensor:
+        """Return a vector for the gradient of the next step, float[P].
+
+        An optimiser of the user's own may keep its gradients, and change them.  So it gets new ones.
+        """
+        gradient = self._parameters.gradient
+        return gradient if self.is_elementwise else torch.empty_like(gradient)
+
+    def step(self, gradient: torch.Tensor, touched: Touched, seed: int) -> None:
+        """Make a step.
+
+        Args:
+            gradient: float[P], from `new_gradient`.
+            touched: the parameters that have a gradient; that of the others is None.
+            seed: of what an optimiser of the user's own draws.
+
+        Raises:
+            UserCodeError: the optimiser raised.
+            ConfigError: it put other parameters into its groups, or made one of another shape or type.
+        """
+        if not self.is_elementwise:
+            self._step_of_shapes(gradient, touched, seed)
+            return
+        if touched is not None and not self._views:
+            self._divide()
+        for number, view in enumerate(self._views):
+            has_gradient = touched is None or touched[number]
+            view.grad = gradient[self._parameters.parts[number]] if has_gradient else None
+        with users_code("the optimiser"):
+            self.optimizer.step()
+
+    def _step_of_shapes(self, gradient: torch.Tensor, touched: Touched, seed: int) -> None:
+        held = self._parameters
+        values = self._shaped(held.parameters)
+        for number, (parameter, part) in enumerate(zip(held.trainable, self._shaped(gradient), strict=True)):
+            parameter.grad = part if touched is None or touched[number] else None
+        made: dict[int, torch.Tensor] = {}
+        try:
+            with users_code("the optimiser"), seeded(type(self.optimizer), seed):
+                self.optimizer.step()
+            for number, (parameter, value) in enumerate(zip(held.trainable, values, strict=True)):
+                if not _is_same_memory(parameter.data, value):
+                    made[number] = self._refuse_other_form(number, parameter.data, value).clone()
+            self._refuse_other_parameters()
+        finally:
+            views = zip(held.trainable, values, self._shaped(held.gradient), strict=True)
+            for number, (parameter, value, of_gradient) in enumerate(views):
+                if number in made:
+                    value.copy_(made[number])
+                parameter.data, parameter.grad = value, of_gradient
+
+    def _shaped(self, vector: torch.Tensor) -> list[torch.Tensor]:
+        """Return each parameter's part of a vector, [P], in the parameter's shape."""
+        shapes = self._shapes
+        return [vector[part].view(shape) for part, shape in zip(self._parameters.parts, shapes, strict=True)]
+
+    @property
+    def _shapes(self) -> list[torch.Size]:
+        return [parameter.shape for parameter in self._parameters.trainable]
+
+    def _refuse_other_form(self, number: int, made: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        """Return what the optimiser made of a parameter, if it can be taken up."""
+        if made.shape == value.shape and made.dtype == value.dtype and made.device == value.device:
+            return made
+        raise ConfigError(
+            f"the optimiser {type(self.optimizer).__name__} made parameter {number} {made.dtype} of shape "
+            f"{tuple(made.shape)} on {made.device}, but it was {value.dtype} of shape {tuple(value.shape)}: "
+            f"let its step keep type and shape"
+        )
+
+    def _refuse_other_parameters(self) -> None:
+        if _identities(self.optimizer) != self._given:
+            raise ConfigError(
+                f"the optimiser {type(self.optimizer).__name__} put other objects into param_groups than it "
+                f"was given, so the module would not train: let its step change the parameters in "
+                f'group["params"]'
+            )
+
+    # One view for each parameter
+
+    def _divide(self) -> None:
+        """Hold one view for each parameter instead of the whole vector; what is kept is divided, too."""
+        kept = self.optimizer.state.pop(self._parameters.whole, None)
+        self._hold_views()
+        if kept is None:
+            return
+        for view, part in zip(self._views, self._parameters.parts, strict=True):
+            self.optimizer.state[view] = {
+                name: value[part] if _is_vector(value) else copy.deepcopy(value)
+                for name, value in kept.items()
+            }
+
+    def _hold_views(self) -> None:
+        parts = self._parameters.parts
+        self._views = [nn.Parameter(self._parameters.parameters[part]) for part in parts]
+        self.group["params"] = list(self._views)
+
+    def _hold_whole(self) -> None:
+        self._views = []
+        self.group["params"] = [self._parameters.whole]
+
+    # What it keeps
+
+    def state(self) -> tuple[dict[str, Vector], dict[str, Any]]:
+        """Return what it keeps: one value for each element by name, float[P] each, and the rest.
+
+        The rest is the same for every strip of the vectors.  The arrays may be views.
+
+        Raises:
+            ConfigError: an attribute cannot be copied.
+        """
+        if not self.is_elementwise:
+            return {}, {"attributes": self._packed()}
+        vectors: dict[str, Vector] = {}
+        numbers: list[dict[str, Any] | None] = []
+        names: list[tuple[str, ...]] = []
+        for tensor, part in self._held:
+            kept = self.optimizer.state.get(tensor)
+            own = {} if kept is None else {name: v for name, v in kept.items() if _is_vector(v)}
+            for name, value in own.items():
+                if not self._views:
+                    vectors[name] = value.numpy()
+                    continue
+                if name not in vectors:
+                    vectors[name] = np.zeros_like(self._parameters.parameters.numpy())
+                vectors[name][part] = value.numpy()
+            names.append(tuple(own))
+            numbers.append(
+                None if kept is None else {name: _number(v) for name, v in kept.items() if name not in own}
+            )
+        groups = [{name: v for name, v in self.group.items() if name != "params"}]
+        is_divided = bool(self._views)
+        return vectors, {"groups": groups, "divided": is_divided, "vectors": names, "numbers": numbers}
+
+    def load_state(self, vectors: Mapping[str, Vector], rest: Mapping[str, Any]) -> None:
+        """Continue from the state of another optimiser that was made alike; everything is copied."""
+        if not self.is_elementwise:
+            self._unpack(rest["attributes"])
+            return
+        if rest["divided"]:
+            self._hold_views()
+        else:
+            self._hold_whole()
+        (group,) = rest["groups"]
+        self.group.update(copy.deepcopy(dict(group)))
+        self.optimizer.state = defaultdict(dict)
+        for (tensor, part), names, numbers in zip(self._held, rest["vectors"], rest["numbers"], strict=True):
+            if numbers is not None:
+                self.optimizer.state[tensor] = {
+                    **{name: torch.from_numpy(vectors[name][part].copy()) for name in names},
+                    **{name: _tensor(value) for name, value in numbers.items()},
+                }
+
+    @property
+    def _held(self) -> list[tuple[nn.Parameter, slice]]:
+        """The tensors that it holds, each with its part of the vector."""
+        if self._views:
+            return list(zip(self._views, self._parameters.parts, strict=True))
+        return [(self._parameters.whole, slice(None))]
+
+    @property
+    def _anchors(self) -> list[object]:
+        return [self.optimizer, *self._parameters.trainable]
+
+    def _packed(self) -> bytes:
+        try:
+            return packed(own_attributes(self.optimizer), self._anchors, self._parameters.parameters)
+        except CannotCarry as error:
+            raise ConfigError(
+                f"the optimiser {type(self.optimizer).__name__} keeps an attribute that cannot be copied to "
+                f"another process: {error}: make it of numbers, tensors and containers, or give its class "
+                f"__getstate__ and __setstate__"
+            ) from error
+
+    def _unpack(self, data: bytes) -> None:
+        before = own_attributes(self.optimizer)
+        found = unpacked(data, before, self._anchors, self._parameters.parameters)
+        replace_attributes(self.optimizer, before, found)
+
+    # Its mean with others
+
+    def averageable(self) -> tuple[dict[str, Vector], dict[str, float]]:
+        """Return copies of what an elementwise optimiser keeps, in a form that can be averaged.
+
+        Returns:
+            What it keeps for each element, float32[P] each; and numbers, each for every parameter k: whether
+            something is kept for it, `has.k`, and its single numbers, such as a count, `name.k`.
+        """
+        vectors, rest = self.state()
+        count = len(self._parameters.parts)
+        kept = rest["numbers"] if rest["divided"] else rest["numbers"] * count
+        numbers = {f"{HAS}.{k}": float(kept[k] is not None) for k in range(count)}
+        names = {name for each in kept if each for name, value in each.items() if value is not None}
+        for name in names:
+            for k, each in enumerate(kept):
+                numbers[f"{name}.{k}"] = float(each[name]) if each and each[name] is not None else 0.0
+        return {name: vector.copy() for name, vector in vectors.items()}, numbers
+
+    def load_averaged(self, vectors: Mapping[str, Vector], numbers: Mapping[str, float]) -> None:
+        """Continue from a result of `averageable`, or from a mean of several; everything is copied."""
+        count = len(self._parameters.parts)
+        names = sorted({name.rpartition(".")[0] for name in numbers} - {HAS})
+        each = [
+            {name: np.asarray(numbers[f"{name}.{k}"], np.float32) for name in names}
+            if numbers[f"{HAS}.{k}"]
+            else None
+            for k in range(count)
+        ]
+        is_divided = any(one != each[0] for one in each)
+        held = each if is_divided else each[:1]
+        named = [() if one is None else tuple(vectors) for one in held]
+        groups = [{name: v for name, v in self.group.items() if name != "params"}]
+        self.load_state(vectors, {"groups": groups, "divided": is_divided, "vectors": named, "numbers": held})
+
+
+HAS = "has"
+
+
+def means(
+    vectors: Mapping[str, Vector], numbers: Mapping[str, float], rows: int, parts: Sequence[slice]
+) -> tuple[dict[str, Vector], dict[str, float]]:
+    """Return the row-weighted mean of what several optimisers keep: of sums of `averageable` times the rows.
+
+    An optimiser that keeps nothing for a parameter does not count for it.
+    """
+    having = [numbers[f"{HAS}.{k}"] for k in range(len(parts))]
+    found: dict[str, Vector]
+    if all(count == rows for count in having):
+        found = {name: vector / np.asarray(rows, vector.dtype) for name, vector in vectors.items()}
+    else:
+        found = {name: vector.copy() for name, vector in vectors.items()}
+        for vector in found.values():
+            for part, count in zip(parts, having, strict=True):
+                vector[part] /= np.asarray(count or 1, np.float32)
+    return found, {name: v / (having[int(name.rpartition(".")[2])] or 1) for name, v in numbers.items()}
+
+
+def _is_vector(value: object) -> bool:
+    """Return whether an elementwise optimiser keeps this for each element: it holds vectors only."""
+    return isinstance(value, torch.Tensor) and value.ndim == 1
+
+
+def _number(value: Any) -> Any:
+    return value.numpy() if isinstance(value, torch.Tensor) else value
+
+
+def _tensor(value: Any) -> Any:
+    return torch.from_numpy(value.copy()) if isinstance(value, np.ndarray) else value
+
+
+def _is_same_memory(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return (
+        one.data_ptr() == other.data_ptr()
+        and one.shape == other.shape
+        and one.stride() == other.stride()
+        and one.dtype == other.dtype
+    )
+
+
+def _identities(optimizer: Optimizer) -> list[int]:
+    return [id(parameter) for group in optimizer.param_groups for parameter in group["params"]]
