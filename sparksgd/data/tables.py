@@ -19,7 +19,7 @@ from pathlib import PurePosixPath
 from sparksgd.errors import DataError
 from sparksgd.storage import Location, location, unanswered
 
-__all__ = ["refuse_tables"]
+__all__ = ["refuse_tables", "table_of"]
 
 
 @dataclass(frozen=True)
@@ -70,14 +70,26 @@ def refuse_tables(path: str, *, by_spark: bool) -> None:
     """
     place = location(path)
     try:
-        by_log = by_spark and place.exists() and bool(place.names_of(_STREAM.log))
-        for folder in place.with_parents():
-            for table in _FORMATS if by_log else (*_FORMATS, _STREAM):
-                if any(map(table.file.fullmatch, _names(folder, table.log))):
-                    _refuse(path, folder, table)
+        if found := table_of(path, by_spark=by_spark):
+            raise DataError(found)
         _refuse_parts(path, place)
     except OSError as error:
         raise unanswered(error, DataError(f"cannot read {path} as Parquet: {error.strerror}")) from error
+
+
+def table_of(path: str, *, by_spark: bool) -> str | None:
+    """Return of which table with a log a path is, as an error says it; None if of none.
+
+    Raises:
+        OSError: the file system does not answer.
+    """
+    place = location(path)
+    by_log = by_spark and place.exists() and bool(place.names_of(_STREAM.log))
+    for folder in place.with_parents():
+        for table in _FORMATS if by_log else (*_FORMATS, _STREAM):
+            if any(map(table.file.fullmatch, _names(folder, table.log))):
+                return _described(path, folder, table)
+    return None
 
 
 def _names(folder: Location, pattern: str) -> list[str]:
@@ -89,9 +101,9 @@ def _names(folder: Location, pattern: str) -> list[str]:
         raise
 
 
-def _refuse(path: str, folder: Location, table: _Format) -> None:
+def _described(path: str, folder: Location, table: _Format) -> str:
     log = table.log.rpartition("/")[0] or table.log
-    raise DataError(
+    return (
         f"{path} is of {table.name}: {folder}/{log} is its log. Its Parquet files hold other rows, too: "
         f"deleted, replaced or never committed ones. Read it by its own reader, and pass the DataFrame: "
         f"sparksgd.train(config, {table.reader.format(folder)}). For a job, write that DataFrame as Parquet "

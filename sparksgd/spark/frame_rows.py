@@ -27,13 +27,21 @@ from pyspark.ml.linalg import VectorUDT
 from pyspark.sql import DataFrame, Row, SparkSession
 from pyspark.sql import functions as F
 from pyspark.sql.pandas.types import to_arrow_type
-from pyspark.sql.types import ArrayType, ByteType, IntegerType, ShortType, StructField, StructType
+from pyspark.sql.types import (
+    ArrayType,
+    ByteType,
+    IntegerType,
+    ShortType,
+    StructField,
+    StructType,
+    TimestampType,
+)
 from rich.filesize import decimal
 
 from sparksgd.arithmetic.ranges import balanced_range
 from sparksgd.data.schema import RowReport, RowSchema
 from sparksgd.data.shard import Descriptor
-from sparksgd.data.tables import refuse_tables
+from sparksgd.data.tables import refuse_tables, table_of
 from sparksgd.errors import ClusterError, ConfigError, DataError
 from sparksgd.spark.cluster.arrow_batches import small_batches
 from sparksgd.spark.cluster.cluster import Cluster
@@ -49,6 +57,8 @@ __all__ = ["DataFrameRows", "first_rows", "read_parquet", "selected", "without_v
 log = logging.getLogger("sparksgd")
 
 _ROW_OVERHEAD_BYTES = 88  # shard, key of two hashes, record; and the same as a Spark schema
+_LEAVES_OUT = ("spark.sql.files.ignoreCorruptFiles", "spark.sql.files.ignoreMissingFiles")
+_ROOTS_LOOKED_AT = 8
 _KEYED = "shard int, key binary, record binary"
 
 
@@ -128,6 +138,7 @@ def first_rows(frame: DataFrame, columns: list[str], count: int) -> tuple[pa.Sch
                 f"{', '.join(map(repr, namesakes))}. Spark tells upper from lower case only if "
                 f"spark.sql.caseSensitive is true. Rename all but one"
             )
+    _warn_of_tables(frame)
     types = {field.name: field.dataType for field in frame.schema.fields}
     wanted = [name for name in dict.fromkeys(columns) if name in types]
     fields = {name: _arrow_type(name, types[name]) for name in wanted}
@@ -145,6 +156,40 @@ def selected(frame: DataFrame, schema: RowSchema) -> DataFrame:
     return frame.select(
         *(F.col(_quoted(name)).alias(str(number)) for number, name in enumerate(schema.columns))
     )
+
+
+def _warn_of_tables(frame: DataFrame) -> None:
+    """Warn of files of a table with a log that the frame reads as plain Parquet.
+
+    It is the caller's own reading, and may be meant, so it is not refused.
+    """
+    for path in _plain_parquet(frame)[:_ROOTS_LOOKED_AT]:
+        try:
+            found = table_of(path, by_spark=True)
+        except OSError:
+            continue  # Spark will say so
+        if found is not None:
+            log.warning("the DataFrame reads plain Parquet, but %s", found)
+
+
+def _plain_parquet(frame: DataFrame) -> list[str]:
+    """Return the paths that a frame reads as plain Parquet, without any table's log."""
+    paths = []
+    leaves = frame._jdf.queryExecution().analyzed().collectLeaves()
+    for leaf in map(leaves.apply, range(leaves.size())):
+        if leaf.getClass().getSimpleName() != "LogicalRelation":
+            continue
+        relation = leaf.relation()
+        if relation.getClass().getSimpleName() != "HadoopFsRelation":
+            continue
+        kinds = (
+            relation.location().getClass().getSimpleName(),
+            relation.fileFormat().getClass().getSimpleName(),
+        )
+        if kinds == ("InMemoryFileIndex", "ParquetFileFormat"):
+            roots = relation.location().rootPaths()
+            paths += [str(root.toString()) for root in map(roots.apply, range(roots.size()))]
+    return paths
 
 
 def _namesakes(frame: DataFrame, name: str) -> list[str]:
@@ -175,6 +220,9 @@ class DataFrameRows:
 
     def inspect(self, schema: RowSchema, num_shards: int) -> RowReport:
         """Read every row once; return the report."""
+        for key in _LEAVES_OUT:
+            if str(self._cluster.session.conf.get(key, "false")).lower() == "true":
+                log.warning("%s is true: Spark leaves out files that it cannot read, and says nothing", key)
         report = RowReport()
         rows, dealt_into = selected(self._frame, schema), num_shards if self._placement == "hashed" else None
         if dealt_into is None:
@@ -284,6 +332,8 @@ def _quoted(column: str) -> str:
 
 
 def _arrow_type(name: str, kind: Any) -> pa.DataType:
+    if isinstance(kind, TimestampType):
+        return pa.timestamp("us", "UTC")
     try:
         return to_arrow_type(kind)
     except Exception as error:

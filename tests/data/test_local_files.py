@@ -131,5 +131,5 @@ def test_booleans_are_not_made_of_another_file_s_numbers(tmp_path: Path) -> None
 
 def test_a_column_that_is_there_twice_is_refused(tmp_path: Path) -> None:
     pq.write_table(pa.table([[1.0], [2.0], [0]], names=["x", "x", "y"]), tmp_path / "rows")
-    with pytest.raises(DataError, match="cannot read .*rows as Parquet: .*duplicate field names"):
+    with pytest.raises(DataError, match=r"cannot read .*rows as Parquet: .*duplicate field names"):
         ParquetRows(str(tmp_path / "rows"))
