@@ -17,7 +17,7 @@ import re
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -111,6 +111,14 @@ class Location(Protocol):
 
         Names that begin with _ or . are no data, and are left out.
         """
+        ...
+
+    def with_parents(self) -> Iterable[Location]:
+        """Return it, then each folder around it, from the innermost on."""
+        ...
+
+    def names_of(self, pattern: str) -> list[str]:
+        """Return the last names of what matches a pattern in the folder, hidden or not."""
         ...
 
 
@@ -224,6 +232,19 @@ class LocalLocation:
                     modified_ms = status.st_mtime_ns // 1_000_000
                     found.append(FileStatus(within.as_posix(), status.st_size, modified_ms))
         return sorted(found)
+
+    def with_parents(self) -> Iterable[LocalLocation]:
+        """Return it, then each folder around it, also those that links lead to."""
+        places = [self.path.resolve()]
+        if ".." not in self.path.parts:
+            places.insert(0, self.path.absolute())
+        found = dict.fromkeys(folder for place in places for folder in (place, *place.parents))
+        return map(LocalLocation, found)
+
+    def names_of(self, pattern: str) -> list[str]:
+        """Return the last names of what matches a pattern in the folder, hidden or not."""
+        folder = glob.escape(str(self.path)) if self.path.exists() else str(self.path)
+        return [Path(found).name for found in glob.glob(f"{folder}/{pattern}")]  # noqa: PTH207  # see _matching
 
 
 def _matching(pattern: Path) -> list[Path]:

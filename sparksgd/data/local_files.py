@@ -48,13 +48,41 @@ class ParquetRows:
             raise DataError(f"cannot read {path} as Parquet: {error}") from error
 
     def first_rows(self, columns: list[str], count: int) -> tuple[pa.Schema, pa.Table]:
-        """Return the schema, and the first rows in which none of the columns is null."""
+        """Return the schema, and the first rows in which none of the columns is null.
+
+        Raises:
+            DataError: Spark would read a column otherwise.
+        """
+        self._check(columns)
         known = [name for name in columns if name in self._schema.names]
         complete = None
         for name in known:
             valid = ds.field(name).is_valid()
             complete = valid if complete is None else complete & valid
         return self._schema, self._dataset.head(count, columns=known, filter=complete)
+
+    def _check(self, columns: list[str]) -> None:
+        """Refuse columns that Spark reads from the names of folders, or that other files have as booleans."""
+        top = Path(self._path).absolute()
+        booleans = [
+            field.name for field in self._schema if field.name in columns and field.type == pa.bool_()
+        ]
+        for fragment in self._dataset.get_fragments():
+            file = Path(fragment.path)
+            for part in file.relative_to(top).parts[:-1] if file.is_relative_to(top) else ():
+                key, equals, _ = part.partition("=")
+                if equals and key.lower() in (name.lower() for name in columns):
+                    raise DataError(
+                        f"column {key!r} is in the names of folders ({part}), which the inline engine does "
+                        f"not read: use an engine on Spark, or write the column into the files"
+                    )
+            for name in booleans:  # Arrow makes every other number of another file true
+                kinds = [field.type for field in fragment.physical_schema if field.name == name]
+                if kinds and kinds != [pa.bool_()]:
+                    raise DataError(
+                        f"column {name!r} is {kinds[0]} in {file.name}, but bool in other files: write them "
+                        f"anew, with one type"
+                    )
 
     def inspect(self, schema: RowSchema, num_shards: int) -> RowReport:
         """Read every row once; return the report."""

@@ -41,7 +41,7 @@ __all__ = [
 ]
 
 HASH_BYTES = 16
-_LABEL = "(label)"  # parentheses: no column of the user has this name
+_LABEL = "(label)"
 _EXAMPLES = 3
 _GOLDEN = 0x9E3779B97F4A7C15  # 2^64 over the golden ratio: SplitMix64's step
 
@@ -113,6 +113,11 @@ class RowSchema:
         for column in [*features, label, *([id] if id else [])]:
             if column not in schema.names:
                 raise DataError(f"the data has no column {column!r}{did_you_mean(column, schema.names)}")
+        if id is not None and pa.types.is_nested(schema.field(id).type):
+            raise DataError(
+                f"data.id is {id!r}, which is {schema.field(id).type}, but must be one value per row, such "
+                f"as a number or a text: cast it, for example to_json({id})"
+            )
         kind = _dtype(label, schema.field(label).type)
         if kind[1]:
             raise DataError(
@@ -165,12 +170,15 @@ class RowSchema:
     @cached_property
     def record(self) -> np.dtype[np.void]:
         """Return the packed type of one row."""
-        fields = [(f.name, np.dtype(f.dtype).newbyteorder("<"), f.shape) for f in self.features]
+        fields = [  # named by number: a column may have any name, also an empty one
+            (str(number), np.dtype(feature.dtype).newbyteorder("<"), feature.shape)
+            for number, feature in enumerate(self.features)
+        ]
         return np.dtype([*fields, (_LABEL, np.dtype(self.label_dtype).newbyteorder("<"))])
 
     def feature_arrays(self, records: Array) -> dict[str, Array]:
         """Return {column: array[B, ...]} of records."""
-        return {feature.name: records[feature.name] for feature in self.features}
+        return {feature.name: records[str(number)] for number, feature in enumerate(self.features)}
 
     def label_array(self, records: Array) -> Array:
         """Return the labels, [B], of records."""
@@ -185,7 +193,10 @@ class RowReport:
     """Good rows."""
 
     digest: tuple[int, int] = (0, 0)
-    """Sums of the two halves of the good rows' hashes, each modulo 2^64."""
+    """Of the good rows and their ids, see `digest_of`; each half modulo 2^64."""
+
+    content: tuple[int, int] = (0, 0)
+    """The same without the ids."""
 
     shard_digests: dict[int, tuple[int, int]] = field(default_factory=dict)
     """The same for each shard, if rows are dealt by their content."""
@@ -199,6 +210,7 @@ class RowReport:
     def __iadd__(self, other: RowReport) -> Self:
         self.rows += other.rows
         self.digest = add_digests(self.digest, other.digest)
+        self.content = add_digests(self.content, other.content)
         for shard, digest in other.shard_digests.items():
             self.shard_digests[shard] = add_digests(self.shard_digests.get(shard, (0, 0)), digest)
         self.bad += other.bad
@@ -225,6 +237,7 @@ class RowReport:
             | {
                 "bad": Counter(values["bad"]),
                 "digest": tuple(values["digest"]),
+                "content": tuple(values["content"]),
                 "shard_digests": {int(k): tuple(v) for k, v in values["shard_digests"].items()},
             }
         )
@@ -254,6 +267,11 @@ class RowReport:
     def data_digest(self) -> str:
         """Return the digest as 32 hexadecimal digits."""
         return "{:016x}{:016x}".format(*self.digest)
+
+    @property
+    def content_digest(self) -> str:
+        """Return the digest without the ids, as 32 hexadecimal digits: earlier versions wrote it."""
+        return "{:016x}{:016x}".format(*self.content)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -295,7 +313,7 @@ def read_rows(batch: pa.RecordBatch, schema: RowSchema) -> Rows:
     batch = _without(batch, report, schema)
     records = np.empty(batch.num_rows, schema.record)
     good = np.ones(batch.num_rows, bool)
-    for feature in schema.features:
+    for number, feature in enumerate(schema.features):
         values = _values(batch.column(feature.name), feature)
         if feature.dtype == "float32":
             values = values + np.float32(0)  # -0.0 becomes 0.0
@@ -307,7 +325,7 @@ def read_rows(batch: pa.RecordBatch, schema: RowSchema) -> Rows:
                 [float(row[~np.isfinite(row)][0]) for row in by_row[wrong]],
             )
             good &= finite
-        records[feature.name] = values
+        records[str(number)] = values
     labels, whole = _labels(batch.column(schema.label), schema)
     for reason, right in (
         (f"a label that is no whole number in {schema.label!r}", whole),
@@ -319,7 +337,7 @@ def read_rows(batch: pa.RecordBatch, schema: RowSchema) -> Rows:
         good &= right
     with np.errstate(invalid="ignore"):
         records[_LABEL] = labels
-    ids = batch.column(schema.id).filter(pa.array(good)).to_pylist() if schema.id else None
+    ids = _ids(batch.column(schema.id).filter(pa.array(good))) if schema.id else None
     records = records[good]
     keys = _hash(records, ids, schema, report)
     return Rows(records=records, keys=keys, report=report)
@@ -402,6 +420,14 @@ def _in_range(labels: Array, classes: int | None) -> npt.NDArray[np.bool_]:
     return np.ones(len(labels), bool) if classes is None else (labels >= 0) & (labels < classes)
 
 
+def _ids(column: pa.Array) -> list[Any]:
+    """Return the values of an id column; instants are of UTC, whatever the session's time zone is."""
+    if pa.types.is_timestamp(column.type):
+        column = column.cast(pa.timestamp("us"), safe=False).cast(pa.timestamp("us", "UTC"))
+    values: list[Any] = column.to_pylist()
+    return values
+
+
 def _hash(
     records: Array, ids: list[Any] | None, schema: RowSchema, report: RowReport
 ) -> npt.NDArray[np.uint8]:
@@ -420,14 +446,27 @@ def _hash(
         keys += content.digest()
     array = np.frombuffer(bytes(keys), np.uint8)
     array = array.reshape(len(records), HASH_BYTES * (2 if ids is None else 3))
-    report += RowReport(rows=len(records), digest=digest_of(array))
+    report += RowReport(rows=len(records), digest=digest_of(array), content=content_of(array))
     return array
 
 
 def digest_of(keys: npt.NDArray[np.uint8]) -> tuple[int, int]:
-    """Return a digest of rows that ignores their order: sums of the last hash of each key."""
-    halves = np.ascontiguousarray(keys[:, -HASH_BYTES:]).view("<u8").sum(axis=0, dtype=np.uint64)
-    return int(halves[0]), int(halves[1])
+    """Return a digest of rows, and of their ids if they have some, that ignores their order.
+
+    It sums the last hash of each key, uint8[B, K].  An id is mixed into it first: the same rows with their
+    ids exchanged would lie in other places.
+    """
+    hashes = np.ascontiguousarray(keys[:, -HASH_BYTES:]).view("<u8")
+    if keys.shape[1] > 2 * HASH_BYTES:
+        ids = np.ascontiguousarray(keys[:, :HASH_BYTES]).view("<u8")
+        hashes = _stirred(hashes ^ _stirred(ids))
+    low, high = hashes.sum(axis=0, dtype=np.uint64)
+    return int(low), int(high)
+
+
+def content_of(keys: npt.NDArray[np.uint8]) -> tuple[int, int]:
+    """Return the digest of the rows without their ids."""
+    return digest_of(keys[:, -2 * HASH_BYTES :])
 
 
 def add_digests(left: tuple[int, int], right: tuple[int, int]) -> tuple[int, int]:

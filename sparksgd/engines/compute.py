@@ -9,6 +9,7 @@ Legend: B rows of a piece, P parameters, S shards, C classes.
 from __future__ import annotations
 
 import copy
+import inspect
 import logging
 import socket
 import time
@@ -344,12 +345,17 @@ def forward(
 
     Raises:
         UserCodeError: the module or the loss raised.
-        ModelError: the loss is not one value per row.
+        ModelError: the loss is not one value per row, or forward does not take the features.
     """
     features = {name: _tensor(values) for name, values in schema.feature_arrays(records).items()}
     label = _tensor(schema.label_array(records))
     with users_code("the module or its loss"):
-        output = module(*features.values()) if len(features) == 1 else module(**features)
+        try:
+            output = module(*features.values()) if len(features) == 1 else module(**features)
+        except TypeError as error:
+            if (why := _unfit(module, features)) is None:
+                raise
+            raise ModelError(why) from error
         losses = loss(output, label)
     if not isinstance(losses, torch.Tensor) or losses.shape != (len(records),):
         shape = tuple(losses.shape) if isinstance(losses, torch.Tensor) else type(losses).__name__
@@ -362,6 +368,33 @@ def forward(
             f"the loss is on {losses.device}, but only the CPU is supported: let forward move nothing"
         )
     return output, losses
+
+
+def _unfit(module: nn.Module, features: dict[str, torch.Tensor]) -> str | None:
+    """Return why a call of a module with these features cannot succeed; None if it can."""
+    columns = ", ".join(map(repr, features))
+    if len(features) > 1 and "self" in features:
+        return (
+            f"data.features is {columns}, but several features reach forward as keyword arguments, of which "
+            f"none may be called 'self': rename that column"
+        )
+    try:
+        signature = inspect.signature(module.forward)
+    except (TypeError, ValueError):
+        return None
+    try:
+        signature.bind(*features.values()) if len(features) == 1 else signature.bind(**features)
+    except TypeError as error:
+        how = (
+            "the only feature is passed by position"
+            if len(features) == 1
+            else "several features are passed by name (*args takes none of them)"
+        )
+        return (
+            f"data.features is {columns}, but forward of {type(module).__name__} takes {signature}: {error}; "
+            f"{how}. Give forward an argument for each feature, of its name, or set data.features"
+        )
+    return None
 
 
 def predictions(output: torch.Tensor) -> torch.Tensor:

@@ -27,11 +27,21 @@ from pyspark.ml.linalg import VectorUDT
 from pyspark.sql import DataFrame, Row, SparkSession
 from pyspark.sql import functions as F
 from pyspark.sql.pandas.types import to_arrow_type
+from pyspark.sql.types import (
+    ArrayType,
+    ByteType,
+    IntegerType,
+    ShortType,
+    StructField,
+    StructType,
+    TimestampType,
+)
 from rich.filesize import decimal
 
 from sparksgd.arithmetic.ranges import balanced_range
 from sparksgd.data.schema import RowReport, RowSchema
 from sparksgd.data.shard import Descriptor
+from sparksgd.data.tables import refuse_tables, table_of
 from sparksgd.errors import ClusterError, ConfigError, DataError
 from sparksgd.spark.cluster.arrow_batches import small_batches
 from sparksgd.spark.cluster.cluster import Cluster
@@ -39,6 +49,7 @@ from sparksgd.spark.cluster.jobs import spark_job
 from sparksgd.spark.cluster.placement import worker_of_partition
 from sparksgd.spark.cluster.shards import SparkShards
 from sparksgd.spark.tasks import row_tasks
+from sparksgd.spark.uris import lead_to_hadoop
 from sparksgd.storage import has_scheme
 
 __all__ = ["DataFrameRows", "first_rows", "read_parquet", "selected", "without_vectors"]
@@ -46,6 +57,8 @@ __all__ = ["DataFrameRows", "first_rows", "read_parquet", "selected", "without_v
 log = logging.getLogger("sparksgd")
 
 _ROW_OVERHEAD_BYTES = 88  # shard, key of two hashes, record; and the same as a Spark schema
+_LEAVES_OUT = ("spark.sql.files.ignoreCorruptFiles", "spark.sql.files.ignoreMissingFiles")
+_ROOTS_LOOKED_AT = 8
 _KEYED = "shard int, key binary, record binary"
 
 
@@ -55,11 +68,18 @@ def read_parquet(session: SparkSession, path: str) -> DataFrame:
     Args:
         session: reads it.
         path: a path without a scheme is on this machine, whatever fs.defaultFS is.
+
+    Raises:
+        DataError: it is no Parquet, or a table with a log, see `refuse_tables`.
     """
+    lead_to_hadoop()
+    refuse_tables(path, by_spark=True)
     uri = path if has_scheme(path) else f"file:{Path(path).absolute()}"
     with spark_job(session.sparkContext, f"reading the columns of {path}"):
         try:
-            return session.read.parquet(uri)
+            frame = session.read.parquet(uri)
+            columns = _without_small_integers(frame.schema)
+            return frame if columns == frame.schema else session.read.schema(columns).parquet(uri)
         except AnalysisException as error:
             reason = str(error).splitlines()[0]
             default = session.sparkContext._jsc.hadoopConfiguration().get("fs.defaultFS", "file:///")
@@ -68,14 +88,57 @@ def read_parquet(session: SparkSession, path: str) -> DataFrame:
             raise DataError(f"cannot read {path} as Parquet: {reason}") from error
 
 
+def _without_small_integers(columns: StructType) -> StructType:
+    """Return the columns with bytes and shorts as integers.
+
+    If the first file of a folder has bytes where another has integers, Spark reads the lowest bits of these.
+    """
+    small = (ByteType, ShortType)
+    wide = []
+    for field in columns.fields:
+        kind = field.dataType
+        if isinstance(kind, small):
+            kind = IntegerType()
+        elif isinstance(kind, ArrayType) and isinstance(kind.elementType, small):
+            kind = ArrayType(IntegerType(), kind.containsNull)
+        wide.append(StructField(field.name, kind, field.nullable, field.metadata))
+    return StructType(wide)
+
+
 def without_vectors(frame: DataFrame) -> DataFrame:
     """Return the frame with its Spark ML vectors turned into arrays."""
-    vectors = [f.name for f in frame.schema.fields if isinstance(f.dataType, VectorUDT)]
-    return frame.withColumns({name: vector_to_array(F.col(_quoted(name)), "float32") for name in vectors})
+    vectors = [
+        field.name
+        for field in frame.schema.fields
+        if isinstance(field.dataType, VectorUDT) and len(_namesakes(frame, field.name)) == 1
+    ]
+    columns = {name: F.col(_quoted(name)) for name in vectors}
+    arrays = {  # vector_to_array raises where a vector is null
+        name: F.when(column.isNotNull(), vector_to_array(column, "float32"))
+        for name, column in columns.items()
+    }
+    return frame.withColumns(arrays)
 
 
 def first_rows(frame: DataFrame, columns: list[str], count: int) -> tuple[pa.Schema, pa.Table]:
-    """Return the schema of all columns, and the first rows without nulls in these."""
+    """Return the schema of all columns, and the first rows without nulls in these.
+
+    Raises:
+        DataError: the frame is a stream, or has several columns of one of these names.
+    """
+    if frame.isStreaming:
+        raise DataError(
+            "the DataFrame is a stream, but every row must be read more than once: write it to a table, and "
+            "train on that, or call train() from foreachBatch"
+        )
+    for name in columns:
+        if len(namesakes := _namesakes(frame, name)) > 1:
+            raise DataError(
+                f"the data has {len(namesakes)} columns of the name {name!r}: "
+                f"{', '.join(map(repr, namesakes))}. Spark tells upper from lower case only if "
+                f"spark.sql.caseSensitive is true. Rename all but one"
+            )
+    _warn_of_tables(frame)
     types = {field.name: field.dataType for field in frame.schema.fields}
     wanted = [name for name in dict.fromkeys(columns) if name in types]
     fields = {name: _arrow_type(name, types[name]) for name in wanted}
@@ -93,6 +156,47 @@ def selected(frame: DataFrame, schema: RowSchema) -> DataFrame:
     return frame.select(
         *(F.col(_quoted(name)).alias(str(number)) for number, name in enumerate(schema.columns))
     )
+
+
+def _warn_of_tables(frame: DataFrame) -> None:
+    """Warn of files of a table with a log that the frame reads as plain Parquet.
+
+    It is the caller's own reading, and may be meant, so it is not refused.
+    """
+    for path in _plain_parquet(frame)[:_ROOTS_LOOKED_AT]:
+        try:
+            found = table_of(path, by_spark=True)
+        except OSError:
+            continue  # Spark will say so
+        if found is not None:
+            log.warning("the DataFrame reads plain Parquet, but %s", found)
+
+
+def _plain_parquet(frame: DataFrame) -> list[str]:
+    """Return the paths that a frame reads as plain Parquet, without any table's log."""
+    paths = []
+    leaves = frame._jdf.queryExecution().analyzed().collectLeaves()
+    for leaf in map(leaves.apply, range(leaves.size())):
+        if leaf.getClass().getSimpleName() != "LogicalRelation":
+            continue
+        relation = leaf.relation()
+        if relation.getClass().getSimpleName() != "HadoopFsRelation":
+            continue
+        kinds = (
+            relation.location().getClass().getSimpleName(),
+            relation.fileFormat().getClass().getSimpleName(),
+        )
+        if kinds == ("InMemoryFileIndex", "ParquetFileFormat"):
+            roots = relation.location().rootPaths()
+            paths += [str(root.toString()) for root in map(roots.apply, range(roots.size()))]
+    return paths
+
+
+def _namesakes(frame: DataFrame, name: str) -> list[str]:
+    """Return the columns that Spark takes for one of this name."""
+    if str(frame.sparkSession.conf.get("spark.sql.caseSensitive")).lower() == "true":
+        return [column for column in frame.columns if column == name]
+    return [column for column in frame.columns if column.lower() == name.lower()]
 
 
 class DataFrameRows:
@@ -116,15 +220,25 @@ class DataFrameRows:
 
     def inspect(self, schema: RowSchema, num_shards: int) -> RowReport:
         """Read every row once; return the report."""
+        for key in _LEAVES_OUT:
+            if str(self._cluster.session.conf.get(key, "false")).lower() == "true":
+                log.warning("%s is true: Spark leaves out files that it cannot read, and says nothing", key)
         report = RowReport()
-        dealt_into = num_shards if self._placement == "hashed" else None
+        rows, dealt_into = selected(self._frame, schema), num_shards if self._placement == "hashed" else None
+        if dealt_into is None:
+            rows = rows.coalesce(num_shards)  # as they are dealt
         with self._job("checking rows"), small_batches(self._cluster.session, schema):
-            found = selected(self._frame, schema).mapInArrow(
-                partial(row_tasks.inspect, schema, dealt_into), "report string"
-            )
+            found = rows.mapInArrow(partial(row_tasks.inspect, schema, dealt_into), "report string")
             for (text,) in found.collect():
                 report += RowReport.from_json(json.loads(text))
+        if dealt_into is None and self._is_cached():
+            report.shard_digests.clear()  # Spark gathers cached partitions by where they lie then
         return report
+
+    def _is_cached(self) -> bool:
+        """Return whether some of the rows come from Spark's cache."""
+        plan = self._frame._jdf.queryExecution().withCachedData()
+        return "InMemoryRelation" in str(plan.toString())
 
     def deal(self, schema: RowSchema, num_shards: int, expected: RowReport, deal: int = 0) -> SparkShards:
         """Write every good row to its shard."""
@@ -218,6 +332,8 @@ def _quoted(column: str) -> str:
 
 
 def _arrow_type(name: str, kind: Any) -> pa.DataType:
+    if isinstance(kind, TimestampType):
+        return pa.timestamp("us", "UTC")
     try:
         return to_arrow_type(kind)
     except Exception as error:

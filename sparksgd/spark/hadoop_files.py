@@ -125,6 +125,19 @@ class HadoopLocation:
                         found.append(FileStatus(path, int(file.getLen()), int(file.getModificationTime())))
         return sorted(found)
 
+    def with_parents(self) -> Iterator[HadoopLocation]:
+        """Yield it, then each folder around it, from the innermost on."""
+        path = self._path
+        while path is not None:
+            yield HadoopLocation(str(path.toString()))
+            path = path.getParent()
+
+    def names_of(self, pattern: str) -> list[str]:
+        """Return the last names of what matches a pattern in the folder, hidden or not."""
+        with self._errors():
+            found = self._files.globStatus(_java_path(f"{self._uri}/{pattern}")) or ()
+            return [str(status.getPath().getName()) for status in found]
+
     @property
     def _path(self) -> Any:
         return _java_path(self._uri)

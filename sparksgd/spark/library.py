@@ -52,7 +52,8 @@ def train(
     Args:
         config: what to train, and how: a `Config`, or a dict of its tables, as
             {"train": {"epochs": 5}}. `rows` and `test` replace `data.train` and `data.test`.
-        rows: rows to train on: a DataFrame, or a path or URI of a file or folder of Parquet. Only the
+        rows: rows to train on: a DataFrame, or a path or URI of a file or folder of Parquet, which must be no
+            table with a log (Delta, Iceberg, Hudi): read such a table by its own reader. Only the
             columns that `data.features`, `data.label` and `data.id` name are read. In a row, a feature is
             binary (n bytes reach forward as uint8[B, n]), a list of n numbers or a vector of Spark ML
             (float32[B, n] or int64[B, n]), or a number (float32[B] or int64[B]); B rows are one batch.

@@ -132,18 +132,20 @@ def _check_deal(table: Sequence[Descriptor], expected: RowReport, data: DataConf
     dealt = RowReport()
     for shard in table:
         dealt += RowReport(rows=shard.rows, digest=shard.row_digest)
-    if (dealt.rows, dealt.digest) != (expected.rows, expected.digest):
-        changed = [
-            str(shard.shard)
-            for shard in table
-            if shard.row_digest != expected.shard_digests.get(shard.shard, (0, 0))
-        ]
-        where = f"; shards {', '.join(changed)} hold other rows" if expected.shard_digests else ""
+    changed = [
+        str(shard.shard)
+        for shard in table
+        if expected.shard_digests and shard.row_digest != expected.shard_digests.get(shard.shard, (0, 0))
+    ]
+    if changed or (dealt.rows, dealt.digest) != (expected.rows, expected.digest):
+        where = f"; shards {', '.join(changed)} hold other rows" if changed else ""
+        ids = "" if data.id is None else f" (maybe data.id, {data.id!r})"
         raise ShardChanged(
             f"the {which} data changed while it was read: {expected.rows:,} rows (digest "
             f"{expected.data_digest}) were checked, but {dealt.rows:,} (digest {dealt.data_digest}) "
-            f"were dealt{where}. Something rewrites the table, or a column is random on every reading: "
-            f"write it to Parquet first, and train on that"
+            f"were dealt{where}. Something rewrites the table, or a column{ids} or the order of rows is "
+            f"other on every reading, as rand(), uuid() and monotonically_increasing_id() make them: write "
+            f"the DataFrame to Parquet or checkpoint() it first, and train on that"
         )
     share = expected.rows / len(table)
     for shard in table:

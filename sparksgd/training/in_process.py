@@ -9,6 +9,7 @@ from torch import nn
 
 from sparksgd.config import Config
 from sparksgd.data.local_files import ParquetRows
+from sparksgd.data.tables import refuse_tables
 from sparksgd.engines.inline import InlineEngine
 from sparksgd.errors import DataError
 from sparksgd.storage import local_copy
@@ -61,6 +62,7 @@ def train_in_process(
 
 
 def _rows(path: str, copies: ExitStack) -> ParquetRows:
+    refuse_tables(path, by_spark=False)
     try:
         return ParquetRows(copies.enter_context(local_copy(path)))
     except OSError as error:

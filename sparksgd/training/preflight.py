@@ -108,7 +108,7 @@ def check(
     report = _inspected(rows, schema, config, "training")
     test_report = _inspected(test, schema, config, "test") if test is not None else None
     if replay is not None:
-        replay.check(config, report.data_digest)
+        replay.check(config, report.data_digest, report.content_digest)
     _check_num_shards(config.train.num_shards, report.rows)
     turns_per_epoch = math.ceil(report.rows / config.train.rows_per_step)
     total_turns = config.train.epochs * turns_per_epoch

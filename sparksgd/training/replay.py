@@ -52,8 +52,13 @@ class Replay:
         steps = [(sorted(shards), deal) for shards, deal in zip(self.took_part, self.deals, strict=True)]
         return hashlib.sha256(json.dumps(steps).encode()).hexdigest()
 
-    def check(self, config: Config, data_digest: str) -> None:
+    def check(self, config: Config, data_digest: str, content_digest: str = "") -> None:
         """Refuse another experiment, or other rows.
+
+        Args:
+            config: of the replay.
+            data_digest: of its rows.
+            content_digest: of its rows without their ids, if they have some; earlier versions wrote that.
 
         Raises:
             ConfigError: a key that shapes the parameters has another value.
@@ -69,7 +74,7 @@ class Replay:
                     f"{key} is {now.get(key)!r}, but was {then.get(key)!r} in the run to be replayed, and it "
                     f"shapes the parameters: leave it out"
                 )
-        if data_digest != self.data_digest:
+        if self.data_digest not in (data_digest, content_digest):
             raise DataError(
                 f"the rows are not those of the run to be replayed: their digest is {data_digest}, but was "
                 f"{self.data_digest}"

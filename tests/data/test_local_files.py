@@ -13,6 +13,7 @@ import pytest
 
 from sparksgd.data.local_files import LocalShards, ParquetRows
 from sparksgd.data.schema import Feature, RowSchema
+from sparksgd.errors import DataError
 
 SCHEMA = RowSchema(features=(Feature(name="x", dtype="float32", length=2),), label="y", label_dtype="int64")
 
@@ -101,3 +102,34 @@ def test_the_first_rows_are_whole_ones(tmp_path: Path) -> None:
     schema, first = ParquetRows(str(tmp_path / "rows")).first_rows(["x", "y", "missing"], 1)
     assert schema.names == ["x", "y", "z"]
     assert first.to_pylist() == [{"x": 2.0, "y": 5}]
+
+
+def folder_of(top: Path, **files: dict[str, list[object]]) -> ParquetRows:
+    for name, columns in files.items():
+        file = top / name.replace("__", "/")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        pq.write_table(pa.table(columns), file)
+    return ParquetRows(str(top))
+
+
+def test_a_column_in_the_names_of_folders_is_not_read_from_the_files(tmp_path: Path) -> None:
+    rows = folder_of(
+        tmp_path / "rows", **{"Y=2__a": {"x": [1.0], "y": [7]}, "Y=3__b": {"x": [1.0], "y": [8]}}
+    )
+    with pytest.raises(DataError, match=r"column 'Y' is in the names of folders \(Y=2\)"):
+        rows.first_rows(["x", "y"], 1)
+    assert rows.first_rows(["x"], 1)[1].to_pylist() == [{"x": 1.0}]
+    within = ParquetRows(str(tmp_path / "rows" / "Y=2"))  # of it alone, Spark reads the files' columns, too
+    assert within.first_rows(["x", "y"], 1)[1].to_pylist() == [{"x": 1.0, "y": 7}]
+
+
+def test_booleans_are_not_made_of_another_file_s_numbers(tmp_path: Path) -> None:
+    rows = folder_of(tmp_path / "rows", a={"x": [1.0], "y": [True]}, b={"x": [1.0], "y": [5]})
+    with pytest.raises(DataError, match="column 'y' is int64 in b, but bool in other files"):
+        rows.first_rows(["x", "y"], 1)
+
+
+def test_a_column_that_is_there_twice_is_refused(tmp_path: Path) -> None:
+    pq.write_table(pa.table([[1.0], [2.0], [0]], names=["x", "x", "y"]), tmp_path / "rows")
+    with pytest.raises(DataError, match=r"cannot read .*rows as Parquet: .*duplicate field names"):
+        ParquetRows(str(tmp_path / "rows"))

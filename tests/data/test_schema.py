@@ -411,6 +411,36 @@ def test_an_identity_spreads_rows_that_are_all_alike() -> None:
     assert abs(np.bincount(read(alike, id="key").shards(4)) - 200).max() < 62  # five standard deviations
 
 
+@pytest.mark.parametrize("zone", ["UTC", "Asia/Tokyo", "America/New_York"])
+@pytest.mark.parametrize("unit", ["us", "ns"])
+def test_an_identity_of_time_is_an_instant_whatever_the_time_zone(unit: str, zone: str) -> None:
+    instant = pa.array([1_577_880_000_000_000], pa.int64()).cast(pa.timestamp("us")).cast(pa.timestamp(unit))
+    for kind in (pa.timestamp(unit), pa.timestamp(unit, zone)):
+        keys = read(batch_of(x=[1.5], y=[3], key=instant.cast(pa.int64()).cast(kind)), id="key").keys
+        assert keys[0, :16].tobytes() == hashed(b"2020-01-01 12:00:00+00:00")
+
+
+def test_an_identity_of_several_values_is_refused() -> None:
+    for value in ({"a": 1}, [1, 2]):
+        with pytest.raises(DataError, match=r"data\.id is 'key', which is .*, but must be one value per row"):
+            read(batch_of(x=[1.5], y=[3], key=[value]), id="key")
+
+
+@pytest.mark.parametrize(
+    "names", [("", "y"), ("(label)", "0"), ("1", "0"), ("a.b", "a`b"), ("self", "class")]
+)
+def test_a_column_may_have_any_name(names: tuple[str, str]) -> None:
+    one, two = names
+    batch = pa.RecordBatch.from_arrays([pa.array([1.5]), pa.array([2.5]), pa.array([3])], [one, two, "label"])
+    schema = RowSchema.of(
+        batch.schema, {one: 1.5, two: 2.5}, features=names, label="label", id=None, whole_labels=True
+    )
+    records = read_rows(batch, schema).records
+    features = schema.feature_arrays(records)
+    assert {name: values.tolist() for name, values in features.items()} == {one: [1.5], two: [2.5]}
+    assert schema.label_array(records).tolist() == [3]
+
+
 # The digest of a data set
 
 
@@ -421,6 +451,19 @@ def test_the_digest_is_the_sum_of_the_rows_hashes() -> None:
     high = sum(int.from_bytes(h[8:], "little") for h in last) % 2**64
     assert rows.report.digest == (low, high)
     assert rows.report.data_digest == f"{low:016x}{high:016x}"
+
+
+def test_the_digest_tells_other_ids_and_ids_that_rows_exchanged() -> None:
+    def digests(ids: list[int]) -> tuple[str, str]:
+        report = read(batch_of(x=[1.0, 2.0, 2.0], y=[0, 0, 0], key=ids), id="key").report
+        return report.data_digest, report.content_digest
+
+    of = {digests(ids) for ids in ([1, 2, 3], [1, 2, 4], [2, 1, 3], [1, 2, 2])}
+    assert len({data for data, _ in of}) == 4
+    assert {content for _, content in of} == {
+        read(batch_of(x=[1.0, 2.0, 2.0], y=[0, 0, 0])).report.data_digest
+    }
+    assert digests([1, 3, 2]) == digests([1, 2, 3])  # equal rows: as if they had changed places
 
 
 def test_the_digest_is_free_of_order_and_of_batches() -> None:

@@ -38,6 +38,23 @@ def test_a_file_is_written_read_replaced_and_removed(at: Callable[[Path], Locati
     assert not file.exists()
 
 
+def test_what_lies_around_a_file_is_found_alike_everywhere(
+    at: Callable[[Path], Location], tmp_path: Path
+) -> None:
+    for name in ("table/day=1/a.parquet", "table/_log/0.json", "table/.hidden/1.json", "table/_log/2.text"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    for inside in ("table", "table/day=1", "table/day=1/a.parquet", "table/*/a.parquet"):
+        folders = list(at(tmp_path / inside).with_parents())
+        assert str(folders[-1]).removeprefix("file:") == "/"
+        assert str(folders[0]).removeprefix("file:") == str(tmp_path / inside)
+        found = [(str(folder).rpartition("/")[2], folder.names_of("_log/*.json")) for folder in folders]
+        assert [(name, names) for name, names in found if names] == [("table", ["0.json"])]
+    assert at(tmp_path / "t*").names_of(".hidden/*") == ["1.json"]
+    assert at(tmp_path / "nothing").names_of("_log") == []
+    assert at(tmp_path / "table" / "_log" / "0.json").names_of("_log") == []
+
+
 def test_what_is_not_there_is_said_as_python_says_it(at: Callable[[Path], Location], tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError) as refused:
         (at(tmp_path) / "nothing").read_bytes()

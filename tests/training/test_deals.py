@@ -8,6 +8,7 @@ from dataclasses import replace
 from functools import partial
 from hashlib import blake2b
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -18,6 +19,7 @@ from engine_makers import Inline
 from sparksgd.config import Config
 from sparksgd.data.local_files import ParquetRows
 from sparksgd.data.sampling import Sampling
+from sparksgd.data.schema import Feature, RowSchema
 from sparksgd.data.source import Shards
 from sparksgd.engines.compute import Plan
 from sparksgd.engines.inline import InlineEngine
@@ -28,6 +30,10 @@ from sparksgd.training.loop import train
 from sparksgd.training.replay import Replay
 
 ROWS = [([1.0], 3.0), ([2.0], 3.0), ([3.0], 6.0)]
+
+SCHEMA = RowSchema(
+    features=(Feature(name="x", dtype="float32", length=1),), label="y", label_dtype="float32", id="id"
+)
 
 CONFIG = Config.from_dict(
     {
@@ -79,6 +85,44 @@ def test_of_rows_that_change_those_shards_are_named_that_hold_them(tmp_path: Pat
     after = parquet(tmp_path / "after", [row if row[0] != [7.0] else ([7.0], 1.0) for row in rows])
     with pytest.raises(ShardChanged, match=f"; shards {holder} hold other rows"):
         train(with_shards(5), rows=Rewritten(before, after), test=None, make_engine=InlineEngine)
+
+
+@pytest.mark.parametrize("num_shards", [1, 2])
+@pytest.mark.parametrize("deal", [0, 1])
+def test_ids_that_differ_at_every_reading_are_an_error_at_every_deal(
+    tmp_path: Path, num_shards: int, deal: int
+) -> None:
+    readings = [with_ids(tmp_path / str(seed), seed) for seed in (0, 1)]
+    deals: list[int] = []
+
+    class Random(ParquetRows):
+        """Rows whose ids change between two readings: the check and a deal, or two deals."""
+
+        def __init__(self) -> None:
+            self.first_rows, self.inspect = readings[0].first_rows, readings[0].inspect
+
+        def deal(self, *given: Any) -> Any:
+            deals.append(len(deals))
+            return readings[len(deals) > deal].deal(*given)
+
+    config = replace(with_shards(num_shards), data=replace(CONFIG.data, id="id"))
+    config = replace(config, train=replace(config.train, rows_per_step=20, epochs=3))
+    replay = Replay(
+        config=config.to_dict(), data_digest=readings[0].inspect(SCHEMA, 1).content_digest,
+        model_name=config.model.name, parameters_sha256=None,
+        took_part=[frozenset(range(num_shards))] * 6, deals=[0, 0, 1, 1, 2, 2],
+    )  # fmt: skip
+    with pytest.raises(ShardChanged, match=r"changed while it was read: 40 rows .* \(maybe data\.id, 'id'\)"):
+        train(config, rows=Random(), test=None, make_engine=InlineEngine, replay=replay)
+    assert len(deals) == deal + 1
+
+
+def with_ids(folder: Path, seed: int) -> ParquetRows:
+    folder.mkdir()
+    ids = np.random.default_rng(seed).integers(0, 1 << 60, 40)
+    table = {"x": pa.array([[float(x)] for x in range(40)]), "y": [0.0] * 40, "id": ids}
+    pq.write_table(pa.table(table), folder / "rows.parquet")
+    return ParquetRows(str(folder))
 
 
 def test_a_heavy_shard_and_an_empty_one_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -305,6 +305,60 @@ def test_a_file_that_is_not_there_or_no_parquet(tmp_path: Path) -> None:
 # Modules, losses, optimisers
 
 
+class Takes(nn.Module):
+    """Modules whose forward takes other arguments; `forward` is replaced below."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(2, 3)
+
+
+def taking(forward: Any) -> Any:
+    factory = type("Taking", (Takes,), {"forward": forward})
+    globals()["Taking"] = factory
+    factory.__name__ = "Taking"
+    return factory
+
+
+@pytest.mark.parametrize(
+    ("columns", "forward", "phrase"),
+    [
+        (
+            ["self", "x"],
+            lambda self, x, **others: self.inner(x),
+            "none may be called 'self': rename that column",
+        ),
+        (
+            ["x", "z"],
+            lambda self, *args: self.inner(args[0]),
+            "takes (*args): got an unexpected keyword argument",
+        ),
+        (["x", "z"], lambda self, x: self.inner(x), "takes (x): got an unexpected keyword argument 'z'"),
+        (["x"], lambda self, x, mask: self.inner(x), "takes (x, mask): missing a required argument: 'mask'"),
+        (["x", "z"], lambda self, x, /, z: self.inner(x), "takes (x, /, z): "),
+        (["x"], lambda self, *, x: self.inner(x), "takes (*, x): too many positional arguments"),
+    ],
+)
+def test_features_that_forward_does_not_take(
+    tmp_path: Path, columns: list[str], forward: Any, phrase: str
+) -> None:
+    rows = parquet(tmp_path, x=X, y=Y, z=X, self=X)
+    assert_says(refusal(rows, factory=taking(forward), data={"features": columns}), ModelError, phrase)
+
+
+def test_features_of_any_name_reach_keyword_arguments(tmp_path: Path) -> None:
+    taking(lambda self, x, **others: self.inner(x + others["class"] + others["a.b"] + others[""]))
+    rows = parquet(tmp_path, **{"x": X, "y": Y, "class": X, "a.b": X, "": X})
+    config = {"data": {"features": ["x", "class", "a.b", ""], "label": "y"}, "train": {"steps": 1}}
+    config |= {"model": {"name": f"{__name__}:Taking"}, "train": {"num_shards": 2, "rows_per_step": 6}}
+    assert train(Config.from_dict(config), rows=rows, test=None, make_engine=InlineEngine).version == 2
+
+
+def test_a_type_error_of_forward_s_own_is_the_user_s(tmp_path: Path) -> None:
+    error = refusal(parquet(tmp_path, x=X, y=Y), factory=taking(lambda self, x: self.inner(x) + "text"))
+    assert_says(error, UserCodeError, "TypeError")
+
+
 @pytest.mark.parametrize(
     ("factory", "kind", "phrases"),
     [

@@ -6,7 +6,7 @@ import re
 
 from pyspark import SparkContext
 
-from sparksgd.errors import Cancelled, ClusterError, ModelError, SparkSGDError, UserCodeError
+from sparksgd.errors import Cancelled, ClusterError, DataError, ModelError, SparkSGDError, UserCodeError
 from sparksgd.spark.cluster.lost_executors import advice_of
 
 __all__ = ["final_error", "gist", "is_stopped", "session_stopped"]
@@ -17,6 +17,10 @@ _WRAPPED = re.compile(r"Job aborted|Exception thrown by job")
 _RAISED = re.compile(r"(Exception|Error): ")
 _TOO_LARGE = "bigger than spark.driver.maxResultSize"
 _USERS = re.compile(r"sparksgd\.errors\.UserCodeError: (.+?)\s*\n\s*at org\.apache\.", re.DOTALL)
+_OTHER_TYPES = re.compile(r"PARQUET_COLUMN_DATA_TYPE_MISMATCH|SchemaColumnConvertNotSupportedException")
+_CANNOT_COMPUTE = re.compile(r"(\[[A-Z_.]+\] [^\n]*?)\.? SQLSTATE: (22|39)\w{3}")
+"""Classes of SQLSTATE: 22 is a value that an expression cannot take, 39 a function that failed."""
+
 _NO_MODULE = re.compile(r"ModuleNotFoundError: No module named '([\w.]+)'")
 
 
@@ -56,6 +60,13 @@ def final_error(error: Exception, context: SparkContext) -> SparkSGDError | None
     raised = _USERS.search(text)
     if raised:
         return UserCodeError(raised[1])
+    if _OTHER_TYPES.search(text):
+        return DataError(
+            f"the Parquet files have columns of other types than the first of them: {gist(text)}. Write them "
+            f"anew, with one type for each column"
+        )
+    if cannot := _CANNOT_COMPUTE.search(text):
+        return DataError(f"a column of the DataFrame cannot be computed: {cannot[1]}. Mend it, or its input")
     missing = _NO_MODULE.search(text)
     if missing:
         return ModelError(

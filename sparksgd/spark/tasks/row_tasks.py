@@ -43,13 +43,15 @@ __all__ = [
 def inspect(
     schema: RowSchema, num_shards: int | None, batches: Iterable[pa.RecordBatch]
 ) -> Iterator[pa.RecordBatch]:
-    """Task: report on a partition's rows, with digests of the shards if rows are dealt by content."""
+    """Task: report on a partition's rows, with the digest of each shard; num_shards None: it is one shard."""
     leave_quietly()
     report = RowReport()
     for rows in rows_of(schema, batches):
         report += rows.report
         if num_shards is not None:
             report += RowReport(shard_digests=rows.shard_digests(num_shards))
+    if num_shards is None:
+        report.shard_digests[_this_partition()] = report.digest
     yield texts("report", [json.dumps(report.to_json())])
 
 
