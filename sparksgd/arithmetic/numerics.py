@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import os
 import platform
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from torch.nn import functional as F
 
 from sparksgd.arithmetic import instruction_set
 
-__all__ = ["Numerics", "generator_kept", "package_digest", "thread_count"]
+__all__ = ["Numerics", "package_digest", "thread_count"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,23 +67,6 @@ class Numerics:
             for name, mine in vars(self).items()
             if mine != (theirs := getattr(other, name))
         ]
-
-
-_generator_lock = threading.RLock()
-
-
-@contextmanager
-def generator_kept() -> Iterator[torch.Generator]:
-    """In the block, keep torch's global generator for this thread alone; then restore it.
-
-    Dropout and initialisers always draw from it.  Two runs in threads of one process would mix their numbers.
-    """
-    with _generator_lock:
-        state = torch.default_generator.get_state()
-        try:
-            yield torch.default_generator
-        finally:
-            torch.default_generator.set_state(state)
 
 
 @contextmanager
