@@ -21,7 +21,7 @@ import types
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from functools import lru_cache, partial
+from functools import partial
 from typing import Any, TypeVar, cast
 
 import torch
@@ -207,7 +207,6 @@ def _dumps(value: object, pickler: type[pickle.Pickler]) -> bytes:
     return stream.getvalue()
 
 
-@lru_cache(8)
 def _reducing(pickler: type[pickle.Pickler]) -> type[pickle.Pickler]:
     """Return a pickler that reduces as `reduced` does, else as the given one."""
 

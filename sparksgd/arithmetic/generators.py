@@ -1,6 +1,7 @@
 """The global generators that a module may draw from: torch's, numpy's and Python's.
 
-They are seeded for every use, so that no number depends on what ran before.  A caller finds them as they were.
+They are seeded for every use, so that no number depends on what ran before.  A caller
+finds them as they were.
 """
 
 from __future__ import annotations

@@ -34,6 +34,7 @@ from sparksgd.solvers.protocol import Need
 from sparksgd.solvers.rules import Experiment, described, make_solver
 from sparksgd.solvers.torch_optimizers import without_compiler
 from sparksgd.training.replay import Replay
+from sparksgd.training.saved_state import check_saving
 
 __all__ = [
     "Checked",
@@ -107,6 +108,7 @@ def check(
     loss = loss_named(config.loss.name)
     copied((module, loss), {"": module, "loss": loss})  # refuses what cannot be
     schema, channels_last, harmless = _tried(config, module, loss, rows, dtype)
+    check_saving(module)
     needs = check_solver(config, replay)
     check_engine(config, kinds, needs)
     _warn_of_evaluation_mode(module)
