@@ -409,6 +409,7 @@ def parts(value: Any) -> Iterator[tuple[str, object]]:
             for name, cell in zip(names, cells, strict=True)
             if _is_full(cell)
         )
+        yield from ((f".{name}", part) for name, part in value.__dict__.items())
     elif isinstance(value, partial):
         yield from ((".func", value.func), (".args", value.args), (".keywords", value.keywords))
     elif isinstance(value, torch.Tensor):

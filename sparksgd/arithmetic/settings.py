@@ -6,7 +6,8 @@ A module's forward may not: the next piece would be computed by other ones, and 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, Self
 
@@ -44,8 +45,8 @@ _SETTINGS: tuple[tuple[str, Callable[[], Any], Callable[[Any], object] | None], 
     ),
     (
         "torch.use_deterministic_algorithms",
-        torch.are_deterministic_algorithms_enabled,
-        lambda value: torch.use_deterministic_algorithms(value),
+        torch.get_deterministic_debug_mode,
+        torch.set_deterministic_debug_mode,  # use_deterministic_algorithms imports the compiler
     ),
     (
         "torch.set_float32_matmul_precision",
@@ -113,21 +114,30 @@ class HeldSettings:
             self._held = settings_now()
         return self
 
-    def require(self, what: str) -> None:
-        """Put back what the user's code changed, and refuse it.
+    @contextmanager
+    def blamed(self, what: str) -> Iterator[None]:
+        """Put back what the user's code changes in the block, and refuse it.
 
         Args:
-            what: which of the user's code ran.
+            what: which of the user's code runs.
 
         Raises:
-            ModelError: a setting has changed since the block began.
+            ModelError: a setting has changed; also if something else was raised, maybe for that reason.
         """
+        try:
+            yield
+        except Exception as error:
+            self._require(what, error)
+            raise
+        self._require(what)
+
+    def _require(self, what: str, error: Exception | None = None) -> None:
         if settings_now() != self._held:
             (first, *_) = _apply(self._held)
             raise ModelError(
                 f"{what} changed {first} and left it so: later rows would be computed otherwise on this "
                 f"worker. Set it before the training, or put it back before forward returns"
-            )
+            ) from error
 
     def __exit__(self, *_: object) -> None:
         if self._held != self._before or settings_now() != self._before:

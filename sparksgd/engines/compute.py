@@ -163,9 +163,8 @@ class Computer:
         def compute(shard: Descriptor) -> tuple[Evaluation | None, bool]:
             seed = seed32(self.plan.sampling.seed, "evaluation", shard.shard, weights.version)
             seed_generators(seed)
-            with self.flat.evaluating():
+            with self._settings.blamed("the module or its loss, in evaluation,"), self.flat.evaluating():
                 evaluation = self._whole(shard)
-            self._settings.require("the module or its loss, in evaluation,")
             self._watch.restore()
             return evaluation, True
 
@@ -259,7 +258,7 @@ class Computer:
         seed_generators(seed)
         chunk = self.plan.rows_per_backward or len(records)
         loss = 0.0
-        with self.flat.new_gradient(take_part) as gradient:
+        with self._settings.blamed("the module or its loss"), self.flat.new_gradient(take_part) as gradient:
             for first in range(0, len(records), chunk):
                 _, losses = self._forward(records[first : first + chunk])
                 total = losses.sum()
@@ -267,7 +266,6 @@ class Computer:
                 with users_code("the module or its loss"):
                     total.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
                 loss += float(total.detach())
-        self._settings.require("the module or its loss")
         self._watch.require_unchanged()
         if not np.isfinite(gradient.sum()) and not np.isfinite(gradient).all():
             raise NotFinite(

@@ -24,7 +24,8 @@ from sparksgd.arithmetic.generators import generators_kept, seed_generators
 from sparksgd.arithmetic.settings import HeldSettings
 from sparksgd.data.schema import RowSchema
 from sparksgd.engines.compute import tried_gradient
-from sparksgd.engines.watch import Watch, refusal
+from sparksgd.engines.held import refusal
+from sparksgd.engines.watch import Watch
 from sparksgd.errors import ModelError
 from sparksgd.losses import Loss
 
@@ -51,9 +52,19 @@ def harmless_state(
     pieces = np.resize(records, 2 * rows).reshape(2, rows)
     with generators_kept(), HeldSettings() as settings:
         first = _Tried(module, loss, schema, dtype)
-        first.compute(pieces[0])
-        settings.require("the module or its loss")
-        changed = first.watch.changed()
+        try:
+            with settings.blamed("the module or its loss"):
+                first.compute(pieces[0])
+            changed = first.watch.changed()
+            made = {path: first.watch.value(path) for path in changed}
+        finally:
+            first.watch.restore()  # also what all copies share: globals, attributes of classes
+        for path in changed:
+            if isinstance(made[path], nn.Module | nn.Parameter):
+                raise ModelError(
+                    f"{path} is made, or replaced, in forward: it would not be trained, nor be saved. Make "
+                    f"it in __init__"
+                )
         for path in graphs:
             if path not in changed:
                 raise ModelError(
@@ -80,13 +91,17 @@ def _refuse_memory(
     fresh, used = (_Tried(module, loss, schema, dtype) for _ in range(2))
     used.compute(before)
     used.take_tensors(fresh)
-    for one in (fresh, used):
+    found = []
+    for one in (used, fresh):
         one.move_parameters()
-    same_bits = fresh.compute(piece) == used.compute(piece)
-    for path in changed:
-        if fresh.value(path) != used.value(path):
+        bits = one.compute(piece)
+        found.append((bits, [_digest(one.watch.value(path)) for path in changed]))
+        one.watch.restore()
+    (bits, values), (fresh_bits, fresh_values) = found
+    for path, value, other in zip(changed, values, fresh_values, strict=True):
+        if value != other:
             raise refusal(path)
-    if not same_bits:
+    if bits != fresh_bits:
         raise refusal(" or ".join(changed))
 
 
@@ -114,13 +129,6 @@ class _Tried:
     def move_parameters(self) -> None:
         """Move each parameter a little."""
         self._flat.parameters.mul_(1 + 2**-8).add_(2**-10)
-
-    def value(self, path: str) -> str:
-        """Return a digest of an attribute's value."""
-        if path.split(".")[0] == "loss" and not hasattr(self._flat.module, "loss"):
-            return _digest(self._loss)
-        *parents, name = path.split(".")
-        return _digest(vars(self._flat.module.get_submodule(".".join(parents))).get(name))
 
 
 def _with_graph(module: nn.Module) -> list[str]:

@@ -28,6 +28,7 @@ from sparksgd.data.source import RowSource
 from sparksgd.engines.compute import try_out
 from sparksgd.engines.kinds import EngineKind, candidates, refuse_uncarried
 from sparksgd.engines.state_trial import harmless_state
+from sparksgd.engines.watch import Watch
 from sparksgd.errors import ConfigError, DataError, ModelError, UserCodeError
 from sparksgd.losses import CLASSIFIERS, Loss, binary_cross_entropy, loss_named
 from sparksgd.solvers.protocol import Need
@@ -232,9 +233,12 @@ def _tried(
     if classifies:
         schema.label_array(sample)[:] = 0  # a label out of range is reported later, as a bad row
     try:
-        with HeldSettings() as settings:
-            output, channels_last = try_out(module, loss, schema, sample[:_TRIED_ROWS], dtype)
-            settings.require("the module or its loss")
+        with HeldSettings() as settings, settings.blamed("the module or its loss"):
+            shared = Watch(module, loss)  # copies have globals and attributes of classes in common
+            try:
+                output, channels_last = try_out(module, loss, schema, sample[:_TRIED_ROWS], dtype)
+            finally:
+                shared.restore()
         harmless = harmless_state(module, loss, schema, sample[:_TRIED_ROWS], dtype)
     except UserCodeError:
         if not made_up:
