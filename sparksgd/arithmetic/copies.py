@@ -93,7 +93,7 @@ def reduced(value: Any) -> Reduced | None:
     if isinstance(value, nn.Module):
         return _reduced_module(value)
     if isinstance(value, types.MethodType):
-        return types.MethodType, (value.__func__, value.__self__)
+        return _bound, (value.__func__, value.__self__)
     if type(value) is weakref.ref and value.__callback__ is None:
         return _weak_reference, (value(),)
     return None
@@ -376,6 +376,10 @@ def _set_parametrized_state(module: nn.Module, state: Any) -> None:
     parametrize._inject_new_class(module)
     for name in cast(nn.ModuleDict, module.parametrizations):
         parametrize._inject_property(module, name)
+
+
+def _bound(function: Callable[..., Any], to: object) -> types.MethodType:
+    return types.MethodType(function, to)
 
 
 def _weak_reference(target: object) -> weakref.ref[Any]:

@@ -139,6 +139,6 @@ class HeldSettings:
                 f"worker. Set it before the training, or put it back before forward returns"
             ) from error
 
-    def __exit__(self, *_: object) -> None:
-        if self._held != self._before or settings_now() != self._before:
+    def __exit__(self, failed: type[BaseException] | None, *_: object) -> None:
+        if failed is not None or self._held != self._before:  # else the last `blamed` has looked
             _apply(self._before)

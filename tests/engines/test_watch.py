@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from two_workers import train_here
+from two_workers import by_plain_torch, train_here
 
 from sparksgd.engines.watch import Watch
 from sparksgd.errors import ModelError, SparkSGDError
@@ -292,20 +292,6 @@ HARMLESS = {
 }
 
 
-def by_plain_torch(folder: Path, module: nn.Module, steps: int) -> list[float]:
-    """Return a module's parameters after steps on all rows of `two_workers.rows_of`, in one process."""
-    from two_workers import rows_of
-
-    table = rows_of(folder).first_rows(["x", "y"], 48)[1]
-    x, y = torch.tensor(table["x"].to_pylist()), torch.tensor(table["y"].to_pylist())
-    optimizer = torch.optim.SGD(module.parameters(), lr=0.05)
-    for _ in range(steps):
-        optimizer.zero_grad()
-        (module(x)[:, 0] - y).square().mean().backward()
-        optimizer.step()
-    return [value for parameter in module.parameters() for value in parameter.flatten().tolist()]
-
-
 @pytest.mark.parametrize("kind", HARMLESS)
 def test_what_no_piece_reads_from_another_trains_as_in_one_process(tmp_path: Path, kind: str) -> None:
     begin, use = HARMLESS[kind]
@@ -530,7 +516,7 @@ def test_a_training_does_not_import_the_compiler(tmp_path: Path) -> None:
         [
             sys.executable,
             "-c",
-            "import sys, pathlib, torch; from two_workers import train_here\n"
+            "import sys, pathlib, torch; from two_workers import by_plain_torch, train_here\n"
             f"train_here(pathlib.Path({str(tmp_path)!r}), 1, module=torch.nn.Linear(4, 1), tested=True)\n"
             "print('torch._dynamo' in sys.modules)",
         ],

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
 from engine_makers import Inline
 from torch import nn
 
@@ -59,7 +61,7 @@ class WorkersHere(InlineEngine):
         return [self._computer.numerics] * self._num_workers
 
 
-def rows_of(folder: Any, rows: int = 48, width: int = 4) -> ParquetRows:
+def rows_of(folder: Path, rows: int = 48, width: int = 4) -> ParquetRows:
     """Write rows of a linear rule, float[width], to a folder."""
     folder.mkdir(parents=True, exist_ok=True)
     x = np.random.default_rng(0).standard_normal((rows, width))
@@ -71,7 +73,7 @@ def rows_of(folder: Any, rows: int = 48, width: int = 4) -> ParquetRows:
 
 
 def train_here(
-    folder: Any,
+    folder: Path,
     num_workers: int = 1,
     *,
     module: nn.Module | None = None,
@@ -96,3 +98,15 @@ def train_here(
         make_engine=Inline(lambda *given: WorkersHere(num_workers, *given)),
         module=module,
     )
+
+
+def by_plain_torch(folder: Path, module: nn.Module, steps: int) -> list[float]:
+    """Return a module's parameters after steps on all rows of `rows_of`, in one process."""
+    table = rows_of(folder).first_rows(["x", "y"], 48)[1]
+    x, y = torch.tensor(table["x"].to_pylist()), torch.tensor(table["y"].to_pylist())
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.05)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        (module(x)[:, 0] - y).square().mean().backward()
+        optimizer.step()
+    return [value for parameter in module.parameters() for value in parameter.flatten().tolist()]
