@@ -5,8 +5,6 @@ from __future__ import annotations
 import hashlib
 import os
 import platform
-import random
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,13 +12,12 @@ from functools import cache
 from importlib.resources import files
 from importlib.resources.abc import Traversable
 
-import numpy as np
 import torch
 from torch.nn import functional as F
 
 from sparksgd.arithmetic import instruction_set
 
-__all__ = ["Numerics", "generator_kept", "generators_seeded", "package_digest", "thread_count"]
+__all__ = ["Numerics", "package_digest", "thread_count"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,42 +67,6 @@ class Numerics:
             for name, mine in vars(self).items()
             if mine != (theirs := getattr(other, name))
         ]
-
-
-_generator_lock = threading.RLock()
-
-
-@contextmanager
-def generator_kept() -> Iterator[torch.Generator]:
-    """In the block, keep torch's global generator for this thread alone; then restore it.
-
-    Dropout and initialisers always draw from it.  Two runs in threads of one process would mix their numbers.
-    """
-    with _generator_lock:
-        state = torch.default_generator.get_state()
-        try:
-            yield torch.default_generator
-        finally:
-            torch.default_generator.set_state(state)
-
-
-@contextmanager
-def generators_seeded(seed: int) -> Iterator[None]:
-    """In the block, let torch's, numpy's and Python's global generators draw from a seed; then restore them.
-
-    Args:
-        seed: of 32 bits, from `seed32`.
-    """
-    with generator_kept() as generator:
-        of_numpy, of_python = np.random.get_state(legacy=False), random.getstate()
-        generator.manual_seed(seed)
-        np.random.seed(seed)
-        random.seed(seed)
-        try:
-            yield
-        finally:
-            np.random.set_state(of_numpy)
-            random.setstate(of_python)
 
 
 @contextmanager

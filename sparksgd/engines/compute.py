@@ -8,7 +8,6 @@ Legend: B rows of a piece, P parameters, S shards, C classes.
 
 from __future__ import annotations
 
-import copy
 import inspect
 import logging
 import socket
@@ -24,13 +23,17 @@ import torch
 from torch import nn
 
 from sparksgd.arithmetic.addition_tree import add_partial
+from sparksgd.arithmetic.copies import copied
 from sparksgd.arithmetic.flat import FlatModule, TakePart, Weights, has_convolutions
-from sparksgd.arithmetic.numerics import Numerics, generator_kept, thread_count
+from sparksgd.arithmetic.generators import generators_kept, seed_generators
+from sparksgd.arithmetic.numerics import Numerics, thread_count
 from sparksgd.arithmetic.seeds import seed32
+from sparksgd.arithmetic.settings import HeldSettings, Settings
 from sparksgd.data.sampling import Sampling
 from sparksgd.data.schema import RowSchema
 from sparksgd.data.shard import Descriptor, read_records
 from sparksgd.engines.replies import Evaluation, Reply, WorkerReport, with_place
+from sparksgd.engines.watch import Watch
 from sparksgd.errors import (
     ModelError,
     NotFinite,
@@ -48,6 +51,7 @@ __all__ = [
     "Plan",
     "forward",
     "predictions",
+    "tried_gradient",
     "try_out",
 ]
 
@@ -91,6 +95,12 @@ class Plan:
     deal: int = 0
     """How often the rows were dealt again."""
 
+    settings: Settings | None = None
+    """The driver's settings of torch and numpy, which all workers take; None: each keeps its own."""
+
+    harmless: frozenset[str] = frozenset()
+    """Paths of attributes that a piece writes, but never reads from an earlier one."""
+
     before_gradients: Callable[[int, int], None] | None = None
     """Called with a worker and a round's first turn (from 0) before the worker computes; tests and benchmarks
     make stragglers by it."""
@@ -100,12 +110,15 @@ class Computer:
     """Computes what a worker is asked for; there is one in each process of a run.
 
     Args:
-        plan: what to compute; its module is copied.
+        plan: what to compute; its module and its loss are copied.
     """
 
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
-        self.flat = FlatModule(copy.deepcopy(plan.module), plan.dtype)
+        module, self.loss = copied((plan.module, plan.loss), {"": plan.module, "loss": plan.loss})
+        self.flat = FlatModule(module, plan.dtype)
+        self._watch = Watch(module, self.loss, plan.harmless)
+        self._settings = HeldSettings(plan.settings)
         self.numerics = Numerics.here(plan.threads)
         self._orders: dict[int, tuple[int, npt.NDArray[np.uint32]]] = {}
         self._halves: dict[int | None, WorkerHalf[Answer]] = {}
@@ -141,7 +154,7 @@ class Computer:
         def is_asked(shard: int) -> bool:
             return asked is None or shard in asked
 
-        with generator_kept(), ExitStack() as layout:
+        with ExitStack() as layout:
             standing = _Standing(self.flat, layout, channels_last=self.plan.channels_last)
             return self._reply(worker, shards, compute, is_asked, _turns_named(answer.turn, answer.turns))
 
@@ -149,8 +162,12 @@ class Computer:
         """Reply to an evaluation: sums over all rows of these shards."""
 
         def compute(shard: Descriptor) -> tuple[Evaluation | None, bool]:
-            with self.flat.evaluating():
-                return self._whole(shard), True
+            seed = seed32(self.plan.sampling.seed, "evaluation", shard.shard, weights.version)
+            seed_generators(seed)
+            with self._settings.blamed("the module or its loss, in evaluation,"), self.flat.evaluating():
+                evaluation = self._whole(shard)
+            self._watch.restore()
+            return evaluation, True
 
         doing = f"the evaluation of version {weights.version}"
         with ExitStack() as layout:
@@ -172,7 +189,7 @@ class Computer:
         rows = 0
         remaining = iter(shards)
         try:
-            with thread_count(self.plan.threads):
+            with thread_count(self.plan.threads), generators_kept(), self._settings:
                 for shard in remaining:
                     result, takes_part = None, False
                     if is_asked(shard.shard):
@@ -239,19 +256,18 @@ class Computer:
         rows = np.sort(self._order(shard.shard, self.plan.sampling.epoch_of(turn))[start:end])
         records = read_records(shard, rows, self.plan.schema.record)
         seed = seed32(self.plan.sampling.seed, "dropout", shard.shard, turn)
-        torch.default_generator.manual_seed(seed)
+        seed_generators(seed)
         chunk = self.plan.rows_per_backward or len(records)
         loss = 0.0
-        with self.flat.new_gradient(take_part) as gradient:
+        with self._settings.blamed("the module or its loss"), self.flat.new_gradient(take_part) as gradient:
             for first in range(0, len(records), chunk):
-                _, losses = forward(
-                    self.flat.module, self.plan.loss, self.plan.schema, records[first : first + chunk]
-                )
+                _, losses = self._forward(records[first : first + chunk])
                 total = losses.sum()
                 self._require_finite(losses, rows[first : first + chunk], shard, turn)
                 with users_code("the module or its loss"):
                     total.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
                 loss += float(total.detach())
+        self._watch.require_unchanged()
         if not np.isfinite(gradient.sum()) and not np.isfinite(gradient).all():
             raise NotFinite(
                 f"the gradient of turn {turn + 1} is NaN or infinite in shard {shard.shard}, rows "
@@ -290,7 +306,7 @@ class Computer:
         return total
 
     def _forward(self, records: npt.NDArray[Any]) -> tuple[torch.Tensor, torch.Tensor]:
-        return forward(self.flat.module, self.plan.loss, self.plan.schema, records)
+        return forward(self.flat.module, self.loss, self.plan.schema, records)
 
     def _order(self, shard: int, epoch: int) -> npt.NDArray[np.uint32]:
         """Return the shard's row numbers in the shuffled order of an epoch; cached for the epoch."""
@@ -397,6 +413,17 @@ def _unfit(module: nn.Module, features: dict[str, torch.Tensor]) -> str | None:
     return None
 
 
+def tried_gradient(
+    flat: FlatModule, loss: Loss, schema: RowSchema, records: npt.NDArray[Any]
+) -> tuple[bytes, bytes]:
+    """Return the losses and the gradient of some rows, as bytes."""
+    with flat.new_gradient() as gradient:
+        _, losses = forward(flat.module, loss, schema, records)
+        with users_code("the module or its loss"):
+            losses.sum().backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+    return losses.detach().numpy().tobytes(), gradient.tobytes()
+
+
 def predictions(output: torch.Tensor) -> torch.Tensor:
     """Return the classes, int64[B], of logits float[B, C], or of one logit per row, [B] or [B, 1]."""
     if output.ndim == 2 and output.shape[1] > 1:
@@ -439,9 +466,9 @@ def _trial(
 ) -> torch.Size:  # fmt: skip
     """Compute a gradient of a few rows, and return the shape of the output."""
     records = np.resize(records, max(2, len(records)))  # batch-norm needs two rows
-    flat = FlatModule(copy.deepcopy(module), dtype)
+    flat = FlatModule(copied(module), dtype)
     before = {name: tensor.detach().numpy().tobytes() for name, tensor in flat.constants()}
-    with generator_kept(), flat.channels_last() if channels_last else nullcontext():
+    with generators_kept(), flat.channels_last() if channels_last else nullcontext():
         output, losses = forward(flat.module, loss, schema, records)
         with users_code("the module or its loss"):
             losses.sum().backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped

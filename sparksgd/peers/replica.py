@@ -10,7 +10,6 @@ from one segment to the next as long as the mesh is kept, even if Spark makes it
 
 from __future__ import annotations
 
-import copy
 import socket
 import time
 from collections import Counter
@@ -22,6 +21,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from sparksgd.arithmetic.copies import copied
 from sparksgd.arithmetic.flat import FlatModule, FlatStrip
 from sparksgd.arithmetic.numerics import Numerics, thread_count
 from sparksgd.data.shard import Descriptor
@@ -130,9 +130,7 @@ class Replica:
         self._computer = computer
         # Halves with local models leave their weights in the computer's module, not the centre's.
         apart = computer.plan.halves.have_local_models
-        self._flat = (
-            FlatModule(copy.deepcopy(computer.plan.module), computer.plan.dtype) if apart else computer.flat
-        )
+        self._flat = FlatModule(copied(computer.plan.module), computer.plan.dtype) if apart else computer.flat
         self._mesh = Mesh()
         self._solver: RoundSolver | None = None
 

@@ -1,6 +1,7 @@
 """What a run writes to its folder: the model, a line for each step, a summary.
 
 model/weights.pt     state_dict, for torch.load(weights_only=True)
+model/constants.pt   tensors and numbers that are in no state_dict, by path, if there are any
 model/model.json     how to rebuild the module, and which columns feed it
 metrics.jsonl        a line for each step and each evaluation: exact fields, then "timing"
 run.json             the configuration, and fingerprints of the data and the code
@@ -29,7 +30,7 @@ from sparksgd.engines.trace import TraceEvent, event_line, first_line
 from sparksgd.errors import ClusterError, ConfigError
 from sparksgd.runs.json_files import finite, write_json
 from sparksgd.runs.model import save_model
-from sparksgd.runs.names import METRICS, MODEL, RUN, RUN_BEFORE, SUMMARY, TRACE, WEIGHTS
+from sparksgd.runs.names import METRICS, MODEL, RUN, RUN_BEFORE, SUMMARY, TRACE, WEIGHTS, constants_beside
 from sparksgd.storage import Lines, Location, Throttle, location, unanswered
 from sparksgd.training.state import EvaluationReport, Observer, Training
 
@@ -37,7 +38,7 @@ __all__ = ["RunFolder", "summary"]
 
 log = logging.getLogger("sparksgd")
 
-_WEIGHTS_OF_A_RUN = re.compile(r"weights(-\d+)?\.pt")
+_WEIGHTS_OF_A_RUN = re.compile(r"(weights|constants)(-\d+)?\.pt")
 _SECONDS_BETWEEN_SAVES = 10.0
 _SAVING_SHARE = 0.05
 
@@ -237,8 +238,9 @@ class RunFolder(Observer):
     def _save(self, training: Training, weights: str) -> None:
         before, self._weights = self._weights, weights
         save_model(self.folder / "model", training, weights)
-        if before not in (None, weights):
-            (self.folder / "model" / before).remove()
+        if before is not None and before != weights:
+            for name in (before, constants_beside(before)):
+                (self.folder / "model" / name).remove()
 
     def _write_trace(self, report: StepReport) -> None:
         """Write the events of a step to the trace; the first ones begin the file."""

@@ -24,7 +24,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from sparksgd.arithmetic.numerics import generators_seeded
+from sparksgd.arithmetic.generators import generators_seeded
 from sparksgd.errors import ConfigError
 from sparksgd.imports import users_code
 from sparksgd.solvers.carrying import CannotCarry, own_attributes, packed, replace_attributes, unpacked

@@ -12,6 +12,7 @@ import numpy.typing as npt
 from pyspark import cloudpickle
 from pyspark.sql import DataFrame, SparkSession
 
+from sparksgd.arithmetic.copies import pickled
 from sparksgd.config import EngineConfig, TrainConfig
 from sparksgd.data.schema import RowReport
 from sparksgd.errors import ConfigError, DataError, SparkSGDError
@@ -74,8 +75,8 @@ def evaluate(rows: DataFrame | str | Path, model: SavedModel) -> Scores:
     model.schema.check_columns(*first_rows(frame, model.schema.columns, 1), "this data")
     context = frame.sparkSession.sparkContext
     plan = score_tasks.ScoringPlan(module=model.module, schema=model.schema, loss=model.loss)
-    pickled: bytes = cloudpickle.dumps(plan)  # type: ignore[no-untyped-call]  # untyped in pyspark
-    shipped = context.broadcast(pickled)
+    named = {"": model.module, "loss": model.loss}
+    shipped = context.broadcast(pickled(plan, named, cloudpickle.Pickler))
     report, total = RowReport(), 0.0
     confusion = None if model.schema.classes is None else np.zeros((model.schema.classes,) * 2, np.int64)
     try:

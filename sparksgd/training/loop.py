@@ -7,7 +7,6 @@ A failure is raised as an error; before that, the observers get the weights of t
 
 from __future__ import annotations
 
-import copy
 import logging
 import math
 import time
@@ -16,8 +15,10 @@ from contextlib import ExitStack, closing
 
 from torch import nn
 
+from sparksgd.arithmetic.copies import copied
 from sparksgd.arithmetic.flat import FlatModule
 from sparksgd.arithmetic.numerics import Numerics, thread_count
+from sparksgd.arithmetic.settings import driver_settings
 from sparksgd.config import Config
 from sparksgd.data.sampling import Sampling
 from sparksgd.data.source import RowSource
@@ -129,9 +130,10 @@ def _plan(
     probe: Probe,
 ) -> Plan:
     check_pieces(module, sampling, config.train.rows_per_backward)
+    copy, loss = copied((module, checked.loss), {"": module, "loss": checked.loss})
     return Plan(
-        module=copy.deepcopy(module),
-        loss=checked.loss,
+        module=copy,
+        loss=loss,
         schema=checked.schema,
         sampling=sampling,
         halves=solver.halves,
@@ -139,6 +141,8 @@ def _plan(
         rows_per_backward=config.train.rows_per_backward,
         dtype=probe.dtype,
         channels_last=checked.channels_last,
+        settings=driver_settings(config.train.threads),
+        harmless=checked.harmless,
         before_gradients=probe.before_gradients,
     )
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from sparksgd.arithmetic.numerics import generator_kept
+from sparksgd.arithmetic.generators import generators_seeded
 from sparksgd.arithmetic.seeds import seed32
 from sparksgd.config import ModelConfig
 from sparksgd.errors import ConfigError, ModelError
@@ -21,8 +21,7 @@ def build_module(config: ModelConfig, seed: int) -> nn.Module:
     """Return the module that a configuration names, its parameters drawn from the seed."""
     factory = resolve("model.name", config.name, MODELS)
     try:
-        with generator_kept() as generator:
-            generator.manual_seed(seed32(seed, "module"))
+        with generators_seeded(seed32(seed, "module")):
             module = factory(**config.arguments)
     except Exception as error:
         raise ConfigError(

@@ -17,20 +17,25 @@ import numpy as np
 import torch
 from torch import nn
 
+from sparksgd.arithmetic.copies import copied
 from sparksgd.arithmetic.flat import FlatModule, mixes_rows
 from sparksgd.arithmetic.numerics import Numerics
+from sparksgd.arithmetic.settings import HeldSettings
 from sparksgd.config import Config, DataConfig
 from sparksgd.data.sampling import Sampling
 from sparksgd.data.schema import RowReport, RowSchema, read_rows
 from sparksgd.data.source import RowSource
 from sparksgd.engines.compute import try_out
 from sparksgd.engines.kinds import EngineKind, candidates, refuse_uncarried
+from sparksgd.engines.state_trial import harmless_state
+from sparksgd.engines.watch import Watch
 from sparksgd.errors import ConfigError, DataError, ModelError, UserCodeError
 from sparksgd.losses import CLASSIFIERS, Loss, binary_cross_entropy, loss_named
 from sparksgd.solvers.protocol import Need
 from sparksgd.solvers.rules import Experiment, described, make_solver
 from sparksgd.solvers.torch_optimizers import without_compiler
 from sparksgd.training.replay import Replay
+from sparksgd.training.saved_state import check_saving
 
 __all__ = [
     "Checked",
@@ -60,6 +65,9 @@ class Checked:
 
     channels_last: bool
     """See Plan.channels_last."""
+
+    harmless: frozenset[str]
+    """See Plan.harmless."""
 
     rows: RowReport
     """The rows to train on."""
@@ -99,7 +107,9 @@ def check(
         SparkSGDError: see errors.py.
     """
     loss = loss_named(config.loss.name)
-    schema, channels_last = _tried(config, module, loss, rows, dtype)
+    copied((module, loss), {"": module, "loss": loss})  # refuses what cannot be
+    schema, channels_last, harmless = _tried(config, module, loss, rows, dtype)
+    check_saving(module)
     needs = check_solver(config, replay)
     check_engine(config, kinds, needs)
     _warn_of_evaluation_mode(module)
@@ -116,6 +126,7 @@ def check(
         loss=loss,
         schema=schema,
         channels_last=channels_last,
+        harmless=harmless,
         rows=report,
         test_rows=test_report,
         needs=needs,
@@ -213,8 +224,8 @@ def warn_of_differences(numerics: Sequence[Numerics]) -> None:
 
 def _tried(
     config: Config, module: nn.Module, loss: Loss, rows: RowSource, dtype: torch.dtype
-) -> tuple[RowSchema, bool]:
-    """Return the schema of a row, and `Plan.channels_last`, after a trial gradient of the first rows."""
+) -> tuple[RowSchema, bool, frozenset[str]]:
+    """Return a row's schema, `Plan.channels_last` and `Plan.harmless`, after trials of the first rows."""
     classifies = loss in CLASSIFIERS
     schema, sample = _first_records(config.data, rows, whole_labels=classifies)
     made_up = not len(sample)
@@ -223,14 +234,20 @@ def _tried(
     if classifies:
         schema.label_array(sample)[:] = 0  # a label out of range is reported later, as a bad row
     try:
-        output, channels_last = try_out(module, loss, schema, sample[:_TRIED_ROWS], dtype)
+        with HeldSettings() as settings, settings.blamed("the module or its loss"):
+            shared = Watch(module, loss)  # copies have globals and attributes of classes in common
+            try:
+                output, channels_last = try_out(module, loss, schema, sample[:_TRIED_ROWS], dtype)
+            finally:
+                shared.restore()
+        harmless = harmless_state(module, loss, schema, sample[:_TRIED_ROWS], dtype)
     except UserCodeError:
         if not made_up:
             raise
-        return schema, False  # zeros may not suit it; the inspection will name the bad rows
+        return schema, False, frozenset()  # zeros may not suit it; the inspection will name the bad rows
     if classifies:
         schema = replace(schema, classes=2 if loss is binary_cross_entropy else output[1])
-    return schema, channels_last
+    return schema, channels_last, harmless
 
 
 def _first_records(

@@ -108,6 +108,9 @@ class Training:
     numerics_changes: list[NumericsChange] = field(default_factory=list)
     """Workers that were replaced by workers of other arithmetic."""
 
+    numbers_to_save: frozenset[str] | None = None
+    """Paths of attributes that differ when the module is built again; None: that was not tried yet."""
+
     start_up: StartUp
     """How the time before the first step was spent."""
 

@@ -18,7 +18,8 @@ import torch
 
 import sparksgd
 from sparksgd.arithmetic import instruction_set, numerics
-from sparksgd.arithmetic.numerics import Numerics, generators_seeded, thread_count
+from sparksgd.arithmetic.generators import generators_seeded
+from sparksgd.arithmetic.numerics import Numerics, thread_count
 from sparksgd.errors import ConfigError
 
 SAY = """

@@ -18,7 +18,7 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from sparksgd.arithmetic.flat import FlatModule
-from sparksgd.arithmetic.numerics import generators_seeded
+from sparksgd.arithmetic.generators import generators_seeded
 from sparksgd.arithmetic.seeds import seed32
 from sparksgd.config import Config, OptimizerConfig, ScheduleConfig
 from sparksgd.data.local_files import ParquetRows

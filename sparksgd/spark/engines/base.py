@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 
 from pyspark import RDD, Broadcast, cloudpickle
 
+from sparksgd.arithmetic.copies import pickled
 from sparksgd.arithmetic.numerics import Numerics
 from sparksgd.config import EngineConfig
 from sparksgd.data.shard import Descriptor
@@ -285,5 +286,4 @@ def destroy(broadcast: Broadcast[Any]) -> None:
 
 def _pickled(plan: Plan) -> bytes:
     """Pickle a plan; classes of a notebook or of `__main__` are pickled by value."""
-    pickled: bytes = cloudpickle.dumps(plan)  # type: ignore[no-untyped-call]  # untyped in pyspark
-    return pickled
+    return pickled(plan, {"": plan.module, "loss": plan.loss}, cloudpickle.Pickler)

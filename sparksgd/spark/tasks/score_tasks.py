@@ -17,7 +17,9 @@ import pyarrow as pa
 import torch
 from torch import nn
 
+from sparksgd.arithmetic.generators import generators_seeded
 from sparksgd.arithmetic.numerics import thread_count
+from sparksgd.arithmetic.seeds import seed32
 from sparksgd.data.schema import RowReport, RowSchema
 from sparksgd.engines.compute import EVALUATION_ROWS, forward, predictions
 from sparksgd.errors import SparkSGDError
@@ -83,7 +85,7 @@ def _scores(plan: ScoringPlan, batches: Iterable[pa.RecordBatch]) -> PartialScor
         report += rows.report
         for first in range(0, len(rows.records), EVALUATION_ROWS):
             records = rows.records[first : first + EVALUATION_ROWS]
-            with torch.inference_mode(), thread_count(1):
+            with torch.inference_mode(), thread_count(1), generators_seeded(seed32(0, "scoring", first)):
                 output, losses = forward(plan.module, plan.loss, schema, records)
             total += float(losses.double().sum())
             if schema.classes is not None:

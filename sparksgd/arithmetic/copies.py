@@ -1,0 +1,466 @@
+"""Copies of a module, a loss, or anything that holds some: in this process, or pickled for another.
+
+`copy.deepcopy` and pickle lose what training needs: hooks on parameters, parameters' own attributes and
+classes.  They refuse parametrized and pruned modules, and tensors that have a graph.  Here one set of
+reducers makes both kinds of copy, so that what can be copied can travel, and the same things are kept:
+
+    parameters, tensors    class, attributes, hooks, requires_grad, strides; shared storage stays shared
+    a tensor with a graph  its values alone: forward computes it anew
+    parametrized modules   a class of their own, as torch gives them
+    bound methods, functions with closures, weak references   they refer to the copy
+    classes, modules of Python, functions without closures    themselves; pickled: by name, or by value
+
+What cannot be copied is refused with the path of the attribute.
+"""
+
+from __future__ import annotations
+
+import io
+import pickle
+import types
+import weakref
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from typing import Any, TypeVar, cast
+
+import torch
+from torch import nn
+from torch.nn.utils import parametrize
+from torch.utils.hooks import RemovableHandle
+
+from sparksgd.errors import ModelError, SparkSGDError
+
+__all__ = ["copied", "parts", "pickled", "reduced"]
+
+T = TypeVar("T")
+Reduced = tuple[Any, ...]
+
+_HOOKS = ("_backward_hooks", "_post_accumulate_grad_hooks")
+_ATOMS = (type, types.ModuleType, types.CodeType, torch.dtype, torch.device, torch.layout)
+
+
+def copied(value: T, named: Mapping[str, object] | None = None) -> T:
+    """Return a deep copy of a module, a loss, or both: what refers to the one then refers to its copy.
+
+    Args:
+        value: not changed.
+        named: its parts that users made, by the name that errors call them; an empty one is that of the
+            module, whose attributes are then named alone.  None: the value is the module.
+
+    Raises:
+        ModelError: a part of it cannot be copied.
+    """
+    return cast(T, _or_refused(_copy, value, {"": value} if named is None else named))
+
+
+def pickled(
+    value: object,
+    named: Mapping[str, object],
+    pickler: type[pickle.Pickler] = pickle.Pickler,
+) -> bytes:
+    """Return a value as bytes for `pickle.loads`.
+
+    Args:
+        value: what to pickle.
+        named: its parts that users made, by the name that errors call them; see `copied`.
+        pickler: pickles what `reduced` leaves to it, for example classes of a notebook by value.
+
+    Raises:
+        ModelError: a part of it cannot be pickled.
+    """
+    return _or_refused(partial(_dumps, pickler=pickler), value, named)
+
+
+def _or_refused(attempt: Callable[[Any], T], value: object, named: Mapping[str, object]) -> T:
+    try:
+        return attempt(value)
+    except SparkSGDError:
+        raise
+    except Exception as error:
+        for name, part in named.items():
+            if not _succeeds(attempt, part):
+                raise _refusal(part, name, attempt, error) from error
+        raise
+
+
+def reduced(value: Any) -> Reduced | None:
+    """Return how pickle makes a value again, as `__reduce__` does; None: as it does anyway."""
+    if isinstance(value, torch.Tensor):
+        return _reduced_tensor(value)
+    if isinstance(value, _Storage):
+        return _storage_of, (_bytes_of(value.storage).numpy().tobytes(),)
+    if isinstance(value, nn.Module):
+        return _reduced_module(value)
+    if isinstance(value, types.MethodType):
+        return _bound, (value.__func__, value.__self__)
+    if type(value) is weakref.ref and value.__callback__ is None:
+        return _weak_reference, (value(),)
+    return None
+
+
+# Copies in this process
+
+
+class _Copier(pickle.Pickler):
+    """Pickles what must be made again, and keeps aside what both copies share, and the bytes of tensors."""
+
+    def __init__(self, stream: io.BytesIO) -> None:
+        super().__init__(stream, protocol=5)
+        self.kept: list[object] = []
+        self._storages: dict[int, int] = {}
+
+    def persistent_id(self, value: Any) -> int | None:
+        if isinstance(value, _ATOMS) or _is_function_by_name(value):
+            return self._keep(value)
+        if type(value) is _Itself:
+            return self._keep(value.value)
+        if isinstance(value, torch.UntypedStorage) and value.device.type == "cpu":
+            pointer = value.data_ptr()
+            if not pointer or pointer not in self._storages:
+                self._storages[pointer] = self._keep(value.clone())  # type: ignore[no-untyped-call]  # torch leaves it untyped
+            return self._storages[pointer]
+        return None
+
+    def reducer_override(self, value: Any) -> Any:
+        if isinstance(value, types.FunctionType):
+            cells = value.__closure__ or ()
+            state = [cell.cell_contents if _is_full(cell) else _Itself(_EMPTY) for cell in cells]
+            return _closed_anew, (_Itself(value), len(cells)), state, None, None, _fill_cells
+        return NotImplemented if (made := reduced(value)) is None else made
+
+    def _keep(self, value: object) -> int:
+        self.kept.append(value)
+        return len(self.kept) - 1
+
+
+class _Copied(pickle.Unpickler):
+    def __init__(self, stream: io.BytesIO, kept: list[object]) -> None:
+        super().__init__(stream)
+        self._kept = kept
+
+    def persistent_load(self, number: int) -> Any:
+        return self._kept[number]
+
+
+class _Itself:
+    """Something that a copy refers to as it is."""
+
+    def __init__(self, value: object) -> None:
+        self.value = value
+
+
+_EMPTY = object()
+
+
+def _copy(value: object) -> object:
+    stream = io.BytesIO()
+    copier = _Copier(stream)
+    copier.dump(value)
+    stream.seek(0)
+    return _Copied(stream, copier.kept).load()
+
+
+def _is_function_by_name(value: object) -> bool:
+    if isinstance(value, types.FunctionType):
+        return not value.__closure__
+    if isinstance(value, types.BuiltinFunctionType):
+        return value.__self__ is None or isinstance(value.__self__, types.ModuleType)
+    return False
+
+
+def _is_full(cell: types.CellType) -> bool:
+    try:
+        cell.cell_contents  # noqa: B018  # an empty cell raises
+    except ValueError:
+        return False
+    return True
+
+
+def _closed_anew(function: types.FunctionType, cells: int) -> types.FunctionType:
+    """Return a function with empty cells, to be filled when what they hold is made."""
+    made = types.FunctionType(
+        function.__code__,
+        function.__globals__,
+        function.__name__,
+        function.__defaults__,
+        tuple(types.CellType() for _ in range(cells)),
+    )
+    made.__kwdefaults__ = function.__kwdefaults__
+    made.__qualname__, made.__module__ = function.__qualname__, function.__module__
+    made.__dict__.update(function.__dict__)
+    return made
+
+
+def _fill_cells(function: types.FunctionType, values: list[object]) -> None:
+    for cell, value in zip(function.__closure__ or (), values, strict=True):
+        if value is not _EMPTY:
+            cell.cell_contents = value
+
+
+# Pickles
+
+
+def _dumps(value: object, pickler: type[pickle.Pickler]) -> bytes:
+    stream = io.BytesIO()
+    _reducing(pickler)(stream, protocol=5).dump(value)
+    return stream.getvalue()
+
+
+def _reducing(pickler: type[pickle.Pickler]) -> type[pickle.Pickler]:
+    """Return a pickler that reduces as `reduced` does, else as the given one."""
+
+    class Reducing(pickler):  # type: ignore[misc, valid-type]  # mypy knows no class that is an argument
+        def __init__(self, stream: io.BytesIO, protocol: int) -> None:
+            super().__init__(stream, protocol)
+            self._storages: dict[int, _Storage] = {}
+
+        def reducer_override(self, value: Any) -> Any:
+            if isinstance(value, torch.UntypedStorage) and value.device.type == "cpu":
+                pointer = value.data_ptr()
+                one = self._storages.setdefault(pointer, _Storage(value)) if pointer else _Storage(value)
+                return _identity, (one,)
+            made = reduced(value)
+            if made is not None:
+                return made
+            override = getattr(super(), "reducer_override", None)
+            return NotImplemented if override is None else override(value)
+
+    return Reducing
+
+
+class _Storage:
+    """A storage on its way; tensors that share it refer to one of these, so that pickle knows it again."""
+
+    def __init__(self, storage: torch.UntypedStorage) -> None:
+        self.storage = storage
+
+
+# Tensors
+
+
+def _reduced_tensor(tensor: torch.Tensor) -> Reduced | None:
+    kind = type(tensor)
+    if not tensor.is_leaf and isinstance(tensor._base, nn.Parameter):
+        raise TypeError("it is a view of a parameter, and a copy would have values of its own")
+    is_ordinary = (
+        tensor.layout is torch.strided
+        and tensor.device.type == "cpu"
+        and not tensor.is_quantized
+        and not tensor.is_nested
+        and not nn.parameter.is_lazy(tensor)
+        and kind.__reduce_ex__ in (torch.Tensor.__reduce_ex__, nn.Parameter.__reduce_ex__)
+        and kind.__torch_dispatch__ is torch.Tensor.__torch_dispatch__
+    )
+    if not is_ordinary:
+        if not tensor.is_leaf:
+            return _identity, (tensor.detach(),)
+        return None
+    with torch.no_grad():
+        arguments = (
+            kind,
+            tensor.untyped_storage(),
+            tensor.dtype,
+            tensor.storage_offset(),
+            tuple(tensor.size()),
+            tensor.stride(),
+            tensor.is_leaf and tensor.requires_grad,
+            tensor.is_conj(),
+            tensor.is_neg(),
+        )
+    hooks = [getattr(tensor, name) if tensor.is_leaf else None for name in _HOOKS]
+    attributes = {**tensor.__dict__}
+    for name in _slots(kind):
+        if hasattr(tensor, name):
+            attributes[name] = getattr(tensor, name)
+    if not attributes and not any(hooks):
+        return _tensor_of, arguments
+    return _tensor_of, arguments, (attributes, hooks), None, None, _set_tensor_state
+
+
+def _slots(kind: type) -> list[str]:
+    return [name for part in kind.__mro__ for name in _names(part.__dict__.get("__slots__", ()))]
+
+
+def _names(slots: Any) -> list[str]:
+    return [slots] if isinstance(slots, str) else [name for name in slots if name != "__weakref__"]
+
+
+def _tensor_of(
+    kind: type[torch.Tensor],
+    storage: torch.UntypedStorage,
+    dtype: torch.dtype,
+    offset: int,
+    size: tuple[int, ...],
+    stride: tuple[int, ...],
+    requires_grad: bool,
+    is_conj: bool,
+    is_neg: bool,
+) -> torch.Tensor:
+    with torch.no_grad():
+        tensor = torch.empty(0, dtype=dtype, device="cpu").set_(storage, offset, size, stride)
+        if is_conj:
+            torch._C._set_conj(tensor, True)
+        if is_neg:
+            torch._C._set_neg(tensor, True)
+    if kind is not torch.Tensor:
+        return torch.Tensor._make_subclass(kind, tensor, requires_grad)
+    return tensor.requires_grad_(requires_grad)
+
+
+def _set_tensor_state(tensor: torch.Tensor, state: tuple[dict[str, Any], list[Any]]) -> None:
+    attributes, hooks = state
+    for name, value in attributes.items():
+        setattr(tensor, name, value)
+    for name, held in zip(_HOOKS, hooks, strict=True):
+        if held:
+            setattr(tensor, name, held)
+            _claim(held)
+
+
+def _claim(hooks: Mapping[int, object]) -> None:
+    """Let torch number no later hook like one of these: it would take its place."""
+    RemovableHandle.next_id = max(RemovableHandle.next_id, *(number + 1 for number in hooks))
+
+
+def _bytes_of(storage: torch.UntypedStorage) -> torch.Tensor:
+    return torch.empty(0, dtype=torch.uint8, device="cpu").set_(storage)
+
+
+def _storage_of(values: bytes) -> torch.UntypedStorage:
+    """Return the values in torch's own memory, because bits depend on the alignment."""
+    tensor = torch.empty(len(values), dtype=torch.uint8, device="cpu")
+    if values:
+        tensor.copy_(torch.frombuffer(bytearray(values), dtype=torch.uint8))
+    return tensor.untyped_storage()
+
+
+def _identity(value: T) -> T:
+    return value
+
+
+# Modules
+
+
+def _reduced_module(module: nn.Module) -> Reduced | None:
+    parametrized = parametrize.is_parametrized(module)
+    if not parametrized and not any(_hook_tables(module)):
+        return None
+    if not parametrized:
+        made = module.__reduce_ex__(4)
+        if isinstance(made, str) or len(made) < 3:
+            return None
+        return *made, *[None] * (5 - len(made)), _set_module_state
+    (base, *_) = type(module).__bases__
+    own = getattr(base, "__getstate__", None)
+    state = module.__dict__ if own in (None, getattr(object, "__getstate__", None)) else own(module)
+    return base.__new__, (base,), state, None, None, _set_parametrized_state
+
+
+def _hook_tables(module: nn.Module) -> Iterator[Mapping[int, object]]:
+    return (
+        table
+        for name, table in vars(module).items()
+        if name.endswith("_hooks") and isinstance(table, dict) and table
+    )
+
+
+def _set_module_state(module: nn.Module, state: Any) -> None:
+    module.__setstate__(state)  # type: ignore[no-untyped-call]  # torch leaves it untyped
+    for table in _hook_tables(module):
+        _claim(table)
+
+
+def _set_parametrized_state(module: nn.Module, state: Any) -> None:
+    _set_module_state(module, state)
+    parametrize._inject_new_class(module)
+    for name in cast(nn.ModuleDict, module.parametrizations):
+        parametrize._inject_property(module, name)
+
+
+def _bound(function: Callable[..., Any], to: object) -> types.MethodType:
+    return types.MethodType(function, to)
+
+
+def _weak_reference(target: object) -> weakref.ref[Any]:
+    return weakref.ref(set() if target is None else target)  # that of a new set is dead at once
+
+
+# Paths
+
+
+def parts(value: Any) -> Iterator[tuple[str, object]]:
+    """Yield what an object consists of, each with what its path goes on by: ".name", "[0]"."""
+    if isinstance(value, nn.Module):
+        for name, held in vars(value).items():
+            if name in ("_parameters", "_buffers", "_modules"):
+                yield from ((f".{key}", part) for key, part in held.items())
+            else:
+                yield f".{name}", held
+    elif isinstance(value, Mapping):
+        yield from ((f"[{key!r}]", part) for key, part in list(value.items()))
+    elif isinstance(value, list | tuple | deque):
+        yield from ((f"[{number}]", part) for number, part in enumerate(value))
+    elif isinstance(value, set | frozenset):
+        yield from (("{}", part) for part in value)
+    elif isinstance(value, types.MethodType):
+        yield ".__self__", value.__self__
+    elif isinstance(value, types.FunctionType):
+        names = value.__code__.co_freevars
+        cells = value.__closure__ or ()
+        yield from (
+            (f"'s variable {name}", cell.cell_contents)
+            for name, cell in zip(names, cells, strict=True)
+            if _is_full(cell)
+        )
+        yield from ((f".{name}", part) for name, part in value.__dict__.items())
+    elif isinstance(value, partial):
+        yield from ((".func", value.func), (".args", value.args), (".keywords", value.keywords))
+    elif isinstance(value, torch.Tensor):
+        yield from ((f".{name}", held) for name, held in value.__dict__.items())
+        if value.is_leaf:
+            yield from ((f".{name}", held) for name in _HOOKS if (held := getattr(value, name)))
+    elif not isinstance(value, _ATOMS):
+        held = getattr(value, "__dict__", None)
+        if isinstance(held, dict):
+            yield from ((f".{name}", part) for name, part in held.items())
+        yield from (
+            (f".{name}", getattr(value, name)) for name in _slots(type(value)) if hasattr(value, name)
+        )
+
+
+def _refusal(value: object, name: str, attempt: Callable[[Any], object], error: Exception) -> ModelError:
+    """Return the error that names the deepest part that cannot be copied by itself."""
+    path, culprit, seen = name, value, {id(value)}
+    while True:
+        for step, part in parts(culprit):
+            if id(part) not in seen and not _succeeds(attempt, part):
+                seen.add(id(part))
+                path, culprit = path + step, part
+                break
+            seen.add(id(part))
+        else:
+            break
+    kind = type(culprit)
+    if isinstance(culprit, torch.jit.ScriptModule | torch.jit.ScriptFunction | torch.ScriptModule):
+        return ModelError(
+            f"{path.removesuffix('._c').lstrip('.') or 'the module'} is scripted by torch.jit, and cannot be "
+            f"copied to workers: give the module as it was before torch.jit.script"
+        )
+    named = kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
+    return ModelError(
+        f"{path.lstrip('.') or 'the module'} is a {named}, which cannot be copied to workers "
+        f"({type(error).__name__}: {_line(error)}): make it in forward, or leave it out in __getstate__"
+    )
+
+
+def _succeeds(attempt: Callable[[Any], object], value: object) -> bool:
+    try:
+        attempt(value)
+    except Exception:
+        return False
+    return True
+
+
+def _line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [""])[0]

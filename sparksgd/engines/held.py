@@ -1,0 +1,472 @@
+"""What tells whether an object has changed inside, and makes it as it was: a list, a generator, a global.
+
+What is compared is first identity, then values; tensors and arrays are compared by their bytes.
+"""
+
+from __future__ import annotations
+
+import datetime
+import decimal
+import enum
+import fractions
+import pickle
+import random
+import re
+import types
+import weakref
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, MutableSequence, MutableSet
+from functools import partial
+from pathlib import PurePath
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from sparksgd.arithmetic.copies import parts
+from sparksgd.errors import ModelError
+
+__all__ = ["ABSENT", "TABLES", "Held", "HeldBytes", "around", "equal", "held_of", "refusal"]
+
+_IMMUTABLE = (
+    int, float, complex, str, bytes, type(None), type, range, slice, types.ModuleType, types.CodeType,
+    types.BuiltinFunctionType, torch.dtype, torch.device, torch.layout, torch.memory_format, torch.Size,
+    enum.Enum, PurePath, re.Pattern, np.generic, np.dtype, np.ufunc, datetime.date, datetime.time,
+    datetime.timedelta, datetime.tzinfo, decimal.Decimal, fractions.Fraction, weakref.ReferenceType,
+)  # fmt: skip
+TABLES = ("_parameters", "_buffers", "_modules")
+_OPAQUE = frozenset(
+    ("abc", "asyncio", "concurrent", "logging", "multiprocessing", "py4j", "pyspark", "sparksgd", "threading",
+     "typing", "warnings")
+)  # fmt: skip
+"""Packages whose objects are their own business; and torch, but for torch.nn."""
+
+
+class _Absent:
+    pass
+
+
+ABSENT = _Absent()
+
+
+def refusal(path: str) -> ModelError:
+    """Return the error about an attribute that keeps something from piece to piece."""
+    return ModelError(
+        f"{path} changes as the module trains; its value would depend on which worker ran last. Make it in "
+        f"forward each time, or register what belongs to the model as a parameter or a buffer; draw random "
+        f"numbers from torch's, numpy's or Python's global generators, which are seeded for every piece"
+    )
+
+
+def equal(before: Any, now: Any) -> bool:
+    """Return whether two objects can stand for each other; False where that is not sure."""
+    if before is now:
+        return True
+    if type(before) is not type(now):
+        return False
+    if isinstance(before, tuple):
+        return len(before) == len(now) and all(map(equal, before, now))
+    if isinstance(before, list | dict):
+        return not len(before) and not len(now)
+    if isinstance(before, _IMMUTABLE):
+        try:
+            return bool(before == now)
+        except Exception:
+            return False
+    return isinstance(before, types.MethodType) and before == now
+
+
+# Objects that can change inside
+
+
+def held_of(path: str, value: Any, seen: set[int]) -> Held | None:
+    """Return what can tell whether an object changed inside; None: it cannot change, or another one tells."""
+    if isinstance(value, _IMMUTABLE) or id(value) in seen:
+        return None
+    seen.add(id(value))
+    if isinstance(value, torch.Tensor | np.ndarray | bytearray):
+        return HeldBytes(path, value)
+    if (state := _state_of(value)) is not None:
+        return _State(path, value, *state)
+    if _is_opaque(value):
+        return None
+    inner = [held for _, part in parts(value) if (held := held_of(path, part, seen)) is not None]
+    if isinstance(value, types.FunctionType):
+        return _Several(path, value, [*inner, _Variables(path, value)])
+    if isinstance(value, types.MethodType | partial | tuple | frozenset):
+        return _Several(path, value, inner) if inner else None
+    return _Several(path, value, inner, _contents(value))
+
+
+def _is_opaque(value: object) -> bool:
+    """Return whether a function or an object is no user's: a compiled graph, a handle, a logger."""
+    name = (value if isinstance(value, types.FunctionType) else type(value)).__module__ or ""
+    root = name.split(".")[0]
+    return root in _OPAQUE or (root == "torch" and not name.startswith("torch.nn."))
+
+
+class Held:
+    """An object that can change inside, as it was.
+
+    Args:
+        path: of the attribute that holds it.
+        value: the object.
+    """
+
+    def __init__(self, path: str, value: Any) -> None:
+        self.path, self.value = path, value
+
+    def now(self) -> object:
+        """Return what tells two states apart by their values."""
+        return self.value
+
+    def is_changed(self) -> bool:
+        """Return whether it is not as it was."""
+        raise NotImplementedError
+
+    def restore(self) -> None:
+        """Make it as it was."""
+        raise NotImplementedError
+
+
+class HeldBytes(Held):
+    """A tensor or an array."""
+
+    def __init__(self, path: str, value: Any) -> None:
+        super().__init__(path, value)
+        self._before = _copy_of(value)
+
+    def is_changed(self) -> bool:
+        return not _same_bytes(self._before, self.value)
+
+    def restore(self) -> None:
+        if isinstance(self.value, torch.Tensor):
+            values = self.value.detach()
+            if values.shape == self._before.shape and values.dtype == self._before.dtype:
+                values.copy_(self._before)
+            else:
+                self.value.data = self._before.clone()
+        else:
+            self.value[...] = self._before
+
+
+class _State(Held):
+    """An object whose state is asked from it: a generator."""
+
+    def __init__(
+        self, path: str, value: Any, get: Callable[[], Any], set_to: Callable[[Any], object] | None
+    ) -> None:
+        super().__init__(path, value)
+        self._get, self._set = get, set_to
+        self._before, self._bytes = get(), _pickled(get())
+
+    def is_changed(self) -> bool:
+        return _pickled(self._get()) != self._bytes
+
+    def restore(self) -> None:
+        if self._set is None:
+            raise refusal(self.path)
+        self._set(self._before)
+
+
+class _Variables(Held):
+    """The variables that a function closes over, and its attributes."""
+
+    def __init__(self, path: str, value: Any) -> None:
+        super().__init__(path, value)
+        self._before, self._attributes = self._now(), dict(value.__dict__)
+
+    def now(self) -> object:
+        return self._now(), dict(self.value.__dict__)
+
+    def _now(self) -> list[Any]:
+        found = []
+        for cell in self.value.__closure__ or ():
+            try:
+                found.append(cell.cell_contents)
+            except ValueError:
+                found.append(ABSENT)
+        return found
+
+    def is_changed(self) -> bool:
+        attributes = self.value.__dict__
+        if len(attributes) != len(self._attributes) or not all(map(equal, self._before, self._now())):
+            return True
+        return not all(equal(one, attributes.get(name)) for name, one in self._attributes.items())
+
+    def restore(self) -> None:
+        for cell, before in zip(self.value.__closure__ or (), self._before, strict=True):
+            if before is not ABSENT:
+                cell.cell_contents = before
+        self.value.__dict__.clear()
+        self.value.__dict__.update(self._attributes)
+
+
+class _Names(Held):
+    """Variables of a namespace: a class's attributes, or the globals that functions use.
+
+    Args:
+        path: what it is.
+        value: the namespace.
+        names: which of its variables.
+        setter: sets one of them.
+        inner: what they hold.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        value: Mapping[str, Any],
+        names: list[str],
+        setter: Callable[[str, Any], object],
+        inner: list[Held],
+    ) -> None:
+        super().__init__(path, value)
+        self._before = [(name, value[name]) for name in names]
+        self._size = len(value) if isinstance(value, types.MappingProxyType) else 0
+        self._set, self._inner = setter, inner
+
+    def now(self) -> object:
+        return {name: self.value.get(name) for name, _ in self._before} | self._new()
+
+    def _new(self) -> dict[str, Any]:
+        """Return a class's new attributes."""
+        if not self._size or len(self.value) == self._size:
+            return {}
+        known = {name for name, _ in self._before}
+        return {name: part for name, part in self.value.items() if name not in known and _is_data(name, part)}
+
+    def is_changed(self) -> bool:
+        now = self.value
+        for name, before in self._before:
+            if now.get(name, ABSENT) is not before and not equal(before, now.get(name, ABSENT)):
+                return True
+        return bool(self._new()) or any(one.is_changed() for one in self._inner)
+
+    def restore(self) -> None:
+        for name, before in self._before:
+            if self.value.get(name, ABSENT) is not before:
+                self._set(name, before)
+        for name in self._new():
+            self._set(name, ABSENT)
+        for one in self._inner:
+            if one.is_changed():
+                one.restore()
+
+
+def _is_data(name: str, value: object) -> bool:
+    """Return whether a variable is no class, function or other definition."""
+    defined = (types.FunctionType, types.ModuleType, type, property, staticmethod, classmethod)
+    return not (name.startswith("__") and name.endswith("__")) and not isinstance(value, defined)
+
+
+def around(roots: list[object], seen: set[int]) -> list[Held]:
+    """Return the state of the classes of modules and a loss, and the globals that their functions use."""
+    classes: dict[type, None] = {}
+    functions: list[types.FunctionType] = []
+    for root in roots:
+        parts_of = root.modules() if isinstance(root, nn.Module) else [root]
+        for part in parts_of:
+            if isinstance(part, types.FunctionType):
+                functions.append(part)
+            classes |= dict.fromkeys(type(part).__mro__)
+            attributes = getattr(part, "__dict__", {})
+            functions += [one for one in attributes.values() if isinstance(one, types.FunctionType)]
+    found: list[Held] = []
+    for kind in classes:
+        if kind.__module__.split(".")[0] in (*_OPAQUE, "torch", "builtins", "collections", "functools"):
+            continue
+        for one in vars(kind).values():
+            inside = one.__func__ if isinstance(one, staticmethod | classmethod) else one
+            inside = inside.fget if isinstance(inside, property) else inside
+            functions += [inside] if isinstance(inside, types.FunctionType) else []
+        namespace, path = vars(kind), f"the class {kind.__qualname__}"
+        names = [name for name, value in namespace.items() if _is_data(name, value)]
+        found.append(
+            _Names(path, namespace, names, partial(_set_of_class, kind), _plain(path, namespace, names, seen))
+        )
+    for variables, names in _globals_of(functions):
+        for name in names:
+            path = f"the global variable {name}"
+            inner = _plain(path, variables, [name], seen)
+            found.append(_Names(path, variables, [name], partial(_set_global, variables), inner))
+    return found
+
+
+def _set_of_class(kind: type, name: str, value: object) -> None:
+    if value is ABSENT:
+        delattr(kind, name)
+    else:
+        setattr(kind, name, value)
+
+
+def _set_global(namespace: dict[str, Any], name: str, value: object) -> None:
+    namespace[name] = value
+
+
+def _plain(path: str, namespace: Mapping[str, Any], names: list[str], seen: set[int]) -> list[Held]:
+    """Return what holds values that others may share; other objects are told apart only as such."""
+    kinds = (dict, list, set, deque, bytearray, torch.Tensor, np.ndarray, torch.Generator,
+             np.random.Generator, np.random.RandomState, random.Random)  # fmt: skip
+    values = [namespace[name] for name in names if isinstance(namespace[name], kinds)]
+    return [held for value in values if (held := held_of(path, value, seen)) is not None]
+
+
+def _globals_of(functions: list[types.FunctionType]) -> Iterator[tuple[dict[str, Any], list[str]]]:
+    """Yield the globals of functions, and of those of the same file that they call, with the names used."""
+    found: dict[int, tuple[dict[str, Any], dict[str, None]]] = {}
+    done: set[int] = set()
+    while functions:
+        function = functions.pop()
+        if id(function) in done or _is_opaque(function):
+            continue
+        done.add(id(function))
+        namespace = function.__globals__
+        _, names = found.setdefault(id(namespace), (namespace, {}))
+        for name in _names_of(function.__code__):
+            value = namespace.get(name, ABSENT)
+            if isinstance(value, types.FunctionType) and value.__globals__ is namespace:
+                functions.append(value)
+            elif value is not ABSENT and _is_data(name, value) and not callable(value):
+                names[name] = None
+    for namespace, names in found.values():
+        yield namespace, list(names)
+
+
+def _names_of(code: types.CodeType) -> Iterator[str]:
+    yield from code.co_names
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            yield from _names_of(constant)
+
+
+class _Several(Held):
+    """An object of several parts: a list, a dictionary, an object with attributes."""
+
+    def __init__(
+        self, path: str, value: Any, inner: list[Held], contents: list[tuple[Any, Any]] | None = None
+    ) -> None:
+        super().__init__(path, value)
+        self._inner, self._before = inner, contents
+
+    def now(self) -> object:
+        return self.value, *(one.now() for one in self._inner)
+
+    def is_changed(self) -> bool:
+        if self._before is not None:
+            now = _contents(self.value)
+            if len(now) != len(self._before) or not all(
+                _same_place(key, place) and equal(one, other)
+                for (key, one), (place, other) in zip(self._before, now, strict=True)
+            ):
+                return True
+        return any(one.is_changed() for one in self._inner)
+
+    def restore(self) -> None:
+        if self._before is not None:
+            _set_contents(self.value, self._before)
+        for one in self._inner:
+            if one.is_changed():
+                one.restore()
+
+
+_ITEMS = "items"
+
+
+def _same_place(key: tuple[Any, Any], other: tuple[Any, Any]) -> bool:
+    return key[0] == other[0] and (key[1] is other[1] or equal(key[1], other[1]))
+
+
+def _contents(value: Any) -> list[tuple[Any, Any]]:
+    """Return what an object consists of now, each with its place."""
+    found: list[tuple[Any, Any]] = []
+    if isinstance(value, Mapping):
+        found += [((_ITEMS, key), part) for key, part in list(value.items())]
+    elif isinstance(value, list | deque):
+        found += [((_ITEMS, number), part) for number, part in enumerate(value)]
+    elif isinstance(value, set):
+        found += [((_ITEMS, part), part) for part in sorted(value, key=id)]
+    attributes = getattr(value, "__dict__", None)
+    if isinstance(attributes, dict):
+        for name, part in attributes.items():
+            if isinstance(value, nn.Module) and name in TABLES:
+                found += [((name, key), one) for key, one in part.items()]
+            else:
+                found.append(((None, name), part))
+    return found
+
+
+def _set_contents(value: Any, contents: list[tuple[Any, Any]]) -> None:
+    items = [(key, part) for (kind, key), part in contents if kind == _ITEMS]
+    if isinstance(value, MutableMapping):
+        value.clear()
+        value.update(items)
+    elif isinstance(value, MutableSequence):
+        value.clear()
+        value.extend(part for _, part in items)
+    elif isinstance(value, MutableSet):
+        value.clear()
+        value.update(part for _, part in items)  # type: ignore[attr-defined]  # sets have it
+    attributes = getattr(value, "__dict__", None)
+    if isinstance(attributes, dict):
+        kept = {key: part for (kind, key), part in contents if kind is None}
+        for name in [name for name in attributes if name not in kept and name not in TABLES]:
+            del attributes[name]
+        attributes.update(kept)
+
+
+def _state_of(value: Any) -> tuple[Callable[[], Any], Callable[[Any], object] | None] | None:
+    """Return how to get and set the state of an object that hides it; None: it hides nothing."""
+    if isinstance(value, torch.Generator):
+        return lambda: value.get_state().numpy().tobytes(), lambda state: value.set_state(
+            torch.frombuffer(bytearray(state), dtype=torch.uint8)
+        )
+    if isinstance(value, np.random.RandomState):
+        return partial(value.get_state, legacy=False), value.set_state
+    if isinstance(value, np.random.Generator):
+        bits = value.bit_generator
+        return lambda: bits.state, partial(setattr, bits, "state")
+    if isinstance(value, np.random.BitGenerator):
+        return lambda: value.state, partial(setattr, value, "state")
+    if isinstance(value, random.Random):
+        return value.getstate, value.setstate
+    is_plain = isinstance(value, Mapping | list | tuple | set | frozenset | deque | partial)
+    is_code = isinstance(value, types.FunctionType | types.MethodType)
+    if is_plain or is_code or hasattr(value, "__dict__"):
+        return None
+    return lambda: _pickled(value), None
+
+
+def _pickled(state: Any) -> bytes:
+    try:
+        return pickle.dumps(state)
+    except Exception:
+        return b""
+
+
+def _copy_of(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return value.detach().clone()
+    return value.copy()
+
+
+def _same_bytes(before: Any, now: Any) -> bool:
+    if isinstance(before, bytearray):
+        return bool(before == now)
+    if isinstance(before, np.ndarray):
+        if before.shape != now.shape or before.dtype != now.dtype:
+            return False
+        if before.dtype.hasobject:
+            return all(map(equal, before.ravel().tolist(), now.ravel().tolist()))
+        return bool(before.tobytes() == now.tobytes())
+    if before.shape != now.shape or before.dtype != now.dtype or before.layout != now.layout:
+        return False
+    if before.layout is not torch.strided or before.is_quantized:
+        return _pickled(before.detach()) == _pickled(now.detach())
+    return torch.equal(_as_bytes(before), _as_bytes(now))
+
+
+def _as_bytes(tensor: torch.Tensor) -> torch.Tensor:
+    flat = tensor.detach().resolve_conj().resolve_neg().contiguous().reshape(-1)
+    return flat.view(torch.uint8) if flat.numel() else flat

@@ -1,0 +1,178 @@
+"""The trial of what a module keeps from piece to piece, before any row is dealt.
+
+A piece X may leave attributes changed.  They are harmless if the next piece Y is computed to the same bits,
+and leaves the same values, whether X ran before it or not: the last activation, a cache of masks, a weight
+that a hook computes anew.  Between X and Y the parameters move, as in training, so that a cache of what
+depends on them is found out, too.  All else is refused: a counter, a list that grows, a maximum so far.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import pickle
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import nn
+
+from sparksgd.arithmetic.copies import copied, parts
+from sparksgd.arithmetic.flat import FlatModule
+from sparksgd.arithmetic.generators import generators_kept, seed_generators
+from sparksgd.arithmetic.settings import HeldSettings
+from sparksgd.data.schema import RowSchema
+from sparksgd.engines.compute import tried_gradient
+from sparksgd.engines.held import refusal
+from sparksgd.engines.watch import Watch
+from sparksgd.errors import ModelError
+from sparksgd.losses import Loss
+
+__all__ = ["harmless_state"]
+
+
+def harmless_state(
+    module: nn.Module, loss: Loss, schema: RowSchema, records: npt.NDArray[Any], dtype: torch.dtype
+) -> frozenset[str]:
+    """Return the paths of the attributes that a piece may leave changed.
+
+    Args:
+        module: not changed; copies are tried.
+        loss: likewise.
+        schema: of a record.
+        records: some rows, [B].
+        dtype: the type of the parameters.
+
+    Raises:
+        ModelError: something else changes, or a setting of torch or numpy does; or a part cannot be copied.
+    """
+    graphs = _with_graph(module)
+    rows = max(2, len(records) // 2)
+    pieces = np.resize(records, 2 * rows).reshape(2, rows)
+    with generators_kept(), HeldSettings() as settings:
+        first = _Tried(module, loss, schema, dtype)
+        try:
+            with settings.blamed("the module or its loss"):
+                first.compute(pieces[0])
+            changed = first.watch.changed()
+            made = {path: first.watch.value(path) for path in changed}
+        finally:
+            first.watch.restore()  # also what all copies share: globals, attributes of classes
+        for path in changed:
+            if isinstance(made[path], nn.Module | nn.Parameter):
+                raise ModelError(
+                    f"{path} is made, or replaced, in forward: it would not be trained, nor be saved. Make "
+                    f"it in __init__"
+                )
+        for path in graphs:
+            if path not in changed:
+                raise ModelError(
+                    f"{path} is a tensor that was computed, with its graph, before the training, and forward "
+                    f"does not compute it anew: it would never train. Make it in forward, or detach it"
+                )
+        if not changed:
+            return frozenset()
+        for one, other in (pieces, pieces[::-1]):
+            _refuse_memory(module, loss, schema, dtype, changed, one, other)
+    return frozenset(changed)
+
+
+def _refuse_memory(
+    module: nn.Module,
+    loss: Loss,
+    schema: RowSchema,
+    dtype: torch.dtype,
+    changed: list[str],
+    before: npt.NDArray[Any],
+    piece: npt.NDArray[Any],
+) -> None:
+    """Refuse a module that computes a piece otherwise, or leaves other values, after another one."""
+    fresh, used = (_Tried(module, loss, schema, dtype) for _ in range(2))
+    used.compute(before)
+    used.take_tensors(fresh)
+    found = []
+    for one in (used, fresh):
+        one.move_parameters()
+        bits = one.compute(piece)
+        found.append((bits, [_digest(one.watch.value(path)) for path in changed]))
+        one.watch.restore()
+    (bits, values), (fresh_bits, fresh_values) = found
+    for path, value, other in zip(changed, values, fresh_values, strict=True):
+        if value != other:
+            raise refusal(path)
+    if bits != fresh_bits:
+        raise refusal(" or ".join(changed))
+
+
+class _Tried:
+    """Copies of a module and a loss that are tried."""
+
+    def __init__(self, module: nn.Module, loss: Loss, schema: RowSchema, dtype: torch.dtype) -> None:
+        tried, self._loss = copied((module, loss), {"": module, "loss": loss})
+        self._flat, self._schema = FlatModule(tried, dtype), schema
+        self.watch = Watch(tried, self._loss)
+
+    def compute(self, records: npt.NDArray[Any]) -> str:
+        """Compute a gradient; return a digest of the losses and of it."""
+        seed_generators(0)
+        return _sha256(tried_gradient(self._flat, self._loss, self._schema, records))
+
+    def take_tensors(self, other: _Tried) -> None:
+        """Take the parameters and buffers of another one: what changes there is no Python state."""
+        names = dict(other._flat.module.named_parameters()) | dict(other._flat.module.named_buffers())
+        own = dict(self._flat.module.named_parameters()) | dict(self._flat.module.named_buffers())
+        for name, tensor in own.items():
+            if name in names and tensor.shape == names[name].shape:
+                tensor.data.copy_(names[name].detach())
+
+    def move_parameters(self) -> None:
+        """Move each parameter a little."""
+        self._flat.parameters.mul_(1 + 2**-8).add_(2**-10)
+
+
+def _with_graph(module: nn.Module) -> list[str]:
+    """Return the paths of attributes that are tensors with a graph."""
+    return [
+        f"{path}.{name}" if path else name
+        for path, part in module.named_modules()
+        for name, value in vars(part).items()
+        if isinstance(value, torch.Tensor) and not value.is_leaf
+    ]
+
+
+def _digest(value: object) -> str:
+    return _sha256(_leaves(value, set()))
+
+
+def _sha256(values: Any) -> str:
+    digest = hashlib.sha256()
+    for value in values:
+        digest.update(value)
+    return digest.hexdigest()
+
+
+def _leaves(value: object, seen: set[int]) -> Iterator[bytes]:
+    """Yield bytes that tell two objects apart by their values."""
+    if isinstance(value, torch.Tensor):
+        yield f"{value.dtype} {tuple(value.shape)}".encode()
+        yield value.detach().to_dense().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+        return
+    if isinstance(value, nn.Module):
+        return  # its own attributes are looked at by their own paths
+    if id(value) in seen:
+        return
+    seen.add(id(value))
+    inner = list(parts(value))
+    yield type(value).__qualname__.encode()
+    if inner:
+        for name, part in inner:
+            yield name.encode()
+            yield from _leaves(part, seen)
+    elif isinstance(value, torch.Generator):
+        yield value.get_state().numpy().tobytes()
+    else:
+        try:
+            yield pickle.dumps(value)
+        except Exception:
+            yield repr(type(value)).encode()

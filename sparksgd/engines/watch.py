@@ -1,0 +1,183 @@
+"""State of a module or a loss that is no parameter and no buffer, which would make bits differ.
+
+A counter, a tensor kept as an attribute, a list, a generator of one's own: workers have one each, and what
+they hold depends on which shards a worker computed before.  So every piece must leave this state as it was.
+Some modules write what they never read from an earlier piece: the last activation, a cache of masks.  The
+trial proves that (`harmless_state`); then each piece starts from the first state again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from sparksgd.engines.held import ABSENT, TABLES, Held, HeldBytes, around, equal, held_of, refusal
+
+__all__ = ["Watch"]
+
+
+class Watch:
+    """The state of a module and its loss as they are now, to which each piece returns.
+
+    Args:
+        module: its parameters and buffers are not looked at: others do that.
+        loss: any callable; all that it holds is looked at.
+        harmless: paths of attributes that a piece may leave changed.
+    """
+
+    def __init__(self, module: nn.Module, loss: object, harmless: frozenset[str] = frozenset()) -> None:
+        self._harmless = harmless
+        seen = {id(part) for part in (*module.modules(), *module.parameters(), *module.buffers())}
+        self._tables: list[_Table] = []
+        for path, part in module.named_modules():
+            self._tables.append(_Table(path, part, seen))
+        inner: list[Held] = []
+        if isinstance(loss, nn.Module):
+            seen.update(map(id, loss.modules()))
+            for path, part in loss.named_modules(prefix="loss"):
+                self._tables.append(_Table(path, part, seen))
+            fixed = [(name, one) for name, one in loss.named_parameters() if not one.requires_grad]
+            inner += [HeldBytes(f"loss.{name}", one) for name, one in (*loss.named_buffers(), *fixed)]
+        elif (held := held_of("loss", loss, seen)) is not None:
+            inner.append(held)
+        inner += around([module, loss], seen)
+        self._inner = inner
+        self._outer = [one for table in self._tables for one in table.inner]
+        self._same = [(vars(table.module), table.values) for table in self._tables]
+
+    def changed(self) -> list[str]:
+        """Return the paths of the attributes that are not as they were."""
+        if self._is_same():
+            return []
+        found = {path: None for table in self._tables for path in table.changed()}
+        found |= {one.path: None for one in self._inner if one.is_changed()}
+        return list(found)
+
+    def require_unchanged(self) -> None:
+        """Refuse what changed; where that was shown to be harmless, return to the first state.
+
+        Raises:
+            ModelError: an attribute changed.
+        """
+        if self._is_same():
+            return
+        for path in self.changed():
+            if path not in self._harmless:
+                raise refusal(path)
+        self.restore()
+
+    def restore(self) -> None:
+        """Return to the first state."""
+        if self._is_same():
+            return
+        for table in self._tables:
+            table.restore()
+        for one in self._inner:
+            if one.is_changed():
+                one.restore()
+
+    def value(self, path: str) -> object:
+        """Return what an attribute is now."""
+        for held in self._inner:
+            if held.path == path:
+                return held.now()
+        for table in self._tables:
+            before, _, name = path.rpartition(".")
+            if before == table.path:
+                now = vars(table.module)
+                found = [one[name] for one in (now, *(now[key] for key in TABLES)) if name in one]
+                return found[0] if found else None
+        return None
+
+    def _is_same(self) -> bool:
+        try:
+            for now, before in self._same:
+                if now != before:
+                    return False
+        except Exception:  # two tensors, or two arrays, of which there is no one answer
+            return False
+        return not any(one.is_changed() for one in (*self._outer, *self._inner))
+
+
+class _Table:
+    """The attributes of one module."""
+
+    def __init__(self, path: str, module: nn.Module, seen: set[int]) -> None:
+        self.path, self.module = path, module
+        self.values = {
+            name: value.copy() if _is_table(name, value) else value for name, value in vars(module).items()
+        }
+        self.inner: list[Held] = []
+        self._inner_of: dict[str, list[Held]] = {}
+        for name, value in vars(module).items():
+            if name in TABLES:
+                continue
+            values = value.values() if _is_table(name, value) and isinstance(value, dict) else [value]
+            found = [held for one in values if (held := held_of(self._named(name), one, seen)) is not None]
+            if found and not (_is_table(name, value) and isinstance(value, set)):
+                self._inner_of[name] = found
+                self.inner += found
+
+    def _named(self, name: str) -> str:
+        return f"{self.path}.{name}" if self.path else name
+
+    def changed(self) -> Iterator[str]:
+        """Yield the paths of the attributes that changed."""
+        now = vars(self.module)
+        for name in {**self.values, **now}:
+            before = self.values.get(name, ABSENT)
+            value = now.get(name, ABSENT)
+            if name in TABLES:
+                yield from map(self._named, _changed_names(name, before, value))
+            elif _differ(name, before, value):
+                yield self._named(name)
+            else:
+                yield from (held.path for held in self._inner_of.get(name, ()) if held.is_changed())
+
+    def restore(self) -> None:
+        """Return to the first values."""
+        now = vars(self.module)
+        for name in [name for name in now if name not in self.values]:
+            del now[name]
+        for name, before in self.values.items():
+            if name in TABLES or not _differ(name, before, now.get(name, ABSENT)):
+                continue
+            if _is_table(name, before):
+                now[name].clear()
+                now[name].update(before)
+            else:
+                now[name] = before
+        for held in self.inner:
+            if held.is_changed():
+                held.restore()
+
+
+def _is_table(name: str, value: object) -> bool:
+    """Return whether an attribute is one of torch's own tables of a module: parameters, hooks, and so on."""
+    return name.startswith("_") and isinstance(value, dict | set) and name in _TORCHS_TABLES
+
+
+_TORCHS_TABLES = frozenset(name for name, value in vars(nn.Module()).items() if isinstance(value, dict | set))
+
+
+def _changed_names(table: str, before: Any, now: Any) -> Iterator[str]:
+    """Yield the names of parameters, buffers or submodules that came, went or (no buffers) were replaced."""
+    for name in {**before, **now}:
+        one, other = before.get(name, ABSENT), now.get(name, ABSENT)
+        is_buffer = table == "_buffers" and isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor)
+        if one is not other and not is_buffer:
+            yield name
+
+
+def _differ(name: str, before: Any, now: Any) -> bool:
+    """Return whether an attribute is another object that may be of another value."""
+    if before is now:
+        return False
+    if _is_table(name, before) and type(before) is type(now):
+        if isinstance(before, set):
+            return bool(before != now)
+        return [id(one) for one in before.values()] != [id(one) for one in now.values()]
+    return not equal(before, now)

@@ -1,0 +1,277 @@
+"""What of a module is saved: its state_dict, and by their paths the tensors that this leaves out.
+
+A module that is built again has other tensors wherever these were drawn from anything but the global
+generators, and its state_dict knows only parameters and persistent buffers.  Only tensors and plain values
+are saved, so that `torch.load(weights_only=True)` reads them.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from sparksgd.arithmetic.copies import copied, parts
+from sparksgd.errors import ModelError
+from sparksgd.imports import users_code
+
+__all__ = [
+    "SavedState",
+    "check_saving",
+    "differing_numbers",
+    "differing_tensors",
+    "load_state",
+    "saved_state",
+]
+
+_Number = bool | int | float | complex | str
+
+
+@dataclass(frozen=True, kw_only=True)
+class SavedState:
+    """A module's values."""
+
+    state: dict[str, Any]
+    """Its state_dict: tensors, and what `get_extra_state` gave."""
+
+    constants: dict[str, Any] = field(default_factory=dict)
+    """By path: other tensors; arrays, by `_of_array`; numbers that are not the same when built again."""
+
+
+def saved_state(module: nn.Module, numbers: frozenset[str] = frozenset()) -> SavedState:
+    """Return copies of a module's values.
+
+    Args:
+        module: the module.
+        numbers: paths of the numbers to be saved, too.
+    """
+    with users_code("state_dict() of the module"):
+        state = dict(module.state_dict())
+    known = {_place(value) for value in state.values() if isinstance(value, torch.Tensor)}
+    constants: dict[str, Any] = {}
+    for path, value in _values(module):
+        if isinstance(value, np.ndarray):
+            constants[path] = _of_array(value)
+        elif _place(value) not in known:
+            constants[path] = _cloned(value)
+    constants |= {path: value for path, value in _numbers(module) if path in numbers}
+    return SavedState(state={name: _cloned(value) for name, value in state.items()}, constants=constants)
+
+
+def load_state(module: nn.Module, saved: SavedState) -> None:
+    """Give a module the values that were saved.
+
+    Raises:
+        ModelError: it has not the tensors that they are of.
+    """
+    for name, value in saved.state.items():
+        _make_room(module, name, value)
+    keys = module.load_state_dict(saved.state, strict=False)
+    missing = [name for name in keys.missing_keys if name not in saved.constants]
+    if missing or keys.unexpected_keys:
+        raise ModelError(
+            f"its state_dict does not fit the module: missing {', '.join(missing) or 'nothing'}; unexpected "
+            f"{', '.join(keys.unexpected_keys) or 'nothing'}"
+        )
+    held = dict(_values(module))
+    for path, value in saved.constants.items():
+        if isinstance(value, _Number):
+            setattr(*_owner(module, path), value)
+        elif isinstance(value, Mapping):
+            _set_array(module, path, held.get(path), _array_of(value))
+        else:
+            _set_tensor(module, path, held.get(path), value)
+
+
+def differing_tensors(one: nn.Module, other: nn.Module) -> list[str]:
+    """Return the paths of the tensors and arrays that two modules have not both, to the bit."""
+    values, others = dict(_values(one)), dict(_values(other))
+    return [
+        path
+        for path in {**values, **others}
+        if path not in values or path not in others or _bits(values[path]) != _bits(others[path])
+    ]
+
+
+def differing_numbers(one: nn.Module, other: nn.Module) -> frozenset[str]:
+    """Return the paths of the attributes that are other numbers in another module."""
+    numbers = dict(_numbers(other))
+    return frozenset(
+        path for path, value in _numbers(one) if path in numbers and repr(numbers[path]) != repr(value)
+    )
+
+
+def check_saving(module: nn.Module) -> None:
+    """Refuse a module whose state_dict cannot be saved, or not be loaded again.
+
+    Args:
+        module: not changed; a copy is saved and loaded.
+
+    Raises:
+        ModelError: which key, and why.
+    """
+    original = copied(module)
+    saved = saved_state(original)
+    for name, value in saved.state.items():
+        stream = io.BytesIO()
+        try:
+            torch.save(value, stream)
+            stream.seek(0)
+            torch.load(stream, weights_only=True)
+        except Exception as error:
+            why = (str(error).strip().splitlines() or [""])[0]
+            raise ModelError(
+                f"state_dict() of the module gives {name} as a {type(value).__name__}, which cannot be saved "
+                f"safely ({type(error).__name__}: {why}): give tensors and plain numbers, texts, lists or "
+                f"dictionaries of them"
+            ) from error
+    other = copied(module)
+    try:
+        for _, value in _values(other):
+            _disturb(value)
+        load_state(other, saved)
+    except Exception as error:
+        raise ModelError(
+            f"the module cannot load what its own state_dict() gives, so no model could be saved: "
+            f"{type(error).__name__}: {error}"
+        ) from error
+    if different := differing_tensors(original, other):
+        raise ModelError(
+            f"{different[0]} is another tensor after load_state_dict() of what state_dict() gave: the saved "
+            f"model would not be the trained one; look at the module's hooks of both"
+        )
+
+
+def _values(module: nn.Module) -> Iterator[tuple[str, Any]]:
+    """Yield the tensors and arrays of a module, each once, with its path."""
+    seen: set[int] = set()
+    named = [*module.named_parameters(), *module.named_buffers()]
+    for prefix, part in module.named_modules():
+        attributes = ((name, value) for name, value in vars(part).items() if not _is_torchs(name))
+        named += [(f"{prefix}.{name}" if prefix else name, value) for name, value in attributes]
+    for path, value in named:
+        yield from _values_in(path, value, seen)
+
+
+def _values_in(path: str, value: Any, seen: set[int]) -> Iterator[tuple[str, Any]]:
+    if id(value) in seen or isinstance(value, nn.Module):
+        return
+    if isinstance(value, torch.Tensor):
+        seen.add(id(value))
+        if not nn.parameter.is_lazy(value):
+            yield path, value
+    elif isinstance(value, np.ndarray) and not value.dtype.hasobject:
+        seen.add(id(value))
+        yield path, value
+    elif isinstance(value, list | tuple | dict):
+        seen.add(id(value))
+        for step, part in parts(value):
+            yield from _values_in(path + step, part, seen)
+
+
+def _is_torchs(name: str) -> bool:
+    """Return whether an attribute is one of torch's own."""
+    return name in _TORCHS
+
+
+_TORCHS = frozenset(vars(nn.Module()))
+
+
+def _numbers(module: nn.Module) -> Iterator[tuple[str, _Number]]:
+    for prefix, part in module.named_modules():
+        for name, value in vars(part).items():
+            if type(value) in (bool, int, float, complex) and not _is_torchs(name):
+                yield f"{prefix}.{name}" if prefix else name, value
+
+
+def _owner(module: nn.Module, path: str) -> tuple[nn.Module, str]:
+    """Return the submodule that has a parameter, buffer or attribute, and its name there."""
+    *parents, name = path.split(".")
+    try:
+        return module.get_submodule(".".join(parents)), name
+    except AttributeError as error:
+        raise ModelError(f"the module has no {path}, of which there is a saved value") from error
+
+
+def _make_room(module: nn.Module, name: str, value: Any) -> None:
+    """Make a buffer that is still None, and that forward had made, before it is loaded."""
+    *parents, last = name.split(".")
+    try:
+        buffers = module.get_submodule(".".join(parents))._buffers
+    except AttributeError:
+        return  # load_state_dict says it better
+    if last in buffers and buffers[last] is None and isinstance(value, torch.Tensor):
+        buffers[last] = value.clone()
+
+
+def _set_tensor(module: nn.Module, path: str, held: Any, value: torch.Tensor) -> None:
+    fits = isinstance(held, torch.Tensor) and (held.shape, held.dtype) == (value.shape, value.dtype)
+    if fits and held.layout is torch.strided is value.layout:
+        with torch.no_grad():
+            held.detach().copy_(value)
+        return
+    if path.endswith("]"):
+        raise ModelError(f"the module has no tensor {path} of shape {tuple(value.shape)}, as was saved")
+    owner, name = _owner(module, path)
+    if isinstance(held, nn.Parameter):
+        held.data = value
+    elif name in owner._buffers:
+        owner._buffers[name] = value
+    else:
+        vars(owner)[name] = value
+
+
+def _set_array(module: nn.Module, path: str, held: Any, value: np.ndarray[Any, Any]) -> None:
+    if isinstance(held, np.ndarray) and (held.shape, held.dtype) == (value.shape, value.dtype):
+        held[...] = value
+    elif path.endswith("]"):
+        raise ModelError(f"the module has no array {path} of shape {value.shape}, as was saved")
+    else:
+        setattr(*_owner(module, path), value)
+
+
+def _of_array(array: np.ndarray[Any, Any]) -> dict[str, Any]:
+    """Return an array as plain values and a tensor, because torch loads no arrays safely."""
+    values = torch.frombuffer(bytearray(array.tobytes()), dtype=torch.uint8) if array.size else torch.empty(0)
+    return {"numpy": array.dtype.str, "shape": list(array.shape), "bytes": values}
+
+
+def _array_of(saved: Mapping[str, Any]) -> np.ndarray[Any, Any]:
+    values = saved["bytes"].numpy().tobytes() if saved["bytes"].numel() else b""
+    return np.frombuffer(values, np.dtype(saved["numpy"])).reshape(saved["shape"]).copy()
+
+
+def _cloned(value: Any) -> Any:
+    if not isinstance(value, torch.Tensor):
+        return value
+    return value.detach().clone().resolve_conj().resolve_neg()
+
+
+def _place(tensor: torch.Tensor) -> tuple[Any, ...]:
+    if tensor.layout is not torch.strided:
+        return id(tensor), tensor.layout
+    return tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride()
+
+
+def _bits(value: Any) -> tuple[Any, ...]:
+    if isinstance(value, np.ndarray):
+        return value.dtype.str, value.shape, value.tobytes()
+    plain = value.detach().to_dense() if value.layout is not torch.strided else value.detach()
+    plain = plain.resolve_conj().resolve_neg().contiguous().reshape(-1)
+    raw = plain.view(torch.uint8).numpy().tobytes() if plain.numel() else b""
+    return value.dtype, tuple(value.shape), raw
+
+
+def _disturb(value: Any) -> None:
+    """Change every element of a tensor or an array."""
+    if isinstance(value, np.ndarray):
+        if value.flags.writeable:
+            value[...] = np.zeros_like(value)
+    elif value.layout is torch.strided and not value.is_quantized:
+        with torch.no_grad():
+            value.detach().zero_()

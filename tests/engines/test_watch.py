@@ -1,0 +1,531 @@
+"""State that is no parameter and no buffer: refused by name, unless no piece reads what another one left."""
+
+from __future__ import annotations
+
+import itertools
+import random
+import sys
+from collections import deque
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from two_workers import by_plain_torch, train_here
+
+from sparksgd.engines.watch import Watch
+from sparksgd.errors import ModelError, SparkSGDError
+
+
+class Net(nn.Module):
+    """y = w x + b, in a submodule `core`, with something else that a test gives.
+
+    Args:
+        begin: makes attributes of `core`.
+        use: called with `core`, the input, and the output, which it returns changed or as it is.
+    """
+
+    def __init__(self, begin: Callable[[Any], object], use: Callable[..., Any]) -> None:
+        super().__init__()
+        self.core = nn.Module()
+        self.core.linear = nn.Linear(4, 1)
+        begin(self.core)
+        self.use = use
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        output = self.use(self.core, x, self.core.linear(x))
+        assert isinstance(output, torch.Tensor)
+        return output
+
+
+def net(begin: Callable[[Any], object], use: Callable[..., Any]) -> Net:
+    torch.manual_seed(0)
+    return Net(begin, use)
+
+
+def sets(**attributes: Any) -> Callable[[Any], object]:
+    return lambda core: [setattr(core, name, value) for name, value in attributes.items()]
+
+
+def counts(core: Any, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    core.t += 1
+    return y
+
+
+def appends(core: Any, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    core.seen.append(float(x.sum()))
+    return y
+
+
+def adds(core: Any, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    core.seen.add(float(x.sum()))
+    return y
+
+
+def notes(core: Any, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    core.seen["rows"] = core.seen.get("rows", 0) + len(x)
+    return y
+
+
+def notes_deeply(core: Any, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    core.seen["of"][0].total += len(x)
+    return y
+
+
+def sums(core: Any, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    core.total += x.detach().sum() if isinstance(core.total, torch.Tensor) else x.sum().item()
+    return y
+
+
+def is_highest(core: Any, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    core.peak = torch.maximum(core.peak, x.detach().abs().max())
+    return y / (1 + core.peak)
+
+
+def draws(core: Any, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    return y + torch.rand(y.shape, generator=core.noise)
+
+
+def draws_by_numpy(core: Any, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    return y + float(core.noise.normal())
+
+
+def draws_by_python(core: Any, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    return y + core.noise.random()
+
+
+def takes_next(core: Any, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    return y + next(core.numbers) / 100
+
+
+def keeps_first(core: Any, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    if core.norm is None:
+        core.norm = core.linear.weight.detach().norm()
+    return y / core.norm
+
+
+def averages(core: Any, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    core.mean = 0.9 * core.mean + 0.1 * float(x.mean())
+    return y - core.mean
+
+
+def makes_a_head(core: Any, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    if not hasattr(core, "head"):
+        core.head = nn.Linear(1, 1)
+    return core.head(y)
+
+
+def hooks_itself(core: Any, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    core.linear.register_forward_hook(lambda module, given, made: made)
+    return y
+
+
+class Total:
+    """Counts."""
+
+    def __init__(self) -> None:
+        self.total = 0
+
+
+class Slotted:
+    """Counts, without a dictionary."""
+
+    __slots__ = ("total",)
+
+    def __init__(self) -> None:
+        self.total = 0.0
+
+
+def counts_in_slots(core: Any, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    core.slotted.total += 1
+    return y
+
+
+def counted_in_a_closure() -> Callable[..., Any]:
+    t = 0
+
+    def use(core: Any, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        nonlocal t
+        t += 1
+        return y
+
+    return use
+
+
+def noted_in_a_closure() -> Callable[..., Any]:
+    seen: list[int] = []
+    return lambda core, x, y: (seen.append(1), y)[1]
+
+
+KEEPS = {
+    "a counter": (sets(t=0), counts, "core.t"),
+    "a mean of floats": (sets(mean=0.0), averages, "core.mean"),
+    "a list": (sets(seen=[]), appends, "core.seen"),
+    "a deque": (sets(seen=deque(maxlen=3)), appends, "core.seen"),
+    "a set": (sets(seen=set()), adds, "core.seen"),
+    "a dictionary": (sets(seen={}), notes, "core.seen"),
+    "an object in a list in a dictionary": (sets(seen={"of": [Total()]}), notes_deeply, "core.seen"),
+    "an object with slots": (sets(slotted=Slotted()), counts_in_slots, "core.slotted"),
+    "a tensor": (sets(total=torch.zeros(())), sums, "core.total"),
+    "an array": (sets(total=np.zeros(2)), sums, "core.total"),
+    "a maximum so far": (sets(peak=torch.zeros(())), is_highest, "core.peak"),
+    "what depends on the first weights": (sets(norm=None), keeps_first, "core.norm"),
+    "a generator of torch": (sets(noise=torch.Generator()), draws, "core.noise"),
+    "a generator of numpy": (sets(noise=np.random.default_rng(1)), draws_by_numpy, "core.noise"),
+    "an old generator of numpy": (sets(noise=np.random.RandomState(1)), draws_by_numpy, "core.noise"),
+    "a generator of Python": (sets(noise=random.Random(1)), draws_by_python, "core.noise"),
+    "an iterator": (sets(numbers=itertools.count()), takes_next, "core.numbers"),
+    "a hook set in forward": (sets(), hooks_itself, "core.linear._forward_hooks"),
+    "a variable of a function": (sets(), counted_in_a_closure(), "use"),
+    "a list of a function": (sets(), noted_in_a_closure(), "use"),
+}
+
+
+@pytest.mark.parametrize("kind", KEEPS)
+def test_what_a_module_keeps_is_refused_by_name_before_a_row_is_dealt(tmp_path: Path, kind: str) -> None:
+    begin, use, path = KEEPS[kind]
+    module = net(begin, use)
+    before = {name: value.clone() for name, value in module.state_dict().items()}
+    with pytest.raises(ModelError, match=rf"^{path} changes as the module trains; its value would depend"):
+        train_here(tmp_path, module=module)
+    assert {name: value.tolist() for name, value in module.state_dict().items()} == {
+        name: value.tolist() for name, value in before.items()
+    }
+
+
+def test_a_submodule_that_is_made_in_forward_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"^core\.head is made, or replaced, in forward: it would not be"):
+        train_here(tmp_path, module=net(sets(), makes_a_head))
+
+
+CALLS, SEEN, MASKS = 0, [], {}
+
+
+def counts_globally(core: Any, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    global CALLS
+    CALLS += 1
+    return y
+
+
+def appends_globally(core: Any, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    note(x)
+    return y
+
+
+def note(x: torch.Tensor) -> None:
+    SEEN.append(len(x))
+
+
+class CountsInItsClass(nn.Linear):
+    """Counts its calls in the class."""
+
+    calls = 0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        CountsInItsClass.calls += 1
+        return super().forward(x)
+
+
+@pytest.mark.parametrize(
+    ("module", "path"),
+    [
+        (lambda: net(sets(), counts_globally), "the global variable CALLS"),
+        (lambda: net(sets(), appends_globally), "the global variable SEEN"),
+        (lambda: CountsInItsClass(4, 1), "the class CountsInItsClass"),
+    ],
+)
+def test_what_all_modules_share_is_refused_too(tmp_path: Path, module: Any, path: str) -> None:
+    with pytest.raises(ModelError, match=f"^{path} changes as the module trains"):
+        train_here(tmp_path, module=module())
+    assert (CALLS, SEEN, CountsInItsClass.calls) == (0, [], 0)
+
+
+# Harmless
+
+
+def keeps_activation(core: Any, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    core.last = torch.tanh(y)
+    return y + core.last
+
+
+def caches_a_mask(core: Any, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    width = x.shape[1]
+    if width not in core.masks:
+        core.masks[width] = torch.linspace(0, 1, width)
+    return y + (x * core.masks[width]).sum(1, keepdim=True)
+
+
+def warns_once(core: Any, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    core.warned = True
+    return y
+
+
+def clears_its_list(core: Any, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    core.seen.clear()
+    core.seen.append(y)
+    return y + sum(core.seen)
+
+
+def builds_a_new_number(core: Any, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    core.scale = float(str(core.scale))
+    return y * core.scale
+
+
+def caches_globally(core: Any, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    if x.shape[1] not in MASKS:
+        MASKS[x.shape[1]] = torch.linspace(0, 1, x.shape[1])
+    return y + (x * MASKS[x.shape[1]]).sum(1, keepdim=True)
+
+
+HARMLESS = {
+    "a global cache": (sets(), caches_globally),
+    "the last activation": (sets(last=None), keeps_activation),
+    "a new attribute": (sets(), keeps_activation),
+    "a cache by shape": (sets(masks={}), caches_a_mask),
+    "a flag": (sets(warned=False), warns_once),
+    "a list that is cleared": (sets(seen=[]), clears_its_list),
+    "an equal number": (sets(scale=0.1), builds_a_new_number),
+}
+
+
+@pytest.mark.parametrize("kind", HARMLESS)
+def test_what_no_piece_reads_from_another_trains_as_in_one_process(tmp_path: Path, kind: str) -> None:
+    begin, use = HARMLESS[kind]
+    all_rows = {"rows_per_step": 48, "epochs": 5}
+    one, two = (
+        train_here(tmp_path, num_workers, module=net(begin, use), train=all_rows) for num_workers in (1, 2)
+    )
+    assert one.flat.parameters_sha256() == two.flat.parameters_sha256()
+    expected = by_plain_torch(tmp_path, net(begin, use), 5)
+    assert one.flat.parameters.tolist() == pytest.approx(expected, rel=1e-4, abs=1e-5)
+
+
+def test_the_caller_s_module_keeps_its_own_attributes(tmp_path: Path) -> None:
+    module = net(sets(last="mine", masks={"other": 1}), keeps_activation)
+    hook = module.core.linear.register_forward_hook(lambda *_: None)
+    train_here(tmp_path, module=module)
+    assert (module.core.last, module.core.masks) == ("mine", {"other": 1})
+    assert hook.id in module.core.linear._forward_hooks
+
+
+# Later than the trial
+
+
+def changes_late(core: Any, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    if len(x) == 3 and core.linear.weight.sum() > core.limit:  # the trial has two rows
+        core.t += 1
+    return y
+
+
+def test_what_changes_after_the_trial_is_refused_at_that_piece(tmp_path: Path) -> None:
+    with pytest.raises(
+        ModelError, match=r"^core\.t changes as the module trains(.|\n)*in turn [2-8], on worker"
+    ):
+        train_here(tmp_path, module=net(sets(t=0, limit=0.5), changes_late))
+
+
+# Evaluation
+
+
+def counts_in_evaluation(core: Any, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    if not torch.is_grad_enabled():
+        core.t += 1
+        return y * core.t
+    return y
+
+
+def test_an_evaluation_leaves_the_state_as_it_was(tmp_path: Path) -> None:
+    losses = [
+        [
+            report.loss
+            for report in train_here(
+                tmp_path, workers, module=net(sets(t=0), counts_in_evaluation), tested=True
+            ).evaluations
+        ]
+        for workers in (1, 2, 4)
+    ]
+    assert losses[0] == losses[1] == losses[2]
+
+
+# Losses
+
+
+class KeepingLoss(nn.Module):
+    """Counts its calls in a buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, output: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        return (output[:, 0] - label).square()
+
+
+class CountingLoss:
+    """Counts its calls."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def __call__(self, output: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        return (output[:, 0] - label).square()
+
+
+def counting_function(output: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
+    counting_function.calls = getattr(counting_function, "calls", 0) + 1
+    return (output[:, 0] - label).square()
+
+
+keeping, counting = KeepingLoss(), CountingLoss()
+
+
+@pytest.mark.parametrize("name", ["keeping", "counting", "counting_function"])
+def test_what_a_loss_keeps_is_refused(tmp_path: Path, name: str) -> None:
+    path = {"keeping": r"loss\.calls", "counting": "loss", "counting_function": "loss"}[name]
+    with pytest.raises(ModelError, match=f"^{path} changes as the module trains"):
+        train_here(tmp_path, module=nn.Linear(4, 1), loss={"name": f"{__name__}:{name}"})
+
+
+# Numbers that are drawn, settings that are changed
+
+
+def dropout_by_numpy(core: Any, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    kept = torch.from_numpy(np.random.random(y.shape) < 0.7)
+    return y * kept + random.random() * y
+
+
+@pytest.mark.parametrize("use", [dropout_by_numpy, lambda core, x, y: y + torch.rand_like(y)])
+def test_numbers_of_the_global_generators_are_the_same_for_any_number_of_workers(
+    tmp_path: Path, use: Callable[..., Any]
+) -> None:
+    ended = []
+    for workers in (1, 2, 2):
+        np.random.seed(workers)
+        random.seed(workers)
+        training = train_here(tmp_path, workers, module=net(sets(), use), tested=True)
+        ended.append((training.flat.parameters_sha256(), [one.loss for one in training.evaluations]))
+    assert ended[0] == ended[1] == ended[2]
+    assert len(set(ended[0][1])) == 2
+
+
+def test_the_caller_s_generators_are_left_as_they_were(tmp_path: Path) -> None:
+    np.random.seed(3)
+    np.random.standard_normal()  # half a pair is still to come
+    random.seed(3)
+    torch.manual_seed(3)
+    expected = (np.random.standard_normal(2).tolist(), random.random(), torch.rand(1).item())
+    np.random.seed(3)
+    np.random.standard_normal()
+    random.seed(3)
+    torch.manual_seed(3)
+    torch_state = torch.get_rng_state()
+    module = net(sets(), dropout_by_numpy)
+    torch.set_rng_state(torch_state)
+    train_here(tmp_path, module=module, tested=True)
+    assert (np.random.standard_normal(2).tolist(), random.random(), torch.rand(1).item()) == expected
+
+
+def sets_threads() -> None:
+    torch.set_num_threads(2 if torch.get_num_threads() == 1 else 1)
+
+
+LEAKS = {
+    "torch.set_num_threads": sets_threads,
+    "torch.set_default_dtype": partial(torch.set_default_dtype, torch.float64),
+    "torch.set_grad_enabled": partial(torch.set_grad_enabled, False),
+    "torch.use_deterministic_algorithms": partial(torch.set_deterministic_debug_mode, 2),
+    "torch.set_float32_matmul_precision": partial(torch.set_float32_matmul_precision, "medium"),
+    "torch.set_flush_denormal": partial(torch.set_flush_denormal, True),
+    "torch.set_default_device": partial(torch.set_default_device, "cpu"),
+    "torch.autocast": partial(torch.set_autocast_enabled, "cpu", True),
+    "torch.backends.mkldnn": partial(setattr, torch.backends.mkldnn, "enabled", False),
+    "numpy.seterr": partial(np.seterr, all="raise"),
+}
+
+
+@pytest.mark.parametrize("when", ["in the trial", "later", "in evaluation"])
+@pytest.mark.parametrize("name", LEAKS)
+def test_a_setting_that_forward_leaves_changed_is_refused_and_put_back(
+    tmp_path: Path, name: str, when: str
+) -> None:
+    if name in ("torch.set_grad_enabled", "torch.autocast") and when == "in evaluation":
+        pytest.skip("the end of the evaluation sets it")
+
+    def use(core: Any, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        is_due = {
+            "in the trial": torch.is_grad_enabled(),
+            "later": len(x) == 3 and torch.is_grad_enabled(),
+            "in evaluation": not torch.is_grad_enabled(),
+        }[when]
+        if is_due:
+            LEAKS[name]()
+        return y
+
+    from sparksgd.arithmetic.settings import settings_now
+
+    before = settings_now()
+    with pytest.raises(ModelError, match=f"^the module or its loss.* changed {name}"):
+        train_here(tmp_path, module=net(sets(), use), tested=True)
+    assert settings_now() == before
+
+
+# torch's own modules
+
+
+def inputs() -> dict[str, tuple[nn.Module, tuple[torch.Tensor, ...]]]:
+    flat, image, sequence = torch.randn(6, 8), torch.randn(6, 4, 8, 8), torch.randn(6, 5, 8)
+    wrapped = nn.utils.parametrizations
+    return {
+        "lstm": (nn.LSTM(8, 8, batch_first=True), (sequence,)),
+        "gru": (nn.GRU(8, 8, num_layers=2, dropout=0.1, batch_first=True), (sequence,)),
+        "attention": (nn.MultiheadAttention(8, 2, batch_first=True), (sequence,) * 3),
+        "encoder": (nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), (sequence,)),
+        "transformer": (nn.Transformer(8, 2, 1, 1, 16, batch_first=True), (sequence, sequence)),
+        "batch norm": (nn.BatchNorm2d(4), (image,)),
+        "instance norm": (nn.InstanceNorm2d(4, track_running_stats=True), (image,)),
+        "pool": (nn.FractionalMaxPool2d(2, output_size=4), (image,)),
+        "embedding": (nn.EmbeddingBag(9, 8), (torch.arange(9).view(3, 3),)),
+        "spectral norm": (wrapped.spectral_norm(nn.Linear(8, 8)), (flat,)),
+        "weight norm": (wrapped.weight_norm(nn.Linear(8, 8)), (flat,)),
+        "orthogonal": (wrapped.orthogonal(nn.Linear(8, 8)), (flat,)),
+        "dropout": (nn.Sequential(nn.Dropout(), nn.AlphaDropout(), nn.RReLU()), (flat,)),
+    }
+
+
+@pytest.mark.parametrize("name", inputs())
+def test_torch_s_own_modules_keep_nothing(name: str) -> None:
+    module, given = inputs()[name]
+    watch = Watch(module, nn.functional.mse_loss)
+    for _ in range(2):
+        output = module(*(one.requires_grad_(one.is_floating_point()) for one in given))
+        (output[0] if isinstance(output, tuple) else output).sum().backward()
+        watch.require_unchanged()
+    assert watch.changed() == []
+
+
+def test_a_training_does_not_import_the_compiler(tmp_path: Path) -> None:
+    import subprocess
+
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            "import sys, pathlib, torch; from two_workers import by_plain_torch, train_here\n"
+            f"train_here(pathlib.Path({str(tmp_path)!r}), 1, module=torch.nn.Linear(4, 1), tested=True)\n"
+            "print('torch._dynamo' in sys.modules)",
+        ],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.stdout.strip() == "False", done.stderr
+
+
+def test_all_errors_are_ours() -> None:
+    assert issubclass(ModelError, SparkSGDError)
