@@ -23,12 +23,14 @@ import torch
 from torch import nn
 
 from sparksgd.arithmetic.addition_tree import add_partial
+from sparksgd.arithmetic.changes import unite
 from sparksgd.arithmetic.flat import FlatModule, TakePart, Weights, has_convolutions
 from sparksgd.arithmetic.numerics import Numerics, generator_kept, thread_count
 from sparksgd.arithmetic.seeds import seed32
 from sparksgd.data.sampling import Sampling
 from sparksgd.data.schema import RowSchema
 from sparksgd.data.shard import Descriptor, read_records
+from sparksgd.engines.modes import evaluating
 from sparksgd.engines.replies import Evaluation, Reply, WorkerReport, with_place
 from sparksgd.errors import (
     ModelError,
@@ -148,12 +150,13 @@ class Computer:
         """Reply to an evaluation: sums over all rows of these shards."""
 
         def compute(shard: Descriptor) -> tuple[Evaluation | None, bool]:
-            with self.flat.evaluating():
+            with evaluating(self.flat):
                 return self._whole(shard), True
 
         doing = f"the evaluation of version {weights.version}"
         with ExitStack() as layout:
             self.flat.load(weights)
+            self.flat.standing.at(weights.parameters)
             if self.plan.channels_last:
                 layout.enter_context(self.flat.channels_last())
             return self._reply(worker, shards, compute, lambda shard: True, doing)
@@ -204,6 +207,7 @@ class Computer:
         half.take(answer)
         # Each shard starts from the same ones.
         self.flat.load_buffers(answer.weights.statistics, answer.weights.counters)
+        self.flat.load_constants(answer.weights.constants)
         has_moved = False
         for index in range(answer.turns):
             turn = answer.turn + index
@@ -221,6 +225,8 @@ class Computer:
             except UpdateNotFinite as error:
                 raise UpdateNotFinite(f"turn {turn + 1} of shard {shard.shard}: {error}") from error
             has_moved = True
+            if gradient.changes is not None and index + 1 < answer.turns:
+                self.flat.standing.apply_constants(gradient.changes)
         return half.send()
 
     def _half(self, shard: int) -> WorkerHalf[Answer]:
@@ -240,17 +246,17 @@ class Computer:
         seed = seed32(self.plan.sampling.seed, "dropout", shard.shard, turn)
         torch.default_generator.manual_seed(seed)
         chunk = self.plan.rows_per_backward or len(records)
-        loss = 0.0
+        loss, changes = 0.0, None
         with self.flat.new_gradient(take_part) as gradient:
             for first in range(0, len(records), chunk):
-                _, losses = forward(
-                    self.flat.module, self.plan.loss, self.plan.schema, records[first : first + chunk]
-                )
-                total = losses.sum()
-                self._require_finite(losses, rows[first : first + chunk], shard, turn)
-                with users_code("the module or its loss"):
-                    total.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+                with self.flat.standing.piece() as made:
+                    _, losses = self._forward(records[first : first + chunk])
+                    total = losses.sum()
+                    self._require_finite(losses, rows[first : first + chunk], shard, turn)
+                    with users_code("the module or its loss"):
+                        total.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
                 loss += float(total.detach())
+                changes = unite(changes, made.changes)
         if not np.isfinite(gradient.sum()) and not np.isfinite(gradient).all():
             raise NotFinite(
                 f"the gradient of turn {turn + 1} is NaN or infinite in shard {shard.shard}, rows "
@@ -262,6 +268,7 @@ class Computer:
             counters=self.flat.counters(),
             loss=loss,
             rows=len(records),
+            changes=changes,
         )
 
     def _whole(self, shard: Descriptor) -> Evaluation | None:
@@ -325,7 +332,7 @@ class _Standing:
         if point is self._point:
             return
         self._layout.close()
-        self._flat.load_parameters(point)
+        self._flat.standing.at(point)
         self._point = point
         if self._channels_last:
             self._layout.enter_context(self._flat.channels_last())
@@ -404,20 +411,22 @@ def _trial(
     """Compute a gradient of a few rows, and return the shape of the output."""
     records = np.resize(records, max(2, len(records)))  # batch-norm needs two rows
     flat = FlatModule(copy.deepcopy(module), dtype)
-    before = {name: tensor.detach().numpy().tobytes() for name, tensor in flat.constants()}
+    flat.standing.at(flat.parameters.numpy())
+    pieces = [records, *(np.resize(half, max(2, len(half))) for half in np.array_split(records, 2))]
+    shapes = []
+    changes = None
     with generator_kept(), flat.channels_last() if channels_last else nullcontext():
-        output, losses = forward(flat.module, loss, schema, records)
-        with users_code("the module or its loss"):
-            losses.sum().backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
-    for name, tensor in flat.constants():
-        if before.get(name) != tensor.detach().numpy().tobytes():
-            raise ModelError(
-                f"{name} changes as the module trains, and only batch-norm's buffers may: its value would "
-                f"depend on which worker ran last. Keep it fixed, or make it a trainable parameter"
-            )
-    if not isinstance(output, torch.Tensor):
-        raise ModelError(f"the module gives a {type(output).__name__}, but must give one tensor")
-    return output.shape
+        for piece in pieces:
+            with flat.standing.piece() as made:
+                output, losses = forward(flat.module, loss, schema, piece)
+                with users_code("the module or its loss"):
+                    losses.sum().backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+            if not isinstance(output, torch.Tensor):
+                raise ModelError(f"the module gives a {type(output).__name__}, but must give one tensor")
+            shapes.append(output.shape)
+            changes = unite(changes, made.changes)
+    flat.apply(changes)  # refuses what has two values
+    return shapes[0]
 
 
 def _tensor(values: npt.NDArray[Any]) -> torch.Tensor:

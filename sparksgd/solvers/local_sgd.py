@@ -9,7 +9,9 @@ epsilon = 1 and beta = 0 averages the shards' models: local SGD (Stich 2019, arX
 epsilon = 0.7, beta = 0.9 and H = 500 with AdamW inside is DiLoCo (Douillard et al. 2023, arXiv:2311.08105).
 The first `synchronous_steps` steps may be synchronous SGD: post-local SGD (Lin et al. 2020,
 arXiv:1808.07217).  A round is cut short at the end of an epoch and of the run.  Batch-norm's statistics are
-the row-weighted mean of the shards' statistics at the end of the round.
+the row-weighted mean of the shards' statistics at the end of the round.  What forward changes of parameters
+belongs to the local model; what it changes of constants goes on from turn to turn, and all shards must end
+with one value.
 
 Legend: P parameters, H turns of a round.
 """
@@ -26,6 +28,7 @@ import numpy.typing as npt
 import torch
 from torch.optim import Optimizer
 
+from sparksgd.arithmetic.changes import bits, constants_changed
 from sparksgd.arithmetic.flat import FlatModule, FlatStrip, Weights
 from sparksgd.config import Config, OptimizerConfig
 from sparksgd.errors import ConfigError
@@ -161,6 +164,9 @@ class LocalTurns:
             return
         assert self._optimizer is not None
         local, before = self._local, self._made
+        changed = gradient.changes
+        if changed is not None and changed.parameters is not None:
+            changed.parameters.write(bits(local.parameters))
         torch.div(torch.from_numpy(gradient.vector), gradient.rows, out=local.gradient)
         clip(local.gradient, self._settings.clip_norm)
         group = self._optimizer.param_groups[0]
@@ -173,6 +179,7 @@ class LocalTurns:
             vector=gradient.vector[:0],
             rows=gradient.rows + (before.rows if before else 0),
             loss=(before.loss if before else 0.0) + gradient.loss,
+            changes=constants_changed(before.changes if before else None, changed),
         )
 
     def send(self) -> Message | None:

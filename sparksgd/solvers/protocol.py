@@ -28,6 +28,7 @@ from typing import Any, Protocol, Self, TypeVar
 import numpy as np
 import numpy.typing as npt
 
+from sparksgd.arithmetic.changes import Changes, unite
 from sparksgd.arithmetic.flat import FlatModule, FlatStrip, Weights
 
 __all__ = [
@@ -89,6 +90,9 @@ class Gradient:
     rows: int
     """How many rows."""
 
+    changes: Changes | None = None
+    """What forward changed in parameters and constants; None if nothing."""
+
 
 @dataclass(kw_only=True)
 class Message:
@@ -114,9 +118,12 @@ class Message:
     shards: int = 1
     """How many shards took part."""
 
+    changes: Changes | None = None
+    """What forward changed in parameters and constants; None if nothing."""
+
     @classmethod
     def of(cls, gradients: Sequence[Gradient], vectors: dict[str, Vector], **scalars: float) -> Self:
-        """Return the message of some turns of a shard, with the statistics after the last one."""
+        """Return the message of some turns of a shard, with the statistics and changes after the last one."""
         rows, last = sum(gradient.rows for gradient in gradients), gradients[-1]
         return cls(
             vectors=vectors,
@@ -125,6 +132,7 @@ class Message:
             counters=last.counters,
             loss=sum(gradient.loss for gradient in gradients),
             rows=rows,
+            changes=last.changes,
         )
 
     def __iadd__(self, other: Self) -> Self:
@@ -137,6 +145,7 @@ class Message:
         self.loss += other.loss
         self.rows += other.rows
         self.shards += other.shards
+        self.changes = unite(self.changes, other.changes)
         return self
 
     def mean_statistics(self) -> npt.NDArray[np.floating]:

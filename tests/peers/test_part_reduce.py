@@ -110,7 +110,7 @@ def test_a_worker_sends_two_vectors_less_its_own_share_where_shards_divide(
             )
         allreduce.part_reduce(0, partials, GRADIENT)
         allreduce.part_broadcast(0, np.ones(60, np.float32))
-        records = len(partials) * 24 * (num_workers - 1)  # rows, shards and loss of each partial sum
+        records = len(partials) * 32 * (num_workers - 1)  # rows, shards, loss and changes of each partial sum
         return mesh.sent_bytes - records
 
     sent = company.all(one)
