@@ -12,7 +12,8 @@ Legend: P parameters, N elements of a tensor, K changed elements.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import ctypes
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,6 +27,7 @@ __all__ = [
     "PARAMETERS",
     "Changes",
     "Conflict",
+    "Copy",
     "Part",
     "Words",
     "bits",
@@ -45,7 +47,19 @@ PARAMETERS = ""
 """The name of the vector of all trainable parameters, where constants have their own names."""
 
 _WORD = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.int64}
-_BLOCK = 1 << 16  # elements that are compared at a time: they stay in the cache
+
+
+def _c_function() -> Callable[[int, int, int], int] | None:
+    """Return C's memcmp, which takes half of the time that numpy does; None where Python finds none."""
+    try:
+        found = ctypes.CDLL(None).memcmp
+    except (OSError, TypeError, AttributeError):
+        return None
+    found.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t]
+    return found
+
+
+_memcmp = _c_function()
 
 
 def bits(tensor: torch.Tensor) -> Words:
@@ -70,14 +84,38 @@ def _dense_parts(tensor: torch.Tensor) -> list[torch.Tensor]:
     return [tensor.ccol_indices(), tensor.row_indices(), tensor.values()]
 
 
+class Copy:
+    """The memory of a tensor that is channels last, and the bytes that stand there.
+
+    Args:
+        data: [O, I, H, W], channels last in memory.
+    """
+
+    def __init__(self, data: torch.Tensor) -> None:
+        self.data = data
+        self._now = bits(data.permute(0, 2, 3, 1))  # a view: in another order it would take longer to compare
+        self._kept = np.empty_like(self._now)
+
+    def keep(self) -> None:
+        """Let what is there now be what stands."""
+        self._kept[...] = self._now
+
+    def is_changed(self) -> bool:
+        """Return whether it has other bytes than those that stand."""
+        return not equal(self._now, self._kept)
+
+    def restore(self) -> None:
+        """Let the bytes be those that stand."""
+        self._now[...] = self._kept
+
+
 def equal(one: Words, other: Words) -> bool:
-    """Return whether two arrays of words, [N], have the same bytes."""
-    if len(one) != len(other):
+    """Return whether two arrays of words, [N], both contiguous, have the same bytes."""
+    if one.nbytes != other.nbytes:
         return False
-    for start in range(0, len(one), _BLOCK):
-        if (one[start : start + _BLOCK] != other[start : start + _BLOCK]).any():
-            return False
-    return True
+    if _memcmp is None:
+        return np.array_equal(one, other)
+    return _memcmp(one.ctypes.data, other.ctypes.data, one.nbytes) == 0
 
 
 @dataclass(frozen=True, kw_only=True)

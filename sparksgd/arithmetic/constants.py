@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from sparksgd.arithmetic.changes import Part, Words, bits, equal
+from sparksgd.arithmetic.changes import Copy, Part, Words, bits, equal
 from sparksgd.errors import ModelError
 
 __all__ = ["Constants", "Slot", "decoded"]
@@ -51,16 +51,12 @@ class _Constant:
         self._base = slot.tensor.data
         self.bind(self._base)
 
-    def bind(self, data: torch.Tensor) -> None:
+    def bind(self, data: torch.Tensor, copy: Copy | None = None) -> None:
         """Note which memory it has now: the module's own, or a copy that is channels last."""
-        self.data = data
+        self.data, self._copy = data, copy
         self._is_dense = data.layout == torch.strided
         self._where = _place(data) if self._is_dense else None
         self._words = bits(data) if self._is_dense and data.is_contiguous() else None
-        self._quick: tuple[Words, Words] | None = None
-        if data is not self._base:
-            quick = bits(data.permute(0, 2, 3, 1))  # a view: to compare it in another order takes longer
-            self._quick = quick, quick.copy()
 
     def is_bound(self) -> bool:
         """Return whether its tensor is in its slot, in its memory."""
@@ -84,10 +80,9 @@ class _Constant:
         if not self._is_dense:
             raise ModelError(f"{self.name} is sparse, and forward changes it: only dense tensors may change")
         _write(self._base, words)
-        if self.data is not self._base:
+        if self._copy is not None:
             self.data.copy_(self._base)
-        if self._quick is not None:
-            self._quick[1][...] = self._quick[0]
+            self._copy.keep()
         if self.kept is not None and self.kept is not words:
             self.kept[...] = words
 
@@ -95,7 +90,7 @@ class _Constant:
         """Return what forward made of it."""
         kept = self.keep()
         if self.is_bound():
-            if self._quick is not None and equal(*self._quick):
+            if self._copy is not None and not self._copy.is_changed():
                 return None
             words = self.words()
             return None if equal(kept, words) else Part.between(kept, words)
@@ -157,11 +152,11 @@ class Constants:
         words = ((name, constant.words()) for name, constant in self._constants.items())
         return {name: (len(found), found.dtype) for name, found in words}
 
-    def bind(self, parameter: torch.Tensor, data: torch.Tensor) -> None:
-        """Note that a frozen parameter has other memory from now on; do nothing for others."""
+    def bind(self, parameter: torch.Tensor, data: torch.Tensor, copy: Copy | None) -> None:
+        """Note which memory a frozen parameter has from now on; do nothing for others."""
         constant = self._by_id.get(id(parameter))
         if constant is not None:
-            constant.bind(data)
+            constant.bind(data, copy)
 
     def current(self, *, copy: bool) -> dict[str, Words]:
         """Return the bytes of those that have ever changed; copies, or views where they are contiguous."""

@@ -22,7 +22,7 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from sparksgd.arithmetic.changes import Changes, Words, bits
+from sparksgd.arithmetic.changes import Changes, Copy, Words, bits
 from sparksgd.arithmetic.constants import Constants, Slot
 from sparksgd.arithmetic.standing import Standing
 from sparksgd.errors import ModelError
@@ -97,6 +97,7 @@ class FlatModule:
         self._constants = Constants(module, {id(tensor) for tensor in [*self.trainable, *moving]})
         self.standing = Standing(module, dict(trainable), self.parameters, self._constants)
         """What stands while forward runs, and what forward changes."""
+        self._copies: dict[int, Copy] = {}  # of weights that are computed channels last, by their id
 
     @contextmanager
     def new_gradient(self, take_part: TakePart | None = None) -> Iterator[npt.NDArray[np.floating]]:
@@ -240,16 +241,20 @@ class FlatModule:
         weights = {id(weight): weight for weight in _convolved(self.module)}.values()
         held = [(weight, weight.data, weight.grad) for weight in weights]
         for weight, values, _ in held:
-            # contiguous() would not change a weight of one input channel, nor the layout of its output.
-            last = torch.empty(values.shape, dtype=values.dtype, memory_format=torch.channels_last)
-            weight.data, weight.grad = last.copy_(values), None
-            self.standing.bind(weight, last, is_last=True)
+            copy = self._copies.get(id(weight))
+            if copy is None:
+                # contiguous() would not change a weight of one input channel, nor the layout of its output.
+                last = torch.empty(values.shape, dtype=values.dtype, memory_format=torch.channels_last)
+                copy = self._copies[id(weight)] = Copy(last)
+            weight.data, weight.grad = copy.data.copy_(values), None
+            copy.keep()
+            self.standing.bind(weight, copy.data, copy)
         try:
             yield
         finally:
             for weight, values, gradient in held:
                 weight.data = values
-                self.standing.bind(weight, values, is_last=False)
+                self.standing.bind(weight, values)
                 if gradient is not None:
                     weight.grad = gradient
 

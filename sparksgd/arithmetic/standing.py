@@ -22,6 +22,7 @@ from torch import nn
 from sparksgd.arithmetic.changes import (
     PARAMETERS,
     Changes,
+    Copy,
     Part,
     Words,
     bits,
@@ -69,7 +70,7 @@ class Standing:
         self._homes = [parameter.data for parameter in self._trainable]  # the memory of each
         self._places = [_place(home) for home in self._homes]
         self._number = {id(parameter): number for number, parameter in enumerate(self._trainable)}
-        self._last: dict[int, tuple[Words, Words]] = {}  # channels last: now, and what stands, by number
+        self._last: dict[int, Copy] = {}  # those that are channels last now, by number
 
     def at(self, point: npt.NDArray[np.floating]) -> None:
         """Give the module the parameters of a point, float[P]: pieces start from there until the next call.
@@ -137,7 +138,7 @@ class Standing:
         assert self._stands is not None
         placed = zip(self._trainable, self._places, strict=True)
         moved = [number for number, (parameter, place) in enumerate(placed) if _place(parameter) != place]
-        apart = any(not equal(now, before) for now, before in self._last.values())
+        apart = any(copy.is_changed() for copy in self._last.values())
         if not moved and not apart and equal(self._words, self._stands):
             return None
         now = self._words.copy()
@@ -168,9 +169,11 @@ class Standing:
         for parameter, home, place in zip(self._trainable, self._homes, self._places, strict=True):
             if _place(parameter) != place:
                 parameter.data = home
-        for now, before in [(self._words, self._stands), *self._last.values()]:
-            if not equal(now, before):
-                now[...] = before
+        if not equal(self._words, self._stands):
+            self._words[...] = self._stands
+        for copy in self._last.values():
+            if copy.is_changed():
+                copy.restore()
 
     def apply(self, changes: Changes | None, strip: range | None = None) -> None:
         """Let what forward made of parameters and constants be the weights.
@@ -205,17 +208,17 @@ class Standing:
         """Return how many words, and of which type, the parameters and each constant have."""
         return {PARAMETERS: (len(self._words), self._words.dtype), **self._constants.sizes()}
 
-    def bind(self, weight: nn.Parameter, data: torch.Tensor, *, is_last: bool) -> None:
-        """Note which memory a parameter has from now on."""
+    def bind(self, weight: nn.Parameter, data: torch.Tensor, copy: Copy | None = None) -> None:
+        """Note which memory a parameter has from now on; a copy if it is channels last."""
         number = self._number.get(id(weight))
         if number is None:
-            self._constants.bind(weight, data)
+            self._constants.bind(weight, data, copy)
             return
         self._homes[number], self._places[number] = data, _place(data)
-        self._last.pop(number, None)
-        if is_last:
-            now = bits(data.permute(0, 2, 3, 1))  # a view: in its own order it is compared sooner
-            self._last[number] = now, now.copy()
+        if copy is None:
+            self._last.pop(number, None)
+        else:
+            self._last[number] = copy
 
 
 def _place(tensor: torch.Tensor) -> tuple[int, torch.Size, tuple[int, ...]]:
