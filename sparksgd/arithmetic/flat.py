@@ -3,7 +3,7 @@
 The vector has the trainable parameters, in the order of `named_parameters`, tied ones once.  Each is a view
 of the flat vector, and so is its gradient.  Frozen parameters (`requires_grad` false) are not in it.
 The buffers of batch-norm change in training: running means and variances are averaged over the rows, like
-a gradient, and counters advance.  No other buffer may change.
+a gradient, and counters advance.  What else forward changes, is found by its bytes (changes.py).
 
 Legend: P elements of K parameters, Q running statistics, C counters.
 """
@@ -12,10 +12,10 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, field
+from functools import partial, reduce
 
 import numpy as np
 import numpy.typing as npt
@@ -23,6 +23,9 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from sparksgd.arithmetic.changes import Changes, Copy, Words, bits
+from sparksgd.arithmetic.constants import Constants, Slot
+from sparksgd.arithmetic.standing import Standing
 from sparksgd.errors import ModelError
 
 __all__ = [
@@ -50,10 +53,13 @@ class Weights:
     """float32[P]; of a strip, only its part."""
 
     statistics: npt.NDArray[np.floating]
-    """Running means and variances of batch-norm, float32[Q]."""
+    """Running means and variances of batch-norm, float32[Q]; float64 if one of them is."""
 
     counters: npt.NDArray[np.int64]
     """Batches that each batch-norm has seen, int64[C]."""
+
+    constants: Mapping[str, Words] = field(default_factory=dict)
+    """The bytes of the frozen parameters and other buffers that forward has ever changed, by name."""
 
 
 class FlatModule:
@@ -88,10 +94,15 @@ class FlatModule:
             parameter.grad = gradient
         self.whole = _parameter(self.parameters, self.gradient)
         norms = [m for m in _training_norms(module) if m.track_running_stats]
-        self._statistics = [
-            buffer for norm in norms for buffer in (norm.running_mean, norm.running_var) if buffer is not None
-        ]
-        self._counters = [norm.num_batches_tracked for norm in norms if norm.num_batches_tracked is not None]
+        self._statistics = [slot for norm in norms for slot in _slots(norm, "running_mean", "running_var")]
+        self._counters = [slot for norm in norms for slot in _slots(norm, "num_batches_tracked")]
+        types = (slot.tensor.dtype for slot in self._statistics)
+        self._statistics_type = reduce(torch.promote_types, types, dtype)
+        moving = [slot.tensor for slot in [*self._statistics, *self._counters]]
+        self._constants = Constants(module, {id(tensor) for tensor in [*self.trainable, *moving]})
+        self.standing = Standing(module, dict(trainable), self.parameters, self._constants)
+        """What stands while forward runs, and what forward changes."""
+        self._copies: dict[int, Copy] = {}  # of weights that are computed channels last, by their id
 
     @contextmanager
     def new_gradient(self, take_part: TakePart | None = None) -> Iterator[npt.NDArray[np.floating]]:
@@ -155,11 +166,12 @@ class FlatModule:
             parameters=self.parameters.numpy().copy(),
             statistics=self.statistics(),
             counters=self.counters(),
+            constants=self.changed_constants(),
         )
 
     def statistics(self) -> npt.NDArray[np.floating]:
-        """Return a copy of batch-norm's running statistics, float[Q]."""
-        return _flat(self._statistics, self.dtype).numpy()
+        """Return a copy of batch-norm's running statistics, float[Q], in the widest of their types."""
+        return _flat(self._statistics, self._statistics_type).numpy()
 
     def counters(self) -> npt.NDArray[np.int64]:
         """Return a copy of batch-norm's counters, int64[C]."""
@@ -169,6 +181,7 @@ class FlatModule:
         """Overwrite everything that training changes."""
         self.load_parameters(weights.parameters)
         self.load_buffers(weights.statistics, weights.counters)
+        self.load_constants(weights.constants)
 
     def load_parameters(self, parameters: npt.NDArray[np.floating]) -> None:
         """Overwrite the parameters, float[P]; do nothing if they have these very bytes."""
@@ -176,13 +189,26 @@ class FlatModule:
         if values.data_ptr() != self.parameters.data_ptr():
             self.parameters.copy_(values)
 
+    def apply(self, changes: Changes | None, strip: range | None = None) -> None:
+        """Let what forward made of parameters and constants be the weights; see `Standing.apply`."""
+        self.standing.apply(changes, strip)
+
+    def changed_constants(self) -> dict[str, Words]:
+        """Return a copy of the constants that forward has ever changed."""
+        return self._constants.current(copy=True)
+
+    def load_constants(self, constants: Mapping[str, Words]) -> None:
+        """Overwrite the constants that forward has ever changed; all others get their first values again."""
+        self._constants.load(constants)
+
     def view(self, version: int) -> Weights:
-        """Return everything that training changes, the parameters as a view of the vector itself."""
+        """Return everything that training changes; parameters and constants as views of their memory."""
         return Weights(
             version=version,
             parameters=self.parameters.numpy(),
             statistics=self.statistics(),
             counters=self.counters(),
+            constants=self._constants.current(copy=False),
         )
 
     def parameters_like(self) -> FlatParameters:
@@ -192,22 +218,19 @@ class FlatModule:
     def load_buffers(self, statistics: npt.NDArray[np.floating], counters: npt.NDArray[np.int64]) -> None:
         """Overwrite batch-norm's running statistics, float[Q], and counters, int64[C]."""
         start = 0
-        for buffer in self._statistics:
+        for slot in self._statistics:
+            slot.put_back()
+            buffer = slot.tensor
             values = statistics[start : start + buffer.numel()]
             buffer.copy_(torch.from_numpy(values).view(buffer.shape))
             start += buffer.numel()
-        for counter, value in zip(self._counters, counters, strict=True):
-            counter.fill_(int(value))
+        for slot, value in zip(self._counters, counters, strict=True):
+            slot.put_back()
+            slot.tensor.fill_(int(value))
 
     def constants(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Yield the named buffers and frozen parameters, which training may not change."""
-        for name, parameter in self.module.named_parameters():
-            if not parameter.requires_grad:
-                yield name, parameter
-        changing = {id(buffer) for buffer in [*self._statistics, *self._counters]}
-        for name, buffer in self.module.named_buffers():
-            if id(buffer) not in changing:
-                yield name, buffer
+        """Yield the named frozen parameters and buffers, which no optimiser moves."""
+        return self._constants.tensors()
 
     def parameters_sha256(self) -> str:
         """Return the digest of the parameters' little-endian bytes."""
@@ -227,28 +250,22 @@ class FlatModule:
         weights = {id(weight): weight for weight in _convolved(self.module)}.values()
         held = [(weight, weight.data, weight.grad) for weight in weights]
         for weight, values, _ in held:
-            # contiguous() would not change a weight of one input channel, nor the layout of its output.
-            last = torch.empty(values.shape, dtype=values.dtype, memory_format=torch.channels_last)
-            weight.data, weight.grad = last.copy_(values), None
+            copy = self._copies.get(id(weight))
+            if copy is None:
+                # contiguous() would not change a weight of one input channel, nor the layout of its output.
+                last = torch.empty(values.shape, dtype=values.dtype, memory_format=torch.channels_last)
+                copy = self._copies[id(weight)] = Copy(last)
+            weight.data, weight.grad = copy.data.copy_(values), None
+            copy.keep()
+            self.standing.bind(weight, copy.data, copy)
         try:
             yield
         finally:
             for weight, values, gradient in held:
                 weight.data = values
+                self.standing.bind(weight, values)
                 if gradient is not None:
                     weight.grad = gradient
-
-    @contextmanager
-    def evaluating(self) -> Iterator[None]:
-        """Keep the module in evaluation mode in the block, without gradients; then restore all modes."""
-        modes = [(part, part.training) for part in self.module.modules()]
-        self.module.eval()
-        try:
-            with torch.inference_mode():
-                yield
-        finally:
-            for part, training in modes:
-                part.training = training
 
 
 class FlatParameters:
@@ -281,7 +298,7 @@ class FlatStrip:
 
     def __init__(self, flat: FlatModule, strip: range) -> None:
         part = slice(strip.start, strip.stop)
-        self._flat = flat
+        self._flat, self._strip = flat, strip
         self.parameters = flat.parameters[part]
         self.gradient = flat.gradient[part]
         self.whole = _parameter(self.parameters, self.gradient)
@@ -300,12 +317,18 @@ class FlatStrip:
             parameters=self.parameters.numpy().copy(),
             statistics=self._flat.statistics(),
             counters=self._flat.counters(),
+            constants=self._flat.changed_constants(),
         )
 
+    def apply(self, changes: Changes | None) -> None:
+        """Let what forward made of the strip and of the constants be the weights; see `FlatModule.apply`."""
+        self._flat.apply(changes, self._strip)
+
     def load(self, weights: Weights) -> None:
-        """Overwrite the strip and all statistics."""
+        """Overwrite the strip, all statistics and the constants."""
         self.parameters.copy_(torch.from_numpy(weights.parameters))
         self.load_buffers(weights.statistics, weights.counters)
+        self._flat.load_constants(weights.constants)
 
     def load_buffers(self, statistics: npt.NDArray[np.floating], counters: npt.NDArray[np.int64]) -> None:
         """Overwrite batch-norm's running statistics, float[Q], and counters, int64[C]."""
@@ -367,7 +390,12 @@ def _parameter(values: torch.Tensor, gradient: torch.Tensor) -> nn.Parameter:
     return parameter
 
 
-def _flat(tensors: list[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
+def _slots(norm: _BatchNorm, *keys: str) -> list[Slot]:
+    return [Slot(norm._buffers, key) for key in keys if norm._buffers.get(key) is not None]
+
+
+def _flat(slots: list[Slot], dtype: torch.dtype) -> torch.Tensor:
+    tensors = [tensor for slot in slots if (tensor := slot.now()) is not None]
     if not tensors:
         return torch.empty(0, dtype=dtype)
     return torch.cat([tensor.detach().reshape(-1).to(dtype) for tensor in tensors])
@@ -376,5 +404,5 @@ def _flat(tensors: list[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
 def _sha256(tensors: Iterable[torch.Tensor]) -> str:
     digest = hashlib.sha256()
     for tensor in tensors:
-        digest.update(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        digest.update(bits(tensor).data)
     return digest.hexdigest()

@@ -23,6 +23,7 @@ import torch
 from torch import nn
 
 from sparksgd.arithmetic.addition_tree import add_partial
+from sparksgd.arithmetic.changes import unite
 from sparksgd.arithmetic.copies import copied
 from sparksgd.arithmetic.flat import FlatModule, TakePart, Weights, has_convolutions
 from sparksgd.arithmetic.generators import generators_kept, seed_generators
@@ -32,6 +33,7 @@ from sparksgd.arithmetic.settings import HeldSettings, Settings
 from sparksgd.data.sampling import Sampling
 from sparksgd.data.schema import RowSchema
 from sparksgd.data.shard import Descriptor, read_records
+from sparksgd.engines.modes import evaluating
 from sparksgd.engines.replies import Evaluation, Reply, WorkerReport, with_place
 from sparksgd.engines.watch import Watch
 from sparksgd.errors import (
@@ -164,7 +166,7 @@ class Computer:
         def compute(shard: Descriptor) -> tuple[Evaluation | None, bool]:
             seed = seed32(self.plan.sampling.seed, "evaluation", shard.shard, weights.version)
             seed_generators(seed)
-            with self._settings.blamed("the module or its loss, in evaluation,"), self.flat.evaluating():
+            with self._settings.blamed("the module or its loss, in evaluation,"), evaluating(self.flat):
                 evaluation = self._whole(shard)
             self._watch.restore()
             return evaluation, True
@@ -172,6 +174,7 @@ class Computer:
         doing = f"the evaluation of version {weights.version}"
         with ExitStack() as layout:
             self.flat.load(weights)
+            self.flat.standing.at(weights.parameters)
             if self.plan.channels_last:
                 layout.enter_context(self.flat.channels_last())
             return self._reply(worker, shards, compute, lambda shard: True, doing)
@@ -222,6 +225,7 @@ class Computer:
         half.take(answer)
         # Each shard starts from the same ones.
         self.flat.load_buffers(answer.weights.statistics, answer.weights.counters)
+        self.flat.load_constants(answer.weights.constants)
         has_moved = False
         for index in range(answer.turns):
             turn = answer.turn + index
@@ -239,6 +243,8 @@ class Computer:
             except UpdateNotFinite as error:
                 raise UpdateNotFinite(f"turn {turn + 1} of shard {shard.shard}: {error}") from error
             has_moved = True
+            if gradient.changes is not None and index + 1 < answer.turns:
+                self.flat.standing.apply_constants(gradient.changes)
         return half.send()
 
     def _half(self, shard: int) -> WorkerHalf[Answer]:
@@ -258,15 +264,17 @@ class Computer:
         seed = seed32(self.plan.sampling.seed, "dropout", shard.shard, turn)
         seed_generators(seed)
         chunk = self.plan.rows_per_backward or len(records)
-        loss = 0.0
+        loss, changes = 0.0, None
         with self._settings.blamed("the module or its loss"), self.flat.new_gradient(take_part) as gradient:
             for first in range(0, len(records), chunk):
-                _, losses = self._forward(records[first : first + chunk])
-                total = losses.sum()
-                self._require_finite(losses, rows[first : first + chunk], shard, turn)
-                with users_code("the module or its loss"):
-                    total.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+                with self.flat.standing.piece() as made:
+                    _, losses = self._forward(records[first : first + chunk])
+                    total = losses.sum()
+                    self._require_finite(losses, rows[first : first + chunk], shard, turn)
+                    with users_code("the module or its loss"):
+                        total.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
                 loss += float(total.detach())
+                changes = unite(changes, made.changes)
         self._watch.require_unchanged()
         if not np.isfinite(gradient.sum()) and not np.isfinite(gradient).all():
             raise NotFinite(
@@ -280,6 +288,7 @@ class Computer:
             loss=loss,
             rows=len(records),
             touched=self.flat.touched,
+            changes=changes,
             shard=shard.shard,
             turn=turn,
         )
@@ -345,7 +354,7 @@ class _Standing:
         if point is self._point:
             return
         self._layout.close()
-        self._flat.load_parameters(point)
+        self._flat.standing.at(point)
         self._point = point
         if self._channels_last:
             self._layout.enter_context(self._flat.channels_last())
@@ -467,20 +476,22 @@ def _trial(
     """Compute a gradient of a few rows, and return the shape of the output."""
     records = np.resize(records, max(2, len(records)))  # batch-norm needs two rows
     flat = FlatModule(copied(module), dtype)
-    before = {name: tensor.detach().numpy().tobytes() for name, tensor in flat.constants()}
+    flat.standing.at(flat.parameters.numpy())
+    pieces = [records, *(np.resize(half, max(2, len(half))) for half in np.array_split(records, 2))]
+    shapes = []
+    changes = None
     with generators_kept(), flat.channels_last() if channels_last else nullcontext():
-        output, losses = forward(flat.module, loss, schema, records)
-        with users_code("the module or its loss"):
-            losses.sum().backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
-    for name, tensor in flat.constants():
-        if before.get(name) != tensor.detach().numpy().tobytes():
-            raise ModelError(
-                f"{name} changes as the module trains, and only batch-norm's buffers may: its value would "
-                f"depend on which worker ran last. Keep it fixed, or make it a trainable parameter"
-            )
-    if not isinstance(output, torch.Tensor):
-        raise ModelError(f"the module gives a {type(output).__name__}, but must give one tensor")
-    return output.shape
+        for piece in pieces:
+            with flat.standing.piece() as made:
+                output, losses = forward(flat.module, loss, schema, piece)
+                with users_code("the module or its loss"):
+                    losses.sum().backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+            if not isinstance(output, torch.Tensor):
+                raise ModelError(f"the module gives a {type(output).__name__}, but must give one tensor")
+            shapes.append(output.shape)
+            changes = unite(changes, made.changes)
+    flat.apply(changes)  # refuses what has two values
+    return shapes[0]
 
 
 def _tensor(values: npt.NDArray[Any]) -> torch.Tensor:

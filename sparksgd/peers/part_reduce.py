@@ -12,6 +12,9 @@ to the first.  So the vector is sent in buckets from its end, each as soon as it
 added before the whole vector is there.  Li et al. 2020, "PyTorch Distributed" (arXiv:2006.15704), section
 3.2.3.
 
+What forward changed in parameters and constants is rare: a record says how many bytes it has, and a second
+exchange gathers it only where one is not 0.
+
 Legend: W workers, S shards, P elements of K parameters, Q running statistics, C counters.
 """
 
@@ -27,6 +30,7 @@ import numpy as np
 import numpy.typing as npt
 
 from sparksgd.arithmetic.addition_tree import Partials, add_partial, nodes_of
+from sparksgd.arithmetic.changes import Changes, most_bytes, pack, unite, unpack
 from sparksgd.arithmetic.flat import FlatModule
 from sparksgd.arithmetic.ranges import balanced_range
 from sparksgd.errors import GradientChanged, TrainingError
@@ -122,14 +126,18 @@ class AllReduce:
         """
         self._make_room(len(shape.vectors), len(shape.scalars))
         mine: list[list[Vector]] = []
+        changed: Changes | None = None
         nodes = self._nodes[self._rank]
         for tail, node in zip(self._tails[self._rank], nodes, strict=True):  # a tail is a view of its record
             message = partials[node]
             assert message is None or isinstance(message, Message)
             _fill(tail, message, shape)
+            changed = unite(changed, None if message is None else message.changes)
             mine.append(
                 [self._absent if message is None else message.vectors[name] for name in shape.vectors]
             )
+        packed = self._packed(changed)
+        self._tails[self._rank]["changes"] = len(packed)
         if self._changed_late:
             raise GradientChanged(
                 "a parameter's gradient changed within one backward pass after it had gone to the other "
@@ -140,6 +148,7 @@ class AllReduce:
         for bucket in range(len(self._begun), len(self._buckets)):
             self._exchange(step, bucket, mine)
         self._begin()
+        changes = self._gathered(step, changed, packed)
         strip = _slice(self.strip)
         self._received[self._rank] = [[vector[strip] for vector in vectors] for vectors in mine]
         total: Partials = {}
@@ -150,7 +159,39 @@ class AllReduce:
         if whole is None:
             raise TrainingError(f"no shard sent a message in step {step + 1}: no step can be made")
         assert isinstance(whole, Message)
+        whole.changes = changes
         return whole
+
+    def _packed(self, changed: Changes | None) -> npt.NDArray[np.uint8]:
+        """Return what forward changed on this worker, as bytes."""
+        if changed is None:
+            return np.empty(0, np.uint8)
+        return pack(changed, list(self._flat.standing.sizes()))
+
+    def _gathered(self, step: int, changed: Changes | None, packed: npt.NDArray[np.uint8]) -> Changes | None:
+        """Return what forward changed on all workers, the same on each; None if nothing."""
+        counts = [int(tails["changes"][0]) if len(tails) else 0 for tails in self._tails]
+        if not any(counts):
+            return None
+        sizes = self._flat.standing.sizes()
+        if not all(0 <= count <= most_bytes(sizes.values()) for count in counts):
+            raise TrainingError(
+                f"a worker says that forward changed {max(counts)} bytes in step {step + 1}, which is more "
+                f"than the module has"
+            )
+        theirs = {peer: np.empty(counts[peer], np.uint8) for peer in self._peers}
+        self._mesh.exchange(
+            self._meeting,
+            step,
+            _REDUCE + len(self._buckets),
+            {peer: [packed.data] if len(packed) else [] for peer in self._peers},
+            {peer: [array.data] if len(array) else [] for peer, array in theirs.items()},
+        )
+        total: Changes | None = None
+        for rank, count in enumerate(counts):
+            if count:
+                total = unite(total, changed if rank == self._rank else unpack(theirs[rank], sizes))
+        return total
 
     def part_broadcast(self, step: int, vector: npt.NDArray[np.floating]) -> None:
         """Send this process's strip of a vector to all others, and receive theirs into it.
@@ -245,6 +286,7 @@ def _tail_type(flat: FlatModule, scalars: int) -> np.dtype[Any]:
             ("rows", "<i8"),
             ("shards", "<i8"),
             ("loss", "<f8"),
+            ("changes", "<i8"),  # bytes of what forward changed, of all sums of the worker
             ("scalars", "<f8", (scalars,)),
             ("counters", "<i8", counters.shape),
             ("statistics", statistics.dtype, statistics.shape),

@@ -52,11 +52,15 @@ class Centre:
             key: of the rate, for the error.
             rate: how far the step goes.
 
+        What forward changed comes first, as it does where one process computes the whole step.
+
         Raises:
             UpdateNotFinite: a parameter became NaN or infinite; the weights are as before.
+            ModelError: pieces changed an element to different values; the weights are as before.
         """
         before = self.readout(), self.turns
         try:
+            self.flat.apply(total.changes)
             yield
             refuse_not_finite(self.flat.parameters, f"step {self.version + 1}", key, rate)
         except BaseException as error:

@@ -9,7 +9,9 @@ epsilon = 1 and beta = 0 averages the shards' models: local SGD (Stich 2019, arX
 epsilon = 0.7, beta = 0.9 and H = 500 with AdamW inside is DiLoCo (Douillard et al. 2023, arXiv:2311.08105).
 The first `synchronous_steps` steps may be synchronous SGD: post-local SGD (Lin et al. 2020,
 arXiv:1808.07217).  A round is cut short at the end of an epoch and of the run.  Batch-norm's statistics are
-the row-weighted mean of the shards' statistics at the end of the round.
+the row-weighted mean of the shards' statistics at the end of the round.  What forward changes of parameters
+belongs to the local model; what it changes of constants goes on from turn to turn, and all shards must end
+with one value.
 
 Legend: P parameters, H turns of a round.
 """
@@ -25,6 +27,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from sparksgd.arithmetic.changes import bits, constants_changed
 from sparksgd.arithmetic.flat import FlatModule, FlatStrip, Weights
 from sparksgd.arithmetic.seeds import seed32
 from sparksgd.config import Config, OptimizerConfig
@@ -156,7 +159,9 @@ class LocalTurns:
             self._synchronous.turn(gradient, settings)
             return
         assert self._optimizer is not None
-        optimizer, before = self._optimizer, self._made
+        optimizer, before, changed = self._optimizer, self._made, gradient.changes
+        if changed is not None and changed.parameters is not None:
+            changed.parameters.write(bits(self._local.parameters))
         optimizer.set(settings)
         seed = seed32(self._seed, "optimizer", gradient.shard, gradient.turn)
         step_along(
@@ -169,6 +174,7 @@ class LocalTurns:
             rows=gradient.rows + (before.rows if before else 0),
             loss=(before.loss if before else 0.0) + gradient.loss,
             touched=either(before.touched, gradient.touched) if before else gradient.touched,
+            changes=constants_changed(before.changes if before else None, changed),
         )
 
     def send(self) -> Message | None:

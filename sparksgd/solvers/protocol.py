@@ -29,6 +29,7 @@ from typing import Any, Protocol, Self, TypeVar
 import numpy as np
 import numpy.typing as npt
 
+from sparksgd.arithmetic.changes import Changes, unite
 from sparksgd.arithmetic.flat import FlatModule, FlatStrip, Weights
 
 __all__ = [
@@ -107,6 +108,9 @@ class Gradient:
     touched: Touched = None
     """The parameters that the backward passes gave a gradient; the others have zeros in the vector."""
 
+    changes: Changes | None = None
+    """What forward changed in parameters and constants; None if nothing."""
+
     shard: int = 0
     """Which shard's piece it is."""
 
@@ -141,9 +145,12 @@ class Message:
     touched: Touched = None
     """The parameters that had a gradient in any turn of any shard."""
 
+    changes: Changes | None = None
+    """What forward changed in parameters and constants; None if nothing."""
+
     @classmethod
     def of(cls, gradients: Sequence[Gradient], vectors: dict[str, Vector], **scalars: float) -> Self:
-        """Return the message of some turns of a shard, with the statistics after the last one."""
+        """Return the message of some turns of a shard, with the statistics and changes after the last one."""
         rows, last = sum(gradient.rows for gradient in gradients), gradients[-1]
         return cls(
             vectors=vectors,
@@ -153,6 +160,7 @@ class Message:
             loss=sum(gradient.loss for gradient in gradients),
             rows=rows,
             touched=reduce(either, [gradient.touched for gradient in gradients]),
+            changes=last.changes,
         )
 
     def __iadd__(self, other: Self) -> Self:
@@ -166,6 +174,7 @@ class Message:
         self.rows += other.rows
         self.shards += other.shards
         self.touched = either(self.touched, other.touched)
+        self.changes = unite(self.changes, other.changes)
         return self
 
     def mean_statistics(self) -> npt.NDArray[np.floating]:

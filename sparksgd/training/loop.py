@@ -23,6 +23,7 @@ from sparksgd.config import Config
 from sparksgd.data.sampling import Sampling
 from sparksgd.data.source import RowSource
 from sparksgd.engines.compute import Plan
+from sparksgd.engines.modes import begin_training
 from sparksgd.engines.protocol import Engine, MakeEngine, StepReport
 from sparksgd.errors import NotFinite, UpdateNotFinite
 from sparksgd.solvers.protocol import RoundSolver
@@ -77,6 +78,7 @@ def train(
     model_name = config.model.name if module is None else None
     if module is None:
         module = build_module(config.model, config.train.seed)
+    begin_training(module)
     checked = check(config, module, rows, test, kinds=make_engine.kinds, replay=replay, dtype=probe.dtype)
     flat = FlatModule(module, probe.dtype)
     solver = _solver(config, flat, checked, replay)

@@ -240,27 +240,10 @@ def test_weights_that_were_loaded_stay_apart_from_the_module() -> None:
     assert weights.parameters.tolist() == [1, 2]
 
 
-def test_buffers_that_may_not_change_are_all_but_batch_norm_s() -> None:
+def test_constants_are_all_buffers_but_batch_norm_s() -> None:
     module = normed()
     module.register_buffer("mask", torch.ones(2))
     assert [name for name, _ in FlatModule(module).constants()] == ["mask"]
-
-
-def test_evaluation_mode_ends_with_each_part_in_its_own_mode() -> None:
-    module = nn.Sequential(nn.Dropout(), nn.Dropout().eval())
-    module.append(nn.Linear(1, 1))
-    flat = FlatModule(module)
-
-    def evaluate() -> None:
-        with flat.evaluating():
-            assert [part.training for part in module.modules()] == [False] * 4
-            assert not torch.is_grad_enabled()
-            raise InterruptedError
-
-    with pytest.raises(InterruptedError):
-        evaluate()
-    assert [part.training for part in module.modules()] == [True, True, False, True]
-    assert torch.is_grad_enabled()
 
 
 def test_a_float64_module_is_flat_in_float64_where_asked() -> None:

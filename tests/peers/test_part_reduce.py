@@ -110,7 +110,7 @@ def test_a_worker_sends_two_vectors_less_its_own_share_where_shards_divide(
             )
         allreduce.part_reduce(0, partials, GRADIENT)
         allreduce.part_broadcast(0, np.ones(60, np.float32))
-        records = len(partials) * 26 * (num_workers - 1)  # rows, shards, loss, and a bit a parameter
+        records = len(partials) * 34 * (num_workers - 1)  # rows, shards, loss, changes, 2 parameters
         return mesh.sent_bytes - records
 
     sent = company.all(one)

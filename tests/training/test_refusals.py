@@ -56,16 +56,16 @@ def grid() -> nn.Module:
     return nn.Sequential(nn.Linear(2, 4), nn.Unflatten(1, (2, 2)))
 
 
-class Counting(nn.Module):
-    """Counts its batches in a buffer."""
+class Summing(nn.Module):
+    """Adds up what it sees, in a buffer."""
 
     def __init__(self) -> None:
         super().__init__()
         self.inner = nn.Linear(2, 3)
-        self.register_buffer("count", torch.zeros(1))
+        self.register_buffer("seen", torch.zeros(1))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        self.count += 1
+        self.seen += x.sum()
         return self.inner(x)
 
 
@@ -369,7 +369,7 @@ def test_a_type_error_of_forward_s_own_is_the_user_s(tmp_path: Path) -> None:
         ),
         (frozen, ModelError, ["no trainable parameter"]),
         (grid, UserCodeError, ["the module or its loss raised RuntimeError", "size"]),
-        (Counting, ModelError, ["count changes as the module trains"]),
+        (Summing, ModelError, ["forward changes seen", "by the weights, but not by the rows"]),
         (Faulty, UserCodeError, ["raised LookupError: the user's own mistake", "Traceback", "in forward"]),
     ],
 )

@@ -85,7 +85,7 @@ def _scores(plan: ScoringPlan, batches: Iterable[pa.RecordBatch]) -> PartialScor
         report += rows.report
         for first in range(0, len(rows.records), EVALUATION_ROWS):
             records = rows.records[first : first + EVALUATION_ROWS]
-            with torch.inference_mode(), thread_count(1), generators_seeded(seed32(0, "scoring", first)):
+            with torch.no_grad(), thread_count(1), generators_seeded(seed32(0, "scoring", first)):
                 output, losses = forward(plan.module, plan.loss, schema, records)
             total += float(losses.double().sum())
             if schema.classes is not None:

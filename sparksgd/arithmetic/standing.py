@@ -1,0 +1,226 @@
+"""What stands while forward runs: every piece starts from it, and what forward changes is found by its bytes.
+
+`w.data.clamp_()` does not move a tensor's version, `w.data = ...` moves its memory, and a buffer may be
+replaced: only a comparison of bytes finds all of it.
+
+Legend: P parameters.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from itertools import accumulate
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import nn
+
+from sparksgd.arithmetic.changes import (
+    PARAMETERS,
+    Changes,
+    Copy,
+    Part,
+    Words,
+    bits,
+    equal,
+    refuse_conflict,
+)
+from sparksgd.arithmetic.constants import Constants, decoded
+from sparksgd.arithmetic.structure import Structure
+from sparksgd.errors import ModelError
+
+__all__ = ["Piece", "Standing"]
+
+
+class Piece:
+    """What a piece's forward made."""
+
+    changes: Changes | None = None
+    """What it changed in parameters and constants; None if nothing.  Known after the block."""
+
+
+class Standing:
+    """The parameters and constants of a module, as they stand before forward.
+
+    Args:
+        module: has them.
+        trainable: its trained parameters by name, each a view of the vector.
+        vector: float[P].
+        constants: its frozen parameters and buffers.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        trainable: Mapping[str, nn.Parameter],
+        vector: torch.Tensor,
+        constants: Constants,
+    ) -> None:
+        self._names, self._trainable = list(trainable), list(trainable.values())
+        self._vector, self._constants = vector, constants
+        self._structure = Structure(module)
+        self._words = bits(vector)
+        self._stands: Words | None = None  # the bytes of the point that pieces start from
+        self._kept: torch.Tensor | None = None  # those, where the vector itself is the solver's
+        self._ends = list(accumulate(parameter.numel() for parameter in self._trainable))
+        self._homes = [parameter.data for parameter in self._trainable]  # the memory of each
+        self._places = [_place(home) for home in self._homes]
+        self._number = {id(parameter): number for number, parameter in enumerate(self._trainable)}
+        self._last: dict[int, Copy] = {}  # those that are channels last now, by number
+
+    def at(self, point: npt.NDArray[np.floating]) -> None:
+        """Give the module the parameters of a point, float[P]: pieces start from there until the next call.
+
+        Args:
+            point: not changed by anyone in the meantime.  If it is the module's own vector, it is copied,
+                and may change between pieces only with a new call.
+        """
+        values = torch.from_numpy(point)
+        if values.data_ptr() == self._vector.data_ptr():
+            if self._kept is None:
+                self._kept = torch.empty_like(self._vector)
+            values = self._kept.copy_(self._vector)
+        else:
+            self._vector.copy_(values)
+        self._stands = bits(values)
+        self._constants.stand()
+
+    @contextmanager
+    def piece(self) -> Iterator[Piece]:
+        """In the block, let forward and backward of a piece run; then all stands as before.
+
+        Yields:
+            What has the changes after the block.  `at` says what stands.
+
+        Raises:
+            ModelError: a submodule or parameter was made, removed or replaced; or a tensor has another shape
+                or type.
+        """
+        assert self._stands is not None, "at() comes first"
+        made = Piece()
+        try:
+            yield made
+            self._structure.check()
+            parts = self._constants.take()
+            part = self._changed_parameters()
+            if part is not None:
+                parts[PARAMETERS] = part
+            made.changes = Changes(parts=parts) if parts else None
+        except BaseException:
+            self._structure.restore()
+            self._stand_again()
+            self._constants.restore()
+            raise
+
+    @contextmanager
+    def unchanged(self) -> Iterator[None]:
+        """Let everything that the block changes stand again as before: an evaluation leaves no trace.
+
+        Raises:
+            ModelError: a submodule or parameter was made, removed or replaced.
+        """
+        assert self._stands is not None, "at() comes first"
+        try:
+            yield
+            self._structure.restore_buffers()
+            self._structure.check("evaluation")
+        finally:
+            self._structure.restore()
+            self._stand_again()
+            self._constants.restore()
+
+    def _changed_parameters(self) -> Part | None:
+        """Return what forward changed, and let the parameters stand as before."""
+        assert self._stands is not None
+        placed = zip(self._trainable, self._places, strict=True)
+        moved = [number for number, (parameter, place) in enumerate(placed) if _place(parameter) != place]
+        apart = any(copy.is_changed() for copy in self._last.values())
+        if not moved and not apart and equal(self._words, self._stands):
+            return None
+        now = self._words.copy()
+        for number in {*moved, *self._last}:
+            now[self._span(number)] = bits(self._checked(number))
+        part = Part.between(self._stands, now)
+        self._stand_again()
+        return part
+
+    def _checked(self, number: int) -> nn.Parameter:
+        """Return a parameter, if it has the shape and type that it had."""
+        parameter, home = self._trainable[number], self._homes[number]
+        if (parameter.shape, parameter.dtype, parameter.device) != (home.shape, home.dtype, home.device):
+            raise ModelError(
+                f"forward makes parameter {self._names[number]} {tuple(parameter.shape)} of "
+                f"{parameter.dtype} on {parameter.device}, but it was {tuple(home.shape)} of {home.dtype}: "
+                f"forward may change its values only"
+            )
+        return parameter
+
+    def _span(self, number: int) -> slice:
+        end = self._ends[number]
+        return slice(end - self._homes[number].numel(), end)
+
+    def _stand_again(self) -> None:
+        """Let all parameters be in their memory, with the bytes that stand."""
+        assert self._stands is not None
+        for parameter, home, place in zip(self._trainable, self._homes, self._places, strict=True):
+            if _place(parameter) != place:
+                parameter.data = home
+        if not equal(self._words, self._stands):
+            self._words[...] = self._stands
+        for copy in self._last.values():
+            if copy.is_changed():
+                copy.restore()
+
+    def apply(self, changes: Changes | None, strip: range | None = None) -> None:
+        """Let what forward made of parameters and constants be the weights.
+
+        Args:
+            changes: of all pieces of a step; None if nothing was changed.
+            strip: which parameters to write; None: all.
+
+        Raises:
+            ModelError: pieces left different values in an element; nothing is written.
+        """
+        if changes is None:
+            return
+        for name, conflict in changes.conflicts.items():
+            position, dtype = conflict.position, self._vector.dtype
+            if name == PARAMETERS:
+                number = bisect_right(self._ends, position)
+                name, position = self._names[number], position - self._span(number).start
+            else:
+                dtype = self._constants.dtype(name)
+            raise refuse_conflict(name, position, decoded(conflict.values, dtype))
+        if changes.parameters is not None:
+            part = range(len(self._words)) if strip is None else strip
+            changes.parameters.write(self._words[part.start : part.stop], part.start)
+        self.apply_constants(changes)
+
+    def apply_constants(self, changes: Changes) -> None:
+        """Let what forward made of the constants alone be theirs."""
+        self._constants.apply({name: part for name, part in changes.parts.items() if name != PARAMETERS})
+
+    def sizes(self) -> dict[str, tuple[int, np.dtype[Any]]]:
+        """Return how many words, and of which type, the parameters and each constant have."""
+        return {PARAMETERS: (len(self._words), self._words.dtype), **self._constants.sizes()}
+
+    def bind(self, weight: nn.Parameter, data: torch.Tensor, copy: Copy | None = None) -> None:
+        """Note which memory a parameter has from now on; a copy if it is channels last."""
+        number = self._number.get(id(weight))
+        if number is None:
+            self._constants.bind(weight, data, copy)
+            return
+        self._homes[number], self._places[number] = data, _place(data)
+        if copy is None:
+            self._last.pop(number, None)
+        else:
+            self._last[number] = copy
+
+
+def _place(tensor: torch.Tensor) -> tuple[int, torch.Size, tuple[int, ...]]:
+    """Return where a tensor lies in memory."""
+    return tensor.data_ptr(), tensor.shape, tensor.stride()
