@@ -9,11 +9,10 @@ Legend: B rows of a piece, P parameters, S shards, C classes.
 from __future__ import annotations
 
 import inspect
-import logging
 import socket
 import time
 from collections.abc import Callable, Iterable
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,7 +24,7 @@ from torch import nn
 from sparksgd.arithmetic.addition_tree import add_partial
 from sparksgd.arithmetic.changes import unite
 from sparksgd.arithmetic.copies import copied
-from sparksgd.arithmetic.flat import FlatModule, TakePart, Weights, has_convolutions
+from sparksgd.arithmetic.flat import FlatModule, TakePart, Weights
 from sparksgd.arithmetic.generators import generators_kept, seed_generators
 from sparksgd.arithmetic.numerics import Numerics, thread_count
 from sparksgd.arithmetic.seeds import seed32
@@ -41,7 +40,6 @@ from sparksgd.errors import (
     NotFinite,
     SparkSGDError,
     UpdateNotFinite,
-    UserCodeError,
 )
 from sparksgd.imports import users_code
 from sparksgd.losses import Loss
@@ -51,13 +49,12 @@ __all__ = [
     "EVALUATION_ROWS",
     "Computer",
     "Plan",
+    "back_propagate",
     "forward",
+    "gradient_shift",
     "predictions",
     "tried_gradient",
-    "try_out",
 ]
-
-log = logging.getLogger("sparksgd")
 
 EVALUATION_ROWS = 512
 
@@ -93,6 +90,9 @@ class Plan:
     channels_last: bool = False
     """Whether 2-d convolutions are computed channels last: faster, but not every module can use their
     output."""
+
+    float16: bool = False
+    """Whether the module computes in float16, where the gradient of a sum of many rows overflows."""
 
     deal: int = 0
     """How often the rows were dealt again."""
@@ -265,15 +265,16 @@ class Computer:
         seed_generators(seed)
         chunk = self.plan.rows_per_backward or len(records)
         loss, changes = 0.0, None
-        with self._settings.blamed("the module or its loss"), self.flat.new_gradient(take_part) as gradient:
+        shift = gradient_shift(min(chunk, len(records))) if self.plan.float16 else 0
+        with (
+            self._settings.blamed("the module or its loss"),
+            self.flat.new_gradient(take_part, shift) as gradient,
+        ):
             for first in range(0, len(records), chunk):
                 with self.flat.standing.piece() as made:
                     _, losses = self._forward(records[first : first + chunk])
-                    total = losses.sum()
                     self._require_finite(losses, rows[first : first + chunk], shard, turn)
-                    with users_code("the module or its loss"):
-                        total.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
-                loss += float(total.detach())
+                    loss += back_propagate(losses, 2.0**-shift)
                 changes = unite(changes, made.changes)
         self._watch.require_unchanged()
         if not np.isfinite(gradient.sum()) and not np.isfinite(gradient).all():
@@ -360,10 +361,33 @@ class _Standing:
             self._layout.enter_context(self._flat.channels_last())
 
 
+def back_propagate(losses: torch.Tensor, scale: float = 1.0) -> float:
+    """Add `scale` times the gradient of a sum of losses to the parameters' gradients; return the sum.
+
+    Raises:
+        UserCodeError: the module or the loss raised.
+    """
+    total = losses.sum()
+    with users_code("the module or its loss"):
+        (total if scale == 1 else total * scale).backward()  # type: ignore[no-untyped-call]  # torch's own
+    return float(total.detach())
+
+
 def forward(
-    module: nn.Module, loss: Loss, schema: RowSchema, records: npt.NDArray[Any]
+    module: nn.Module,
+    loss: Loss,
+    schema: RowSchema,
+    records: npt.NDArray[Any],
+    dtype: torch.dtype = torch.float32,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Run a module and its loss over records.
+
+    Args:
+        module: the module.
+        loss: one value per row.
+        schema: of a record.
+        records: the rows, [B].
+        dtype: float64 gives it float64 features.
 
     Returns:
         The module's output, and the loss of each row, float[B].
@@ -373,6 +397,8 @@ def forward(
         ModelError: the loss is not one value per row, or forward does not take the features.
     """
     features = {name: _tensor(values) for name, values in schema.feature_arrays(records).items()}
+    if dtype == torch.float64:
+        features = {n: f.to(dtype) if f.is_floating_point() else f for n, f in features.items()}
     label = _tensor(schema.label_array(records))
     with users_code("the module or its loss"):
         try:
@@ -433,65 +459,20 @@ def tried_gradient(
     return losses.detach().numpy().tobytes(), gradient.tobytes()
 
 
+def gradient_shift(rows: int) -> int:
+    """Return the least k with 2^k >= rows: 2^-k times a sum is no greater than a mean, and exact.
+
+    >>> [gradient_shift(rows) for rows in (1, 2, 3, 2048)]
+    [0, 1, 2, 11]
+    """
+    return (rows - 1).bit_length()
+
+
 def predictions(output: torch.Tensor) -> torch.Tensor:
     """Return the classes, int64[B], of logits float[B, C], or of one logit per row, [B] or [B, 1]."""
     if output.ndim == 2 and output.shape[1] > 1:
         return output.argmax(1)
     return (output.reshape(len(output)) > 0).long()
-
-
-def try_out(
-    module: nn.Module, loss: Loss, schema: RowSchema, records: npt.NDArray[Any], dtype: torch.dtype
-) -> tuple[torch.Size, bool]:
-    """Compute a gradient of a few rows, and refuse a module or loss that cannot be trained.
-
-    Args:
-        module: not changed; a copy is tried.
-        loss: one value per row.
-        schema: of a record.
-        records: some rows, [B].
-        dtype: the type that the parameters must have.
-
-    Returns:
-        The shape of the output, and whether the module can be computed channels last.
-    """
-    if has_convolutions(module):
-        try:
-            return _trial(module, loss, schema, records, dtype, channels_last=True), True
-        except UserCodeError as error:
-            # If the module is wrong in any layout, it raises again here.
-            as_it_is = _trial(module, loss, schema, records, dtype, channels_last=False)
-            log.info(
-                "convolutions are computed channels first, which takes longer: channels last, the module or "
-                "its loss raised: %s", str(error).strip().splitlines()[-1].strip(),
-            )  # fmt: skip
-            return as_it_is, False
-    return _trial(module, loss, schema, records, dtype, channels_last=False), False
-
-
-def _trial(
-    module: nn.Module, loss: Loss, schema: RowSchema, records: npt.NDArray[Any], dtype: torch.dtype,
-    *, channels_last: bool,
-) -> torch.Size:  # fmt: skip
-    """Compute a gradient of a few rows, and return the shape of the output."""
-    records = np.resize(records, max(2, len(records)))  # batch-norm needs two rows
-    flat = FlatModule(copied(module), dtype)
-    flat.standing.at(flat.parameters.numpy())
-    pieces = [records, *(np.resize(half, max(2, len(half))) for half in np.array_split(records, 2))]
-    shapes = []
-    changes = None
-    with generators_kept(), flat.channels_last() if channels_last else nullcontext():
-        for piece in pieces:
-            with flat.standing.piece() as made:
-                output, losses = forward(flat.module, loss, schema, piece)
-                with users_code("the module or its loss"):
-                    losses.sum().backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
-            if not isinstance(output, torch.Tensor):
-                raise ModelError(f"the module gives a {type(output).__name__}, but must give one tensor")
-            shapes.append(output.shape)
-            changes = unite(changes, made.changes)
-    flat.apply(changes)  # refuses what has two values
-    return shapes[0]
 
 
 def _tensor(values: npt.NDArray[Any]) -> torch.Tensor:

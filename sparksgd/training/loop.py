@@ -145,6 +145,7 @@ def _plan(
         channels_last=checked.channels_last,
         settings=driver_settings(config.train.threads),
         harmless=checked.harmless,
+        float16=checked.float16,
         before_gradients=probe.before_gradients,
     )
 

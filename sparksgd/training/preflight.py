@@ -1,6 +1,6 @@
 """What is checked before the first step, so that no run fails after hours for a reason known before.
 
-configuration ── first rows ── trial: a gradient of them ── schema ── every row inspected
+configuration ── first rows ── trial: some steps of a copy ── schema ── every row inspected
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from sparksgd.config import Config, DataConfig
 from sparksgd.data.sampling import Sampling
 from sparksgd.data.schema import RowReport, RowSchema, read_rows
 from sparksgd.data.source import RowSource
-from sparksgd.engines.compute import try_out
 from sparksgd.engines.kinds import EngineKind, candidates, refuse_uncarried
 from sparksgd.engines.state_trial import harmless_state
+from sparksgd.engines.trial import Found, Use, try_out
 from sparksgd.engines.watch import Watch
 from sparksgd.errors import ConfigError, DataError, ModelError, UserCodeError
 from sparksgd.losses import CLASSIFIERS, Loss, binary_cross_entropy, loss_named
@@ -69,6 +69,9 @@ class Checked:
     harmless: frozenset[str]
     """See Plan.harmless."""
 
+    float16: bool
+    """See Plan.float16."""
+
     rows: RowReport
     """The rows to train on."""
 
@@ -108,10 +111,10 @@ def check(
     """
     loss = loss_named(config.loss.name)
     copied((module, loss), {"": module, "loss": loss})  # refuses what cannot be
-    schema, channels_last, harmless = _tried(config, module, loss, rows, dtype)
-    check_saving(module)
     needs = check_solver(config, replay)
     check_engine(config, kinds, needs)
+    schema, found, harmless = _tried(config, module, loss, rows, dtype)
+    check_saving(module)
     _warn_of_evaluation_mode(module)
     if test is not None:
         schema.check_columns(*test.first_rows(schema.columns, 1), "the test data")
@@ -125,7 +128,8 @@ def check(
     return Checked(
         loss=loss,
         schema=schema,
-        channels_last=channels_last,
+        channels_last=found.channels_last,
+        float16=found.float16,
         harmless=harmless,
         rows=report,
         test_rows=test_report,
@@ -224,30 +228,44 @@ def warn_of_differences(numerics: Sequence[Numerics]) -> None:
 
 def _tried(
     config: Config, module: nn.Module, loss: Loss, rows: RowSource, dtype: torch.dtype
-) -> tuple[RowSchema, bool, frozenset[str]]:
-    """Return a row's schema, `Plan.channels_last` and `Plan.harmless`, after trials of the first rows."""
+) -> tuple[RowSchema, Found, frozenset[str]]:
+    """Return the schema of a row, what the trial found, and `Plan.harmless`."""
     classifies = loss in CLASSIFIERS
     schema, sample = _first_records(config.data, rows, whole_labels=classifies)
     made_up = not len(sample)
     if made_up:
         sample = np.zeros(_TRIED_ROWS, schema.record)  # all of the first rows are bad; later ones may be good
-    if classifies:
-        schema.label_array(sample)[:] = 0  # a label out of range is reported later, as a bad row
+    piece = math.ceil(config.train.rows_per_step / config.train.num_shards)
+    use = Use(
+        loss=loss,
+        schema=schema,
+        dtype=dtype,
+        classifies=classifies,
+        has_pieces=config.train.num_shards > 1 or config.train.rows_per_backward is not None,
+        piece_rows=min(piece, config.train.rows_per_backward or piece),
+        optimizer=config.optimizer,
+        schedule=config.schedule,
+        rows_mix=config.model.rows_mix,
+        seed=config.train.seed,
+        threads=config.train.threads,
+    )
     try:
         with HeldSettings() as settings, settings.blamed("the module or its loss"):
             shared = Watch(module, loss)  # copies have globals and attributes of classes in common
             try:
-                output, channels_last = try_out(module, loss, schema, sample[:_TRIED_ROWS], dtype)
+                found = try_out(module, sample, use)
             finally:
                 shared.restore()
+        if classifies:
+            schema.label_array(sample)[:] = 0  # a label out of range is reported later, as a bad row
         harmless = harmless_state(module, loss, schema, sample[:_TRIED_ROWS], dtype)
     except UserCodeError:
         if not made_up:
             raise
-        return schema, False, frozenset()  # zeros may not suit it; the inspection will name the bad rows
+        return schema, Found(), frozenset()  # zeros may not suit it; the inspection will name the bad rows
     if classifies:
-        schema = replace(schema, classes=2 if loss is binary_cross_entropy else output[1])
-    return schema, channels_last, harmless
+        schema = replace(schema, classes=2 if loss is binary_cross_entropy else found.output[1])
+    return schema, found, harmless
 
 
 def _first_records(

@@ -1,0 +1,424 @@
+"""The trial: some steps of a copy, before any row is dealt, that refuse what would go wrong in silence.
+
+    at sight ── lazy shapes ── shared memory ── a few rows: do they mix? which layout? do gradients scale?
+        ── steps with updates, an evaluation between them ── can the result be saved?
+
+All of it runs on copies; the caller's own objects are left as they were, except for lazy modules, which get
+their shapes.
+
+Legend: B rows, P parameters, C classes.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import nn
+
+from sparksgd.arithmetic.changes import Changes, unite
+from sparksgd.arithmetic.copies import copied
+from sparksgd.arithmetic.flat import FlatModule, has_convolutions, mixes_rows
+from sparksgd.arithmetic.generators import seed_generators
+from sparksgd.arithmetic.numerics import thread_count
+from sparksgd.arithmetic.seeds import seed32
+from sparksgd.config import OptimizerConfig, ScheduleConfig
+from sparksgd.data.schema import RowSchema
+from sparksgd.engines.compute import EVALUATION_ROWS, back_propagate, forward, gradient_shift, predictions
+from sparksgd.engines.lazy import has_lazy_parts, take_shapes
+from sparksgd.engines.leaves import Leaves
+from sparksgd.engines.mixing import TRIED_ROWS, Probe
+from sparksgd.engines.modes import evaluating
+from sparksgd.engines.operations import Operations
+from sparksgd.engines.ownership import (
+    Owned,
+    left_alone,
+    refuse_shared_memory,
+)
+from sparksgd.engines.sight import refuse_at_sight
+from sparksgd.errors import ModelError, UserCodeError
+from sparksgd.losses import Loss
+from sparksgd.solvers.schedules import make_schedule
+from sparksgd.solvers.torch_optimizers import make_optimizer
+
+__all__ = ["Found", "Use", "copies_of", "try_out"]
+
+log = logging.getLogger("sparksgd")
+
+_STEPS = 4
+_MOST_ROWS = 1024
+"""Of the first step and of the evaluation that are tried."""
+_FEW_ROWS = 32
+"""Of the other steps."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Use:
+    """How a module will be used."""
+
+    loss: Loss
+    """One value per row."""
+
+    schema: RowSchema
+    """Of a record."""
+
+    dtype: torch.dtype = torch.float32
+    """Type of the parameters."""
+
+    classifies: bool = False
+    """Whether labels are classes.  Those out of range are tried as 0: they are bad rows, found later."""
+
+    piece_rows: int = TRIED_ROWS
+    """Rows of a backward pass."""
+
+    has_pieces: bool = True
+    """Whether a step has several pieces."""
+
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    """Which class of torch.optim, and its arguments."""
+
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    """Which class of torch.optim.lr_scheduler, and its arguments."""
+
+    rows_mix: bool = False
+    """See ModelConfig.rows_mix."""
+
+    seed: int = 0
+    """Of the experiment."""
+
+    threads: int = 1
+    """How many threads torch uses."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Found:
+    """What a trial found."""
+
+    output: tuple[int, ...] = ()
+    """The shape of the output, [B, ...]."""
+
+    channels_last: bool = False
+    """See Plan.channels_last."""
+
+    float16: bool = False
+    """See Plan.float16."""
+
+
+def try_out(module: nn.Module, records: npt.NDArray[Any], use: Use) -> Found:
+    """Try a module as it will be used, and refuse what cannot be trained, or would be wrong in silence.
+
+    Args:
+        module: only its lazy parts change.
+        records: some rows, [B].
+        use: how it will be used.
+
+    Raises:
+        ModelError: it cannot be trained; with the path of what is wrong, and the next move.
+        UserCodeError: the module, the loss or the optimiser raised.
+    """
+    started = time.perf_counter()
+    refuse_at_sight(module, use.loss, use.schema)
+    few = _distinct(records, use)
+    records = records.copy()
+    if has_lazy_parts(module):
+        twin, _ = copies_of(module, use.loss)
+        shaped = take_shapes(module, twin, lambda: _output_of(twin, few, use), use.seed)
+        log.info("lazy modules have their shapes from the first rows: %s", ", ".join(shaped))
+    refuse_shared_memory(module)
+    with left_alone(module), thread_count(use.threads):
+        trial = _Trial(module, records, few, use)
+        found = trial.run()
+    log.info("trial: %s (%.2f s)", "; ".join(trial.remarks), time.perf_counter() - started)
+    if trial.untouched:
+        log.warning(
+            "no gradient reached %s in the trial's %d steps: the optimiser skips a parameter until one does",
+            ", ".join(trial.untouched), _STEPS,
+        )  # fmt: skip
+    return found
+
+
+def copies_of(module: nn.Module, loss: Loss) -> tuple[nn.Module, Loss]:
+    """Return copies of a module and of a loss, with all their hooks.
+
+    Raises:
+        ModelError: something that they hold cannot be copied; with the path.
+    """
+    return copied((module, loss), {"": module, "loss": loss})
+
+
+class _Trial:
+    """One trial.
+
+    Args:
+        module: the caller's; not changed.
+        records: some rows.
+        few: rows that differ, [TRIED_ROWS].
+        use: how the module will be used.
+    """
+
+    def __init__(self, module: nn.Module, records: npt.NDArray[Any], few: npt.NDArray[Any], use: Use) -> None:
+        self._use, self._records, self._few = use, records, few
+        self._module = module
+        # All copies are made before the first runs: it may change the module that it was copied from.
+        self._copies = [copies_of(module, use.loss), copies_of(module, use.loss)]
+        self._owned = Owned(module)
+        self.remarks: list[str] = []
+        self.untouched: list[str] = []
+        self._dtypes: set[torch.dtype] = set()
+
+    def run(self) -> Found:
+        """Try everything; see the module's docstring."""
+        use = self._use
+        labels = [use.schema.label_array(records) for records in (self._records, self._few)]
+        wanted = [label.copy() for label in labels]
+        if use.classifies:
+            for label in labels:
+                label[:] = 0
+        probe = Probe(*self._copies[0], use.schema, self._few, use.dtype)
+        measured = probe.measure(range(TRIED_ROWS))
+        first = measured.output
+        if not isinstance(first, torch.Tensor):
+            raise ModelError(f"the module gives a {type(first).__name__}, but must give one tensor")
+        if use.classifies:
+            classes = first.shape[1] if first.ndim == 2 and first.shape[1] > 1 else 2
+            for label, values in zip(labels, wanted, strict=True):
+                label[:] = np.where((values >= 0) & (values < classes), values, 0)
+        probe.move()
+        plainly = probe.channels_last() if has_convolutions(self._module) else None
+        channels_last = has_convolutions(self._module) and plainly is None
+        if not use.rows_mix:
+            self._refuse_mixing(probe.mixing())
+        after = self._steps(first.shape, channels_last=channels_last, float16=measured.float16)
+        if after is not None:
+            probe.move(after)
+            if not use.rows_mix:
+                self._refuse_mixing(probe.mixing(splits=1))
+        self._refuse_scaling(probe.scaling())
+        if plainly is not None:
+            self.remarks.append(f"convolutions are computed channels first, which takes longer: {plainly}")
+        elif channels_last:
+            self.remarks.append("convolutions are computed channels last")
+        float16 = measured.float16 or torch.float16 in self._dtypes
+        if float16:
+            self.remarks.append("it computes in float16: gradients are scaled by a power of 2")
+        return Found(output=first.shape, channels_last=channels_last, float16=float16)
+
+    def _refuse_mixing(self, found: str | None) -> None:
+        if found is not None:
+            raise ModelError(
+                "the loss of a row depends on the other rows of its piece "
+                f"({found}).{_suspects(self._module)} Such are recurrent or attention layers without "
+                "batch_first, means over rows, and losses that compare rows or divide by their number. "
+                "Compute each row by itself; or set model.rows_mix = true if it is meant for each piece: "
+                "then results depend on train.num_shards"
+            )
+
+    def _refuse_scaling(self, found: str | None) -> None:
+        if found is not None:
+            raise ModelError(
+                f"{found}. A hook or an autograd function that clips would see the sum over a piece here, "
+                "and a mean over all rows elsewhere. Use solver.clip_norm, or let it be proportional to "
+                "the gradient"
+            )
+
+    def _steps(self, output: torch.Size, *, channels_last: bool, float16: bool) -> torch.Tensor | None:
+        """Make steps with updates, and evaluate between them; return the parameters, float[P], if finite."""
+        use = self._use
+        module, loss = self._copies[1]
+        flat = FlatModule(module, use.dtype)
+        piece = _Piece(
+            flat, loss, use, self._owned, self._dtypes, channels_last=channels_last, float16=float16
+        )
+        seed_generators(seed32(use.seed, "trial"))
+        optimizer = make_optimizer(flat, use.optimizer, use.seed)
+        schedule = make_schedule(optimizer.optimizer, use.schedule, 0, use.seed)
+        moves = min(_STEPS, (schedule and schedule.limit) or _STEPS)
+        least = 2 if mixes_rows(flat.module) else 1  # `check_pieces` tells of a batch-norm with one row
+        most = max(least, min(use.piece_rows, _MOST_ROWS))
+        steps = 0
+        for step in range(_STEPS):
+            rows = most if step == 0 else min(most, _FEW_ROWS)
+            piece.begin()
+            gradient = piece.gradient(self._rows(rows, step))
+            is_finite = bool(torch.isfinite(gradient).all())
+            if step == 1 or (step == 0 and not is_finite):
+                piece.evaluate(self._rows(1, 0), output)
+                piece.evaluate(self._rows(min(most, EVALUATION_ROWS), 0), output)
+            if not is_finite:
+                break  # the run will say in which rows
+            touched = flat.touched
+            if use.has_pieces:
+                piece.gradient(
+                    self._rows(min(most, _FEW_ROWS), step + 1)
+                )  # forward may change what it shares
+            piece.take_changes()
+            optimizer.step(optimizer.new_gradient().copy_(gradient), touched, use.seed)
+            steps += 1
+            if schedule is not None and steps < moves:
+                schedule.move(steps)
+        if not (mixes_rows(flat.module) or use.rows_mix):
+            piece.gradient(self._rows(1, _STEPS))
+        names = [n for n, p in nn.Module.named_parameters(flat.module) if any(p is t for t in flat.trainable)]
+        self.untouched = [name for name, was in zip(names, piece.touched, strict=True) if not was]
+        if len(self.untouched) == len(names):
+            raise ModelError(
+                f"no parameter of {type(self._module).__name__} gets a gradient: the loss depends on none "
+                "of them, so nothing would be trained. Let forward use them by self"
+            )
+        self.remarks.append(
+            f"{steps} steps of {most:,} rows, evaluations of 1 and {min(most, EVALUATION_ROWS):,}; "
+            f"{len(names) - len(self.untouched)} of {len(names)} parameters get a gradient; "
+            + ("rows may mix, as model.rows_mix says" if use.rows_mix else "rows do not mix")
+        )
+        return flat.parameters if bool(torch.isfinite(flat.parameters).all()) else None
+
+    def _rows(self, number: int, first: int) -> npt.NDArray[Any]:
+        """Return some records, [number], others for another `first`."""
+        return np.resize(np.roll(self._records, -first, axis=0), number)
+
+
+class _Piece:
+    """Computes pieces on a copy, and looks at all that they do.
+
+    Args:
+        flat: the copy.
+        loss: one value per row.
+        use: how the module will be used.
+        owned: what the copy must not touch.
+        dtypes: takes the half types that are seen.
+        channels_last: in which layout to compute.
+        float16: whether to scale gradients.
+    """
+
+    def __init__(
+        self, flat: FlatModule, loss: Loss, use: Use, owned: Owned, dtypes: set[torch.dtype],
+        *, channels_last: bool, float16: bool,
+    ) -> None:  # fmt: skip
+        self._flat, self._loss, self._use, self._owned, self._dtypes = flat, loss, use, owned, dtypes
+        self._channels_last, self._float16 = channels_last, float16
+        self._leaves = Leaves(flat.module, loss, owned)
+        self.touched = [False] * len(flat.trainable)
+        self._changes: Changes | None = None
+
+    def begin(self) -> None:
+        """Begin a step at the copy's parameters: its pieces start from there."""
+        self._flat.standing.at(self._flat.parameters.numpy())
+        self._changes = None
+
+    def take_changes(self) -> None:
+        """Let what forward made of parameters and constants be theirs.
+
+        Raises:
+            ModelError: pieces left different values in an element.
+        """
+        self._flat.apply(self._changes)
+
+    def gradient(self, records: npt.NDArray[Any]) -> torch.Tensor:
+        """Return the mean gradient of some rows, float[P].
+
+        Raises:
+            ModelError: the piece did what it must not do.
+        """
+        shift = gradient_shift(len(records)) if self._float16 else 0
+        with self._computing(len(records)), self._flat.new_gradient(shift=shift) as gradient:
+            with self._flat.standing.piece() as made:
+                _, losses = forward(self._flat.module, self._loss, self._use.schema, records)
+                self._leaves.check(losses)
+                back_propagate(losses, 2.0**-shift)
+            self._changes = unite(self._changes, made.changes)
+            for number, parameter in enumerate(self._flat.trainable):
+                self.touched[number] |= parameter.grad is not None
+        return torch.from_numpy(gradient) / len(records)
+
+    def evaluate(self, records: npt.NDArray[Any], trained: torch.Size) -> None:
+        """Evaluate some rows, and refuse what evaluations after an epoch could not use."""
+        rows = len(records)
+        try:
+            with evaluating(self._flat), self._computing(rows):
+                output, _ = forward(self._flat.module, self._loss, self._use.schema, records)
+        except UserCodeError as error:
+            raise UserCodeError(f"in evaluation mode, with {_counted(rows)}: {error}") from error
+        except ModelError as error:
+            raise ModelError(f"in evaluation mode, with {_counted(rows)}: {error}") from error
+        form = tuple(output.shape) if isinstance(output, torch.Tensor) else type(output).__name__
+        if (
+            not isinstance(output, torch.Tensor)
+            or not output.ndim
+            or len(output) != rows
+            or (self._use.classifies and output.shape[1:] != trained[1:])
+        ):
+            raise ModelError(
+                f"in evaluation mode the module gives {form} for {_counted(rows)}, but "
+                f"{(rows, *trained[1:])} in training: give the same form in both modes"
+            )
+        if self._use.classifies:
+            predictions(output)
+
+    @contextmanager
+    def _computing(self, rows: int) -> Iterator[None]:
+        """Watch what the block computes, in the layout of the run."""
+        with Operations(self._owned.storages) as seen, ExitStack() as layout:
+            if self._channels_last:
+                layout.enter_context(self._flat.channels_last())
+            try:
+                yield
+            except UserCodeError as error:
+                self._owned.refuse(seen.met)  # more to the point
+                if rows == 1:
+                    raise UserCodeError(
+                        f"with a single row, which a small piece or the end of an evaluation may be: {error}"
+                    ) from error
+                raise
+        self._owned.refuse(seen.met)
+        self._dtypes |= seen.dtypes
+
+
+def _counted(rows: int) -> str:
+    return "one row" if rows == 1 else f"{rows} rows"
+
+
+def _suspects(module: nn.Module) -> str:
+    """Return what in the module is known to mix rows, as a sentence."""
+    for path, part in module.named_modules():
+        if getattr(part, "batch_first", True) is False:
+            return f" {path or 'The module'} ({type(part).__name__}) has batch_first=False."
+        if getattr(part, "scale_grad_by_freq", False):
+            return f" {path or 'The module'} ({type(part).__name__}) has scale_grad_by_freq=True."
+    return ""
+
+
+def _output_of(module: nn.Module, records: npt.NDArray[Any], use: Use) -> object:
+    """Run a module, without its loss."""
+    return forward(module, _no_loss, use.schema, records)
+
+
+def _no_loss(output: Any, label: torch.Tensor) -> torch.Tensor:
+    return torch.zeros(len(label))
+
+
+def _distinct(records: npt.NDArray[Any], use: Use) -> npt.NDArray[Any]:
+    """Return records with different features, [TRIED_ROWS]; where there are too few, variants of them."""
+    features = np.dtype([(f.name, use.schema.record[f.name]) for f in use.schema.features])
+    seen: dict[bytes, int] = {}
+    for index, record in enumerate(records):
+        content = b"".join(np.ascontiguousarray(record[name]).tobytes() for name in features.names or ())
+        seen.setdefault(content, index)
+    kept = list(seen.values())[:TRIED_ROWS]
+    rows = np.resize(records[kept], TRIED_ROWS).copy()
+    chance = np.random.default_rng(16)
+    for number in range(len(kept), TRIED_ROWS):
+        for name in features.names or ():
+            values = rows[name][number]
+            if values.dtype.kind == "f":
+                size = max(1.0, float(np.abs(values).max(initial=0)))
+                rows[name][number] = values + 0.1 * size * chance.standard_normal(values.shape)
+            elif values.ndim:
+                rows[name][number] = chance.permutation(values)
+    return rows
