@@ -57,13 +57,15 @@ class Recipe:
     dtype: torch.dtype = torch.float64
     """float64 tells mistakes from rounding; the product's own type is float32."""
 
+    steps: int = STEPS
+
     sections: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     """More of the product's configuration."""
 
     def config(self, num_shards: int) -> Config:
         """Return the product's configuration."""
         train = {
-            "rows_per_step": ROWS_PER_STEP, "num_shards": num_shards, "epochs": 2, "steps": STEPS, "seed": 3,
+            "rows_per_step": ROWS_PER_STEP, "num_shards": num_shards, "epochs": 2, "steps": self.steps, "seed": 3,
             "eval_every": EVAL_EVERY,
         }  # fmt: skip
         tables: dict[str, Any] = {
@@ -162,6 +164,9 @@ class Data:
         folder: gets the files.
     """
 
+    train: KnownRows
+    test: KnownRows
+
     def __init__(self, folder: Path) -> None:
         self._folder = folder
 
@@ -173,6 +178,24 @@ class Data:
         self.train.close()
         self.test.close()
         shutil.rmtree(self._folder, ignore_errors=True)
+
+    @cache  # noqa: B019  # as long as the tests
+    def union(self, num_shards: int) -> Union:
+        """Return the rows of each step, as a training deals them to so many shards."""
+        found = []
+
+        def engine(plan: Any, shards: Any, test: Any) -> InlineEngine:
+            read = [
+                [np.fromfile(s.path, plan.schema.record) for s in dealt.table] for dealt in (shards, test)
+            ]
+            found.append(Union(tuple(read[0]), plan.sampling, np.concatenate(read[1])))
+            return InlineEngine(plan, shards, test)
+
+        train(
+            Recipe().config(num_shards), rows=self.train, test=self.test, make_engine=Inline(engine),
+            module=nn.Linear(FEATURES, 2),
+        )  # fmt: skip
+        return found[0]
 
 
 @dataclass(frozen=True)
@@ -218,29 +241,22 @@ class _Watching(Observer):
         self.course.test_losses.append(report.loss)
 
 
-def by_sparksgd(make: Make, recipe: Recipe, data: Data, num_shards: int) -> tuple[Course, Union | None]:
-    """Train on shards with the inline engine; return what happened, and the rows of each step."""
-    course, unions = Course(), []
-
-    def engine(plan: Any, shards: Any, test: Any) -> InlineEngine:
-        read = [[np.fromfile(s.path, plan.schema.record) for s in dealt.table] for dealt in (shards, test)]
-        unions.append(Union(tuple(read[0]), plan.sampling, np.concatenate(read[1])))
-        return InlineEngine(plan, shards, test)
-
-    module = made(make, recipe)
+def by_sparksgd(make: Make, recipe: Recipe, data: Data, num_shards: int) -> Course:
+    """Train on shards with the inline engine."""
+    course, module = Course(), made(make, recipe)
     try:
         train(
             recipe.config(num_shards),
             rows=data.train,
             test=data.test,
-            make_engine=Inline(engine),
+            make_engine=InlineEngine,
             module=module,
             observers=[_Watching(course)],
             probe=Probe(dtype=recipe.dtype),
         )
     except SparkSGDError as error:
         course.refusal = error
-    return course, unions[0] if unions else None
+    return course
 
 
 def by_plain_torch(make: Make, recipe: Recipe, union: Union) -> Course:
@@ -248,7 +264,7 @@ def by_plain_torch(make: Make, recipe: Recipe, union: Union) -> Course:
     course, module, loss = Course(), made(make, recipe), copy.deepcopy(named(recipe.loss))
     optimizer = _made(torch.optim, recipe.optimizer, _parameters(module, loss))
     schedule = _made(torch.optim.lr_scheduler, recipe.schedule, optimizer) if recipe.schedule else None
-    for step in range(STEPS):
+    for step in range(recipe.steps):
         features, label = union.of_step(step)
         optimizer.zero_grad(set_to_none=True)
         mean = loss(module(features), label).mean()
@@ -257,7 +273,7 @@ def by_plain_torch(make: Make, recipe: Recipe, union: Union) -> Course:
         if schedule is not None:
             schedule.step()
         course.note(module, mean.item())
-        if (step + 1) % EVAL_EVERY == 0:
+        if (step + 1) % EVAL_EVERY == 0 or step + 1 == recipe.steps:
             course.test_losses.append(_evaluated(module, loss, *union.of_test))
     return course
 
@@ -340,10 +356,10 @@ def _off(one: torch.Tensor, other: torch.Tensor) -> float:
 
 def compared(make: Make, recipe: Recipe, data: Data, num_shards: int, tolerance: float) -> Verdict:
     """Train both ways, and say how that ended."""
-    ours, union = by_sparksgd(make, recipe, data, num_shards)
-    if union is None or not ours.tensors and ours.refusal is not None:
+    ours = by_sparksgd(make, recipe, data, num_shards)
+    if ours.refusal is not None and not ours.tensors:
         return Verdict(ours.refusal, 0, None)
-    theirs = by_plain_torch(make, recipe, union)
+    theirs = by_plain_torch(make, recipe, data.union(num_shards))
     return Verdict(ours.refusal, len(ours.tensors), difference(ours, theirs, tolerance))
 
 

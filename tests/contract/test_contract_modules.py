@@ -89,7 +89,7 @@ def trained_by_chance(make: Make, data: Data, seed: int) -> list[object]:
     random.seed(seed)
     np.random.seed(seed)
     before = random.getstate(), np.random.get_state()[1].tolist()
-    course, _ = by_sparksgd(make, Recipe(), data, 4)
+    course = by_sparksgd(make, Recipe(), data, 4)
     assert course.refusal is None
     assert (random.getstate(), np.random.get_state()[1].tolist()) == before
     return [*(t.numpy().tobytes() for t in course.tensors[-1].values()), *course.losses, *course.test_losses]

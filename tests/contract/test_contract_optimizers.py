@@ -47,7 +47,7 @@ def test_an_optimiser_that_cannot_be_carried_is_refused_by_name(data: Data, name
 @pytest.mark.parametrize("name", kinds(contract_optimizers.RANDOM))
 def test_an_optimiser_that_draws_numbers_repeats_them(data: Data, name: str) -> None:
     recipe = Recipe(optimizer=contract_optimizers.RANDOM[name])
-    one, other = (by_sparksgd(contract_kinds.Net, recipe, data, 4)[0] for _ in range(2))
+    one, other = (by_sparksgd(contract_kinds.Net, recipe, data, 4) for _ in range(2))
     assert one.refusal is other.refusal is None
     assert one.losses == other.losses
     assert one.test_losses == other.test_losses

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from contract_kinds import IN, WIDTH, Net, SameTwice
+from contract_kinds import IN, WIDTH, Net
 from contract_layers import Around, First, Indexed
 from torch import nn
 from torch.nn import functional as F
