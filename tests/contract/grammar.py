@@ -483,8 +483,8 @@ ODD_CHANGES: dict[str, Change] = {
 LOSSES = ("pulled", "cross_entropy", "weighted_classes", "smoothed", "robust")
 ODD_LOSSES = ("divided_by_rows", "outer", "contrasted", "counting", "margins")
 
-JUMPS_AT_ZERO = {"Rprop"}
-"""Optimisers of the gradient's sign: a gradient of 0 that is 1e-18 elsewhere moves a parameter."""
+JUMPS_AT_ZERO = {"Adafactor", "Rprop"}
+"""Optimisers that divide a gradient by its size: what is 0, and 1e-18 elsewhere, moves a parameter."""
 
 
 def _words(ordinary: Mapping[str, Any], odd: Mapping[str, Any]) -> st.SearchStrategy[str]:

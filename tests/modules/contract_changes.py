@@ -6,6 +6,7 @@ Each takes float32[B, 24] features and gives float[B, 2].
 from __future__ import annotations
 
 import copy
+import os
 import random
 import threading
 import weakref
@@ -435,7 +436,7 @@ REFUSED: dict[str, Refused] = {
     ),
     "a hook that clips": Refused(NonlinearHook, "row|hook|gradient"),
     "a lock": Refused(lambda: Holding(lambda net: threading.Lock()), "held"),
-    "an open file": Refused(lambda: Holding(lambda net: Path("/dev/null").open()), "held"),
+    "an open file": Refused(lambda: Holding(lambda net: Path(os.devnull).open()), "held"),  # noqa: SIM115
     "a Python generator": Refused(ForwardGenerator, "numbers"),
     "a view of a weight": Refused(lambda: Holding(lambda net: net.hidden.weight[0]), "held"),
     "an activation kept": Refused(lambda: Holding(lambda net: net.output(torch.ones(WIDTH))), "held"),

@@ -1,4 +1,4 @@
-"""Every layer of torch.nn that computes something, each in a small net that trains; executors import them, too.
+"""Every layer of torch.nn that computes something, each in a small net that trains; executors import them.
 
 A net takes float32[B, 24] features and gives float[B, 2]: linear, the layer, linear.
 """
