@@ -1,0 +1,95 @@
+"""Any module of torch.nn, and what people make of it: as plain torch on the union of the rows, or refused.
+
+With one shard nets are float32, the product's own type, and with four they are float64, which tells mistakes
+from rounding.
+"""
+
+from __future__ import annotations
+
+import re
+
+import contract_changes
+import contract_kinds
+import contract_layers
+import pytest
+import torch
+from plain_torch import Data, Make, Recipe, by_sparksgd, compared
+from still_wrong import kinds
+
+from sparksgd.errors import ConfigError, ModelError
+
+SHARDS_AND_TYPES = [
+    pytest.param(1, torch.float32, id="1 shard"),
+    pytest.param(4, torch.float64, id="4 shards"),
+]
+ROUNDING = {torch.float32: 1e-4, torch.float64: 1e-10}
+
+TRAINED = {
+    **contract_layers.LAYERS,
+    **contract_layers.LAZY,
+    **contract_kinds.ORDINARY,
+    **contract_changes.RIGHT,
+}
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore"),  # torch's own words on deprecated and slow layers
+]
+
+
+@pytest.mark.parametrize(("num_shards", "dtype"), SHARDS_AND_TYPES)
+@pytest.mark.parametrize("kind", kinds(TRAINED))
+def test_a_module_on_shards_is_that_module_on_the_union_of_their_rows(
+    data: Data, kind: str, num_shards: int, dtype: torch.dtype
+) -> None:
+    verdict = compared(TRAINED[kind], Recipe(dtype=dtype), data, num_shards, ROUNDING[dtype])
+    assert verdict.is_right, str(verdict)
+
+
+@pytest.mark.parametrize("num_shards", [1, 4])
+@pytest.mark.parametrize("kind", kinds(contract_kinds.LOW_PRECISION))
+def test_sixteen_bits_differ_by_their_rounding(data: Data, kind: str, num_shards: int) -> None:
+    make = contract_kinds.LOW_PRECISION[kind]
+    verdict = compared(make, Recipe(dtype=torch.float32), data, num_shards, 5e-3)
+    assert verdict.is_right, str(verdict)
+
+
+@pytest.mark.parametrize("kind", kinds(contract_layers.NORMS_OVER_ROWS))
+def test_norms_over_rows_are_plain_torch_s_where_one_shard_has_all_rows(data: Data, kind: str) -> None:
+    verdict = compared(contract_layers.NORMS_OVER_ROWS[kind], Recipe(), data, 1, 1e-10)
+    assert verdict.is_right, str(verdict)
+
+
+@pytest.mark.parametrize("kind", kinds(contract_changes.REFUSED))
+def test_what_cannot_be_trained_on_shards_is_refused_by_name(data: Data, kind: str) -> None:
+    refused = contract_changes.REFUSED[kind]
+    verdict = compared(refused.make, Recipe(), data, 4, 1e-10)
+    if refused.or_right and verdict.is_right:
+        return
+    assert isinstance(verdict.refusal, (ModelError, ConfigError)), str(verdict)
+    assert re.search(refused.word, str(verdict.refusal)), str(verdict)
+    assert verdict.difference is None, str(verdict)
+    assert verdict.steps == 0 or refused.late, str(verdict)
+
+
+RANDOM = {**contract_layers.RANDOM, **contract_changes.RANDOM}
+
+
+@pytest.mark.parametrize("kind", kinds(RANDOM))
+def test_what_draws_numbers_repeats_them_and_leaves_the_caller_s_generators(data: Data, kind: str) -> None:
+    first, again = (trained_by_chance(RANDOM[kind], data, seed) for seed in (1, 2))
+    assert first == again
+
+
+def trained_by_chance(make: Make, data: Data, seed: int) -> list[object]:
+    """Return all that a training ends with, begun with other generators."""
+    import random
+
+    import numpy as np
+
+    random.seed(seed)
+    np.random.seed(seed)
+    before = random.getstate(), np.random.get_state()[1].tolist()
+    course = by_sparksgd(make, Recipe(), data, 4)
+    assert course.refusal is None
+    assert (random.getstate(), np.random.get_state()[1].tolist()) == before
+    return [*(t.numpy().tobytes() for t in course.tensors[-1].values()), *course.losses, *course.test_losses]
