@@ -52,7 +52,8 @@ def run(
             "train(..., module=, replay=read_replay(folder))"
         )
     config = completed(config)
-    on_spark = allowed_engines(config, replay)[0].on_spark
+    kinds = allowed_engines(config, replay)
+    on_spark = kinds[0].on_spark
     if "PYSPARK_GATEWAY_PORT" in os.environ:  # under spark-submit
         from sparksgd.spark.session import refuse_lost_output
 
@@ -85,6 +86,7 @@ def run(
                 replay=replay,
                 run_id=run_id,
                 start_up=start_up,
+                kinds=kinds,
             )
     else:
         from sparksgd.training.in_process import train_in_process

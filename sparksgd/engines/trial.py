@@ -405,20 +405,19 @@ def _no_loss(output: Any, label: torch.Tensor) -> torch.Tensor:
 
 def _distinct(records: npt.NDArray[Any], use: Use) -> npt.NDArray[Any]:
     """Return records with different features, [TRIED_ROWS]; where there are too few, variants of them."""
-    features = np.dtype([(f.name, use.schema.record[f.name]) for f in use.schema.features])
+    features = use.schema.feature_arrays(records).values()
     seen: dict[bytes, int] = {}
-    for index, record in enumerate(records):
-        content = b"".join(np.ascontiguousarray(record[name]).tobytes() for name in features.names or ())
-        seen.setdefault(content, index)
+    for index in range(len(records)):
+        seen.setdefault(b"".join(values[index].tobytes() for values in features), index)
     kept = list(seen.values())[:TRIED_ROWS]
     rows = np.resize(records[kept], TRIED_ROWS).copy()
     chance = np.random.default_rng(16)
-    for number in range(len(kept), TRIED_ROWS):
-        for name in features.names or ():
-            values = rows[name][number]
+    for column in use.schema.feature_arrays(rows).values():
+        for number in range(len(kept), TRIED_ROWS):
+            values = column[number]
             if values.dtype.kind == "f":
                 size = max(1.0, float(np.abs(values).max(initial=0)))
-                rows[name][number] = values + 0.1 * size * chance.standard_normal(values.shape)
+                column[number] = values + 0.1 * size * chance.standard_normal(values.shape)
             elif values.ndim:
-                rows[name][number] = chance.permutation(values)
+                column[number] = chance.permutation(values)
     return rows

@@ -26,6 +26,7 @@ __all__ = [
     "completed",
     "described",
     "make_solver",
+    "needs_of",
     "require_at_least",
     "settings_of",
     "settings_type",
@@ -143,6 +144,25 @@ def make_solver(
     _, make = _named(config.solver)
     settings = settings_of(config.solver)
     return make(flat, settings, experiment, took_part)
+
+
+def needs_of(
+    settings: RuleSettings, num_shards: int, took_part: Sequence[frozenset[int]] | None
+) -> frozenset[Need]:
+    """Return what a run needs of its engine; in a replay no step waits for the first shards.
+
+    Args:
+        settings: the rule's keys.
+        num_shards: S.
+        took_part: in a replay, the shards of each step.
+    """
+    from sparksgd.solvers.protocol import Need
+
+    if took_part is None:
+        return settings.needs()
+    everyone = frozenset(range(num_shards))
+    is_partial = any(shards != everyone for shards in took_part)
+    return settings.needs() - {Need.QUORUM} | ({Need.REPLAY} if is_partial else set())
 
 
 def described(config: SolverConfig) -> str:

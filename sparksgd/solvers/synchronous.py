@@ -34,7 +34,7 @@ from sparksgd.solvers.protocol import (
     StepOutcome,
     Vector,
 )
-from sparksgd.solvers.rules import Experiment, require_at_least
+from sparksgd.solvers.rules import Experiment, needs_of, require_at_least
 from sparksgd.solvers.schedules import make_schedule, remarks_on
 from sparksgd.solvers.torch_optimizers import make_optimizer
 
@@ -148,10 +148,7 @@ class SynchronousSolver:
         everyone = frozenset(range(num_shards))
         self._first = Quorum(shards=everyone, enough=num_shards - settings.backup_workers)
         self._took_part = took_part
-        self.needs = settings.needs()
-        if took_part is not None:
-            is_partial = any(shards != everyone for shards in took_part)
-            self.needs = frozenset({Need.ROUNDS, Need.REPLAY} if is_partial else {Need.ROUNDS})
+        self.needs = needs_of(settings, num_shards, took_part)
         self._clip_norm = settings.clip_norm
         self._seed = experiment.seed
         self._optimizer = make_optimizer(flat, experiment.optimizer, self._seed)

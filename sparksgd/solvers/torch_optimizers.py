@@ -55,14 +55,16 @@ def make_optimizer(parameters: Parameters, config: OptimizerConfig, seed: int = 
             be held as this package holds optimisers.
     """
     try_optimizer([parameter.shape for parameter in parameters.trainable], config)
-    return another_optimizer(parameters, config, seed)
+    kind = _optimizer_kind(config)
+    with refusing("optimizer", config.name, kind, config.arguments):
+        return another_optimizer(parameters, config, seed)
 
 
 def another_optimizer(parameters: Parameters, config: OptimizerConfig, seed: int = 0) -> FlatOptimizer:
     """Return an optimiser as `make_optimizer` does, of a configuration that was tried before."""
     kind = _optimizer_kind(config)
     tensors = [parameters.whole] if kind in ELEMENTWISE else parameters.trainable
-    with refusing("optimizer", config.name, kind, config.arguments), seeded(kind, seed32(seed, "optimizer")):
+    with seeded(kind, seed32(seed, "optimizer")):
         return FlatOptimizer(parameters, kind(tensors, **config.arguments))
 
 

@@ -111,7 +111,8 @@ def train(
     from sparksgd.training.preflight import allowed_engines
 
     config = completed(config)
-    on_spark = allowed_engines(config, replay)[0].on_spark
+    kinds = allowed_engines(config, replay)
+    on_spark = kinds[0].on_spark
     lead_to_hadoop()
     folder = _run_folder(config, out, replay)
     observers = observers if folder is None else (folder, *observers)
@@ -130,6 +131,7 @@ def train(
         observers=observers,
         replay=replay,
         run_id=None if folder is None else folder.run_id,
+        kinds=kinds,
     )
 
 

@@ -26,7 +26,7 @@ from sparksgd.spark.engines.base import SparkEngine
 from sparksgd.spark.frame_rows import DataFrameRows, read_parquet
 from sparksgd.spark.session import check_session
 from sparksgd.training.loop import train as train_anywhere
-from sparksgd.training.preflight import allowed_engines, check_solver
+from sparksgd.training.preflight import allowed_engines, needs_in
 from sparksgd.training.replay import Replay
 from sparksgd.training.start_up import StartUp
 from sparksgd.training.state import NO_PROBE, Observer, Probe, Training
@@ -47,6 +47,7 @@ def train(
     replay: Replay | None = None,
     run_id: str | None = None,
     start_up: StartUp | None = None,
+    kinds: Sequence[EngineKind] | None = None,
     probe: Probe = NO_PROBE,
 ) -> Training:
     """Train a module in a session, by the engine that the configuration names.
@@ -62,6 +63,7 @@ def train(
         replay: an earlier run of the same configuration, to be repeated.
         run_id: names the run's jobs; None for a new name.
         start_up: what the run's start took so far.
+        kinds: the engines that are allowed, if they were asked for before.
         probe: for tests and benchmarks.
 
     Returns:
@@ -72,7 +74,7 @@ def train(
     """
     instruction_set.pin(config.train.instruction_set)
     config = completed(config)
-    kinds = allowed_engines(config, replay)
+    kinds = kinds or allowed_engines(config, replay)
     if not kinds[0].on_spark:
         raise ConfigError(
             f"{kinds[0]} computes without Spark, but the rows are a session's: leave engine.name out, or use "
@@ -118,9 +120,9 @@ def demand_of(config: Config, replay: Replay | None = None) -> WorkerDemand:
     """Return what a configuration asks of a cluster for its workers.
 
     Raises:
-        ConfigError: its solver or its engine cannot be, or do not go together.
+        ConfigError: its rule or its engine cannot be, or do not go together.
     """
-    needs = check_solver(config, replay)
+    needs = needs_in(config, replay)
     return WorkerDemand(
         num_workers=config.engine.num_workers,
         num_shards=config.train.num_shards,

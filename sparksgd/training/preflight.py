@@ -32,7 +32,7 @@ from sparksgd.engines.watch import Watch
 from sparksgd.errors import ConfigError, DataError, ModelError, UserCodeError
 from sparksgd.losses import CLASSIFIERS, Loss, binary_cross_entropy, loss_named
 from sparksgd.solvers.protocol import Need
-from sparksgd.solvers.rules import Experiment, described, make_solver
+from sparksgd.solvers.rules import Experiment, described, make_solver, needs_of, settings_of
 from sparksgd.solvers.torch_optimizers import without_compiler
 from sparksgd.training.replay import Replay
 from sparksgd.training.saved_state import check_saving
@@ -44,6 +44,7 @@ __all__ = [
     "check_engine",
     "check_pieces",
     "check_solver",
+    "needs_in",
     "warn_of_differences",
 ]
 
@@ -51,6 +52,7 @@ log = logging.getLogger("sparksgd")
 
 _FIRST_ROWS = 64
 _TRIED_ROWS = 4
+_TRIED_SIZE = 3  # of a dimension of a parameter
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,9 +113,10 @@ def check(
     """
     loss = loss_named(config.loss.name)
     copied((module, loss), {"": module, "loss": loss})  # refuses what cannot be
-    needs = check_solver(config, replay)
+    needs = needs_in(config, replay)
     check_engine(config, kinds, needs)
     schema, found, harmless = _tried(config, module, loss, rows, dtype)
+    check_solver(config, replay, module)
     check_saving(module)
     _warn_of_evaluation_mode(module)
     if test is not None:
@@ -138,16 +141,31 @@ def check(
     )
 
 
-def check_solver(config: Config, replay: Replay | None = None) -> frozenset[Need]:
-    """Refuse a solver that cannot be made, before anything else starts; return its needs.
+def check_solver(config: Config, replay: Replay | None = None, module: nn.Module | None = None) -> None:
+    """Refuse a solver that cannot be made, before anything else starts.
+
+    Args:
+        config: names the rule, the optimiser and the schedule.
+        replay: the run to be repeated.
+        module: the solver is made for small parameters of as many dimensions as this one's; None: matrices.
 
     Raises:
         ConfigError: the rule, its keys, the optimiser or the schedule.
     """
     without_compiler()  # before this process makes its first optimiser
-    trial = FlatModule(nn.ParameterList([nn.Parameter(torch.zeros(2, 2))]))
+    shapes = {2: [2, 2]}
+    if module is not None:
+        trained = [p for p in module.parameters() if p.requires_grad]
+        shapes = {p.ndim: [min(size, _TRIED_SIZE) for size in p.shape] for p in trained}
+    trial = FlatModule(nn.ParameterList([nn.Parameter(torch.zeros(shape)) for shape in shapes.values()]))
     took_part = None if replay is None else replay.took_part
-    return make_solver(config, trial, _experiment(config, 1, 0), took_part).needs
+    make_solver(config, trial, _experiment(config, 1, 0), took_part)
+
+
+def needs_in(config: Config, replay: Replay | None = None) -> frozenset[Need]:
+    """Return what a run needs of its engine."""
+    took_part = None if replay is None else replay.took_part
+    return needs_of(settings_of(config.solver), config.train.num_shards, took_part)
 
 
 def allowed_engines(config: Config, replay: Replay | None = None) -> list[EngineKind]:
@@ -160,7 +178,8 @@ def allowed_engines(config: Config, replay: Replay | None = None) -> list[Engine
     Raises:
         ConfigError: the solver or the engine cannot be, or they do not go together.
     """
-    needs = check_solver(config, replay)
+    check_solver(config, replay)
+    needs = needs_in(config, replay)
     kinds = candidates(config.engine, needs, described(config.solver))
     check_engine(config, kinds[:1], needs)
     return kinds

@@ -127,6 +127,41 @@ class TwiceNet(DropoutNet):
         return sum(checkpoint(self.layers[3], part, use_reentrant=True) for part in (hidden, hidden / 2))
 
 
+class HeadsNet(DropoutNet):
+    """A DropoutNet with a second head, which a row in a hundred uses, and a third one, which none uses."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seldom, self.never = nn.Linear(16, 4), nn.Linear(16, 4)
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        found, chosen = super().forward(features), features[:, :1] > 252
+        return torch.where(chosen, self.seldom(features.float() / 255), found) if chosen.any() else found
+
+
+class NoisyLookahead(torch.optim.Optimizer):
+    """Slow weights, a counter and another optimiser, which no state_dict has; noise; new tensors as data."""
+
+    def __init__(self, params: Iterable[nn.Parameter], lr: float) -> None:
+        super().__init__(params, {"lr": lr})
+        self.fast = torch.optim.SGD(self.param_groups[0]["params"], lr=lr, momentum=0.9)
+        self.param_groups = self.fast.param_groups
+        self.slow = [p.detach().clone() for p in self.param_groups[0]["params"]]
+        self.count = 0
+
+    @torch.no_grad()
+    def step(self, closure: object = None) -> None:
+        """Make a step; every third one ends between the slow and the fast weights."""
+        self.fast.step()
+        self.count += 1
+        for p, slow in zip(self.param_groups[0]["params"], self.slow, strict=True):
+            if self.count % 3 == 0:
+                slow.lerp_(p, 0.5)
+                p.data = slow.clone()
+            p.data = p.data + 1e-3 * torch.randn_like(p) * np.random.rand()
+        self.zero_grad()
+
+
 class TiredSGD(torch.optim.SGD):
     """An optimiser that raises at its fifth step."""
 

@@ -35,7 +35,9 @@ def piece(shard: int, absent: frozenset[int]) -> Message | None:
         return None
     source = np.random.default_rng(shard)
     scale = np.float32(10.0 ** (shard % 5))
+    touched = np.array([False, shard in (1, 5), shard == 2, True, True, False])  # each by some, or by nobody
     return Message(
+        touched=touched,
         vectors={"gradient": source.standard_normal(SIZE, np.float32) * scale},
         statistics=source.standard_normal(22, np.float32),
         counters=np.array([shard], np.int64),
@@ -83,6 +85,9 @@ def test_every_worker_ends_with_the_bits_of_the_whole_tree(num_workers, num_shar
             assert total.statistics.tobytes() == whole.statistics.tobytes()
             assert (total.rows, total.shards, total.loss) == (whole.rows, whole.shards, whole.loss)
             assert total.counters.tolist() == [max(set(range(num_shards)) - absent)]
+            there = set(range(num_shards)) - absent
+            by_some = [bool(there & {1, 5}), 2 in there]
+            assert total.touched.tolist() == whole.touched.tolist() == [False, *by_some, True, True, False]
     company.close()
 
 

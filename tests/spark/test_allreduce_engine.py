@@ -60,12 +60,17 @@ EXPERIMENTS = {
     "batch-norm and Adam": ("model.name=users_modules:NormNet", "optimizer.name=Adam", "optimizer.lr=0.01"),
     "clipping, which needs the whole gradient": ("solver.clip_norm=0.5",),
     "an optimiser that looks at whole tensors": ("optimizer.name=Adafactor", "optimizer.lr=0.01"),
+    "a head that some steps do not touch": (
+        *("model.name=users_modules:HeadsNet", "optimizer.name=AdamW", "optimizer.lr=0.01"),
+    ),
+    "an optimiser of the user's own": ("optimizer.name=users_modules:NoisyLookahead", "optimizer.lr=0.05"),
 }
 
 
-LENET, ADAM, CLIPPING, WHOLE_TENSORS = EXPERIMENTS
+LENET, ADAM, CLIPPING, WHOLE_TENSORS, HEADS, OWN = EXPERIMENTS
 QUICK = {
     (LENET, 2), (LENET, 5), (ADAM, 1), (ADAM, 3), (CLIPPING, 4), (WHOLE_TENSORS, 0), (WHOLE_TENSORS, 2),
+    (HEADS, 5), (OWN, 3),
 }  # fmt: skip
 """Every experiment and every place are among them."""
 
