@@ -15,7 +15,7 @@ import re
 import types
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, MutableMapping, MutableSequence, MutableSet
+from collections.abc import Callable, Mapping, MutableMapping, MutableSequence, MutableSet
 from functools import partial
 from pathlib import PurePath
 from typing import Any
@@ -27,7 +27,7 @@ from torch import nn
 from sparksgd.arithmetic.copies import parts
 from sparksgd.errors import ModelError
 
-__all__ = ["ABSENT", "TABLES", "Held", "HeldBytes", "around", "equal", "held_of", "refusal"]
+__all__ = ["ABSENT", "OPAQUE", "TABLES", "Held", "HeldBytes", "equal", "held_of", "is_opaque", "refusal"]
 
 _IMMUTABLE = (
     int, float, complex, str, bytes, type(None), type, range, slice, types.ModuleType, types.CodeType,
@@ -36,7 +36,7 @@ _IMMUTABLE = (
     datetime.timedelta, datetime.tzinfo, decimal.Decimal, fractions.Fraction, weakref.ReferenceType,
 )  # fmt: skip
 TABLES = ("_parameters", "_buffers", "_modules")
-_OPAQUE = frozenset(
+OPAQUE = frozenset(
     ("abc", "asyncio", "concurrent", "logging", "multiprocessing", "py4j", "pyspark", "sparksgd", "threading",
      "typing", "warnings")
 )  # fmt: skip
@@ -89,7 +89,7 @@ def held_of(path: str, value: Any, seen: set[int]) -> Held | None:
         return HeldBytes(path, value)
     if (state := _state_of(value)) is not None:
         return _State(path, value, *state)
-    if _is_opaque(value):
+    if is_opaque(value):
         return None
     inner = [held for _, part in parts(value) if (held := held_of(path, part, seen)) is not None]
     if isinstance(value, types.FunctionType):
@@ -99,11 +99,11 @@ def held_of(path: str, value: Any, seen: set[int]) -> Held | None:
     return _Several(path, value, inner, _contents(value))
 
 
-def _is_opaque(value: object) -> bool:
+def is_opaque(value: object) -> bool:
     """Return whether a function or an object is no user's: a compiled graph, a handle, a logger."""
     name = (value if isinstance(value, types.FunctionType) else type(value)).__module__ or ""
     root = name.split(".")[0]
-    return root in _OPAQUE or (root == "torch" and not name.startswith("torch.nn."))
+    return root in OPAQUE or (root == "torch" and not name.startswith("torch.nn."))
 
 
 class Held:
@@ -201,144 +201,6 @@ class _Variables(Held):
                 cell.cell_contents = before
         self.value.__dict__.clear()
         self.value.__dict__.update(self._attributes)
-
-
-class _Names(Held):
-    """Variables of a namespace: a class's attributes, or the globals that functions use.
-
-    Args:
-        path: what it is.
-        value: the namespace.
-        names: which of its variables.
-        setter: sets one of them.
-        inner: what they hold.
-    """
-
-    def __init__(
-        self,
-        path: str,
-        value: Mapping[str, Any],
-        names: list[str],
-        setter: Callable[[str, Any], object],
-        inner: list[Held],
-    ) -> None:
-        super().__init__(path, value)
-        self._before = [(name, value[name]) for name in names]
-        self._size = len(value) if isinstance(value, types.MappingProxyType) else 0
-        self._set, self._inner = setter, inner
-
-    def now(self) -> object:
-        return {name: self.value.get(name) for name, _ in self._before} | self._new()
-
-    def _new(self) -> dict[str, Any]:
-        """Return a class's new attributes."""
-        if not self._size or len(self.value) == self._size:
-            return {}
-        known = {name for name, _ in self._before}
-        return {name: part for name, part in self.value.items() if name not in known and _is_data(name, part)}
-
-    def is_changed(self) -> bool:
-        now = self.value
-        for name, before in self._before:
-            if now.get(name, ABSENT) is not before and not equal(before, now.get(name, ABSENT)):
-                return True
-        return bool(self._new()) or any(one.is_changed() for one in self._inner)
-
-    def restore(self) -> None:
-        for name, before in self._before:
-            if self.value.get(name, ABSENT) is not before:
-                self._set(name, before)
-        for name in self._new():
-            self._set(name, ABSENT)
-        for one in self._inner:
-            if one.is_changed():
-                one.restore()
-
-
-def _is_data(name: str, value: object) -> bool:
-    """Return whether a variable is no class, function or other definition."""
-    defined = (types.FunctionType, types.ModuleType, type, property, staticmethod, classmethod)
-    return not (name.startswith("__") and name.endswith("__")) and not isinstance(value, defined)
-
-
-def around(roots: list[object], seen: set[int]) -> list[Held]:
-    """Return the state of the classes of modules and a loss, and the globals that their functions use."""
-    classes: dict[type, None] = {}
-    functions: list[types.FunctionType] = []
-    for root in roots:
-        parts_of = root.modules() if isinstance(root, nn.Module) else [root]
-        for part in parts_of:
-            if isinstance(part, types.FunctionType):
-                functions.append(part)
-            classes |= dict.fromkeys(type(part).__mro__)
-            attributes = getattr(part, "__dict__", {})
-            functions += [one for one in attributes.values() if isinstance(one, types.FunctionType)]
-    found: list[Held] = []
-    for kind in classes:
-        if kind.__module__.split(".")[0] in (*_OPAQUE, "torch", "builtins", "collections", "functools"):
-            continue
-        for one in vars(kind).values():
-            inside = one.__func__ if isinstance(one, staticmethod | classmethod) else one
-            inside = inside.fget if isinstance(inside, property) else inside
-            functions += [inside] if isinstance(inside, types.FunctionType) else []
-        namespace, path = vars(kind), f"the class {kind.__qualname__}"
-        names = [name for name, value in namespace.items() if _is_data(name, value)]
-        found.append(
-            _Names(path, namespace, names, partial(_set_of_class, kind), _plain(path, namespace, names, seen))
-        )
-    for variables, names in _globals_of(functions):
-        for name in names:
-            path = f"the global variable {name}"
-            inner = _plain(path, variables, [name], seen)
-            found.append(_Names(path, variables, [name], partial(_set_global, variables), inner))
-    return found
-
-
-def _set_of_class(kind: type, name: str, value: object) -> None:
-    if value is ABSENT:
-        delattr(kind, name)
-    else:
-        setattr(kind, name, value)
-
-
-def _set_global(namespace: dict[str, Any], name: str, value: object) -> None:
-    namespace[name] = value
-
-
-def _plain(path: str, namespace: Mapping[str, Any], names: list[str], seen: set[int]) -> list[Held]:
-    """Return what holds values that others may share; other objects are told apart only as such."""
-    kinds = (dict, list, set, deque, bytearray, torch.Tensor, np.ndarray, torch.Generator,
-             np.random.Generator, np.random.RandomState, random.Random)  # fmt: skip
-    values = [namespace[name] for name in names if isinstance(namespace[name], kinds)]
-    return [held for value in values if (held := held_of(path, value, seen)) is not None]
-
-
-def _globals_of(functions: list[types.FunctionType]) -> Iterator[tuple[dict[str, Any], list[str]]]:
-    """Yield the globals of functions, and of those of the same file that they call, with the names used."""
-    found: dict[int, tuple[dict[str, Any], dict[str, None]]] = {}
-    done: set[int] = set()
-    while functions:
-        function = functions.pop()
-        if id(function) in done or _is_opaque(function):
-            continue
-        done.add(id(function))
-        namespace = function.__globals__
-        _, names = found.setdefault(id(namespace), (namespace, {}))
-        for name in _names_of(function.__code__):
-            value = namespace.get(name, ABSENT)
-            if isinstance(value, types.FunctionType) and value.__globals__ is namespace:
-                functions.append(value)
-            elif value is not ABSENT and _is_data(name, value) and not callable(value):
-                names[name] = None
-    for namespace, names in found.values():
-        yield namespace, list(names)
-
-
-def _names_of(code: types.CodeType) -> Iterator[str]:
-    yield from code.co_names
-    for constant in code.co_consts:
-        if isinstance(constant, types.CodeType):
-            yield from _names_of(constant)
 
 
 class _Several(Held):

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from sparksgd.engines.held import ABSENT, TABLES, Held, HeldBytes, around, equal, held_of, refusal
+from sparksgd.engines.held import ABSENT, TABLES, Held, HeldBytes, equal, held_of, refusal
+from sparksgd.engines.held_names import around, of_tensors
 
 __all__ = ["Watch"]
 
@@ -43,6 +44,7 @@ class Watch:
             inner += [HeldBytes(f"loss.{name}", one) for name, one in (*loss.named_buffers(), *fixed)]
         elif (held := held_of("loss", loss, seen)) is not None:
             inner.append(held)
+        inner += of_tensors([*module.named_parameters(), *module.named_buffers()], seen)
         inner += around([module, loss], seen)
         self._inner = inner
         self._outer = [one for table in self._tables for one in table.inner]

@@ -197,6 +197,51 @@ def test_what_a_module_keeps_is_refused_by_name_before_a_row_is_dealt(tmp_path: 
     }
 
 
+def remasks(core: Any, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    core.linear.weight.mask = core.linear.weight.mask + 1
+    return y
+
+
+def remasks_in_place(core: Any, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    core.linear.weight.mask += 1
+    return y
+
+
+def marks(core: Any, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    core.linear.weight.seen = getattr(core.linear.weight, "seen", 0) + 1
+    return y
+
+
+def hooks_its_weight(core: Any, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    if core.linear.weight.requires_grad:
+        core.linear.weight.register_hook(lambda gradient: gradient * 0.9)
+    return y
+
+
+def with_mask(core: Any) -> None:
+    core.linear.weight.mask = torch.zeros(1, 4)
+
+
+def with_noting_hook(core: Any) -> None:
+    norms: list[float] = []
+    core.linear.weight.register_hook(lambda gradient: norms.append(float(gradient.norm())))
+
+
+@pytest.mark.parametrize(
+    ("begin", "use", "path"),
+    [
+        (with_mask, remasks, "core.linear.weight.mask"),
+        (with_mask, remasks_in_place, "core.linear.weight.mask"),
+        (with_noting_hook, lambda core, x, y: y, "a hook of core.linear.weight"),
+        (sets(), marks, "a new attribute or hook of a parameter or buffer"),
+        (sets(), hooks_its_weight, "a new attribute or hook of a parameter or buffer"),
+    ],
+)
+def test_what_is_kept_beside_a_parameter_is_refused(tmp_path: Path, begin: Any, use: Any, path: str) -> None:
+    with pytest.raises(ModelError, match=f"^{path} changes as the module trains"):
+        train_here(tmp_path, module=net(begin, use))
+
+
 def test_a_submodule_that_is_made_in_forward_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"^core\.head is made, or replaced, in forward: it would not be"):
         train_here(tmp_path, module=net(sets(), makes_a_head))
