@@ -36,6 +36,7 @@ __all__ = [
     "RowSchema",
     "Rows",
     "add_digests",
+    "content_of",
     "digest_of",
     "read_rows",
 ]
@@ -65,6 +66,11 @@ class Feature:
     def shape(self) -> tuple[int, ...]:
         """Shape of one row's value."""
         return () if self.length is None else (self.length,)
+
+    @property
+    def field(self) -> str:
+        """Its name in a record: the column's, except where numpy takes no such name, or the label has it."""
+        return f"(column {self.name!r})" if self.name in ("", _LABEL) else self.name
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,15 +176,12 @@ class RowSchema:
     @cached_property
     def record(self) -> np.dtype[np.void]:
         """Return the packed type of one row."""
-        fields = [  # named by number: a column may have any name, also an empty one
-            (str(number), np.dtype(feature.dtype).newbyteorder("<"), feature.shape)
-            for number, feature in enumerate(self.features)
-        ]
+        fields = [(f.field, np.dtype(f.dtype).newbyteorder("<"), f.shape) for f in self.features]
         return np.dtype([*fields, (_LABEL, np.dtype(self.label_dtype).newbyteorder("<"))])
 
     def feature_arrays(self, records: Array) -> dict[str, Array]:
         """Return {column: array[B, ...]} of records."""
-        return {feature.name: records[str(number)] for number, feature in enumerate(self.features)}
+        return {feature.name: records[feature.field] for feature in self.features}
 
     def label_array(self, records: Array) -> Array:
         """Return the labels, [B], of records."""
@@ -313,7 +316,7 @@ def read_rows(batch: pa.RecordBatch, schema: RowSchema) -> Rows:
     batch = _without(batch, report, schema)
     records = np.empty(batch.num_rows, schema.record)
     good = np.ones(batch.num_rows, bool)
-    for number, feature in enumerate(schema.features):
+    for feature in schema.features:
         values = _values(batch.column(feature.name), feature)
         if feature.dtype == "float32":
             values = values + np.float32(0)  # -0.0 becomes 0.0
@@ -325,7 +328,7 @@ def read_rows(batch: pa.RecordBatch, schema: RowSchema) -> Rows:
                 [float(row[~np.isfinite(row)][0]) for row in by_row[wrong]],
             )
             good &= finite
-        records[str(number)] = values
+        records[feature.field] = values
     labels, whole = _labels(batch.column(schema.label), schema)
     for reason, right in (
         (f"a label that is no whole number in {schema.label!r}", whole),

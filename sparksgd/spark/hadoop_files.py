@@ -61,7 +61,7 @@ class HadoopLocation:
 
     def __truediv__(self, name: str, /) -> HadoopLocation:
         """Return what lies in it under a relative path."""
-        return HadoopLocation(f"{self._uri}/{name}")
+        return HadoopLocation(self._inside(name))
 
     def exists(self) -> bool:
         """Return whether it is there."""
@@ -135,8 +135,11 @@ class HadoopLocation:
     def names_of(self, pattern: str) -> list[str]:
         """Return the last names of what matches a pattern in the folder, hidden or not."""
         with self._errors():
-            found = self._files.globStatus(_java_path(f"{self._uri}/{pattern}")) or ()
+            found = self._files.globStatus(_java_path(self._inside(pattern))) or ()
             return [str(status.getPath().getName()) for status in found]
+
+    def _inside(self, name: str) -> str:
+        return self._uri + name if self._uri.endswith("/") else f"{self._uri}/{name}"  # the root ends with it
 
     @property
     def _path(self) -> Any:
