@@ -77,8 +77,6 @@ class _Constant:
 
     def write(self, words: Words) -> None:
         """Overwrite its memory, and what stands."""
-        if not self._is_dense:
-            raise ModelError(f"{self.name} is sparse, and forward changes it: only dense tensors may change")
         _write(self._base, words)
         if self._copy is not None:
             self.data.copy_(self._base)
@@ -93,22 +91,28 @@ class _Constant:
             if self._copy is not None and not self._copy.is_changed():
                 return None
             words = self.words()
-            return None if equal(kept, words) else Part.between(kept, words)
-        now = self.slot.now()
-        assert now is not None, "the structure was checked before"
-        if (now.shape, now.dtype, now.device) != (self.data.shape, self.data.dtype, self.data.device):
-            raise ModelError(
-                f"forward makes {self.name} {_described(now)}, but it was {_described(self.data)}: forward "
-                f"may change its values only"
-            )
-        return Part.between(kept, bits(now))
+        else:
+            now = self.slot.now()
+            assert now is not None, "the structure was checked before"
+            if _form(now) != _form(self.data):
+                raise ModelError(
+                    f"forward makes {self.name} {_described(now)}, but it was {_described(self.data)}: "
+                    f"forward may change its values only"
+                )
+            words = bits(now)
+        if equal(kept, words):
+            return None
+        if not self._is_dense:
+            raise ModelError(f"forward changes {self.name}, which is sparse: only a dense tensor may change")
+        return Part.between(kept, words)
 
     def restore(self) -> None:
         """Let it stand as it did before forward, by its binding and its bytes."""
         if not self.is_bound():
             self.slot.put_back()
-            self.slot.tensor.data = self.data
-        if self.kept is not None and not equal(self.kept, self.words()):
+            if self._is_dense:
+                self.slot.tensor.data = self.data
+        if self._is_dense and self.kept is not None and not equal(self.kept, self.words()):
             self.write(self.kept)
 
 
@@ -239,6 +243,10 @@ def _named(module: nn.Module, moving: set[int]) -> Iterator[tuple[str, dict[str,
 
 def _place(tensor: torch.Tensor) -> tuple[int, tuple[int, ...], tuple[int, ...]]:
     return tensor.data_ptr(), tensor.shape, tensor.stride()
+
+
+def _form(tensor: torch.Tensor) -> tuple[object, ...]:
+    return tensor.shape, tensor.dtype, tensor.layout, tensor.device
 
 
 def _described(tensor: torch.Tensor) -> str:

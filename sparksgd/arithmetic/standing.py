@@ -151,11 +151,11 @@ class Standing:
     def _checked(self, number: int) -> nn.Parameter:
         """Return a parameter, if it has the shape and type that it had."""
         parameter, home = self._trainable[number], self._homes[number]
-        if (parameter.shape, parameter.dtype, parameter.device) != (home.shape, home.dtype, home.device):
+        if (parameter.shape, parameter.dtype) != (home.shape, home.dtype):
             raise ModelError(
                 f"forward makes parameter {self._names[number]} {tuple(parameter.shape)} of "
-                f"{parameter.dtype} on {parameter.device}, but it was {tuple(home.shape)} of {home.dtype}: "
-                f"forward may change its values only"
+                f"{parameter.dtype}, but it was {tuple(home.shape)} of {home.dtype}: forward may change its "
+                f"values only"
             )
         return parameter
 
