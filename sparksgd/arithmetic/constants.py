@@ -6,7 +6,7 @@ value (see changes.py): a counter, an average of weights, a teacher.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -199,21 +199,28 @@ class Constants:
         for constant in self._constants.values():
             constant.keep()
 
-    def take(self) -> dict[str, Part]:
-        """Return what forward changed, and let everything stand as before."""
-        changed = {name: part for name, constant in self._constants.items() if (part := constant.change())}
-        self.restore(changed)
-        return changed
+    def rebound(self) -> dict[str, torch.Tensor]:
+        """Return those that have other memory than before forward, as they are now."""
+        apart = (
+            (n, constant.slot.now()) for n, constant in self._constants.items() if not constant.is_bound()
+        )
+        return {name: tensor for name, tensor in apart if tensor is not None}
 
-    def restore(self, names: Mapping[str, Part] | None = None) -> None:
-        """Let constants stand as they did before forward.
+    def take(self, rebound: Iterable[str]) -> dict[str, Part]:
+        """Return what forward changed, and let everything stand as before.
 
         Args:
-            names: those that changed; None: any may have.
+            rebound: see above.
         """
-        for name, constant in self._constants.items():
-            if names is None or name in names or not constant.is_bound():
-                constant.restore()
+        changed = {name: part for name, constant in self._constants.items() if (part := constant.change())}
+        for name in {*changed, *rebound}:
+            self._constants[name].restore()
+        return changed
+
+    def restore(self) -> None:
+        """Let everything stand as it did before forward."""
+        for constant in self._constants.values():
+            constant.restore()
 
     def dtype(self, name: str) -> torch.dtype:
         """Return the type of one."""

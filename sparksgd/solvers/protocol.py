@@ -23,6 +23,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum
+from functools import reduce
 from typing import Any, Protocol, Self, TypeVar
 
 import numpy as np
@@ -123,7 +124,7 @@ class Message:
 
     @classmethod
     def of(cls, gradients: Sequence[Gradient], vectors: dict[str, Vector], **scalars: float) -> Self:
-        """Return the message of some turns of a shard, with the statistics and changes after the last one."""
+        """Return the message of some turns of a shard, with the statistics after the last one."""
         rows, last = sum(gradient.rows for gradient in gradients), gradients[-1]
         return cls(
             vectors=vectors,
@@ -132,7 +133,7 @@ class Message:
             counters=last.counters,
             loss=sum(gradient.loss for gradient in gradients),
             rows=rows,
-            changes=last.changes,
+            changes=reduce(unite, (gradient.changes for gradient in gradients)),
         )
 
     def __iadd__(self, other: Self) -> Self:
