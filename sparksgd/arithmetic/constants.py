@@ -6,7 +6,7 @@ value (see changes.py): a counter, an average of weights, a teacher.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -77,8 +77,6 @@ class _Constant:
 
     def write(self, words: Words) -> None:
         """Overwrite its memory, and what stands."""
-        if not self._is_dense:
-            raise ModelError(f"{self.name} is sparse, and forward changes it: only dense tensors may change")
         _write(self._base, words)
         if self._copy is not None:
             self.data.copy_(self._base)
@@ -93,22 +91,28 @@ class _Constant:
             if self._copy is not None and not self._copy.is_changed():
                 return None
             words = self.words()
-            return None if equal(kept, words) else Part.between(kept, words)
-        now = self.slot.now()
-        assert now is not None, "the structure was checked before"
-        if (now.shape, now.dtype, now.device) != (self.data.shape, self.data.dtype, self.data.device):
-            raise ModelError(
-                f"forward makes {self.name} {_described(now)}, but it was {_described(self.data)}: forward "
-                f"may change its values only"
-            )
-        return Part.between(kept, bits(now))
+        else:
+            now = self.slot.now()
+            assert now is not None, "the structure was checked before"
+            if _form(now) != _form(self.data):
+                raise ModelError(
+                    f"forward makes {self.name} {_described(now)}, but it was {_described(self.data)}: "
+                    f"forward may change its values only"
+                )
+            words = bits(now)
+        if equal(kept, words):
+            return None
+        if not self._is_dense:
+            raise ModelError(f"forward changes {self.name}, which is sparse: only a dense tensor may change")
+        return Part.between(kept, words)
 
     def restore(self) -> None:
         """Let it stand as it did before forward, by its binding and its bytes."""
         if not self.is_bound():
             self.slot.put_back()
-            self.slot.tensor.data = self.data
-        if self.kept is not None and not equal(self.kept, self.words()):
+            if self._is_dense:
+                self.slot.tensor.data = self.data
+        if self._is_dense and self.kept is not None and not equal(self.kept, self.words()):
             self.write(self.kept)
 
 
@@ -195,21 +199,28 @@ class Constants:
         for constant in self._constants.values():
             constant.keep()
 
-    def take(self) -> dict[str, Part]:
-        """Return what forward changed, and let everything stand as before."""
-        changed = {name: part for name, constant in self._constants.items() if (part := constant.change())}
-        self.restore(changed)
-        return changed
+    def rebound(self) -> dict[str, torch.Tensor]:
+        """Return those that have other memory than before forward, as they are now."""
+        apart = (
+            (n, constant.slot.now()) for n, constant in self._constants.items() if not constant.is_bound()
+        )
+        return {name: tensor for name, tensor in apart if tensor is not None}
 
-    def restore(self, names: Mapping[str, Part] | None = None) -> None:
-        """Let constants stand as they did before forward.
+    def take(self, rebound: Iterable[str]) -> dict[str, Part]:
+        """Return what forward changed, and let everything stand as before.
 
         Args:
-            names: those that changed; None: any may have.
+            rebound: see above.
         """
-        for name, constant in self._constants.items():
-            if names is None or name in names or not constant.is_bound():
-                constant.restore()
+        changed = {name: part for name, constant in self._constants.items() if (part := constant.change())}
+        for name in {*changed, *rebound}:
+            self._constants[name].restore()
+        return changed
+
+    def restore(self) -> None:
+        """Let everything stand as it did before forward."""
+        for constant in self._constants.values():
+            constant.restore()
 
     def dtype(self, name: str) -> torch.dtype:
         """Return the type of one."""
@@ -239,6 +250,10 @@ def _named(module: nn.Module, moving: set[int]) -> Iterator[tuple[str, dict[str,
 
 def _place(tensor: torch.Tensor) -> tuple[int, tuple[int, ...], tuple[int, ...]]:
     return tensor.data_ptr(), tensor.shape, tensor.stride()
+
+
+def _form(tensor: torch.Tensor) -> tuple[object, ...]:
+    return tensor.shape, tensor.dtype, tensor.layout, tensor.device
 
 
 def _described(tensor: torch.Tensor) -> str:

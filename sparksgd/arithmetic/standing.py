@@ -9,7 +9,7 @@ Legend: P parameters.
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import accumulate
 from typing import Any
@@ -105,8 +105,11 @@ class Standing:
         try:
             yield made
             self._structure.check()
-            parts = self._constants.take()
-            part = self._changed_parameters()
+            moved, rebound = self._moved(), self._constants.rebound()
+            if moved or rebound:
+                self._refuse_sharing({self._names[n]: self._trainable[n] for n in moved} | rebound)
+            parts = self._constants.take(rebound)
+            part = self._changed_parameters(moved)
             if part is not None:
                 parts[PARAMETERS] = part
             made.changes = Changes(parts=parts) if parts else None
@@ -133,11 +136,35 @@ class Standing:
             self._stand_again()
             self._constants.restore()
 
-    def _changed_parameters(self) -> Part | None:
-        """Return what forward changed, and let the parameters stand as before."""
-        assert self._stands is not None
+    def _moved(self) -> list[int]:
+        """Return which parameters have other memory than before forward."""
         placed = zip(self._trainable, self._places, strict=True)
-        moved = [number for number, (parameter, place) in enumerate(placed) if _place(parameter) != place]
+        return [number for number, (parameter, place) in enumerate(placed) if _place(parameter) != place]
+
+    def _refuse_sharing(self, rebound: Mapping[str, torch.Tensor]) -> None:
+        """Refuse a tensor whose new memory is another one's: in one process, both would change from now on.
+
+        Raises:
+            ModelError: their names.
+        """
+        held = [(name, tensor) for name, tensor in self._structure.tensors() if _extent(tensor)]
+        for name, tensor in rebound.items():
+            mine = _extent(tensor)
+            for other, shared in held:
+                theirs = _extent(shared)
+                if shared is not tensor and mine.start < theirs.stop and theirs.start < mine.stop:
+                    raise ModelError(
+                        f"forward gives {name} the memory of {other}, so that whoever changes one of them "
+                        f"changes both: give it a copy, by .clone()"
+                    )
+
+    def _changed_parameters(self, moved: Sequence[int]) -> Part | None:
+        """Return what forward changed, and let the parameters stand as before.
+
+        Args:
+            moved: those that have other memory.
+        """
+        assert self._stands is not None
         apart = any(copy.is_changed() for copy in self._last.values())
         if not moved and not apart and equal(self._words, self._stands):
             return None
@@ -151,11 +178,11 @@ class Standing:
     def _checked(self, number: int) -> nn.Parameter:
         """Return a parameter, if it has the shape and type that it had."""
         parameter, home = self._trainable[number], self._homes[number]
-        if (parameter.shape, parameter.dtype, parameter.device) != (home.shape, home.dtype, home.device):
+        if (parameter.shape, parameter.dtype) != (home.shape, home.dtype):
             raise ModelError(
                 f"forward makes parameter {self._names[number]} {tuple(parameter.shape)} of "
-                f"{parameter.dtype} on {parameter.device}, but it was {tuple(home.shape)} of {home.dtype}: "
-                f"forward may change its values only"
+                f"{parameter.dtype}, but it was {tuple(home.shape)} of {home.dtype}: forward may change its "
+                f"values only"
             )
         return parameter
 
@@ -224,3 +251,11 @@ class Standing:
 def _place(tensor: torch.Tensor) -> tuple[int, torch.Size, tuple[int, ...]]:
     """Return where a tensor lies in memory."""
     return tensor.data_ptr(), tensor.shape, tensor.stride()
+
+
+def _extent(tensor: torch.Tensor) -> range:
+    """Return the addresses of a tensor's elements; none of a sparse one."""
+    if tensor.layout != torch.strided or not tensor.numel():
+        return range(0)
+    steps = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return range(tensor.data_ptr(), tensor.data_ptr() + (steps + 1) * tensor.element_size())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -37,6 +37,11 @@ class Structure:
             if not part.is_same():
                 raise ModelError(f"{part.difference(doing)}, so other workers would not have it: {_ADVICE}")
 
+    def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield every tensor that the modules have now, by its path: registered, or in an attribute."""
+        for part in self._parts:
+            yield from part.tensors()
+
     def restore(self) -> None:
         """Put back every submodule, parameter and buffer."""
         for part in self._parts:
@@ -52,6 +57,9 @@ _ADVICE = (
     "make all of them in __init__, or run one batch through the module before the training; forward may then "
     "change their values"
 )
+
+
+_REGISTERED = {"_parameters", "_buffers", "_modules"}
 
 
 class _Part:
@@ -78,6 +86,16 @@ class _Part:
 
     def is_same(self) -> bool:
         return self._identities() == self._ids
+
+    def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield the tensors that it has now; those of attributes also if a list or dictionary holds them."""
+        part, prefix = self._part, f"{self._path}." if self._path else ""
+        attributes = {name: held for name, held in vars(part).items() if name not in _REGISTERED}
+        for name, held in [*part._parameters.items(), *part._buffers.items(), *attributes.items()]:
+            several = list(held.values()) if isinstance(held, dict) else held
+            for each in several if isinstance(several, (list, tuple)) else [several]:
+                if isinstance(each, torch.Tensor):
+                    yield f"{prefix}{name}", each
 
     def difference(self, doing: str) -> str:
         """Return what was done to which one."""

@@ -150,7 +150,7 @@ class Message:
 
     @classmethod
     def of(cls, gradients: Sequence[Gradient], vectors: dict[str, Vector], **scalars: float) -> Self:
-        """Return the message of some turns of a shard, with the statistics and changes after the last one."""
+        """Return the message of some turns of a shard, with the statistics after the last one."""
         rows, last = sum(gradient.rows for gradient in gradients), gradients[-1]
         return cls(
             vectors=vectors,
@@ -160,7 +160,7 @@ class Message:
             loss=sum(gradient.loss for gradient in gradients),
             rows=rows,
             touched=reduce(either, [gradient.touched for gradient in gradients]),
-            changes=last.changes,
+            changes=reduce(unite, [gradient.changes for gradient in gradients]),
         )
 
     def __iadd__(self, other: Self) -> Self:

@@ -13,6 +13,7 @@ from test_mesh import ENDLESS_S, Company
 from torch import nn
 
 from sparksgd.arithmetic.addition_tree import Partials, add_partial
+from sparksgd.arithmetic.changes import PARAMETERS, Changes, Part
 from sparksgd.arithmetic.flat import FlatModule
 from sparksgd.arithmetic.ranges import balanced_range
 from sparksgd.errors import GradientChanged, PeerLost, PeerSilent
@@ -250,3 +251,59 @@ def test_buckets_end_between_parameters_and_hold_all_of_the_vector():
             assert all(len(bucket) >= least for bucket in buckets[:-1])
             assert all(buckets)
             assert {bucket.start for bucket in buckets} <= {sum(sizes[:n]) for n in range(len(sizes))}
+
+
+class Changing(nn.Module):
+    """Has all that forward may change, for the order of names."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers, self.frozen = module(), nn.Linear(3, 3).requires_grad_(False)
+        self.register_buffer("t", torch.zeros((), dtype=torch.int16))
+        self.register_buffer("wide", torch.zeros(40, dtype=torch.complex128))
+
+
+def changed(shard, values):
+    """Return what a shard's forward changed: two elements of the vector, and a constant of each kind."""
+    words = functools.partial(np.array, dtype=np.int32)
+    return Changes(
+        parts={
+            PARAMETERS: Part(positions=np.array([2 + shard, 40]), values=words([100 + shard, 7])),
+            "frozen.weight": Part(positions=None, values=np.full(9, values, np.int32)),
+            "t": Part(positions=None, values=np.array([5], np.int16)),
+            "wide": Part(positions=np.array([79]), values=np.array([-1])),
+        }
+    )
+
+
+@pytest.mark.parametrize("num_workers", [1, 2, 3, 5])
+def test_every_worker_gets_the_changes_of_all(num_workers):
+    shards, company = 4, Company(num_workers)
+    company.meet()
+
+    def one(worker, mesh):
+        allreduce = AllReduce(mesh, owned(num_workers, shards), FlatModule(Changing()))
+        found = []
+        for values in (None, [3] * shards, range(shards), None):
+            partials: Partials = {}
+            for shard in balanced_range(worker, num_workers, shards):
+                message = piece(shard, frozenset())
+                if values is not None and shard != 1:
+                    message.changes = changed(shard, values[shard])
+                add_partial(partials, (shard, shard + 1), message, shards)
+            found.append(allreduce.part_reduce(len(found), partials, GRADIENT).changes)
+        return found
+
+    for nothing, united, conflicting, again in company.all(one):
+        assert (nothing, again) == (None, None)
+        assert united.parts.keys() == {PARAMETERS, "frozen.weight", "t", "wide"}
+        assert not united.conflicts
+        assert united.parameters.positions.tolist() == [2, 4, 5, 40]
+        assert united.parameters.values.tolist() == [100, 102, 103, 7]
+        assert united.parts["frozen.weight"].values.tolist() == [3] * 9
+        assert united.parts["wide"].values.tolist() == [-1]
+        values = conflicting.conflicts["frozen.weight"].values.tolist()
+        assert values[0] != values[1]
+        assert set(values) < {0, 2, 3}  # which two of them depends on who met first
+        assert list(conflicting.conflicts) == ["frozen.weight"]
+    company.close()

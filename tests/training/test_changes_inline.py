@@ -309,6 +309,22 @@ def test_a_weight_that_forward_rebinds_ends_where_a_person_works_out(tmp_path: P
     assert [states[step - 1]["w"].item() for step in (1, 5, 20)] == pytest.approx([1, 1.9375, 2.0], abs=1e-5)
 
 
+class Shifting(nn.Module):
+    """Keeps the average of its weights, and that of the step before, whose tensor it hands on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(10)
+        self.linear = nn.Linear(6, 1)
+        self.register_buffer("now", torch.zeros(1, 6))
+        self.register_buffer("before", torch.zeros(1, 6))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.before = self.now
+        self.now = 0.5 * self.now + 0.5 * self.linear.weight.detach()
+        return self.linear(x)[:, 0] + (x @ self.before.T)[:, 0]
+
+
 KINDS: dict[str, tuple[Callable[[], nn.Module], Rows]] = {
     "rebound": (lambda: Projected("rebound"), NUMBERS),
     "data.clamp_": (lambda: Projected("data"), NUMBERS),
@@ -322,6 +338,7 @@ KINDS: dict[str, tuple[Callable[[], nn.Module], Rows]] = {
     "average in place": (lambda: Averaged(in_place=True), NUMBERS),
     "average, a new tensor": (lambda: Averaged(in_place=False), NUMBERS),
     "teacher": (Taught, NUMBERS),
+    "a buffer handed on": (Shifting, NUMBERS),
     "counters": (Counting, NUMBERS),
     "spectral_norm": (lambda: Spectral(old=False), NUMBERS),
     "old spectral_norm": (lambda: Spectral(old=True), NUMBERS),
@@ -344,9 +361,11 @@ def test_each_step_is_plain_torch_s(tmp_path: Path, kind: str, shards: int, chun
 
 
 def test_float64_statistics_stay_float64(tmp_path: Path) -> None:
-    expected = plain(Precise(), NUMBERS, 5)
-    assert_equal(product(tmp_path, Precise(), NUMBERS, 5, 1), expected, rtol=1e-5)
-    assert expected[4]["norm.running_mean"].dtype == torch.float64
+    made, expected = product(tmp_path, Precise(), NUMBERS, 5, 1), plain(Precise(), NUMBERS, 5)
+    assert_equal(made, expected)
+    for name in ("norm.running_mean", "norm.running_var"):
+        assert made[4][name].dtype == torch.float64
+        torch.testing.assert_close(made[4][name], expected[4][name], rtol=1e-12, atol=0)
 
 
 @pytest.mark.parametrize("shards", [1, 4])
@@ -398,7 +417,7 @@ class Growing(nn.Module):
         self.linear, self.how, self.head, self.after = nn.Linear(6, 1), how, None, after
         self.register_buffer("calls", torch.zeros((), dtype=torch.int64))
         self.register_buffer("mask", torch.ones(6))
-        self.spare = nn.Parameter(torch.ones(1))
+        self.spare, self.kept = nn.Parameter(torch.ones(1)), torch.zeros(1)
         self.register_buffer("cache", None)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -424,6 +443,10 @@ class Growing(nn.Module):
             self.mask = self.mask.double()
         elif self.how == "weight":
             self.spare.data = torch.ones(2)
+        elif self.how == "weight's memory":
+            self.mask = self.linear.weight.detach()[0]
+        elif self.how == "attribute's memory":
+            self.spare.data = self.kept
         elif self.how == "frozen":
             self.linear.bias.requires_grad_(False)
 
@@ -471,6 +494,8 @@ def test_a_weight_that_each_piece_moves_elsewhere_is_named_with_its_element(tmp_
         ("shape", r"forward makes mask \(7,\) of float32, but it was \(6,\) of float32"),
         ("type", r"forward makes mask \(6,\) of float64, but it was"),
         ("weight", r"forward makes parameter spare \(2,\)"),
+        ("weight's memory", "forward gives mask the memory of linear.weight, .* by .clone"),
+        ("attribute's memory", "forward gives spare the memory of kept"),
         ("frozen", "forward changed which parameters of linear require a gradient"),
     ],
 )
