@@ -34,7 +34,7 @@ from sparksgd.data.schema import RowSchema
 from sparksgd.engines.compute import EVALUATION_ROWS, back_propagate, forward, gradient_shift, predictions
 from sparksgd.engines.lazy import has_lazy_parts, take_shapes
 from sparksgd.engines.leaves import Leaves
-from sparksgd.engines.mixing import TRIED_ROWS, Probe
+from sparksgd.engines.mixing import DIFFERENT_ROWS, TRIED_ROWS, Probe
 from sparksgd.engines.modes import evaluating
 from sparksgd.engines.operations import Operations
 from sparksgd.engines.ownership import (
@@ -159,7 +159,7 @@ class _Trial:
     Args:
         module: the caller's; not changed.
         records: some rows.
-        few: rows that differ, [TRIED_ROWS].
+        few: rows that differ, [DIFFERENT_ROWS].
         use: how the module will be used.
     """
 
@@ -404,16 +404,16 @@ def _no_loss(output: Any, label: torch.Tensor) -> torch.Tensor:
 
 
 def _distinct(records: npt.NDArray[Any], use: Use) -> npt.NDArray[Any]:
-    """Return records with different features, [TRIED_ROWS]; where there are too few, variants of them."""
+    """Return records with different features, [DIFFERENT_ROWS]; where there are too few, variants of them."""
     features = use.schema.feature_arrays(records).values()
     seen: dict[bytes, int] = {}
     for index in range(len(records)):
         seen.setdefault(b"".join(values[index].tobytes() for values in features), index)
-    kept = list(seen.values())[:TRIED_ROWS]
-    rows = np.resize(records[kept], TRIED_ROWS).copy()
+    kept = list(seen.values())[:DIFFERENT_ROWS]
+    rows = np.resize(records[kept], DIFFERENT_ROWS).copy()
     chance = np.random.default_rng(16)
     for column in use.schema.feature_arrays(rows).values():
-        for number in range(len(kept), TRIED_ROWS):
+        for number in range(len(kept), DIFFERENT_ROWS):
             values = column[number]
             if values.dtype.kind == "f":
                 size = max(1.0, float(np.abs(values).max(initial=0)))
