@@ -504,7 +504,6 @@ ORDINARY: dict[str, Callable[[], nn.Module]] = {
     "other values in evaluation": OtherInEvaluation,
     "a cache of evaluation": CachedInEvaluation,
     "parameters() gives some": OnlySome,
-    "extra state": ExtraState,
     "hooks on state_dict": state_hooked,
 }
 """They train as on one process, and may not be refused."""
