@@ -57,6 +57,7 @@ STILL_WRONG: dict[str, str] = dict.fromkeys(
         "an open file",
         "attention over rows",
         "clears gradients",
+        "complex views",
         "contrasted",
         "counting",
         "counts in Python",
