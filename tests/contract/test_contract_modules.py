@@ -6,17 +6,20 @@ from rounding.
 
 from __future__ import annotations
 
+import random
 import re
 
 import contract_changes
+import contract_composites
 import contract_kinds
 import contract_layers
+import numpy as np
 import pytest
 import torch
 from plain_torch import Data, Make, Recipe, by_sparksgd, compared
-from still_wrong import kinds
+from still_wrong import STILL_WRONG, kinds
 
-from sparksgd.errors import ConfigError, ModelError
+from sparksgd.errors import ConfigError, ModelError, UserCodeError
 
 SHARDS_AND_TYPES = [
     pytest.param(1, torch.float32, id="1 shard"),
@@ -31,14 +34,32 @@ TRAINED = {
     **contract_changes.RIGHT,
 }
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore"),  # torch's own words on deprecated and slow layers
-]
+PAGES = contract_composites.pages([kind for kind in TRAINED if kind not in STILL_WRONG], 16)
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # torch's own words on deprecated and slow layers
 
 
 @pytest.mark.parametrize(("num_shards", "dtype"), SHARDS_AND_TYPES)
+@pytest.mark.parametrize("names", [pytest.param(page, id=f"{page[0]} to {page[-1]}") for page in PAGES])
+def test_modules_side_by_side_on_shards_are_these_modules_on_the_union_of_their_rows(
+    data: Data, names: list[str], num_shards: int, dtype: torch.dtype
+) -> None:
+    verdict = compared(
+        lambda: contract_composites.of_names(names), Recipe(dtype=dtype), data, num_shards, ROUNDING[dtype]
+    )
+    assert verdict.is_right, str(verdict)
+
+
+@pytest.mark.parametrize("kind", kinds({**contract_kinds.ORDINARY, **contract_changes.RIGHT}))
+def test_a_module_on_four_shards_is_that_module_on_the_union_of_their_rows(data: Data, kind: str) -> None:
+    verdict = compared(TRAINED[kind], Recipe(), data, 4, ROUNDING[torch.float64])
+    assert verdict.is_right, str(verdict)
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize(("num_shards", "dtype"), SHARDS_AND_TYPES)
 @pytest.mark.parametrize("kind", kinds(TRAINED))
-def test_a_module_on_shards_is_that_module_on_the_union_of_their_rows(
+def test_each_module_by_itself_is_that_module_on_the_union_of_the_rows(
     data: Data, kind: str, num_shards: int, dtype: torch.dtype
 ) -> None:
     verdict = compared(TRAINED[kind], Recipe(dtype=dtype), data, num_shards, ROUNDING[dtype])
@@ -65,31 +86,29 @@ def test_what_cannot_be_trained_on_shards_is_refused_by_name(data: Data, kind: s
     verdict = compared(refused.make, Recipe(), data, 4, 1e-10)
     if refused.or_right and verdict.is_right:
         return
-    assert isinstance(verdict.refusal, (ModelError, ConfigError)), str(verdict)
+    errors = (UserCodeError,) if refused.raises else (ModelError, ConfigError)
+    assert isinstance(verdict.refusal, errors), str(verdict)
     assert re.search(refused.word, str(verdict.refusal)), str(verdict)
     assert verdict.difference is None, str(verdict)
     assert verdict.steps == 0 or refused.late, str(verdict)
 
 
-RANDOM = {**contract_layers.RANDOM, **contract_changes.RANDOM}
+RANDOM = {"layers that draw": contract_layers.RANDOM, "modules that draw": contract_changes.RANDOM}
 
 
-@pytest.mark.parametrize("kind", kinds(RANDOM))
-def test_what_draws_numbers_repeats_them_and_leaves_the_caller_s_generators(data: Data, kind: str) -> None:
-    first, again = (trained_by_chance(RANDOM[kind], data, seed) for seed in (1, 2))
+@pytest.mark.parametrize("which", kinds(RANDOM))
+def test_what_draws_numbers_repeats_them_and_leaves_the_caller_s_generators(data: Data, which: str) -> None:
+    names = [*RANDOM[which]]
+    first, again = (trained_by_chance(lambda: contract_composites.of_names(names), data, n) for n in (1, 2))
     assert first == again
 
 
 def trained_by_chance(make: Make, data: Data, seed: int) -> list[object]:
     """Return all that a training ends with, begun with other generators."""
-    import random
-
-    import numpy as np
-
     random.seed(seed)
     np.random.seed(seed)
     before = random.getstate(), np.random.get_state()[1].tolist()
     course = by_sparksgd(make, Recipe(), data, 4)
-    assert course.refusal is None
+    assert course.refusal is None, str(course.refusal)
     assert (random.getstate(), np.random.get_state()[1].tolist()) == before
     return [*(t.numpy().tobytes() for t in course.tensors[-1].values()), *course.losses, *course.test_losses]

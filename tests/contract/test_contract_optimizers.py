@@ -53,20 +53,16 @@ def test_an_optimiser_that_draws_numbers_repeats_them(data: Data, name: str) -> 
     assert one.test_losses == other.test_losses
 
 
-@pytest.mark.parametrize("num_shards", [1, 4])
 @pytest.mark.parametrize("name", kinds(contract_optimizers.SCHEDULES))
-def test_a_schedule_sets_the_rates_that_it_sets_in_one_process(
-    data: Data, name: str, num_shards: int
-) -> None:
+def test_a_schedule_sets_the_rates_that_it_sets_in_one_process(data: Data, name: str) -> None:
     recipe = Recipe(schedule=contract_optimizers.SCHEDULES[name])
-    verdict = compared(contract_kinds.Heads, recipe, data, num_shards, 1e-10)
+    verdict = compared(contract_kinds.Heads, recipe, data, 4, 1e-10)
     assert verdict.is_right, str(verdict)
 
 
-@pytest.mark.parametrize("num_shards", [1, 4])
 @pytest.mark.parametrize("name", kinds(LOSSES))
-def test_a_loss_of_rows_is_the_mean_over_all_rows(data: Data, name: str, num_shards: int) -> None:
-    verdict = compared(contract_kinds.Net, Recipe(loss=f"contract_losses:{name}"), data, num_shards, 1e-10)
+def test_a_loss_of_rows_is_the_mean_over_all_rows(data: Data, name: str) -> None:
+    verdict = compared(contract_kinds.Net, Recipe(loss=f"contract_losses:{name}"), data, 4, 1e-10)
     assert verdict.is_right, str(verdict)
 
 

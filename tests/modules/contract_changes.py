@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from contract_kinds import IN, WIDTH, Net
+from contract_kinds import IN, WIDTH, ExtraState, Net
 from contract_layers import Around, First, Indexed
 from torch import nn
 from torch.nn import functional as F
@@ -404,6 +404,9 @@ class Refused:
     or_right: bool = False
     """It may be trained as well, if it is right."""
 
+    raises: bool = False
+    """It raises by itself on some rows."""
+
 
 REFUSED: dict[str, Refused] = {
     "forward makes a submodule": Refused(GrowsHead, "head"),
@@ -444,6 +447,10 @@ REFUSED: dict[str, Refused] = {
     "nothing has an influence": Refused(Detached, "gradient"),
     "a copy is trained": Refused(CopiesItself, "gradient|leaf|tensor", or_right=True),
     "a complex parameter": Refused(complex_parameter, "turn", or_right=True),
+    "extra state": Refused(ExtraState, "_extra_state", or_right=True),
+    "a norm over rows in evaluation": Refused(
+        lambda: Around(nn.BatchNorm1d(24, track_running_stats=False)), "row", raises=True
+    ),
     "every parameter frozen": Refused(nothing_trains, "trainable"),
     "a parameter without data": Refused(lambda: nn.Linear(IN, 2, device="meta"), "meta"),
 }

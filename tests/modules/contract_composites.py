@@ -5,7 +5,7 @@ A composite takes float32[B, 24] features; the outputs of its nets, float[B, 2],
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import contract_changes
 import contract_kinds
@@ -42,10 +42,15 @@ class Composite(nn.Module):
 
     def __init__(self, nets: Mapping[str, nn.Module]) -> None:
         super().__init__()
-        self.nets = nn.ModuleList(nets.values())
+        self.nets = nn.ModuleDict({name.replace(".", ""): net for name, net in nets.items()})
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
-        return sum(net(features) for net in self.nets) / len(self.nets)
+        return sum(net(features) for net in self.nets.values()) / len(self.nets)
+
+
+def of_names(names: Sequence[str]) -> nn.Module:
+    """Return a composite of nets by their names."""
+    return Composite({name: NETS[name]() for name in names})
 
 
 def twenty() -> nn.Module:
@@ -55,9 +60,10 @@ def twenty() -> nn.Module:
 
 def page(number: int, size: int) -> nn.Module:
     """Return the composite of some of all nets: those of a page of this size."""
-    return of_names([*NETS][number * size : (number + 1) * size])
+    return of_names(pages(NETS, size)[number])
 
 
-def of_names(names: tuple[str, ...] | list[str]) -> nn.Module:
-    """Return a composite of nets by their names."""
-    return Composite({name: NETS[name]() for name in names})
+def pages(names: Iterable[str], size: int) -> list[list[str]]:
+    """Return names in groups of this size; the last may be smaller."""
+    listed = [*names]
+    return [listed[first : first + size] for first in range(0, len(listed), size)]

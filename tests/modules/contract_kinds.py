@@ -186,16 +186,31 @@ class Checkpointed(Net):
         return checkpoint(self.middle, torch.tanh(x), use_reentrant=self.use_reentrant)
 
 
-class ComplexViews(Net):
+class Pairs(nn.Module):
     """Pairs of weights that are used as complex numbers."""
 
     def __init__(self) -> None:
         super().__init__()
         self.pairs = nn.Parameter(torch.randn(WIDTH, WIDTH, 2))
 
-    def act(self, x):
+    def forward(self, x):
         turned = torch.view_as_complex(self.pairs).conj()
         return torch.view_as_real(torch.complex(x, x) @ turned).sum(2)
+
+
+def complex_views() -> nn.Module:
+    """A bias of odd size, and then pairs: in one vector they begin at an odd place."""
+    return nn.Sequential(Narrowed(), Pairs(), nn.Linear(WIDTH, 2))
+
+
+class Narrowed(nn.Linear):
+    """The first layer."""
+
+    def __init__(self) -> None:
+        super().__init__(IN, WIDTH)
+
+    def forward(self, features):
+        return super().forward(features.to(self.weight.dtype))
 
 
 class Forces(Net):
@@ -480,7 +495,7 @@ ORDINARY: dict[str, Callable[[], nn.Module]] = {
     "a straight-through estimator": Rounded,
     "checkpointing": lambda: Checkpointed(use_reentrant=False),
     "checkpointing, reentrant": lambda: Checkpointed(use_reentrant=True),
-    "complex views": ComplexViews,
+    "complex views": complex_views,
     "forward takes gradients": Forces,
     "functional calls": Functional,
     "weight_norm": lambda: parametrized(parametrizations.weight_norm),
@@ -504,7 +519,6 @@ ORDINARY: dict[str, Callable[[], nn.Module]] = {
     "other values in evaluation": OtherInEvaluation,
     "a cache of evaluation": CachedInEvaluation,
     "parameters() gives some": OnlySome,
-    "extra state": ExtraState,
     "hooks on state_dict": state_hooked,
 }
 """They train as on one process, and may not be refused."""

@@ -286,7 +286,6 @@ NORMS_OVER_ROWS: dict[str, Callable[[], nn.Module]] = {
     "BatchNorm1d, [B, C, L]": lambda: Around(nn.BatchNorm1d(2), 2, 12),
     "BatchNorm2d": lambda: Around(nn.BatchNorm2d(2), 2, 3, 4),
     "BatchNorm3d": lambda: Around(nn.BatchNorm3d(2), 2, 2, 2, 3),
-    "BatchNorm1d, no running statistics": lambda: Around(nn.BatchNorm1d(24, track_running_stats=False)),
     "BatchNorm1d, cumulative": lambda: Around(nn.BatchNorm1d(24, momentum=None)),
     "LazyBatchNorm1d": lambda: Around(nn.LazyBatchNorm1d(), outputs=24),
 }

@@ -24,7 +24,7 @@ PLACES = [("tree", True, 1), ("tree", True, 3), ("tree", False, 3), ("allreduce"
 
 ALL_PLACES = [*PLACES, ("tree", False, 1), ("allreduce", True, 1)]
 
-PAGES = range(-(-len(contract_composites.NETS) // PAGE))
+PAGES = range(len(contract_composites.pages(contract_composites.NETS, PAGE)))
 
 pytestmark = [
     pytest.mark.session("local[5]"),
