@@ -13,9 +13,10 @@ import pytest
 import torch
 from torch import nn
 
+from sparksgd.arithmetic.changes import PARAMETERS, Changes, Part
 from sparksgd.arithmetic.flat import FlatModule
 from sparksgd.config import OptimizerConfig, ScheduleConfig
-from sparksgd.errors import ConfigError, NotFinite
+from sparksgd.errors import ConfigError, ModelError, NotFinite
 from sparksgd.solvers.protocol import Answer, Gradient, Message
 from sparksgd.solvers.rules import Experiment
 from sparksgd.solvers.synchronous import SynchronousSettings, SynchronousSolver
@@ -252,6 +253,44 @@ def test_a_step_that_would_make_a_parameter_infinite_is_not_made(gradient: float
     assert solver.flat.parameters.tolist() == [-1.0]
     assert solver.flat.statistics().tolist() == [1.0, 2.0]
     assert solver.flat.counters().tolist() == [1]
+
+
+def changing(step: int, gradient: float = 1.0) -> Message:
+    """A gradient of two weights, of which forward has set the first to 5, and a buffer to the step."""
+    message = arrived([gradient, gradient])
+    five, number = (np.array([value], np.float32).view(np.int32) for value in (5, step))
+    message.changes = Changes(
+        parts={
+            PARAMETERS: Part(positions=np.array([0]), values=five),
+            "t": Part(positions=None, values=number),
+        }
+    )
+    return message
+
+
+def test_what_forward_changed_comes_before_the_optimiser_and_goes_with_the_step() -> None:
+    module = at(1.0, 2.0)
+    module.register_buffer("t", torch.zeros(1))
+    solver = solver_of(module, lr=0.5)
+    for step in (1, 2):
+        solver.receive(changing(step))
+        assert (solver.flat.parameters.tolist(), module.t.item()) == ([4.5, 2.0 - 0.5 * step], step)
+    with pytest.raises(NotFinite):
+        solver.receive(changing(3, float("inf")))
+    assert (solver.flat.parameters.tolist(), module.t.item()) == ([4.5, 1.0], 2)
+    solver.receive(changing(3))
+    solver.step_back()
+    assert (solver.version, solver.flat.parameters.tolist(), module.t.item()) == (2, [4.5, 1.0], 2)
+
+
+def test_two_values_of_an_element_make_no_step() -> None:
+    module = at(1.0, 2.0)
+    module.register_buffer("t", torch.zeros(1))
+    solver, total = solver_of(module, lr=0.5), changing(1)
+    total += changing(2)
+    with pytest.raises(ModelError, match=r"forward changes t, .* element 0 becomes 1\.0 and 2\.0"):
+        solver.receive(total)
+    assert (solver.version, solver.flat.parameters.tolist(), module.t.item()) == (0, [1.0, 2.0], 0)
 
 
 # Clipping

@@ -42,9 +42,18 @@ def inline(path: str, settings: tuple[str, ...]) -> Training:
     return train_inline(configured(*settings), rows=rows, test=rows, make_engine=InlineEngine)
 
 
-@pytest.mark.parametrize("workers", [1, 3])
-@pytest.mark.parametrize("engine", ["tree", "allreduce"])
-@pytest.mark.parametrize("settings", [CHANGING, LOCAL], ids=["synchronous", "local"])
+@pytest.mark.parametrize(
+    ("settings", "engine", "workers"),
+    [
+        pytest.param(
+            settings, engine, workers, marks=() if (settings, workers) != (LOCAL, 1) else pytest.mark.soak
+        )
+        for settings in (CHANGING, LOCAL)
+        for engine in ("tree", "allreduce")
+        for workers in (1, 3)
+    ],
+    ids=lambda value: ("local" if value is LOCAL else "synchronous") if isinstance(value, tuple) else None,
+)
 def test_every_engine_ends_at_one_state(spark, small, settings, engine, workers):
     rows = spark.read.parquet(small)
     config = configured(*settings, f"engine.name={engine}", f"engine.num_workers={workers}")
