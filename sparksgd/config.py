@@ -96,6 +96,10 @@ class ModelConfig:
     name: str = _experiment("lenet")
     """A model of sparksgd.models, or your own as package.module:factory."""
 
+    rows_mix: bool = _experiment(False)
+    """Whether the loss of a row may depend on the other rows of its piece, as contrastive losses do.  Then
+    the result depends on train.num_shards.  If false, such a model is refused; batch-norm never is."""
+
     arguments: Mapping[str, Any] = _arguments()
     """Keyword arguments of the factory."""
 

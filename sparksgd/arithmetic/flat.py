@@ -31,6 +31,7 @@ __all__ = [
     "TakePart",
     "Weights",
     "has_convolutions",
+    "is_lazy",
     "mixes_rows",
 ]
 
@@ -69,7 +70,11 @@ class FlatModule:
     def __init__(self, module: nn.Module, dtype: torch.dtype = torch.float32) -> None:
         self.module = module
         self.dtype = dtype
-        trainable = [(n, p) for n, p in module.named_parameters() if p.requires_grad]
+        # What an own `parameters()` leaves out is constant, as it would be in an optimiser made with it.
+        given = {id(parameter) for parameter in module.parameters()}
+        trainable = [
+            (n, p) for n, p in nn.Module.named_parameters(module) if p.requires_grad and id(p) in given
+        ]
         _check(trainable, module, dtype)
         self.trainable = [parameter for _, parameter in trainable]
         size = sum(parameter.numel() for parameter in self.trainable)
@@ -89,7 +94,9 @@ class FlatModule:
         self._counters = [norm.num_batches_tracked for norm in norms if norm.num_batches_tracked is not None]
 
     @contextmanager
-    def new_gradient(self, take_part: TakePart | None = None) -> Iterator[npt.NDArray[np.floating]]:
+    def new_gradient(
+        self, take_part: TakePart | None = None, shift: int = 0
+    ) -> Iterator[npt.NDArray[np.floating]]:
         """Yield a new vector, float[P]; after the block it holds the gradient of the block's backward passes.
 
         The backward passes make tensors of their own, which are then copied.  To add them to views of zeros
@@ -98,6 +105,7 @@ class FlatModule:
         Args:
             take_part: called for each part of the vector as soon as it is computed, during the backward
                 pass; the block may then have only one.
+            shift: the block back-propagates 2^-shift times its loss, which is undone here, exactly.
         """
         held = [parameter.grad for parameter in self.trainable]
         gradient = torch.empty_like(self.gradient)
@@ -106,6 +114,8 @@ class FlatModule:
         def take(number: int, view: torch.Tensor, parameter: torch.Tensor) -> None:
             assert parameter.grad is not None
             view.copy_(parameter.grad.to_dense())
+            if shift:
+                view.mul_(2.0**shift)
             taken.add(number)
             if take_part is not None:
                 take_part(vector, number)
@@ -123,6 +133,8 @@ class FlatModule:
                         view.zero_()
                     elif number not in taken:
                         view.copy_(parameter.grad.to_dense())
+                        if shift:
+                            view.mul_(2.0**shift)
             finally:
                 for parameter, grad in zip(self.trainable, held, strict=True):
                     parameter.grad = grad
@@ -192,8 +204,9 @@ class FlatModule:
 
     def constants(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Yield the named buffers and frozen parameters, which training may not change."""
-        for name, parameter in self.module.named_parameters():
-            if not parameter.requires_grad:
+        ours = {id(parameter) for parameter in self.trainable}
+        for name, parameter in nn.Module.named_parameters(self.module):
+            if id(parameter) not in ours:
                 yield name, parameter
         changing = {id(buffer) for buffer in [*self._statistics, *self._counters]}
         for name, buffer in self.module.named_buffers():
@@ -319,14 +332,18 @@ def _check(trainable: list[tuple[str, nn.Parameter]], module: nn.Module, dtype: 
     if not trainable:
         raise ModelError(
             f"{type(module).__name__} has no trainable parameter: "
-            f"every one has requires_grad false, or there is none"
+            f"every one has requires_grad false, or there is none, or parameters() gives none"
         )
-    lazy = [name for name, p in trainable if isinstance(p, nn.UninitializedParameter)]
-    if lazy:
-        raise ModelError(
-            f"parameter {lazy[0]} has no shape yet (a lazy module): run one batch through it first"
-        )
-    for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
+    for name, tensor in [*nn.Module.named_parameters(module), *nn.Module.named_buffers(module)]:
+        if is_lazy(tensor):
+            raise ModelError(
+                f"{name} has no shape yet, because no forward reached its lazy module: remove it, or use it"
+            )
+        if tensor.device.type == "meta":
+            raise ModelError(
+                f"{name} is on meta, so it has no values: build the module on the CPU, or load values into "
+                f"module.to_empty(device='cpu')"
+            )
         if tensor.device.type != "cpu":
             raise ModelError(
                 f"{name} is on {tensor.device}, but only the CPU is supported: call module.cpu()"
@@ -334,8 +351,21 @@ def _check(trainable: list[tuple[str, nn.Parameter]], module: nn.Module, dtype: 
     for name, parameter in trainable:
         if parameter.dtype != dtype:
             raise ModelError(
-                f"parameter {name} is {parameter.dtype}, but must be {dtype}: call module.float()"
+                f"parameter {name} is {parameter.dtype}, but must be {dtype}: {_remedy(parameter)}"
             )
+
+
+def _remedy(parameter: torch.Tensor) -> str:
+    if parameter.is_complex():
+        return "keep it as two real numbers, [..., 2], and use torch.view_as_complex in forward"
+    if parameter.dtype in (torch.bfloat16, torch.float16):
+        return "call module.float(), and compute under torch.autocast('cpu') in forward"
+    return "call module.float()"
+
+
+def is_lazy(tensor: torch.Tensor) -> bool:
+    """Return whether a parameter or a buffer of a lazy module has no shape yet."""
+    return isinstance(tensor, nn.UninitializedParameter | nn.UninitializedBuffer)
 
 
 def _parameter(values: torch.Tensor, gradient: torch.Tensor) -> nn.Parameter:

@@ -9,11 +9,10 @@ Legend: B rows of a piece, P parameters, S shards, C classes.
 from __future__ import annotations
 
 import copy
-import logging
 import socket
 import time
 from collections.abc import Callable, Iterable
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +22,7 @@ import torch
 from torch import nn
 
 from sparksgd.arithmetic.addition_tree import add_partial
-from sparksgd.arithmetic.flat import FlatModule, TakePart, Weights, has_convolutions
+from sparksgd.arithmetic.flat import FlatModule, TakePart, Weights
 from sparksgd.arithmetic.numerics import Numerics, generator_kept, thread_count
 from sparksgd.arithmetic.seeds import seed32
 from sparksgd.data.sampling import Sampling
@@ -35,7 +34,6 @@ from sparksgd.errors import (
     NotFinite,
     SparkSGDError,
     UpdateNotFinite,
-    UserCodeError,
 )
 from sparksgd.imports import users_code
 from sparksgd.losses import Loss
@@ -45,12 +43,10 @@ __all__ = [
     "EVALUATION_ROWS",
     "Computer",
     "Plan",
+    "back_propagate",
     "forward",
     "predictions",
-    "try_out",
 ]
-
-log = logging.getLogger("sparksgd")
 
 EVALUATION_ROWS = 512
 
@@ -86,6 +82,9 @@ class Plan:
     channels_last: bool = False
     """Whether 2-d convolutions are computed channels last: faster, but not every module can use their
     output."""
+
+    float16: bool = False
+    """Whether the module computes in float16, where the gradient of a sum of many rows overflows."""
 
     deal: int = 0
     """How often the rows were dealt again."""
@@ -241,16 +240,14 @@ class Computer:
         torch.default_generator.manual_seed(seed)
         chunk = self.plan.rows_per_backward or len(records)
         loss = 0.0
-        with self.flat.new_gradient(take_part) as gradient:
+        shift = (min(chunk, len(records)) - 1).bit_length() if self.plan.float16 else 0
+        with self.flat.new_gradient(take_part, shift) as gradient:
             for first in range(0, len(records), chunk):
                 _, losses = forward(
                     self.flat.module, self.plan.loss, self.plan.schema, records[first : first + chunk]
                 )
-                total = losses.sum()
                 self._require_finite(losses, rows[first : first + chunk], shard, turn)
-                with users_code("the module or its loss"):
-                    total.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
-                loss += float(total.detach())
+                loss += back_propagate(losses, 2.0**-shift)
         if not np.isfinite(gradient.sum()) and not np.isfinite(gradient).all():
             raise NotFinite(
                 f"the gradient of turn {turn + 1} is NaN or infinite in shard {shard.shard}, rows "
@@ -331,10 +328,33 @@ class _Standing:
             self._layout.enter_context(self._flat.channels_last())
 
 
+def back_propagate(losses: torch.Tensor, scale: float = 1.0) -> float:
+    """Add `scale` times the gradient of a sum of losses to the parameters' gradients; return the sum.
+
+    Raises:
+        UserCodeError: the module or the loss raised.
+    """
+    total = losses.sum()
+    with users_code("the module or its loss"):
+        (total if scale == 1 else total * scale).backward()  # type: ignore[no-untyped-call]  # torch's own
+    return float(total.detach())
+
+
 def forward(
-    module: nn.Module, loss: Loss, schema: RowSchema, records: npt.NDArray[Any]
+    module: nn.Module,
+    loss: Loss,
+    schema: RowSchema,
+    records: npt.NDArray[Any],
+    dtype: torch.dtype = torch.float32,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Run a module and its loss over records.
+
+    Args:
+        module: the module.
+        loss: one value per row.
+        schema: of a record.
+        records: the rows, [B].
+        dtype: float64 gives it float64 features.
 
     Returns:
         The module's output, and the loss of each row, float[B].
@@ -344,6 +364,8 @@ def forward(
         ModelError: the loss is not one value per row.
     """
     features = {name: _tensor(values) for name, values in schema.feature_arrays(records).items()}
+    if dtype == torch.float64:
+        features = {n: f.to(dtype) if f.is_floating_point() else f for n, f in features.items()}
     label = _tensor(schema.label_array(records))
     with users_code("the module or its loss"):
         output = module(*features.values()) if len(features) == 1 else module(**features)
@@ -366,58 +388,6 @@ def predictions(output: torch.Tensor) -> torch.Tensor:
     if output.ndim == 2 and output.shape[1] > 1:
         return output.argmax(1)
     return (output.reshape(len(output)) > 0).long()
-
-
-def try_out(
-    module: nn.Module, loss: Loss, schema: RowSchema, records: npt.NDArray[Any], dtype: torch.dtype
-) -> tuple[torch.Size, bool]:
-    """Compute a gradient of a few rows, and refuse a module or loss that cannot be trained.
-
-    Args:
-        module: not changed; a copy is tried.
-        loss: one value per row.
-        schema: of a record.
-        records: some rows, [B].
-        dtype: the type that the parameters must have.
-
-    Returns:
-        The shape of the output, and whether the module can be computed channels last.
-    """
-    if has_convolutions(module):
-        try:
-            return _trial(module, loss, schema, records, dtype, channels_last=True), True
-        except UserCodeError as error:
-            # If the module is wrong in any layout, it raises again here.
-            as_it_is = _trial(module, loss, schema, records, dtype, channels_last=False)
-            log.info(
-                "convolutions are computed channels first, which takes longer: channels last, the module or "
-                "its loss raised: %s", str(error).strip().splitlines()[-1].strip(),
-            )  # fmt: skip
-            return as_it_is, False
-    return _trial(module, loss, schema, records, dtype, channels_last=False), False
-
-
-def _trial(
-    module: nn.Module, loss: Loss, schema: RowSchema, records: npt.NDArray[Any], dtype: torch.dtype,
-    *, channels_last: bool,
-) -> torch.Size:  # fmt: skip
-    """Compute a gradient of a few rows, and return the shape of the output."""
-    records = np.resize(records, max(2, len(records)))  # batch-norm needs two rows
-    flat = FlatModule(copy.deepcopy(module), dtype)
-    before = {name: tensor.detach().numpy().tobytes() for name, tensor in flat.constants()}
-    with generator_kept(), flat.channels_last() if channels_last else nullcontext():
-        output, losses = forward(flat.module, loss, schema, records)
-        with users_code("the module or its loss"):
-            losses.sum().backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
-    for name, tensor in flat.constants():
-        if before.get(name) != tensor.detach().numpy().tobytes():
-            raise ModelError(
-                f"{name} changes as the module trains, and only batch-norm's buffers may: its value would "
-                f"depend on which worker ran last. Keep it fixed, or make it a trainable parameter"
-            )
-    if not isinstance(output, torch.Tensor):
-        raise ModelError(f"the module gives a {type(output).__name__}, but must give one tensor")
-    return output.shape
 
 
 def _tensor(values: npt.NDArray[Any]) -> torch.Tensor:

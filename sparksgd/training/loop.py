@@ -139,6 +139,7 @@ def _plan(
         rows_per_backward=config.train.rows_per_backward,
         dtype=probe.dtype,
         channels_last=checked.channels_last,
+        float16=checked.float16,
         before_gradients=probe.before_gradients,
     )
 

@@ -1,6 +1,6 @@
 """What is checked before the first step, so that no run fails after hours for a reason known before.
 
-configuration ── first rows ── trial: a gradient of them ── schema ── every row inspected
+configuration ── first rows ── trial: some steps of a copy ── schema ── every row inspected
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from sparksgd.config import Config, DataConfig
 from sparksgd.data.sampling import Sampling
 from sparksgd.data.schema import RowReport, RowSchema, read_rows
 from sparksgd.data.source import RowSource
-from sparksgd.engines.compute import try_out
 from sparksgd.engines.kinds import EngineKind, candidates, refuse_uncarried
+from sparksgd.engines.trial import Found, Use, try_out
 from sparksgd.errors import ConfigError, DataError, ModelError, UserCodeError
 from sparksgd.losses import CLASSIFIERS, Loss, binary_cross_entropy, loss_named
 from sparksgd.solvers.protocol import Need
@@ -60,6 +60,9 @@ class Checked:
 
     channels_last: bool
     """See Plan.channels_last."""
+
+    float16: bool
+    """See Plan.float16."""
 
     rows: RowReport
     """The rows to train on."""
@@ -99,9 +102,9 @@ def check(
         SparkSGDError: see errors.py.
     """
     loss = loss_named(config.loss.name)
-    schema, channels_last = _tried(config, module, loss, rows, dtype)
     needs = check_solver(config, replay)
     check_engine(config, kinds, needs)
+    schema, found = _tried(config, module, loss, rows, dtype)
     _warn_of_evaluation_mode(module)
     if test is not None:
         schema.check_columns(*test.first_rows(schema.columns, 1), "the test data")
@@ -115,7 +118,8 @@ def check(
     return Checked(
         loss=loss,
         schema=schema,
-        channels_last=channels_last,
+        channels_last=found is not None and found.channels_last,
+        float16=found is not None and found.float16,
         rows=report,
         test_rows=test_report,
         needs=needs,
@@ -212,24 +216,34 @@ def warn_of_differences(numerics: Sequence[Numerics]) -> None:
 
 def _tried(
     config: Config, module: nn.Module, loss: Loss, rows: RowSource, dtype: torch.dtype
-) -> tuple[RowSchema, bool]:
-    """Return the schema of a row, and `Plan.channels_last`, after a trial gradient of the first rows."""
+) -> tuple[RowSchema, Found | None]:
+    """Return the schema of a row, and what the trial found; None if there were no rows to try."""
     classifies = loss in CLASSIFIERS
     schema, sample = _first_records(config.data, rows, whole_labels=classifies)
     made_up = not len(sample)
     if made_up:
         sample = np.zeros(_TRIED_ROWS, schema.record)  # all of the first rows are bad; later ones may be good
-    if classifies:
-        schema.label_array(sample)[:] = 0  # a label out of range is reported later, as a bad row
+    piece = math.ceil(config.train.rows_per_step / config.train.num_shards)
+    use = Use(
+        loss=loss,
+        schema=schema,
+        dtype=dtype,
+        classifies=classifies,
+        piece_rows=min(piece, config.train.rows_per_backward or piece),
+        optimizer=config.optimizer,
+        schedule=config.schedule,
+        rows_mix=config.model.rows_mix,
+        seed=config.train.seed,
+    )
     try:
-        output, channels_last = try_out(module, loss, schema, sample[:_TRIED_ROWS], dtype)
+        found = try_out(module, sample, use)
     except UserCodeError:
         if not made_up:
             raise
-        return schema, False  # zeros may not suit it; the inspection will name the bad rows
+        return schema, None  # zeros may not suit it; the inspection will name the bad rows
     if classifies:
-        schema = replace(schema, classes=2 if loss is binary_cross_entropy else output[1])
-    return schema, channels_last
+        schema = replace(schema, classes=2 if loss is binary_cross_entropy else found.output[1])
+    return schema, found
 
 
 def _first_records(

@@ -1,0 +1,255 @@
+"""Whether the loss of a row depends on other rows, whether gradients scale, and in which layout to compute.
+
+The gradient of a piece must be the sum of its rows' gradients, else the result depends on how many shards
+there are.  So a few rows are computed together and in parts, and compared beyond rounding.  Batch-norms are
+in evaluation mode for that, because they may mix; random operations give constants.  The weights are slightly
+moved, because parameters of 0 hide what depends on them.
+
+Legend: B rows, P parameters.
+"""
+
+from __future__ import annotations
+
+import copy
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from sparksgd.arithmetic.flat import FlatModule
+from sparksgd.data.schema import RowSchema
+from sparksgd.engines.compute import back_propagate, forward
+from sparksgd.engines.operations import Operations
+from sparksgd.errors import ModelError, UserCodeError
+from sparksgd.losses import Loss
+
+__all__ = ["TRIED_ROWS", "Probe", "without_batch_statistics"]
+
+TRIED_ROWS = 4
+
+_SPLITS = (([0, 1, 0, 2], ([0, 1], [0, 2])), ([0, 1, 2, 3], ([0], [1, 2, 3])))
+"""Rows, and the parts to compare them with."""
+
+_MOVED = 0.1
+"""How far weights are moved, relative to the root mean square of their tensor."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Measured:
+    """Losses and gradient of some rows."""
+
+    output: Any
+    """The module's."""
+
+    losses: torch.Tensor
+    """float64[B]."""
+
+    gradient: torch.Tensor
+    """Of their sum, [P]."""
+
+    epsilon: float
+    """The rounding error of its least precise operation."""
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether all losses and gradients are finite."""
+        return bool(torch.isfinite(self.losses.sum() + self.gradient.sum()))
+
+
+class Probe:
+    """Computes losses and gradients of a few rows at some weights, as often as needed, with the same bits.
+
+    Args:
+        module: a copy of the user's; it is changed.
+        loss: one value per row.
+        schema: of a record.
+        records: distinct rows, [TRIED_ROWS].
+        dtype: type of the parameters.
+    """
+
+    def __init__(
+        self, module: nn.Module, loss: Loss, schema: RowSchema, records: npt.NDArray[Any], dtype: torch.dtype
+    ) -> None:
+        self.flat = FlatModule(module, dtype)
+        self.names = [name for name, parameter in module.named_parameters() if self._is_trained(parameter)]
+        self._loss, self._schema, self._records = loss, schema, records
+        without_batch_statistics(module)
+        self._start = _Tensors(module)
+        self._rebinds = True
+
+    def _is_trained(self, parameter: nn.Parameter) -> bool:
+        return any(parameter is trained for trained in self.flat.trainable)
+
+    def measure(self, rows: Sequence[int], *, scale: float = 1.0, seed: int = 0) -> _Measured:
+        """Return the losses of rows, and `scale` times their gradient."""
+        self._start.restore(rebinds=self._rebinds)
+        torch.default_generator.manual_seed(seed)
+        np.random.seed(seed)  # the global one, which the module may use
+        random.seed(seed)
+        with Operations(steady=True) as seen, self.flat.new_gradient() as gradient:
+            output, losses = forward(
+                self.flat.module, self._loss, self._schema, self._records[list(rows)], self.flat.dtype
+            )
+            if losses.requires_grad:  # else the trial's steps say what is wrong
+                back_propagate(losses, scale)
+        return _Measured(
+            output=output,
+            losses=losses.detach().double().clone(),
+            gradient=torch.from_numpy(gradient).div_(scale),
+            epsilon=seen.epsilon,
+        )
+
+    def relabel(self, label: Callable[[npt.NDArray[Any]], npt.NDArray[Any]]) -> None:
+        """Change the labels of the rows."""
+        labels = self._schema.label_array(self._records)
+        labels[:] = label(labels)
+
+    def move(self, parameters: torch.Tensor | None = None) -> None:
+        """Go to weights near some parameters, float[P]; None: near the first ones."""
+        self._start.restore(rebinds=self._rebinds)
+        if parameters is not None:
+            self.flat.parameters.copy_(parameters)
+        chance = torch.Generator().manual_seed(16)
+        noise = torch.rand(self.flat.parameters.shape, generator=chance, dtype=self.flat.dtype).sub_(0.5)
+        for values, away in zip(self._parts(self.flat.parameters), self._parts(noise), strict=True):
+            if len(values):
+                size = float(values.norm()) / len(values) ** 0.5
+                values.add_(away, alpha=2 * _MOVED * (size + _MOVED))
+        self._start = _Tensors(self.flat.module)
+
+    def _parts(self, vector: torch.Tensor) -> Sequence[torch.Tensor]:
+        """Return each parameter's part of a vector, [P]."""
+        return torch.split(vector, [parameter.numel() for parameter in self.flat.trainable])
+
+    def mixing(self, splits: int = len(_SPLITS)) -> str | None:
+        """Return how rows mix, for an error, after some ways to part them; None if they do not."""
+        for whole, parts in _SPLITS[-splits:]:
+            together = self.measure(whole)
+            apart = [self.measure(part) for part in parts]
+            found = self._difference(together, apart)
+            if found is None:
+                continue
+            again = self.measure(whole, seed=1)
+            if self._difference(together, [again]) is not None:
+                return None  # it differs from itself: that is not about rows, and found elsewhere
+            if self._is_rounding(whole, parts):
+                continue
+            return f"{len(whole)} rows together against the same rows in {len(parts)} parts: {found}"
+        return None
+
+    def _is_rounding(self, whole: Sequence[int], parts: Sequence[Sequence[int]]) -> bool:
+        """Return whether the rows do not mix in float64, where the module can be computed so."""
+        if self.flat.dtype == torch.float64:
+            return False
+        try:
+            exact = Probe(
+                copy.deepcopy(self.flat.module).double(),
+                self._loss,
+                self._schema,
+                self._records,
+                torch.float64,
+            )
+            together = exact.measure(whole)
+            apart = [exact.measure(part) for part in parts]
+        except (UserCodeError, ModelError, RuntimeError, TypeError):
+            return False
+        return together.is_finite and self._difference(together, apart) is None
+
+    def scaling(self) -> str | None:
+        """Return whose gradient is not proportional to the loss, for an error; None if all are."""
+        rows = range(TRIED_ROWS)
+        plain = self.measure(rows)
+        # In float16, greater ones leave its range by themselves.
+        powers = (-12, 12) if torch.finfo(torch.float16).eps != plain.epsilon else (-4, 2)
+        for power in powers:
+            found = self._difference(plain, [self.measure(rows, scale=2.0**power)])
+            if found is not None:
+                hooked = [
+                    n for n, p in zip(self.names, self.flat.trainable, strict=True) if p._backward_hooks
+                ]
+                where = f"parameter {hooked[0]!r} has a hook" if hooked else f"found at {found}"
+                return (
+                    f"the gradient of 2^{power} times the loss is not 2^{power} times the gradient: {where}"
+                )
+        return None
+
+    def channels_last(self) -> str | None:
+        """Return why convolutions cannot be computed channels last; None if they can."""
+        rows = range(TRIED_ROWS)
+        plain = self.measure(rows)
+        try:
+            with self.flat.channels_last():
+                self._rebinds = False
+                other = self.measure(rows)
+        except UserCodeError as error:
+            return (
+                f"channels last, the module or its loss raised: {str(error).strip().splitlines()[-1].strip()}"
+            )
+        finally:
+            self._rebinds = True
+        found = self._difference(plain, [other])
+        return None if found is None else f"channels last, the module computes other values: {found}"
+
+    def _difference(self, together: _Measured, apart: Sequence[_Measured]) -> str | None:
+        """Return where losses or gradients differ by more than rounding; None: nowhere."""
+        if not together.is_finite or not all(part.is_finite for part in apart):
+            return None
+        precision = max(together.epsilon, *(part.epsilon for part in apart))
+        if self.flat.dtype == torch.float64:
+            precision = float(np.sqrt(torch.finfo(torch.float64).eps))
+        coarse, floor = max(1e-3, 16 * precision), max(2e-5, 8 * precision)
+        losses = torch.cat([part.losses for part in apart])
+        if len(losses) == len(together.losses):
+            error = (losses - together.losses).abs()
+            limit = coarse * torch.maximum(losses.abs(), together.losses.abs()) + floor * losses.abs().max()
+            worst = int((error - limit).argmax())
+            if error[worst] > limit[worst]:
+                return f"the loss of row {worst + 1} is {together.losses[worst]:g} and {losses[worst]:g}"
+        total = torch.stack([part.gradient for part in apart]).sum(0) if apart[1:] else apart[0].gradient
+        error = total.sub(together.gradient)
+        size = float(together.gradient.norm())
+        if float(error.norm()) <= floor * size:
+            return None
+        for index, name in enumerate(self.names):
+            reach = sum(float(self._parts(part.gradient)[index].norm()) for part in [together, *apart])
+            wrong = float(self._parts(error)[index].norm())
+            if wrong > coarse * reach + floor * size:
+                return f"the gradient of {name!r} differs by {wrong:g}, where norms add up to {reach:g}"
+        return None
+
+
+class _Tensors:
+    """What a module holds now, to be restored: its tensors, their values, and what they are views of."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._buffers = [(part, dict(part._buffers)) for part in module.modules()]
+        held = [*nn.Module.parameters(module), *nn.Module.buffers(module)]
+        self._values = [(tensor, tensor.data, tensor.detach().clone()) for tensor in held]
+
+    def restore(self, *, rebinds: bool) -> None:
+        """Give all tensors their values again, and their memory if forward may have rebound it."""
+        for part, buffers in self._buffers:
+            if any(part._buffers.get(n) is not b for n, b in buffers.items()):
+                part._buffers.update(buffers)
+        for tensor, memory, values in self._values:
+            if rebinds and tensor.data_ptr() != memory.data_ptr():
+                tensor.data = memory
+            with torch.no_grad():
+                tensor.data.copy_(values)
+
+
+def without_batch_statistics(module: nn.Module) -> None:
+    """Let batch-norms use running statistics, so that they do not mix rows."""
+    for part in module.modules():
+        if isinstance(part, _BatchNorm):
+            part.training = False
+            if part.running_mean is None and part.running_var is None:
+                like = part.weight if part.affine else torch.empty(0)
+                part.running_mean = like.new_zeros(part.num_features)
+                part.running_var = like.new_ones(part.num_features)

@@ -1,0 +1,435 @@
+"""The trial: some steps of a copy, before any row is dealt, that refuse what would go wrong in silence.
+
+    at sight ── lazy shapes ── shared memory ── a few rows: do they mix? which layout? do gradients scale?
+        ── steps with updates, an evaluation between them ── can the result be saved?
+
+All of it runs on copies; the caller's own objects are left as they were, except for lazy modules, which get
+their shapes.
+
+Legend: B rows, P parameters, C classes.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import nn
+
+from sparksgd.arithmetic.flat import FlatModule, has_convolutions, mixes_rows
+from sparksgd.config import OptimizerConfig, ScheduleConfig
+from sparksgd.data.schema import RowSchema
+from sparksgd.engines.compute import EVALUATION_ROWS, back_propagate, forward, predictions
+from sparksgd.engines.lazy import has_lazy_parts, take_shapes
+from sparksgd.engines.leaves import Leaves
+from sparksgd.engines.mixing import TRIED_ROWS, Probe
+from sparksgd.engines.operations import Operations
+from sparksgd.engines.ownership import (
+    Owned,
+    digest_of_tensor,
+    left_alone,
+    named_tensors,
+    refuse_shared_memory,
+)
+from sparksgd.engines.sight import refuse_at_sight, refuse_new_structure, refuse_unsavable, structure
+from sparksgd.errors import ModelError, UserCodeError
+from sparksgd.imports import users_code
+from sparksgd.losses import Loss
+from sparksgd.solvers.torch_optimizers import make_optimizer, make_schedule
+
+__all__ = ["Found", "Use", "copy_of", "try_out"]
+
+log = logging.getLogger("sparksgd")
+
+_STEPS = 4
+_MOST_ROWS = 1024
+"""Of the first step and of the evaluation that are tried."""
+_FEW_ROWS = 32
+"""Of the other steps."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Use:
+    """How a module will be used."""
+
+    loss: Loss
+    """One value per row."""
+
+    schema: RowSchema
+    """Of a record."""
+
+    dtype: torch.dtype = torch.float32
+    """Type of the parameters."""
+
+    classifies: bool = False
+    """Whether labels are classes.  Those out of range are tried as 0: they are bad rows, found later."""
+
+    piece_rows: int = TRIED_ROWS
+    """Rows of a backward pass."""
+
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    """Which class of torch.optim, and its arguments."""
+
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    """Which class of torch.optim.lr_scheduler, and its arguments."""
+
+    rows_mix: bool = False
+    """See ModelConfig.rows_mix."""
+
+    seed: int = 0
+    """Of the experiment."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Found:
+    """What a trial found."""
+
+    output: torch.Size
+    """The shape of the output, [B, ...]."""
+
+    channels_last: bool
+    """See Plan.channels_last."""
+
+    float16: bool
+    """See Plan.float16."""
+
+
+def try_out(module: nn.Module, records: npt.NDArray[Any], use: Use) -> Found:
+    """Try a module as it will be used, and refuse what cannot be trained, or would be wrong in silence.
+
+    Args:
+        module: only its lazy parts change.
+        records: some rows, [B].
+        use: how it will be used.
+
+    Raises:
+        ModelError: it cannot be trained; with the path of what is wrong, and the next move.
+        UserCodeError: the module, the loss or the optimiser raised.
+    """
+    started = time.perf_counter()
+    refuse_at_sight(module, use.loss, use.schema)
+    few = _distinct(records, use)
+    records = records.copy()
+    if has_lazy_parts(module):
+        shaped = take_shapes(module, copy_of, lambda twin: _output_of(twin, few, use), use.seed)
+        log.info("lazy modules have their shapes from the first rows: %s", ", ".join(shaped))
+    refuse_shared_memory(module)
+    with left_alone(module):
+        trial = _Trial(module, records, few, use)
+        found = trial.run()
+    log.info("trial: %s (%.2f s)", "; ".join(trial.remarks), time.perf_counter() - started)
+    if trial.untouched:
+        log.warning(
+            "no gradient reached %s in the trial's %d steps: the optimiser skips a parameter until one does",
+            ", ".join(trial.untouched), _STEPS,
+        )  # fmt: skip
+    return found
+
+
+def copy_of(module: nn.Module) -> nn.Module:
+    """Return a copy of a module with its hooks.
+
+    Raises:
+        ModelError: something that it holds cannot be copied; with the path.
+    """
+    try:
+        twin = copy.deepcopy(module)
+    except Exception as error:
+        raise ModelError(_uncopied(module, error)) from error
+    mine, theirs = nn.Module.parameters(module), nn.Module.parameters(twin)
+    for parameter, other in zip(mine, theirs, strict=True):
+        for hook in (parameter._backward_hooks or {}).values():
+            if not other._backward_hooks or hook not in other._backward_hooks.values():
+                other.register_hook(hook)  # type: ignore[no-untyped-call]  # torch leaves it untyped
+    return twin
+
+
+def _uncopied(module: nn.Module, error: Exception) -> str:
+    for name, tensor in named_tensors(module):
+        if not tensor.is_leaf:
+            return (
+                f"{name!r} is a result of an earlier computation, with its graph, and cannot be copied to "
+                f"workers: delete it or detach() it before training, and compute it in forward"
+            )
+    for path, part in module.named_modules():
+        for name, value in vars(part).items():
+            if name in ("_parameters", "_buffers", "_modules"):
+                continue
+            try:
+                copy.deepcopy(value)
+            except Exception as reason:
+                where = f"{path}.{name}" if path else name
+                return (
+                    f"{where!r} is a {type(value).__name__}, which cannot be copied to workers ({reason}): "
+                    f"make it in forward, or in a function of its own module"
+                )
+    return f"the module cannot be copied to workers: {type(error).__name__}: {error}"
+
+
+class _Trial:
+    """One trial.
+
+    Args:
+        module: the caller's; not changed.
+        records: some rows.
+        few: rows that differ, [TRIED_ROWS].
+        use: how the module will be used.
+    """
+
+    def __init__(self, module: nn.Module, records: npt.NDArray[Any], few: npt.NDArray[Any], use: Use) -> None:
+        self._use, self._records, self._few = use, records, few
+        self._module = module
+        self._owned = Owned(module)
+        self.remarks: list[str] = []
+        self.untouched: list[str] = []
+        self._dtypes: set[torch.dtype] = set()
+
+    def run(self) -> Found:
+        """Try everything; see the module's docstring."""
+        use = self._use
+        labels = [use.schema.label_array(records) for records in (self._records, self._few)]
+        wanted = [label.copy() for label in labels]
+        if use.classifies:
+            for label in labels:
+                label[:] = 0
+        probe = Probe(copy_of(self._module), self._loss(), use.schema, self._few, use.dtype)
+        first = probe.measure(range(TRIED_ROWS)).output
+        if not isinstance(first, torch.Tensor):
+            raise ModelError(f"the module gives a {type(first).__name__}, but must give one tensor")
+        if use.classifies:
+            classes = first.shape[1] if first.ndim == 2 and first.shape[1] > 1 else 2
+            for label, values in zip(labels, wanted, strict=True):
+                label[:] = np.where((values >= 0) & (values < classes), values, 0)
+        probe.move()
+        plainly = probe.channels_last() if has_convolutions(self._module) else None
+        channels_last = has_convolutions(self._module) and plainly is None
+        after = self._steps(first.shape, channels_last=channels_last)
+        if not use.rows_mix:
+            self._refuse_mixing(probe.mixing())
+        if after is not None:
+            probe.move(after)
+            if not use.rows_mix:
+                self._refuse_mixing(probe.mixing(splits=1))
+        self._refuse_scaling(probe.scaling())
+        if plainly is not None:
+            self.remarks.append(f"convolutions are computed channels first, which takes longer: {plainly}")
+        elif channels_last:
+            self.remarks.append("convolutions are computed channels last")
+        float16 = torch.float16 in self._dtypes
+        if float16:
+            self.remarks.append("it computes in float16: gradients are scaled by a power of 2")
+        return Found(output=first.shape, channels_last=channels_last, float16=float16)
+
+    def _loss(self) -> Loss:
+        try:
+            return copy.deepcopy(self._use.loss)
+        except Exception as error:
+            raise ModelError(
+                f"the loss cannot be copied to workers ({type(error).__name__}: {error}): keep nothing in "
+                "it that cannot be copied"
+            ) from error
+
+    def _refuse_mixing(self, found: str | None) -> None:
+        if found is not None:
+            raise ModelError(
+                "the loss of a row depends on the other rows of its piece "
+                f"({found}).{_suspects(self._module)} Such are recurrent or attention layers without "
+                "batch_first, means over rows, and losses that compare rows or divide by their number. "
+                "Compute each row by itself; or set model.rows_mix = true if it is meant for each piece: "
+                "then results depend on train.num_shards"
+            )
+
+    def _refuse_scaling(self, found: str | None) -> None:
+        if found is not None:
+            raise ModelError(
+                f"{found}. A hook or an autograd function that clips would see the sum over a piece here, "
+                "and a mean over all rows elsewhere. Use solver.clip_norm, or let it be proportional to "
+                "the gradient"
+            )
+
+    def _steps(self, output: torch.Size, *, channels_last: bool) -> torch.Tensor | None:
+        """Make steps with updates, and evaluate between them; return the parameters, float[P], if finite."""
+        use = self._use
+        loss = self._loss()
+        flat = FlatModule(copy_of(self._module), use.dtype)
+        piece = _Piece(flat, loss, use, self._owned, self._dtypes, channels_last=channels_last)
+        with users_code("the optimiser"):
+            optimizer = make_optimizer(flat, use.optimizer)
+        schedule = make_schedule(optimizer, use.schedule, 0)
+        moves = min(_STEPS, getattr(schedule, "total_steps", None) or _STEPS)
+        least = 2 if mixes_rows(flat.module) else 1  # `check_pieces` tells of a batch-norm with one row
+        most = max(least, min(use.piece_rows, _MOST_ROWS))
+        steps = 0
+        for step in range(_STEPS):
+            rows = most if step == 0 else min(most, _FEW_ROWS)
+            gradient = piece.gradient(self._rows(rows, step))
+            if step == 1:
+                piece.evaluate(self._rows(1, 0), output)
+                piece.evaluate(self._rows(min(most, EVALUATION_ROWS), 0), output)
+            flat.gradient.copy_(gradient)
+            if not torch.isfinite(gradient).all():
+                break  # the run will say in which rows
+            with users_code("the optimiser"):
+                optimizer.step()
+            steps += 1
+            if schedule is not None and steps < moves:
+                with users_code("the schedule"):
+                    schedule.step()
+        if not (mixes_rows(flat.module) or use.rows_mix):
+            piece.gradient(self._rows(1, _STEPS))
+        names = [n for n, p in nn.Module.named_parameters(flat.module) if any(p is t for t in flat.trainable)]
+        self.untouched = [name for name, was in zip(names, piece.touched, strict=True) if not was]
+        if len(self.untouched) == len(names):
+            raise ModelError(
+                f"no parameter of {type(self._module).__name__} gets a gradient: the loss depends on none "
+                "of them, so nothing would be trained. Let forward use them by self"
+            )
+        self.remarks.append(
+            f"{steps} steps of {most:,} rows, evaluations of 1 and {min(most, EVALUATION_ROWS):,}; "
+            f"{len(names) - len(self.untouched)} of {len(names)} parameters get a gradient; "
+            + ("rows may mix, as model.rows_mix says" if use.rows_mix else "rows do not mix")
+        )
+        refuse_unsavable(flat.module)
+        return flat.parameters if bool(torch.isfinite(flat.parameters).all()) else None
+
+    def _rows(self, number: int, first: int) -> npt.NDArray[Any]:
+        """Return some records, [number], others for another `first`."""
+        return np.resize(np.roll(self._records, -first, axis=0), number)
+
+
+class _Piece:
+    """Computes pieces on a copy, and looks at all that they do.
+
+    Args:
+        flat: the copy.
+        loss: one value per row.
+        use: how the module will be used.
+        owned: what the copy must not touch.
+        dtypes: takes the half types that are seen.
+        channels_last: in which layout to compute.
+    """
+
+    def __init__(
+        self, flat: FlatModule, loss: Loss, use: Use, owned: Owned, dtypes: set[torch.dtype],
+        *, channels_last: bool,
+    ) -> None:  # fmt: skip
+        self._flat, self._loss, self._use, self._owned, self._dtypes = flat, loss, use, owned, dtypes
+        self._channels_last = channels_last
+        self._leaves = Leaves(flat.module, loss, owned)
+        self.touched = [False] * len(flat.trainable)
+
+    def gradient(self, records: npt.NDArray[Any]) -> torch.Tensor:
+        """Return the mean gradient of some rows, float[P].
+
+        Raises:
+            ModelError: the piece did what it must not do.
+        """
+        before, held = structure(self._flat.module), self._constants()
+        with self._computing(len(records)), self._flat.new_gradient() as gradient:
+            _, losses = forward(self._flat.module, self._loss, self._use.schema, records)
+            self._leaves.check(losses)
+            back_propagate(losses)
+            for number, parameter in enumerate(self._flat.trainable):
+                self.touched[number] |= parameter.grad is not None
+        refuse_new_structure(before, structure(self._flat.module))
+        for name, digest in self._constants().items():
+            if held.get(name) != digest:
+                raise ModelError(
+                    f"{name} changes as the module trains, and only batch-norm's buffers may: its value "
+                    "would depend on which worker ran last. Keep it fixed, or make it a trainable "
+                    "parameter"
+                )
+        return torch.from_numpy(gradient) / len(records)
+
+    def evaluate(self, records: npt.NDArray[Any], trained: torch.Size) -> None:
+        """Evaluate some rows, and refuse what evaluations after an epoch could not use."""
+        rows = len(records)
+        try:
+            with self._flat.evaluating(), self._computing(rows):
+                output, _ = forward(self._flat.module, self._loss, self._use.schema, records)
+        except UserCodeError as error:
+            raise UserCodeError(f"in evaluation mode, with {rows} rows: {error}") from error
+        except ModelError as error:
+            raise ModelError(f"in evaluation mode, with {rows} rows: {error}") from error
+        form = tuple(output.shape) if isinstance(output, torch.Tensor) else type(output).__name__
+        if (
+            not isinstance(output, torch.Tensor)
+            or not output.ndim
+            or len(output) != rows
+            or (self._use.classifies and output.shape[1:] != trained[1:])
+        ):
+            raise ModelError(
+                f"in evaluation mode the module gives {form} for {rows} rows, but {(rows, *trained[1:])} "
+                "in training: give the same form in both modes"
+            )
+        if self._use.classifies:
+            predictions(output)
+
+    @contextmanager
+    def _computing(self, rows: int) -> Iterator[None]:
+        """Watch what the block computes, in the layout of the run."""
+        with Operations(self._owned.storages) as seen, ExitStack() as layout:
+            if self._channels_last:
+                layout.enter_context(self._flat.channels_last())
+            try:
+                yield
+            except UserCodeError as error:
+                self._owned.refuse(seen.met)  # more to the point
+                if rows == 1:
+                    raise UserCodeError(
+                        f"with a single row, which a small piece or the end of an evaluation may be: {error}"
+                    ) from error
+                raise
+        self._owned.refuse(seen.met)
+        self._dtypes |= seen.dtypes
+
+    def _constants(self) -> dict[str, int]:
+        return {name: digest_of_tensor(tensor) for name, tensor in self._flat.constants()}
+
+
+def _suspects(module: nn.Module) -> str:
+    """Return what in the module is known to mix rows, as a sentence."""
+    for path, part in module.named_modules():
+        if getattr(part, "batch_first", True) is False:
+            return f" {path or 'The module'} ({type(part).__name__}) has batch_first=False."
+        if getattr(part, "scale_grad_by_freq", False):
+            return f" {path or 'The module'} ({type(part).__name__}) has scale_grad_by_freq=True."
+    return ""
+
+
+def _output_of(module: nn.Module, records: npt.NDArray[Any], use: Use) -> object:
+    """Run a module, without its loss."""
+    return forward(module, _no_loss, use.schema, records)
+
+
+def _no_loss(output: Any, label: torch.Tensor) -> torch.Tensor:
+    return torch.zeros(len(label))
+
+
+def _distinct(records: npt.NDArray[Any], use: Use) -> npt.NDArray[Any]:
+    """Return records with different features, [TRIED_ROWS]; where there are too few, variants of them."""
+    features = np.dtype([(f.name, use.schema.record[f.name]) for f in use.schema.features])
+    seen: dict[bytes, int] = {}
+    for index, record in enumerate(records):
+        content = b"".join(np.ascontiguousarray(record[name]).tobytes() for name in features.names or ())
+        seen.setdefault(content, index)
+    kept = list(seen.values())[:TRIED_ROWS]
+    rows = np.resize(records[kept], TRIED_ROWS).copy()
+    chance = np.random.default_rng(16)
+    for number in range(len(kept), TRIED_ROWS):
+        for name in features.names or ():
+            values = rows[name][number]
+            if values.dtype.kind == "f":
+                size = max(1.0, float(np.abs(values).max(initial=0)))
+                rows[name][number] = values + 0.1 * size * chance.standard_normal(values.shape)
+            elif values.ndim:
+                rows[name][number] = chance.permutation(values)
+    return rows

@@ -1,0 +1,328 @@
+"""A row's loss and gradient are its own; where they are not, the trial says so."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from sparksgd.losses import cross_entropy, squared_error
+from tests.engines.trials import Around, refused, rows, tried
+
+
+class Sequences(nn.Module):
+    """[B, 6] as sequences of three steps of two numbers, through a layer, to one number."""
+
+    def __init__(self, layer: nn.Module, width: int = 4, *, recurrent: bool = True) -> None:
+        super().__init__()
+        self.up, self.layer, self.down = nn.Linear(2, 4), layer, nn.Linear(width, 1)
+        self.recurrent = recurrent
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.up(x.view(-1, 3, 2))
+        if isinstance(self.layer, nn.MultiheadAttention):
+            h, _ = self.layer(h, h, h)
+        else:
+            h = self.layer(h)
+            h = h[0] if self.recurrent else h
+        return self.down(h[:, -1])
+
+
+class With(Around):
+    """Does something to the numbers first."""
+
+    def __init__(self, first: Any) -> None:
+        super().__init__()
+        self.first = first
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.inner(self.first(x))
+
+
+class GhostNorm(nn.Module):
+    """A batch-norm by hand."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return (x - x.mean(0)) / (x.var(0, unbiased=False) + 1e-5).sqrt()
+
+
+class Words(nn.Module):
+    """Sums embeddings of six words."""
+
+    def __init__(self, **arguments: Any) -> None:
+        super().__init__()
+        self.words, self.down = nn.Embedding(20, 4, **arguments), nn.Linear(4, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down(self.words(x.long()).sum(1))
+
+
+class Zero(Around):
+    """Nothing is seen of what it does at its first weights, 0."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.zeros(6))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.inner(x) + ((x * self.w).mean(0) * self.w).sum()
+
+
+def contrastive(output: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
+    return F.cross_entropy(output @ output.T, torch.arange(len(output)), reduction="none")
+
+
+def divided(output: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
+    return squared_error(output, label) / len(label)
+
+
+def broadcast(output: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
+    return (output - label).square().mean(1)
+
+
+MIXING = {
+    "LSTM": (lambda: Sequences(nn.LSTM(4, 4)), squared_error, ["layer (LSTM) has batch_first=False"]),
+    "GRU": (lambda: Sequences(nn.GRU(4, 4)), squared_error, ["layer (GRU)"]),
+    "attention": (
+        lambda: Sequences(nn.MultiheadAttention(4, 2)),
+        squared_error,
+        ["layer (MultiheadAttention)"],
+    ),
+    "transformer": (
+        lambda: Sequences(nn.TransformerEncoderLayer(4, 2, 8), recurrent=False),
+        squared_error,
+        ["batch_first"],
+    ),
+    "minus the mean": (lambda: With(lambda x: x - x.mean(0)), squared_error, []),
+    "by hand": (lambda: With(GhostNorm()), squared_error, []),
+    "layer norm over rows": (
+        lambda: With(lambda x: F.layer_norm(x.T, (len(x),)).T),
+        squared_error,
+        [],
+    ),
+    "softmax over rows": (lambda: With(lambda x: x.softmax(0)), squared_error, []),
+    "row before": (lambda: With(lambda x: x + x.roll(1, 0)), squared_error, []),
+    "mixed up": (lambda: With(lambda x: 0.7 * x + 0.3 * x[torch.randperm(len(x))]), squared_error, []),
+    "contrastive": (lambda: nn.Linear(6, 4), contrastive, ["the loss of row"]),
+    "divided": (Around, divided, ["the loss of row"]),
+    "broadcast": (Around, broadcast, ["the loss of row"]),
+    "by frequency": (
+        lambda: Words(scale_grad_by_freq=True),
+        squared_error,
+        ["the gradient of 'words.weight'", "words (Embedding) has scale_grad_by_freq=True"],
+    ),
+    "at zero": (Zero, squared_error, []),
+}
+
+
+@pytest.mark.parametrize("kind", MIXING)
+def test_rows_that_mix_are_refused_unless_that_is_meant(kind: str) -> None:
+    make, loss, phrases = MIXING[kind]
+    refused(
+        make(),
+        "the loss of a row depends on the other rows of its piece",
+        "model.rows_mix = true",
+        *phrases,
+        loss=loss,
+    )
+    assert tried(make(), loss=loss, rows_mix=True).output[0] == 4
+
+
+class Bagged(nn.Module):
+    """A bag of six words."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bag, self.down = nn.EmbeddingBag(20, 4), nn.Linear(4, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down(self.bag(x.long()))
+
+
+class Residual(nn.Module):
+    """A small residual net with batch-norms, for images of one channel, 6 x 6."""
+
+    def __init__(self, **norm: Any) -> None:
+        super().__init__()
+        self.first, self.norm = nn.Conv2d(1, 4, 3, padding=1), nn.BatchNorm2d(4, **norm)
+        self.second, self.norm2 = nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4, **norm)
+        self.down = nn.Linear(4, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = F.relu(self.norm(self.first(x.view(-1, 1, 6, 6))))
+        h = F.relu(h + self.norm2(self.second(h)))
+        return self.down(F.max_pool2d(h, 2).mean((2, 3)))
+
+
+class Grouped(nn.Module):
+    """A convolution and a group norm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Conv2d(1, 4, 3), nn.GroupNorm(2, 4), nn.ReLU(), nn.MaxPool2d(2), nn.Dropout2d(), nn.Flatten()
+        )
+        self.down = nn.Linear(16, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down(self.layers(x.view(-1, 1, 6, 6)))
+
+
+class Half(Around):
+    """Computes under autocast."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.up, self.inner = nn.Linear(6, 32), nn.Linear(32, 1)
+        self.dtype = dtype
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        with torch.autocast("cpu", self.dtype):
+            return self.inner(F.gelu(self.up(x))).float()
+
+
+class Checkpointed(Around):
+    """Recomputes its activations."""
+
+    def __init__(self, *, reentrant: bool) -> None:
+        super().__init__()
+        self.up, self.reentrant = nn.Linear(6, 6), reentrant
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = F.dropout(self.up(x), 0.5, self.training)
+        return checkpoint(self.inner, torch.tanh(h), use_reentrant=self.reentrant)
+
+
+class Tied(nn.Module):
+    """One matrix, used twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.back, self.down = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 1)
+        self.back.weight = self.up.weight
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down(torch.tanh(self.back(torch.tanh(self.up(x)))))
+
+
+def weight_normed() -> nn.Module:
+    return nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(6, 4)), nn.Tanh(), nn.Linear(4, 1))
+
+
+def chancy() -> nn.Module:
+    return nn.Sequential(
+        nn.Linear(6, 8), nn.RReLU(), nn.Dropout(0.3), nn.AlphaDropout(0.2), nn.Linear(8, 8), nn.Dropout(0.5),
+        With(lambda x: (x + torch.randn_like(x) * torch.rand(len(x), 1))[:, :6]),
+    )  # fmt: skip
+
+
+IMAGES = rows(width=36, label="int64")
+WORDS = rows(dtype="int64")
+APART = {
+    "batch-norm": (Residual, {"loss": cross_entropy, "data": IMAGES, "classifies": True}),
+    "batch-norm that keeps nothing": (
+        lambda: Residual(track_running_stats=False, affine=False),
+        {"loss": cross_entropy, "data": IMAGES, "classifies": True},
+    ),
+    "group norm": (Grouped, {"loss": cross_entropy, "data": IMAGES, "classifies": True}),
+    "LSTM": (lambda: Sequences(nn.LSTM(4, 4, 2, batch_first=True, dropout=0.3)), {}),
+    "GRU": (lambda: Sequences(nn.GRU(4, 4, batch_first=True, bidirectional=True), 8), {}),
+    "attention": (lambda: Sequences(nn.MultiheadAttention(4, 2, 0.2, batch_first=True)), {}),
+    "transformer": (
+        lambda: Sequences(
+            nn.TransformerEncoder(
+                nn.TransformerEncoderLayer(4, 2, 8, dropout=0.3, batch_first=True),
+                2,
+                enable_nested_tensor=False,
+            ),
+            recurrent=False,
+        ),
+        {},
+    ),
+    "words": (Words, {"data": WORDS}),
+    "a bag of words": (Bagged, {"data": WORDS}),
+    "weight norm": (weight_normed, {}),
+    "checkpoint": (lambda: Checkpointed(reentrant=False), {}),
+    "reentrant checkpoint": (lambda: Checkpointed(reentrant=True), {}),
+    "tied": (Tied, {}),
+    "bfloat16": (lambda: Half(torch.bfloat16), {}),
+    "chance": (chancy, {}),
+    "layer norm": (lambda: nn.Sequential(nn.LayerNorm(6), nn.Linear(6, 1)), {}),
+    "one feature": (lambda: With(lambda x: x[:, None].expand(-1, 6)), {"data": rows(width=None)}),
+}
+
+
+@pytest.mark.parametrize("kind", APART)
+def test_rows_that_do_not_mix_are_no_false_alarm(kind: str) -> None:
+    make, use = APART[kind]
+    assert tried(make(), **use).output[0] == 4
+
+
+def test_float16_is_seen_and_bfloat16_is_not_it() -> None:
+    assert tried(Half(torch.float16)).float16
+    assert not tried(Half(torch.bfloat16)).float16
+
+
+@pytest.mark.parametrize("number", [1, 2, 3])
+def test_too_few_different_rows_are_made_to_differ(number: int) -> None:
+    refused(With(lambda x: x - x.mean(0)), "depends on the other rows", data=rows(number))
+
+
+def test_a_clipping_hook_is_refused() -> None:
+    module = nn.Linear(6, 1)
+    module.weight.register_hook(lambda gradient: gradient.clamp(-0.1, 0.1))
+    refused(module, "times the loss is not", "parameter 'weight' has a hook", "solver.clip_norm")
+
+
+class Clipped(torch.autograd.Function):
+    """The identity, whose gradient is clipped."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
+        return gradient.clamp(-0.01, 0.01)
+
+
+def test_an_autograd_function_that_clips_is_refused() -> None:
+    refused(nn.Sequential(nn.Linear(6, 1), With(lambda x: Clipped.apply(x).expand(-1, 6))), "times the loss")
+
+
+def test_a_hook_that_masks_is_kept() -> None:
+    module = nn.Linear(6, 1)
+    mask = torch.tensor([[1.0, 0, 1, 0, 1, 0]])
+    module.weight.register_hook(lambda gradient: gradient * mask)
+    assert tried(module).output == (4, 1)
+
+
+class Strided(nn.Module):
+    """Reads memory as it lies."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.down = nn.Conv2d(1, 4, 3), nn.Linear(16, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.conv(x.view(-1, 1, 6, 6))
+        return self.down(F.max_pool2d(h, 2).as_strided((len(x), 16), (16, 1)))
+
+
+class Asking(Strided):
+    """Does another thing when its memory is not contiguous."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.conv(x.view(-1, 1, 6, 6))
+        h = h if h.is_contiguous() else 2 * h
+        return self.down(F.max_pool2d(h, 2).flatten(1))
+
+
+@pytest.mark.parametrize(("make", "channels_last"), [(Strided, False), (Asking, False), (Residual, True)])
+def test_channels_last_only_where_it_gives_the_same(make: Any, channels_last: bool) -> None:
+    found = tried(make(), loss=cross_entropy, data=IMAGES, classifies=True)
+    assert found.channels_last == channels_last
