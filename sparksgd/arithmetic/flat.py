@@ -248,7 +248,7 @@ class FlatModule:
         modes = [(part, part.training) for part in self.module.modules()]
         self.module.eval()
         try:
-            with torch.inference_mode():
+            with torch.no_grad():
                 yield
         finally:
             for part, training in modes:
@@ -336,9 +336,7 @@ def _check(trainable: list[tuple[str, nn.Parameter]], module: nn.Module, dtype: 
         )
     for name, tensor in [*nn.Module.named_parameters(module), *nn.Module.named_buffers(module)]:
         if is_lazy(tensor):
-            raise ModelError(
-                f"{name} has no shape yet, because no forward reached its lazy module: remove it, or use it"
-            )
+            raise ModelError(f"{name} has no shape yet (a lazy module): run one batch through it first")
         if tensor.device.type == "meta":
             raise ModelError(
                 f"{name} is on meta, so it has no values: build the module on the CPU, or load values into "

@@ -11,6 +11,7 @@ from torch.nn.modules.lazy import LazyModuleMixin
 from sparksgd.arithmetic.flat import is_lazy
 from sparksgd.arithmetic.numerics import generator_kept
 from sparksgd.arithmetic.seeds import seed32
+from sparksgd.errors import ModelError
 
 __all__ = ["has_lazy_parts", "take_shapes"]
 
@@ -33,6 +34,9 @@ def take_shapes(
         copied: copies the module.
         run: computes a forward of the copy.
         seed: of the experiment.
+
+    Raises:
+        ModelError: forward does not reach a lazy part.
     """
     twin = copied(module)
     for part in twin.modules():
@@ -43,10 +47,19 @@ def take_shapes(
     shaped = []
     with torch.no_grad():
         for (path, part), (_, other) in zip(module.named_modules(), twin.named_modules(), strict=True):
-            if isinstance(part, LazyModuleMixin) and not isinstance(other, LazyModuleMixin):
+            if _is_lazy(part) and not _is_lazy(other):
                 _become(part, other)
                 shaped.append(path)
+    for name, tensor in [*nn.Module.named_parameters(module), *nn.Module.named_buffers(module)]:
+        if is_lazy(tensor):
+            raise ModelError(
+                f"{name} has no shape yet, because no forward reached its lazy module: remove it, or use it"
+            )
     return shaped
+
+
+def _is_lazy(part: nn.Module) -> bool:
+    return isinstance(part, LazyModuleMixin)
 
 
 def _become(part: nn.Module, other: nn.Module) -> None:

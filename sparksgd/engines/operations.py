@@ -19,7 +19,7 @@ _LEFT_AS_THEY_ARE = ("_scaled_dot_product", "_flash_attention", "_efficient_atte
 """Operations that count as random, though they draw nothing on a CPU."""
 
 
-class Operations(TorchDispatchMode):
+class Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leaves it untyped
     """In the block, records what operations of torch do.
 
     Args:
@@ -28,7 +28,7 @@ class Operations(TorchDispatchMode):
     """
 
     def __init__(self, watched: Iterable[int] = (), *, steady: bool = False) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]  # torch leaves it untyped
         self._watched = frozenset(watched)
         self._steady = steady
         self.met: dict[int, torch.Tensor] = {}
@@ -103,7 +103,8 @@ def _without_chance(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any])
         return result
     if name == "randperm":  # in the reverse order: a permutation of the rows does mix them
         return result.copy_(torch.arange(len(result) - 1, -1, -1))
-    return result.fill_(_CONSTANTS.get(name, _one)(*args))
+    constant: Callable[..., float] = _CONSTANTS.get(name, _one)
+    return result.fill_(constant(*args))
 
 
 def _one(*args: Any) -> float:

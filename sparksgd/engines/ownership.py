@@ -116,7 +116,7 @@ def _extent(tensor: torch.Tensor) -> tuple[int, int]:
         return 0, 0
     steps = zip(tensor.shape, tensor.stride(), strict=True)
     last = sum((size - 1) * stride for size, stride in steps)
-    start = tensor.storage_offset() * tensor.element_size()
+    start = int(tensor.storage_offset()) * tensor.element_size()
     return start, start + (last + 1) * tensor.element_size()
 
 
@@ -200,7 +200,7 @@ def digest_of_tensor(tensor: torch.Tensor) -> int:
     if values.is_meta or not values.numel():
         return 0
     flat = values.resolve_conj().resolve_neg().contiguous().reshape(-1)
-    return zlib.crc32(flat.view(torch.uint8).numpy())
+    return zlib.crc32(flat.view(torch.uint8).numpy().data)
 
 
 def _strided_parts(tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:

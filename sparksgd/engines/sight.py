@@ -39,7 +39,7 @@ def refuse_at_sight(module: nn.Module, loss: Loss, schema: RowSchema) -> None:
                 )
     ours = {id(parameter) for _, parameter in nn.Module.named_parameters(module)}
     for name, parameter in nn.Module.named_parameters(module):
-        if parameter._post_accumulate_grad_hooks:  # type: ignore[attr-defined]  # torch leaves it undeclared
+        if parameter._post_accumulate_grad_hooks:
             raise ModelError(
                 f"parameter {name!r} has a post-accumulate-grad hook, which would run for each piece, not "
                 "for each step: use register_hook, or do it in the optimiser"

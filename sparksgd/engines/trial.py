@@ -25,6 +25,7 @@ import torch
 from torch import nn
 
 from sparksgd.arithmetic.flat import FlatModule, has_convolutions, mixes_rows
+from sparksgd.arithmetic.numerics import thread_count
 from sparksgd.config import OptimizerConfig, ScheduleConfig
 from sparksgd.data.schema import RowSchema
 from sparksgd.engines.compute import EVALUATION_ROWS, back_propagate, forward, predictions
@@ -87,6 +88,9 @@ class Use:
     seed: int = 0
     """Of the experiment."""
 
+    threads: int = 1
+    """How many threads torch uses."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Found:
@@ -122,7 +126,7 @@ def try_out(module: nn.Module, records: npt.NDArray[Any], use: Use) -> Found:
         shaped = take_shapes(module, copy_of, lambda twin: _output_of(twin, few, use), use.seed)
         log.info("lazy modules have their shapes from the first rows: %s", ", ".join(shaped))
     refuse_shared_memory(module)
-    with left_alone(module):
+    with left_alone(module), thread_count(use.threads):
         trial = _Trial(module, records, few, use)
         found = trial.run()
     log.info("trial: %s (%.2f s)", "; ".join(trial.remarks), time.perf_counter() - started)
@@ -140,8 +144,14 @@ def copy_of(module: nn.Module) -> nn.Module:
     Raises:
         ModelError: something that it holds cannot be copied; with the path.
     """
+    memo: dict[int, Any] = {
+        # The one kind of tensor that torch does not copy.
+        id(buffer): nn.UninitializedBuffer(dtype=buffer.dtype)  # type: ignore[call-arg]  # torch's stub lacks it
+        for buffer in nn.Module.buffers(module)
+        if isinstance(buffer, nn.UninitializedBuffer)
+    }
     try:
-        twin = copy.deepcopy(module)
+        twin = copy.deepcopy(module, memo)
     except Exception as error:
         raise ModelError(_uncopied(module, error)) from error
     mine, theirs = nn.Module.parameters(module), nn.Module.parameters(twin)
@@ -187,6 +197,9 @@ class _Trial:
     def __init__(self, module: nn.Module, records: npt.NDArray[Any], few: npt.NDArray[Any], use: Use) -> None:
         self._use, self._records, self._few = use, records, few
         self._module = module
+        # All copies are made before the first runs: it may change the module that it was copied from.
+        self._copies = [copy_of(module), copy_of(module)]
+        self._losses = [self._loss(), self._loss()]
         self._owned = Owned(module)
         self.remarks: list[str] = []
         self.untouched: list[str] = []
@@ -200,7 +213,7 @@ class _Trial:
         if use.classifies:
             for label in labels:
                 label[:] = 0
-        probe = Probe(copy_of(self._module), self._loss(), use.schema, self._few, use.dtype)
+        probe = Probe(self._copies[0], self._losses[0], use.schema, self._few, use.dtype)
         first = probe.measure(range(TRIED_ROWS)).output
         if not isinstance(first, torch.Tensor):
             raise ModelError(f"the module gives a {type(first).__name__}, but must give one tensor")
@@ -258,8 +271,8 @@ class _Trial:
     def _steps(self, output: torch.Size, *, channels_last: bool) -> torch.Tensor | None:
         """Make steps with updates, and evaluate between them; return the parameters, float[P], if finite."""
         use = self._use
-        loss = self._loss()
-        flat = FlatModule(copy_of(self._module), use.dtype)
+        loss = self._losses[1]
+        flat = FlatModule(self._copies[1], use.dtype)
         piece = _Piece(flat, loss, use, self._owned, self._dtypes, channels_last=channels_last)
         with users_code("the optimiser"):
             optimizer = make_optimizer(flat, use.optimizer)
@@ -356,9 +369,9 @@ class _Piece:
             with self._flat.evaluating(), self._computing(rows):
                 output, _ = forward(self._flat.module, self._loss, self._use.schema, records)
         except UserCodeError as error:
-            raise UserCodeError(f"in evaluation mode, with {rows} rows: {error}") from error
+            raise UserCodeError(f"in evaluation mode, with {_counted(rows)}: {error}") from error
         except ModelError as error:
-            raise ModelError(f"in evaluation mode, with {rows} rows: {error}") from error
+            raise ModelError(f"in evaluation mode, with {_counted(rows)}: {error}") from error
         form = tuple(output.shape) if isinstance(output, torch.Tensor) else type(output).__name__
         if (
             not isinstance(output, torch.Tensor)
@@ -367,8 +380,8 @@ class _Piece:
             or (self._use.classifies and output.shape[1:] != trained[1:])
         ):
             raise ModelError(
-                f"in evaluation mode the module gives {form} for {rows} rows, but {(rows, *trained[1:])} "
-                "in training: give the same form in both modes"
+                f"in evaluation mode the module gives {form} for {_counted(rows)}, but "
+                f"{(rows, *trained[1:])} in training: give the same form in both modes"
             )
         if self._use.classifies:
             predictions(output)
@@ -393,6 +406,10 @@ class _Piece:
 
     def _constants(self) -> dict[str, int]:
         return {name: digest_of_tensor(tensor) for name, tensor in self._flat.constants()}
+
+
+def _counted(rows: int) -> str:
+    return "one row" if rows == 1 else f"{rows} rows"
 
 
 def _suspects(module: nn.Module) -> str:

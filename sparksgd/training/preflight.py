@@ -234,6 +234,7 @@ def _tried(
         schedule=config.schedule,
         rows_mix=config.model.rows_mix,
         seed=config.train.seed,
+        threads=config.train.threads,
     )
     try:
         found = try_out(module, sample, use)
