@@ -45,6 +45,7 @@ __all__ = [
     "Plan",
     "back_propagate",
     "forward",
+    "gradient_shift",
     "predictions",
 ]
 
@@ -240,7 +241,7 @@ class Computer:
         torch.default_generator.manual_seed(seed)
         chunk = self.plan.rows_per_backward or len(records)
         loss = 0.0
-        shift = (min(chunk, len(records)) - 1).bit_length() if self.plan.float16 else 0
+        shift = gradient_shift(min(chunk, len(records))) if self.plan.float16 else 0
         with self.flat.new_gradient(take_part, shift) as gradient:
             for first in range(0, len(records), chunk):
                 _, losses = forward(
@@ -381,6 +382,15 @@ def forward(
             f"the loss is on {losses.device}, but only the CPU is supported: let forward move nothing"
         )
     return output, losses
+
+
+def gradient_shift(rows: int) -> int:
+    """Return the least k with 2^k >= rows: 2^-k times a sum is no greater than a mean, and exact.
+
+    >>> [gradient_shift(rows) for rows in (1, 2, 3, 2048)]
+    [0, 1, 2, 11]
+    """
+    return (rows - 1).bit_length()
 
 
 def predictions(output: torch.Tensor) -> torch.Tensor:

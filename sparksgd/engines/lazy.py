@@ -22,28 +22,25 @@ def has_lazy_parts(module: nn.Module) -> bool:
     return any(is_lazy(tensor) for tensor in tensors)
 
 
-def take_shapes(
-    module: nn.Module, copied: Callable[[nn.Module], nn.Module], run: Callable[[nn.Module], object], seed: int
-) -> list[str]:
+def take_shapes(module: nn.Module, twin: nn.Module, run: Callable[[], object], seed: int) -> list[str]:
     """Give lazy parts the shapes and first values that they take in a forward; return their paths.
 
     A copy runs, so that forward changes nothing else of the module.  The values are drawn from the seed.
 
     Args:
         module: changed in place; its parameters and buffers stay the same objects.
-        copied: copies the module.
+        twin: a copy of it.
         run: computes a forward of the copy.
         seed: of the experiment.
 
     Raises:
         ModelError: forward does not reach a lazy part.
     """
-    twin = copied(module)
     for part in twin.modules():
         part.training = False  # so that no running statistics move
     with generator_kept() as generator, torch.no_grad():
         generator.manual_seed(seed32(seed, "lazy"))
-        run(twin)
+        run()
     shaped = []
     with torch.no_grad():
         for (path, part), (_, other) in zip(module.named_modules(), twin.named_modules(), strict=True):

@@ -56,6 +56,9 @@ class _Measured:
     epsilon: float
     """The rounding error of its least precise operation."""
 
+    float16: bool
+    """Whether an operation gave float16."""
+
     @property
     def is_finite(self) -> bool:
         """Whether all losses and gradients are finite."""
@@ -77,7 +80,9 @@ class Probe:
         self, module: nn.Module, loss: Loss, schema: RowSchema, records: npt.NDArray[Any], dtype: torch.dtype
     ) -> None:
         self.flat = FlatModule(module, dtype)
-        self.names = [name for name, parameter in module.named_parameters() if self._is_trained(parameter)]
+        self.names = [
+            name for name, parameter in nn.Module.named_parameters(module) if self._is_trained(parameter)
+        ]
         self._loss, self._schema, self._records = loss, schema, records
         without_batch_statistics(module)
         self._start = _Tensors(module)
@@ -103,6 +108,7 @@ class Probe:
             losses=losses.detach().double().clone(),
             gradient=torch.from_numpy(gradient).div_(scale),
             epsilon=seen.epsilon,
+            float16=torch.float16 in seen.dtypes,
         )
 
     def relabel(self, label: Callable[[npt.NDArray[Any]], npt.NDArray[Any]]) -> None:
@@ -131,7 +137,11 @@ class Probe:
         """Return how rows mix, for an error, after some ways to part them; None if they do not."""
         for whole, parts in _SPLITS[-splits:]:
             together = self.measure(whole)
-            apart = [self.measure(part) for part in parts]
+            try:
+                apart = [self.measure(part) for part in parts]
+            except UserCodeError:  # of a single row, perhaps, which is tried later; two may do
+                parts = (whole[:2], whole[2:])
+                apart = [self.measure(part) for part in parts]
             found = self._difference(together, apart)
             if found is None:
                 continue
@@ -166,7 +176,7 @@ class Probe:
         rows = range(TRIED_ROWS)
         plain = self.measure(rows)
         # In float16, greater ones leave its range by themselves.
-        powers = (-12, 12) if torch.finfo(torch.float16).eps != plain.epsilon else (-4, 2)
+        powers = (-4, 2) if plain.float16 else (-12, 12)
         for power in powers:
             found = self._difference(plain, [self.measure(rows, scale=2.0**power)])
             if found is not None:
@@ -228,7 +238,8 @@ class _Tensors:
     """What a module holds now, to be restored: its tensors, their values, and what they are views of."""
 
     def __init__(self, module: nn.Module) -> None:
-        self._buffers = [(part, dict(part._buffers)) for part in module.modules()]
+        parts = [part for part in module.modules() if isinstance(part._buffers, dict)]  # not of a script
+        self._buffers = [(part, dict(part._buffers)) for part in parts]
         held = [*nn.Module.parameters(module), *nn.Module.buffers(module)]
         self._values = [(tensor, tensor.data, tensor.detach().clone()) for tensor in held]
 

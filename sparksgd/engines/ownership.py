@@ -21,7 +21,14 @@ from sparksgd.arithmetic.numerics import generator_kept
 from sparksgd.engines.operations import storage_of
 from sparksgd.errors import ModelError
 
-__all__ = ["Owned", "digest_of_tensor", "left_alone", "named_tensors", "refuse_shared_memory"]
+__all__ = [
+    "Owned",
+    "digest_of_tensor",
+    "left_alone",
+    "named_tensors",
+    "reached_past_the_copy",
+    "refuse_shared_memory",
+]
 
 _EXACT = 1 << 22
 """Most elements of two tensors whose addresses are compared one by one."""
@@ -263,10 +270,9 @@ def left_alone(module: nn.Module) -> Iterator[None]:
 
 
 def _contents(part: nn.Module) -> dict[str, dict[str, Any]]:
-    return {
-        "": dict(vars(part)),
-        **{kind: dict(vars(part)[kind]) for kind in ("_parameters", "_buffers", "_modules")},
-    }
+    kinds = ("_parameters", "_buffers", "_modules")
+    own = {kind: dict(vars(part)[kind]) for kind in kinds if isinstance(vars(part).get(kind), dict)}
+    return {"": dict(vars(part)), **own}
 
 
 def _restored(parts: list[tuple[str, nn.Module, dict[str, dict[str, Any]]]]) -> str | None:

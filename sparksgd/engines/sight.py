@@ -26,6 +26,12 @@ def refuse_at_sight(module: nn.Module, loss: Loss, schema: RowSchema) -> None:
             f"torch's default type is {torch.get_default_dtype()}, but must be torch.float32, as on "
             "workers: call torch.set_default_dtype(torch.float32) before the module is made"
         )
+    for path, part in module.named_modules():
+        if isinstance(part, torch.jit.ScriptModule):
+            raise ModelError(
+                f"{path or 'the module'} is a scripted module, whose copies cannot be trained apart: give "
+                "the module that torch.jit was given"
+            )
     names = [feature.name for feature in schema.features]
     if len(names) > 1:
         _refuse_signature(module, names)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import random
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -26,9 +27,10 @@ from torch import nn
 
 from sparksgd.arithmetic.flat import FlatModule, has_convolutions, mixes_rows
 from sparksgd.arithmetic.numerics import thread_count
+from sparksgd.arithmetic.seeds import seed32
 from sparksgd.config import OptimizerConfig, ScheduleConfig
 from sparksgd.data.schema import RowSchema
-from sparksgd.engines.compute import EVALUATION_ROWS, back_propagate, forward, predictions
+from sparksgd.engines.compute import EVALUATION_ROWS, back_propagate, forward, gradient_shift, predictions
 from sparksgd.engines.lazy import has_lazy_parts, take_shapes
 from sparksgd.engines.leaves import Leaves
 from sparksgd.engines.mixing import TRIED_ROWS, Probe
@@ -46,7 +48,7 @@ from sparksgd.imports import users_code
 from sparksgd.losses import Loss
 from sparksgd.solvers.torch_optimizers import make_optimizer, make_schedule
 
-__all__ = ["Found", "Use", "copy_of", "try_out"]
+__all__ = ["Found", "Use", "copies_of", "try_out"]
 
 log = logging.getLogger("sparksgd")
 
@@ -123,7 +125,8 @@ def try_out(module: nn.Module, records: npt.NDArray[Any], use: Use) -> Found:
     few = _distinct(records, use)
     records = records.copy()
     if has_lazy_parts(module):
-        shaped = take_shapes(module, copy_of, lambda twin: _output_of(twin, few, use), use.seed)
+        twin, _ = copies_of(module, use.loss)
+        shaped = take_shapes(module, twin, lambda: _output_of(twin, few, use), use.seed)
         log.info("lazy modules have their shapes from the first rows: %s", ", ".join(shaped))
     refuse_shared_memory(module)
     with left_alone(module), thread_count(use.threads):
@@ -138,11 +141,11 @@ def try_out(module: nn.Module, records: npt.NDArray[Any], use: Use) -> Found:
     return found
 
 
-def copy_of(module: nn.Module) -> nn.Module:
-    """Return a copy of a module with its hooks.
+def copies_of(module: nn.Module, loss: Loss) -> tuple[nn.Module, Loss]:
+    """Return copies of a module, with its hooks, and of a loss.
 
     Raises:
-        ModelError: something that it holds cannot be copied; with the path.
+        ModelError: something that they hold cannot be copied; with the path.
     """
     memo: dict[int, Any] = {
         # The one kind of tensor that torch does not copy.
@@ -159,7 +162,13 @@ def copy_of(module: nn.Module) -> nn.Module:
         for hook in (parameter._backward_hooks or {}).values():
             if not other._backward_hooks or hook not in other._backward_hooks.values():
                 other.register_hook(hook)  # type: ignore[no-untyped-call]  # torch leaves it untyped
-    return twin
+    try:
+        return twin, copy.deepcopy(loss)
+    except Exception as error:
+        raise ModelError(
+            f"the loss cannot be copied to workers ({type(error).__name__}: {error}): keep nothing in it "
+            "that cannot be copied"
+        ) from error
 
 
 def _uncopied(module: nn.Module, error: Exception) -> str:
@@ -198,8 +207,7 @@ class _Trial:
         self._use, self._records, self._few = use, records, few
         self._module = module
         # All copies are made before the first runs: it may change the module that it was copied from.
-        self._copies = [copy_of(module), copy_of(module)]
-        self._losses = [self._loss(), self._loss()]
+        self._copies = [copies_of(module, use.loss), copies_of(module, use.loss)]
         self._owned = Owned(module)
         self.remarks: list[str] = []
         self.untouched: list[str] = []
@@ -213,8 +221,9 @@ class _Trial:
         if use.classifies:
             for label in labels:
                 label[:] = 0
-        probe = Probe(self._copies[0], self._losses[0], use.schema, self._few, use.dtype)
-        first = probe.measure(range(TRIED_ROWS)).output
+        probe = Probe(*self._copies[0], use.schema, self._few, use.dtype)
+        measured = probe.measure(range(TRIED_ROWS))
+        first = measured.output
         if not isinstance(first, torch.Tensor):
             raise ModelError(f"the module gives a {type(first).__name__}, but must give one tensor")
         if use.classifies:
@@ -224,9 +233,9 @@ class _Trial:
         probe.move()
         plainly = probe.channels_last() if has_convolutions(self._module) else None
         channels_last = has_convolutions(self._module) and plainly is None
-        after = self._steps(first.shape, channels_last=channels_last)
         if not use.rows_mix:
             self._refuse_mixing(probe.mixing())
+        after = self._steps(first.shape, channels_last=channels_last, float16=measured.float16)
         if after is not None:
             probe.move(after)
             if not use.rows_mix:
@@ -236,19 +245,10 @@ class _Trial:
             self.remarks.append(f"convolutions are computed channels first, which takes longer: {plainly}")
         elif channels_last:
             self.remarks.append("convolutions are computed channels last")
-        float16 = torch.float16 in self._dtypes
+        float16 = measured.float16 or torch.float16 in self._dtypes
         if float16:
             self.remarks.append("it computes in float16: gradients are scaled by a power of 2")
         return Found(output=first.shape, channels_last=channels_last, float16=float16)
-
-    def _loss(self) -> Loss:
-        try:
-            return copy.deepcopy(self._use.loss)
-        except Exception as error:
-            raise ModelError(
-                f"the loss cannot be copied to workers ({type(error).__name__}: {error}): keep nothing in "
-                "it that cannot be copied"
-            ) from error
 
     def _refuse_mixing(self, found: str | None) -> None:
         if found is not None:
@@ -268,12 +268,17 @@ class _Trial:
                 "the gradient"
             )
 
-    def _steps(self, output: torch.Size, *, channels_last: bool) -> torch.Tensor | None:
+    def _steps(self, output: torch.Size, *, channels_last: bool, float16: bool) -> torch.Tensor | None:
         """Make steps with updates, and evaluate between them; return the parameters, float[P], if finite."""
         use = self._use
-        loss = self._losses[1]
-        flat = FlatModule(self._copies[1], use.dtype)
-        piece = _Piece(flat, loss, use, self._owned, self._dtypes, channels_last=channels_last)
+        module, loss = self._copies[1]
+        flat = FlatModule(module, use.dtype)
+        piece = _Piece(
+            flat, loss, use, self._owned, self._dtypes, channels_last=channels_last, float16=float16
+        )
+        torch.default_generator.manual_seed(seed32(use.seed, "trial"))
+        np.random.seed(use.seed % 2**32)
+        random.seed(use.seed)
         with users_code("the optimiser"):
             optimizer = make_optimizer(flat, use.optimizer)
         schedule = make_schedule(optimizer, use.schedule, 0)
@@ -284,12 +289,13 @@ class _Trial:
         for step in range(_STEPS):
             rows = most if step == 0 else min(most, _FEW_ROWS)
             gradient = piece.gradient(self._rows(rows, step))
-            if step == 1:
+            is_finite = bool(torch.isfinite(gradient).all())
+            if step == 1 or (step == 0 and not is_finite):
                 piece.evaluate(self._rows(1, 0), output)
                 piece.evaluate(self._rows(min(most, EVALUATION_ROWS), 0), output)
-            flat.gradient.copy_(gradient)
-            if not torch.isfinite(gradient).all():
+            if not is_finite:
                 break  # the run will say in which rows
+            flat.gradient.copy_(gradient)
             with users_code("the optimiser"):
                 optimizer.step()
             steps += 1
@@ -328,14 +334,15 @@ class _Piece:
         owned: what the copy must not touch.
         dtypes: takes the half types that are seen.
         channels_last: in which layout to compute.
+        float16: whether to scale gradients.
     """
 
     def __init__(
         self, flat: FlatModule, loss: Loss, use: Use, owned: Owned, dtypes: set[torch.dtype],
-        *, channels_last: bool,
+        *, channels_last: bool, float16: bool,
     ) -> None:  # fmt: skip
         self._flat, self._loss, self._use, self._owned, self._dtypes = flat, loss, use, owned, dtypes
-        self._channels_last = channels_last
+        self._channels_last, self._float16 = channels_last, float16
         self._leaves = Leaves(flat.module, loss, owned)
         self.touched = [False] * len(flat.trainable)
 
@@ -346,10 +353,11 @@ class _Piece:
             ModelError: the piece did what it must not do.
         """
         before, held = structure(self._flat.module), self._constants()
-        with self._computing(len(records)), self._flat.new_gradient() as gradient:
+        shift = gradient_shift(len(records)) if self._float16 else 0
+        with self._computing(len(records)), self._flat.new_gradient(shift=shift) as gradient:
             _, losses = forward(self._flat.module, self._loss, self._use.schema, records)
             self._leaves.check(losses)
-            back_propagate(losses)
+            back_propagate(losses, 2.0**-shift)
             for number, parameter in enumerate(self._flat.trainable):
                 self.touched[number] |= parameter.grad is not None
         refuse_new_structure(before, structure(self._flat.module))

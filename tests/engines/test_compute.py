@@ -133,6 +133,31 @@ def test_the_gradient_of_three_rows_is_the_one_that_a_person_works_out(tmp_path:
     assert (sum_.vectors["gradient"].tolist(), sum_.loss, sum_.rows, sum_.shards) == ([-18.0], 45.0, 3, 1)
 
 
+class InFloat16(nn.Module):
+    """y = w x, in float16."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = slope(1.0)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        with torch.autocast("cpu", torch.float16):
+            return self.inner(x).float()
+
+
+def test_the_gradient_of_many_rows_does_not_overflow_in_float16(tmp_path: Path) -> None:
+    # 4,096 times 2 (1 * 1 + 15) 1 is beyond 65,504, the greatest number of float16
+    job = Job(tmp_path, InFloat16(), [[((1.0,), -15.0)] * 4096], rows_per_step=4096)
+    assert isinstance(job.gradients().failure, NotFinite)
+    job.plan = replace(job.plan, float16=True)
+    assert the_sum(job.gradients()).vectors["gradient"].tolist() == [32.0 * 4096]
+    (tmp_path / "few").mkdir()
+    few = Job(tmp_path / "few", InFloat16(), [ROWS])
+    plain = bits(the_sum(few.gradients()))
+    few.plan = replace(few.plan, float16=True)
+    assert bits(the_sum(few.gradients())) == plain
+
+
 def test_shards_add_up_along_the_tree(tmp_path: Path) -> None:
     job = Job(tmp_path, slope(), [[row] for row in ROWS])
     assert list(job.gradients([0, 1]).partials) == [(0, 2)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -246,6 +247,7 @@ APART = {
         {},
     ),
     "words": (Words, {"data": WORDS}),
+    "words of a largest norm": (lambda: Words(max_norm=1.0), {"data": WORDS}),
     "a bag of words": (Bagged, {"data": WORDS}),
     "weight norm": (weight_normed, {}),
     "checkpoint": (lambda: Checkpointed(reentrant=False), {}),
@@ -262,6 +264,14 @@ APART = {
 def test_rows_that_do_not_mix_are_no_false_alarm(kind: str) -> None:
     make, use = APART[kind]
     assert tried(make(), **use).output[0] == 4
+
+
+def test_batch_statistics_by_a_function_are_mixing() -> None:
+    refused(With(lambda x: F.batch_norm(x, None, None, training=True)), "depends on the other rows")
+
+
+def test_randomness_of_numpy_is_not_taken_for_mixing() -> None:
+    tried(With(lambda x: x * torch.from_numpy(np.random.rand(len(x), 1)).float()))
 
 
 def test_float16_is_seen_and_bfloat16_is_not_it() -> None:

@@ -515,6 +515,7 @@ def storing() -> nn.Module:
         (locked, ["'inner.lock' is a lock, which cannot be copied"]),
         (Extra, ["'_extra_state', a dict", "get_extra_state"]),
         (hooked_state, ["cannot load its own state_dict()"]),
+        (lambda: torch.jit.script(nn.Linear(6, 1)), ["is a scripted module"]),
         (storing, ["set 'seen' of the module that was copied", "Register a method"]),
     ],
 )
