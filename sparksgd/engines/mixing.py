@@ -29,11 +29,16 @@ from sparksgd.engines.operations import Operations
 from sparksgd.errors import ModelError, UserCodeError
 from sparksgd.losses import Loss
 
-__all__ = ["TRIED_ROWS", "Probe", "without_batch_statistics"]
+__all__ = ["DIFFERENT_ROWS", "TRIED_ROWS", "Probe", "without_batch_statistics"]
 
 TRIED_ROWS = 4
+DIFFERENT_ROWS = 8
 
-_SPLITS = (([0, 1, 0, 2], ([0, 1], [0, 2])), ([0, 1, 2, 3], ([0], [1, 2, 3])))
+_SPLITS = (
+    ([4, 5, 6, 7, 0, 1, 2, 3], ([4, 5, 6, 7], [0, 1, 2, 3])),
+    ([0, 1, 0, 2], ([0, 1], [0, 2])),
+    ([0, 1, 2, 3], ([0], [1, 2, 3])),
+)
 """Rows, and the parts to compare them with."""
 
 _MOVED = 0.1
@@ -72,7 +77,7 @@ class Probe:
         module: a copy of the user's; it is changed.
         loss: one value per row.
         schema: of a record.
-        records: distinct rows, [TRIED_ROWS].
+        records: rows that differ, [DIFFERENT_ROWS].
         dtype: type of the parameters.
     """
 

@@ -33,7 +33,7 @@ from sparksgd.data.schema import RowSchema
 from sparksgd.engines.compute import EVALUATION_ROWS, back_propagate, forward, gradient_shift, predictions
 from sparksgd.engines.lazy import has_lazy_parts, take_shapes
 from sparksgd.engines.leaves import Leaves
-from sparksgd.engines.mixing import TRIED_ROWS, Probe
+from sparksgd.engines.mixing import DIFFERENT_ROWS, TRIED_ROWS, Probe
 from sparksgd.engines.operations import Operations
 from sparksgd.engines.ownership import (
     Owned,
@@ -199,7 +199,7 @@ class _Trial:
     Args:
         module: the caller's; not changed.
         records: some rows.
-        few: rows that differ, [TRIED_ROWS].
+        few: rows that differ, [DIFFERENT_ROWS].
         use: how the module will be used.
     """
 
@@ -440,16 +440,16 @@ def _no_loss(output: Any, label: torch.Tensor) -> torch.Tensor:
 
 
 def _distinct(records: npt.NDArray[Any], use: Use) -> npt.NDArray[Any]:
-    """Return records with different features, [TRIED_ROWS]; where there are too few, variants of them."""
+    """Return records with different features, [DIFFERENT_ROWS]; where there are too few, variants of them."""
     features = np.dtype([(f.name, use.schema.record[f.name]) for f in use.schema.features])
     seen: dict[bytes, int] = {}
     for index, record in enumerate(records):
         content = b"".join(np.ascontiguousarray(record[name]).tobytes() for name in features.names or ())
         seen.setdefault(content, index)
-    kept = list(seen.values())[:TRIED_ROWS]
-    rows = np.resize(records[kept], TRIED_ROWS).copy()
+    kept = list(seen.values())[:DIFFERENT_ROWS]
+    rows = np.resize(records[kept], DIFFERENT_ROWS).copy()
     chance = np.random.default_rng(16)
-    for number in range(len(kept), TRIED_ROWS):
+    for number in range(len(kept), DIFFERENT_ROWS):
         for name in features.names or ():
             values = rows[name][number]
             if values.dtype.kind == "f":
