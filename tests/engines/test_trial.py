@@ -170,6 +170,35 @@ def test_a_loss_with_a_parameter() -> None:
     tried(nn.Linear(6, 1), loss=ArcFace(frozen=True))
 
 
+def test_a_tensor_that_changes_while_a_copy_runs() -> None:
+    module = Scaled()
+    numbers = module.scale.detach().numpy()
+
+    def reach() -> torch.Tensor:
+        numbers[:] += 1  # past torch
+        return torch.ones(1)
+
+    module.reach = reach
+    refused(module, f"uses 'scale' {PAST}")
+
+
+class Keeps(Around):
+    """A hook of its own keeps what it saw."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner.register_forward_hook(self.keep)
+
+    def keep(self, part: nn.Module, given: Any, made: torch.Tensor) -> None:
+        self.seen = made
+
+
+def test_a_hook_that_is_a_method_keeps_what_it_likes_on_the_copy() -> None:
+    module = Keeps()
+    tried(module)
+    assert not hasattr(module, "seen")
+
+
 # Shared memory
 
 

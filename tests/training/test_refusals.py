@@ -324,6 +324,54 @@ def test_modules(tmp_path: Path, factory: Any, kind: type[SparkSGDError], phrase
     assert_says(error, kind, *phrases)
 
 
+class Centred(nn.Module):
+    """Takes the mean of the rows away."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(2, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.inner(x - x.mean(0))
+
+
+def test_rows_that_mix_unless_the_configuration_says_so(tmp_path: Path) -> None:
+    rows = parquet(tmp_path, x=X, y=Y)
+    error = refusal(rows, factory=Centred)
+    assert_says(error, ModelError, "depends on the other rows of its piece", "model.rows_mix = true")
+    config = Config.from_dict(
+        {
+            "data": {"features": "x", "label": "y"},
+            "model": {"name": f"{__name__}:Centred", "rows_mix": True},
+            "train": {"num_shards": 2, "rows_per_step": 6},
+        }
+    )
+    assert train(config, rows=rows, test=None, make_engine=InlineEngine).is_finished
+
+
+def test_a_module_that_only_fails_at_the_rows_of_a_piece(tmp_path: Path) -> None:
+    class Eight(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Linear(2, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.inner(x) + torch.zeros(8, 3)[: len(x)]
+
+    for rows_per_step, says in ((16, "training began"), (18, "raised RuntimeError")):
+        config = Config.from_dict(
+            {
+                "data": {"features": "x", "label": "y"},
+                "train": {"num_shards": 2, "rows_per_step": rows_per_step},
+            }
+        )
+        with pytest.raises((UserCodeError, AssertionError), match=says):
+            train(
+                config, rows=parquet(tmp_path, x=X, y=Y), test=None, make_engine=InlineEngine, module=Eight(),
+                observers=[NoStep()],
+            )  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("train_keys", "phrases"),
     [
