@@ -272,12 +272,12 @@ def test_a_float64_module_is_flat_in_float64_where_asked() -> None:
     [
         (nn.ReLU(), ["ReLU has no trainable parameter"]),
         (nn.Linear(1, 1).requires_grad_(False), ["Linear has no trainable parameter", "requires_grad false"]),
-        (nn.LazyLinear(3), ["parameter weight has no shape yet", "run one batch through it first"]),
+        (nn.LazyLinear(3), ["weight has no shape yet", "run one batch through it first"]),
         (nn.Linear(1, 1).double(), ["parameter weight is torch.float64", "must be torch.float32"]),
         (nn.Linear(1, 1).half(), ["parameter weight is torch.float16", "module.float()"]),
-        (nn.Linear(1, 1, device="meta"), ["weight is on meta", "module.cpu()"]),
+        (nn.Linear(1, 1, device="meta"), ["weight is on meta, so it has no values", "on the CPU"]),
     ],
-    ids=["nothing to train", "all frozen", "lazy", "float64", "float16", "another device"],
+    ids=["nothing to train", "all frozen", "lazy", "float64", "float16", "no values"],
 )
 def test_a_module_that_cannot_be_one_vector_is_refused(module: nn.Module, phrases: list[str]) -> None:
     with pytest.raises(ModelError) as refused:

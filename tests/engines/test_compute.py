@@ -29,6 +29,7 @@ from sparksgd.errors import ModelError, NotFinite, ShardMissing, UserCodeError
 from sparksgd.losses import cross_entropy, squared_error
 from sparksgd.solvers.protocol import Answer, Halves, Message
 from sparksgd.solvers.synchronous import SendGradients
+from sparksgd.solvers.torch_optimizers import without_compiler
 
 Row = tuple[Any, ...]  # the features, then the label
 
@@ -90,6 +91,7 @@ class Job:
     def tried(self, rows: int | None = None) -> tuple[torch.Size, bool]:
         records = np.fromfile(self.table[0].path, self.plan.schema.record)[:rows]
         plan = self.plan
+        without_compiler()
         use = Use(loss=plan.loss, schema=plan.schema, dtype=plan.dtype, classifies=plan.loss is cross_entropy)
         found = try_out(plan.module, records, use)
         return found.output, found.channels_last

@@ -371,7 +371,7 @@ def test_twenty_trainings_leave_the_disk_as_it_was(tmp_path: Path, own_temporary
 def test_a_training_that_failed_leaves_the_disk_as_it_was(tmp_path: Path, own_temporary_folder: Path) -> None:
     with pytest.raises(UserCodeError, match="raised ValueError: later"):
         train(
-            replace(counted(), loss=replace(counted().loss, name=f"{__name__}:fails_on_three_rows")),
+            replace(counted(), loss=replace(counted().loss, name=f"{__name__}:fails_in_training")),
             rows=parquet(tmp_path / "rows", COUNTED_ROWS * 3),
             test=None,
             make_engine=InlineEngine,
@@ -379,24 +379,38 @@ def test_a_training_that_failed_leaves_the_disk_as_it_was(tmp_path: Path, own_te
     assert list(own_temporary_folder.iterdir()) == []
 
 
-def fails_on_three_rows(output: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
-    """Raise in the first step (of 3 rows), not when the module is tried out (on 4)."""
-    if len(label) == 3:
+TRAINS = {"now": False}
+
+
+def fails_in_training(output: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
+    """Raise in the first step, not when the module is tried out."""
+    if TRAINS["now"]:
         raise ValueError("later")
     return (output[:, 0] - label).square()
 
 
-def test_what_the_user_s_loss_raises_ends_the_run_with_its_traceback(tmp_path: Path) -> None:
-    diary = Diary()
+class Starting(Diary):
+    """Lets the loss fail from the start of the training on."""
+
+    def started(self, training: Training) -> None:
+        TRAINS["now"] = True
+        super().started(training)
+
+
+def test_what_the_user_s_loss_raises_ends_the_run_with_its_traceback(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(TRAINS, "now", False)
+    diary = Starting()
     with pytest.raises(UserCodeError) as raised:
         train(
-            replace(counted(), loss=replace(counted().loss, name=f"{__name__}:fails_on_three_rows")),
+            replace(counted(), loss=replace(counted().loss, name=f"{__name__}:fails_in_training")),
             rows=parquet(tmp_path, COUNTED_ROWS * 3),
             test=None,
             make_engine=InlineEngine,
             observers=[diary],
         )
-    for phrase in ("ValueError: later", "in fails_on_three_rows", "in turn 1, on worker 0 at"):
+    for phrase in ("ValueError: later", "in fails_in_training", "in turn 1, on worker 0 at"):
         assert phrase in str(raised.value)
     assert diary.lines == ["started", "ended UserCodeError"]
     assert diary.training is not None
