@@ -107,6 +107,11 @@ MIXING = {
     ),
     "softmax over rows": (lambda: With(lambda x: x.softmax(0)), squared_error, []),
     "above the mean": (lambda: With(lambda x: x * (x > x.mean())), squared_error, []),
+    "beside chance": (
+        lambda: With(lambda x: F.dropout(x - x.mean(0)) + torch.randn_like(x)),
+        squared_error,
+        [],
+    ),
     "row before": (lambda: With(lambda x: x + x.roll(1, 0)), squared_error, []),
     "mixed up": (lambda: With(lambda x: 0.7 * x + 0.3 * x[torch.randperm(len(x))]), squared_error, []),
     "contrastive": (lambda: nn.Linear(6, 4), contrastive, ["the loss of row"]),
