@@ -54,7 +54,7 @@ def make_optimizer(parameters: Parameters, config: OptimizerConfig, seed: int = 
         ConfigError: no optimiser has that name, it does not take these arguments or parameters, or it cannot
             be held as this package holds optimisers.
     """
-    try_optimizer([parameter.shape for parameter in parameters.trainable], config)
+    _try_optimizer([parameter.shape for parameter in parameters.trainable], config)
     kind = _optimizer_kind(config)
     with refusing("optimizer", config.name, kind, config.arguments):
         return another_optimizer(parameters, config, seed)
@@ -91,7 +91,7 @@ _STATE_AFTER = 2
 _LARGEST = 3  # of a dimension of a tried tensor
 
 
-def try_optimizer(shapes: Sequence[torch.Size], config: OptimizerConfig) -> None:
+def _try_optimizer(shapes: Sequence[torch.Size], config: OptimizerConfig) -> None:
     """Try an optimiser on small tensors of as many dimensions as these.
 
     Raises:

@@ -402,10 +402,7 @@ REFUSED = [
     (CountsInAClosure, "it does not go on to the same parameters in another process"),
     (DrawsFromTheSystem, "two that are made alike give different parameters"),
     (ReplacesParameters, 'let its step change the parameters in group["params"]'),
-    (
-        ReplacesShapes,
-        "RuntimeError: attempting to assign a gradient of size '[4]' to a tensor of size '[2, 2]'",
-    ),
+    (ReplacesShapes, "RuntimeError: attempting to assign a gradient of size"),
     (NeedsClosure, "TypeError"),
     (NoRate, "its parameter groups have no 'lr'"),
 ]

@@ -39,6 +39,7 @@ from sparksgd.errors import (
 from sparksgd.peers.mesh import Rendezvous
 from sparksgd.peers.replica import Segment, SegmentAnswer
 from sparksgd.peers.wire import Credentials
+from sparksgd.solvers.carrying import bytes_in
 from sparksgd.solvers.protocol import RoundSolver, SolverState
 from sparksgd.spark.cluster.cluster import Cluster
 from sparksgd.spark.engines.base import SparkEngine, destroy
@@ -233,6 +234,7 @@ class AllReduceEngine(SparkEngine):
     def _check_size(self, state: SolverState) -> None:
         """Refuse a state that is larger than Spark's limit on results."""
         size = state.weights.parameters.nbytes + sum(vector.nbytes for vector in state.vectors.values())
+        size += bytes_in(state.rest)
         limit = int(self._context._jsc.sc().conf().getSizeAsBytes("spark.driver.maxResultSize", "1g"))
         if limit and size > limit:
             raise ClusterError(
