@@ -8,7 +8,6 @@ Legend: B rows of a piece, P parameters, S shards, C classes.
 
 from __future__ import annotations
 
-import inspect
 import socket
 import time
 from collections.abc import Callable, Iterable
@@ -53,7 +52,6 @@ __all__ = [
     "forward",
     "gradient_shift",
     "predictions",
-    "tried_gradient",
 ]
 
 EVALUATION_ROWS = 512
@@ -394,19 +392,14 @@ def forward(
 
     Raises:
         UserCodeError: the module or the loss raised.
-        ModelError: the loss is not one value per row, or forward does not take the features.
+        ModelError: the loss is not one value per row.
     """
     features = {name: _tensor(values) for name, values in schema.feature_arrays(records).items()}
     if dtype == torch.float64:
         features = {n: f.to(dtype) if f.is_floating_point() else f for n, f in features.items()}
     label = _tensor(schema.label_array(records))
     with users_code("the module or its loss"):
-        try:
-            output = module(*features.values()) if len(features) == 1 else module(**features)
-        except TypeError as error:
-            if (why := _unfit(module, features)) is None:
-                raise
-            raise ModelError(why) from error
+        output = module(*features.values()) if len(features) == 1 else module(**features)
         losses = loss(output, label)
     if not isinstance(losses, torch.Tensor) or losses.shape != (len(records),):
         shape = tuple(losses.shape) if isinstance(losses, torch.Tensor) else type(losses).__name__
@@ -419,44 +412,6 @@ def forward(
             f"the loss is on {losses.device}, but only the CPU is supported: let forward move nothing"
         )
     return output, losses
-
-
-def _unfit(module: nn.Module, features: dict[str, torch.Tensor]) -> str | None:
-    """Return why a call of a module with these features cannot succeed; None if it can."""
-    columns = ", ".join(map(repr, features))
-    if len(features) > 1 and "self" in features:
-        return (
-            f"data.features is {columns}, but several features reach forward as keyword arguments, of which "
-            f"none may be called 'self': rename that column"
-        )
-    try:
-        signature = inspect.signature(module.forward)
-    except (TypeError, ValueError):
-        return None
-    try:
-        signature.bind(*features.values()) if len(features) == 1 else signature.bind(**features)
-    except TypeError as error:
-        how = (
-            "the only feature is passed by position"
-            if len(features) == 1
-            else "several features are passed by name (*args takes none of them)"
-        )
-        return (
-            f"data.features is {columns}, but forward of {type(module).__name__} takes {signature}: {error}; "
-            f"{how}. Give forward an argument for each feature, of its name, or set data.features"
-        )
-    return None
-
-
-def tried_gradient(
-    flat: FlatModule, loss: Loss, schema: RowSchema, records: npt.NDArray[Any]
-) -> tuple[bytes, bytes]:
-    """Return the losses and the gradient of some rows, as bytes."""
-    with flat.new_gradient() as gradient:
-        _, losses = forward(flat.module, loss, schema, records)
-        with users_code("the module or its loss"):
-            losses.sum().backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
-    return losses.detach().numpy().tobytes(), gradient.tobytes()
 
 
 def gradient_shift(rows: int) -> int:

@@ -84,23 +84,25 @@ class Probe:
     def __init__(
         self, module: nn.Module, loss: Loss, schema: RowSchema, records: npt.NDArray[Any], dtype: torch.dtype
     ) -> None:
+        without_batch_statistics(module)
         self.flat = FlatModule(module, dtype)
+        self.flat.standing.at(self.flat.parameters.numpy())
         self.names = [
             name for name, parameter in nn.Module.named_parameters(module) if self._is_trained(parameter)
         ]
         self._loss, self._schema, self._records = loss, schema, records
-        without_batch_statistics(module)
-        self._start = _Tensors(module)
-        self._rebinds = True
 
     def _is_trained(self, parameter: nn.Parameter) -> bool:
         return any(parameter is trained for trained in self.flat.trainable)
 
     def measure(self, rows: Sequence[int], *, scale: float = 1.0, seed: int = 0) -> _Measured:
         """Return the losses of rows, and `scale` times their gradient."""
-        self._start.restore(rebinds=self._rebinds)
         seed_generators(seed)
-        with Operations(steady=True) as seen, self.flat.new_gradient() as gradient:
+        with (
+            Operations(steady=True) as seen,
+            self.flat.new_gradient() as gradient,
+            self.flat.standing.piece(),
+        ):
             output, losses = forward(
                 self.flat.module, self._loss, self._schema, self._records[list(rows)], self.flat.dtype
             )
@@ -121,7 +123,6 @@ class Probe:
 
     def move(self, parameters: torch.Tensor | None = None) -> None:
         """Go to weights near some parameters, float[P]; None: near the first ones."""
-        self._start.restore(rebinds=self._rebinds)
         if parameters is not None:
             self.flat.parameters.copy_(parameters)
         chance = torch.Generator().manual_seed(16)
@@ -130,7 +131,7 @@ class Probe:
             if len(values):
                 size = float(values.norm()) / len(values) ** 0.5
                 values.add_(away, alpha=2 * _MOVED * (size + _MOVED))
-        self._start = _Tensors(self.flat.module)
+        self.flat.standing.at(self.flat.parameters.numpy())
 
     def _parts(self, vector: torch.Tensor) -> Sequence[torch.Tensor]:
         """Return each parameter's part of a vector, [P]."""
@@ -198,14 +199,11 @@ class Probe:
         plain = self.measure(rows)
         try:
             with self.flat.channels_last():
-                self._rebinds = False
                 other = self.measure(rows)
         except UserCodeError as error:
             return (
                 f"channels last, the module or its loss raised: {str(error).strip().splitlines()[-1].strip()}"
             )
-        finally:
-            self._rebinds = True
         found = self._difference(plain, [other])
         return None if found is None else f"channels last, the module computes other values: {found}"
 
@@ -235,27 +233,6 @@ class Probe:
             if wrong > coarse * reach + floor * size:
                 return f"the gradient of {name!r} differs by {wrong:g}, where norms add up to {reach:g}"
         return None
-
-
-class _Tensors:
-    """What a module holds now, to be restored: its tensors, their values, and what they are views of."""
-
-    def __init__(self, module: nn.Module) -> None:
-        parts = [part for part in module.modules() if isinstance(part._buffers, dict)]  # not of a script
-        self._buffers = [(part, dict(part._buffers)) for part in parts]
-        held = [*nn.Module.parameters(module), *nn.Module.buffers(module)]
-        self._values = [(tensor, tensor.data, tensor.detach().clone()) for tensor in held]
-
-    def restore(self, *, rebinds: bool) -> None:
-        """Give all tensors their values again, and their memory if forward may have rebound it."""
-        for part, buffers in self._buffers:
-            if any(part._buffers.get(n) is not b for n, b in buffers.items()):
-                part._buffers.update(buffers)
-        for tensor, memory, values in self._values:
-            if rebinds and tensor.data_ptr() != memory.data_ptr():
-                tensor.data = memory
-            with torch.no_grad():
-                tensor.data.copy_(values)
 
 
 def without_batch_statistics(module: nn.Module) -> None:

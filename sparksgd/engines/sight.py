@@ -9,7 +9,7 @@ from torch import nn
 
 from sparksgd.data.schema import RowSchema
 from sparksgd.errors import ModelError
-from sparksgd.imports import did_you_mean, users_code
+from sparksgd.imports import users_code
 from sparksgd.losses import Loss
 
 __all__ = ["refuse_at_sight"]
@@ -33,8 +33,7 @@ def refuse_at_sight(module: nn.Module, loss: Loss, schema: RowSchema) -> None:
                 "the module that torch.jit was given"
             )
     names = [feature.name for feature in schema.features]
-    if len(names) > 1:
-        _refuse_signature(module, names)
+    _refuse_signature(module, names)
     if isinstance(loss, nn.Module):
         for name, parameter in nn.Module.named_parameters(loss):
             if parameter.requires_grad:
@@ -60,30 +59,27 @@ def refuse_at_sight(module: nn.Module, loss: Loss, schema: RowSchema) -> None:
             )
 
 
-def _refuse_signature(module: nn.Module, names: list[str]) -> None:
-    """Refuse a forward that does not take the features by their names."""
-    if "self" in names:
-        raise ModelError("the feature 'self' cannot be an argument of forward: rename the column")
+def _refuse_signature(module: nn.Module, features: list[str]) -> None:
+    """Refuse a forward that does not take the features."""
+    columns = ", ".join(map(repr, features))
+    if len(features) > 1 and "self" in features:
+        raise ModelError(
+            f"data.features is {columns}, but several features reach forward as keyword arguments, of which "
+            f"none may be called 'self': rename that column"
+        )
     try:
-        takes = inspect.signature(module.forward).parameters.values()
+        signature = inspect.signature(module.forward)
     except (TypeError, ValueError):
         return
-    if any(argument.kind is inspect.Parameter.VAR_KEYWORD for argument in takes):
-        return
-    if any(argument.kind is inspect.Parameter.VAR_POSITIONAL for argument in takes):
-        raise ModelError(
-            "forward takes *args, but several features are given by name: write forward(self, "
-            f"{', '.join(names)})"
+    try:
+        signature.bind(*features) if len(features) == 1 else signature.bind(**dict.fromkeys(features))
+    except TypeError as error:
+        how = (
+            "the only feature is passed by position"
+            if len(features) == 1
+            else "several features are passed by name (*args takes none of them)"
         )
-    by_name = [a.name for a in takes if a.kind is not inspect.Parameter.POSITIONAL_ONLY]
-    for name in names:
-        if name not in by_name:
-            raise ModelError(
-                f"data.features has {name!r}, which is no argument of forward{did_you_mean(name, by_name)}"
-            )
-    for argument in takes:
-        if argument.default is inspect.Parameter.empty and argument.name not in names:
-            raise ModelError(
-                f"forward needs {argument.name!r}, which data.features does not name: add the column, or "
-                "give the argument a default"
-            )
+        raise ModelError(
+            f"data.features is {columns}, but forward of {type(module).__name__} takes {signature}: {error}; "
+            f"{how}. Give forward an argument for each feature, of its name, or set data.features"
+        )

@@ -23,7 +23,7 @@ from sparksgd.arithmetic.flat import FlatModule
 from sparksgd.arithmetic.generators import generators_kept, seed_generators
 from sparksgd.arithmetic.settings import HeldSettings
 from sparksgd.data.schema import RowSchema
-from sparksgd.engines.compute import tried_gradient
+from sparksgd.engines.compute import back_propagate, forward
 from sparksgd.engines.held import refusal
 from sparksgd.engines.watch import Watch
 from sparksgd.errors import ModelError
@@ -116,7 +116,11 @@ class _Tried:
     def compute(self, records: npt.NDArray[Any]) -> str:
         """Compute a gradient; return a digest of the losses and of it."""
         seed_generators(0)
-        return _sha256(tried_gradient(self._flat, self._loss, self._schema, records))
+        with self._flat.new_gradient() as gradient:
+            _, losses = forward(self._flat.module, self._loss, self._schema, records)
+            if losses.requires_grad:  # else the trial's steps say what is wrong
+                back_propagate(losses, 1.0)
+        return _sha256([losses.detach().numpy().tobytes(), gradient.tobytes()])
 
     def take_tensors(self, other: _Tried) -> None:
         """Take the parameters and buffers of another one: what changes there is no Python state."""

@@ -15,7 +15,7 @@ import logging
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -43,6 +43,7 @@ from sparksgd.engines.ownership import (
     refuse_shared_memory,
 )
 from sparksgd.engines.sight import refuse_at_sight
+from sparksgd.engines.state_trial import harmless_state
 from sparksgd.errors import ModelError, UserCodeError
 from sparksgd.losses import Loss
 from sparksgd.solvers.schedules import make_schedule
@@ -107,6 +108,9 @@ class Found:
     channels_last: bool = False
     """See Plan.channels_last."""
 
+    harmless: frozenset[str] = frozenset()
+    """See Plan.harmless."""
+
     float16: bool = False
     """See Plan.float16."""
 
@@ -133,8 +137,9 @@ def try_out(module: nn.Module, records: npt.NDArray[Any], use: Use) -> Found:
         log.info("lazy modules have their shapes from the first rows: %s", ", ".join(shaped))
     refuse_shared_memory(module)
     with left_alone(module), thread_count(use.threads):
+        harmless = harmless_state(module, use.loss, use.schema, _labelled_0(few, use), use.dtype)
         trial = _Trial(module, records, few, use)
-        found = trial.run()
+        found = replace(trial.run(), harmless=harmless)
     log.info("trial: %s (%.2f s)", "; ".join(trial.remarks), time.perf_counter() - started)
     if trial.untouched:
         log.warning(
@@ -401,6 +406,14 @@ def _output_of(module: nn.Module, records: npt.NDArray[Any], use: Use) -> object
 
 def _no_loss(output: Any, label: torch.Tensor) -> torch.Tensor:
     return torch.zeros(len(label))
+
+
+def _labelled_0(records: npt.NDArray[Any], use: Use) -> npt.NDArray[Any]:
+    """Return records whose classes, which may be out of range, are 0."""
+    records = records.copy()
+    if use.classifies:
+        use.schema.label_array(records)[:] = 0
+    return records
 
 
 def _distinct(records: npt.NDArray[Any], use: Use) -> npt.NDArray[Any]:

@@ -26,7 +26,6 @@ from sparksgd.data.sampling import Sampling
 from sparksgd.data.schema import RowReport, RowSchema, read_rows
 from sparksgd.data.source import RowSource
 from sparksgd.engines.kinds import EngineKind, candidates, refuse_uncarried
-from sparksgd.engines.state_trial import harmless_state
 from sparksgd.engines.trial import Found, Use, try_out
 from sparksgd.engines.watch import Watch
 from sparksgd.errors import ConfigError, DataError, ModelError, UserCodeError
@@ -115,7 +114,7 @@ def check(
     copied((module, loss), {"": module, "loss": loss})  # refuses what cannot be
     needs = needs_in(config, replay)
     check_engine(config, kinds, needs)
-    schema, found, harmless = _tried(config, module, loss, rows, dtype)
+    schema, found = _tried(config, module, loss, rows, dtype)
     check_solver(config, replay, module)
     check_saving(module)
     _warn_of_evaluation_mode(module)
@@ -133,7 +132,7 @@ def check(
         schema=schema,
         channels_last=found.channels_last,
         float16=found.float16,
-        harmless=harmless,
+        harmless=found.harmless,
         rows=report,
         test_rows=test_report,
         needs=needs,
@@ -247,8 +246,8 @@ def warn_of_differences(numerics: Sequence[Numerics]) -> None:
 
 def _tried(
     config: Config, module: nn.Module, loss: Loss, rows: RowSource, dtype: torch.dtype
-) -> tuple[RowSchema, Found, frozenset[str]]:
-    """Return the schema of a row, what the trial found, and `Plan.harmless`."""
+) -> tuple[RowSchema, Found]:
+    """Return the schema of a row, and what the trial found."""
     classifies = loss in CLASSIFIERS
     schema, sample = _first_records(config.data, rows, whole_labels=classifies)
     made_up = not len(sample)
@@ -275,16 +274,13 @@ def _tried(
                 found = try_out(module, sample, use)
             finally:
                 shared.restore()
-        if classifies:
-            schema.label_array(sample)[:] = 0  # a label out of range is reported later, as a bad row
-        harmless = harmless_state(module, loss, schema, sample[:_TRIED_ROWS], dtype)
     except UserCodeError:
         if not made_up:
             raise
-        return schema, Found(), frozenset()  # zeros may not suit it; the inspection will name the bad rows
+        return schema, Found()  # zeros may not suit it; the inspection will name the bad rows
     if classifies:
         schema = replace(schema, classes=2 if loss is binary_cross_entropy else found.output[1])
-    return schema, found, harmless
+    return schema, found
 
 
 def _first_records(
