@@ -278,6 +278,9 @@ def _set_contents(value: Any, contents: list[tuple[Any, Any]]) -> None:
         attributes.update(kept)
 
 
+_MOST_BYTES = 2**16  # of an object that must be pickled to see whether it changed: an iterator, not a table
+
+
 def _state_of(value: Any) -> tuple[Callable[[], Any], Callable[[Any], object] | None] | None:
     """Return how to get and set the state of an object that hides it; None: it hides nothing."""
     if isinstance(value, torch.Generator):
@@ -296,6 +299,8 @@ def _state_of(value: Any) -> tuple[Callable[[], Any], Callable[[Any], object] | 
     is_plain = isinstance(value, Mapping | list | tuple | set | frozenset | deque | partial)
     is_code = isinstance(value, types.FunctionType | types.MethodType)
     if is_plain or is_code or hasattr(value, "__dict__"):
+        return None
+    if not 0 < len(_pickled(value)) <= _MOST_BYTES:
         return None
     return lambda: _pickled(value), None
 

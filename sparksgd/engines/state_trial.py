@@ -68,8 +68,9 @@ def harmless_state(
         for path in graphs:
             if path not in changed:
                 raise ModelError(
-                    f"{path} is a tensor that was computed, with its graph, before the training, and forward "
-                    f"does not compute it anew: it would never train. Make it in forward, or detach it"
+                    f"{path} is, or holds, a tensor that was computed, with its graph, before the training, "
+                    f"and forward does not compute it anew: it would never train. Make it in forward, or "
+                    f"detach it"
                 )
         if not changed:
             return frozenset()
@@ -136,13 +137,19 @@ class _Tried:
 
 
 def _with_graph(module: nn.Module) -> list[str]:
-    """Return the paths of attributes that are tensors with a graph."""
+    """Return the paths of attributes that are, or hold, tensors with a graph."""
     return [
         f"{path}.{name}" if path else name
         for path, part in module.named_modules()
         for name, value in vars(part).items()
-        if isinstance(value, torch.Tensor) and not value.is_leaf
+        if _has_graph(value)
     ]
+
+
+def _has_graph(value: object) -> bool:
+    if isinstance(value, torch.Tensor):
+        return not value.is_leaf
+    return isinstance(value, list | tuple | dict) and any(_has_graph(part) for _, part in parts(value))
 
 
 def _digest(value: object) -> str:

@@ -29,8 +29,8 @@ from sparksgd.engines.protocol import StepReport
 from sparksgd.engines.trace import TraceEvent, event_line, first_line
 from sparksgd.errors import ClusterError, ConfigError
 from sparksgd.runs.json_files import finite, write_json
-from sparksgd.runs.model import save_model
-from sparksgd.runs.names import METRICS, MODEL, RUN, RUN_BEFORE, SUMMARY, TRACE, WEIGHTS, constants_beside
+from sparksgd.runs.model import constants_beside, save_model
+from sparksgd.runs.names import METRICS, MODEL, RUN, RUN_BEFORE, SUMMARY, TRACE, WEIGHTS
 from sparksgd.storage import Lines, Location, Throttle, location, unanswered
 from sparksgd.training.state import EvaluationReport, Observer, Training
 

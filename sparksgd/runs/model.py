@@ -25,7 +25,7 @@ from sparksgd.data.schema import Feature, RowSchema
 from sparksgd.errors import DataError, ModelError
 from sparksgd.losses import Loss, loss_named
 from sparksgd.runs.json_files import write_json
-from sparksgd.runs.names import WEIGHTS, constants_beside
+from sparksgd.runs.names import WEIGHTS
 from sparksgd.storage import Location, location
 from sparksgd.training.modules import build_module
 from sparksgd.training.saved_state import (
@@ -39,7 +39,7 @@ from sparksgd.training.saved_state import (
 if TYPE_CHECKING:  # to load a model needs nothing of the training
     from sparksgd.training.state import Training
 
-__all__ = ["SavedModel", "load_model", "save_model"]
+__all__ = ["SavedModel", "constants_beside", "load_model", "save_model"]
 
 log = logging.getLogger("sparksgd")
 
@@ -83,6 +83,15 @@ def save_model(folder: str | Path | Location, training: Training, weights: str =
         "constants_sha256": _sha256(saved.constants),
     }
     write_json(folder / "model.json", about)
+
+
+def constants_beside(weights: str) -> str:
+    """Return the name of the file of what a file of weights leaves out, if there is anything.
+
+    >>> constants_beside("weights-500.pt")
+    'constants-500.pt'
+    """
+    return weights.replace("weights", "constants", 1)
 
 
 def _write(file: Location, values: Mapping[str, Any]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["METRICS", "MODEL", "RUN", "RUN_BEFORE", "SUMMARY", "TRACE", "WEIGHTS", "constants_beside"]
+__all__ = ["METRICS", "MODEL", "RUN", "RUN_BEFORE", "SUMMARY", "TRACE", "WEIGHTS"]
 
 
 METRICS = "metrics.jsonl"
@@ -25,12 +25,3 @@ TRACE = "trace.jsonl"
 
 WEIGHTS = "weights.pt"
 """The weights at the end of the run, in the folder of MODEL."""
-
-
-def constants_beside(weights: str) -> str:
-    """Return the name of the file of what a file of weights leaves out, if there is anything.
-
-    >>> constants_beside("weights-500.pt")
-    'constants-500.pt'
-    """
-    return weights.replace("weights", "constants", 1)

@@ -295,7 +295,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     ),
     "a result that keeps its graph": (
         with_graph,
-        "doubled is a tensor that was computed, with its graph, before the training, and forward does not",
+        "doubled is, or holds, a tensor that was computed, with its graph, before the training",
     ),
 }
 
