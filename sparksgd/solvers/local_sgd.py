@@ -241,6 +241,7 @@ class LocalSGD:
         settings: the rule's keys.
         experiment: optimiser and schedule, and how long they are used.
         took_part: of a run that is replayed; every step is made of all shards.
+        is_replica: whether the optimiser was tried before, by the solver that this one replicates.
     """
 
     def __init__(
@@ -249,6 +250,8 @@ class LocalSGD:
         settings: LocalSGDSettings,
         experiment: Experiment,
         took_part: Sequence[frozenset[int]] | None = None,
+        *,
+        is_replica: bool = False,
     ) -> None:
         everyone = frozenset(range(experiment.num_shards))
         if took_part is not None and any(shards != everyone for shards in took_part):
@@ -259,10 +262,11 @@ class LocalSGD:
         self.flat, self._centre, self._quorum = flat, Centre(flat), Quorum.of_all(everyone)
         self.needs = settings.needs()
         self._settings, self._experiment = settings, experiment
-        self._make_replica = partial(LocalSGD, settings=settings, experiment=experiment)
+        self._make_replica = partial(LocalSGD, settings=settings, experiment=experiment, is_replica=True)
         optimizer = None  # a strip has no optimiser: that of a worker half moves whole models
         if isinstance(flat, FlatModule):
-            optimizer = make_optimizer(flat, experiment.optimizer, experiment.seed)
+            make = another_optimizer if is_replica else make_optimizer
+            optimizer = make(flat, experiment.optimizer, experiment.seed)
             _refuse_several_groups(optimizer, experiment)
         self._rates = Rates(
             experiment.optimizer,

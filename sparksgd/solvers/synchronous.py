@@ -36,7 +36,7 @@ from sparksgd.solvers.protocol import (
 )
 from sparksgd.solvers.rules import Experiment, needs_of, require_at_least
 from sparksgd.solvers.schedules import make_schedule, remarks_on
-from sparksgd.solvers.torch_optimizers import make_optimizer
+from sparksgd.solvers.torch_optimizers import another_optimizer, make_optimizer
 
 __all__ = [
     "GRADIENT",
@@ -132,6 +132,7 @@ class SynchronousSolver:
         settings: clipping, and backup workers.
         experiment: has the optimiser, the schedule, and how long they are used.
         took_part: in a replay, the shards of each step; None: the first to arrive.
+        is_replica: whether the optimiser was tried before, by the solver that this one replicates.
     """
 
     def __init__(
@@ -140,10 +141,14 @@ class SynchronousSolver:
         settings: SynchronousSettings,
         experiment: Experiment,
         took_part: Sequence[frozenset[int]] | None = None,
+        *,
+        is_replica: bool = False,
     ) -> None:
         self.flat, self._centre = flat, Centre(flat)
         self.halves = Halves(make=SendGradients, send_gradients=True)
-        self._make_replica = partial(SynchronousSolver, settings=settings, experiment=experiment)
+        self._make_replica = partial(
+            SynchronousSolver, settings=settings, experiment=experiment, is_replica=True
+        )
         num_shards = experiment.num_shards
         everyone = frozenset(range(num_shards))
         self._first = Quorum(shards=everyone, enough=num_shards - settings.backup_workers)
@@ -151,7 +156,8 @@ class SynchronousSolver:
         self.needs = needs_of(settings, num_shards, took_part)
         self._clip_norm = settings.clip_norm
         self._seed = experiment.seed
-        self._optimizer = make_optimizer(flat, experiment.optimizer, self._seed)
+        make = another_optimizer if is_replica else make_optimizer
+        self._optimizer = make(flat, experiment.optimizer, self._seed)
         self.by_strips = self._optimizer.is_elementwise and self._clip_norm is None
         self._turns_per_move = experiment.turns_per_move
         self._schedule = make_schedule(
