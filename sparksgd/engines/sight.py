@@ -82,4 +82,4 @@ def _refuse_signature(module: nn.Module, features: list[str]) -> None:
         raise ModelError(
             f"data.features is {columns}, but forward of {type(module).__name__} takes {signature}: {error}; "
             f"{how}. Give forward an argument for each feature, of its name, or set data.features"
-        )
+        ) from error

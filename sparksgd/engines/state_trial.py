@@ -112,12 +112,13 @@ class _Tried:
     def __init__(self, module: nn.Module, loss: Loss, schema: RowSchema, dtype: torch.dtype) -> None:
         tried, self._loss = copied((module, loss), {"": module, "loss": loss})
         self._flat, self._schema = FlatModule(tried, dtype), schema
+        self._flat.standing.at(self._flat.parameters.numpy())
         self.watch = Watch(tried, self._loss)
 
     def compute(self, records: npt.NDArray[Any]) -> str:
         """Compute a gradient; return a digest of the losses and of it."""
         seed_generators(0)
-        with self._flat.new_gradient() as gradient:
+        with self._flat.new_gradient() as gradient, self._flat.standing.piece():
             _, losses = forward(self._flat.module, self._loss, self._schema, records)
             if losses.requires_grad:  # else the trial's steps say what is wrong
                 back_propagate(losses, 1.0)
@@ -130,10 +131,12 @@ class _Tried:
         for name, tensor in own.items():
             if name in names and tensor.shape == names[name].shape:
                 tensor.data.copy_(names[name].detach())
+        self._flat.standing.at(self._flat.parameters.numpy())
 
     def move_parameters(self) -> None:
         """Move each parameter a little."""
         self._flat.parameters.mul_(1 + 2**-8).add_(2**-10)
+        self._flat.standing.at(self._flat.parameters.numpy())
 
 
 def _with_graph(module: nn.Module) -> list[str]:

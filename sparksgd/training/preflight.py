@@ -110,6 +110,7 @@ def check(
     Raises:
         SparkSGDError: see errors.py.
     """
+    without_compiler()  # before this process makes its first optimiser
     loss = loss_named(config.loss.name)
     copied((module, loss), {"": module, "loss": loss})  # refuses what cannot be
     needs = needs_in(config, replay)
