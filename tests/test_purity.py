@@ -136,7 +136,7 @@ def test_a_solver_has_no_clock_no_files_no_threads_and_no_chance(name: str) -> N
     }
 
 
-def test_compute_is_the_only_caller_of_backward() -> None:
+def test_forward_is_the_only_caller_of_backward() -> None:
     def callers(attribute: str) -> set[str]:
         return {
             name
@@ -148,7 +148,7 @@ def test_compute_is_the_only_caller_of_backward() -> None:
         }
 
     trial = "sparksgd.cli.packing_trial"  # of torch by itself: what it runs in has no sparksgd
-    assert callers("backward") == {"sparksgd.engines.compute", trial}
+    assert callers("backward") == {"sparksgd.engines.forward", trial}
     assert callers("step") >= {"sparksgd.solvers.synchronous"}  # the search does find calls
 
 

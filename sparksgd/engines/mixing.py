@@ -24,7 +24,7 @@ from sparksgd.arithmetic.copies import copied
 from sparksgd.arithmetic.flat import FlatModule
 from sparksgd.arithmetic.generators import seed_generators
 from sparksgd.data.schema import RowSchema
-from sparksgd.engines.compute import back_propagate, forward
+from sparksgd.engines.forward import back_propagate, forward
 from sparksgd.engines.operations import Operations
 from sparksgd.errors import ModelError, UserCodeError
 from sparksgd.losses import Loss

@@ -23,7 +23,7 @@ from sparksgd.arithmetic.flat import FlatModule
 from sparksgd.arithmetic.generators import generators_kept, seed_generators
 from sparksgd.arithmetic.settings import HeldSettings
 from sparksgd.data.schema import RowSchema
-from sparksgd.engines.compute import back_propagate, forward
+from sparksgd.engines.forward import back_propagate, forward
 from sparksgd.engines.held import refusal
 from sparksgd.engines.watch import Watch
 from sparksgd.errors import ModelError

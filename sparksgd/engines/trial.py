@@ -31,7 +31,7 @@ from sparksgd.arithmetic.numerics import thread_count
 from sparksgd.arithmetic.seeds import seed32
 from sparksgd.config import OptimizerConfig, ScheduleConfig
 from sparksgd.data.schema import RowSchema
-from sparksgd.engines.compute import EVALUATION_ROWS, back_propagate, forward, gradient_shift, predictions
+from sparksgd.engines.forward import EVALUATION_ROWS, back_propagate, forward, gradient_shift, predictions
 from sparksgd.engines.lazy import has_lazy_parts, take_shapes
 from sparksgd.engines.leaves import Leaves
 from sparksgd.engines.mixing import DIFFERENT_ROWS, TRIED_ROWS, Probe

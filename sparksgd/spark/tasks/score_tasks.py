@@ -21,7 +21,7 @@ from sparksgd.arithmetic.generators import generators_seeded
 from sparksgd.arithmetic.numerics import thread_count
 from sparksgd.arithmetic.seeds import seed32
 from sparksgd.data.schema import RowReport, RowSchema
-from sparksgd.engines.compute import EVALUATION_ROWS, forward, predictions
+from sparksgd.engines.forward import EVALUATION_ROWS, forward, predictions
 from sparksgd.errors import SparkSGDError
 from sparksgd.losses import Loss
 from sparksgd.spark.tasks.row_tasks import rows_of

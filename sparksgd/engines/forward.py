@@ -1,0 +1,100 @@
+"""A module and its loss over some rows, and back: the only caller of `backward()`.
+
+Legend: B rows, C classes.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy.typing as npt
+import torch
+from torch import nn
+
+from sparksgd.data.schema import RowSchema
+from sparksgd.errors import ModelError
+from sparksgd.imports import users_code
+from sparksgd.losses import Loss
+
+__all__ = ["EVALUATION_ROWS", "back_propagate", "forward", "gradient_shift", "predictions"]
+
+EVALUATION_ROWS = 512
+"""Of one forward of an evaluation."""
+
+
+def back_propagate(losses: torch.Tensor, scale: float = 1.0) -> float:
+    """Add `scale` times the gradient of a sum of losses to the parameters' gradients; return the sum.
+
+    Raises:
+        UserCodeError: the module or the loss raised.
+    """
+    total = losses.sum()
+    with users_code("the module or its loss"):
+        (total if scale == 1 else total * scale).backward()  # type: ignore[no-untyped-call]  # torch's own
+    return float(total.detach())
+
+
+def forward(
+    module: nn.Module,
+    loss: Loss,
+    schema: RowSchema,
+    records: npt.NDArray[Any],
+    dtype: torch.dtype = torch.float32,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Run a module and its loss over records.
+
+    Args:
+        module: the module.
+        loss: one value per row.
+        schema: of a record.
+        records: the rows, [B].
+        dtype: float64 gives it float64 features.
+
+    Returns:
+        The module's output, and the loss of each row, float[B].
+
+    Raises:
+        UserCodeError: the module or the loss raised.
+        ModelError: the loss is not one value per row.
+    """
+    features = {name: _tensor(values) for name, values in schema.feature_arrays(records).items()}
+    if dtype == torch.float64:
+        features = {n: f.to(dtype) if f.is_floating_point() else f for n, f in features.items()}
+    label = _tensor(schema.label_array(records))
+    with users_code("the module or its loss"):
+        output = module(*features.values()) if len(features) == 1 else module(**features)
+        losses = loss(output, label)
+    if not isinstance(losses, torch.Tensor) or losses.shape != (len(records),):
+        shape = tuple(losses.shape) if isinstance(losses, torch.Tensor) else type(losses).__name__
+        raise ModelError(
+            f"the loss gave {shape} for {len(records)} rows, but must give one value per row, "
+            f"({len(records)},): use reduction='none'"
+        )
+    if losses.device.type != "cpu":
+        raise ModelError(
+            f"the loss is on {losses.device}, but only the CPU is supported: let forward move nothing"
+        )
+    return output, losses
+
+
+def gradient_shift(rows: int) -> int:
+    """Return the least k with 2^k >= rows: 2^-k times a sum is no greater than a mean, and exact.
+
+    >>> [gradient_shift(rows) for rows in (1, 2, 3, 2048)]
+    [0, 1, 2, 11]
+    """
+    return (rows - 1).bit_length()
+
+
+def predictions(output: torch.Tensor) -> torch.Tensor:
+    """Return the classes, int64[B], of logits float[B, C], or of one logit per row, [B] or [B, 1]."""
+    if output.ndim == 2 and output.shape[1] > 1:
+        return output.argmax(1)
+    return (output.reshape(len(output)) > 0).long()
+
+
+def _tensor(values: npt.NDArray[Any]) -> torch.Tensor:
+    """Copy an array into torch's own memory, because the bits depend on the alignment."""
+    tensor = torch.empty(values.shape, dtype=getattr(torch, values.dtype.name))
+    tensor.numpy()[...] = values
+    return tensor
