@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from changing_modules import Adapter
 from torch import nn
 
 from sparksgd.config import Config
@@ -451,11 +452,10 @@ class Growing(nn.Module):
             self.linear.bias.requires_grad_(False)
 
 
-@pytest.mark.parametrize("shards", [1, 4])
-def test_a_buffer_with_a_value_for_each_piece_is_refused_by_the_trial(tmp_path: Path, shards: int) -> None:
+def test_a_buffer_with_a_value_for_each_piece_is_refused_by_the_trial(tmp_path: Path) -> None:
     states = States()
     with pytest.raises(ModelError, match=r"forward changes peak, .* element 0 becomes [\d.]+ and [\d.]+\. "):
-        product(tmp_path, Peak(), NUMBERS, 5, shards, states=states)
+        product(tmp_path, Peak(), NUMBERS, 5, 4, states=states)
     assert states.training is None
 
 
@@ -470,11 +470,12 @@ def test_a_buffer_that_changes_at_every_fifth_step_is_refused_at_the_fifth(tmp_p
     assert torch.equal(after["linear.weight"], states.states[3]["linear.weight"])
 
 
-def test_of_one_piece_in_a_step_a_value_of_the_rows_is_plain_torch_s(tmp_path: Path) -> None:
+@pytest.mark.parametrize("every", [1, 5])
+def test_of_one_piece_in_a_step_a_value_of_the_rows_is_plain_torch_s(tmp_path: Path, every: int) -> None:
     torch.manual_seed(0)
-    one = Peak(every=5)
+    one = Peak(every)
     torch.manual_seed(0)
-    assert_equal(product(tmp_path, one, NUMBERS, 9, 1), plain(Peak(every=5), NUMBERS, 9))
+    assert_equal(product(tmp_path, one, NUMBERS, 9, 1), plain(Peak(every), NUMBERS, 9))
 
 
 def test_a_weight_that_each_piece_moves_elsewhere_is_named_with_its_element(tmp_path: Path) -> None:
@@ -482,7 +483,9 @@ def test_a_weight_that_each_piece_moves_elsewhere_is_named_with_its_element(tmp_
         product(tmp_path, Rowwise(), NUMBERS, 5, 4)
 
 
-@pytest.mark.parametrize("after", [0, 3], ids=["at once", "later"])
+@pytest.mark.parametrize(
+    ("after", "steps"), [(0, 0), (3, 0), (8, 8)], ids=["at once", "in the trial", "after the trial"]
+)
 @pytest.mark.parametrize(
     ("how", "said"),
     [
@@ -499,36 +502,16 @@ def test_a_weight_that_each_piece_moves_elsewhere_is_named_with_its_element(tmp_
         ("frozen", "forward changed which parameters of linear require a gradient"),
     ],
 )
-def test_another_structure_is_refused_by_name(tmp_path: Path, how: str, said: str, after: int) -> None:
+def test_another_structure_is_refused_by_name(
+    tmp_path: Path, how: str, said: str, after: int, steps: int
+) -> None:
     states = States()
     with pytest.raises(ModelError, match=said):
-        product(tmp_path, Growing(how, after), NUMBERS, 6, 4, states=states)
-    assert len(states.states) == after
+        product(tmp_path, Growing(how, after), NUMBERS, 10, 4, states=states)
+    assert len(states.states) == steps
 
 
 # Modes
-
-
-class Adapter(nn.Module):
-    """A linear module with an adapter of low rank, which evaluation mode merges into the weight."""
-
-    def __init__(self, frozen: bool = True) -> None:
-        super().__init__()
-        self.base = nn.Linear(6, 1)
-        self.base.weight.requires_grad_(not frozen)
-        self.a, self.b = nn.Parameter(torch.randn(2, 6)), nn.Parameter(torch.zeros(1, 2))
-        self.merged = False
-
-    def train(self, mode: bool = True) -> Adapter:
-        super().train(mode)
-        if self.merged == mode:
-            self.base.weight.data += (self.b @ self.a).detach() * (-1 if mode else 1)
-            self.merged = not mode
-        return self
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y = self.base(x)
-        return y if self.merged else y + x @ (self.b @ self.a).T
 
 
 class Adapted(nn.Module):
@@ -537,7 +520,8 @@ class Adapted(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(11)
-        self.one, self.two = Adapter(), Adapter(frozen=False)
+        self.one, self.two = Adapter(6, 1), Adapter(6, 1)
+        self.two.base.weight.requires_grad_()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return (self.one(x) + self.two(x))[:, 0]

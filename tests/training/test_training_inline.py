@@ -368,13 +368,17 @@ def test_twenty_trainings_leave_the_disk_as_it_was(tmp_path: Path, own_temporary
     assert list(own_temporary_folder.iterdir()) == []
 
 
-def test_a_training_that_failed_leaves_the_disk_as_it_was(tmp_path: Path, own_temporary_folder: Path) -> None:
+def test_a_training_that_failed_leaves_the_disk_as_it_was(
+    tmp_path: Path, own_temporary_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(TRAINS, "now", False)
     with pytest.raises(UserCodeError, match="raised ValueError: later"):
         train(
             replace(counted(), loss=replace(counted().loss, name=f"{__name__}:fails_in_training")),
             rows=parquet(tmp_path / "rows", COUNTED_ROWS * 3),
             test=None,
             make_engine=InlineEngine,
+            observers=[Starting()],
         )
     assert list(own_temporary_folder.iterdir()) == []
 
