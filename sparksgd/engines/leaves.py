@@ -68,15 +68,12 @@ class Leaves:
             self._strangers[id(leaf)] = leaf
 
     def _stranger(self, leaf: torch.Tensor) -> str:
-        for holder, what in ((self._copy, ""), (self._loss, "the loss's ")):
-            if isinstance(holder, nn.Module):
-                for name, tensor in named_tensors(holder):
-                    if tensor is leaf:
-                        return (
-                            f"{what}{name!r} requires a gradient, but is no parameter of the module, so "
-                            "nothing would train it: make it an nn.Parameter of the module, or call "
-                            "requires_grad_(False)"
-                        )
+        for name, tensor in named_tensors(self._copy, self._loss):
+            if tensor is leaf:
+                return (
+                    f"{name!r} requires a gradient, but is no parameter of the module, so nothing would "
+                    "train it: make it an nn.Parameter of the module, or call requires_grad_(False)"
+                )
         return (
             f"the loss depends on a tensor of shape {tuple(leaf.shape)} that requires a gradient, but is no "
             f"parameter of the module: a global, a closure or the loss holds it, and nothing would train it. "

@@ -162,13 +162,8 @@ class Probe:
         if self.flat.dtype == torch.float64:
             return False
         try:
-            exact = Probe(
-                copied(self.flat.module).double(),
-                self._loss,
-                self._schema,
-                self._records,
-                torch.float64,
-            )
+            module, loss = copied((self.flat.module, self._loss))
+            exact = Probe(module.double(), loss, self._schema, self._records, torch.float64)
             together = exact.measure(whole)
             apart = [exact.measure(part) for part in parts]
         except (UserCodeError, ModelError, RuntimeError, TypeError):

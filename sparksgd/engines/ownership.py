@@ -1,13 +1,12 @@
 """Whose a tensor is: names of all that a module holds, what overlaps in memory, what a copy must not touch.
 
 A copy of a module is trained, never the caller's own.  So a forward that reaches a tensor of the caller's
-module past the copy (by a lambda, a closure, a hook, a weak reference or a global) would read values that
-never change.  Only tensors are looked at; other state of Python is not.
+module past the copy (by a global, an attribute of a class, an argument's default) would read values that
+never change.  What the module itself refers to is copied along: closures, hooks, weak references.
 """
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -16,13 +15,17 @@ import numpy as np
 import torch
 from torch import nn
 
+from sparksgd.arithmetic.copies import parts
 from sparksgd.arithmetic.generators import generators_kept
+from sparksgd.arithmetic.settings import HeldSettings
+from sparksgd.arithmetic.structure import Structure
+from sparksgd.engines.held import HeldBytes, is_opaque
 from sparksgd.engines.operations import storage_of
+from sparksgd.engines.watch import Watch
 from sparksgd.errors import ModelError
 
 __all__ = [
     "Owned",
-    "digest_of_tensor",
     "left_alone",
     "named_tensors",
     "reached_past_the_copy",
@@ -32,43 +35,36 @@ __all__ = [
 _EXACT = 1 << 22
 """Most elements of two tensors whose addresses are compared one by one."""
 
+_PLAIN = (int, float, complex, str, bytes, type(None), type)
 
-def named_tensors(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield each tensor that a module holds, once, with its path: parameters, buffers, then attributes.
 
-    Attributes are those of all submodules and parameters, and what lists, tuples and dicts among them hold.
+def named_tensors(module: nn.Module, loss: object = None) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield each tensor that a module and a loss hold, once, with its path: parameters, buffers, then others.
+
+    Others are in attributes, in lists and objects among these, in hooks, and in what functions close over.
+    An array of numpy is given as a tensor that shares its memory.
     """
-    known = set[int]()
-
-    def new(tensor: torch.Tensor) -> bool:
-        is_new = id(tensor) not in known
-        known.add(id(tensor))
-        return is_new
-
-    yield from ((name, tensor) for name, tensor in nn.Module.named_parameters(module) if new(tensor))
-    yield from ((name, tensor) for name, tensor in nn.Module.named_buffers(module) if new(tensor))
-    for prefix, part in module.named_modules():
-        for name, value in _attributes(part):
-            path = f"{prefix}.{name}" if prefix else name
-            yield from ((where, tensor) for where, tensor in _held(path, value) if new(tensor))
-    for path, parameter in nn.Module.named_parameters(module):
-        for name, value in vars(parameter).items():
-            yield from ((where, tensor) for where, tensor in _held(f"{path}.{name}", value) if new(tensor))
-
-
-def _attributes(part: nn.Module) -> Iterator[tuple[str, Any]]:
-    yield from ((n, v) for n, v in vars(part).items() if n not in ("_parameters", "_buffers", "_modules"))
-
-
-def _held(path: str, value: Any, depth: int = 3) -> Iterator[tuple[str, torch.Tensor]]:
-    if isinstance(value, torch.Tensor):
-        yield path, value
-    elif depth and isinstance(value, list | tuple):
-        for index, item in enumerate(value):
-            yield from _held(f"{path}[{index}]", item, depth - 1)
-    elif depth and isinstance(value, dict):
-        for key, item in value.items():
-            yield from _held(f"{path}[{key!r}]", item, depth - 1)
+    seen = set[int]()
+    named = [*nn.Module.named_parameters(module), *nn.Module.named_buffers(module)]
+    for name, tensor in named:
+        seen.add(id(tensor))
+        yield name, tensor
+    waiting: list[tuple[str, Any]] = [("loss", loss), ("", module)]
+    waiting += [(path + step, part) for path, tensor in reversed(named) for step, part in parts(tensor)]
+    while waiting:
+        path, value = waiting.pop()
+        if isinstance(value, _PLAIN) or id(value) in seen:
+            continue
+        seen.add(id(value))
+        if isinstance(value, torch.Tensor):
+            yield path.lstrip("."), value
+        elif isinstance(value, np.ndarray):
+            if value.dtype.kind in "fiub" and value.flags.writeable:
+                yield path.lstrip("."), torch.from_numpy(value)
+            continue
+        elif is_opaque(value) and not isinstance(value, nn.Module):
+            continue
+        waiting += [(path + step, part) for step, part in reversed(list(parts(value)))]
 
 
 class Owned:
@@ -111,23 +107,22 @@ def reached_past_the_copy(name: str) -> str:
     """Return what is wrong with a forward that uses a tensor of the caller's module."""
     return (
         f"forward, the loss or a hook uses {name!r} of the module that was copied, not of the copy: a "
-        "lambda, a closure, a hook, a weak reference or a global holds it, and it would never train. "
-        "Write it as a method, which gets the copy as self, or give forward what it needs by a submodule"
+        "global, a class or an argument's default holds it, which is not copied, so it would never train. "
+        "Reach it by self, or by a variable that the function closes over"
     )
 
 
 def _extent(tensor: torch.Tensor) -> tuple[int, int]:
-    """Return the first byte in its storage that a strided tensor uses, and the one after the last."""
+    """Return the address of the first byte that a strided tensor uses, and of the one after the last."""
+    start = tensor.data_ptr()
     if tensor.numel() == 0:
-        return 0, 0
-    steps = zip(tensor.shape, tensor.stride(), strict=True)
-    last = sum((size - 1) * stride for size, stride in steps)
-    start = int(tensor.storage_offset()) * tensor.element_size()
+        return start, start
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
     return start, start + (last + 1) * tensor.element_size()
 
 
-def refuse_shared_memory(module: nn.Module) -> None:
-    """Refuse trainable parameters that share memory with another tensor of the module, or with themselves.
+def refuse_shared_memory(module: nn.Module, loss: object = None) -> None:
+    """Refuse trainable parameters that share memory with another tensor or array, or with themselves.
 
     The same parameter at two places is tied, and stays so.  Two tensors that are views of the same memory
     would come apart, because each parameter gets a place of its own in the vector that is trained.
@@ -135,28 +130,29 @@ def refuse_shared_memory(module: nn.Module) -> None:
     Raises:
         ModelError: with both paths.
     """
-    places: dict[int, list[tuple[str, torch.Tensor]]] = {}
-    for name, tensor in named_tensors(module):
-        address = storage_of(tensor)
-        if address and tensor.numel():
-            places.setdefault(address, []).append((name, tensor))
-    for held in places.values():
-        for number, (name, tensor) in enumerate(held):
-            if not _trains(tensor):
-                continue
-            if any(
-                stride == 0 and size > 1 for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
-            ):
-                raise ModelError(
-                    f"parameter {name!r} is expanded: several of its elements are one number in memory, "
-                    "and training would part them. Keep the small tensor as the parameter, and expand it "
-                    "in forward"
-                )
-            for index, (other_name, other) in enumerate(held):
-                if index == number or (index < number and _trains(other)):
-                    continue
-                if _overlap(tensor, other) and not _follows(name, other_name):
-                    raise ModelError(_shared(name, other_name, other))
+    held = [
+        (*_extent(tensor), number, name, tensor)
+        for number, (name, tensor) in enumerate(named_tensors(module, loss))
+        if storage_of(tensor) and tensor.numel()
+    ]
+    for *_, name, tensor in held:
+        if _trains(tensor) and any(
+            stride == 0 and size > 1 for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
+        ):
+            raise ModelError(
+                f"parameter {name!r} is expanded: several of its elements are one number in memory, and "
+                "training would part them. Keep the small tensor as the parameter, and expand it in forward"
+            )
+    held.sort(key=lambda one: one[:3])
+    for index, (_, end, number, name, tensor) in enumerate(held):
+        for start, _, other_number, other_name, other in held[index + 1 :]:
+            if start >= end:
+                break
+            two = sorted([(number, name, tensor), (other_number, other_name, other)], key=lambda one: one[0])
+            two.sort(key=lambda one: not _trains(one[2]))
+            (_, first_name, first), (_, second_name, second) = two
+            if _trains(first) and _overlap(first, second) and not _follows(first_name, second_name):
+                raise ModelError(_shared(first_name, second_name, second))
 
 
 def _shared(name: str, other_name: str, other: torch.Tensor) -> str:
@@ -181,102 +177,62 @@ def _follows(name: str, other: str) -> bool:
 
 
 def _overlap(one: torch.Tensor, other: torch.Tensor) -> bool:
-    """Return whether two views of one storage have an element in common."""
-    (start, end), (first, last) = _extent(one), _extent(other)
-    if not (start < last and first < end):
-        return False
+    """Return whether two tensors, whose extents overlap, have an element in common."""
     if one.numel() + other.numel() > _EXACT or one.element_size() != other.element_size():
         return True
     return bool(np.isin(_elements(one), _elements(other)).any())
 
 
 def _elements(tensor: torch.Tensor) -> np.ndarray[Any, Any]:
-    """Return the place in its storage of each element."""
-    places = np.array([tensor.storage_offset()])
+    """Return the address of each element."""
+    places = np.array([tensor.data_ptr()])
     for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
-        places = (places[:, None] + np.arange(size) * stride).reshape(-1)
+        places = (places[:, None] + np.arange(size) * stride * tensor.element_size()).reshape(-1)
     return places
 
 
-def digest_of_tensor(tensor: torch.Tensor) -> int:
-    """Return a checksum of a tensor's bytes, of any type; of a sparse one, of its values."""
-    values = tensor.detach()
-    if values.layout != torch.strided:
-        return hash(tuple(digest_of_tensor(part) for part in _strided_parts(values)))
-    if values.is_meta or not values.numel():
-        return 0
-    flat = values.resolve_conj().resolve_neg().contiguous().reshape(-1)
-    return zlib.crc32(flat.view(torch.uint8).numpy().data)
-
-
-def _strided_parts(tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    if tensor.layout == torch.sparse_coo:
-        whole = tensor.coalesce()
-        return whole.indices(), whole.values()
-    return (tensor.to_dense(),)
-
-
 @contextmanager
-def left_alone(module: nn.Module) -> Iterator[None]:
-    """In the block, copies of a module may run; then everything of the caller's is as it was before.
+def left_alone(module: nn.Module, loss: object) -> Iterator[set[str]]:
+    """In the block, copies may run; then everything of the caller's is as it was before.
 
-    The generators of torch, numpy and random, torch's threads and default type, and the attributes of the
-    module are restored.
+    Copies share with the caller's own objects what is global: generators, settings of torch and numpy,
+    variables of Python files, attributes of classes.
+
+    Yields:
+        Takes the paths of what a piece may leave changed; see `harmless_state`.
 
     Raises:
-        ModelError: a tensor or an attribute of the module itself changed, though only copies ran.
+        ModelError: a setting changed; or a tensor or an attribute of the module itself did, though only
+            copies ran.
     """
-    parts = [(path, part, _contents(part)) for path, part in module.named_modules()]
-    tensors = [(name, tensor, digest_of_tensor(tensor), tensor.grad if tensor.is_leaf else None)
-               for name, tensor in named_tensors(module)]  # fmt: skip
-    generators = [
-        (value, value.get_state())
-        for part in module.modules()
-        for value in vars(part).values()
-        if isinstance(value, torch.Generator)
-    ]
-    default = torch.get_default_dtype()
-    changed: str | None = None
-    threads = torch.get_num_threads()
-    with generators_kept():
+    harmless: set[str] = set()
+    watch, structure = Watch(module, loss), Structure(module)
+    tensors = [*nn.Module.named_parameters(module), *nn.Module.named_buffers(module)]
+    held = [HeldBytes(name, tensor) for name, tensor in tensors if not tensor.is_meta]
+    gradients = [(tensor, tensor.grad) for _, tensor in tensors if tensor.is_leaf]
+    changed: list[str] = []
+    attributes: list[str] = []
+    with generators_kept(), HeldSettings() as settings:
         try:
-            yield
-            changed = next((name for name, t, before, _ in tensors if digest_of_tensor(t) != before), None)
+            with settings.blamed("the module or its loss"):
+                yield harmless
+            structure.check()
+            changed = [one.path for one in held if one.is_changed()]
+            attributes = [path for path in watch.changed() if path not in harmless]
         finally:
-            torch.set_default_dtype(default)
-            if torch.get_num_threads() != threads:
-                torch.set_num_threads(threads)
-            for generator, state in generators:
-                generator.set_state(state)
-            for name, tensor, _, gradient in tensors:
-                if tensor.is_leaf and tensor.grad is not gradient:
-                    tensor.grad, changed = gradient, changed or name
-            attribute = _restored(parts)
-    if changed is not None:
-        raise ModelError(reached_past_the_copy(changed))
-    if attribute is not None:
+            structure.restore()
+            watch.restore()
+            for one in held:
+                if one.is_changed():
+                    one.restore()
+            for tensor, gradient in gradients:
+                if tensor.grad is not gradient:
+                    tensor.grad = gradient
+    for path in changed:
+        raise ModelError(reached_past_the_copy(path))
+    for path in attributes:
         raise ModelError(
-            f"a forward of a copy set {attribute!r} of the module that was copied: a lambda, a closure or "
-            "a hook holds that module. Register a method as the hook, which copies take along, or keep "
-            "nothing"
+            f"forward, the loss or a hook set {path!r} of the module that was copied, not of the copy: a "
+            "global, a class or an argument's default holds that module. Let it set an attribute of self, or "
+            "keep nothing"
         )
-
-
-def _contents(part: nn.Module) -> dict[str, dict[str, Any]]:
-    kinds = ("_parameters", "_buffers", "_modules")
-    own = {kind: dict(vars(part)[kind]) for kind in kinds if isinstance(vars(part).get(kind), dict)}
-    return {"": dict(vars(part)), **own}
-
-
-def _restored(parts: list[tuple[str, nn.Module, dict[str, dict[str, Any]]]]) -> str | None:
-    """Give modules the attributes that they had; return the path of one that had changed."""
-    changed = None
-    for path, part, contents in parts:
-        for kind, before in contents.items():
-            now = vars(part)[kind] if kind else vars(part)
-            differing = [n for n in {**now, **before} if now.get(n, now) is not before.get(n, before)]
-            if differing:
-                changed = changed or ".".join(filter(None, [path, differing[0]]))
-                now.clear()
-                now.update(before)
-    return changed

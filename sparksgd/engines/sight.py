@@ -26,23 +26,17 @@ def refuse_at_sight(module: nn.Module, loss: Loss, schema: RowSchema) -> None:
             f"torch's default type is {torch.get_default_dtype()}, but must be torch.float32, as on "
             "workers: call torch.set_default_dtype(torch.float32) before the module is made"
         )
-    for path, part in module.named_modules():
-        if isinstance(part, torch.jit.ScriptModule):
-            raise ModelError(
-                f"{path or 'the module'} is a scripted module, whose copies cannot be trained apart: give "
-                "the module that torch.jit was given"
-            )
     names = [feature.name for feature in schema.features]
     _refuse_signature(module, names)
+    ours = {id(parameter) for _, parameter in nn.Module.named_parameters(module)}
     if isinstance(loss, nn.Module):
         for name, parameter in nn.Module.named_parameters(loss):
-            if parameter.requires_grad:
+            if parameter.requires_grad and id(parameter) not in ours:
                 raise ModelError(
                     f"the loss {type(loss).__name__} has the trainable parameter {name!r}, but only the "
                     "module's are trained: make it a part of the module, whose forward returns what the "
                     "loss needs"
                 )
-    ours = {id(parameter) for _, parameter in nn.Module.named_parameters(module)}
     for name, parameter in nn.Module.named_parameters(module):
         if parameter._post_accumulate_grad_hooks:
             raise ModelError(

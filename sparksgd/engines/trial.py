@@ -13,9 +13,9 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -37,19 +37,16 @@ from sparksgd.engines.leaves import Leaves
 from sparksgd.engines.mixing import DIFFERENT_ROWS, TRIED_ROWS, Probe
 from sparksgd.engines.modes import evaluating
 from sparksgd.engines.operations import Operations
-from sparksgd.engines.ownership import (
-    Owned,
-    left_alone,
-    refuse_shared_memory,
-)
+from sparksgd.engines.ownership import Owned, left_alone, refuse_shared_memory
 from sparksgd.engines.sight import refuse_at_sight
 from sparksgd.engines.state_trial import harmless_state
+from sparksgd.engines.watch import Watch
 from sparksgd.errors import ModelError, UserCodeError
 from sparksgd.losses import Loss
 from sparksgd.solvers.schedules import make_schedule
 from sparksgd.solvers.torch_optimizers import make_optimizer
 
-__all__ = ["Found", "Use", "copies_of", "try_out"]
+__all__ = ["Found", "Use", "try_out"]
 
 log = logging.getLogger("sparksgd")
 
@@ -128,18 +125,21 @@ def try_out(module: nn.Module, records: npt.NDArray[Any], use: Use) -> Found:
         UserCodeError: the module, the loss or the optimiser raised.
     """
     started = time.perf_counter()
+    copies = [_copied(module, use.loss) for _ in range(2)]  # first: it refuses what cannot be copied
     refuse_at_sight(module, use.loss, use.schema)
     few = _distinct(records, use)
     records = records.copy()
     if has_lazy_parts(module):
-        twin, _ = copies_of(module, use.loss)
+        (twin, _), _ = copies
         shaped = take_shapes(module, twin, lambda: _output_of(twin, few, use), use.seed)
         log.info("lazy modules have their shapes from the first rows: %s", ", ".join(shaped))
-    refuse_shared_memory(module)
-    with left_alone(module), thread_count(use.threads):
+        copies = [_copied(module, use.loss) for _ in range(2)]
+    refuse_shared_memory(module, use.loss)
+    with left_alone(module, use.loss) as changing, thread_count(use.threads):
         harmless = harmless_state(module, use.loss, use.schema, _labelled_0(few, use), use.dtype)
-        trial = _Trial(module, records, few, use)
-        found = replace(trial.run(), harmless=harmless)
+        changing |= harmless
+        trial = _Trial(module, copies, records, few, use, harmless)
+        found = trial.run()
     log.info("trial: %s (%.2f s)", "; ".join(trial.remarks), time.perf_counter() - started)
     if trial.untouched:
         log.warning(
@@ -149,12 +149,7 @@ def try_out(module: nn.Module, records: npt.NDArray[Any], use: Use) -> Found:
     return found
 
 
-def copies_of(module: nn.Module, loss: Loss) -> tuple[nn.Module, Loss]:
-    """Return copies of a module and of a loss, with all their hooks.
-
-    Raises:
-        ModelError: something that they hold cannot be copied; with the path.
-    """
+def _copied(module: nn.Module, loss: Loss) -> tuple[nn.Module, Loss]:
     return copied((module, loss), {"": module, "loss": loss})
 
 
@@ -163,16 +158,24 @@ class _Trial:
 
     Args:
         module: the caller's; not changed.
+        copies: two, of it and its loss.
         records: some rows.
         few: rows that differ, [DIFFERENT_ROWS].
         use: how the module will be used.
+        harmless: see Plan.harmless.
     """
 
-    def __init__(self, module: nn.Module, records: npt.NDArray[Any], few: npt.NDArray[Any], use: Use) -> None:
-        self._use, self._records, self._few = use, records, few
-        self._module = module
-        # All copies are made before the first runs: it may change the module that it was copied from.
-        self._copies = [copies_of(module, use.loss), copies_of(module, use.loss)]
+    def __init__(
+        self,
+        module: nn.Module,
+        copies: Sequence[tuple[nn.Module, Loss]],
+        records: npt.NDArray[Any],
+        few: npt.NDArray[Any],
+        use: Use,
+        harmless: frozenset[str],
+    ) -> None:
+        self._module, self._copies, self._use, self._harmless = module, copies, use, harmless
+        self._records, self._few = records, few
         self._owned = Owned(module)
         self.remarks: list[str] = []
         self.untouched: list[str] = []
@@ -198,6 +201,7 @@ class _Trial:
         probe.move()
         plainly = probe.channels_last() if has_convolutions(self._module) else None
         channels_last = has_convolutions(self._module) and plainly is None
+        self._refuse_scaling(probe.scaling())  # first: what clips depends on the other rows, too
         if not use.rows_mix:
             self._refuse_mixing(probe.mixing())
         after = self._steps(first.shape, channels_last=channels_last, float16=measured.float16)
@@ -205,7 +209,6 @@ class _Trial:
             probe.move(after)
             if not use.rows_mix:
                 self._refuse_mixing(probe.mixing(splits=1))
-        self._refuse_scaling(probe.scaling())
         if plainly is not None:
             self.remarks.append(f"convolutions are computed channels first, which takes longer: {plainly}")
         elif channels_last:
@@ -213,7 +216,9 @@ class _Trial:
         float16 = measured.float16 or torch.float16 in self._dtypes
         if float16:
             self.remarks.append("it computes in float16: gradients are scaled by a power of 2")
-        return Found(output=first.shape, channels_last=channels_last, float16=float16)
+        return Found(
+            output=first.shape, channels_last=channels_last, float16=float16, harmless=self._harmless
+        )
 
     def _refuse_mixing(self, found: str | None) -> None:
         if found is not None:
@@ -239,8 +244,9 @@ class _Trial:
         module, loss = self._copies[1]
         flat = FlatModule(module, use.dtype)
         piece = _Piece(
-            flat, loss, use, self._owned, self._dtypes, channels_last=channels_last, float16=float16
-        )
+            flat, loss, use, self._owned, self._harmless, self._dtypes,
+            channels_last=channels_last, float16=float16,
+        )  # fmt: skip
         seed_generators(seed32(use.seed, "trial"))
         optimizer = make_optimizer(flat, use.optimizer, use.seed)
         schedule = make_schedule(optimizer.optimizer, use.schedule, 0, use.seed)
@@ -297,18 +303,20 @@ class _Piece:
         loss: one value per row.
         use: how the module will be used.
         owned: what the copy must not touch.
+        harmless: see Plan.harmless.
         dtypes: takes the half types that are seen.
         channels_last: in which layout to compute.
         float16: whether to scale gradients.
     """
 
     def __init__(
-        self, flat: FlatModule, loss: Loss, use: Use, owned: Owned, dtypes: set[torch.dtype],
-        *, channels_last: bool, float16: bool,
+        self, flat: FlatModule, loss: Loss, use: Use, owned: Owned, harmless: frozenset[str],
+        dtypes: set[torch.dtype], *, channels_last: bool, float16: bool,
     ) -> None:  # fmt: skip
         self._flat, self._loss, self._use, self._owned, self._dtypes = flat, loss, use, owned, dtypes
         self._channels_last, self._float16 = channels_last, float16
         self._leaves = Leaves(flat.module, loss, owned)
+        self._watch = Watch(flat.module, loss, harmless)
         self.touched = [False] * len(flat.trainable)
         self._changes: Changes | None = None
 
@@ -340,6 +348,7 @@ class _Piece:
             self._changes = unite(self._changes, made.changes)
             for number, parameter in enumerate(self._flat.trainable):
                 self.touched[number] |= parameter.grad is not None
+        self._watch.require_unchanged()
         return torch.from_numpy(gradient) / len(records)
 
     def evaluate(self, records: npt.NDArray[Any], trained: torch.Size) -> None:
@@ -352,6 +361,7 @@ class _Piece:
             raise UserCodeError(f"in evaluation mode, with {_counted(rows)}: {error}") from error
         except ModelError as error:
             raise ModelError(f"in evaluation mode, with {_counted(rows)}: {error}") from error
+        self._watch.restore()
         form = tuple(output.shape) if isinstance(output, torch.Tensor) else type(output).__name__
         if (
             not isinstance(output, torch.Tensor)

@@ -11,9 +11,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-import torch
 from torch import nn
 
+from sparksgd.arithmetic.structure import Structure
 from sparksgd.engines.held import ABSENT, TABLES, Held, HeldBytes, equal, held_of, refusal
 from sparksgd.engines.held_names import around, of_tensors
 
@@ -24,7 +24,7 @@ class Watch:
     """The state of a module and its loss as they are now, to which each piece returns.
 
     Args:
-        module: its parameters and buffers are not looked at: others do that.
+        module: its parameters, buffers and submodules are not looked at: `FlatModule.standing` does that.
         loss: any callable; all that it holds is looked at.
         harmless: paths of attributes that a piece may leave changed.
     """
@@ -36,12 +36,13 @@ class Watch:
         for path, part in module.named_modules():
             self._tables.append(_Table(path, part, seen))
         inner: list[Held] = []
+        self._structure = Structure(loss) if isinstance(loss, nn.Module) else None
         if isinstance(loss, nn.Module):
-            seen.update(map(id, loss.modules()))
-            for path, part in loss.named_modules(prefix="loss"):
-                self._tables.append(_Table(path, part, seen))
-            fixed = [(name, one) for name, one in loss.named_parameters() if not one.requires_grad]
-            inner += [HeldBytes(f"loss.{name}", one) for name, one in (*loss.named_buffers(), *fixed)]
+            own = [(path, part) for path, part in loss.named_modules(prefix="loss") if id(part) not in seen]
+            tensors = [*loss.named_buffers(prefix="loss"), *loss.named_parameters(prefix="loss")]
+            inner += [HeldBytes(path, tensor) for path, tensor in tensors if id(tensor) not in seen]
+            seen.update(id(part) for _, part in own)
+            self._tables += [_Table(path, part, seen) for path, part in own]
         elif (held := held_of("loss", loss, seen)) is not None:
             inner.append(held)
         inner += of_tensors([*module.named_parameters(), *module.named_buffers()], seen)
@@ -51,11 +52,19 @@ class Watch:
         self._same = [(vars(table.module), table.values) for table in self._tables]
 
     def changed(self) -> list[str]:
-        """Return the paths of the attributes that are not as they were."""
+        """Return the paths of the attributes that are not as they were.
+
+        Raises:
+            ModelError: the loss made, removed or replaced a submodule, a parameter or a buffer.
+        """
+        if self._structure is not None:
+            self._structure.check("the loss")
         if self._is_same():
             return []
         found = {path: None for table in self._tables for path in table.changed()}
         found |= {one.path: None for one in self._inner if one.is_changed()}
+        if not found:
+            self._restore()  # equal values, in other objects: what is the same is seen sooner
         return list(found)
 
     def require_unchanged(self) -> None:
@@ -64,17 +73,21 @@ class Watch:
         Raises:
             ModelError: an attribute changed.
         """
-        if self._is_same():
-            return
-        for path in self.changed():
+        changed = self.changed()
+        for path in changed:
             if path not in self._harmless:
                 raise refusal(path)
-        self.restore()
+        if changed:
+            self._restore()
 
     def restore(self) -> None:
         """Return to the first state."""
-        if self._is_same():
-            return
+        if self._structure is not None:
+            self._structure.restore()
+        if not self._is_same():
+            self._restore()
+
+    def _restore(self) -> None:
         for table in self._tables:
             table.restore()
         for one in self._inner:
@@ -89,9 +102,7 @@ class Watch:
         for table in self._tables:
             before, _, name = path.rpartition(".")
             if before == table.path:
-                now = vars(table.module)
-                found = [one[name] for one in (now, *(now[key] for key in TABLES)) if name in one]
-                return found[0] if found else None
+                return vars(table.module).get(name)
         return None
 
     def _is_same(self) -> bool:
@@ -111,7 +122,7 @@ class _Table:
         self.path, self.module = path, module
         self.values = {
             name: value.copy() if _is_table(name, value) else value for name, value in vars(module).items()
-        }
+        }  # those in TABLES themselves, so that they are always equal
         self.inner: list[Held] = []
         self._inner_of: dict[str, list[Held]] = {}
         for name, value in vars(module).items():
@@ -132,9 +143,7 @@ class _Table:
         for name in {**self.values, **now}:
             before = self.values.get(name, ABSENT)
             value = now.get(name, ABSENT)
-            if name in TABLES:
-                yield from map(self._named, _changed_names(name, before, value))
-            elif _differ(name, before, value):
+            if _differ(name, before, value):
                 yield self._named(name)
             else:
                 yield from (held.path for held in self._inner_of.get(name, ()) if held.is_changed())
@@ -145,7 +154,7 @@ class _Table:
         for name in [name for name in now if name not in self.values]:
             del now[name]
         for name, before in self.values.items():
-            if name in TABLES or not _differ(name, before, now.get(name, ABSENT)):
+            if not _differ(name, before, now.get(name, ABSENT)):
                 continue
             if _is_table(name, before):
                 now[name].clear()
@@ -158,20 +167,13 @@ class _Table:
 
 
 def _is_table(name: str, value: object) -> bool:
-    """Return whether an attribute is one of torch's own tables of a module: parameters, hooks, and so on."""
-    return name.startswith("_") and isinstance(value, dict | set) and name in _TORCHS_TABLES
+    """Return whether an attribute is a table of torch's own for a module's hooks, or the like."""
+    return name in _TORCHS_TABLES and isinstance(value, dict | set)
 
 
-_TORCHS_TABLES = frozenset(name for name, value in vars(nn.Module()).items() if isinstance(value, dict | set))
-
-
-def _changed_names(table: str, before: Any, now: Any) -> Iterator[str]:
-    """Yield the names of parameters, buffers or submodules that came, went or (no buffers) were replaced."""
-    for name in {**before, **now}:
-        one, other = before.get(name, ABSENT), now.get(name, ABSENT)
-        is_buffer = table == "_buffers" and isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor)
-        if one is not other and not is_buffer:
-            yield name
+_TORCHS_TABLES = frozenset(
+    name for name, value in vars(nn.Module()).items() if isinstance(value, dict | set) and name not in TABLES
+)
 
 
 def _differ(name: str, before: Any, now: Any) -> bool:

@@ -28,7 +28,7 @@ from sparksgd.arithmetic.flat import FlatParameters
 from sparksgd.arithmetic.seeds import seed32
 from sparksgd.config import OptimizerConfig
 from sparksgd.errors import ConfigError, UserCodeError
-from sparksgd.imports import did_you_mean, resolve
+from sparksgd.imports import did_you_mean, resolve, users_code
 from sparksgd.solvers.flat_optimizer import ELEMENTWISE, HAS, FlatOptimizer, Parameters, seeded
 from sparksgd.solvers.protocol import Settings, Touched
 
@@ -169,7 +169,7 @@ def _steps_of_torch(
         for number, parameter in enumerate(parameters):
             has_gradient = mask is None or mask[number]
             parameter.grad = _wave(parameter.shape, 10 * step + number) if has_gradient else None
-        with seeded(kind, step):
+        with seeded(kind, step), users_code("its step()"):
             optimizer.step()
         found.append(torch.cat([parameter.detach().reshape(-1) for parameter in parameters]))
     return found

@@ -17,17 +17,14 @@ import numpy as np
 import torch
 from torch import nn
 
-from sparksgd.arithmetic.copies import copied
 from sparksgd.arithmetic.flat import FlatModule, mixes_rows
 from sparksgd.arithmetic.numerics import Numerics
-from sparksgd.arithmetic.settings import HeldSettings
 from sparksgd.config import Config, DataConfig
 from sparksgd.data.sampling import Sampling
 from sparksgd.data.schema import RowReport, RowSchema, read_rows
 from sparksgd.data.source import RowSource
 from sparksgd.engines.kinds import EngineKind, candidates, refuse_uncarried
 from sparksgd.engines.trial import Found, Use, try_out
-from sparksgd.engines.watch import Watch
 from sparksgd.errors import ConfigError, DataError, ModelError, UserCodeError
 from sparksgd.losses import CLASSIFIERS, Loss, binary_cross_entropy, loss_named
 from sparksgd.solvers.protocol import Need
@@ -112,7 +109,6 @@ def check(
     """
     without_compiler()  # before this process makes its first optimiser
     loss = loss_named(config.loss.name)
-    copied((module, loss), {"": module, "loss": loss})  # refuses what cannot be
     needs = needs_in(config, replay)
     check_engine(config, kinds, needs)
     schema, found = _tried(config, module, loss, rows, dtype)
@@ -269,12 +265,7 @@ def _tried(
         threads=config.train.threads,
     )
     try:
-        with HeldSettings() as settings, settings.blamed("the module or its loss"):
-            shared = Watch(module, loss)  # copies have globals and attributes of classes in common
-            try:
-                found = try_out(module, sample, use)
-            finally:
-                shared.restore()
+        found = try_out(module, sample, use)
     except UserCodeError:
         if not made_up:
             raise

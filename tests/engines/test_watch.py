@@ -243,7 +243,7 @@ def test_what_is_kept_beside_a_parameter_is_refused(tmp_path: Path, begin: Any, 
 
 
 def test_a_submodule_that_is_made_in_forward_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match=r"^core\.head is made, or replaced, in forward: it would not be"):
+    with pytest.raises(ModelError, match=r"^forward made submodule core\.head, so other workers"):
         train_here(tmp_path, module=net(sets(), makes_a_head))
 
 
@@ -368,9 +368,9 @@ def changes_late(core: Any, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
 
 def test_what_changes_after_the_trial_is_refused_at_that_piece(tmp_path: Path) -> None:
     with pytest.raises(
-        ModelError, match=r"^core\.t changes as the module trains(.|\n)*in turn [2-8], on worker"
+        ModelError, match=r"^core\.t changes as the module trains(.|\n)*in turn [1-9][0-9]?, on worker"
     ):
-        train_here(tmp_path, module=net(sets(t=0, limit=0.5), changes_late))
+        train_here(tmp_path, module=net(sets(t=0, limit=2.5), changes_late), train={"epochs": 9})
 
 
 # Evaluation
@@ -499,8 +499,8 @@ LEAKS = {
 def test_a_setting_that_forward_leaves_changed_is_refused_and_put_back(
     tmp_path: Path, name: str, when: str
 ) -> None:
-    if name in ("torch.set_grad_enabled", "torch.autocast") and when == "in evaluation":
-        pytest.skip("the end of the evaluation sets it")
+    if name == "torch.set_grad_enabled" and when == "in evaluation":
+        pytest.skip("gradients are off there, and on again at its end")
 
     def use(core: Any, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         is_due = {

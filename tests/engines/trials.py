@@ -49,11 +49,11 @@ def refused(module: nn.Module, *phrases: str, **arguments: Any) -> str:
 
 
 class Around(nn.Module):
-    """A linear layer from six numbers to one, and what a test adds."""
+    """A linear layer from six numbers, or others, to one, and what a test adds."""
 
-    def __init__(self) -> None:
+    def __init__(self, width: int = 6) -> None:
         super().__init__()
-        self.inner = nn.Linear(6, 1)
+        self.inner = nn.Linear(width, 1)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.inner(x)

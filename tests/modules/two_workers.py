@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from sparksgd.config import Config
 from sparksgd.data.local_files import ParquetRows
 from sparksgd.engines.compute import Computer
 from sparksgd.engines.inline import InlineEngine
+from sparksgd.losses import squared_error
 from sparksgd.training.loop import train
 from sparksgd.training.state import Training
 
@@ -100,13 +102,15 @@ def train_here(
     )
 
 
-def by_plain_torch(folder: Path, module: nn.Module, steps: int) -> list[float]:
+def by_plain_torch(
+    folder: Path, module: nn.Module, steps: int, loss: Callable[[Any, Any], torch.Tensor] = squared_error
+) -> list[float]:
     """Return a module's parameters after steps on all rows of `rows_of`, in one process."""
     table = rows_of(folder).first_rows(["x", "y"], 48)[1]
     x, y = torch.tensor(table["x"].to_pylist()), torch.tensor(table["y"].to_pylist())
     optimizer = torch.optim.SGD(module.parameters(), lr=0.05)
     for _ in range(steps):
         optimizer.zero_grad()
-        (module(x)[:, 0] - y).square().mean().backward()
+        loss(module(x), y).mean().backward()
         optimizer.step()
     return [value for parameter in module.parameters() for value in parameter.flatten().tolist()]
