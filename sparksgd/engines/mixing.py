@@ -10,7 +10,7 @@ Legend: B rows, P parameters.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -91,9 +91,17 @@ class Probe:
             name for name, parameter in nn.Module.named_parameters(module) if self._is_trained(parameter)
         ]
         self._loss, self._schema, self._records = loss, schema, records
+        self._plain: dict[tuple[int, ...], _Measured] = {}  # what was measured at these weights
 
     def _is_trained(self, parameter: nn.Parameter) -> bool:
         return any(parameter is trained for trained in self.flat.trainable)
+
+    def plain(self, rows: Sequence[int]) -> _Measured:
+        """Return the losses of rows and their gradient, as they were measured before at these weights."""
+        key = tuple(rows)
+        if key not in self._plain:
+            self._plain[key] = self.measure(rows)
+        return self._plain[key]
 
     def measure(self, rows: Sequence[int], *, scale: float = 1.0, seed: int = 0) -> _Measured:
         """Return the losses of rows, and `scale` times their gradient."""
@@ -109,20 +117,16 @@ class Probe:
             if losses.requires_grad:  # else the trial's steps say what is wrong
                 back_propagate(losses, scale)
         return _Measured(
-            output=output,
+            output=output.detach() if isinstance(output, torch.Tensor) else output,
             losses=losses.detach().double().clone(),
             gradient=torch.from_numpy(gradient).div_(scale),
             epsilon=seen.epsilon,
             float16=torch.float16 in seen.dtypes,
         )
 
-    def relabel(self, label: Callable[[npt.NDArray[Any]], npt.NDArray[Any]]) -> None:
-        """Change the labels of the rows."""
-        labels = self._schema.label_array(self._records)
-        labels[:] = label(labels)
-
     def move(self, parameters: torch.Tensor | None = None) -> None:
         """Go to weights near some parameters, float[P]; None: near the first ones."""
+        self._plain.clear()
         if parameters is not None:
             self.flat.parameters.copy_(parameters)
         chance = torch.Generator().manual_seed(16)
@@ -140,7 +144,7 @@ class Probe:
     def mixing(self, splits: int = len(_SPLITS)) -> str | None:
         """Return how rows mix, for an error, after some ways to part them; None if they do not."""
         for whole, parts in _SPLITS[-splits:]:
-            together = self.measure(whole)
+            together = self.plain(whole)
             try:
                 apart = [self.measure(part) for part in parts]
             except UserCodeError:  # of a single row, perhaps, which is tried later; two may do
@@ -173,7 +177,7 @@ class Probe:
     def scaling(self) -> str | None:
         """Return whose gradient is not proportional to the loss, for an error; None if all are."""
         rows = range(TRIED_ROWS)
-        plain = self.measure(rows)
+        plain = self.plain(rows)
         # In float16, greater ones leave its range by themselves.
         powers = (-4, 2) if plain.float16 else (-12, 12)
         for power in powers:
@@ -191,7 +195,7 @@ class Probe:
     def channels_last(self) -> str | None:
         """Return why convolutions cannot be computed channels last; None if they can."""
         rows = range(TRIED_ROWS)
-        plain = self.measure(rows)
+        plain = self.plain(rows)
         try:
             with self.flat.channels_last():
                 other = self.measure(rows)
@@ -217,8 +221,9 @@ class Probe:
             worst = int((error - limit).argmax())
             if error[worst] > limit[worst]:
                 return f"the loss of row {worst + 1} is {together.losses[worst]:g} and {losses[worst]:g}"
-        total = torch.stack([part.gradient for part in apart]).sum(0) if apart[1:] else apart[0].gradient
-        error = total.sub(together.gradient)
+        error = apart[0].gradient - together.gradient
+        for part in apart[1:]:
+            error += part.gradient
         size = float(together.gradient.norm())
         if float(error.norm()) <= floor * size:
             return None

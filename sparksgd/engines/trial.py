@@ -53,7 +53,7 @@ log = logging.getLogger("sparksgd")
 _STEPS = 4
 _MOST_ROWS = 1024
 """Of the first step and of the evaluation that are tried."""
-_FEW_ROWS = 32
+_FEW_ROWS = 8
 """Of the other steps."""
 
 
@@ -275,6 +275,7 @@ class _Trial:
             if schedule is not None and steps < moves:
                 schedule.move(steps)
         if not (mixes_rows(flat.module) or use.rows_mix):
+            piece.begin()
             piece.gradient(self._rows(1, _STEPS))
         names = [n for n, p in nn.Module.named_parameters(flat.module) if any(p is t for t in flat.trainable)]
         self.untouched = [name for name, was in zip(names, piece.touched, strict=True) if not was]
