@@ -31,7 +31,7 @@ from torch.utils.hooks import RemovableHandle
 
 from sparksgd.errors import ModelError, SparkSGDError
 
-__all__ = ["copied", "parts", "pickled", "reduced"]
+__all__ = ["copied", "parts", "pickled", "reduced", "reducing"]
 
 T = TypeVar("T")
 Reduced = tuple[Any, ...]
@@ -203,16 +203,19 @@ def _fill_cells(function: types.FunctionType, values: list[object]) -> None:
 
 def _dumps(value: object, pickler: type[pickle.Pickler]) -> bytes:
     stream = io.BytesIO()
-    _reducing(pickler)(stream, protocol=5).dump(value)
+    reducing(pickler)(stream, protocol=5).dump(value)
     return stream.getvalue()
 
 
-def _reducing(pickler: type[pickle.Pickler]) -> type[pickle.Pickler]:
-    """Return a pickler that reduces as `reduced` does, else as the given one."""
+def reducing(pickler: type[Any]) -> type[Any]:
+    """Return a class of pickler that reduces as `reduced` does, else as the given one.
 
-    class Reducing(pickler):  # type: ignore[misc, valid-type]  # mypy knows no class that is an argument
-        def __init__(self, stream: io.BytesIO, protocol: int) -> None:
-            super().__init__(stream, protocol)
+    What tensors share in memory they share again, once for each pickler.
+    """
+
+    class Reducing(pickler):  # type: ignore[misc]  # mypy knows no class that is an argument
+        def __init__(self, *arguments: Any, **keywords: Any) -> None:
+            super().__init__(*arguments, **keywords)
             self._storages: dict[int, _Storage] = {}
 
         def reducer_override(self, value: Any) -> Any:

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from sparksgd.arithmetic.changes import bits
 from sparksgd.config import ModelConfig
 from sparksgd.data.schema import Feature, RowSchema
 from sparksgd.errors import DataError, ModelError
@@ -136,9 +137,8 @@ def _sha256(state: Mapping[str, Any]) -> str:
 
 def _add(digest: hashlib._Hash, name: str, tensor: torch.Tensor) -> None:
     dense = tensor.detach() if tensor.layout is torch.strided else tensor.detach().to_dense()
-    values = dense.contiguous().view(-1)
     digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-    digest.update(values.view(torch.uint8).numpy().tobytes() if values.numel() else b"")
+    digest.update(bits(dense).data)
 
 
 def _read(folder: Location, name: str | None) -> dict[str, Any]:

@@ -8,7 +8,8 @@ of things are not copied, but found again in the other object:
     memory      a tensor that shares memory with the parameters' vector shares it with the other's vector
     functions   lambdas and weak references, by their place among the attributes: they are code, not state
 
-Tensors become bytes, of any type, and come back in torch's own memory.
+All else is pickled as copies of modules are (see arithmetic/copies.py): tensors of any type become bytes, and
+come back in torch's own memory.
 """
 
 from __future__ import annotations
@@ -20,10 +21,10 @@ import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch.optim import Optimizer
+
+from sparksgd.arithmetic.copies import reducing
 
 __all__ = ["CannotCarry", "bytes_in", "own_attributes", "packed", "replace_attributes", "unpacked"]
 
@@ -95,7 +96,7 @@ def _packed(
     what: object, attributes: Mapping[str, Any], anchors: Sequence[object], memory: torch.Tensor | None
 ) -> bytes:
     buffer = io.BytesIO()
-    _Pickler(buffer, attributes, anchors, memory).dump(what)
+    reducing(_Pickler)(buffer, attributes, anchors, memory).dump(what)
     return buffer.getvalue()
 
 
@@ -123,7 +124,6 @@ class _Pickler(pickle.Pickler):
         self._anchors = {id(anchor): number for number, anchor in enumerate(anchors)}
         self._functions = {id(function): place for place, function in _functions(attributes)}
         self._memory = memory
-        self._bytes: dict[int, _Bytes] = {}
 
     def persistent_id(self, what: Any) -> tuple[str, Any] | None:
         if id(what) in self._anchors:
@@ -144,26 +144,6 @@ class _Pickler(pickle.Pickler):
     def reducer_override(self, what: Any) -> Any:
         if isinstance(what, Optimizer) and type(what).__getstate__ is Optimizer.__getstate__:
             return _bare, (type(what),), own_attributes(what)  # torch's own keeps groups and state alone
-        if isinstance(what, _Bytes):
-            return _memory_of, (what.values,)
-        is_plain = (
-            type(what) is torch.Tensor
-            and what.layout is torch.strided
-            and what.device.type == "cpu"
-            and not (what.requires_grad or what.is_conj() or what.is_neg() or what.is_quantized)
-        )
-        if is_plain:
-            storage = what.untyped_storage()
-            key = storage.data_ptr()
-            if key not in self._bytes or not key:
-                self._bytes[key] = _Bytes(storage)
-            return _tensor_of, (
-                self._bytes[key],
-                what.dtype,
-                what.storage_offset(),
-                what.shape,
-                what.stride(),
-            )
         return NotImplemented
 
 
@@ -187,26 +167,6 @@ class _Unpickler(pickle.Unpickler):
         dtype, offset, shape, stride = where
         assert self._memory is not None
         return torch.empty(0, dtype=dtype).set_(self._memory.untyped_storage(), offset, shape, stride)
-
-
-class _Bytes:
-    """The memory of a tensor, which several tensors may share; it is written once."""
-
-    def __init__(self, storage: torch.UntypedStorage) -> None:
-        self.values: npt.NDArray[np.uint8] = (
-            torch.empty(0, dtype=torch.uint8).set_(storage, 0, (storage.nbytes(),), (1,)).numpy()
-        )
-
-
-def _memory_of(values: npt.NDArray[np.uint8]) -> torch.UntypedStorage:
-    """Return a copy in torch's own memory, because bits may depend on the alignment."""
-    return torch.from_numpy(values).clone().untyped_storage()
-
-
-def _tensor_of(
-    storage: torch.UntypedStorage, dtype: torch.dtype, offset: int, shape: torch.Size, stride: tuple[int, ...]
-) -> torch.Tensor:
-    return torch.empty(0, dtype=dtype).set_(storage, offset, shape, stride)
 
 
 def _bare(kind: type[Any]) -> Any:

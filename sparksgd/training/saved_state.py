@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from sparksgd.arithmetic.changes import bits
 from sparksgd.arithmetic.copies import copied, parts
 from sparksgd.errors import ModelError
 from sparksgd.imports import users_code
@@ -261,10 +262,7 @@ def _place(tensor: torch.Tensor) -> tuple[Any, ...]:
 def _bits(value: Any) -> tuple[Any, ...]:
     if isinstance(value, np.ndarray):
         return value.dtype.str, value.shape, value.tobytes()
-    plain = value.detach().to_dense() if value.layout is not torch.strided else value.detach()
-    plain = plain.resolve_conj().resolve_neg().contiguous().reshape(-1)
-    raw = plain.view(torch.uint8).numpy().tobytes() if plain.numel() else b""
-    return value.dtype, tuple(value.shape), raw
+    return value.dtype, tuple(value.shape), bits(value).tobytes()
 
 
 def _disturb(value: Any) -> None:
