@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial, reduce
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from sparksgd.arithmetic.changes import Changes, unite
 from sparksgd.arithmetic.copies import copied
 from sparksgd.arithmetic.flat import FlatModule
 from sparksgd.arithmetic.generators import seed_generators
@@ -63,6 +65,9 @@ class _Measured:
 
     float16: bool
     """Whether an operation gave float16."""
+
+    changes: Changes | None
+    """What forward made of parameters and constants."""
 
     @property
     def is_finite(self) -> bool:
@@ -109,7 +114,7 @@ class Probe:
         with (
             Operations(steady=True) as seen,
             self.flat.new_gradient() as gradient,
-            self.flat.standing.piece(),
+            self.flat.standing.piece() as made,
         ):
             output, losses = forward(
                 self.flat.module, self._loss, self._schema, self._records[list(rows)], self.flat.dtype
@@ -122,6 +127,7 @@ class Probe:
             gradient=torch.from_numpy(gradient).div_(scale),
             epsilon=seen.epsilon,
             float16=torch.float16 in seen.dtypes,
+            changes=made.changes,
         )
 
     def move(self, parameters: torch.Tensor | None = None) -> None:
@@ -142,7 +148,11 @@ class Probe:
         return torch.split(vector, [parameter.numel() for parameter in self.flat.trainable])
 
     def mixing(self, splits: int = len(_SPLITS)) -> str | None:
-        """Return how rows mix, for an error, after some ways to part them; None if they do not."""
+        """Return how rows mix, for an error, after some ways to part them; None if they do not.
+
+        Raises:
+            ModelError: it is a parameter or a constant that mixes them, because forward changes it.
+        """
         for whole, parts in _SPLITS[-splits:]:
             together = self.plain(whole)
             try:
@@ -158,6 +168,10 @@ class Probe:
                 return None  # it differs from itself: that is not about rows, and found elsewhere
             if self._is_rounding(whole, parts):
                 continue
+            if _compute_by_running_statistics(self.flat.module):
+                self._plain.clear()
+                return self.mixing(splits)
+            self.flat.apply(reduce(unite, (part.changes for part in apart)))  # more to the point
             return f"{len(whole)} rows together against the same rows in {len(parts)} parts: {found}"
         return None
 
@@ -244,3 +258,34 @@ def without_batch_statistics(module: nn.Module) -> None:
                 like = part.weight if part.affine else torch.empty(0)
                 part.running_mean = like.new_zeros(part.num_features)
                 part.running_var = like.new_ones(part.num_features)
+
+
+def _compute_by_running_statistics(module: nn.Module) -> bool:
+    """Let batch-norms of the user's own, which may ignore their mode, compute as torch's in evaluation do.
+
+    Returns:
+        Whether there were any that did not yet.
+    """
+    found = [
+        part
+        for part in module.modules()
+        if isinstance(part, _BatchNorm)
+        and "forward" not in vars(part)
+        and not type(part).forward.__module__.startswith("torch.")
+        and part.running_mean is not None
+    ]
+    for part in found:
+        vars(part)["forward"] = partial(_by_running_statistics, part, copied(part))
+    return bool(found)
+
+
+def _by_running_statistics(
+    norm: _BatchNorm, twin: _BatchNorm, x: torch.Tensor, *rest: Any, **named: Any
+) -> Any:
+    with torch.no_grad():
+        own = twin(x, *rest, **named)
+    if not isinstance(own, torch.Tensor) or own.shape != x.shape:
+        return type(norm).forward(norm, x, *rest, **named)
+    return nn.functional.batch_norm(
+        x, norm.running_mean, norm.running_var, norm.weight, norm.bias, training=False, eps=norm.eps
+    )

@@ -253,9 +253,10 @@ class _Trial:
         moves = min(_STEPS, (schedule and schedule.limit) or _STEPS)
         least = 2 if mixes_rows(flat.module) else 1  # `check_pieces` tells of a batch-norm with one row
         most = max(least, min(use.piece_rows, _MOST_ROWS))
+        few = max(least, min(most, _FEW_ROWS, len(self._records) // 2))
         steps = 0
         for step in range(_STEPS):
-            rows = most if step == 0 else min(most, _FEW_ROWS)
+            rows = most if step == 0 else few
             piece.begin()
             gradient = piece.gradient(self._rows(rows, step))
             is_finite = bool(torch.isfinite(gradient).all())
@@ -266,9 +267,7 @@ class _Trial:
                 break  # the run will say in which rows
             touched = flat.touched
             if use.has_pieces:
-                piece.gradient(
-                    self._rows(min(most, _FEW_ROWS), step + 1)
-                )  # forward may change what it shares
+                piece.gradient(self._rows(few, step + rows))  # other rows: forward may change by them
             piece.take_changes()
             optimizer.step(optimizer.new_gradient().copy_(gradient), touched, use.seed)
             steps += 1

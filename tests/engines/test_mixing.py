@@ -272,6 +272,22 @@ def test_rows_that_do_not_mix_are_no_false_alarm(kind: str) -> None:
     assert tried(make(), **use).output[0] == 4
 
 
+class Peak(Around):
+    """Divides by the greatest value that it has seen, in a buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("peak", torch.ones(()))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.peak = torch.maximum(self.peak, x.detach().abs().max())
+        return self.inner(x / self.peak)
+
+
+def test_a_buffer_that_mixes_rows_is_named() -> None:
+    refused(Peak(), "forward changes peak, and two pieces of one step leave different values")
+
+
 def test_batch_statistics_by_a_function_are_mixing() -> None:
     refused(With(lambda x: F.batch_norm(x, None, None, training=True)), "depends on the other rows")
 
