@@ -31,7 +31,7 @@ from torch.utils.hooks import RemovableHandle
 
 from sparksgd.errors import ModelError, SparkSGDError
 
-__all__ = ["copied", "parts", "pickled", "reduced", "reducing"]
+__all__ = ["copied", "parts", "pickled", "reducing"]
 
 T = TypeVar("T")
 Reduced = tuple[Any, ...]
@@ -64,7 +64,7 @@ def pickled(
     Args:
         value: what to pickle.
         named: its parts that users made, by the name that errors call them; see `copied`.
-        pickler: pickles what `reduced` leaves to it, for example classes of a notebook by value.
+        pickler: pickles what `_reduced` leaves to it, for example classes of a notebook by value.
 
     Raises:
         ModelError: a part of it cannot be pickled.
@@ -84,7 +84,7 @@ def _or_refused(attempt: Callable[[Any], T], value: object, named: Mapping[str, 
         raise
 
 
-def reduced(value: Any) -> Reduced | None:
+def _reduced(value: Any) -> Reduced | None:
     """Return how pickle makes a value again, as `__reduce__` does; None: as it does anyway."""
     if isinstance(value, torch.Tensor):
         return _reduced_tensor(value)
@@ -127,7 +127,7 @@ class _Copier(pickle.Pickler):
             cells = value.__closure__ or ()
             state = [cell.cell_contents if _is_full(cell) else _Itself(_EMPTY) for cell in cells]
             return _closed_anew, (_Itself(value), len(cells)), state, None, None, _fill_cells
-        return NotImplemented if (made := reduced(value)) is None else made
+        return NotImplemented if (made := _reduced(value)) is None else made
 
     def _keep(self, value: object) -> int:
         self.kept.append(value)
@@ -208,7 +208,7 @@ def _dumps(value: object, pickler: type[pickle.Pickler]) -> bytes:
 
 
 def reducing(pickler: type[Any]) -> type[Any]:
-    """Return a class of pickler that reduces as `reduced` does, else as the given one.
+    """Return a class of pickler that reduces as `_reduced` does, else as the given one.
 
     What tensors share in memory they share again, once for each pickler.
     """
@@ -223,7 +223,7 @@ def reducing(pickler: type[Any]) -> type[Any]:
                 pointer = value.data_ptr()
                 one = self._storages.setdefault(pointer, _Storage(value)) if pointer else _Storage(value)
                 return _identity, (one,)
-            made = reduced(value)
+            made = _reduced(value)
             if made is not None:
                 return made
             override = getattr(super(), "reducer_override", None)
