@@ -399,6 +399,16 @@ def test_tensors_that_share_memory(make: Any, phrases: list[str]) -> None:
     refused(make(), *phrases)
 
 
+def test_a_loss_that_keeps_a_view_of_a_weight() -> None:
+    module = nn.Linear(6, 1)
+    weight = module.weight.detach()
+    refused(
+        module,
+        "'weight' and \"loss's variable weight\" share memory",
+        loss=lambda output, label: squared_error(output, label) + weight.square().sum(),
+    )
+
+
 def test_parts_of_one_vector_that_do_not_overlap_are_no_false_alarm() -> None:
     module = nn.Sequential(nn.Linear(6, 4), nn.Linear(4, 1))
     FlatModule(module)  # as after an earlier training
