@@ -313,7 +313,7 @@ def _made(home: Any, section: Mapping[str, Any], *given: Any) -> Any:
 
 def _parameters(module: nn.Module, loss: Any) -> list[nn.Parameter]:
     of_loss = list(loss.parameters()) if isinstance(loss, nn.Module) else []
-    return [*module.parameters(), *of_loss]
+    return [parameter for parameter in (*module.parameters(), *of_loss) if parameter.requires_grad]
 
 
 # The comparison
