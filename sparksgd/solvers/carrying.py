@@ -96,7 +96,7 @@ def _packed(
     what: object, attributes: Mapping[str, Any], anchors: Sequence[object], memory: torch.Tensor | None
 ) -> bytes:
     buffer = io.BytesIO()
-    reducing(_Pickler)(buffer, attributes, anchors, memory).dump(what)
+    _Pickler(buffer, attributes, anchors, memory).dump(what)
     return buffer.getvalue()
 
 
@@ -112,6 +112,7 @@ def _culprit(
     return None
 
 
+@reducing
 class _Pickler(pickle.Pickler):
     def __init__(
         self,
