@@ -319,10 +319,12 @@ class _Piece:
         self._watch = Watch(flat.module, loss, harmless)
         self.touched = [False] * len(flat.trainable)
         self._changes: Changes | None = None
+        self._buffers = flat.statistics(), flat.counters()
 
     def begin(self) -> None:
         """Begin a step at the copy's parameters: its pieces start from there."""
         self._flat.standing.at(self._flat.parameters.numpy())
+        self._buffers = self._flat.statistics(), self._flat.counters()
         self._changes = None
 
     def take_changes(self) -> None:
@@ -340,6 +342,7 @@ class _Piece:
             ModelError: the piece did what it must not do.
         """
         shift = gradient_shift(len(records)) if self._float16 else 0
+        self._flat.load_buffers(*self._buffers)  # as each piece of a step does
         with self._computing(len(records)), self._flat.new_gradient(shift=shift) as gradient:
             with self._flat.standing.piece() as made:
                 _, losses = forward(self._flat.module, self._loss, self._use.schema, records)
