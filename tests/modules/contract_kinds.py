@@ -509,7 +509,6 @@ ORDINARY: dict[str, Callable[[], nn.Module]] = {
     "a hook on a parameter masks": masked_by_hook,
     "hooks on parameters scale": scaled_by_hooks,
     "hooks on modules": hooked,
-    "a hook after accumulation": accumulated,
     "hooks registered in forward": HooksInForward,
     "an attribute of a parameter": MaskedByAttribute,
     "a lambda without state": PlainLambda,
