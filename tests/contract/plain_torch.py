@@ -29,6 +29,7 @@ import torch
 from contract_layers import FEATURES
 from engine_makers import Inline
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from sparksgd.config import Config
 from sparksgd.data.local_files import ParquetRows
@@ -82,6 +83,9 @@ class Recipe:
 class Course:
     """What a training did: after each step the module's tensors by name, and the losses."""
 
+    first: dict[str, torch.Tensor] = field(default_factory=dict)
+    """The tensors before the first step."""
+
     tensors: list[dict[str, torch.Tensor]] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)
     test_losses: list[float] = field(default_factory=list)
@@ -89,9 +93,13 @@ class Course:
 
     def note(self, module: nn.Module, loss: float) -> None:
         """Keep copies of all that the module has."""
-        named = [*module.named_parameters(), *module.named_buffers()]
-        self.tensors.append({name: tensor.detach().clone() for name, tensor in named})
+        self.tensors.append(_tensors_of(module))
         self.losses.append(loss)
+
+
+def _tensors_of(module: nn.Module) -> dict[str, torch.Tensor]:
+    named = [*module.named_parameters(), *module.named_buffers()]
+    return {name: tensor.detach().clone() for name, tensor in named}
 
 
 # Rows
@@ -235,6 +243,9 @@ class _Watching(Observer):
     def __init__(self, course: Course) -> None:
         self.course = course
 
+    def started(self, training: Any) -> None:
+        self.course.first = _tensors_of(training.module)
+
     def stepped(self, training: Any, report: Any) -> None:
         self.course.note(training.module, report.loss)
 
@@ -260,9 +271,19 @@ def by_sparksgd(make: Make, recipe: Recipe, data: Data, num_shards: int) -> Cour
     return course
 
 
-def by_plain_torch(make: Make, recipe: Recipe, union: Union) -> Course:
-    """Train in one process, each step on the rows of all shards."""
+def by_plain_torch(
+    make: Make, recipe: Recipe, union: Union, first: Mapping[str, torch.Tensor] | None = None
+) -> Course:
+    """Train in one process, each step on the rows of all shards.
+
+    Args:
+        make: returns the module.
+        recipe: how to train it.
+        union: the rows.
+        first: what lazy parts begin with: their first values come with the first rows.
+    """
     course, module, loss = Course(), made(make, recipe), copy.deepcopy(named(recipe.loss))
+    _fill_lazy(module, union.of_step(0)[0], first or {})
     optimizer = _made(torch.optim, recipe.optimizer, _parameters(module, loss))
     schedule = _made(torch.optim.lr_scheduler, recipe.schedule, optimizer) if recipe.schedule else None
     for step in range(recipe.steps):
@@ -277,6 +298,23 @@ def by_plain_torch(make: Make, recipe: Recipe, union: Union) -> Course:
         if (step + 1) % EVAL_EVERY == 0 or step + 1 == recipe.steps:
             course.test_losses.append(_evaluated(module, loss, *union.of_test))
     return course
+
+
+def _fill_lazy(module: nn.Module, features: torch.Tensor, first: Mapping[str, torch.Tensor]) -> None:
+    tensors = [*module.named_parameters(), *module.named_buffers()]
+    lazy = [name for name, tensor in tensors if is_lazy(tensor)]
+    if not lazy:
+        return
+    modes = [(part, part.training) for part in module.modules()]
+    module.eval()
+    with torch.no_grad():
+        module(features)
+    for part, training in modes:
+        part.training = training
+    with torch.no_grad():
+        for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
+            if name in lazy and name in first:
+                tensor.copy_(first[name])
 
 
 def _evaluated(module: nn.Module, loss: Any, features: torch.Tensor, label: torch.Tensor) -> float:
@@ -363,7 +401,7 @@ def compared(make: Make, recipe: Recipe, data: Data, num_shards: int, tolerance:
     if ours.refusal is not None and not ours.tensors:
         return Verdict(ours.refusal, 0, None)
     try:
-        theirs = by_plain_torch(make, recipe, data.union(num_shards))
+        theirs = by_plain_torch(make, recipe, data.union(num_shards), ours.first)
     except RuntimeError as error:
         return Verdict(ours.refusal, len(ours.tensors), f"plain torch refuses it: {error}", by_torch=True)
     return Verdict(ours.refusal, len(ours.tensors), difference(ours, theirs, tolerance))
