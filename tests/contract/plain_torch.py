@@ -370,13 +370,13 @@ def difference(ours: Course, theirs: Course, tolerance: float) -> str | None:
             off = _off(one[name], expected)
             if not off <= tolerance:
                 return f"step {step}: {name} is off by {off:.3g}"
-        off = _off(torch.tensor(ours.losses[step - 1]), torch.tensor(theirs.losses[step - 1]))
+        off = _off(_number(ours.losses[step - 1]), _number(theirs.losses[step - 1]))
         if not off <= tolerance:
             return f"step {step}: the loss is off by {off:.3g}"
     for number, (loss, expected_loss) in enumerate(
         zip(ours.test_losses, theirs.test_losses, strict=False), 1
     ):
-        off = _off(torch.tensor(loss), torch.tensor(expected_loss))
+        off = _off(_number(loss), _number(expected_loss))
         if not off <= tolerance:
             return f"evaluation {number}: the loss is off by {off:.3g}"
     if ours.refusal is None and len(ours.tensors) != len(theirs.tensors):
@@ -387,6 +387,10 @@ def difference(ours: Course, theirs: Course, tolerance: float) -> str | None:
 def diverged(loss: float) -> bool:
     """Return whether a loss is so large that squares overflow, or not finite."""
     return not abs(loss) < 1e20
+
+
+def _number(value: float) -> torch.Tensor:
+    return torch.tensor(value, dtype=torch.float64)
 
 
 def _off(one: torch.Tensor, other: torch.Tensor) -> float:
