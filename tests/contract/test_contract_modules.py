@@ -35,7 +35,6 @@ ROUNDING = {torch.float32: 1e-4, torch.float64: 1e-10}
 
 TRAINED = {
     **contract_layers.LAYERS,
-    **contract_layers.LAZY,
     **contract_kinds.ORDINARY,
     **contract_changes.RIGHT,
 }
@@ -89,6 +88,16 @@ def test_each_module_by_itself_is_that_module_on_the_union_of_the_rows(
 def test_sixteen_bits_differ_by_their_rounding(data: Data, kind: str, num_shards: int) -> None:
     make = contract_kinds.LOW_PRECISION[kind]
     verdict = compared(make, Recipe(dtype=torch.float32), data, num_shards, 5e-3)
+    assert verdict.is_right, str(verdict)
+
+
+LAZY = {**contract_layers.LAZY, **contract_layers.LAZY_NORMS}
+
+
+@pytest.mark.parametrize("kind", kinds(LAZY))
+def test_lazy_layers_take_their_shapes_and_are_ordinary_then(data: Data, kind: str) -> None:
+    num_shards = 4 if kind in contract_layers.LAZY else 1
+    verdict = compared(LAZY[kind], Recipe(dtype=torch.float32), data, num_shards, ROUNDING[torch.float32])
     assert verdict.is_right, str(verdict)
 
 
