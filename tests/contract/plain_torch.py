@@ -17,7 +17,7 @@ import importlib
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import cache, cached_property
+from functools import cache
 from pathlib import Path
 from typing import Any, Self
 
@@ -225,7 +225,7 @@ class Union:
         ]
         return _tensors(np.concatenate(pieces))
 
-    @cached_property
+    @property
     def of_test(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Return all test rows."""
         return _tensors(self.test)
