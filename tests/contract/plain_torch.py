@@ -14,11 +14,10 @@ from __future__ import annotations
 
 import copy
 import importlib
-import math
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import cache, cached_property
+from functools import cache
 from pathlib import Path
 from typing import Any, Self
 
@@ -29,6 +28,7 @@ import torch
 from contract_layers import FEATURES
 from engine_makers import Inline
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from sparksgd.config import Config
 from sparksgd.data.local_files import ParquetRows
@@ -82,6 +82,9 @@ class Recipe:
 class Course:
     """What a training did: after each step the module's tensors by name, and the losses."""
 
+    first: dict[str, torch.Tensor] = field(default_factory=dict)
+    """The tensors before the first step."""
+
     tensors: list[dict[str, torch.Tensor]] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)
     test_losses: list[float] = field(default_factory=list)
@@ -89,9 +92,13 @@ class Course:
 
     def note(self, module: nn.Module, loss: float) -> None:
         """Keep copies of all that the module has."""
-        named = [*module.named_parameters(), *module.named_buffers()]
-        self.tensors.append({name: tensor.detach().clone() for name, tensor in named})
+        self.tensors.append(_tensors_of(module))
         self.losses.append(loss)
+
+
+def _tensors_of(module: nn.Module) -> dict[str, torch.Tensor]:
+    named = [*module.named_parameters(), *module.named_buffers()]
+    return {name: tensor.detach().clone() for name, tensor in named}
 
 
 # Rows
@@ -218,7 +225,7 @@ class Union:
         ]
         return _tensors(np.concatenate(pieces))
 
-    @cached_property
+    @property
     def of_test(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Return all test rows."""
         return _tensors(self.test)
@@ -234,6 +241,9 @@ def _tensors(records: np.ndarray[Any, Any]) -> tuple[torch.Tensor, torch.Tensor]
 class _Watching(Observer):
     def __init__(self, course: Course) -> None:
         self.course = course
+
+    def started(self, training: Any) -> None:
+        self.course.first = _tensors_of(training.module)
 
     def stepped(self, training: Any, report: Any) -> None:
         self.course.note(training.module, report.loss)
@@ -260,9 +270,19 @@ def by_sparksgd(make: Make, recipe: Recipe, data: Data, num_shards: int) -> Cour
     return course
 
 
-def by_plain_torch(make: Make, recipe: Recipe, union: Union) -> Course:
-    """Train in one process, each step on the rows of all shards."""
+def by_plain_torch(
+    make: Make, recipe: Recipe, union: Union, first: Mapping[str, torch.Tensor] | None = None
+) -> Course:
+    """Train in one process, each step on the rows of all shards.
+
+    Args:
+        make: returns the module.
+        recipe: how to train it.
+        union: the rows.
+        first: what lazy parts begin with: their first values come with the first rows.
+    """
     course, module, loss = Course(), made(make, recipe), copy.deepcopy(named(recipe.loss))
+    _fill_lazy(module, union.of_step(0)[0], first or {})
     optimizer = _made(torch.optim, recipe.optimizer, _parameters(module, loss))
     schedule = _made(torch.optim.lr_scheduler, recipe.schedule, optimizer) if recipe.schedule else None
     for step in range(recipe.steps):
@@ -277,6 +297,23 @@ def by_plain_torch(make: Make, recipe: Recipe, union: Union) -> Course:
         if (step + 1) % EVAL_EVERY == 0 or step + 1 == recipe.steps:
             course.test_losses.append(_evaluated(module, loss, *union.of_test))
     return course
+
+
+def _fill_lazy(module: nn.Module, features: torch.Tensor, first: Mapping[str, torch.Tensor]) -> None:
+    tensors = [*module.named_parameters(), *module.named_buffers()]
+    lazy = [name for name, tensor in tensors if is_lazy(tensor)]
+    if not lazy:
+        return
+    modes = [(part, part.training) for part in module.modules()]
+    module.eval()
+    with torch.no_grad():
+        module(features)
+    for part, training in modes:
+        part.training = training
+    with torch.no_grad():
+        for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
+            if name in lazy and name in first:
+                tensor.copy_(first[name])
 
 
 def _evaluated(module: nn.Module, loss: Any, features: torch.Tensor, label: torch.Tensor) -> float:
@@ -322,29 +359,38 @@ def _parameters(module: nn.Module, loss: Any) -> list[nn.Parameter]:
 def difference(ours: Course, theirs: Course, tolerance: float) -> str | None:
     """Return where two courses differ by more than rounding; None if nowhere.
 
-    A course that ended early by an error, or in infinite numbers, is compared as far as it went.
+    A course that ended early by an error, or diverged, is compared as far as it went.
     """
     for step, (one, other) in enumerate(zip(ours.tensors, theirs.tensors, strict=False), start=1):
         if one.keys() != other.keys():
             return f"step {step}: tensors {sorted(one.keys() ^ other.keys())} are on one side only"
-        if not math.isfinite(theirs.losses[step - 1]):
+        if diverged(theirs.losses[step - 1]):
             return None
         for name, expected in other.items():
             off = _off(one[name], expected)
             if not off <= tolerance:
                 return f"step {step}: {name} is off by {off:.3g}"
-        off = _off(torch.tensor(ours.losses[step - 1]), torch.tensor(theirs.losses[step - 1]))
+        off = _off(_number(ours.losses[step - 1]), _number(theirs.losses[step - 1]))
         if not off <= tolerance:
             return f"step {step}: the loss is off by {off:.3g}"
     for number, (loss, expected_loss) in enumerate(
         zip(ours.test_losses, theirs.test_losses, strict=False), 1
     ):
-        off = _off(torch.tensor(loss), torch.tensor(expected_loss))
+        off = _off(_number(loss), _number(expected_loss))
         if not off <= tolerance:
             return f"evaluation {number}: the loss is off by {off:.3g}"
     if ours.refusal is None and len(ours.tensors) != len(theirs.tensors):
         return f"{len(ours.tensors)} steps instead of {len(theirs.tensors)}"
     return None
+
+
+def diverged(loss: float) -> bool:
+    """Return whether a loss is so large that squares overflow, or not finite."""
+    return not abs(loss) < 1e20
+
+
+def _number(value: float) -> torch.Tensor:
+    return torch.tensor(value, dtype=torch.float64)
 
 
 def _off(one: torch.Tensor, other: torch.Tensor) -> float:
@@ -363,7 +409,7 @@ def compared(make: Make, recipe: Recipe, data: Data, num_shards: int, tolerance:
     if ours.refusal is not None and not ours.tensors:
         return Verdict(ours.refusal, 0, None)
     try:
-        theirs = by_plain_torch(make, recipe, data.union(num_shards))
+        theirs = by_plain_torch(make, recipe, data.union(num_shards), ours.first)
     except RuntimeError as error:
         return Verdict(ours.refusal, len(ours.tensors), f"plain torch refuses it: {error}", by_torch=True)
     return Verdict(ours.refusal, len(ours.tensors), difference(ours, theirs, tolerance))

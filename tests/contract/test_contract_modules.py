@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import random
 import re
+from typing import Any
 
 import contract_changes
 import contract_composites
@@ -21,15 +22,19 @@ from still_wrong import STILL_WRONG, kinds
 
 from sparksgd.errors import ConfigError, ModelError, UserCodeError
 
-SHARDS_AND_TYPES = [
-    pytest.param(1, torch.float32, id="1 shard"),
-    pytest.param(4, torch.float64, id="4 shards"),
-]
+ONE_SHARD = pytest.param(1, torch.float32, id="1 shard")
+FOUR_SHARDS = pytest.param(4, torch.float64, id="4 shards")
+SHARDS_AND_TYPES = [ONE_SHARD, FOUR_SHARDS]
+
+
+def in_soak(parameters: Any) -> Any:
+    return pytest.param(*parameters.values, id=parameters.id, marks=pytest.mark.soak)
+
+
 ROUNDING = {torch.float32: 1e-4, torch.float64: 1e-10}
 
 TRAINED = {
     **contract_layers.LAYERS,
-    **contract_layers.LAZY,
     **contract_kinds.ORDINARY,
     **contract_changes.RIGHT,
 }
@@ -39,13 +44,25 @@ PAGES = contract_composites.pages([kind for kind in TRAINED if kind not in STILL
 pytestmark = pytest.mark.filterwarnings("ignore")  # torch's own words on deprecated and slow layers
 
 
-@pytest.mark.parametrize(("num_shards", "dtype"), SHARDS_AND_TYPES)
+@pytest.mark.parametrize(("num_shards", "dtype"), [FOUR_SHARDS, in_soak(ONE_SHARD)])
 @pytest.mark.parametrize("names", [pytest.param(page, id=f"{page[0]} to {page[-1]}") for page in PAGES])
 def test_modules_side_by_side_on_shards_are_these_modules_on_the_union_of_their_rows(
     data: Data, names: list[str], num_shards: int, dtype: torch.dtype
 ) -> None:
     verdict = compared(
         lambda: contract_composites.of_names(names), Recipe(dtype=dtype), data, num_shards, ROUNDING[dtype]
+    )
+    assert verdict.is_right, str(verdict)
+
+
+def test_twenty_modules_on_one_shard_are_these_modules(data: Data) -> None:
+    names = [name for name in contract_composites.TWENTY if name != "Dropout"]
+    verdict = compared(
+        lambda: contract_composites.of_names(names),
+        Recipe(dtype=torch.float32),
+        data,
+        1,
+        ROUNDING[torch.float32],
     )
     assert verdict.is_right, str(verdict)
 
@@ -71,6 +88,16 @@ def test_each_module_by_itself_is_that_module_on_the_union_of_the_rows(
 def test_sixteen_bits_differ_by_their_rounding(data: Data, kind: str, num_shards: int) -> None:
     make = contract_kinds.LOW_PRECISION[kind]
     verdict = compared(make, Recipe(dtype=torch.float32), data, num_shards, 5e-3)
+    assert verdict.is_right, str(verdict)
+
+
+LAZY = {**contract_layers.LAZY, **contract_layers.LAZY_NORMS}
+
+
+@pytest.mark.parametrize("kind", kinds(LAZY))
+def test_lazy_layers_take_their_shapes_and_are_ordinary_then(data: Data, kind: str) -> None:
+    num_shards = 4 if kind in contract_layers.LAZY else 1
+    verdict = compared(LAZY[kind], Recipe(dtype=torch.float32), data, num_shards, ROUNDING[torch.float32])
     assert verdict.is_right, str(verdict)
 
 

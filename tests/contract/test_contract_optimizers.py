@@ -17,7 +17,7 @@ LOSSES_WITH_STATE = {"margins": "scale|loss", "counting": "calls|loss"}
 pytestmark = pytest.mark.filterwarnings("ignore")  # torch's own words on schedules
 
 
-@pytest.mark.parametrize("num_shards", [1, 4])
+@pytest.mark.parametrize("num_shards", [4, pytest.param(1, marks=pytest.mark.soak)])
 @pytest.mark.parametrize("name", kinds(contract_optimizers.OPTIMIZERS))
 def test_an_optimiser_makes_the_steps_that_it_makes_in_one_process(
     data: Data, name: str, num_shards: int
@@ -27,7 +27,7 @@ def test_an_optimiser_makes_the_steps_that_it_makes_in_one_process(
     assert verdict.is_right, str(verdict)
 
 
-@pytest.mark.parametrize("num_shards", [1, 4])
+@pytest.mark.parametrize("num_shards", [4, pytest.param(1, marks=pytest.mark.soak)])
 @pytest.mark.parametrize("name", kinds(contract_optimizers.MATRICES_ONLY))
 def test_an_optimiser_of_matrices_makes_its_steps(data: Data, name: str, num_shards: int) -> None:
     recipe = Recipe(optimizer=contract_optimizers.MATRICES_ONLY[name])

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from contract_kinds import IN, WIDTH, ExtraState, Net
+from contract_kinds import IN, WIDTH, ExtraState, Net, accumulated
 from contract_layers import Around, First, Indexed
 from torch import nn
 from torch.nn import functional as F
@@ -415,12 +415,12 @@ REFUSED: dict[str, Refused] = {
     "a global parameter": Refused(Global, "gradient|leaf|tensor", or_right=True),
     "layers in a list": Refused(InList, "extra|gradient|leaf|tensor", or_right=True),
     "a weak reference": Refused(Weak, "link", or_right=True),
-    "a parameter that is another's transpose": Refused(Autoencoder, "storage"),
-    "parameters that overlap": Refused(Overlapping, "storage"),
-    "a buffer that is a weight": Refused(buffer_of_weight, "storage", or_right=True),
+    "a parameter that is another's transpose": Refused(Autoencoder, "share memory"),
+    "parameters that overlap": Refused(Overlapping, "share memory"),
+    "a buffer that is a weight": Refused(buffer_of_weight, "share memory", or_right=True),
     "a Python counter": Refused(Counter, "calls"),
     "state that changes every fifth call": Refused(Rarely, "calls|factor", late=True),
-    "a buffer of the largest value": Refused(Peak, "peak"),
+    "a buffer of the largest value": Refused(Peak, "peak|row"),
     "running statistics of another norm": Refused(
         lambda: Around(nn.InstanceNorm1d(2, track_running_stats=True), 2, 12), "running_mean"
     ),
@@ -438,6 +438,7 @@ REFUSED: dict[str, Refused] = {
         lambda: Indexed(nn.Embedding(6, 3, scale_grad_by_freq=True)), "row"
     ),
     "a hook that clips": Refused(NonlinearHook, "row|hook|gradient"),
+    "a hook after accumulation": Refused(accumulated, "hook", or_right=True),
     "a lock": Refused(lambda: Holding(lambda net: threading.Lock()), "held"),
     "an open file": Refused(lambda: Holding(lambda net: Path(os.devnull).open()), "held"),  # noqa: SIM115
     "a Python generator": Refused(ForwardGenerator, "numbers"),

@@ -24,6 +24,7 @@ TWENTY = (
 NETS: dict[str, Callable[[], nn.Module]] = {
     **contract_layers.LAYERS,
     **contract_layers.LAZY,
+    **contract_layers.LAZY_NORMS,
     **contract_layers.RANDOM,
     **contract_layers.NORMS_OVER_ROWS,
     **contract_kinds.ORDINARY,

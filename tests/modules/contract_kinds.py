@@ -126,7 +126,7 @@ class Containers(nn.Module):
 
 
 class Constants(Net):
-    """Buffers: one that is saved, one that is not, whole numbers, a sparse product, and Python's numbers."""
+    """Buffers: one that is saved, one that is not, whole numbers, and Python's numbers."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -138,6 +138,33 @@ class Constants(Net):
     def forward(self, features):
         x = features.to(self.mean.dtype) - self.mean
         return self.output((torch.tanh(self.hidden(x)) @ self.drawn)[:, self.order] * self.slope)
+
+
+class OtherTypes(Net):
+    """Buffers of other types, and without memory of their own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("bytes", torch.arange(WIDTH, dtype=torch.uint8))
+        self.register_buffer("mask", torch.arange(WIDTH) > 0)
+        self.register_buffer("turn", torch.ones(WIDTH, dtype=torch.complex64) * 1j)
+        self.register_buffer("narrow", torch.ones(WIDTH, dtype=torch.bfloat16))
+        self.register_buffer("nothing", torch.ones(0, 3))
+
+    def act(self, x):
+        scale = self.mask * self.bytes.to(x.dtype) / 4 + self.turn.imag + self.narrow.to(x.dtype)
+        return torch.tanh(x * scale) + self.nothing.sum()
+
+
+class Neighbours(Net):
+    """A sparse buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("links", torch.eye(WIDTH).to_sparse())
+
+    def act(self, x):
+        return torch.tanh(torch.sparse.mm(self.links.to(x.dtype), x.T).T)
 
 
 # Ordinary: autograd
@@ -491,6 +518,8 @@ ORDINARY: dict[str, Callable[[], nn.Module]] = {
     "a residual block with a gate": Residual,
     "parameters in lists and dictionaries": Containers,
     "constant buffers": Constants,
+    "buffers of other types": OtherTypes,
+    "a sparse buffer": Neighbours,
     "a custom autograd function": OwnFunction,
     "a straight-through estimator": Rounded,
     "checkpointing": lambda: Checkpointed(use_reentrant=False),
@@ -509,7 +538,6 @@ ORDINARY: dict[str, Callable[[], nn.Module]] = {
     "a hook on a parameter masks": masked_by_hook,
     "hooks on parameters scale": scaled_by_hooks,
     "hooks on modules": hooked,
-    "a hook after accumulation": accumulated,
     "hooks registered in forward": HooksInForward,
     "an attribute of a parameter": MaskedByAttribute,
     "a lambda without state": PlainLambda,

@@ -258,9 +258,16 @@ LAZY: dict[str, Callable[[], nn.Module]] = {
     "LazyConv1d": lambda: Around(nn.LazyConv1d(3, 3), 2, 12, outputs=30),
     "LazyConv2d": lambda: Around(nn.LazyConv2d(3, 2), 2, 3, 4, outputs=18),
     "LazyConvTranspose1d": lambda: Around(nn.LazyConvTranspose1d(3, 3), 2, 12, outputs=42),
-    "LazyInstanceNorm1d": lambda: Around(nn.LazyInstanceNorm1d(affine=True), 2, 12, outputs=24),
+    "LazyInstanceNorm1d": lambda: Around(
+        nn.LazyInstanceNorm1d(affine=True, track_running_stats=False), 2, 12, outputs=24
+    ),
 }
 """Their parameters get a shape when the first rows come."""
+
+LAZY_NORMS: dict[str, Callable[[], nn.Module]] = {
+    "LazyBatchNorm1d": lambda: Around(nn.LazyBatchNorm1d(), outputs=24),
+}
+"""As above, and they normalise over rows."""
 
 RANDOM: dict[str, Callable[[], nn.Module]] = {
     "Dropout": lambda: Around(nn.Dropout(0.3)),
@@ -287,6 +294,5 @@ NORMS_OVER_ROWS: dict[str, Callable[[], nn.Module]] = {
     "BatchNorm2d": lambda: Around(nn.BatchNorm2d(2), 2, 3, 4),
     "BatchNorm3d": lambda: Around(nn.BatchNorm3d(2), 2, 2, 2, 3),
     "BatchNorm1d, cumulative": lambda: Around(nn.BatchNorm1d(24, momentum=None)),
-    "LazyBatchNorm1d": lambda: Around(nn.LazyBatchNorm1d(), outputs=24),
 }
 """They normalise a piece by itself: equal to one process where one shard has all rows of a step."""

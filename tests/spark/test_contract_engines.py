@@ -56,7 +56,7 @@ def configured(
             "loss": {"name": "contract_losses:pulled"},
             "optimizer": optimizer,
             "engine": {"name": engine, "barrier": barrier, "num_workers": workers},
-            "train": {"rows_per_step": 36, "num_shards": 4, "epochs": 2, "steps": 4, "eval_every": 2},
+            "train": {"rows_per_step": 36, "num_shards": 4, "steps": 3, "eval_every": 2},
         }
     )
 
