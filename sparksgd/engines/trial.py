@@ -135,7 +135,11 @@ def try_out(module: nn.Module, records: npt.NDArray[Any], use: Use) -> Found:
         log.info("lazy modules have their shapes from the first rows: %s", ", ".join(shaped))
         copies = [_copied(module, use.loss) for _ in range(2)]
     refuse_shared_memory(module, use.loss)
-    with left_alone(module, use.loss) as changing, thread_count(use.threads):
+    with (
+        _pairs_explained(),
+        left_alone(module, use.loss) as changing,
+        thread_count(use.threads),
+    ):
         harmless = harmless_state(module, use.loss, use.schema, _labelled_0(few, use), use.dtype)
         changing |= harmless
         trial = _Trial(module, copies, records, few, use, harmless)
@@ -147,6 +151,21 @@ def try_out(module: nn.Module, records: npt.NDArray[Any], use: Use) -> Found:
             ", ".join(trial.untouched), _STEPS,
         )  # fmt: skip
     return found
+
+
+@contextmanager
+def _pairs_explained() -> Iterator[None]:
+    """Say what to do where pairs of numbers cannot be viewed as complex ones."""
+    try:
+        yield
+    except UserCodeError as error:
+        if "storage_offset divisible by 2" not in str(error):
+            raise
+        raise ModelError(
+            "forward views a parameter as complex numbers, but all parameters are parts of one vector, and "
+            "this one begins at an odd place of it: use torch.view_as_complex(parameter.clone()), which "
+            "trains the same"
+        ) from error
 
 
 def _copied(module: nn.Module, loss: Loss) -> tuple[nn.Module, Loss]:

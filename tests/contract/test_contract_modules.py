@@ -18,7 +18,6 @@ import numpy as np
 import pytest
 import torch
 from plain_torch import Data, Make, Recipe, by_sparksgd, compared
-from still_wrong import STILL_WRONG, kinds
 
 from sparksgd.errors import ConfigError, ModelError, UserCodeError
 
@@ -39,7 +38,7 @@ TRAINED = {
     **contract_changes.RIGHT,
 }
 
-PAGES = contract_composites.pages([kind for kind in TRAINED if kind not in STILL_WRONG], 16)
+PAGES = contract_composites.pages(list(TRAINED), 16)
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # torch's own words on deprecated and slow layers
 
@@ -67,7 +66,7 @@ def test_twenty_modules_on_one_shard_are_these_modules(data: Data) -> None:
     assert verdict.is_right, str(verdict)
 
 
-@pytest.mark.parametrize("kind", kinds({**contract_kinds.ORDINARY, **contract_changes.RIGHT}))
+@pytest.mark.parametrize("kind", list({**contract_kinds.ORDINARY, **contract_changes.RIGHT}))
 def test_a_module_on_four_shards_is_that_module_on_the_union_of_their_rows(data: Data, kind: str) -> None:
     verdict = compared(TRAINED[kind], Recipe(), data, 4, ROUNDING[torch.float64])
     assert verdict.is_right, str(verdict)
@@ -75,7 +74,7 @@ def test_a_module_on_four_shards_is_that_module_on_the_union_of_their_rows(data:
 
 @pytest.mark.soak
 @pytest.mark.parametrize(("num_shards", "dtype"), SHARDS_AND_TYPES)
-@pytest.mark.parametrize("kind", kinds(TRAINED))
+@pytest.mark.parametrize("kind", list(TRAINED))
 def test_each_module_by_itself_is_that_module_on_the_union_of_the_rows(
     data: Data, kind: str, num_shards: int, dtype: torch.dtype
 ) -> None:
@@ -84,7 +83,7 @@ def test_each_module_by_itself_is_that_module_on_the_union_of_the_rows(
 
 
 @pytest.mark.parametrize("num_shards", [1, 4])
-@pytest.mark.parametrize("kind", kinds(contract_kinds.LOW_PRECISION))
+@pytest.mark.parametrize("kind", list(contract_kinds.LOW_PRECISION))
 def test_sixteen_bits_differ_by_their_rounding(data: Data, kind: str, num_shards: int) -> None:
     make = contract_kinds.LOW_PRECISION[kind]
     verdict = compared(make, Recipe(dtype=torch.float32), data, num_shards, 5e-3)
@@ -94,20 +93,20 @@ def test_sixteen_bits_differ_by_their_rounding(data: Data, kind: str, num_shards
 LAZY = {**contract_layers.LAZY, **contract_layers.LAZY_NORMS}
 
 
-@pytest.mark.parametrize("kind", kinds(LAZY))
+@pytest.mark.parametrize("kind", list(LAZY))
 def test_lazy_layers_take_their_shapes_and_are_ordinary_then(data: Data, kind: str) -> None:
     num_shards = 4 if kind in contract_layers.LAZY else 1
     verdict = compared(LAZY[kind], Recipe(dtype=torch.float32), data, num_shards, ROUNDING[torch.float32])
     assert verdict.is_right, str(verdict)
 
 
-@pytest.mark.parametrize("kind", kinds(contract_layers.NORMS_OVER_ROWS))
+@pytest.mark.parametrize("kind", list(contract_layers.NORMS_OVER_ROWS))
 def test_norms_over_rows_are_plain_torch_s_where_one_shard_has_all_rows(data: Data, kind: str) -> None:
     verdict = compared(contract_layers.NORMS_OVER_ROWS[kind], Recipe(), data, 1, 1e-10)
     assert verdict.is_right, str(verdict)
 
 
-@pytest.mark.parametrize("kind", kinds(contract_changes.REFUSED))
+@pytest.mark.parametrize("kind", list(contract_changes.REFUSED))
 def test_what_cannot_be_trained_on_shards_is_refused_by_name(data: Data, kind: str) -> None:
     refused = contract_changes.REFUSED[kind]
     verdict = compared(refused.make, Recipe(), data, 4, 1e-10)
@@ -123,7 +122,7 @@ def test_what_cannot_be_trained_on_shards_is_refused_by_name(data: Data, kind: s
 RANDOM = {"layers that draw": contract_layers.RANDOM, "modules that draw": contract_changes.RANDOM}
 
 
-@pytest.mark.parametrize("which", kinds(RANDOM))
+@pytest.mark.parametrize("which", list(RANDOM))
 def test_what_draws_numbers_repeats_them_and_leaves_the_caller_s_generators(data: Data, which: str) -> None:
     names = [*RANDOM[which]]
     first, again = (trained_by_chance(lambda: contract_composites.of_names(names), data, n) for n in (1, 2))

@@ -6,7 +6,6 @@ import contract_kinds
 import contract_optimizers
 import pytest
 from plain_torch import Data, Recipe, by_sparksgd, compared
-from still_wrong import kinds
 
 from sparksgd.errors import ConfigError, ModelError
 
@@ -18,7 +17,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")  # torch's own words on schedu
 
 
 @pytest.mark.parametrize("num_shards", [4, pytest.param(1, marks=pytest.mark.soak)])
-@pytest.mark.parametrize("name", kinds(contract_optimizers.OPTIMIZERS))
+@pytest.mark.parametrize("name", list(contract_optimizers.OPTIMIZERS))
 def test_an_optimiser_makes_the_steps_that_it_makes_in_one_process(
     data: Data, name: str, num_shards: int
 ) -> None:
@@ -28,14 +27,14 @@ def test_an_optimiser_makes_the_steps_that_it_makes_in_one_process(
 
 
 @pytest.mark.parametrize("num_shards", [4, pytest.param(1, marks=pytest.mark.soak)])
-@pytest.mark.parametrize("name", kinds(contract_optimizers.MATRICES_ONLY))
+@pytest.mark.parametrize("name", list(contract_optimizers.MATRICES_ONLY))
 def test_an_optimiser_of_matrices_makes_its_steps(data: Data, name: str, num_shards: int) -> None:
     recipe = Recipe(optimizer=contract_optimizers.MATRICES_ONLY[name])
     verdict = compared(contract_kinds.Matrices, recipe, data, num_shards, 1e-3)
     assert verdict.is_right, str(verdict)
 
 
-@pytest.mark.parametrize("name", kinds(contract_optimizers.REFUSED))
+@pytest.mark.parametrize("name", list(contract_optimizers.REFUSED))
 def test_an_optimiser_that_cannot_be_carried_is_refused_by_name(data: Data, name: str) -> None:
     section, word = contract_optimizers.REFUSED[name]
     verdict = compared(contract_kinds.Heads, Recipe(optimizer=section), data, 4, 1e-9)
@@ -44,7 +43,7 @@ def test_an_optimiser_that_cannot_be_carried_is_refused_by_name(data: Data, name
     assert verdict.is_refused
 
 
-@pytest.mark.parametrize("name", kinds(contract_optimizers.RANDOM))
+@pytest.mark.parametrize("name", list(contract_optimizers.RANDOM))
 def test_an_optimiser_that_draws_numbers_repeats_them(data: Data, name: str) -> None:
     recipe = Recipe(optimizer=contract_optimizers.RANDOM[name])
     one, other = (by_sparksgd(contract_kinds.Net, recipe, data, 4) for _ in range(2))
@@ -53,27 +52,27 @@ def test_an_optimiser_that_draws_numbers_repeats_them(data: Data, name: str) -> 
     assert one.test_losses == other.test_losses
 
 
-@pytest.mark.parametrize("name", kinds(contract_optimizers.SCHEDULES))
+@pytest.mark.parametrize("name", list(contract_optimizers.SCHEDULES))
 def test_a_schedule_sets_the_rates_that_it_sets_in_one_process(data: Data, name: str) -> None:
     recipe = Recipe(schedule=contract_optimizers.SCHEDULES[name])
     verdict = compared(contract_kinds.Heads, recipe, data, 4, 1e-10)
     assert verdict.is_right, str(verdict)
 
 
-@pytest.mark.parametrize("name", kinds(LOSSES))
+@pytest.mark.parametrize("name", list(LOSSES))
 def test_a_loss_of_rows_is_the_mean_over_all_rows(data: Data, name: str) -> None:
     verdict = compared(contract_kinds.Net, Recipe(loss=f"contract_losses:{name}"), data, 4, 1e-10)
     assert verdict.is_right, str(verdict)
 
 
-@pytest.mark.parametrize("name", kinds(MIXING_LOSSES))
+@pytest.mark.parametrize("name", list(MIXING_LOSSES))
 def test_a_loss_that_mixes_rows_is_refused(data: Data, name: str) -> None:
     verdict = compared(contract_kinds.Net, Recipe(loss=f"contract_losses:{name}"), data, 4, 1e-10)
     assert isinstance(verdict.refusal, ModelError), str(verdict)
     assert MIXING_LOSSES[name] in str(verdict.refusal)
 
 
-@pytest.mark.parametrize("name", kinds(LOSSES_WITH_STATE))
+@pytest.mark.parametrize("name", list(LOSSES_WITH_STATE))
 def test_a_loss_with_a_state_of_its_own_is_right_or_refused(data: Data, name: str) -> None:
     verdict = compared(contract_kinds.Net, Recipe(loss=f"contract_losses:{name}"), data, 4, 1e-10)
     if verdict.is_right:

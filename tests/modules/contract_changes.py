@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from contract_kinds import IN, WIDTH, ExtraState, Net, accumulated
+from contract_kinds import IN, WIDTH, ExtraState, Net, accumulated, complex_views
 from contract_layers import Around, First, Indexed
 from torch import nn
 from torch.nn import functional as F
@@ -410,6 +410,7 @@ class Refused:
 
 REFUSED: dict[str, Refused] = {
     "forward makes a submodule": Refused(GrowsHead, "head"),
+    "complex views at an odd place": Refused(complex_views, "clone"),
     "a lambda of a parameter": Refused(LambdaOfSelf, "activation|scale|lambda", or_right=True),
     "a hook that closes over a parameter": Refused(closure, "hook|gradient|leaf|tensor", or_right=True),
     "a global parameter": Refused(Global, "gradient|leaf|tensor", or_right=True),

@@ -216,18 +216,20 @@ class Checkpointed(Net):
 class Pairs(nn.Module):
     """Pairs of weights that are used as complex numbers."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, cloned: bool) -> None:
         super().__init__()
         self.pairs = nn.Parameter(torch.randn(WIDTH, WIDTH, 2))
+        self.cloned = cloned
 
     def forward(self, x):
-        turned = torch.view_as_complex(self.pairs).conj()
+        pairs = self.pairs.clone() if self.cloned else self.pairs
+        turned = torch.view_as_complex(pairs).conj()
         return torch.view_as_real(torch.complex(x, x) @ turned).sum(2)
 
 
-def complex_views() -> nn.Module:
+def complex_views(*, cloned: bool = False) -> nn.Module:
     """A bias of odd size, and then pairs: in one vector they begin at an odd place."""
-    return nn.Sequential(Narrowed(), Pairs(), nn.Linear(WIDTH, 2))
+    return nn.Sequential(Narrowed(), Pairs(cloned=cloned), nn.Linear(WIDTH, 2))
 
 
 class Narrowed(nn.Linear):
@@ -524,7 +526,7 @@ ORDINARY: dict[str, Callable[[], nn.Module]] = {
     "a straight-through estimator": Rounded,
     "checkpointing": lambda: Checkpointed(use_reentrant=False),
     "checkpointing, reentrant": lambda: Checkpointed(use_reentrant=True),
-    "complex views": complex_views,
+    "complex views": lambda: complex_views(cloned=True),
     "forward takes gradients": Forces,
     "functional calls": Functional,
     "weight_norm": lambda: parametrized(parametrizations.weight_norm),
