@@ -3,14 +3,15 @@
 A piece X may leave attributes changed.  They are harmless if the next piece Y is computed to the same bits,
 and leaves the same values, whether X ran before it or not: the last activation, a cache of masks, a weight
 that a hook computes anew.  Between X and Y the parameters move, as in training, so that a cache of what
-depends on them is found out, too.  All else is refused: a counter, a list that grows, a maximum so far.
+depends on them is found out, too.  All else is refused: a counter, a list that grows, a maximum so far; and
+what an evaluation reads, because each evaluation, and the saved model, starts from the first state.
 """
 
 from __future__ import annotations
 
 import hashlib
 import pickle
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -25,8 +26,9 @@ from sparksgd.arithmetic.settings import HeldSettings
 from sparksgd.data.schema import RowSchema
 from sparksgd.engines.forward import back_propagate, forward
 from sparksgd.engines.held import refusal
+from sparksgd.engines.modes import evaluating
 from sparksgd.engines.watch import Watch
-from sparksgd.errors import ModelError
+from sparksgd.errors import ModelError, UserCodeError
 from sparksgd.losses import Loss
 
 __all__ = ["harmless_state"]
@@ -69,6 +71,8 @@ def harmless_state(
             return frozenset()
         for one, other in (pieces, pieces[::-1]):
             _refuse_memory(module, loss, schema, dtype, changed, one, other)
+        with settings.blamed("the module or its loss, in evaluation,"):
+            _refuse_reading(lambda: _Tried(module, loss, schema, dtype), changed, *pieces)
     return frozenset(changed)
 
 
@@ -99,6 +103,34 @@ def _refuse_memory(
         raise refusal(" or ".join(changed))
 
 
+def _refuse_reading(
+    new: Callable[[], _Tried], changed: list[str], piece: npt.NDArray[Any], evaluated: npt.NDArray[Any]
+) -> None:
+    """Refuse a module whose evaluation is another one after a training piece at other parameters.
+
+    Args:
+        new: makes copies.
+        changed: paths of what a piece leaves changed.
+        piece: rows of training.
+        evaluated: other rows.
+    """
+    fresh, used = new(), new()
+    try:
+        used.compute_elsewhere(piece, far=True)
+    except (ModelError, UserCodeError):  # parameters may have bounds
+        used.watch.restore()
+        used = new()
+        used.compute_elsewhere(piece, far=False)
+    used.take_tensors(fresh)
+    found = [one.evaluate(evaluated) for one in (used, fresh)]
+    if found[0] != found[1] and found[1] == new().evaluate(evaluated):
+        raise ModelError(
+            f"{' or '.join(changed)} is written in training and read in evaluation, but each piece, each "
+            f"evaluation and the saved model start from its first value: make it a buffer, or compute it "
+            f"from the parameters in both"
+        )
+
+
 class _Tried:
     """Copies of a module and a loss that are tried."""
 
@@ -116,6 +148,26 @@ class _Tried:
             if losses.requires_grad:  # else the trial's steps say what is wrong
                 back_propagate(losses, 1.0)
         return _sha256([losses.detach().numpy().tobytes(), gradient.tobytes()])
+
+    def compute_elsewhere(self, records: npt.NDArray[Any], *, far: bool) -> None:
+        """Compute a gradient at other parameters; far: such that masks of what is great are others, too."""
+        if far:
+            for parameter in self._flat.trainable:
+                parameter.data.copy_(parameter.detach().flip(tuple(range(parameter.ndim))) * 1.5)
+        self.move_parameters()
+        self.compute(records, seed=1)
+
+    def evaluate(self, records: npt.NDArray[Any]) -> str:
+        """Evaluate, and return to the first state; return a digest of the losses, or "" where it raised."""
+        seed_generators(0)
+        try:
+            with evaluating(self._flat):
+                _, losses = forward(self._flat.module, self._loss, self._schema, records)
+            return _sha256([losses.detach().numpy().tobytes()])
+        except (ModelError, UserCodeError):
+            return ""
+        finally:
+            self.watch.restore()
 
     def take_tensors(self, other: _Tried) -> None:
         """Take the parameters and buffers of another one: what changes there is no Python state."""
