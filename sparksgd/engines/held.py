@@ -15,8 +15,17 @@ import re
 import types
 import weakref
 from collections import deque
-from collections.abc import Callable, Mapping, MutableMapping, MutableSequence, MutableSet
+from collections.abc import (
+    Callable,
+    Collection,
+    Iterable,
+    Mapping,
+    MutableMapping,
+    MutableSequence,
+    MutableSet,
+)
 from functools import partial
+from itertools import chain
 from pathlib import PurePath
 from typing import Any
 
@@ -27,7 +36,18 @@ from torch import nn
 from sparksgd.arithmetic.copies import parts
 from sparksgd.errors import ModelError
 
-__all__ = ["ABSENT", "OPAQUE", "TABLES", "Held", "HeldBytes", "equal", "held_of", "is_opaque", "refusal"]
+__all__ = [
+    "ABSENT",
+    "OPAQUE",
+    "TABLES",
+    "Held",
+    "HeldBytes",
+    "equal",
+    "held_of",
+    "is_opaque",
+    "is_plain",
+    "refusal",
+]
 
 _IMMUTABLE = (
     int, float, complex, str, bytes, type(None), type, range, slice, types.ModuleType, types.CodeType,
@@ -86,7 +106,14 @@ def held_of(path: str, value: Any, seen: set[int]) -> Held | None:
         return None
     seen.add(id(value))
     if isinstance(value, torch.Tensor | np.ndarray | bytearray):
-        return HeldBytes(path, value)
+        return None if isinstance(value, torch.Tensor) and value.is_meta else HeldBytes(path, value)
+    if is_plain(value):
+        if isinstance(value, tuple | frozenset):
+            return None
+        items = _Items(path, value)
+        if not hasattr(value, "__dict__"):
+            return items
+        return _Several(path, value, [items], _attributes(value), has_items=False)
     if (state := _state_of(value)) is not None:
         return _State(path, value, *state)
     if is_opaque(value):
@@ -97,6 +124,22 @@ def held_of(path: str, value: Any, seen: set[int]) -> Held | None:
     if isinstance(value, types.MethodType | partial | tuple | frozenset):
         return _Several(path, value, inner) if inner else None
     return _Several(path, value, inner, _contents(value))
+
+
+def is_plain(value: object) -> bool:
+    """Return whether a container holds nothing that can change inside; quick, however many it holds."""
+    if isinstance(value, dict):
+        return _are_immutable(dict.values(value))
+    return isinstance(value, list | tuple | set | frozenset | deque) and _are_immutable(value)
+
+
+def _are_immutable(values: Collection[object]) -> bool:
+    kinds = set(map(type, values))
+    inner = {kind for kind in kinds if issubclass(kind, tuple | frozenset) and not kind.__dictoffset__}
+    if not all(issubclass(kind, _IMMUTABLE) for kind in kinds - inner):
+        return False
+    held: Iterable[Any] = values if inner == kinds else (one for one in values if type(one) in inner)
+    return not inner or _are_immutable(list(chain.from_iterable(held)))
 
 
 def is_opaque(value: object) -> bool:
@@ -143,7 +186,10 @@ class HeldBytes(Held):
     def restore(self) -> None:
         if isinstance(self.value, torch.Tensor):
             values = self.value.detach()
-            if values.shape == self._before.shape and values.dtype == self._before.dtype:
+            if values.is_nested:
+                for now, before in zip(_components(values), _components(self._before), strict=True):
+                    now.copy_(before)
+            elif values.shape == self._before.shape and values.dtype == self._before.dtype:
                 values.copy_(self._before)
             else:
                 self.value.data = self._before.clone()
@@ -203,21 +249,66 @@ class _Variables(Held):
         self.value.__dict__.update(self._attributes)
 
 
+class _Items(Held):
+    """What a container holds, where none of it can change inside: compared by C, as tables may be long."""
+
+    def __init__(self, path: str, value: Any) -> None:
+        super().__init__(path, value)
+        self._before = self._now()
+
+    def _now(self) -> tuple[list[Any], ...]:
+        """Return the items in their order, in passes that hash nothing."""
+        value = self.value
+        if not isinstance(value, dict):
+            return (list(value),)
+        own_order = [] if type(value) is dict else list(value)  # an OrderedDict has one of its own
+        return list(dict.keys(value)), list(dict.values(value)), own_order
+
+    def is_changed(self) -> bool:
+        try:
+            now = self._now()
+            if now == self._before:
+                return False
+            return not isinstance(self.value, set) or set(now[0]) != set(self._before[0])
+        except Exception:
+            return True
+
+    def restore(self) -> None:
+        if isinstance(self.value, list):
+            self.value[:] = self._before[0]
+            return
+        self.value.clear()
+        if isinstance(self.value, dict):
+            keys, values, own_order = self._before
+            held = dict(zip(keys, values, strict=True))
+            self.value.update({key: held[key] for key in own_order or keys})
+        elif isinstance(self.value, set):
+            self.value.update(self._before[0])
+        else:
+            self.value.extend(self._before[0])
+
+
 class _Several(Held):
     """An object of several parts: a list, a dictionary, an object with attributes."""
 
     def __init__(
-        self, path: str, value: Any, inner: list[Held], contents: list[tuple[Any, Any]] | None = None
+        self,
+        path: str,
+        value: Any,
+        inner: list[Held],
+        contents: list[tuple[Any, Any]] | None = None,
+        *,
+        has_items: bool = True,
     ) -> None:
         super().__init__(path, value)
-        self._inner, self._before = inner, contents
+        self._inner, self._before, self._has_items = inner, contents, has_items
 
     def now(self) -> object:
         return self.value, *(one.now() for one in self._inner)
 
     def is_changed(self) -> bool:
         if self._before is not None:
-            now = _contents(self.value)
+            now = _contents(self.value) if self._has_items else _attributes(self.value)
             if len(now) != len(self._before) or not all(
                 _same_place(key, place) and equal(one, other)
                 for (key, one), (place, other) in zip(self._before, now, strict=True)
@@ -227,7 +318,9 @@ class _Several(Held):
 
     def restore(self) -> None:
         if self._before is not None:
-            _set_contents(self.value, self._before)
+            if self._has_items:
+                _set_items(self.value, self._before)
+            _set_attributes(self.value, self._before)
         for one in self._inner:
             if one.is_changed():
                 one.restore()
@@ -249,6 +342,11 @@ def _contents(value: Any) -> list[tuple[Any, Any]]:
         found += [((_ITEMS, number), part) for number, part in enumerate(value)]
     elif isinstance(value, set):
         found += [((_ITEMS, part), part) for part in sorted(value, key=id)]
+    return found + _attributes(value)
+
+
+def _attributes(value: Any) -> list[tuple[Any, Any]]:
+    found: list[tuple[Any, Any]] = []
     attributes = getattr(value, "__dict__", None)
     if isinstance(attributes, dict):
         for name, part in attributes.items():
@@ -259,17 +357,20 @@ def _contents(value: Any) -> list[tuple[Any, Any]]:
     return found
 
 
-def _set_contents(value: Any, contents: list[tuple[Any, Any]]) -> None:
+def _set_items(value: Any, contents: list[tuple[Any, Any]]) -> None:
     items = [(key, part) for (kind, key), part in contents if kind == _ITEMS]
     if isinstance(value, MutableMapping):
         value.clear()
-        value.update(items)
+        value.update(dict(items))  # a Counter would count pairs
     elif isinstance(value, MutableSequence):
         value.clear()
         value.extend(part for _, part in items)
     elif isinstance(value, MutableSet):
         value.clear()
         value.update(part for _, part in items)  # type: ignore[attr-defined]  # sets have it
+
+
+def _set_attributes(value: Any, contents: list[tuple[Any, Any]]) -> None:
     attributes = getattr(value, "__dict__", None)
     if isinstance(attributes, dict):
         kept = {key: part for (kind, key), part in contents if kind is None}
@@ -327,8 +428,15 @@ def _same_bytes(before: Any, now: Any) -> bool:
         if before.dtype.hasobject:
             return all(map(equal, before.ravel().tolist(), now.ravel().tolist()))
         return bool(before.tobytes() == now.tobytes())
-    if before.shape != now.shape or before.dtype != now.dtype or before.layout != now.layout:
+    if before.dtype != now.dtype or before.layout != now.layout or before.is_nested != now.is_nested:
         return False
+    if before.is_nested:
+        mine, theirs = _components(before), _components(now)
+        return len(mine) == len(theirs) and all(map(_same_bytes, mine, theirs))
+    if before.shape != now.shape:
+        return False
+    if before.is_meta or now.is_meta:
+        return bool(before.is_meta and now.is_meta)
     if before.layout is not torch.strided or before.is_quantized:
         mine, theirs = _components(before), _components(now)
         return len(mine) == len(theirs) and all(map(_same_bytes, mine, theirs))
@@ -336,8 +444,12 @@ def _same_bytes(before: Any, now: Any) -> bool:
 
 
 def _components(tensor: torch.Tensor) -> list[torch.Tensor]:
-    """Return the strided tensors that a sparse or quantised one consists of."""
+    """Return the strided tensors that a nested, sparse or quantised one consists of."""
     tensor = tensor.detach()
+    if tensor.is_nested:
+        if tensor.layout is torch.jagged:
+            return [tensor.values(), tensor.offsets()]  # type: ignore[attr-defined]  # jagged ones have it
+        return list(tensor.unbind())
     if tensor.is_quantized:
         return [tensor.int_repr()]
     if tensor.layout is torch.sparse_coo:

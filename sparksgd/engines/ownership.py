@@ -19,7 +19,7 @@ from sparksgd.arithmetic.copies import parts
 from sparksgd.arithmetic.generators import generators_kept
 from sparksgd.arithmetic.settings import HeldSettings
 from sparksgd.arithmetic.structure import Structure
-from sparksgd.engines.held import HeldBytes, is_opaque
+from sparksgd.engines.held import HeldBytes, is_opaque, is_plain
 from sparksgd.engines.operations import storage_of
 from sparksgd.engines.watch import Watch
 from sparksgd.errors import ModelError
@@ -62,7 +62,7 @@ def named_tensors(module: nn.Module, loss: object = None) -> Iterator[tuple[str,
             if value.dtype.kind in "fiub" and value.flags.writeable:
                 yield path.lstrip("."), torch.from_numpy(value)
             continue
-        elif is_opaque(value) and not isinstance(value, nn.Module):
+        elif is_plain(value) or (is_opaque(value) and not isinstance(value, nn.Module)):
             continue
         waiting += [(path + step, part) for step, part in reversed(list(parts(value)))]
 
@@ -114,6 +114,9 @@ def reached_past_the_copy(name: str) -> str:
 
 def _extent(tensor: torch.Tensor) -> tuple[int, int]:
     """Return the address of the first byte that a strided tensor uses, and of the one after the last."""
+    if tensor.is_nested:
+        storage = tensor.untyped_storage()
+        return storage.data_ptr(), storage.data_ptr() + storage.nbytes()
     start = tensor.data_ptr()
     if tensor.numel() == 0:
         return start, start
@@ -178,6 +181,8 @@ def _follows(name: str, other: str) -> bool:
 
 def _overlap(one: torch.Tensor, other: torch.Tensor) -> bool:
     """Return whether two tensors, whose extents overlap, have an element in common."""
+    if one.is_nested or other.is_nested:
+        return True
     if one.numel() + other.numel() > _EXACT or one.element_size() != other.element_size():
         return True
     return bool(np.isin(_elements(one), _elements(other)).any())

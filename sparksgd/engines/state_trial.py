@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import pickle
+from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -25,7 +26,7 @@ from sparksgd.arithmetic.generators import generators_kept, seed_generators
 from sparksgd.arithmetic.settings import HeldSettings
 from sparksgd.data.schema import RowSchema
 from sparksgd.engines.forward import back_propagate, forward
-from sparksgd.engines.held import refusal
+from sparksgd.engines.held import is_plain, refusal
 from sparksgd.engines.modes import evaluating
 from sparksgd.engines.watch import Watch
 from sparksgd.errors import ModelError, UserCodeError
@@ -197,6 +198,8 @@ def _with_graph(module: nn.Module) -> list[str]:
 def _has_graph(value: object) -> bool:
     if isinstance(value, torch.Tensor):
         return not value.is_leaf
+    if is_plain(value):
+        return False
     return isinstance(value, list | tuple | dict) and any(_has_graph(part) for _, part in parts(value))
 
 
@@ -214,7 +217,12 @@ def _sha256(values: Any) -> str:
 def _leaves(value: object, seen: set[int]) -> Iterator[bytes]:
     """Yield bytes that tell two objects apart by their values."""
     if isinstance(value, torch.Tensor):
+        if value.is_nested:
+            yield from (leaf for part in value.unbind() for leaf in _leaves(part, seen))
+            return
         yield f"{value.dtype} {tuple(value.shape)}".encode()
+        if value.is_meta:
+            return
         yield value.detach().to_dense().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
         return
     if isinstance(value, nn.Module):
@@ -223,6 +231,8 @@ def _leaves(value: object, seen: set[int]) -> Iterator[bytes]:
         return
     seen.add(id(value))
     inner = list(parts(value))
+    if isinstance(value, dict | list | set | deque):
+        inner += [(f".{name}", part) for name, part in getattr(value, "__dict__", {}).items()]
     yield type(value).__qualname__.encode()
     if inner:
         for name, part in inner:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import itertools
 import random
 import sys
-from collections import deque
+import time
+from collections import Counter, OrderedDict, deque
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -17,8 +18,10 @@ import torch
 from torch import nn
 from two_workers import by_plain_torch, train_here
 
+from sparksgd.engines.ownership import Owned, left_alone, refuse_shared_memory
 from sparksgd.engines.watch import Watch
 from sparksgd.errors import ModelError, SparkSGDError
+from sparksgd.losses import squared_error
 
 
 class Net(nn.Module):
@@ -131,6 +134,36 @@ class Total:
         self.total = 0
 
 
+class Words(list[str]):
+    """A list with attributes."""
+
+    size = 0
+
+
+def replaces(item: Any) -> Callable[..., Any]:
+    def use(core: Any, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        core.seen[0] = (*item, core.seen[0])
+        return y
+
+    return use
+
+
+def moves_to_end(core: Any, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    first = next(iter(core.seen))
+    core.seen[first] = core.seen.pop(first)
+    return y
+
+
+def names_itself(core: Any, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    core.seen.size += 1
+    return y
+
+
+def sums_in_part(core: Any, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    core.total.unbind()[0].add_(1)
+    return y
+
+
 class Slotted:
     """Counts, without a dictionary."""
 
@@ -168,6 +201,26 @@ KEEPS = {
     "a deque": (sets(seen=deque(maxlen=3)), appends, "core.seen"),
     "a set": (sets(seen=set()), adds, "core.seen"),
     "a dictionary": (sets(seen={}), notes, "core.seen"),
+    "a list of tuples": (sets(seen=[("a", 1)]), replaces(("a", 2)), "core.seen"),
+    "a dictionary of numbers": (sets(seen={"rows": 1, "b": 2}), notes, "core.seen"),
+    "the order of a dictionary": (sets(seen={"a": 1, "b": 2}), moves_to_end, "core.seen"),
+    "the order of an ordered dictionary": (
+        sets(seen=OrderedDict([("a", 1), ("b", 2)])),
+        moves_to_end,
+        "core.seen",
+    ),
+    "a counter of words": (sets(seen=Counter({"rows": 3})), notes, "core.seen"),
+    "an attribute of a list": (sets(seen=Words(["a"])), names_itself, "core.seen"),
+    "a nested tensor": (
+        sets(total=torch.nested.nested_tensor([torch.zeros(2), torch.zeros(3)])),
+        sums_in_part,
+        "core.total",
+    ),
+    "a jagged tensor": (
+        sets(total=torch.nested.nested_tensor([torch.zeros(2), torch.zeros(3)], layout=torch.jagged)),
+        sums_in_part,
+        "core.total",
+    ),
     "an object in a list in a dictionary": (sets(seen={"of": [Total()]}), notes_deeply, "core.seen"),
     "an object with slots": (sets(slotted=Slotted()), counts_in_slots, "core.slotted"),
     "a tensor": (sets(total=torch.zeros(())), sums, "core.total"),
@@ -355,6 +408,80 @@ def test_the_caller_s_module_keeps_its_own_attributes(tmp_path: Path) -> None:
     train_here(tmp_path, module=module)
     assert (module.core.last, module.core.masks) == ("mine", {"other": 1})
     assert hook.id in module.core.linear._forward_hooks
+
+
+# Long tables, and tensors without bytes
+
+
+@pytest.mark.parametrize(
+    "make", [dict, OrderedDict, lambda items: Counter(dict(items)), lambda items: [one for one, _ in items]]
+)
+def test_a_long_table_takes_little_time_and_returns_to_what_it_was(make: Any) -> None:
+    module = nn.Linear(4, 1)
+    module.table = table = make([(f"word {number}", number) for number in range(100_000)])
+    before, times = table.copy(), []
+    watch = Watch(module, nn.functional.mse_loss)
+    for _ in range(5):
+        started = time.perf_counter()
+        watch.require_unchanged()
+        times.append(time.perf_counter() - started)
+    assert min(times) < 0.05  # some 3 ms; it took 75
+    if isinstance(table, list):
+        table[7] = "other"
+    else:
+        table["word 7"] = 8
+        table["word 0"] = table.pop("word 0")
+    assert watch.changed() == ["table"]
+    watch.restore()
+    assert module.table is table
+    assert (watch.changed(), list(table), table) == ([], list(before), before)
+
+
+@pytest.mark.parametrize("layout", [torch.strided, torch.jagged])
+def test_a_nested_tensor_returns_to_what_it_was(layout: torch.layout) -> None:
+    module = nn.Linear(4, 1)
+    module.total = torch.nested.nested_tensor([torch.zeros(2), torch.ones(3)], layout=layout)
+    watch = Watch(module, nn.functional.mse_loss)
+    module.total.unbind()[0].add_(1)
+    assert watch.changed() == ["total"]
+    watch.restore()
+    assert watch.changed() == []
+    assert [part.tolist() for part in module.total.unbind()] == [[0, 0], [1, 1, 1]]
+
+
+def keeps_a_nested_one(core: Any, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    core.last = torch.nested.nested_tensor([y.detach()[:1], y.detach()[1:]])
+    core.form = torch.empty(3, device="meta")
+    return y
+
+
+@pytest.mark.parametrize(
+    ("attributes", "use"),
+    [
+        ({"base": [nn.Linear(4, 1).to("meta")]}, warns_once),
+        ({"base": [nn.Sequential(nn.Linear(4, 1), nn.BatchNorm1d(1)).to("meta")]}, lambda core, x, y: y),
+        ({}, keeps_a_nested_one),
+    ],
+)
+def test_tensors_without_bytes_and_nested_ones_are_fine(tmp_path: Path, attributes: Any, use: Any) -> None:
+    train_here(tmp_path, module=net(sets(**attributes), use), tested=True)
+
+
+@pytest.mark.parametrize(
+    "kept",
+    [
+        torch.empty(3, device="meta"),
+        torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]),
+        torch.nested.nested_tensor([torch.ones(2), torch.ones(3)], layout=torch.jagged),
+    ],
+)
+def test_such_an_attribute_is_watched(kept: torch.Tensor) -> None:
+    module = net(sets(kept=kept, last=None), keeps_activation)
+    refuse_shared_memory(module)
+    Owned(module).refuse({})
+    with left_alone(module, squared_error) as harmless:
+        harmless |= {"core.last"}
+        module(torch.ones(2, 4))
 
 
 # Later than the trial
