@@ -33,6 +33,7 @@ __all__ = [
     "bits",
     "constants_changed",
     "equal",
+    "equal_changes",
     "most_bytes",
     "pack",
     "refuse_conflict",
@@ -224,6 +225,22 @@ def constants_changed(before: Changes | None, now: Changes | None) -> Changes | 
             parts[name] = part.over(parts[name])[0] if name in parts else part
     conflicts = {**({} if before is None else before.conflicts), **now.conflicts}
     return Changes(parts=parts, conflicts=conflicts) if parts or conflicts else None
+
+
+def equal_changes(one: Changes | None, other: Changes | None) -> bool:
+    """Return whether the same elements got the same values, byte by byte."""
+    if one is None or other is None:
+        return one is other
+    return one.parts.keys() == other.parts.keys() and all(
+        _same_elements(part, other.parts[name]) for name, part in one.parts.items()
+    )
+
+
+def _same_elements(one: Part, other: Part) -> bool:
+    mine, theirs = (
+        np.arange(len(part.values)) if part.positions is None else part.positions for part in (one, other)
+    )
+    return np.array_equal(mine, theirs) and one.values.tobytes() == other.values.tobytes()
 
 
 def unite(one: Changes | None, other: Changes | None) -> Changes | None:

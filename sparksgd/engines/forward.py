@@ -55,7 +55,7 @@ def forward(
 
     Raises:
         UserCodeError: the module or the loss raised.
-        ModelError: the loss is not one value per row.
+        ModelError: the output is no tensor, or the loss is not one value per row.
     """
     features = {name: _tensor(values) for name, values in schema.feature_arrays(records).items()}
     if dtype == torch.float64:
@@ -63,6 +63,9 @@ def forward(
     label = _tensor(schema.label_array(records))
     with users_code("the module or its loss"):
         output = module(*features.values()) if len(features) == 1 else module(**features)
+    if not isinstance(output, torch.Tensor):
+        raise ModelError(f"the module gives a {type(output).__name__}, but must give one tensor")
+    with users_code("the module or its loss"):
         losses = loss(output, label)
     if not isinstance(losses, torch.Tensor) or losses.shape != (len(records),):
         shape = tuple(losses.shape) if isinstance(losses, torch.Tensor) else type(losses).__name__

@@ -21,12 +21,13 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from sparksgd.arithmetic.changes import Changes, unite
+from sparksgd.arithmetic.changes import Changes, equal_changes, unite
 from sparksgd.arithmetic.copies import copied
 from sparksgd.arithmetic.flat import FlatModule
 from sparksgd.arithmetic.generators import seed_generators
 from sparksgd.data.schema import RowSchema
 from sparksgd.engines.forward import back_propagate, forward
+from sparksgd.engines.modes import evaluating
 from sparksgd.engines.operations import Operations
 from sparksgd.errors import ModelError, UserCodeError
 from sparksgd.losses import Loss
@@ -82,7 +83,7 @@ class Probe:
         module: a copy of the user's; it is changed.
         loss: one value per row.
         schema: of a record.
-        records: rows that differ, [DIFFERENT_ROWS].
+        records: rows that differ, [DIFFERENT_ROWS]; after them as many as a piece has.
         dtype: type of the parameters.
     """
 
@@ -96,6 +97,7 @@ class Probe:
             name for name, parameter in nn.Module.named_parameters(module) if self._is_trained(parameter)
         ]
         self._loss, self._schema, self._records = loss, schema, records
+        self._piece = list(range(DIFFERENT_ROWS, len(records)))
         self._plain: dict[tuple[int, ...], _Measured] = {}  # what was measured at these weights
 
     def _is_trained(self, parameter: nn.Parameter) -> bool:
@@ -153,7 +155,10 @@ class Probe:
         Raises:
             ModelError: it is a parameter or a constant that mixes them, because forward changes it.
         """
-        for whole, parts in _SPLITS[-splits:]:
+        half = len(self._piece) // 2
+        of_piece = (self._piece, (self._piece[:half], self._piece[half:]))
+        chosen = _SPLITS[-splits:]
+        for whole, parts in [of_piece, *chosen] if half and splits == len(_SPLITS) else chosen:
             together = self.plain(whole)
             try:
                 apart = [self.measure(part) for part in parts]
@@ -208,17 +213,55 @@ class Probe:
 
     def channels_last(self) -> str | None:
         """Return why convolutions cannot be computed channels last; None if they can."""
-        rows = range(TRIED_ROWS)
-        plain = self.plain(rows)
+        rows = self._piece or range(TRIED_ROWS)
+        plain, evaluated = self.plain(rows), self._evaluated(rows)
         try:
             with self.flat.channels_last():
                 other = self.measure(rows)
+                in_evaluation = None if evaluated is None else self._evaluated(rows, refuses=True)
         except UserCodeError as error:
             return (
                 f"channels last, the module or its loss raised: {str(error).strip().splitlines()[-1].strip()}"
             )
         found = self._difference(plain, [other])
+        if found is None and evaluated is not None and in_evaluation is not None:
+            found = self._difference(evaluated, [in_evaluation])
         return None if found is None else f"channels last, the module computes other values: {found}"
+
+    def _evaluated(self, rows: Sequence[int], *, refuses: bool = False) -> _Measured | None:
+        """Return the losses of rows in evaluation mode, without a gradient; None if it cannot be computed.
+
+        Raises:
+            UserCodeError: it cannot, and `refuses`.
+        """
+        seed_generators(0)
+        try:
+            with evaluating(self.flat), Operations(steady=True) as seen:
+                output, losses = forward(
+                    self.flat.module, self._loss, self._schema, self._records[list(rows)], self.flat.dtype
+                )
+        except (UserCodeError, ModelError):
+            if refuses:
+                raise
+            return None  # the trial's evaluations say what is wrong
+        return _Measured(
+            output=output,
+            losses=losses.double().clone(),
+            gradient=torch.zeros(0),
+            epsilon=seen.epsilon,
+            float16=False,
+            changes=None,
+        )
+
+    def sums_of_rows(self) -> str | None:
+        """Return the name of what forward changes by the rows of a piece; None if there is nothing."""
+        whole, parts = _SPLITS[0]
+        apart = reduce(unite, (self.plain(part).changes for part in parts))
+        together = self.plain(whole).changes
+        if apart is None or apart.conflicts or equal_changes(apart, together):
+            return None
+        names = {} if together is None else together.parts
+        return next(iter({**apart.parts, **names}))
 
     def _difference(self, together: _Measured, apart: Sequence[_Measured]) -> str | None:
         """Return where losses or gradients differ by more than rounding; None: nowhere."""

@@ -32,6 +32,7 @@ from sparksgd.arithmetic.seeds import seed32
 from sparksgd.config import OptimizerConfig, ScheduleConfig
 from sparksgd.data.schema import RowSchema
 from sparksgd.engines.forward import EVALUATION_ROWS, back_propagate, forward, gradient_shift, predictions
+from sparksgd.engines.lasting_modes import changed_names, refuse_lasting_modes, values_of
 from sparksgd.engines.lazy import has_lazy_parts, take_shapes
 from sparksgd.engines.leaves import Leaves
 from sparksgd.engines.mixing import DIFFERENT_ROWS, TRIED_ROWS, Probe
@@ -75,6 +76,9 @@ class Use:
 
     piece_rows: int = TRIED_ROWS
     """Rows of a backward pass."""
+
+    evaluates: bool = True
+    """Whether there are test rows."""
 
     has_pieces: bool = True
     """Whether a step has several pieces."""
@@ -203,21 +207,28 @@ class _Trial:
     def run(self) -> Found:
         """Try everything; see the module's docstring."""
         use = self._use
-        labels = [use.schema.label_array(records) for records in (self._records, self._few)]
+        piece = min(use.piece_rows, 2 * _FEW_ROWS)
+        tried = np.concatenate([self._few, self._rows(piece if piece > DIFFERENT_ROWS else 0, 0)])
+        labels = [use.schema.label_array(records) for records in (self._records, tried)]
         wanted = [label.copy() for label in labels]
         if use.classifies:
             for label in labels:
                 label[:] = 0
-        probe = Probe(*self._copies[0], use.schema, self._few, use.dtype)
+        probe = Probe(*self._copies[0], use.schema, tried, use.dtype)
         measured = probe.measure(range(TRIED_ROWS))
         first = measured.output
-        if not isinstance(first, torch.Tensor):
-            raise ModelError(f"the module gives a {type(first).__name__}, but must give one tensor")
         if use.classifies:
             classes = first.shape[1] if first.ndim == 2 and first.shape[1] > 1 else 2
             for label, values in zip(labels, wanted, strict=True):
                 label[:] = np.where((values >= 0) & (values < classes), values, 0)
         probe.move()
+        if use.has_pieces and (name := probe.sums_of_rows()) is not None:
+            raise ModelError(
+                f"forward changes {name} by the rows of a piece: pieces would leave what one of them counts, "
+                "not what all of them do. Keep it fixed, or make it depend on the parameters alone"
+            )
+        if use.evaluates:
+            refuse_lasting_modes(self._module, use.loss, self._harmless)
         plainly = probe.channels_last() if has_convolutions(self._module) else None
         channels_last = has_convolutions(self._module) and plainly is None
         self._refuse_scaling(probe.scaling())  # first: what clips depends on the other rows, too
@@ -378,12 +389,20 @@ class _Piece:
         rows = len(records)
         try:
             with evaluating(self._flat), self._computing(rows):
+                before = values_of(self._flat.module)
                 output, _ = forward(self._flat.module, self._loss, self._use.schema, records)
+                changed = changed_names(before, self._flat.module, buffers_alone=True)
         except UserCodeError as error:
             raise UserCodeError(f"in evaluation mode, with {_counted(rows)}: {error}") from error
         except ModelError as error:
             raise ModelError(f"in evaluation mode, with {_counted(rows)}: {error}") from error
         self._watch.restore()
+        constants = {name for name, _ in self._flat.constants()} if self._use.evaluates else set()
+        for name in [name for name in changed if name in constants]:
+            raise ModelError(
+                f"forward changes {name} in evaluation, but an evaluation leaves no trace: any worker may "
+                "make it. Change it in training only: if self.training"
+            )
         form = tuple(output.shape) if isinstance(output, torch.Tensor) else type(output).__name__
         if (
             not isinstance(output, torch.Tensor)

@@ -143,6 +143,7 @@ class FlatOptimizer:
                 if not _is_same_memory(parameter.data, value):
                     made[number] = self._refuse_other_form(number, parameter.data, value).clone()
             self._refuse_other_parameters()
+            self._refuse_frozen()
         finally:
             views = zip(held.trainable, values, self._shaped(held.gradient), strict=True)
             for number, (parameter, value, of_gradient) in enumerate(views):
@@ -168,6 +169,15 @@ class FlatOptimizer:
             f"{tuple(made.shape)} on {made.device}, but it was {value.dtype} of shape {tuple(value.shape)}: "
             f"let its step keep type and shape"
         )
+
+    def _refuse_frozen(self) -> None:
+        for number, parameter in enumerate(self._parameters.trainable):
+            if not parameter.requires_grad:
+                raise ConfigError(
+                    f"the optimiser {type(self.optimizer).__name__} set requires_grad of parameter {number} "
+                    f"to False, which workers would not see: freeze it before the training, or leave its "
+                    f"value as it is in step()"
+                )
 
     def _refuse_other_parameters(self) -> None:
         if _identities(self.optimizer) != self._given:

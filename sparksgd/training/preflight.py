@@ -111,7 +111,7 @@ def check(
     loss = loss_named(config.loss.name)
     needs = needs_in(config, replay)
     check_engine(config, kinds, needs)
-    schema, found = _tried(config, module, loss, rows, dtype)
+    schema, found = _tried(config, module, loss, rows, dtype, evaluates=test is not None)
     check_solver(config, replay, module)
     check_saving(module)
     _warn_of_evaluation_mode(module)
@@ -242,7 +242,13 @@ def warn_of_differences(numerics: Sequence[Numerics]) -> None:
 
 
 def _tried(
-    config: Config, module: nn.Module, loss: Loss, rows: RowSource, dtype: torch.dtype
+    config: Config,
+    module: nn.Module,
+    loss: Loss,
+    rows: RowSource,
+    dtype: torch.dtype,
+    *,
+    evaluates: bool,
 ) -> tuple[RowSchema, Found]:
     """Return the schema of a row, and what the trial found."""
     classifies = loss in CLASSIFIERS
@@ -256,6 +262,7 @@ def _tried(
         schema=schema,
         dtype=dtype,
         classifies=classifies,
+        evaluates=evaluates,
         has_pieces=config.train.num_shards > 1 or config.train.rows_per_backward is not None,
         piece_rows=min(piece, config.train.rows_per_backward or piece),
         optimizer=config.optimizer,

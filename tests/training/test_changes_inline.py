@@ -547,19 +547,17 @@ class Freezing(nn.Module):
 
 
 class Restless(nn.Module):
-    """Changes all that it has when it is evaluated."""
+    """Changes its parameters and statistics when it is evaluated; a constant may not change there."""
 
     def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(13)
         self.words = nn.Embedding(6, 4, max_norm=1.0)
         self.norm, self.out = nn.BatchNorm1d(4), nn.Linear(4, 1)
-        self.register_buffer("seen", torch.zeros(1))
         self.register_buffer("cache", None)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not self.training:
-            self.seen += x.sum()
             self.norm.running_mean += 1
             self.out.weight.data = self.out.weight.data * 2
             self.out.bias.data.add_(1)
