@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
+import enum
+import itertools
 import random
+import sys
 import types
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
@@ -27,6 +31,7 @@ class _Names(Held):
         names: which of its variables.
         setter: sets one of them.
         inner: what they hold.
+        is_whole: whether new variables count, too.
     """
 
     def __init__(
@@ -36,18 +41,20 @@ class _Names(Held):
         names: list[str],
         setter: Callable[[str, Any], object],
         inner: list[Held],
+        *,
+        is_whole: bool = False,
     ) -> None:
         super().__init__(path, value)
         self._before = [(name, value[name]) for name in names]
-        self._size = len(value) if isinstance(value, types.MappingProxyType) else 0
+        self._size = len(value) if is_whole else -1
         self._set, self._inner = setter, inner
 
     def now(self) -> object:
         return {name: self.value.get(name) for name, _ in self._before} | self._new()
 
     def _new(self) -> dict[str, Any]:
-        """Return a class's new attributes."""
-        if not self._size or len(self.value) == self._size:
+        """Return new attributes of a class or a function."""
+        if self._size < 0 or len(self.value) == self._size:
             return {}
         known = {name for name, _ in self._before}
         return {name: part for name, part in self.value.items() if name not in known and _is_data(name, part)}
@@ -73,7 +80,9 @@ class _Names(Held):
 def _is_data(name: str, value: object) -> bool:
     """Return whether a variable is no class, function or other definition."""
     defined = (types.FunctionType, types.ModuleType, type, property, staticmethod, classmethod)
-    return not (name.startswith("__") and name.endswith("__")) and not isinstance(value, defined)
+    is_torchs = name.startswith(("_torch", "_dynamo"))
+    is_special = name.startswith("__") and name.endswith("__")
+    return not is_special and not is_torchs and not isinstance(value, defined)
 
 
 def around(roots: list[object], seen: set[int]) -> list[Held]:
@@ -89,24 +98,48 @@ def around(roots: list[object], seen: set[int]) -> list[Held]:
             attributes = getattr(part, "__dict__", {})
             functions += [one for one in attributes.values() if isinstance(one, types.FunctionType)]
     found: list[Held] = []
-    for kind in classes:
-        if kind.__module__.split(".")[0] in (*OPAQUE, "torch", "builtins", "collections", "functools"):
-            continue
-        for one in vars(kind).values():
-            inside = one.__func__ if isinstance(one, staticmethod | classmethod) else one
-            inside = inside.fget if isinstance(inside, property) else inside
-            functions += [inside] if isinstance(inside, types.FunctionType) else []
-        namespace, path = vars(kind), f"the class {kind.__qualname__}"
-        names = [name for name, value in namespace.items() if _is_data(name, value)]
-        found.append(
-            _Names(path, namespace, names, partial(_set_of_class, kind), _plain(path, namespace, names, seen))
-        )
-    for variables, names in _globals_of(functions):
+    waiting = list(classes)
+    visited = _Visited(functions)
+    watched: set[type] = set()
+    while waiting:
+        kinds, waiting = waiting, []
+        for kind in kinds:
+            if kind in watched or kind.__module__.split(".")[0] in _NOT_USERS:
+                continue
+            watched.add(kind)
+            for one in vars(kind).values():
+                inside = one.__func__ if isinstance(one, staticmethod | classmethod) else one
+                inside = inside.fget if isinstance(inside, property) else inside
+                functions += [inside] if isinstance(inside, types.FunctionType) else []
+            namespace, path = vars(kind), f"the class {kind.__qualname__}"
+            names = [name for name, value in namespace.items() if _is_data(name, value)]
+            inner = _plain(path, namespace, names, seen)
+            setter = partial(_set_of_class, kind)
+            found.append(_Names(path, namespace, names, setter, inner, is_whole=True))
+        waiting += visited.follow()
+    for variables, names in visited.globals():
         for name in names:
             path = f"the global variable {name}"
             inner = _plain(path, variables, [name], seen)
             found.append(_Names(path, variables, [name], partial(_set_item, variables), inner))
+    for function in visited.functions:
+        found += _of_function(function, seen)
     return found
+
+
+def _of_function(function: types.FunctionType, seen: set[int]) -> Iterator[Held]:
+    """Yield a function's attributes and its arguments' defaults; what it closes over is told elsewhere."""
+    if id(function) not in seen and _is_users(function.__module__):
+        namespace, path = vars(function), f"an attribute of the function {function.__qualname__}"
+        names = [name for name, value in namespace.items() if _is_data(name, value)]
+        inner = _plain(path, namespace, names, seen)
+        yield _Names(path, namespace, names, partial(_set_item, namespace), inner, is_whole=True)
+    code = function.__code__
+    arguments = code.co_varnames[: code.co_argcount]
+    defaults = dict(zip(reversed(arguments), reversed(function.__defaults__ or ()), strict=False))
+    defaults |= function.__kwdefaults__ or {}
+    for name in defaults:
+        yield from _plain(f"the default of {name} in {function.__qualname__}", defaults, [name], seen)
 
 
 def of_tensors(named: list[tuple[str, torch.Tensor]], seen: set[int]) -> list[Held]:
@@ -176,36 +209,73 @@ def _set_of_class(kind: type, name: str, value: object) -> None:
 
 
 def _set_item(namespace: dict[str, Any], name: str, value: object) -> None:
-    namespace[name] = value
+    if value is ABSENT:
+        namespace.pop(name, None)
+    else:
+        namespace[name] = value
 
 
 def _plain(path: str, namespace: Mapping[str, Any], names: list[str], seen: set[int]) -> list[Held]:
     """Return what holds values that others may share; other objects are told apart only as such."""
     kinds = (dict, list, set, deque, bytearray, torch.Tensor, np.ndarray, torch.Generator,
-             np.random.Generator, np.random.RandomState, random.Random)  # fmt: skip
+             np.random.Generator, np.random.RandomState, random.Random, itertools.count, itertools.cycle,
+             types.SimpleNamespace, argparse.Namespace)  # fmt: skip
     values = [namespace[name] for name in names if isinstance(namespace[name], kinds)]
     return [held for value in values if (held := held_of(path, value, seen)) is not None]
 
 
-def _globals_of(functions: list[types.FunctionType]) -> Iterator[tuple[dict[str, Any], list[str]]]:
-    """Yield the globals of functions, and of those of the same file that they call, with the names used."""
-    found: dict[int, tuple[dict[str, Any], dict[str, None]]] = {}
-    done: set[int] = set()
-    while functions:
-        function = functions.pop()
-        if id(function) in done or is_opaque(function):
-            continue
-        done.add(id(function))
-        namespace = function.__globals__
-        _, names = found.setdefault(id(namespace), (namespace, {}))
-        for name in _names_of(function.__code__):
-            value = namespace.get(name, ABSENT)
-            if isinstance(value, types.FunctionType) and value.__globals__ is namespace:
-                functions.append(value)
-            elif value is not ABSENT and _is_data(name, value) and not callable(value):
-                names[name] = None
-    for namespace, names in found.values():
-        yield namespace, list(names)
+class _Visited:
+    """Functions, and those that they call, if these are of the same file or of users' files.
+
+    Args:
+        functions: where to begin; more may be added before each `follow`.
+    """
+
+    def __init__(self, functions: list[types.FunctionType]) -> None:
+        self._waiting = functions
+        self.functions: list[types.FunctionType] = []
+        self._done: set[int] = set()
+        self._globals: dict[int, tuple[dict[str, Any], dict[str, None]]] = {}
+
+    def follow(self) -> list[type]:
+        """Follow what functions name; return the users' classes among that."""
+        classes: dict[type, None] = {}
+        while self._waiting:
+            function = self._waiting.pop()
+            if id(function) in self._done or is_opaque(function):
+                continue
+            self._done.add(id(function))
+            self.functions.append(function)
+            namespace = function.__globals__
+            _, names = self._globals.setdefault(id(namespace), (namespace, {}))
+            for name in _names_of(function.__code__):
+                value = namespace.get(name, ABSENT)
+                if isinstance(value, types.FunctionType):
+                    if value.__globals__ is namespace or _is_users(value.__module__):
+                        self._waiting.append(value)
+                elif isinstance(value, type):
+                    if not issubclass(value, enum.Enum) and _is_users(value.__module__):
+                        classes[value] = None
+                elif value is not ABSENT and _is_data(name, value) and not callable(value):
+                    names[name] = None
+        return list(classes)
+
+    def globals(self) -> Iterator[tuple[dict[str, Any], list[str]]]:
+        """Yield the globals of the functions, with the names used."""
+        for namespace, names in self._globals.values():
+            yield namespace, list(names)
+
+
+_NOT_USERS = frozenset((*OPAQUE, "torch", "builtins", "collections", "functools"))
+
+
+def _is_users(module: str | None) -> bool:
+    """Return whether a Python module is a user's file, not one of Python's or of a package."""
+    root = (module or "").split(".")[0]
+    if root in _NOT_USERS or root in sys.stdlib_module_names:
+        return False
+    file = getattr(sys.modules.get(module or ""), "__file__", None) or ""
+    return "site-packages" not in file and "dist-packages" not in file
 
 
 def _names_of(code: types.CodeType) -> Iterator[str]:

@@ -96,9 +96,8 @@ class Watch:
 
     def value(self, path: str) -> object:
         """Return what an attribute is now."""
-        for held in self._inner:
-            if held.path == path:
-                return held.now()
+        if found := [held.now() for held in self._inner if held.path == path]:
+            return found
         for table in self._tables:
             before, _, name = path.rpartition(".")
             if before == table.path:

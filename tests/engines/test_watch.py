@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import enum
 import itertools
 import random
+import re
 import sys
 import time
+import types
+import warnings
 from collections import Counter, OrderedDict, deque
 from collections.abc import Callable
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -328,9 +332,61 @@ class CountsInItsClass(nn.Linear):
         return super().forward(x)
 
 
+def counts_on_a_function(core: Any, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    counted.n = getattr(counted, "n", 0) + 1
+    return y
+
+
+def counted() -> None:
+    """Have an attribute."""
+
+
+def notes_in_a_default(core: Any, x: torch.Tensor, y: torch.Tensor, seen: list[int] = []) -> torch.Tensor:  # noqa: B006
+    seen.append(len(x))
+    return y
+
+
+def calls_what_notes(core: Any, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    notes_in_a_keyword()
+    return y
+
+
+def notes_in_a_keyword(*, seen: dict[str, int] = {}) -> None:  # noqa: B006
+    seen["n"] = seen.get("n", 0) + 1
+
+
+class Settings:
+    """Belongs to no module."""
+
+    step = 0
+
+
+def steps_another_class(core: Any, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    Settings.step += 1
+    return y
+
+
+NUMBERS, SPACE = itertools.count(), types.SimpleNamespace(n=0)
+
+
+def takes_a_global_number(core: Any, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    return y + next(NUMBERS)
+
+
+def counts_in_a_space(core: Any, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    SPACE.n += 1
+    return y
+
+
 @pytest.mark.parametrize(
     ("module", "path"),
     [
+        (lambda: net(sets(), counts_on_a_function), "an attribute of the function counted"),
+        (lambda: net(sets(), notes_in_a_default), "the default of seen in notes_in_a_default"),
+        (lambda: net(sets(), calls_what_notes), "the default of seen in notes_in_a_keyword"),
+        (lambda: net(sets(), steps_another_class), "the class Settings"),
+        (lambda: net(sets(), takes_a_global_number), "the global variable NUMBERS"),
+        (lambda: net(sets(), counts_in_a_space), "the global variable SPACE"),
         (lambda: net(sets(), counts_globally), "the global variable CALLS"),
         (lambda: net(sets(), appends_globally), "the global variable SEEN"),
         (lambda: CountsInItsClass(4, 1), "the class CountsInItsClass"),
@@ -340,6 +396,8 @@ def test_what_all_modules_share_is_refused_too(tmp_path: Path, module: Any, path
     with pytest.raises(ModelError, match=f"^{path} changes as the module trains"):
         train_here(tmp_path, module=module())
     assert (CALLS, SEEN, CountsInItsClass.calls) == (0, [], 0)
+    assert (Settings.step, SPACE.n, vars(counted)) == (0, 0, {})
+    assert notes_in_a_default.__defaults__ == ([],)
 
 
 # Harmless
@@ -388,6 +446,31 @@ HARMLESS = {
     "a list that is cleared": (sets(seen=[]), clears_its_list),
     "an equal number": (sets(scale=0.1), builds_a_new_number),
 }
+
+
+class Kind(enum.Flag):
+    """Makes new members of itself when they are asked for."""
+
+    ONE = enum.auto()
+    TWO = enum.auto()
+
+
+@lru_cache
+def ramp(width: int) -> torch.Tensor:
+    return torch.linspace(0, 1, width)
+
+
+def uses_libraries(core: Any, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    both = Kind.ONE | Kind.TWO
+    found = OrderedDict(Counter([both, Path("a"), np.float32(1), re.sub("a+", "b", "caat")]))
+    assert len(found) == 4
+    with nn.utils.parametrize.cached(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        warnings.warn("once", stacklevel=1)
+        return y + (x * ramp(x.shape[1])).sum(1, keepdim=True) + nn.Identity()(y)
+
+
+HARMLESS["classes of libraries"] = (sets(), uses_libraries)
 
 
 @pytest.mark.parametrize("kind", HARMLESS)
