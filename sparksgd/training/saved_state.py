@@ -164,7 +164,7 @@ def _values_in(path: str, value: Any, seen: set[int]) -> Iterator[tuple[str, Any
         return
     if isinstance(value, torch.Tensor):
         seen.add(id(value))
-        if not nn.parameter.is_lazy(value):
+        if not (nn.parameter.is_lazy(value) or value.is_meta or value.is_nested):
             yield path, value
     elif isinstance(value, np.ndarray) and not value.dtype.hasobject:
         seen.add(id(value))
