@@ -48,7 +48,6 @@ class ChangingNet(nn.Module):
         self.teacher = nn.Linear(12, 4).requires_grad_(False)
         self.register_buffer("average", torch.zeros(4, 12))
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
-        self.register_buffer("seen", torch.zeros(1))
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         """Return logits, float32[B, 4]."""
@@ -60,8 +59,6 @@ class ChangingNet(nn.Module):
                 self.average = 0.9 * self.average + 0.1 * self.out.weight.detach()
                 with torch.no_grad():
                     self.teacher.weight.lerp_(self.out.weight, 0.05)
-        else:
-            self.seen += x.mean()
         image = self.filters(x.view(-1, 1, 4, 4)).relu().flatten(1)
         word = self.words(features[:, 0].long() // 16)
         hidden = self.hidden(self.norm(torch.cat([image, word], 1).double()).float()).relu()
