@@ -32,6 +32,7 @@ from sparksgd.arithmetic.seeds import seed32
 from sparksgd.config import OptimizerConfig, ScheduleConfig
 from sparksgd.data.schema import RowSchema
 from sparksgd.engines.forward import EVALUATION_ROWS, back_propagate, forward, gradient_shift, predictions
+from sparksgd.engines.hooks import hook_that_is_not_linear
 from sparksgd.engines.lasting_modes import changed_names, refuse_lasting_modes, values_of
 from sparksgd.engines.lazy import has_lazy_parts, take_shapes
 from sparksgd.engines.leaves import Leaves
@@ -231,6 +232,8 @@ class _Trial:
             refuse_lasting_modes(self._module, use.loss, self._harmless)
         plainly = probe.channels_last() if has_convolutions(self._module) else None
         channels_last = has_convolutions(self._module) and plainly is None
+        if (hooked := hook_that_is_not_linear(self._module)) is not None:
+            self._refuse_scaling(f"parameter {hooked!r} has a hook, which makes another gradient of a sum")
         self._refuse_scaling(probe.scaling())  # first: what clips depends on the other rows, too
         if not use.rows_mix:
             self._refuse_mixing(probe.mixing())

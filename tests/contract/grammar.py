@@ -23,6 +23,7 @@ from contract_layers import FEATURES
 from hypothesis import strategies as st
 from plain_torch import Recipe
 from torch import nn
+from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrizations, parametrize, prune
 
 WIDTH = 4
@@ -313,6 +314,7 @@ class Sentence:
     def make(self) -> nn.Module:
         """Return the module."""
         net = Drawn(self.blocks, self.act, self.beside)
+        _leave_zero(net)
         for name, number in self.changes:
             {**CHANGES, **ODD_CHANGES}[name](net, number)
         return net
@@ -336,6 +338,17 @@ class Drawn(nn.Module):
         for net in self.beside:
             output = output + net(features) / 2
         return output
+
+
+def _leave_zero(net: nn.Module) -> None:
+    """Give biases that start at 0 other values.
+
+    With a gradient of 0 (keys of attention) they would hold rounding alone, which Adam with decay enlarges
+    a millionfold each step.
+    """
+    for parameter in net.parameters():
+        if parameter.ndim == 1 and not is_lazy(parameter) and not parameter.is_meta and not parameter.any():
+            nn.init.uniform_(parameter, 0.1, 0.2)
 
 
 def _parameter(net: Drawn, number: int) -> nn.Parameter:

@@ -309,7 +309,46 @@ def test_too_few_different_rows_are_made_to_differ(number: int) -> None:
 def test_a_clipping_hook_is_refused() -> None:
     module = nn.Linear(6, 1)
     module.weight.register_hook(lambda gradient: gradient.clamp(-0.1, 0.1))
-    refused(module, "times the loss is not", "parameter 'weight' has a hook", "solver.clip_norm")
+    refused(module, "parameter 'weight' has a hook", "solver.clip_norm")
+
+
+class Unused(Around):
+    """It has a layer that no row of the trial reaches, so that its gradients are 0."""
+
+    def __init__(self, hook: Any) -> None:
+        super().__init__()
+        self.dead = nn.Linear(6, 1)
+        self.dead.weight.register_hook(hook)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) + (self.dead(x) - 1e9).relu()
+
+
+def largest(gradient: torch.Tensor) -> torch.Tensor:
+    """Keep the two largest elements: it is proportional to the gradient, but not linear."""
+    return gradient * (gradient.abs() >= gradient.abs().flatten().topk(2).values[-1])
+
+
+@pytest.mark.parametrize(
+    "hook", [lambda g: g.clamp(-1e-3, 1e-3), lambda g: g.clamp(-9, 9), torch.abs, torch.sign, largest]
+)
+def test_a_hook_that_is_not_linear_is_refused_where_the_trial_has_no_gradient(hook: Any) -> None:
+    refused(Unused(hook), "parameter 'dead.weight' has a hook", "solver.clip_norm")
+
+
+@pytest.mark.parametrize(
+    "hook",
+    [
+        lambda g: None,
+        lambda g: g * 0.5,
+        lambda g: g.mul_(2),
+        lambda g: g - g.mean(1, keepdim=True),
+        lambda g: g * (torch.rand(6) > 0.5),
+        lambda g: g.cumsum(1) / 3,
+    ],
+)
+def test_a_linear_hook_is_none(hook: Any) -> None:
+    assert tried(Unused(hook))
 
 
 class Clipped(torch.autograd.Function):
