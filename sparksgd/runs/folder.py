@@ -1,7 +1,7 @@
 """What a run writes to its folder: the model, a line for each step, a summary.
 
 model/weights.pt     state_dict, for torch.load(weights_only=True)
-model/constants.pt   tensors and numbers that are in no state_dict, by path, if there are any
+model/constants.pt   tensors and plain values that are in no state_dict, by path, if there are any
 model/model.json     how to rebuild the module, and which columns feed it
 metrics.jsonl        a line for each step and each evaluation: exact fields, then "timing"
 run.json             the configuration, and fingerprints of the data and the code
@@ -29,7 +29,7 @@ from sparksgd.engines.protocol import StepReport
 from sparksgd.engines.trace import TraceEvent, event_line, first_line
 from sparksgd.errors import ClusterError, ConfigError
 from sparksgd.runs.json_files import finite, write_json
-from sparksgd.runs.model import constants_beside, save_model
+from sparksgd.runs.model import check_saved, constants_beside, save_model
 from sparksgd.runs.names import METRICS, MODEL, RUN, RUN_BEFORE, SUMMARY, TRACE, WEIGHTS
 from sparksgd.storage import Lines, Location, Throttle, location, unanswered
 from sparksgd.training.state import EvaluationReport, Observer, Training
@@ -202,6 +202,8 @@ class RunFolder(Observer):
                         if lines is not None:
                             each.callback(lines.close)
                     self._save(training, WEIGHTS)
+                if training.error is None:
+                    check_saved(self.folder / "model", training)
             except BaseException as error:
                 if training.error is None:  # so that nobody takes it for finished
                     training.error, about["status"] = error, type(error).__name__

@@ -79,7 +79,10 @@ def train(
     if module is None:
         module = build_module(config.model, config.train.seed)
     begin_training(module)
-    checked = check(config, module, rows, test, kinds=make_engine.kinds, replay=replay, dtype=probe.dtype)
+    checked = check(
+        config, module, rows, test,
+        kinds=make_engine.kinds, replay=replay, dtype=probe.dtype, is_named=model_name is not None,
+    )  # fmt: skip
     flat = FlatModule(module, probe.dtype)
     solver = _solver(config, flat, checked, replay)
     with ExitStack() as stack:
@@ -108,6 +111,8 @@ def train(
             participation=Participation(config.train.num_shards),
             mode=engine.mode,
             start_up=start_up,
+            sample=checked.sample,
+            drawn=checked.drawn,
         )
         warn_of_differences(training.numerics)
         with thread_count(config.train.threads):

@@ -30,6 +30,7 @@ from sparksgd.losses import CLASSIFIERS, Loss, binary_cross_entropy, loss_named
 from sparksgd.solvers.protocol import Need
 from sparksgd.solvers.rules import Experiment, described, make_solver, needs_of, settings_of
 from sparksgd.solvers.torch_optimizers import without_compiler
+from sparksgd.training.rebuilding import Sample, check_rebuilding
 from sparksgd.training.replay import Replay
 from sparksgd.training.saved_state import check_saving
 
@@ -82,6 +83,12 @@ class Checked:
     experiment: Experiment
     """What the solver must know about the run."""
 
+    sample: Sample
+    """Some rows, to compare a module with the one that is built again."""
+
+    drawn: frozenset[str]
+    """Paths of the plain values that are others when the module is built again."""
+
 
 def check(
     config: Config,
@@ -92,6 +99,7 @@ def check(
     kinds: Sequence[EngineKind],
     replay: Replay | None,
     dtype: torch.dtype,
+    is_named: bool = False,
 ) -> Checked:
     """Refuse what cannot be trained, and return what the checks found.
 
@@ -103,6 +111,7 @@ def check(
         kinds: the engines that may compute it.
         replay: the run to be repeated.
         dtype: type of the parameters.
+        is_named: whether the module was built from its name in the configuration.
 
     Raises:
         SparkSGDError: see errors.py.
@@ -111,9 +120,11 @@ def check(
     loss = loss_named(config.loss.name)
     needs = needs_in(config, replay)
     check_engine(config, kinds, needs)
-    schema, found = _tried(config, module, loss, rows, dtype, evaluates=test is not None)
+    schema, found, records = _tried(config, module, loss, rows, dtype, evaluates=test is not None)
     check_solver(config, replay, module)
     check_saving(module)
+    sample = Sample(records=records, schema=schema, threads=config.train.threads, dtype=dtype)
+    drawn = check_rebuilding(config, module, sample) if is_named else frozenset[str]()
     _warn_of_evaluation_mode(module)
     if test is not None:
         schema.check_columns(*test.first_rows(schema.columns, 1), "the test data")
@@ -134,6 +145,8 @@ def check(
         test_rows=test_report,
         needs=needs,
         experiment=_experiment(config, turns_per_epoch, min(total_turns, config.train.steps or total_turns)),
+        sample=sample,
+        drawn=drawn,
     )
 
 
@@ -249,8 +262,8 @@ def _tried(
     dtype: torch.dtype,
     *,
     evaluates: bool,
-) -> tuple[RowSchema, Found]:
-    """Return the schema of a row, and what the trial found."""
+) -> tuple[RowSchema, Found, np.ndarray[Any, Any]]:
+    """Return the schema of a row, what the trial found, and some rows."""
     classifies = loss in CLASSIFIERS
     schema, sample = _first_records(config.data, rows, whole_labels=classifies)
     made_up = not len(sample)
@@ -276,10 +289,10 @@ def _tried(
     except UserCodeError:
         if not made_up:
             raise
-        return schema, Found()  # zeros may not suit it; the inspection will name the bad rows
+        return schema, Found(), sample  # zeros may not suit it; the inspection will name the bad rows
     if classifies:
         schema = replace(schema, classes=2 if loss is binary_cross_entropy else found.output[1])
-    return schema, found
+    return schema, found, sample
 
 
 def _first_records(
