@@ -96,18 +96,19 @@ def is_plain(value: object) -> bool:
     return type(value) in _SCALARS or (type(value) in _CONTAINERS and _are_plain([value]))
 
 
-def _are_plain(values: Collection[Any], depth: int = 0) -> bool:
-    """Return whether values are plain; in one pass for each depth, as they may be many."""
-    kinds = set(map(type, values))
+def _are_plain(containers: Collection[Any], depth: int = 0) -> bool:
+    """Return whether containers hold plain values; in one pass for each depth, as they may be many."""
+    kinds: set[type] = set()
+    for container in containers:
+        for values in (container, container.values()) if type(container) is dict else (container,):
+            kinds.update(map(type, values))
     inner = kinds & _CONTAINERS
     if not kinds <= _SCALARS | _CONTAINERS or depth == _DEEPEST:
         return False
     if not inner:
         return True
-    held = [value for value in values if type(value) in inner]
-    keys = chain.from_iterable(value for value in held if type(value) is dict)
-    parts = chain.from_iterable(value.values() if type(value) is dict else value for value in held)
-    return _are_plain([*keys, *parts], depth + 1)
+    held = chain.from_iterable(chain(c, c.values()) if type(c) is dict else c for c in containers)
+    return _are_plain({id(value): value for value in held if type(value) in inner}.values(), depth + 1)
 
 
 _DEEPEST = 32  # a list may hold itself

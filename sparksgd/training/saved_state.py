@@ -20,7 +20,7 @@ from sparksgd.arithmetic.changes import bits
 from sparksgd.arithmetic.copies import copied, parts
 from sparksgd.errors import ModelError
 from sparksgd.imports import users_code
-from sparksgd.training.plain_values import is_torchs, plain_values, shown
+from sparksgd.training.plain_values import is_plain, is_torchs, plain_values, shown
 
 __all__ = [
     "SavedState",
@@ -192,7 +192,7 @@ def _values_in(path: str, value: Any, seen: set[int]) -> Iterator[tuple[str, Any
     elif isinstance(value, np.ndarray) and not value.dtype.hasobject:
         seen.add(id(value))
         yield path, value
-    elif isinstance(value, list | tuple | dict):
+    elif isinstance(value, list | tuple | dict) and not is_plain(value):  # a vocabulary may be long
         seen.add(id(value))
         for step, part in parts(value):
             yield from _values_in(path + step, part, seen)
