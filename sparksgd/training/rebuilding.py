@@ -83,6 +83,7 @@ def check_rebuilding(config: Config, module: nn.Module, sample: Sample) -> froze
         ModelError: what differs, and the next move.
     """
     drawn: frozenset[str] = frozenset()
+    built = structure(module)
     builds = _BUILDS if sum(p.numel() for p in module.parameters()) <= _SMALL else 1
     for _ in range(builds):
         try:
@@ -91,7 +92,7 @@ def check_rebuilding(config: Config, module: nn.Module, sample: Sample) -> froze
             log.warning("the module cannot be built twice in one process, so it is not compared: %s", error)
             return drawn
         drawn |= differing_values(module, rebuilt)
-        different = other_structure(rebuilt, structure(module))
+        different = other_structure(rebuilt, built)
         if different is None:
             try:
                 load_state(rebuilt, saved_state(module, drawn))
@@ -113,11 +114,9 @@ def difference(trained: nn.Module, rebuilt: nn.Module, sample: Sample) -> str | 
 
     Args:
         trained: the module; not changed.
-        rebuilt: changed: it is in evaluation mode afterwards.
+        rebuilt: of the same structure; it is in evaluation mode afterwards.
         sample: rows, of which the outputs must be the same to the bit.
     """
-    if (found := other_structure(rebuilt, structure(trained))) is not None:
-        return found
     if different := differing_tensors(trained, rebuilt):
         return f"{different[0]} differs, and cannot be saved beside the weights"
     copy = copied(trained)

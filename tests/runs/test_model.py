@@ -6,6 +6,7 @@ import itertools
 import json
 import logging
 import os
+import pickle
 import random
 import secrets
 import uuid
@@ -26,7 +27,7 @@ from sparksgd.config import Config
 from sparksgd.engines.inline import InlineEngine
 from sparksgd.errors import DataError, ModelError, TrainingError
 from sparksgd.runs.folder import RunFolder
-from sparksgd.runs.model import load_model
+from sparksgd.runs.model import _sha256, load_model
 from sparksgd.training.loop import train
 from sparksgd.training.state import Observer, Training
 
@@ -254,6 +255,20 @@ def test_constants_of_python_are_loaded_to_the_bit(
             assert type(loaded.held) is type(trained.held)
             assert kind == "identity" or loaded.held == trained.held
     assert not caplog.records
+
+
+def test_constants_are_read_without_running_code(tmp_path: Path) -> None:
+    saved(tmp_path, "Chosen", kind="list")
+    folder = tmp_path / "run" / "model"
+    constants = torch.load(folder / "constants.pt", weights_only=True)
+    values = pickle.dumps(partial(print, "run"))
+    constants["held"]["bytes"] = torch.frombuffer(bytearray(values), dtype=torch.uint8)
+    torch.save(constants, folder / "constants.pt")
+    about = json.loads((folder / "model.json").read_text())
+    about["constants_sha256"] = _sha256(constants)
+    (folder / "model.json").write_text(json.dumps(about))
+    with pytest.raises(DataError, match=r"functools\.partial is no plain value"):
+        load_model(folder)
 
 
 def test_a_constant_of_the_environment_is_loaded_as_it_was(
