@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from sparksgd.arithmetic.flat import FlatModule, mixes_rows
+from sparksgd.arithmetic.flat import FlatModule, mixes_rows, mixes_rows_of_evaluations
 from sparksgd.arithmetic.numerics import Numerics
 from sparksgd.config import Config, DataConfig
 from sparksgd.data.sampling import Sampling
@@ -39,6 +39,7 @@ __all__ = [
     "allowed_engines",
     "check",
     "check_engine",
+    "check_evaluation",
     "check_pieces",
     "check_solver",
     "needs_in",
@@ -234,6 +235,21 @@ def check_pieces(module: nn.Module, sampling: Sampling, rows_per_backward: int |
                 + (f" with train.rows_per_backward {rows_per_backward}" if rows_per_backward else "")
                 + "; raise rows_per_step, or lower train.num_shards"
             )
+
+
+def check_evaluation(module: nn.Module, shard_rows: Sequence[int]) -> None:
+    """Refuse a batch-norm without running statistics if a shard of the test data has a single row.
+
+    Args:
+        module: the module.
+        shard_rows: rows of each shard of the test data.
+    """
+    if mixes_rows_of_evaluations(module) and 1 in shard_rows:
+        raise ModelError(
+            f"the module has a batch-norm that keeps no running statistics, so an evaluation takes those of "
+            f"its rows; but shard {shard_rows.index(1)} of the test data has one row, of which there is no "
+            f"variance: give more test rows, lower train.num_shards, or set track_running_stats=True"
+        )
 
 
 def warn_of_differences(numerics: Sequence[Numerics]) -> None:
