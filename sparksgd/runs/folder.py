@@ -92,6 +92,7 @@ class RunFolder(Observer):
         folder: created if it does not exist; the files of an earlier run in it are replaced.
         fingerprints: of the data files and of the user's code, by the keys that name them.
         run_id: names the run, also in its logs.
+        called: how errors call the folder: as the caller's argument or option.
     """
 
     def __init__(
@@ -99,8 +100,9 @@ class RunFolder(Observer):
         folder: str | Path | Location,
         fingerprints: Mapping[str, str] | None = None,
         run_id: str | None = None,
+        called: str = "out",
     ) -> None:
-        self.folder = location(folder)
+        self.folder, self._called = location(folder), called
         self._fingerprints = dict(fingerprints or {})
         self.run_id = run_id or uuid.uuid4().hex[:12]
         self._started = time.perf_counter()
@@ -123,7 +125,8 @@ class RunFolder(Observer):
             trial.remove()
         except OSError as error:
             refusal = ConfigError(
-                f"--out {self.folder} cannot be written: {error.strerror}; name another folder"
+                f"{self._called} is {self.folder}, which cannot be written: {error.strerror}; name another "
+                f"folder"
             )
             raise unanswered(error, refusal) from error
 
@@ -235,7 +238,9 @@ class RunFolder(Observer):
         try:
             yield
         except OSError as error:
-            raise ClusterError(f"--out {self.folder} cannot be written: {error.strerror}") from error
+            raise ClusterError(
+                f"{self._called} is {self.folder}, which cannot be written: {error.strerror}"
+            ) from error
 
     def _save(self, training: Training, weights: str) -> None:
         before, self._weights = self._weights, weights
