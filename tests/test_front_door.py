@@ -314,7 +314,7 @@ def test_configurations_that_cannot_be(path, config, says):
         ),
         ({"out": ""}, "out is '', but must name a folder"),
         ({"out": 5}, "out is 5, but must name a folder"),
-        ({"out": "/proc/none/run"}, "/proc/none/run cannot be written"),
+        ({"out": "/proc/none/run"}, "^out is /proc/none/run, which cannot be written"),
     ],
 )
 def test_other_arguments_that_cannot_be(path, named, says):

@@ -19,9 +19,10 @@ import io
 import pickle
 import types
 import weakref
-from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections import Counter, OrderedDict, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
+from itertools import chain
 from typing import Any, TypeVar, cast
 
 import torch
@@ -37,6 +38,9 @@ T = TypeVar("T")
 Reduced = tuple[Any, ...]
 
 _HOOKS = ("_backward_hooks", "_post_accumulate_grad_hooks")
+_SCALARS = frozenset((bool, int, float, complex, str, bytes, type(None)))
+_TABLES = frozenset((list, dict, set, deque, OrderedDict, Counter))
+_MANY = 100
 _ATOMS = (type, types.ModuleType, types.CodeType, torch.dtype, torch.device, torch.layout)
 
 
@@ -109,8 +113,16 @@ class _Copier(pickle.Pickler):
         super().__init__(stream, protocol=5)
         self.kept: list[object] = []
         self._storages: dict[int, int] = {}
+        self._tables: dict[int, int] = {}
 
     def persistent_id(self, value: Any) -> int | None:
+        kind = type(value)
+        if kind in _SCALARS:  # most of what is asked
+            return None
+        if kind in _TABLES and _is_long(value):
+            if id(value) not in self._tables:
+                self._tables[id(value)] = self._keep(value.copy())
+            return self._tables[id(value)]
         if isinstance(value, _ATOMS) or _is_function_by_name(value):
             return self._keep(value)
         if type(value) is _Itself:
@@ -159,6 +171,22 @@ def _copy(value: object) -> object:
     copier.dump(value)
     stream.seek(0)
     return _Copied(stream, copier.kept).load()
+
+
+def _is_long(table: Any) -> bool:
+    """Return whether a table has many entries that need no copies: it is then copied by C."""
+    if len(table) < _MANY or getattr(table, "__dict__", None):
+        return False
+    return _are_scalars(table) and (not isinstance(table, dict) or _are_scalars(table.values()))
+
+
+def _are_scalars(values: Iterable[Any]) -> bool:
+    """Return whether values are scalars, or tuples of them."""
+    kinds = set(map(type, values))
+    if tuple not in kinds:
+        return kinds <= _SCALARS
+    inner = chain.from_iterable(value for value in values if type(value) is tuple)
+    return kinds - {tuple} <= _SCALARS and _are_scalars(list(inner))
 
 
 def _is_function_by_name(value: object) -> bool:

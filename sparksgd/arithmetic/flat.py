@@ -37,6 +37,7 @@ __all__ = [
     "has_convolutions",
     "is_lazy",
     "mixes_rows",
+    "mixes_rows_of_evaluations",
 ]
 
 TakePart = Callable[[npt.NDArray[np.floating], int], None]
@@ -91,9 +92,12 @@ class FlatModule:
         size = sum(parameter.numel() for parameter in self.trainable)
         self.parameters = torch.empty(size, dtype=dtype)
         self.gradient = torch.zeros(size, dtype=dtype)
+        apart = _viewed_as_pairs(module)
         for parameter, values, gradient in zip(
             self.trainable, self._views(self.parameters), self._views(self.gradient), strict=True
         ):
+            if id(parameter) in apart and values.storage_offset() % 2:
+                values = torch.from_numpy(values.numpy())  # the same memory, as a storage that begins there
             values.copy_(parameter.detach())
             parameter.data = values
             parameter.grad = gradient
@@ -362,8 +366,28 @@ def mixes_rows(module: nn.Module) -> bool:
     return any(_training_norms(module))
 
 
+def mixes_rows_of_evaluations(module: nn.Module) -> bool:
+    """Return whether the module has a batch-norm that keeps no statistics: it takes those of each batch."""
+    return any(isinstance(part, _BatchNorm) and part.running_mean is None for part in module.modules())
+
+
 def _training_norms(module: nn.Module) -> Iterator[_BatchNorm]:
     return (part for part in module.modules() if isinstance(part, _BatchNorm) and part.training)
+
+
+def _viewed_as_pairs(module: nn.Module) -> set[int]:
+    """Return the parameters that forward may view as complex numbers, by their `id`.
+
+    That needs an even place in the storage.  Layers of torch do not view theirs so.
+    """
+    holders = (
+        part
+        for part in module.modules()
+        if isinstance(part, nn.ParameterList | nn.ParameterDict)
+        or not type(part).__module__.startswith("torch.")
+    )
+    held = (parameter for part in holders for parameter in part.parameters(recurse=False))
+    return {id(parameter) for parameter in held if parameter.numel() % 2 == 0}
 
 
 def _check(trainable: list[tuple[str, nn.Parameter]], module: nn.Module, dtype: torch.dtype) -> None:

@@ -57,7 +57,7 @@ def run(
     if "PYSPARK_GATEWAY_PORT" in os.environ:  # under spark-submit
         from sparksgd.spark.session import refuse_lost_output
 
-        refuse_lost_output(out)
+        refuse_lost_output(out, "--out")
     start_up = StartUp()
     if on_spark:
         from sparksgd.spark.session import submitted_at_s
@@ -67,7 +67,7 @@ def run(
     fingerprints = fingerprints_of(config, replay)
     if is_done(folder, config, fingerprints, if_exists):
         return
-    run_folder = RunFolder(folder, fingerprints, run_id)
+    run_folder = RunFolder(folder, fingerprints, run_id, called="--out")
     run_folder.require_writable()
     observers = run_folder, terminal
     if on_spark:

@@ -32,8 +32,8 @@ from sparksgd.data.sampling import Sampling
 from sparksgd.data.schema import RowSchema
 from sparksgd.data.shard import Descriptor, read_records
 from sparksgd.engines.forward import (
-    EVALUATION_ROWS,
     back_propagate,
+    evaluated_parts,
     forward,
     gradient_shift,
     predictions,
@@ -290,8 +290,7 @@ class Computer:
     def _whole(self, shard: Descriptor) -> Evaluation | None:
         """Return the sums over a shard's rows, in evaluation mode; None if the shard is empty."""
         total = None
-        for first in range(0, shard.rows, EVALUATION_ROWS):
-            rows = range(first, min(first + EVALUATION_ROWS, shard.rows))
+        for rows in evaluated_parts(shard.rows, self.flat.module):
             records = read_records(shard, rows, self.plan.schema.record)
             output, losses = self._forward(records)
             label = torch.from_numpy(self.plan.schema.label_array(records).copy())

@@ -5,21 +5,37 @@ Legend: B rows, C classes.
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import numpy.typing as npt
 import torch
 from torch import nn
 
+from sparksgd.arithmetic.flat import mixes_rows_of_evaluations
 from sparksgd.data.schema import RowSchema
 from sparksgd.errors import ModelError
 from sparksgd.imports import users_code
 from sparksgd.losses import Loss
 
-__all__ = ["EVALUATION_ROWS", "back_propagate", "forward", "gradient_shift", "predictions"]
+__all__ = ["EVALUATION_ROWS", "back_propagate", "evaluated_parts", "forward", "gradient_shift", "predictions"]
 
 EVALUATION_ROWS = 512
 """Of one forward of an evaluation."""
+
+
+def evaluated_parts(rows: int, module: nn.Module) -> list[range]:
+    """Return which rows each forward of an evaluation takes; a batch-norm without statistics needs two.
+
+    >>> evaluated_parts(1025, nn.BatchNorm1d(3))
+    [range(0, 512), range(512, 1024), range(1024, 1025)]
+    >>> evaluated_parts(1025, nn.BatchNorm1d(3, track_running_stats=False))
+    [range(0, 512), range(512, 1025)]
+    """
+    firsts = list(range(0, rows, EVALUATION_ROWS))
+    if rows % EVALUATION_ROWS == 1 and len(firsts) > 1 and mixes_rows_of_evaluations(module):
+        firsts.pop()
+    return [range(first, last) for first, last in pairwise([*firsts, rows])]
 
 
 def back_propagate(losses: torch.Tensor, scale: float = 1.0) -> float:

@@ -25,7 +25,7 @@ from torch import nn
 
 from sparksgd.arithmetic.changes import Changes, unite
 from sparksgd.arithmetic.copies import copied
-from sparksgd.arithmetic.flat import FlatModule, has_convolutions, mixes_rows
+from sparksgd.arithmetic.flat import FlatModule, has_convolutions, mixes_rows, mixes_rows_of_evaluations
 from sparksgd.arithmetic.generators import seed_generators
 from sparksgd.arithmetic.numerics import thread_count
 from sparksgd.arithmetic.seeds import seed32
@@ -287,6 +287,8 @@ class _Trial:
         least = 2 if mixes_rows(flat.module) else 1  # `check_pieces` tells of a batch-norm with one row
         most = max(least, min(use.piece_rows, _MOST_ROWS))
         few = max(least, min(most, _FEW_ROWS, len(self._records) // 2))
+        alone = 2 if mixes_rows_of_evaluations(module) else 1  # `check_evaluation` tells of a single row
+        evaluated = [alone, max(alone, min(most, EVALUATION_ROWS))]
         steps = 0
         for step in range(_STEPS):
             rows = most if step == 0 else few
@@ -294,8 +296,8 @@ class _Trial:
             gradient = piece.gradient(self._rows(rows, step))
             is_finite = bool(torch.isfinite(gradient).all())
             if step == 1 or (step == 0 and not is_finite):
-                piece.evaluate(self._rows(1, 0), output)
-                piece.evaluate(self._rows(min(most, EVALUATION_ROWS), 0), output)
+                for size in evaluated:
+                    piece.evaluate(self._rows(size, 0), output)
             if not is_finite:
                 break  # the run will say in which rows
             touched = flat.touched
@@ -317,7 +319,7 @@ class _Trial:
                 "of them, so nothing would be trained. Let forward use them by self"
             )
         self.remarks.append(
-            f"{steps} steps of {most:,} rows, evaluations of 1 and {min(most, EVALUATION_ROWS):,}; "
+            f"{steps} steps of {most:,} rows, evaluations of {evaluated[0]} and {evaluated[1]:,}; "
             f"{len(names) - len(self.untouched)} of {len(names)} parameters get a gradient; "
             + ("rows may mix, as model.rows_mix says" if use.rows_mix else "rows do not mix")
         )

@@ -1,7 +1,7 @@
 """What a run writes to its folder: the model, a line for each step, a summary.
 
 model/weights.pt     state_dict, for torch.load(weights_only=True)
-model/constants.pt   tensors and numbers that are in no state_dict, by path, if there are any
+model/constants.pt   tensors and plain values that are in no state_dict, by path, if there are any
 model/model.json     how to rebuild the module, and which columns feed it
 metrics.jsonl        a line for each step and each evaluation: exact fields, then "timing"
 run.json             the configuration, and fingerprints of the data and the code
@@ -29,7 +29,7 @@ from sparksgd.engines.protocol import StepReport
 from sparksgd.engines.trace import TraceEvent, event_line, first_line
 from sparksgd.errors import ClusterError, ConfigError
 from sparksgd.runs.json_files import finite, write_json
-from sparksgd.runs.model import constants_beside, save_model
+from sparksgd.runs.model import check_saved, constants_beside, save_model
 from sparksgd.runs.names import METRICS, MODEL, RUN, RUN_BEFORE, SUMMARY, TRACE, WEIGHTS
 from sparksgd.storage import Lines, Location, Throttle, location, unanswered
 from sparksgd.training.state import EvaluationReport, Observer, Training
@@ -92,6 +92,7 @@ class RunFolder(Observer):
         folder: created if it does not exist; the files of an earlier run in it are replaced.
         fingerprints: of the data files and of the user's code, by the keys that name them.
         run_id: names the run, also in its logs.
+        called: how errors call the folder: as the caller's argument or option.
     """
 
     def __init__(
@@ -99,8 +100,9 @@ class RunFolder(Observer):
         folder: str | Path | Location,
         fingerprints: Mapping[str, str] | None = None,
         run_id: str | None = None,
+        called: str = "out",
     ) -> None:
-        self.folder = location(folder)
+        self.folder, self._called = location(folder), called
         self._fingerprints = dict(fingerprints or {})
         self.run_id = run_id or uuid.uuid4().hex[:12]
         self._started = time.perf_counter()
@@ -123,7 +125,8 @@ class RunFolder(Observer):
             trial.remove()
         except OSError as error:
             refusal = ConfigError(
-                f"--out {self.folder} cannot be written: {error.strerror}; name another folder"
+                f"{self._called} is {self.folder}, which cannot be written: {error.strerror}; name another "
+                f"folder"
             )
             raise unanswered(error, refusal) from error
 
@@ -202,6 +205,8 @@ class RunFolder(Observer):
                         if lines is not None:
                             each.callback(lines.close)
                     self._save(training, WEIGHTS)
+                if training.error is None:
+                    check_saved(self.folder / "model", training)
             except BaseException as error:
                 if training.error is None:  # so that nobody takes it for finished
                     training.error, about["status"] = error, type(error).__name__
@@ -233,7 +238,9 @@ class RunFolder(Observer):
         try:
             yield
         except OSError as error:
-            raise ClusterError(f"--out {self.folder} cannot be written: {error.strerror}") from error
+            raise ClusterError(
+                f"{self._called} is {self.folder}, which cannot be written: {error.strerror}"
+            ) from error
 
     def _save(self, training: Training, weights: str) -> None:
         before, self._weights = self._weights, weights

@@ -1,8 +1,8 @@
 """A trained model in a folder: its weights, how to rebuild the module, and which columns feed it.
 
 weights.pt      state_dict, for torch.load(weights_only=True)
-constants.pt    tensors and numbers that are in no state_dict, by path, if there are any
-model.json      the module's name, arguments and seed, the schema of a row, digests
+constants.pt    tensors and plain values that are in no state_dict, by path, if there are any
+model.json      the module's name, arguments, seed and structure, the schema of a row, digests
 """
 
 from __future__ import annotations
@@ -23,24 +23,19 @@ from torch import nn
 from sparksgd.arithmetic.changes import bits
 from sparksgd.config import ModelConfig
 from sparksgd.data.schema import Feature, RowSchema
-from sparksgd.errors import DataError, ModelError
+from sparksgd.errors import DataError, ModelError, SparkSGDError, TrainingError
 from sparksgd.losses import Loss, loss_named
 from sparksgd.runs.json_files import write_json
 from sparksgd.runs.names import WEIGHTS
 from sparksgd.storage import Location, location
+from sparksgd.training.composition import other_structure, structure
 from sparksgd.training.modules import build_module
-from sparksgd.training.saved_state import (
-    SavedState,
-    differing_numbers,
-    differing_tensors,
-    load_state,
-    saved_state,
-)
+from sparksgd.training.saved_state import SavedState, load_state, saved_state
 
 if TYPE_CHECKING:  # to load a model needs nothing of the training
     from sparksgd.training.state import Training
 
-__all__ = ["SavedModel", "constants_beside", "load_model", "save_model"]
+__all__ = ["SavedModel", "check_saved", "constants_beside", "load_model", "save_model"]
 
 log = logging.getLogger("sparksgd")
 
@@ -59,9 +54,7 @@ def save_model(folder: str | Path | Location, training: Training, weights: str =
         weights: the name of the file of weights.
     """
     folder = location(folder)
-    if training.numbers_to_save is None:
-        training.numbers_to_save = _tried(training)
-    saved = saved_state(training.module, training.numbers_to_save)
+    saved = saved_state(training.module, training.drawn)
     constants = constants_beside(weights)
     _write(folder / weights, saved.state)
     if saved.constants:
@@ -74,6 +67,7 @@ def save_model(folder: str | Path | Location, training: Training, weights: str =
         "finished": training.is_finished,
         "model": {"name": training.model_name, "arguments": dict(training.config.model.arguments)},
         "seed": training.config.train.seed,
+        "structure": structure(training.module),
         "features": [asdict(feature) for feature in schema.features],
         "label": {"name": schema.label, "dtype": schema.label_dtype, "classes": schema.classes},
         "loss": training.config.loss.name,
@@ -101,25 +95,38 @@ def _write(file: Location, values: Mapping[str, Any]) -> None:
     file.write_bytes(stream.getvalue())
 
 
-def _tried(training: Training) -> frozenset[str]:
-    """Rebuild a module as `load_model` will; return which numbers must be saved, and warn of what differs."""
+def check_saved(folder: str | Path | Location, training: Training) -> None:
+    """Build the module of a saved model again, and compare it with the trained one.
+
+    Raises:
+        TrainingError: they differ; the model is then loaded by `load_model(folder, module=...)` alone.
+    """
+    from sparksgd.training.rebuilding import difference  # to load a model needs nothing of it
+
     if training.model_name is None:
-        return frozenset()
+        return
+    folder = location(folder)
+    about = json.loads((folder / "model.json").read_bytes())
     try:
-        rebuilt = build_module(training.config.model, training.config.train.seed)
-        numbers = differing_numbers(training.module, rebuilt)
-        load_state(rebuilt, saved_state(training.module, numbers))
-        different = differing_tensors(training.module, rebuilt)
-    except Exception as error:  # the weights are worth saving all the same
-        log.warning("the saved model cannot be rebuilt from its name: %s: %s", type(error).__name__, error)
-        return frozenset()
-    if different:
-        log.warning(
-            "the saved model is another one: %s differs when the module is built again from its name, and "
-            "cannot be saved beside its weights; register it as a buffer",
-            ", ".join(different),
+        module = build_module(training.config.model, training.config.train.seed)
+    except SparkSGDError as error:
+        log.warning("the module cannot be built twice in one process, so it is not compared: %s", error)
+        return
+    different = other_structure(module, about["structure"])
+    if different is None:
+        try:
+            _fill(module, folder, about)
+            different = difference(training.module, module, training.sample)
+        except ModelError as error:
+            different = str(error)
+    if different is not None:
+        write_json(folder / "model.json", about | {"differs": different})
+        raise TrainingError(
+            f"the module is trained, but {training.model_name} gave another one when it was built again: "
+            f"{different}. Nothing is lost: load_model({str(folder)!r}, module=...) takes a module that is "
+            f"built as the trained one. Let the module depend on its arguments, or on torch's, numpy's or "
+            f"Python's global generators, which train.seed seeds"
         )
-    return numbers
 
 
 def _sha256(state: Mapping[str, Any]) -> str:
@@ -148,6 +155,39 @@ def _read(folder: Location, name: str | None) -> dict[str, Any]:
     return dict(torch.load(io.BytesIO((folder / name).read_bytes()), weights_only=True))
 
 
+def _fill(module: nn.Module, folder: Location, about: Mapping[str, Any]) -> list[str]:
+    """Give a module the values of a folder; see `load_state`."""
+    state, constants = _read(folder, about["weights"]), _read(folder, about.get("constants"))
+    for name, values in (("weights", state), ("constants", constants)):
+        key = "state_sha256" if name == "weights" else "constants_sha256"
+        if values and _sha256(values) != about[key]:
+            raise DataError(
+                f"{folder}/{about[name]} and model.json are of different runs: their digests differ"
+            )
+    return load_state(module, SavedState(state=state, constants=constants))
+
+
+def _built(folder: Location, about: Mapping[str, Any]) -> nn.Module:
+    """Return the module that a model names, built again."""
+    if about["model"]["name"] is None:
+        raise DataError(f"{folder} was trained from a module given in Python: pass it as module=")
+    module = build_module(ModelConfig(**about["model"]), seed=about.get("seed", 0))
+    different = about.get("differs") or other_structure(module, about.get("structure"))
+    if different is not None:
+        raise DataError(
+            f"{folder} is not of the module that {about['model']['name']} gives: {different}. Pass a module "
+            f"that is built as the trained one as module="
+        )
+    return module
+
+
+def _given(module: nn.Module, about: Mapping[str, Any]) -> nn.Module:
+    different = other_structure(module, about.get("structure"))
+    if different is not None:
+        log.warning("the module given to load_model is not built as the trained one: %s", different)
+    return module
+
+
 @dataclass(frozen=True, kw_only=True)
 class SavedModel:
     """A trained module, and what is needed to use it."""
@@ -172,7 +212,7 @@ def load_model(folder: str | Path | Location, module: nn.Module | None = None) -
     Raises:
         DataError: the folder does not hold a complete model.
     """
-    folder = location(folder)
+    folder, is_built = location(folder), module is None
     try:
         about = json.loads((folder / "model.json").read_bytes())
         if about["format"] not in _STILL_READ:
@@ -180,24 +220,19 @@ def load_model(folder: str | Path | Location, module: nn.Module | None = None) -
                 f"{folder} is of format {about['format']}, but this version reads "
                 f"{' and '.join(map(str, _STILL_READ))}"
             )
-        state, constants = _read(folder, about["weights"]), _read(folder, about.get("constants"))
         schema = RowSchema(
             features=tuple(Feature(**feature) for feature in about["features"]),
             label=about["label"]["name"],
             label_dtype=about["label"]["dtype"],
             classes=about["label"]["classes"],
         )
-        if module is None:
-            if about["model"]["name"] is None:
-                raise DataError(f"{folder} was trained from a module given in Python: pass it as module=")
-            module = build_module(ModelConfig(**about["model"]), seed=about.get("seed", 0))
-        load_state(module, SavedState(state=state, constants=constants))
-        for name, values in (("weights", state), ("constants", constants)):
-            key = "state_sha256" if name == "weights" else "constants_sha256"
-            if values and _sha256(values) != about[key]:
-                raise DataError(
-                    f"{folder}/{about[name]} and model.json are of different runs: their digests differ"
-                )
+        module = _built(folder, about) if module is None else _given(module, about)
+        others = _fill(module, folder, about)
+        if others and not is_built:
+            log.warning(
+                "the module given to load_model gets the values that it was trained with: %s",
+                "; ".join(others),
+            )
         loss = loss_named(about["loss"])
     except (*_NOT_WHOLE, ModelError) as error:
         raise DataError(f"{folder} holds no complete model: {type(error).__name__}: {error}") from error

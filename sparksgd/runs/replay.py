@@ -60,8 +60,8 @@ def read_replay(folder: str | Path | Location) -> Replay:
         )
     except _NO_RUN as error:
         raise DataError(
-            f"{folder} holds no run to replay: {type(error).__name__}: {error}. Name the folder that "
-            f"jobs/train.py --out wrote, with {RUN} and {METRICS}"
+            f"{folder} holds no run to replay: {type(error).__name__}: {error}. Name the folder that a run "
+            f"wrote (jobs/train.py --out, or out= of sparksgd.train), with {RUN} and {METRICS}"
         ) from error
     if not replay.took_part:
         raise DataError(f"{folder} holds a run that made no step: there is nothing to replay")

@@ -132,7 +132,10 @@ class FlatOptimizer:
 
     def _step_of_shapes(self, gradient: torch.Tensor, touched: Touched, seed: int) -> None:
         held = self._parameters
-        values = self._shaped(held.parameters)
+        values = [
+            parameter.data if _is_same_memory(parameter.data, value) else value
+            for parameter, value in zip(held.trainable, self._shaped(held.parameters), strict=True)
+        ]
         for number, (parameter, part) in enumerate(zip(held.trainable, self._shaped(gradient), strict=True)):
             parameter.grad = part if touched is None or touched[number] else None
         made: dict[int, torch.Tensor] = {}

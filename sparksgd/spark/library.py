@@ -198,7 +198,7 @@ def _run_folder(config: Config, out: object, replay: Replay | None) -> RunFolder
     if "PYSPARK_GATEWAY_PORT" in os.environ:  # under spark-submit
         from sparksgd.spark.session import refuse_lost_output
 
-        refuse_lost_output(str(out))
+        refuse_lost_output(str(out), "out")
     for key, value in config.experiment().items():
         try:
             json.dumps(value)

@@ -277,8 +277,12 @@ def _killed_untaken(tag: str) -> bool:
     return False
 
 
-def refuse_lost_output(out: str) -> None:
+def refuse_lost_output(out: str, called: str) -> None:
     """Refuse an output on the disk of a container, which is removed when the driver ends.
+
+    Args:
+        out: the folder.
+        called: how errors call it.
 
     Raises:
         ConfigError: it names no file system, in cluster mode.
@@ -286,8 +290,8 @@ def refuse_lost_output(out: str) -> None:
     SparkContext._ensure_initialized()
     if SparkConf().get("spark.submit.deployMode", "client") == "cluster" and not has_scheme(out):
         raise ConfigError(
-            f"--out is {out}, of the driver's machine; but --deploy-mode is cluster, and the container that "
-            f"the driver runs in takes its disk with it: name a place that stays, like "
+            f"{called} is {out}, of the driver's machine; but --deploy-mode is cluster, and the container "
+            f"that the driver runs in takes its disk with it: name a place that stays, like "
             f"hdfs:///models/{location(out).name} (or file:/... for a disk that all nodes mount)"
         )
 

@@ -31,7 +31,7 @@ from sparksgd.solvers.rules import completed, make_solver
 from sparksgd.training.deals import Deals, dealt
 from sparksgd.training.modules import build_module
 from sparksgd.training.participation import Participation
-from sparksgd.training.preflight import Checked, check, check_pieces, warn_of_differences
+from sparksgd.training.preflight import Checked, check, check_evaluation, check_pieces, warn_of_differences
 from sparksgd.training.replay import Replay, check_end
 from sparksgd.training.start_up import StartUp
 from sparksgd.training.state import NO_PROBE, EvaluationReport, NumericsChange, Observer, Probe, Training
@@ -79,7 +79,10 @@ def train(
     if module is None:
         module = build_module(config.model, config.train.seed)
     begin_training(module)
-    checked = check(config, module, rows, test, kinds=make_engine.kinds, replay=replay, dtype=probe.dtype)
+    checked = check(
+        config, module, rows, test,
+        kinds=make_engine.kinds, replay=replay, dtype=probe.dtype, is_named=model_name is not None,
+    )  # fmt: skip
     flat = FlatModule(module, probe.dtype)
     solver = _solver(config, flat, checked, replay)
     with ExitStack() as stack:
@@ -88,6 +91,7 @@ def train(
         if test is not None and checked.test_rows is not None:
             test_shards = dealt(test, checked.schema, config, checked.test_rows, "test")
             stack.enter_context(closing(test_shards))
+            check_evaluation(module, [shard.rows for shard in test_shards.table])
         start_up.reached("shards")
         plan = _plan(config, module, checked, deals.sampling(), solver, probe)
         engine = stack.enter_context(closing(make_engine(plan, deals.shards, test_shards)))
@@ -108,6 +112,8 @@ def train(
             participation=Participation(config.train.num_shards),
             mode=engine.mode,
             start_up=start_up,
+            sample=checked.sample,
+            drawn=checked.drawn,
         )
         warn_of_differences(training.numerics)
         with thread_count(config.train.threads):

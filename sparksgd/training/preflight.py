@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from sparksgd.arithmetic.flat import FlatModule, mixes_rows
+from sparksgd.arithmetic.flat import FlatModule, mixes_rows, mixes_rows_of_evaluations
 from sparksgd.arithmetic.numerics import Numerics
 from sparksgd.config import Config, DataConfig
 from sparksgd.data.sampling import Sampling
@@ -30,6 +30,7 @@ from sparksgd.losses import CLASSIFIERS, Loss, binary_cross_entropy, loss_named
 from sparksgd.solvers.protocol import Need
 from sparksgd.solvers.rules import Experiment, described, make_solver, needs_of, settings_of
 from sparksgd.solvers.torch_optimizers import without_compiler
+from sparksgd.training.rebuilding import Sample, check_rebuilding
 from sparksgd.training.replay import Replay
 from sparksgd.training.saved_state import check_saving
 
@@ -38,6 +39,7 @@ __all__ = [
     "allowed_engines",
     "check",
     "check_engine",
+    "check_evaluation",
     "check_pieces",
     "check_solver",
     "needs_in",
@@ -82,6 +84,12 @@ class Checked:
     experiment: Experiment
     """What the solver must know about the run."""
 
+    sample: Sample
+    """Some rows, to compare a module with the one that is built again."""
+
+    drawn: frozenset[str]
+    """Paths of the plain values that are others when the module is built again."""
+
 
 def check(
     config: Config,
@@ -92,6 +100,7 @@ def check(
     kinds: Sequence[EngineKind],
     replay: Replay | None,
     dtype: torch.dtype,
+    is_named: bool = False,
 ) -> Checked:
     """Refuse what cannot be trained, and return what the checks found.
 
@@ -103,6 +112,7 @@ def check(
         kinds: the engines that may compute it.
         replay: the run to be repeated.
         dtype: type of the parameters.
+        is_named: whether the module was built from its name in the configuration.
 
     Raises:
         SparkSGDError: see errors.py.
@@ -111,9 +121,11 @@ def check(
     loss = loss_named(config.loss.name)
     needs = needs_in(config, replay)
     check_engine(config, kinds, needs)
-    schema, found = _tried(config, module, loss, rows, dtype, evaluates=test is not None)
+    schema, found, records = _tried(config, module, loss, rows, dtype, evaluates=test is not None)
     check_solver(config, replay, module)
     check_saving(module)
+    sample = Sample(records=records, schema=schema, threads=config.train.threads, dtype=dtype)
+    drawn = check_rebuilding(config, module, sample) if is_named else frozenset[str]()
     _warn_of_evaluation_mode(module)
     if test is not None:
         schema.check_columns(*test.first_rows(schema.columns, 1), "the test data")
@@ -134,6 +146,8 @@ def check(
         test_rows=test_report,
         needs=needs,
         experiment=_experiment(config, turns_per_epoch, min(total_turns, config.train.steps or total_turns)),
+        sample=sample,
+        drawn=drawn,
     )
 
 
@@ -223,6 +237,21 @@ def check_pieces(module: nn.Module, sampling: Sampling, rows_per_backward: int |
             )
 
 
+def check_evaluation(module: nn.Module, shard_rows: Sequence[int]) -> None:
+    """Refuse a batch-norm without running statistics if a shard of the test data has a single row.
+
+    Args:
+        module: the module.
+        shard_rows: rows of each shard of the test data.
+    """
+    if mixes_rows_of_evaluations(module) and 1 in shard_rows:
+        raise ModelError(
+            f"the module has a batch-norm that keeps no running statistics, so an evaluation takes those of "
+            f"its rows; but shard {shard_rows.index(1)} of the test data has one row, of which there is no "
+            f"variance: give more test rows, lower train.num_shards, or set track_running_stats=True"
+        )
+
+
 def warn_of_differences(numerics: Sequence[Numerics]) -> None:
     """Warn of each worker whose arithmetic differs from the driver's.
 
@@ -249,8 +278,8 @@ def _tried(
     dtype: torch.dtype,
     *,
     evaluates: bool,
-) -> tuple[RowSchema, Found]:
-    """Return the schema of a row, and what the trial found."""
+) -> tuple[RowSchema, Found, np.ndarray[Any, Any]]:
+    """Return the schema of a row, what the trial found, and some rows."""
     classifies = loss in CLASSIFIERS
     schema, sample = _first_records(config.data, rows, whole_labels=classifies)
     made_up = not len(sample)
@@ -276,10 +305,10 @@ def _tried(
     except UserCodeError:
         if not made_up:
             raise
-        return schema, Found()  # zeros may not suit it; the inspection will name the bad rows
+        return schema, Found(), sample  # zeros may not suit it; the inspection will name the bad rows
     if classifies:
         schema = replace(schema, classes=2 if loss is binary_cross_entropy else found.output[1])
-    return schema, found
+    return schema, found, sample
 
 
 def _first_records(

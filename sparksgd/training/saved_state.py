@@ -1,13 +1,14 @@
-"""What of a module is saved: its state_dict, and by their paths the tensors that this leaves out.
+"""What of a module is saved: its state_dict, and by their paths the constants that this leaves out.
 
-A module that is built again has other tensors wherever these were drawn from anything but the global
-generators, and its state_dict knows only parameters and persistent buffers.  Only tensors and plain values
-are saved, so that `torch.load(weights_only=True)` reads them.
+A module that is built again has other tensors, numbers and texts wherever these came from anything but the
+arguments and the global generators, and its state_dict knows only parameters and persistent buffers.  Only
+tensors and plain values are saved, so that `torch.load(weights_only=True)` reads them.
 """
 
 from __future__ import annotations
 
 import io
+import pickle
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,14 +21,16 @@ from sparksgd.arithmetic.changes import bits
 from sparksgd.arithmetic.copies import copied, parts
 from sparksgd.errors import ModelError
 from sparksgd.imports import users_code
+from sparksgd.training.plain_values import is_plain, is_torchs, plain_values, shown
 
 __all__ = [
     "SavedState",
     "check_saving",
-    "differing_numbers",
     "differing_tensors",
+    "differing_values",
     "load_state",
     "saved_state",
+    "values_of",
 ]
 
 _Number = bool | int | float | complex | str
@@ -41,31 +44,33 @@ class SavedState:
     """Its state_dict: tensors, and what `get_extra_state` gave."""
 
     constants: dict[str, Any] = field(default_factory=dict)
-    """By path: other tensors; arrays, by `_of_array`; numbers that are not the same when built again."""
+    """By path: other tensors; arrays, by `_of_array`; plain values, as `_of_plain` gives them."""
 
 
-def saved_state(module: nn.Module, numbers: frozenset[str] = frozenset()) -> SavedState:
-    """Return copies of a module's values.
+def saved_state(module: nn.Module, drawn: frozenset[str] = frozenset()) -> SavedState:
+    """Return copies of a module's values: of the plain ones, those that users' classes hold, and `drawn`.
 
     Args:
         module: the module.
-        numbers: paths of the numbers to be saved, too.
+        drawn: paths of the plain values that are others when the module is built again.
     """
     with users_code("state_dict() of the module"):
         state = dict(module.state_dict())
     known = {_place(value) for value in state.values() if isinstance(value, torch.Tensor)}
     constants: dict[str, Any] = {}
-    for path, value in _values(module):
+    for path, value in values_of(module):
         if isinstance(value, np.ndarray):
             constants[path] = _of_array(value)
         elif _place(value) not in known:
             constants[path] = _cloned(value)
-    constants |= {path: value for path, value in _numbers(module) if path in numbers}
+    for held in plain_values(module):
+        if held.is_users or held.path in drawn:
+            constants[held.path] = _of_plain(held.value)
     return SavedState(state={name: _cloned(value) for name, value in state.items()}, constants=constants)
 
 
-def load_state(module: nn.Module, saved: SavedState) -> None:
-    """Give a module the values that were saved.
+def load_state(module: nn.Module, saved: SavedState) -> list[str]:
+    """Give a module the values that were saved; return which plain ones were others, as sentences.
 
     Raises:
         ModelError: it has not the tensors that they are of.
@@ -79,19 +84,36 @@ def load_state(module: nn.Module, saved: SavedState) -> None:
             f"its state_dict does not fit the module: missing {', '.join(missing) or 'nothing'}; unexpected "
             f"{', '.join(keys.unexpected_keys) or 'nothing'}"
         )
-    held = dict(_values(module))
+    others = _load_plain(module, {p: v for p, v in saved.constants.items() if _is_of_plain(v)})
+    held = dict(values_of(module))
     for path, value in saved.constants.items():
-        if isinstance(value, _Number):
-            setattr(*_owner(module, path), value)
-        elif isinstance(value, Mapping):
-            _set_array(module, path, held.get(path), _array_of(value))
-        else:
+        if isinstance(value, torch.Tensor):
             _set_tensor(module, path, held.get(path), value)
+        elif not _is_of_plain(value):
+            _set_array(module, path, held.get(path), _array_of(value))
+    return others
+
+
+def _load_plain(module: nn.Module, saved: Mapping[str, Any]) -> list[str]:
+    held = {each.path: each for each in plain_values(module)} if saved else {}
+    others = []
+    for path, kept in saved.items():
+        value = _plain_of(kept)
+        if path in held:
+            if held[path].differs(value):
+                others.append(f"{path} is {shown(value)}, but was built as {shown(held[path].value)}")
+                held[path].put(value)
+        elif path.endswith("]"):
+            raise ModelError(f"the module has no {path}, which was saved as {shown(value)}")
+        else:
+            owner, name = _owner(module, path)
+            vars(owner)[name] = value
+    return others
 
 
 def differing_tensors(one: nn.Module, other: nn.Module) -> list[str]:
     """Return the paths of the tensors and arrays that two modules have not both, to the bit."""
-    values, others = dict(_values(one)), dict(_values(other))
+    values, others = dict(values_of(one)), dict(values_of(other))
     return [
         path
         for path in {**values, **others}
@@ -99,11 +121,13 @@ def differing_tensors(one: nn.Module, other: nn.Module) -> list[str]:
     ]
 
 
-def differing_numbers(one: nn.Module, other: nn.Module) -> frozenset[str]:
-    """Return the paths of the attributes that are other numbers in another module."""
-    numbers = dict(_numbers(other))
+def differing_values(one: nn.Module, other: nn.Module) -> frozenset[str]:
+    """Return the paths of the plain values that are others in another module, or not there."""
+    held = {each.path: each for each in plain_values(other)}
     return frozenset(
-        path for path, value in _numbers(one) if path in numbers and repr(numbers[path]) != repr(value)
+        each.path
+        for each in plain_values(one)
+        if each.path not in held or held[each.path].differs(each.value)
     )
 
 
@@ -133,7 +157,7 @@ def check_saving(module: nn.Module) -> None:
             ) from error
     other = copied(module)
     try:
-        for _, value in _values(other):
+        for _, value in values_of(other):
             _disturb(value)
         load_state(other, saved)
     except Exception as error:
@@ -148,12 +172,12 @@ def check_saving(module: nn.Module) -> None:
         )
 
 
-def _values(module: nn.Module) -> Iterator[tuple[str, Any]]:
+def values_of(module: nn.Module) -> Iterator[tuple[str, Any]]:
     """Yield the tensors and arrays of a module, each once, with its path."""
     seen: set[int] = set()
     named = [*module.named_parameters(), *module.named_buffers()]
     for prefix, part in module.named_modules():
-        attributes = ((name, value) for name, value in vars(part).items() if not _is_torchs(name))
+        attributes = ((name, value) for name, value in vars(part).items() if not is_torchs(name))
         named += [(f"{prefix}.{name}" if prefix else name, value) for name, value in attributes]
     for path, value in named:
         yield from _values_in(path, value, seen)
@@ -169,25 +193,10 @@ def _values_in(path: str, value: Any, seen: set[int]) -> Iterator[tuple[str, Any
     elif isinstance(value, np.ndarray) and not value.dtype.hasobject:
         seen.add(id(value))
         yield path, value
-    elif isinstance(value, list | tuple | dict):
+    elif isinstance(value, list | tuple | dict) and not is_plain(value):  # a vocabulary may be long
         seen.add(id(value))
         for step, part in parts(value):
             yield from _values_in(path + step, part, seen)
-
-
-def _is_torchs(name: str) -> bool:
-    """Return whether an attribute is one of torch's own."""
-    return name in _TORCHS
-
-
-_TORCHS = frozenset(vars(nn.Module()))
-
-
-def _numbers(module: nn.Module) -> Iterator[tuple[str, _Number]]:
-    for prefix, part in module.named_modules():
-        for name, value in vars(part).items():
-            if type(value) in (bool, int, float, complex) and not _is_torchs(name):
-                yield f"{prefix}.{name}" if prefix else name, value
 
 
 def _owner(module: nn.Module, path: str) -> tuple[nn.Module, str]:
@@ -245,6 +254,40 @@ def _of_array(array: np.ndarray[Any, Any]) -> dict[str, Any]:
 def _array_of(saved: Mapping[str, Any]) -> np.ndarray[Any, Any]:
     values = saved["bytes"].numpy().tobytes() if saved["bytes"].numel() else b""
     return np.frombuffer(values, np.dtype(saved["numpy"])).reshape(saved["shape"]).copy()
+
+
+def _of_plain(value: Any) -> Any:
+    """Return a plain value so that it is told from a tensor or an array, and a long one is read quickly."""
+    if isinstance(value, np.generic):
+        return _of_array(np.asarray(value)) | {"scalar": True}
+    if isinstance(value, _Number):
+        return value
+    stream = io.BytesIO()
+    pickle.Pickler(stream, protocol=4).dump(value)
+    return {"plain": True, "bytes": torch.frombuffer(bytearray(stream.getvalue()), dtype=torch.uint8)}
+
+
+def _is_of_plain(saved: Any) -> bool:
+    if isinstance(saved, Mapping):
+        return "plain" in saved or "scalar" in saved
+    return isinstance(saved, _Number)
+
+
+def _plain_of(saved: Any) -> Any:
+    if isinstance(saved, _Number):
+        return saved
+    if "scalar" in saved:
+        return _array_of(saved)[()]
+    return _PlainUnpickler(io.BytesIO(saved["bytes"].numpy().tobytes())).load()
+
+
+class _PlainUnpickler(pickle.Unpickler):
+    """Reads plain values alone, so that no file runs code."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == ("builtins", "complex"):
+            return complex
+        raise pickle.UnpicklingError(f"{module}.{name} is no plain value")
 
 
 def _cloned(value: Any) -> Any:

@@ -16,6 +16,7 @@ from sparksgd.engines.compute import Plan
 from sparksgd.engines.protocol import Recovery, StepReport
 from sparksgd.solvers.protocol import Need
 from sparksgd.training.participation import Participation
+from sparksgd.training.rebuilding import Sample
 from sparksgd.training.start_up import StartUp
 from sparksgd.training.step_times import StepTimes
 
@@ -108,8 +109,11 @@ class Training:
     numerics_changes: list[NumericsChange] = field(default_factory=list)
     """Workers that were replaced by workers of other arithmetic."""
 
-    numbers_to_save: frozenset[str] | None = None
-    """Paths of attributes that differ when the module is built again; None: that was not tried yet."""
+    sample: Sample
+    """Some rows, to compare the module with the one that is built again."""
+
+    drawn: frozenset[str]
+    """Paths of the plain values that are others when the module is built again."""
 
     start_up: StartUp
     """How the time before the first step was spent."""

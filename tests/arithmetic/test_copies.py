@@ -7,6 +7,7 @@ import pickle
 import threading
 import types
 import weakref
+from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune, spectral_norm, weight_norm
 from two_workers import by_plain_torch, train_here
 
-from sparksgd.arithmetic.copies import copied, pickled
+from sparksgd.arithmetic.copies import _Copier, copied, pickled
 from sparksgd.errors import ModelError
 
 WAYS: dict[str, Callable[[Any], Any]] = {
@@ -216,6 +217,58 @@ def test_a_closure_refers_to_the_copy_and_a_loss_to_the_copied_module() -> None:
     assert module.weight.grad is None
     other.weight.data.zero_()
     assert its_loss(torch.zeros(2, 3), None).tolist() == [0.0, 0.0]
+
+
+WORDS = [f"word {number}" for number in range(1000)]
+TABLES: dict[str, Any] = {
+    "list": WORDS,
+    "dictionary": {word: number for number, word in enumerate(WORDS)},
+    "pairs": {(word, 0.5): (None, b"x") for word in WORDS},
+    "set": set(WORDS),
+    "queue": deque(WORDS, maxlen=2000),
+    "ordered": OrderedDict((word, True) for word in reversed(WORDS)),
+    "counter": Counter(WORDS),
+}
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_a_long_table_is_copied_without_a_question_for_each_entry(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = nn.Linear(2, 2)
+    module.table = module.same = TABLES[name]
+    asked = Asked()
+    monkeypatch.setattr(_Copier, "persistent_id", asked)
+    made: Any = copied(module)
+    assert asked.times < 500
+    assert (type(made.table), made.table) == (type(TABLES[name]), TABLES[name])
+    assert list(made.table) == list(TABLES[name])
+    assert made.table is made.same is not TABLES[name]
+    assert getattr(made.table, "maxlen", None) == getattr(TABLES[name], "maxlen", None)
+
+
+class Asked:
+    """Counts how often it is called in place of `_Copier.persistent_id`."""
+
+    def __init__(self) -> None:
+        self.times, self.answer = 0, _Copier.persistent_id
+
+    def __get__(self, copier: _Copier, kind: type) -> Any:
+        def ask(value: Any) -> Any:
+            self.times += 1
+            return self.answer(copier, value)
+
+        return ask
+
+
+def test_a_long_table_that_holds_what_must_be_copied_is_copied_whole() -> None:
+    module = nn.Linear(2, 2)
+    module.table = [*WORDS, module.weight, [1]]
+    made: Any = copied(module)
+    assert made.table[-2] is made.weight is not module.weight
+    assert made.table[-1] == [1]
+    made.table[-1].append(2)
+    assert module.table[-1] == [1]
 
 
 def test_generators_and_sparse_and_bfloat16_tensors_are_copied() -> None:

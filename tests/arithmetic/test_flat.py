@@ -267,3 +267,39 @@ def test_a_module_that_cannot_be_one_vector_is_refused(module: nn.Module, phrase
         FlatModule(module)
     for phrase in phrases:
         assert phrase in str(refused.value)
+
+
+class Pairs(nn.Module):
+    """Three numbers, then four that are two complex ones."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(3))
+        self.pairs = nn.Parameter(torch.ones(2, 2))
+        self.quads = nn.ParameterList([nn.Parameter(torch.ones(4))])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        one = torch.view_as_complex(self.pairs)
+        return (one * torch.view_as_complex(self.quads[0].view(2, 2))).real.sum() * (x @ self.scale)
+
+
+def test_a_parameter_at_an_odd_place_is_viewed_as_complex_numbers() -> None:
+    flat = FlatModule(filled(Pairs()))
+    flat.parameters[3:7] = torch.tensor([1.0, 2.0, 3.0, 4.0])
+    assert torch.view_as_complex(flat.module.pairs).tolist() == [1 + 2j, 3 + 4j]
+    with torch.no_grad():
+        flat.module.pairs[1, 1] = 5.0
+    assert flat.parameters.tolist()[3:7] == [1.0, 2.0, 3.0, 5.0]
+    with flat.new_gradient() as gradient:
+        flat.module(torch.ones(1, 3)).sum().backward()
+    # real((1+2i)(8+9i) + (3+5i)(10+11i)) = 8 - 18 + 30 - 55 = -35, times the sum of the scale, 1 + 2 + 3
+    assert gradient.tolist() == [-35.0] * 3 + [8 * 6.0, -9 * 6.0, 10 * 6.0, -11 * 6.0] + [
+        1 * 6.0, -2 * 6.0, 3 * 6.0, -5 * 6.0,
+    ]  # fmt: skip
+
+
+def test_parameters_of_torch_s_own_layers_are_views_of_one_storage() -> None:
+    flat = FlatModule(nn.Sequential(nn.Linear(3, 1, bias=False), nn.Linear(1, 2)))
+    assert {p.untyped_storage().data_ptr() for p in flat.trainable} == {
+        flat.parameters.untyped_storage().data_ptr()
+    }

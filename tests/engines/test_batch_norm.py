@@ -7,20 +7,27 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
 import torch
 from torch import nn
 
 from sparksgd.arithmetic.flat import FlatModule
-from sparksgd.config import OptimizerConfig, ScheduleConfig
+from sparksgd.config import Config, OptimizerConfig, ScheduleConfig
 from sparksgd.data.sampling import Sampling
 from sparksgd.data.schema import Feature, RowSchema
 from sparksgd.data.shard import Descriptor, ShardWriter
 from sparksgd.engines.compute import Plan
+from sparksgd.engines.forward import evaluated_parts
 from sparksgd.engines.inline import InlineEngine
+from sparksgd.errors import ModelError
 from sparksgd.losses import squared_error
 from sparksgd.solvers.protocol import Halves
 from sparksgd.solvers.rules import Experiment
 from sparksgd.solvers.synchronous import SendGradients, SynchronousSettings, SynchronousSolver
+from sparksgd.training.in_process import train_in_process
+from sparksgd.training.state import Training
 
 SCHEMA = RowSchema(features=(Feature(name="x", dtype="float32", length=3),), label="y", label_dtype="float32")
 SIZES = (14, 0, 5, 9)
@@ -141,3 +148,44 @@ def test_a_norm_without_running_statistics_trains(tmp_path: Path) -> None:
     before = run.flat.parameters.clone()
     run.advance()
     assert not torch.equal(run.flat.parameters, before)
+
+
+def evaluated_in(folder: Path, test_rows: int, num_shards: int = 1) -> Training:
+    rng = np.random.default_rng(3)
+    config = Config.from_dict(
+        {
+            "data": {"features": "x", "label": "y", "id": "i"},
+            "loss": {"name": "squared_error"},
+            "train": {"rows_per_step": 12, "num_shards": num_shards},
+        }
+    )
+    for name, rows in (("train", 24), ("test", test_rows)):
+        table = {"x": [*rng.normal(2, 1, (rows, 3)).astype(np.float32)], "y": np.ones(rows, np.float32)}
+        pq.write_table(pa.table(table | {"i": np.arange(rows)}), folder / f"{name}.parquet")
+    norm = nn.BatchNorm1d(3, track_running_stats=False)
+    module = nn.Sequential(norm, nn.Linear(3, 1), nn.Flatten(0))
+    return train_in_process(
+        config, str(folder / "train.parquet"), str(folder / "test.parquet"), module=module
+    )
+
+
+@pytest.mark.parametrize("rows", [20, 512, 513])
+def test_an_evaluation_leaves_no_row_to_a_norm_without_statistics_alone(tmp_path: Path, rows: int) -> None:
+    training = evaluated_in(tmp_path, rows)
+    x = torch.tensor(np.stack(pq.read_table(tmp_path / "test.parquet")["x"].to_numpy()))
+    expected = float((training.module.eval()(x) - 1).square().mean().detach())
+    assert training.evaluations[-1].loss == pytest.approx(expected, rel=1e-5)
+
+
+def test_only_a_norm_without_statistics_gets_more_rows_at_once() -> None:
+    ordinary, without = nn.BatchNorm1d(3), nn.Sequential(nn.BatchNorm1d(3, track_running_stats=False))
+    assert evaluated_parts(1025, ordinary) == [range(512), range(512, 1024), range(1024, 1025)]
+    assert evaluated_parts(1025, without) == [range(512), range(512, 1025)]
+    assert evaluated_parts(1, without) == [range(1)]
+    assert evaluated_parts(0, without) == []
+
+
+def test_a_test_shard_of_one_row_is_refused_for_a_norm_without_statistics(tmp_path: Path) -> None:
+    told = r"keeps no running statistics.*of the test data has one row.*lower train\.num_shards"
+    with pytest.raises(ModelError, match=told):
+        evaluated_in(tmp_path, 3, num_shards=2)

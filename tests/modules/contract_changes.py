@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from contract_kinds import IN, WIDTH, ExtraState, Net, accumulated, complex_views
+from contract_kinds import IN, WIDTH, ExtraState, Net, accumulated
 from contract_layers import Around, First, Indexed
 from torch import nn
 from torch.nn import functional as F
@@ -410,7 +410,6 @@ class Refused:
 
 REFUSED: dict[str, Refused] = {
     "forward makes a submodule": Refused(GrowsHead, "head"),
-    "complex views at an odd place": Refused(complex_views, "clone"),
     "a lambda of a parameter": Refused(LambdaOfSelf, "activation|scale|lambda", or_right=True),
     "a hook that closes over a parameter": Refused(closure, "hook|gradient|leaf|tensor", or_right=True),
     "a global parameter": Refused(Global, "gradient|leaf|tensor", or_right=True),
@@ -450,9 +449,6 @@ REFUSED: dict[str, Refused] = {
     "a copy is trained": Refused(CopiesItself, "gradient|leaf|tensor", or_right=True),
     "a complex parameter": Refused(complex_parameter, "turn", or_right=True),
     "extra state": Refused(ExtraState, "_extra_state", or_right=True),
-    "a norm over rows in evaluation": Refused(
-        lambda: Around(nn.BatchNorm1d(24, track_running_stats=False)), "row", raises=True
-    ),
     "every parameter frozen": Refused(nothing_trains, "trainable"),
     "a parameter without data": Refused(lambda: nn.Linear(IN, 2, device="meta"), "meta"),
 }

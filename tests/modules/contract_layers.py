@@ -294,5 +294,6 @@ NORMS_OVER_ROWS: dict[str, Callable[[], nn.Module]] = {
     "BatchNorm2d": lambda: Around(nn.BatchNorm2d(2), 2, 3, 4),
     "BatchNorm3d": lambda: Around(nn.BatchNorm3d(2), 2, 2, 2, 3),
     "BatchNorm1d, cumulative": lambda: Around(nn.BatchNorm1d(24, momentum=None)),
+    "BatchNorm1d, without statistics": lambda: Around(nn.BatchNorm1d(24, track_running_stats=False)),
 }
 """They normalise a piece by itself: equal to one process where one shard has all rows of a step."""

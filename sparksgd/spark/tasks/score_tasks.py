@@ -21,7 +21,7 @@ from sparksgd.arithmetic.generators import generators_seeded
 from sparksgd.arithmetic.numerics import thread_count
 from sparksgd.arithmetic.seeds import seed32
 from sparksgd.data.schema import RowReport, RowSchema
-from sparksgd.engines.forward import EVALUATION_ROWS, forward, predictions
+from sparksgd.engines.forward import evaluated_parts, forward, predictions
 from sparksgd.errors import SparkSGDError
 from sparksgd.losses import Loss
 from sparksgd.spark.tasks.row_tasks import rows_of
@@ -83,9 +83,9 @@ def _scores(plan: ScoringPlan, batches: Iterable[pa.RecordBatch]) -> PartialScor
     confusion = np.zeros((schema.classes or 0,) * 2, np.int64)
     for rows in rows_of(schema, batches):
         report += rows.report
-        for first in range(0, len(rows.records), EVALUATION_ROWS):
-            records = rows.records[first : first + EVALUATION_ROWS]
-            with torch.no_grad(), thread_count(1), generators_seeded(seed32(0, "scoring", first)):
+        for part in evaluated_parts(len(rows.records), plan.module):
+            records = rows.records[part.start : part.stop]
+            with torch.no_grad(), thread_count(1), generators_seeded(seed32(0, "scoring", part.start)):
                 output, losses = forward(plan.module, plan.loss, schema, records)
             total += float(losses.double().sum())
             if schema.classes is not None:

@@ -1,0 +1,197 @@
+"""Whether a module that is built again from its name is the trained one, once it has what was saved.
+
+A saved model is its name, its arguments, the run's seed, and values (see saved_state.py).  What no value
+tells, must be the same whenever the module is built: the classes of its parts, its functions, what objects
+of its own hold.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import types
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import nn
+
+from sparksgd.arithmetic.changes import bits
+from sparksgd.arithmetic.copies import copied, parts
+from sparksgd.arithmetic.generators import generators_seeded
+from sparksgd.arithmetic.numerics import thread_count
+from sparksgd.arithmetic.seeds import seed32
+from sparksgd.config import Config
+from sparksgd.data.schema import RowSchema
+from sparksgd.engines.forward import forward
+from sparksgd.engines.held import is_opaque
+from sparksgd.errors import ModelError, SparkSGDError
+from sparksgd.imports import users_code
+from sparksgd.training.composition import Told, first_difference, name_of, other_structure, structure
+from sparksgd.training.modules import build_module
+from sparksgd.training.plain_values import is_plain, is_torchs, shown
+from sparksgd.training.saved_state import (
+    differing_tensors,
+    differing_values,
+    load_state,
+    saved_state,
+    values_of,
+)
+
+__all__ = ["Sample", "check_rebuilding", "difference"]
+
+log = logging.getLogger("sparksgd")
+
+_BUILDS = 4
+"""How often a small module is built again: a choice of two is the same in half of the cases."""
+_SMALL = 10**6
+"""Elements of parameters of a small module."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample:
+    """Some rows, and how to compute of them, to compare outputs by."""
+
+    records: npt.NDArray[Any]
+    """[B]."""
+
+    schema: RowSchema
+    """Of a record."""
+
+    threads: int
+    """How many threads torch uses."""
+
+    dtype: torch.dtype
+    """Of the parameters."""
+
+
+def check_rebuilding(config: Config, module: nn.Module, sample: Sample) -> frozenset[str]:
+    """Build a module again as `load_model` will, and refuse it if it is another one.
+
+    Args:
+        config: names the module.
+        module: built from that name; not changed.
+        sample: rows.
+
+    Returns:
+        The paths of the plain values that were others, see `saved_state`.
+
+    Raises:
+        ModelError: what differs, and the next move.
+    """
+    drawn: frozenset[str] = frozenset()
+    built = structure(module)
+    builds = _BUILDS if sum(p.numel() for p in module.parameters()) <= _SMALL else 1
+    for _ in range(builds):
+        try:
+            rebuilt = build_module(config.model, config.train.seed)
+        except SparkSGDError as error:  # in a process of its own it may be built
+            log.warning("the module cannot be built twice in one process, so it is not compared: %s", error)
+            return drawn
+        drawn |= differing_values(module, rebuilt)
+        different = other_structure(rebuilt, built)
+        if different is None:
+            try:
+                load_state(rebuilt, saved_state(module, drawn))
+                different = difference(module, rebuilt, sample)
+            except ModelError as error:
+                different = str(error)
+        if different is not None:
+            raise ModelError(
+                f"model.name is {config.model.name!r}, which gives another module whenever it is built, so a "
+                f"saved model could not be loaded, nor the run be repeated: {different}. Let it depend on "
+                f"the arguments of the model, or draw it from torch's, numpy's or Python's global "
+                f"generators, which train.seed seeds; or train a module made in Python, by module="
+            )
+    return drawn
+
+
+def difference(trained: nn.Module, rebuilt: nn.Module, sample: Sample) -> str | None:
+    """Return how a module that was built again, and has what was saved, differs; None: it is the same.
+
+    Args:
+        trained: the module; not changed.
+        rebuilt: of the same structure; it is in evaluation mode afterwards.
+        sample: rows, of which the outputs must be the same to the bit.
+    """
+    if different := differing_tensors(trained, rebuilt):
+        return f"{different[0]} differs, and cannot be saved beside the weights"
+    copy = copied(trained)
+    same = dict(values_of(rebuilt))
+    for path, value in values_of(copy):  # in memory of the same layout: else sums may be rounded otherwise
+        if isinstance(value, torch.Tensor) and value.layout is torch.strided and not value.is_quantized:
+            value.data = same[path].detach().clone()
+    outputs = _outputs(copy, sample)
+    if isinstance(outputs, SparkSGDError):
+        return None  # nothing to compare with
+    again = _outputs(rebuilt, sample)
+    if again == outputs or _outputs(copy, sample) != outputs:
+        return None  # the same, or no two evaluations are
+    if isinstance(again, SparkSGDError):
+        return f"its outputs cannot be computed: {str(again).splitlines()[0]}"
+    found = first_difference(_all_parts(trained), _all_parts(rebuilt))
+    return "its outputs differ" if found is None else f"its outputs differ, and {found}"
+
+
+def _outputs(module: nn.Module, sample: Sample) -> bytes | SparkSGDError:
+    """Return the bytes of a module's outputs in evaluation mode, or the error that it raised."""
+    seed = seed32(0, "rebuilding")
+    try:
+        with users_code("the module's eval()"):
+            module.eval()
+        with torch.no_grad(), thread_count(sample.threads), generators_seeded(seed):
+            output, _ = forward(module, _no_loss, sample.schema, sample.records, sample.dtype)
+    except SparkSGDError as error:
+        return error
+    return bits(output.to_dense()).tobytes()
+
+
+def _no_loss(output: object, label: torch.Tensor) -> torch.Tensor:
+    return torch.zeros(len(label))
+
+
+def _all_parts(module: nn.Module) -> dict[str, Told]:
+    """Return what is told of all that a module holds, but for what is saved: its tensors and plain values."""
+    return dict(_told("", module, set(), is_own=True))
+
+
+def _told(path: str, value: Any, seen: set[int], *, is_own: bool) -> Iterator[tuple[str, Told]]:
+    if isinstance(value, torch.Tensor | np.ndarray) or is_plain(value):
+        if not is_own:
+            yield path.lstrip("."), _told_of(value)
+        return
+    if id(value) in seen:
+        return
+    seen.add(id(value))
+    inner = list(parts(value))
+    if isinstance(value, nn.Module):
+        inner = [(step, part) for step, part in inner if not is_torchs(step.removeprefix("."))]
+    elif isinstance(value, types.FunctionType):
+        code = hashlib.sha256(value.__code__.co_code).hexdigest()
+        yield f"{path.lstrip('.')}'s code", Told(text=f"code of digest {code[:8]}")
+        inner += [("'s defaults", value.__defaults__), ("'s keywords", value.__kwdefaults__)]
+    is_container = isinstance(value, Mapping | list | tuple)
+    if isinstance(value, set | frozenset):
+        yield path.lstrip("."), _told_of(sorted(map(repr, value)))
+        return
+    if not is_container:
+        yield path.lstrip("."), Told(text=name_of(value))
+        if not inner and " at 0x" not in repr(value):  # an enum, a date, a path, a dtype
+            yield f"{path.lstrip('.')}'s value", _told_of(value)
+    if not is_opaque(value) or isinstance(value, nn.Module):
+        inside = is_own and (is_container or isinstance(value, nn.Module))
+        for step, part in inner:
+            yield from _told(path + step, part, seen, is_own=inside)
+
+
+def _told_of(value: Any) -> Told:
+    if isinstance(value, torch.Tensor):
+        if value.is_meta or value.is_nested or value.layout is not torch.strided:
+            return Told(text="a tensor")
+        return Told(text=shown(value), digest=hashlib.sha256(bits(value).tobytes()).hexdigest())
+    if isinstance(value, np.ndarray) and not value.dtype.hasobject:
+        return Told(text=shown(value), digest=hashlib.sha256(value.tobytes()).hexdigest())
+    return Told(text=shown(value), digest=hashlib.sha256(repr(value).encode()).hexdigest())
