@@ -19,7 +19,7 @@ import io
 import pickle
 import types
 import weakref
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any, TypeVar, cast
@@ -37,6 +37,25 @@ T = TypeVar("T")
 Reduced = tuple[Any, ...]
 
 _HOOKS = ("_backward_hooks", "_post_accumulate_grad_hooks")
+_COPIED = frozenset(
+    (
+        str,
+        int,
+        float,
+        bool,
+        type(None),
+        bytes,
+        dict,
+        list,
+        tuple,
+        set,
+        OrderedDict,
+        torch.Tensor,
+        nn.Parameter,
+    )
+)
+"""The types of most of what a module holds, which are made again; not their subclasses."""
+
 _ATOMS = (type, types.ModuleType, types.CodeType, torch.dtype, torch.device, torch.layout)
 
 
@@ -111,6 +130,8 @@ class _Copier(pickle.Pickler):
         self._storages: dict[int, int] = {}
 
     def persistent_id(self, value: Any) -> int | None:
+        if type(value) in _COPIED:
+            return None
         if isinstance(value, _ATOMS) or _is_function_by_name(value):
             return self._keep(value)
         if type(value) is _Itself:
