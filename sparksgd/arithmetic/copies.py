@@ -38,21 +38,7 @@ Reduced = tuple[Any, ...]
 
 _HOOKS = ("_backward_hooks", "_post_accumulate_grad_hooks")
 _COPIED = frozenset(
-    (
-        str,
-        int,
-        float,
-        bool,
-        type(None),
-        bytes,
-        dict,
-        list,
-        tuple,
-        set,
-        OrderedDict,
-        torch.Tensor,
-        nn.Parameter,
-    )
+    (str, int, float, bool, type(None), dict, list, tuple, set, OrderedDict, torch.Tensor, nn.Parameter)
 )
 """The types of most of what a module holds, which are made again; not their subclasses."""
 
