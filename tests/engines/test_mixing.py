@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from sparksgd.engines.operations import Operations
 from sparksgd.losses import cross_entropy, squared_error
 from tests.engines.trials import Around, refused, rows, tried
 
@@ -286,6 +287,21 @@ APART = {
         {},
     ),
 }
+
+
+def test_operations_are_looked_at_in_one_piece_where_it_does_nothing_special(monkeypatch) -> None:
+    looked = []
+
+    class Counted(Operations):
+        def __enter__(self) -> Any:
+            looked.append(self)
+            return super().__enter__()
+
+    monkeypatch.setattr("sparksgd.engines.mixing.Operations", Counted)
+    tried(Around())
+    assert len(looked) == 1
+    tried(nn.Sequential(nn.Dropout(), Around()))
+    assert len(looked) > 10
 
 
 @pytest.mark.parametrize("kind", APART)
