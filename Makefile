@@ -2,19 +2,19 @@
 
 PYTHON ?= python3
 VENV   := .venv
-PINS   := conf/constraints.txt
 BIN    := $(VENV)/bin
 OUT    ?= runs/mnist-lenet
 ARGS   ?=
 MASTER ?= local[*]
 READY  := $(VENV)/.installed
+SPARK35 := .venv-spark35
 SPARK35_TESTS ?= tests/spark tests/test_jobs.py tests/test_readme.py
 ONLY   ?= cluster
 
 # Folders are in the list, too: a folder's time changes when a file in it is removed.
 SOURCES := $(filter-out %__pycache__/,$(wildcard sparksgd/ sparksgd/*/ sparksgd/*/*/ sparksgd/py.typed sparksgd/*.py sparksgd/*/*.py sparksgd/*/*/*.py))
 VERSION := $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
-CLASSES := dist/spark$(VENV:.venv%=%).jsa
+CLASSES := dist/spark.jsa
 WHEEL   := dist/sparksgd-$(VERSION)-py3-none-any.whl
 
 export PATH := $(CURDIR)/$(BIN):$(PATH)
@@ -53,13 +53,21 @@ help: ## List the targets
 
 install: $(READY) ## Make .venv with the pinned, tested versions
 
-$(READY): pyproject.toml $(PINS)
+$(READY): pyproject.toml conf/constraints.txt
 	$(check-python)
 	$(check-java)
 	@echo "installing into $(VENV) (once; some minutes)"
 	@$(PYTHON) -m venv $(VENV)
-	@awk -F == '!pinned[$$1]++' $(PINS) > $(VENV)/constraints.txt
-	@$(BIN)/pip install --quiet --disable-pip-version-check --constraint $(VENV)/constraints.txt --editable '.[dev]'
+	@$(VENV)/bin/pip install --quiet --disable-pip-version-check --constraint conf/constraints.txt --editable '.[dev]'
+	@touch $@
+
+# All but Spark is that of .venv: to install it again would take a minute.
+$(SPARK35)/.installed: conf/constraints-spark35.txt $(READY)
+	@echo "installing the oldest Spark into $(SPARK35) (once)"
+	@$(VENV)/bin/python -m venv --clear --without-pip $(SPARK35)
+	@$(VENV)/bin/pip --python $(SPARK35)/bin/python install --quiet --disable-pip-version-check --no-deps --ignore-installed --requirement $<
+	@$(VENV)/bin/python -c 'import site; print(f"import site; site.addsitedir({site.getsitepackages()[0]!r})")' \
+	  > "$$($(SPARK35)/bin/python -c 'import site; print(site.getsitepackages()[0])')/of_venv.pth"
 	@touch $@
 
 warm: $(CLASSES) ## Make Spark start some seconds sooner (run it once; a minute, 190 MB)
@@ -77,11 +85,11 @@ run: $(READY) data/mnist/train.parquet data/mnist/test.parquet ## Train LeNet on
 	@SPARK_SUBMIT_OPTS="$$SPARK_SUBMIT_OPTS $(classes) "'-Dlog4j2.configurationFile="file:$(CURDIR)/conf/log4j2.properties"' \
 	  spark-submit --master '$(MASTER)' --properties-file conf/spark-local.conf jobs/train.py --config conf/mnist-lenet.toml --out '$(OUT)' $(ARGS)
 
-# Tests start few JVMs, for some minutes each.  Java's optimising compiler, and an archive of Spark's classes, would
-# cost more than they save.
+# Tests start few JVMs, for some minutes each.  Java's optimising compiler, an archive of Spark's classes, and collectors
+# of garbage that run beside the rest, would cost more than they save.
 define pytest
 	$(check-java)
-	@SPARK_SUBMIT_OPTS="$$SPARK_SUBMIT_OPTS $(classes) -XX:TieredStopAtLevel=1" $(BIN)/python -m pytest
+	@SPARK_SUBMIT_OPTS="$$SPARK_SUBMIT_OPTS $(classes) -XX:TieredStopAtLevel=1 -XX:+UseSerialGC" $(BIN)/python -m pytest
 endef
 
 test-quick: $(READY) ## Run the tests that need no JVM (a minute)
@@ -97,9 +105,8 @@ test-all: ## Run every test: test, soak, test-cluster, test-spark35 (before a pi
 	$(MAKE) test-cluster
 	$(MAKE) test-spark35
 
-test-spark35: ## Run the tests of Spark on the oldest version that is supported; SPARK35_TESTS=... runs some of them
-	@$(MAKE) --no-print-directory test VENV=.venv-spark35 \
-	  PINS='conf/constraints-spark35.txt conf/constraints.txt' TESTS='$(SPARK35_TESTS)'
+test-spark35: $(SPARK35)/.installed ## Run the tests of Spark on the oldest version that is supported; SPARK35_TESTS=... runs some of them
+	@$(MAKE) --no-print-directory test BIN=$(SPARK35)/bin CLASSES=dist/spark-spark35.jsa TESTS='$(SPARK35_TESTS)'
 
 soak: $(READY) ## Run the long tests: much data, many steps, killed executors, several hosts
 	$(pytest) -m 'soak and not cluster' $(TESTS)
@@ -142,4 +149,4 @@ dist/environment.tar.gz: pyproject.toml conf/constraints.txt sparksgd/cli/packin
 	@$(BIN)/python -m sparksgd.cli.packing environment --out $@
 
 clean: ## Remove what the targets made, except data/ and runs/
-	rm -rf $(VENV) .venv-spark35 dist build *.egg-info .pytest_cache .mypy_cache .ruff_cache spark-warehouse benchmark.json
+	rm -rf $(VENV) $(SPARK35) dist build *.egg-info .pytest_cache .mypy_cache .ruff_cache spark-warehouse benchmark.json

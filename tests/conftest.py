@@ -24,7 +24,8 @@ pytest_plugins = ["cluster_fixtures", "spark_fixtures"]  # not of a conftest.py:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Order the tests: without a JVM, with one of their own, by the session they share, with their own.
 
-    Where several processes run them, one process has all tests of a session.
+    Where several processes run them, one process has all tests of a session, and the longest of the others
+    come first: who has one of these at the end lets the others wait.
     """
     for item in items:
         if _uses_sessions(item):
@@ -38,9 +39,9 @@ def _turn(item: pytest.Item) -> tuple[int, str]:
     if item.get_closest_marker("cluster") is not None:
         return (4, "")
     if item.get_closest_marker("jvm") is None:
-        return (0, "")
+        return (0, "" if "contract" in item.path.parts else "shorter ones")
     if not _uses_sessions(item):
-        return (1, "")
+        return (-1 if "PYTEST_XDIST_WORKER" in os.environ else 1, "")
     shared = _shared_session(item)
     return (2, shared) if shared else (3, "")
 

@@ -39,6 +39,8 @@ Reduced = tuple[Any, ...]
 
 _HOOKS = ("_backward_hooks", "_post_accumulate_grad_hooks")
 _SCALARS = frozenset((bool, int, float, complex, str, bytes, type(None)))
+_COPIED = frozenset((dict, list, tuple, set, OrderedDict, torch.Tensor, nn.Parameter))
+"""With `_SCALARS` the types of most of what a module holds, which are made again; not their subclasses."""
 _TABLES = frozenset((list, dict, set, deque, OrderedDict, Counter))
 _MANY = 100
 _ATOMS = (type, types.ModuleType, types.CodeType, torch.dtype, torch.device, torch.layout)
@@ -117,12 +119,14 @@ class _Copier(pickle.Pickler):
 
     def persistent_id(self, value: Any) -> int | None:
         kind = type(value)
-        if kind in _SCALARS:  # most of what is asked
+        if kind in _SCALARS:
             return None
         if kind in _TABLES and _is_long(value):
             if id(value) not in self._tables:
                 self._tables[id(value)] = self._keep(value.copy())
             return self._tables[id(value)]
+        if kind in _COPIED:
+            return None
         if isinstance(value, _ATOMS) or _is_function_by_name(value):
             return self._keep(value)
         if type(value) is _Itself:

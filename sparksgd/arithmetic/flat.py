@@ -143,9 +143,10 @@ class FlatModule:
                 take_part(vector, number)
 
         with ExitStack() as hooks:
-            for number, (parameter, view) in enumerate(self._parts(gradient)):
+            for parameter in self.trainable:
                 parameter.grad = None
-                if take_part is not None:
+            if take_part is not None:
+                for number, (parameter, view) in enumerate(self._parts(gradient)):
                     hook = parameter.register_post_accumulate_grad_hook(partial(take, number, view))  # type: ignore[no-untyped-call]  # torch leaves it untyped
                     hooks.callback(hook.remove)
             try:

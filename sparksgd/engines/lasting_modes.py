@@ -55,27 +55,32 @@ def refuse_lasting_modes(module: nn.Module, loss: Loss, harmless: frozenset[str]
         )
 
 
-def values_of(module: nn.Module) -> dict[str, tuple[torch.Tensor, bool]]:
-    """Return copies of a module's parameters and buffers, each with whether it requires a gradient."""
-    return {name: (tensor.detach().clone(), tensor.requires_grad) for name, tensor in _named(module)}
+def values_of(module: nn.Module, *, buffers_alone: bool = False) -> dict[str, tuple[torch.Tensor, bool]]:
+    """Return copies of a module's parameters and buffers, each with whether it requires a gradient.
+
+    Args:
+        module: has them.
+        buffers_alone: whether parameters may change, as an embedding's with max_norm do.
+    """
+    return {
+        name: (tensor.detach().clone(), tensor.requires_grad)
+        for name, tensor in _named(module)
+        if not (buffers_alone and isinstance(tensor, nn.Parameter))
+    }
 
 
-def changed_names(
-    before: dict[str, tuple[torch.Tensor, bool]], module: nn.Module, *, buffers_alone: bool = False
-) -> list[str]:
+def changed_names(before: dict[str, tuple[torch.Tensor, bool]], module: nn.Module) -> list[str]:
     """Return the names of tensors that changed by more than rounding, or became frozen or trained.
 
     Args:
         before: from `values_of`.
         module: has them now.
-        buffers_alone: whether parameters may change, as an embedding's with max_norm do.
     """
     now = dict(_named(module))
     return [
         name
         for name, (value, requires_grad) in before.items()
         if name in now
-        and not (buffers_alone and isinstance(now[name], nn.Parameter))
         and (now[name].requires_grad != requires_grad or not _is_close(value, now[name].detach()))
     ]
 

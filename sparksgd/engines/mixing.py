@@ -3,7 +3,9 @@
 The gradient of a piece must be the sum of its rows' gradients, else the result depends on how many shards
 there are.  So a few rows are computed together and in parts, and compared beyond rounding.  Batch-norms are
 in evaluation mode for that, because they may mix; random operations give constants.  The weights are slightly
-moved, because parameters of 0 hide what depends on them.
+moved, because parameters of 0 hide what depends on them.  Where the first piece draws no number and has no
+half precision, the others are computed without a look at each operation; what is found so, or draws a number,
+is computed again with it.
 
 Legend: B rows, P parameters.
 """
@@ -11,6 +13,7 @@ Legend: B rows, P parameters.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial, reduce
 from typing import Any
@@ -99,6 +102,7 @@ class Probe:
         self._loss, self._schema, self._records = loss, schema, records
         self._piece = list(range(DIFFERENT_ROWS, len(records)))
         self._plain: dict[tuple[int, ...], _Measured] = {}  # what was measured at these weights
+        self._watches: bool | None = None  # operations, which takes half of the time; None: not decided
 
     def _is_trained(self, parameter: nn.Parameter) -> bool:
         return any(parameter is trained for trained in self.flat.trainable)
@@ -113,8 +117,10 @@ class Probe:
     def measure(self, rows: Sequence[int], *, scale: float = 1.0, seed: int = 0) -> _Measured:
         """Return the losses of rows, and `scale` times their gradient."""
         seed_generators(seed)
+        before = torch.default_generator.get_state()
+        seen = Operations(steady=True)
         with (
-            Operations(steady=True) as seen,
+            nullcontext() if self._watches is False else seen,
             self.flat.new_gradient() as gradient,
             self.flat.standing.piece() as made,
         ):
@@ -123,14 +129,28 @@ class Probe:
             )
             if losses.requires_grad:  # else the trial's steps say what is wrong
                 back_propagate(losses, scale)
+        if self._watches is None:
+            self._watches = not seen.is_ordinary
+        elif not self._watches and not torch.equal(before, torch.default_generator.get_state()):
+            self._watches = True
+            return self.measure(rows, scale=scale, seed=seed)
+        vector = torch.from_numpy(gradient)
         return _Measured(
             output=output.detach() if isinstance(output, torch.Tensor) else output,
             losses=losses.detach().double().clone(),
-            gradient=torch.from_numpy(gradient).div_(scale),
+            gradient=vector if scale == 1 else vector.div_(scale),
             epsilon=seen.epsilon,
             float16=torch.float16 in seen.dtypes,
             changes=made.changes,
         )
+
+    def _is_sure(self) -> bool:
+        """Return whether all operations were watched; from now on they are, and nothing is known yet."""
+        if self._watches:
+            return True
+        self._watches = True
+        self._plain.clear()
+        return False
 
     def move(self, parameters: torch.Tensor | None = None) -> None:
         """Go to weights near some parameters, float[P]; None: near the first ones."""
@@ -161,13 +181,15 @@ class Probe:
         for whole, parts in [of_piece, *chosen] if half and splits == len(_SPLITS) else chosen:
             together = self.plain(whole)
             try:
-                apart = [self.measure(part) for part in parts]
+                apart = [self._plain.get(tuple(part)) or self.measure(part) for part in parts]
             except UserCodeError:  # of a single row, perhaps, which is tried later; two may do
                 parts = (whole[:2], whole[2:])
                 apart = [self.measure(part) for part in parts]
             found = self._difference(together, apart)
             if found is None:
                 continue
+            if not self._is_sure():
+                return self.mixing(splits)
             again = self.measure(whole, seed=1)
             if self._difference(together, [again]) is not None:
                 return None  # it differs from itself: that is not about rows, and found elsewhere
@@ -201,6 +223,8 @@ class Probe:
         powers = (-4, 2) if plain.float16 else (-12, 12)
         for power in powers:
             found = self._difference(plain, [self.measure(rows, scale=2.0**power)])
+            if found is not None and not self._is_sure():
+                return self.scaling()
             if found is not None:
                 hooked = [
                     n for n, p in zip(self.names, self.flat.trainable, strict=True) if p._backward_hooks
@@ -226,6 +250,8 @@ class Probe:
         found = self._difference(plain, [other])
         if found is None and evaluated is not None and in_evaluation is not None:
             found = self._difference(evaluated, [in_evaluation])
+        if found is not None and not self._is_sure():
+            return self.channels_last()
         return None if found is None else f"channels last, the module computes other values: {found}"
 
     def _evaluated(self, rows: Sequence[int], *, refuses: bool = False) -> _Measured | None:
@@ -236,7 +262,7 @@ class Probe:
         """
         seed_generators(0)
         try:
-            with evaluating(self.flat), Operations(steady=True) as seen:
+            with evaluating(self.flat), Operations(steady=True) as seen:  # other ones than in training
                 output, losses = forward(
                     self.flat.module, self._loss, self._schema, self._records[list(rows)], self.flat.dtype
                 )
@@ -260,6 +286,8 @@ class Probe:
         together = self.plain(whole).changes
         if apart is None or apart.conflicts or equal_changes(apart, together):
             return None
+        if not self._is_sure():
+            return self.sums_of_rows()
         names = {} if together is None else together.parts
         return next(iter({**apart.parts, **names}))
 

@@ -7,6 +7,7 @@ autograd.  What does not pass through the dispatcher (numpy, data pointers) it d
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import cache
 from typing import Any
 
 import torch
@@ -35,6 +36,8 @@ class Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch l
         """The watched storages that an operation read or wrote, each with one tensor that is a view of it."""
         self.dtypes: set[torch.dtype] = set()
         """The half types that an operation gave."""
+        self.draws = False
+        """Whether an operation drew random numbers."""
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -45,23 +48,36 @@ class Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch l
     ) -> Any:
         kwargs = kwargs or {}
         if self._watched:
-            for tensor in _tensors((*args, *kwargs.values())):
+            for tensor in _tensors((*args, *kwargs.values()) if kwargs else args):
                 address = storage_of(tensor)
                 if address in self._watched:
                     self.met.setdefault(address, tensor)
-        if self._steady and torch.Tag.nondeterministic_seeded in func.tags:
+        if self._steady and _is_random(func):
+            self.draws = True
             result = _without_chance(func, args, kwargs)
         else:
             result = func(*args, **kwargs)
-        for tensor in _tensors(result if isinstance(result, tuple | list) else (result,)):
-            if tensor.dtype in _HALVES:
-                self.dtypes.add(tensor.dtype)
+        if isinstance(result, torch.Tensor):
+            if result.dtype in _HALVES:
+                self.dtypes.add(result.dtype)
+        elif isinstance(result, tuple | list):
+            self.dtypes.update(tensor.dtype for tensor in _tensors(result) if tensor.dtype in _HALVES)
         return result
+
+    @property
+    def is_ordinary(self) -> bool:
+        """Whether no operation drew random numbers or gave a half type."""
+        return not (self.draws or self.dtypes)
 
     @property
     def epsilon(self) -> float:
         """Return the relative rounding error of the least precise operation."""
         return max([torch.finfo(torch.float32).eps, *(torch.finfo(dtype).eps for dtype in self.dtypes)])
+
+
+@cache
+def _is_random(func: Any) -> bool:
+    return torch.Tag.nondeterministic_seeded in func.tags
 
 
 def storage_of(tensor: torch.Tensor) -> int:

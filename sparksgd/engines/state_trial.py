@@ -141,14 +141,14 @@ class _Tried:
         self._flat.standing.at(self._flat.parameters.numpy())
         self.watch = Watch(tried, self._loss)
 
-    def compute(self, records: npt.NDArray[Any], seed: int = 0) -> str:
-        """Compute a gradient; return a digest of the losses and of it."""
+    def compute(self, records: npt.NDArray[Any], seed: int = 0) -> tuple[bytes, bytes]:
+        """Compute a gradient; return the losses' bytes, and its own."""
         seed_generators(seed)
         with self._flat.new_gradient() as gradient, self._flat.standing.piece():
             _, losses = forward(self._flat.module, self._loss, self._schema, records)
             if losses.requires_grad:  # else the trial's steps say what is wrong
                 back_propagate(losses, 1.0)
-        return _sha256([losses.detach().numpy().tobytes(), gradient.tobytes()])
+        return losses.detach().numpy().tobytes(), gradient.tobytes()
 
     def compute_elsewhere(self, records: npt.NDArray[Any], *, far: bool) -> None:
         """Compute a gradient at other parameters; far: such that masks of what is great are others, too."""

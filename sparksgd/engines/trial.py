@@ -294,7 +294,7 @@ class _Trial:
             rows = most if step == 0 else few
             piece.begin()
             gradient = piece.gradient(self._rows(rows, step))
-            is_finite = bool(torch.isfinite(gradient).all())
+            is_finite = _are_finite(gradient)
             if step == 1 or (step == 0 and not is_finite):
                 for size in evaluated:
                     piece.evaluate(self._rows(size, 0), output)
@@ -323,7 +323,7 @@ class _Trial:
             f"{len(names) - len(self.untouched)} of {len(names)} parameters get a gradient; "
             + ("rows may mix, as model.rows_mix says" if use.rows_mix else "rows do not mix")
         )
-        return flat.parameters if bool(torch.isfinite(flat.parameters).all()) else None
+        return flat.parameters if _are_finite(flat.parameters) else None
 
     def _rows(self, number: int, first: int) -> npt.NDArray[Any]:
         """Return some records, [number], others for another `first`."""
@@ -387,16 +387,16 @@ class _Piece:
             for number, parameter in enumerate(self._flat.trainable):
                 self.touched[number] |= parameter.grad is not None
         self._watch.require_unchanged()
-        return torch.from_numpy(gradient) / len(records)
+        return torch.from_numpy(gradient).div_(len(records))
 
     def evaluate(self, records: npt.NDArray[Any], trained: torch.Size) -> None:
         """Evaluate some rows, and refuse what evaluations after an epoch could not use."""
         rows = len(records)
         try:
             with evaluating(self._flat), self._computing(rows):
-                before = values_of(self._flat.module)
+                before = values_of(self._flat.module, buffers_alone=True)
                 output, _ = forward(self._flat.module, self._loss, self._use.schema, records)
-                changed = changed_names(before, self._flat.module, buffers_alone=True)
+                changed = changed_names(before, self._flat.module)
         except UserCodeError as error:
             raise UserCodeError(f"in evaluation mode, with {_counted(rows)}: {error}") from error
         except ModelError as error:
@@ -439,6 +439,11 @@ class _Piece:
                 raise
         self._owned.refuse(seen.met)
         self._dtypes |= seen.dtypes
+
+
+def _are_finite(values: torch.Tensor) -> bool:
+    # A sum is made sooner; finite numbers, too, may have one that is not.
+    return bool(torch.isfinite(values.sum())) or bool(torch.isfinite(values).all())
 
 
 def _counted(rows: int) -> str:

@@ -54,8 +54,12 @@ def make_optimizer(parameters: Parameters, config: OptimizerConfig, seed: int = 
         ConfigError: no optimiser has that name, it does not take these arguments or parameters, or it cannot
             be held as this package holds optimisers.
     """
-    _try_optimizer([parameter.shape for parameter in parameters.trainable], config)
     kind = _optimizer_kind(config)
+    shapes = [parameter.shape for parameter in parameters.trainable]
+    tried = kind, repr(config.arguments), shapes
+    if tried not in _last_tried:  # a training makes several alike: one that is tried, and one on each side
+        _try_optimizer(shapes, config)
+        _last_tried[:] = [tried]
     with refusing("optimizer", config.name, kind, config.arguments):
         return another_optimizer(parameters, config, seed)
 
@@ -89,6 +93,7 @@ def _optimizer_kind(config: OptimizerConfig) -> Any:
 _TRIED_STEPS = 4
 _STATE_AFTER = 2
 _LARGEST = 3  # of a dimension of a tried tensor
+_last_tried: list[tuple[Any, str, list[torch.Size]]] = []
 
 
 def _try_optimizer(shapes: Sequence[torch.Size], config: OptimizerConfig) -> None:

@@ -313,7 +313,9 @@ class Sentence:
 
     def make(self) -> nn.Module:
         """Return the module."""
-        net = Drawn(self.blocks, self.act, self.beside)
+        net = Drawn(self.act)
+        net.blocks.extend({**BLOCKS, **ODD_BLOCKS}[name]() for name in self.blocks)
+        net.beside.extend({**BESIDE, **ODD_BESIDE}[name]() for name in self.beside)
         _leave_zero(net)
         for name, number in self.changes:
             {**CHANGES, **ODD_CHANGES}[name](net, number)
@@ -321,13 +323,12 @@ class Sentence:
 
 
 class Drawn(nn.Module):
-    """A stack of blocks, and nets beside it."""
+    """A stack of blocks, and nets beside it, which are put in: each piece looks at the globals it names."""
 
-    def __init__(self, blocks: tuple[str, ...], act: str, beside: tuple[str, ...]) -> None:
+    def __init__(self, act: str) -> None:
         super().__init__()
         self.first, self.last = nn.Linear(FEATURES, WIDTH), nn.Linear(WIDTH, 2)
-        self.blocks = nn.ModuleList({**BLOCKS, **ODD_BLOCKS}[name]() for name in blocks)
-        self.beside = nn.ModuleList({**BESIDE, **ODD_BESIDE}[name]() for name in beside)
+        self.blocks, self.beside = nn.ModuleList(), nn.ModuleList()
         self.act = act
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:

@@ -19,11 +19,14 @@ ROUNDING = 1e-6
 MIXED = 2e-3
 """Rows that mix by less than a thousandth of a gradient are not refused."""
 
+PARTS = 5
+"""Tests that share the examples: two processes have as much to do then."""
+
 pytestmark = pytest.mark.filterwarnings("ignore")  # torch's own words on deprecated and slow layers
 
 
-def check_examples(data: Data, count: int, num_shards: int) -> None:
-    @seed(num_shards)
+def check_examples(data: Data, count: int, num_shards: int, part: int = 0) -> None:
+    @seed(num_shards + 10 * part)
     @settings(
         max_examples=count,
         deadline=None,
@@ -48,9 +51,11 @@ def require_right_or_refused(sentence: Sentence, num_shards: int, verdict: Verdi
     assert verdict.is_refused or sentence.shows_late, f"{sentence} on {num_shards} shards: {verdict}"
 
 
+@pytest.mark.parametrize("part", range(PARTS))
 @pytest.mark.parametrize("num_shards", [1, 4])
-def test_modules_of_the_grammar_are_right_or_refused(data: Data, num_shards: int) -> None:
-    check_examples(data, int(os.environ.get("SPARKSGD_EXAMPLES", "300")) // 2, num_shards)
+def test_modules_of_the_grammar_are_right_or_refused(data: Data, num_shards: int, part: int) -> None:
+    count = int(os.environ.get("SPARKSGD_EXAMPLES", "300")) // 2 // PARTS
+    check_examples(data, count, num_shards, part)
 
 
 @pytest.mark.soak

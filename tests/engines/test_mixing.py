@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from sparksgd.engines.operations import Operations
 from sparksgd.losses import cross_entropy, squared_error
 from tests.engines.trials import Around, refused, rows, tried
 
@@ -229,6 +231,21 @@ def chancy() -> nn.Module:
     )  # fmt: skip
 
 
+def drawn(x: torch.Tensor, seed: int) -> torch.Tensor:
+    return torch.randn(x.shape, generator=torch.Generator().manual_seed(seed))
+
+
+class SomeRows(Around):
+    """Does something with one, three or five rows, and nothing with others."""
+
+    def __init__(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        super().__init__()
+        self.change = change
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(self.change(x) if len(x) % 2 else x)
+
+
 IMAGES = rows(width=36, label="int64")
 WORDS = rows(dtype="int64")
 APART = {
@@ -263,7 +280,28 @@ APART = {
     "chance": (chancy, {}),
     "layer norm": (lambda: nn.Sequential(nn.LayerNorm(6), nn.Linear(6, 1)), {}),
     "one feature": (lambda: With(lambda x: x[:, None].expand(-1, 6)), {"data": rows(width=None)}),
+    "chance for some numbers of rows": (lambda: SomeRows(lambda x: x + torch.rand(()) - torch.rand(())), {}),
+    "bfloat16 for some numbers of rows": (lambda: SomeRows(lambda x: x.bfloat16().float()), {}),
+    "a generator for some numbers of rows": (
+        lambda: SomeRows(lambda x: x + drawn(x, 1) - drawn(x, 2)),
+        {},
+    ),
 }
+
+
+def test_operations_are_looked_at_in_one_piece_where_it_does_nothing_special(monkeypatch) -> None:
+    looked = []
+
+    class Counted(Operations):
+        def __enter__(self) -> Any:
+            looked.append(self)
+            return super().__enter__()
+
+    monkeypatch.setattr("sparksgd.engines.mixing.Operations", Counted)
+    tried(Around())
+    assert len(looked) == 1
+    tried(nn.Sequential(nn.Dropout(), Around()))
+    assert len(looked) > 10
 
 
 @pytest.mark.parametrize("kind", APART)

@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from golden_runs import NUMERICS
 
 from sparksgd.arithmetic import instruction_set
 
 HERE = Path(__file__).parent
 
-NUMERICS = {"torch": "2.13.0+cpu", "instruction_set": "AVX2", "arithmetic": "114241f33252"}
 NO_BUFFERS = "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"
 
 PARAMETERS_AND_BUFFERS = {

@@ -27,6 +27,7 @@ from sparksgd.solvers.protocol import Message
 from sparksgd.solvers.rules import Experiment
 from sparksgd.solvers.schedules import Rates
 from sparksgd.solvers.synchronous import SynchronousSettings, SynchronousSolver
+from sparksgd.solvers.torch_optimizers import make_optimizer
 
 __all__ = ["rows"]  # a fixture
 
@@ -543,3 +544,16 @@ def test_several_groups_have_no_schedule_in_local_turns(rows: ParquetRows) -> No
     config = Config(**{**vars(config), "schedule": ScheduleConfig(name="LinearLR", arguments={})})
     with pytest.raises(ConfigError, match="divides the parameters into 2 groups"):
         trained(config, rows)
+
+
+def test_an_optimiser_is_tried_once_for_all_that_a_training_makes_alike(monkeypatch):
+    tried = []
+    monkeypatch.setattr(
+        "sparksgd.solvers.torch_optimizers._try_optimizer",
+        lambda shapes, config: tried.append(config.arguments["lr"]),
+    )
+    for lr, width in ((0.011, 3), (0.011, 3), (0.012, 3), (0.012, 3), (0.012, 2)):
+        make_optimizer(
+            FlatModule(nn.Linear(width, 2)), OptimizerConfig(name="Adafactor", arguments={"lr": lr})
+        )
+    assert tried == [0.011, 0.012, 0.012]
