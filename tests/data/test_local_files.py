@@ -13,6 +13,7 @@ import pytest
 
 from sparksgd.data.local_files import LocalShards, ParquetRows
 from sparksgd.data.schema import Feature, RowSchema
+from sparksgd.data.shard import read_records
 from sparksgd.errors import DataError
 
 SCHEMA = RowSchema(features=(Feature(name="x", dtype="float32", length=2),), label="y", label_dtype="int64")
@@ -40,7 +41,7 @@ def dealt(rows: ParquetRows, num_shards: int) -> LocalShards:
 
 
 def contents(shards: LocalShards) -> list[bytes]:
-    return [Path(shard.path).read_bytes() for shard in shards.table]
+    return [read_records(shard, range(shard.rows), SCHEMA.record).tobytes() for shard in shards.table]
 
 
 def shard_by_hand(x: list[float], num_shards: int) -> int:
