@@ -16,7 +16,7 @@
     │   ├── NotEnoughSlots   fewer free task slots than workers
     │   ├── PeerLost         a worker's connection to another broke; the segment is run again
     │   │   └── PeerSilent   the connection is open, but nothing came in time
-    │   └── ShardMissing     files of shards are gone; they are written again
+    │   └── ShardMissing     files of shards are gone or damaged; they are written again
     └── Cancelled            somebody cancelled the job                             exit 130
 
 A message names the value, the rule and the next move.  All errors can be pickled: a worker may return one.
@@ -121,7 +121,7 @@ class PeerSilent(PeerLost):
 
 
 class ShardMissing(ClusterError):
-    """Files of shards are missing on their worker's host, or incomplete: they must be written again."""
+    """Files of shards are missing on their worker's host, or damaged: they must be written again."""
 
     def __init__(self, why: str, shards: tuple[int, ...] = ()) -> None:
         super().__init__(why, shards)

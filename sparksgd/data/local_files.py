@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import shutil
+import socket
 import tempfile
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,7 +15,7 @@ import pyarrow.dataset as ds
 
 from sparksgd.data.schema import HASH_BYTES, RowReport, Rows, RowSchema, read_rows
 from sparksgd.data.shard import Descriptor, ShardWriter
-from sparksgd.errors import DataError
+from sparksgd.errors import DataError, ShardMissing
 
 __all__ = ["LocalShards", "ParquetRows"]
 
@@ -96,6 +98,9 @@ class ParquetRows:
         """Write every good row to its shard.
 
         Each shard is first written unsorted.  Then one shard at a time is sorted in memory.
+
+        Raises:
+            ShardMissing: an unsorted shard is read back other than it was written.
         """
         folder = tempfile.mkdtemp(prefix="sparksgd-")
         try:
@@ -106,6 +111,7 @@ class ParquetRows:
 
     def _written(self, target: Path, schema: RowSchema, num_shards: int, deal: int) -> list[Descriptor]:
         unsorted = [target / f"unsorted-{shard}" for shard in range(num_shards)]
+        checksums = [0] * num_shards
         for file in unsorted:
             file.touch()
         width = HASH_BYTES
@@ -114,11 +120,20 @@ class ParquetRows:
             width = rows.keys.shape[1]
             shards = rows.shards(num_shards, deal)
             for shard in np.unique(shards):
+                mine = lines[shards == shard].tobytes()
+                checksums[shard] = zlib.crc32(mine, checksums[shard])
                 with unsorted[shard].open("ab") as opened:
-                    opened.write(lines[shards == shard].tobytes())
+                    opened.write(mine)
         table = []
         for shard, file in enumerate(unsorted):
-            lines = np.fromfile(file, np.uint8).reshape(-1, width + schema.record.itemsize)
+            content = np.fromfile(file, np.uint8)
+            if zlib.crc32(content.data) != checksums[shard]:
+                raise ShardMissing(
+                    f"shard {shard}: {file} on {socket.gethostname()} is not what was written there a moment "
+                    f"ago: run again, and test this disk if it happens again",
+                    (shard,),
+                )
+            lines = content.reshape(-1, width + schema.record.itemsize)
             keys = np.ascontiguousarray(lines[:, :width])
             order = np.lexsort(keys.view(">u8").T[::-1])
             with ShardWriter(target, shard) as writer:

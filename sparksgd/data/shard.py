@@ -1,7 +1,12 @@
-"""Shard files: fixed-size records on a local disk, read row by row into reused memory.
+"""Shard files: records of one size on a local disk, each followed by its checksum.
+
+    record 0 | checksum | record 1 | checksum | ...
 
 Files are read with preadv, and not mapped.  YARN counts the touched pages of a mapping as memory of the
 container, and kills containers for it.
+
+A checksum is the CRC-32 of a record, begun with a number that follows from the file's name and the record's
+number.  So a record that lies in another place, or in another file, is noticed like one with other bits.
 """
 
 from __future__ import annotations
@@ -9,6 +14,7 @@ from __future__ import annotations
 import os
 import socket
 import uuid
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,7 +29,9 @@ import numpy.typing as npt
 from sparksgd.data.schema import HASH_BYTES, add_digests, digest_of
 from sparksgd.errors import ShardMissing
 
-__all__ = ["Descriptor", "ShardWriter", "deal_folder", "read_records"]
+__all__ = ["Descriptor", "ShardWriter", "deal_folder", "read_records", "stored"]
+
+_WRITE_BYTES = 1 << 16  # of a call; a worker writes all its shards at once
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,12 +57,17 @@ class Descriptor:
     """Digest of the rows, whatever their order."""
 
     digest: str
-    """Digest of the file's bytes."""
+    """Digest of the records' bytes, in their order."""
 
 
 def deal_folder(local_folder: str, deal_id: str) -> Path:
     """Return the folder of the shard files of a deal, below one of Spark's local directories."""
     return Path(local_folder) / f"sparksgd-{deal_id}"
+
+
+def stored(record: np.dtype[Any]) -> np.dtype[Any]:
+    """Return the type of what a file has for each record: the record and its checksum."""
+    return np.dtype([("record", record), ("checksum", "<u4")])
 
 
 class ShardWriter:
@@ -69,7 +82,8 @@ class ShardWriter:
         folder.mkdir(parents=True, exist_ok=True)
         self._shard = shard
         self._path = folder / f"shard-{shard:05d}-{uuid.uuid4().hex[:8]}.records"
-        self._file = self._path.open("wb")
+        self._file = self._path.open("wb", _WRITE_BYTES)
+        self._start = _start_of(self._path)
         self._digest = blake2b(digest_size=16)
         self._rows = 0
         self._repeats = 0
@@ -80,9 +94,11 @@ class ShardWriter:
         """Append records, uint8[B, record_bytes], sorted by their keys, uint8[B, K]."""
         if not len(records):
             return
-        data = np.ascontiguousarray(records).data
-        self._file.write(data)
-        self._digest.update(data)
+        content = np.ascontiguousarray(records)
+        for row, record in enumerate(content, self._rows):
+            self._file.write(record)
+            self._file.write(_checksum(record, self._start, row).to_bytes(4, "little"))
+        self._digest.update(content.data)
         self._rows += len(records)
         self._row_digest = add_digests(self._row_digest, digest_of(keys))
         dealt_by = keys[:, :HASH_BYTES]
@@ -117,16 +133,18 @@ class ShardWriter:
 
 
 @contextmanager
-def _opened(shard: Descriptor) -> Iterator[int]:
+def _opened(shard: Descriptor, file_bytes: int) -> Iterator[int]:
+    """Open the file of a shard, which must have so many bytes."""
     try:
         file = os.open(shard.path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            if (found := os.fstat(file).st_size) != file_bytes:
+                raise _missing(shard, f"{found:,} bytes, but {shard.rows:,} records need {file_bytes:,}")
+            yield file
+        finally:
+            os.close(file)
     except OSError as error:
-        why = f"shard {shard.shard}: {shard.path} on {socket.gethostname()}: {error.strerror}"
-        raise ShardMissing(why, (shard.shard,)) from error
-    try:
-        yield file
-    finally:
-        os.close(file)
+        raise _missing(shard, error.strerror or str(error)) from error
 
 
 def read_records(
@@ -143,18 +161,39 @@ def read_records(
         Records, [B].
 
     Raises:
-        ShardMissing: the file is not there, or shorter than its descriptor says.
+        ShardMissing: the file is not there, has not as many bytes as its descriptor's rows need, or has not
+            the records that were written.
     """
-    records = np.empty(len(rows), record)
-    width = record.itemsize
-    target = memoryview(records.view(np.uint8).data)
-    with _opened(shard) as file:
+    lines = np.empty(len(rows), stored(record))
+    width = lines.itemsize
+    data = memoryview(lines.view(np.uint8).data)
+    with _opened(shard, shard.rows * width) as file:
         for start, first, count in _stretches(rows):
-            wanted = target[start * width : (start + count) * width]
+            wanted = data[start * width : (start + count) * width]
             if os.preadv(file, [wanted], first * width) != len(wanted):
-                why = f"shard {shard.shard}: {shard.path} is shorter than {shard.rows} records"
-                raise ShardMissing(why, (shard.shard,))
-    return records
+                raise _missing(shard, "it was cut off while it was read")
+    starts = range(0, len(data), width)
+    begun_with = _start_of(Path(shard.path))
+    numbers = rows if isinstance(rows, range) else rows.tolist()
+    for row, start, written in zip(numbers, starts, lines["checksum"].tolist(), strict=True):
+        if _checksum(data[start : start + record.itemsize], begun_with, row) != written:
+            raise _missing(shard, f"record {row} is not what was written there")
+    return lines["record"]
+
+
+def _start_of(file: Path) -> int:
+    """Return what the checksums of a file begin with.  Its name is unique: it has random digits."""
+    return zlib.crc32(file.name.encode())
+
+
+def _checksum(record: Any, start: int, row: int) -> int:
+    """Return the checksum of a record's bytes as row `row` of a file whose checksums begin with `start`."""
+    return zlib.crc32(record, (start + row) & 0xFFFFFFFF)
+
+
+def _missing(shard: Descriptor, why: str) -> ShardMissing:
+    where = f"shard {shard.shard}: {shard.path} on {socket.gethostname()}"
+    return ShardMissing(f"{where}: {why}", (shard.shard,))
 
 
 def _stretches(rows: npt.NDArray[np.integer] | range) -> Iterator[tuple[int, int, int]]:

@@ -14,8 +14,8 @@ from sparksgd.data.source import Shards
 from sparksgd.engines.compute import Computer, Plan
 from sparksgd.engines.kinds import INLINE
 from sparksgd.engines.protocol import Recovery, SegmentReport, StepTiming, take_step
-from sparksgd.engines.replies import Evaluation
-from sparksgd.errors import ConfigError
+from sparksgd.engines.replies import Evaluation, Reply
+from sparksgd.errors import ConfigError, ShardMissing
 from sparksgd.solvers.protocol import RoundSolver
 
 __all__ = ["InlineEngine"]
@@ -66,8 +66,7 @@ class InlineEngine:
             started = time.perf_counter()
             asked = solver.quorum().shards
             reply = self._computer.round(0, self._shards.table, solver.answer(), asked)
-            if reply.failure is not None:
-                raise reply.failure
+            _raise_failure(reply)
             computed = time.perf_counter()
 
             def timing(started: float = started, computed: float = computed) -> StepTiming:
@@ -81,8 +80,7 @@ class InlineEngine:
         """Evaluate the solver's weights on the test rows."""
         assert self._test is not None
         reply = self._computer.evaluations(0, self._test.table, solver.readout())
-        if reply.failure is not None:
-            raise reply.failure
+        _raise_failure(reply)
         total = reply.total()
         assert isinstance(total, Evaluation)
         return total
@@ -94,3 +92,16 @@ class InlineEngine:
 
     def close(self) -> None:
         """Hold nothing."""
+
+
+def _raise_failure(reply: Reply) -> None:
+    """Raise what failed; here nobody writes a shard again."""
+    failure = reply.failure
+    if isinstance(failure, ShardMissing):
+        raise ShardMissing(
+            f"{failure}. The inline engine writes no shard again: run again, and test this disk if it "
+            f"happens again",
+            failure.shards,
+        )
+    if failure is not None:
+        raise failure

@@ -40,7 +40,7 @@ from rich.filesize import decimal
 
 from sparksgd.arithmetic.ranges import balanced_range
 from sparksgd.data.schema import RowReport, RowSchema
-from sparksgd.data.shard import Descriptor
+from sparksgd.data.shard import Descriptor, stored
 from sparksgd.data.tables import refuse_tables, table_of
 from sparksgd.errors import ClusterError, ConfigError, DataError
 from sparksgd.spark.cluster.arrow_batches import small_batches
@@ -301,8 +301,8 @@ class DataFrameRows:
 
     def _announce(self, schema: RowSchema, expected: RowReport) -> None:
         """Log what will be written and where, and refuse what cannot fit."""
-        size = expected.rows * schema.record.itemsize
-        passing = size + expected.rows * _ROW_OVERHEAD_BYTES
+        size = expected.rows * stored(schema.record).itemsize
+        passing = expected.rows * (schema.record.itemsize + _ROW_OVERHEAD_BYTES)
         way = "a shuffle" if self._placement == "hashed" else "a sort"
         with spark_job(self._cluster.context, "looking for free space"):
             free_bytes = dict(self._cluster.visit(row_tasks.free_bytes))

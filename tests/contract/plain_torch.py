@@ -33,7 +33,7 @@ from torch.nn.parameter import is_lazy
 from sparksgd.config import Config
 from sparksgd.data.local_files import ParquetRows
 from sparksgd.data.sampling import Sampling
-from sparksgd.data.shard import Descriptor
+from sparksgd.data.shard import Descriptor, read_records
 from sparksgd.engines.inline import InlineEngine
 from sparksgd.errors import SparkSGDError
 from sparksgd.training.loop import train
@@ -194,7 +194,8 @@ class Data:
 
         def engine(plan: Any, shards: Any, test: Any) -> InlineEngine:
             read = [
-                [np.fromfile(s.path, plan.schema.record) for s in dealt.table] for dealt in (shards, test)
+                [read_records(s, range(s.rows), plan.schema.record) for s in dealt.table]
+                for dealt in (shards, test)
             ]
             found.append(Union(tuple(read[0]), plan.sampling, np.concatenate(read[1])))
             return InlineEngine(plan, shards, test)

@@ -13,7 +13,8 @@ import pytest
 
 from sparksgd.data.local_files import LocalShards, ParquetRows
 from sparksgd.data.schema import Feature, RowSchema
-from sparksgd.errors import DataError
+from sparksgd.data.shard import read_records
+from sparksgd.errors import DataError, ShardMissing
 
 SCHEMA = RowSchema(features=(Feature(name="x", dtype="float32", length=2),), label="y", label_dtype="int64")
 
@@ -40,7 +41,7 @@ def dealt(rows: ParquetRows, num_shards: int) -> LocalShards:
 
 
 def contents(shards: LocalShards) -> list[bytes]:
-    return [Path(shard.path).read_bytes() for shard in shards.table]
+    return [read_records(shard, range(shard.rows), SCHEMA.record).tobytes() for shard in shards.table]
 
 
 def shard_by_hand(x: list[float], num_shards: int) -> int:
@@ -75,6 +76,24 @@ def test_shards_are_the_same_bytes_whatever_the_files(tmp_path: Path) -> None:
     assert contents(many) == contents(one)
     assert [shard.digest for shard in many.table] == [shard.digest for shard in one.table]
     assert sum(shard.repeats for shard in one.table) == 200 - 67  # 67 different features
+
+
+def test_a_bit_that_flips_before_the_rows_are_sorted_is_noticed(
+    tmp_path: Path, temporary_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows, read = parquet(tmp_path / "rows", NUMBERS, list(range(200))), np.fromfile
+
+    def flipped(file: Path, kind: type) -> np.ndarray:
+        content = read(file, kind)
+        if file.name == "unsorted-2":
+            content[77] ^= 4
+        return content
+
+    monkeypatch.setattr(np, "fromfile", flipped)
+    with pytest.raises(ShardMissing, match=r"shard 2: .*unsorted-2 on .* is not what was written") as lost:
+        dealt(rows, 5)
+    assert lost.value.shards == (2,)
+    assert list(temporary_folder.iterdir()) == []
 
 
 def test_the_digests_of_the_shards_add_up_to_that_of_the_inspection(tmp_path: Path) -> None:

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
+import itertools
 import os
 import pickle
+import shutil
 import socket
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,6 +24,7 @@ from sparksgd.errors import ShardMissing
 calm = settings(deadline=None, derandomize=True, database=None)  # no clock, no chance
 
 RECORD = np.dtype([("pixels", "<u1", (3,)), ("weight", "<f4"), ("(label)", "<i8")])  # 15 bytes, unaligned
+LINE = 15 + 4  # bytes in the file of a record and its checksum
 
 
 def records_of(count: int) -> np.ndarray:
@@ -71,7 +76,7 @@ def test_a_descriptor_says_where_a_shard_lies_and_what_it_holds(tmp_path: Path) 
     shard = written(tmp_path / "run", records_of(4), shard=3)
     assert (shard.shard, shard.rows, shard.host) == (3, 4, socket.gethostname())
     assert Path(shard.path).parent == tmp_path / "run"
-    assert Path(shard.path).stat().st_size == 4 * 15
+    assert Path(shard.path).stat().st_size == 4 * LINE
     assert shard.row_digest == (0 + 1 + 2 + 3, 0 + 1 + 2 + 3)  # the sums of the last hashes' halves
     assert pickle.loads(pickle.dumps(shard)) == shard
 
@@ -91,7 +96,8 @@ def test_a_shard_does_not_depend_on_how_its_rows_were_appended(tmp_path: Path) -
             writer.append(keys[start:end], as_bytes(records[start:end]))
         in_parts = writer.close()
     assert dataclasses.replace(in_parts, path=at_once.path) == at_once
-    assert Path(in_parts.path).read_bytes() == Path(at_once.path).read_bytes() == records.tobytes()
+    for shard in (in_parts, at_once):
+        assert read_records(shard, range(10), RECORD).tobytes() == records.tobytes()
 
 
 def test_rows_that_repeat_another_s_features_are_counted(tmp_path: Path) -> None:
@@ -115,13 +121,105 @@ def test_a_file_that_is_gone_is_a_missing_shard(tmp_path: Path) -> None:
     assert gone.value.shards == (4,)
 
 
-@pytest.mark.parametrize("left", [0, 1, 9 * 15, 10 * 15 - 1])
-def test_a_file_that_was_cut_off_is_a_missing_shard(tmp_path: Path, left: int) -> None:
+@pytest.mark.parametrize("size", [0, 1, 9 * LINE, 10 * LINE - 1, 10 * LINE + 1, 11 * LINE])
+def test_a_file_of_another_size_is_a_missing_shard(tmp_path: Path, size: int) -> None:
     shard = written(tmp_path, records_of(10))
-    os.truncate(shard.path, left)
-    for rows in (range(10), np.array([2, 9])):
-        with pytest.raises(ShardMissing, match=r"is shorter than 10 records"):
+    os.truncate(shard.path, size)
+    for rows in (range(10), np.array([2, 5]), range(0)):
+        with pytest.raises(ShardMissing, match=rf": {size} bytes, but 10 records need 190$"):
             read_records(shard, rows, RECORD)
+
+
+def test_a_file_that_is_cut_off_while_it_is_read_is_a_missing_shard(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shard, read = written(tmp_path, records_of(10)), os.preadv
+
+    def cut_and_read(*arguments: Any) -> int:
+        os.truncate(shard.path, 9 * LINE)
+        return read(*arguments)
+
+    monkeypatch.setattr(os, "preadv", cut_and_read)
+    with pytest.raises(ShardMissing, match="it was cut off while it was read"):
+        read_records(shard, range(10), RECORD)
+
+
+def test_a_disk_that_cannot_read_a_file_has_lost_a_shard(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> int:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    shard = written(tmp_path, records_of(10), shard=2)
+    monkeypatch.setattr(os, "preadv", fail)
+    with pytest.raises(ShardMissing, match=r"shard 2: .*: Input/output error") as lost:
+        read_records(shard, range(10), RECORD)
+    assert lost.value.shards == (2,)
+
+
+def not_as_written(shard: Descriptor) -> list[int]:
+    """Return the records that are refused, each read by itself; all must be refused in the same words."""
+    refused = {}
+    for row in range(shard.rows):
+        try:
+            read_records(shard, range(row, row + 1), RECORD)
+        except ShardMissing as error:
+            refused[row] = error
+    where = f"shard {shard.shard}: {shard.path} on {socket.gethostname()}"
+    for row, error in refused.items():
+        assert str(error) == f"{where}: record {row} is not what was written there"
+        assert error.shards == (shard.shard,)
+    return list(refused)
+
+
+def test_any_flipped_bit_is_noticed_and_only_its_record_is_refused(tmp_path: Path) -> None:
+    shard = written(tmp_path, records_of(40), shard=3)
+    file = Path(shard.path)
+    good = file.read_bytes()
+    for bit in np.random.default_rng(0).choice(8 * len(good), 200, replace=False).tolist():
+        bad = bytearray(good)
+        bad[bit // 8] ^= 1 << bit % 8
+        file.write_bytes(bad)
+        row = bit // 8 // LINE
+        assert not_as_written(shard) == [row]
+        for rows in (range(40), np.array(sorted({0, row, 39}), np.uint32)):
+            with pytest.raises(ShardMissing, match=rf": record {row} is not what was written there$"):
+                read_records(shard, rows, RECORD)
+    file.write_bytes(good)
+    assert not_as_written(shard) == []
+
+
+@pytest.mark.parametrize("moved", [LINE, 15], ids=["with its checksum", "without it"])
+def test_a_record_that_lies_in_the_place_of_another_is_noticed(tmp_path: Path, moved: int) -> None:
+    shard = written(tmp_path, records_of(12))
+    good = Path(shard.path).read_bytes()
+    for one, other in itertools.permutations(range(12), 2):
+        bad = bytearray(good)
+        at, there = slice(one * LINE, one * LINE + moved), slice(other * LINE, other * LINE + moved)
+        bad[at] = good[there]
+        Path(shard.path).write_bytes(bad)
+        assert not_as_written(shard) == [one]
+        bad[there] = good[at]
+        Path(shard.path).write_bytes(bad)
+        assert not_as_written(shard) == sorted([one, other])
+
+
+def test_a_file_in_the_place_of_another_is_noticed_in_every_record(tmp_path: Path) -> None:
+    shard = written(tmp_path / "deal", records_of(10), shard=0)
+    others = [
+        written(tmp_path / "deal", records_of(10)[::-1].copy(), shard=1),
+        written(tmp_path / "another deal", records_of(10)[::-1].copy(), shard=0),
+        written(tmp_path / "deal", records_of(10), shard=0),
+    ]
+    for other in others:
+        shutil.copy(other.path, shard.path)
+        assert not_as_written(shard) == list(range(10))
+        assert not_as_written(other) == []
+
+
+def test_a_shard_may_get_its_number_after_it_was_written(tmp_path: Path) -> None:
+    shard = dataclasses.replace(written(tmp_path, records_of(10)), shard=7)
+    assert read_records(shard, range(10), RECORD).tobytes() == records_of(10).tobytes()
 
 
 def test_a_missing_shard_crosses_processes() -> None:
@@ -137,7 +235,7 @@ def test_two_writers_of_one_shard_never_share_a_file(tmp_path: Path) -> None:
         second.append(keys_of([1]), as_bytes(records_of(1)))
         one, two = first.close(), second.close()
     assert one.path != two.path
-    assert [Path(shard.path).stat().st_size for shard in (one, two)] == [30, 15]
+    assert [Path(shard.path).stat().st_size for shard in (one, two)] == [2 * LINE, LINE]
 
 
 def test_an_attempt_that_failed_leaves_no_file(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from sparksgd.arithmetic.flat import FlatModule, Weights
 from sparksgd.arithmetic.seeds import seed32
 from sparksgd.data.sampling import Sampling
 from sparksgd.data.schema import Feature, RowSchema
-from sparksgd.data.shard import Descriptor, ShardWriter
+from sparksgd.data.shard import Descriptor, ShardWriter, read_records
 from sparksgd.engines.compute import Computer, Plan
 from sparksgd.engines.replies import Evaluation, Reply
 from sparksgd.engines.trial import Use, try_out
@@ -90,7 +90,7 @@ class Job:
         return total
 
     def tried(self, rows: int | None = None) -> tuple[torch.Size, bool]:
-        records = np.fromfile(self.table[0].path, self.plan.schema.record)[:rows]
+        records = read_records(self.table[0], range(self.table[0].rows), self.plan.schema.record)[:rows]
         plan = self.plan
         without_compiler()
         use = Use(loss=plan.loss, schema=plan.schema, dtype=plan.dtype, classifies=plan.loss is cross_entropy)

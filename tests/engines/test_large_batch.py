@@ -25,7 +25,7 @@ from sparksgd.config import Config, OptimizerConfig, ScheduleConfig
 from sparksgd.data.local_files import ParquetRows
 from sparksgd.data.sampling import Sampling
 from sparksgd.data.schema import Feature, RowSchema
-from sparksgd.data.shard import Descriptor, ShardWriter
+from sparksgd.data.shard import Descriptor, ShardWriter, read_records
 from sparksgd.engines.compute import Plan
 from sparksgd.engines.inline import InlineEngine
 from sparksgd.losses import cross_entropy
@@ -213,7 +213,7 @@ def test_a_whole_training_from_parquet_is_one_process_on_its_rows(tmp_path: Path
     read_back: list[np.ndarray] = []
 
     def engine(plan: Plan, shards: Any, test: Any) -> InlineEngine:
-        read_back.extend(np.fromfile(shard.path, SCHEMA.record) for shard in shards.table)
+        read_back.extend(read_records(shard, range(shard.rows), SCHEMA.record) for shard in shards.table)
         return InlineEngine(plan, shards, test)
 
     module, watching = small_lenet(), Snapshots()

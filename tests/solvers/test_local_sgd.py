@@ -18,6 +18,7 @@ from torch import nn
 from sparksgd.arithmetic.flat import FlatModule
 from sparksgd.config import Config
 from sparksgd.data.local_files import ParquetRows
+from sparksgd.data.shard import read_records
 from sparksgd.data.source import Shards
 from sparksgd.engines.compute import Plan
 from sparksgd.engines.inline import InlineEngine
@@ -94,7 +95,7 @@ def trained(
     given: list[tuple[Plan, Shards]] = []
 
     def engine(plan: Plan, shards: Shards, test: Shards | None) -> InlineEngine:
-        records = [np.fromfile(shard.path, plan.schema.record) for shard in shards.table]
+        records = [read_records(shard, range(shard.rows), plan.schema.record) for shard in shards.table]
         given.append((plan, records))
         return InlineEngine(plan, shards, test)
 

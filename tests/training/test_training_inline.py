@@ -22,6 +22,7 @@ from torch import nn
 from sparksgd.config import Config
 from sparksgd.data.local_files import ParquetRows
 from sparksgd.data.schema import RowReport, RowSchema
+from sparksgd.data.shard import read_records
 from sparksgd.engines.compute import Plan
 from sparksgd.engines.inline import InlineEngine
 from sparksgd.engines.protocol import SegmentReport, StepReport
@@ -451,7 +452,7 @@ def rooted(
     diary, read_back = Diary(), []
 
     def engine(plan: Plan, shards: Any, test: Any) -> InlineEngine:
-        read_back.extend(np.fromfile(shard.path, plan.schema.record) for shard in shards.table)
+        read_back.extend(read_records(shard, range(shard.rows), plan.schema.record) for shard in shards.table)
         return InlineEngine(plan, shards, test)
 
     config = config_of(

@@ -85,7 +85,7 @@ class SparkShards:
         """Write lost shards again; return how many they were.
 
         Args:
-            missing: shards whose file is gone although Spark has their descriptor.  Shards of lost
+            missing: shards whose file is gone or damaged although Spark has their descriptor.  Shards of lost
                 executors need not be named: Spark knows them.
 
         Raises:
