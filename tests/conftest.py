@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import sys
 from pathlib import Path
@@ -21,6 +22,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background
 pytest_plugins = ["cluster_fixtures", "spark_fixtures"]  # not of a conftest.py: all folders use them
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist looks for the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Order the tests: without a JVM, with one of their own, by the session they share, with their own.
 
@@ -30,8 +32,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if _uses_sessions(item):
             item.add_marker("jvm")
-            item.add_marker(pytest.mark.xdist_group(_shared_session(item) or "sessions of their own"))
+            _put_in_group(item, _shared_session(item) or "own")
     items.sort(key=_turn)
+
+
+def _put_in_group(item: pytest.Item, session: str) -> None:
+    """Let xdist give all tests of a session to one process: it reads the group at the end of a test's id."""
+    group = re.sub(r"\W+", "-", session).strip("-")  # it takes a bracket for that of a parameter
+    item.add_marker(pytest.mark.xdist_group(group))
+    if "PYTEST_XDIST_WORKER" in os.environ and hasattr(item, "_id"):
+        # xdist 3.8 writes the id where pytest 9.2 does not read it
+        item._id = type(item._id).parse(f"{item.nodeid}@{group}")
 
 
 def _turn(item: pytest.Item) -> tuple[int, str]:

@@ -39,6 +39,7 @@ def session_for(local_dir: Path) -> Iterator[Callable[..., SparkSession]]:
             stop()
             conf = {"spark.master": master, "spark.ui.enabled": "false", "spark.log.level": "ERROR"}
             conf |= {"spark.ui.showConsoleProgress": "false", "spark.local.dir": str(local_dir)}
+            conf |= {"spark.python.daemon.module": "daemon_with_torch"}
             conf |= {key.replace("__", "."): value for key, value in settings.items()}
             if SparkContext._gateway is None:
                 SparkContext._ensure_initialized(conf=SparkConf(loadDefaults=False))

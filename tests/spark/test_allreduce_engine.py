@@ -461,7 +461,7 @@ def most_resident_bytes() -> int:
 
 def python_workers() -> set[int]:
     family = with_descendants([os.getpid()])
-    return {pid for pid in family if b"pyspark.daemon" in Path(f"/proc/{pid}/cmdline").read_bytes()}
+    return {pid for pid in family if b"pyspark.worker" in Path(f"/proc/{pid}/cmdline").read_bytes()}
 
 
 def assert_nothing_is_left(flags: Path) -> None:
@@ -482,7 +482,7 @@ def listens(pid: int) -> bool:
     """Return whether a Python worker, not the daemon that forked it, listens on a port."""
     try:
         parent = re.search(r"PPid:\s+(\d+)", Path(f"/proc/{pid}/status").read_text())[1]
-        if b"pyspark.daemon" not in Path(f"/proc/{parent}/cmdline").read_bytes():
+        if b"pyspark.worker" not in Path(f"/proc/{parent}/cmdline").read_bytes():
             return False
         inodes = {str(file.readlink())[8:-1] for file in Path(f"/proc/{pid}/fd").iterdir()}
     except OSError:
