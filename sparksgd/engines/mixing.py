@@ -10,7 +10,8 @@ Legend: B rows, P parameters.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial, reduce
 from typing import Any
@@ -26,6 +27,7 @@ from sparksgd.arithmetic.copies import copied
 from sparksgd.arithmetic.flat import FlatModule
 from sparksgd.arithmetic.generators import seed_generators
 from sparksgd.data.schema import RowSchema
+from sparksgd.engines.chance import HIGH, LOW, MIDDLE, Chance
 from sparksgd.engines.forward import back_propagate, forward
 from sparksgd.engines.modes import evaluating
 from sparksgd.engines.operations import Operations
@@ -43,6 +45,19 @@ _SPLITS = (
     ([0, 1, 2, 3], ([0], [1, 2, 3])),
 )
 """Rows, and the parts to compare them with."""
+
+_SINGLE = torch.finfo(torch.float32).eps
+_WIDE_COARSE, _WIDE_FLOOR = 1e-8, 1e-10
+"""In float64, what of a loss or a gradient may be rounding: relative to itself, and to the greatest one."""
+_AMPLIFIED = 100.0
+"""Rounding happens in many places: it is so many times what a rounding of the weights alone does."""
+
+_DRAWS_ITS_OWN = (
+    "the loss of a row is another when the generators are seeded otherwise, though they were held to see "
+    "whether rows mix: the module or its loss draws from a function that is kept in a default, an attribute or "
+    "a partial. Call functions of torch, numpy.random or random by their names; or set model.rows_mix = true "
+    "if rows do not mix, or are meant to in each piece"
+)
 
 _MOVED = 0.1
 """How far weights are moved, relative to the root mean square of their tensor."""
@@ -88,7 +103,13 @@ class Probe:
     """
 
     def __init__(
-        self, module: nn.Module, loss: Loss, schema: RowSchema, records: npt.NDArray[Any], dtype: torch.dtype
+        self,
+        module: nn.Module,
+        loss: Loss,
+        schema: RowSchema,
+        records: npt.NDArray[Any],
+        dtype: torch.dtype,
+        chance: Chance | None = None,
     ) -> None:
         without_batch_statistics(module)
         self.flat = FlatModule(module, dtype)
@@ -97,6 +118,9 @@ class Probe:
             name for name, parameter in nn.Module.named_parameters(module) if self._is_trained(parameter)
         ]
         self._loss, self._schema, self._records = loss, schema, records
+        self._chance = chance or Chance()
+        self._draws = False
+        self._first = self.flat.parameters.clone()
         self._piece = list(range(DIFFERENT_ROWS, len(records)))
         self._plain: dict[tuple[int, ...], _Measured] = {}  # what was measured at these weights
 
@@ -110,39 +134,59 @@ class Probe:
             self._plain[key] = self.measure(rows)
         return self._plain[key]
 
-    def measure(self, rows: Sequence[int], *, scale: float = 1.0, seed: int = 0) -> _Measured:
-        """Return the losses of rows, and `scale` times their gradient."""
-        seed_generators(seed)
+    def measure(
+        self, rows: Sequence[int], *, scale: float = 1.0, seed: int = 0, level: int | None = MIDDLE
+    ) -> _Measured:
+        """Return the losses of rows, and `scale` times their gradient.
+
+        Args:
+            rows: which.
+            scale: of the loss.
+            seed: of the generators.
+            level: what random operations give; None: random numbers.
+        """
         with (
-            Operations(steady=True) as seen,
+            self._drawing(seed, level) as seen,
             self.flat.new_gradient() as gradient,
             self.flat.standing.piece() as made,
         ):
-            output, losses = forward(
-                self.flat.module, self._loss, self._schema, self._records[list(rows)], self.flat.dtype
-            )
+            output, losses = self._forward(self.flat.module, self._loss, rows)
             if losses.requires_grad:  # else the trial's steps say what is wrong
                 back_propagate(losses, scale)
-        return _Measured(
-            output=output.detach() if isinstance(output, torch.Tensor) else output,
-            losses=losses.detach().double().clone(),
-            gradient=torch.from_numpy(gradient).div_(scale),
-            epsilon=seen.epsilon,
-            float16=torch.float16 in seen.dtypes,
-            changes=made.changes,
-        )
+        return _measured(output, losses, torch.from_numpy(gradient).div_(scale), seen, made.changes)
+
+    @contextmanager
+    def _drawing(self, seed: int, level: int | None) -> Iterator[Operations]:
+        seed_generators(seed)
+        with ExitStack() as steady, Operations(steady=level) as seen:
+            if level is not None:
+                steady.enter_context(self._chance.steady(level))
+            yield seen
+        self._draws |= seen.was_drawn or self._chance.was_drawn
+
+    def _forward(self, module: nn.Module, loss: Loss, rows: Sequence[int]) -> tuple[Any, torch.Tensor]:
+        return forward(module, loss, self._schema, self._records[list(rows)], self.flat.dtype)
 
     def move(self, parameters: torch.Tensor | None = None) -> None:
-        """Go to weights near some parameters, float[P]; None: near the first ones."""
-        self._plain.clear()
-        if parameters is not None:
-            self.flat.parameters.copy_(parameters)
+        """Go to weights near some parameters, float[P]; None: near the first ones.
+
+        Where losses are not finite there, nothing could be compared: then it goes to the parameters themselves.
+        """
+        start = self._first if parameters is None else parameters
         chance = torch.Generator().manual_seed(16)
-        noise = torch.rand(self.flat.parameters.shape, generator=chance, dtype=self.flat.dtype).sub_(0.5)
-        for values, away in zip(self._parts(self.flat.parameters), self._parts(noise), strict=True):
+        noise = torch.rand(start.shape, generator=chance, dtype=self.flat.dtype).sub_(0.5)
+        moved = start.clone()
+        for values, away in zip(self._parts(moved), self._parts(noise), strict=True):
             if len(values):
                 size = float(values.norm()) / len(values) ** 0.5
                 values.add_(away, alpha=2 * _MOVED * (size + _MOVED))
+        self._go_to(moved)
+        if not self.plain(range(DIFFERENT_ROWS)).is_finite:
+            self._go_to(start)
+
+    def _go_to(self, parameters: torch.Tensor) -> None:
+        self._plain.clear()
+        self.flat.parameters.copy_(parameters)
         self.flat.standing.at(self.flat.parameters.numpy())
 
     def _parts(self, vector: torch.Tensor) -> Sequence[torch.Tensor]:
@@ -153,45 +197,78 @@ class Probe:
         """Return how rows mix, for an error, after some ways to part them; None if they do not.
 
         Raises:
-            ModelError: it is a parameter or a constant that mixes them, because forward changes it.
+            ModelError: it is a parameter or a constant that mixes them, because forward changes it; or it
+                cannot be seen, because it draws numbers that cannot be held.
         """
         half = len(self._piece) // 2
         of_piece = (self._piece, (self._piece[:half], self._piece[half:]))
         chosen = _SPLITS[-splits:]
-        for whole, parts in [of_piece, *chosen] if half and splits == len(_SPLITS) else chosen:
-            together = self.plain(whole)
+        probe = self._in_float64() or self
+        found = probe._mixing([of_piece, *chosen] if half and splits == len(_SPLITS) else chosen, MIDDLE)
+        for level in (LOW, HIGH) if probe._draws else ():
+            found = found or probe._mixing(_SPLITS[-1:], level)
+        return found
+
+    def _mixing(self, splits: Sequence[tuple[Sequence[int], Sequence[Sequence[int]]]], level: int) -> str | None:
+        for whole, parts in splits:
+            together = self.measure(whole, level=level)
             try:
-                apart = [self.measure(part) for part in parts]
+                apart = [self.measure(part, level=level) for part in parts]
             except UserCodeError:  # of a single row, perhaps, which is tried later; two may do
                 parts = (whole[:2], whole[2:])
-                apart = [self.measure(part) for part in parts]
+                apart = [self.measure(part, level=level) for part in parts]
             found = self._difference(together, apart)
             if found is None:
                 continue
-            again = self.measure(whole, seed=1)
+            again = self.measure(whole, seed=1, level=level)
             if self._difference(together, [again]) is not None:
-                return None  # it differs from itself: that is not about rows, and found elsewhere
-            if self._is_rounding(whole, parts):
+                raise ModelError(_DRAWS_ITS_OWN)
+            if self._is_rounding(whole, together, apart, level):
                 continue
             if _compute_by_running_statistics(self.flat.module):
-                self._plain.clear()
-                return self.mixing(splits)
+                return self._mixing(splits, level)
             self.flat.apply(reduce(unite, (part.changes for part in apart)))  # more to the point
             return f"{len(whole)} rows together against the same rows in {len(parts)} parts: {found}"
         return None
 
-    def _is_rounding(self, whole: Sequence[int], parts: Sequence[Sequence[int]]) -> bool:
-        """Return whether the rows do not mix in float64, where the module can be computed so."""
+    def _in_float64(self) -> Probe | None:
+        """Return a copy at these weights that computes in float64; None if the module cannot be computed so."""
         if self.flat.dtype == torch.float64:
-            return False
+            return None
         try:
             module, loss = copied((self.flat.module, self._loss))
-            exact = Probe(module.double(), loss, self._schema, self._records, torch.float64)
-            together = exact.measure(whole)
-            apart = [exact.measure(part) for part in parts]
+            if isinstance(loss, nn.Module):
+                loss.double()
+            wide = Probe(module.double(), loss, self._schema, self._records, torch.float64, self._chance)
+            finite = all(wide.measure(rows).is_finite for rows in (range(TRIED_ROWS), range(DIFFERENT_ROWS)))
         except (UserCodeError, ModelError, RuntimeError, TypeError):
+            return None
+        return wide if finite else None
+
+    def _is_rounding(
+        self, rows: Sequence[int], one: _Measured, other: Sequence[_Measured], level: int = MIDDLE
+    ) -> bool:
+        """Return whether two ways to compute rows differ by no more than rounding explains.
+
+        Weights that are one rounding away change what an ill-conditioned module computes by as much.  No more
+        than small differences are explained so.
+        """
+        if self._difference(one, other, _SINGLE) is not None:
             return False
-        return together.is_finite and self._difference(together, apart) is None
+        here = self.flat.parameters.clone()
+        held = dict(self._plain)
+        signs = torch.randint(0, 2, here.shape, generator=torch.Generator().manual_seed(16)).mul_(2).sub_(1)
+        self._go_to(here + here * signs * torch.finfo(here.dtype).eps)
+        shaken = self.measure(rows, level=level)
+        self._go_to(here)
+        self._plain.update(held)
+        return _distance(one, other) <= _AMPLIFIED * _distance(one, [shaken])
+
+    def repeats(self) -> bool:
+        """Return whether the same generators give the same losses and gradient."""
+        rows = range(TRIED_ROWS)
+        once, again = (self.measure(rows, level=None) for _ in range(2))
+        return self._difference(once, [again], _SINGLE) is None
 
     def scaling(self) -> str | None:
         """Return whose gradient is not proportional to the loss, for an error; None if all are."""
@@ -234,24 +311,14 @@ class Probe:
         Raises:
             UserCodeError: it cannot, and `refuses`.
         """
-        seed_generators(0)
         try:
-            with evaluating(self.flat), Operations(steady=True) as seen:
-                output, losses = forward(
-                    self.flat.module, self._loss, self._schema, self._records[list(rows)], self.flat.dtype
-                )
+            with evaluating(self.flat), self._drawing(0, MIDDLE) as seen:
+                output, losses = self._forward(self.flat.module, self._loss, rows)
         except (UserCodeError, ModelError):
             if refuses:
                 raise
             return None  # the trial's evaluations say what is wrong
-        return _Measured(
-            output=output,
-            losses=losses.double().clone(),
-            gradient=torch.zeros(0),
-            epsilon=seen.epsilon,
-            float16=False,
-            changes=None,
-        )
+        return _measured(output, losses, torch.zeros(0), seen, None)
 
     def sums_of_rows(self) -> str | None:
         """Return the name of what forward changes by the rows of a piece; None if there is nothing."""
@@ -263,24 +330,29 @@ class Probe:
         names = {} if together is None else together.parts
         return next(iter({**apart.parts, **names}))
 
-    def _difference(self, together: _Measured, apart: Sequence[_Measured]) -> str | None:
-        """Return where losses or gradients differ by more than rounding; None: nowhere."""
+    def _difference(
+        self, together: _Measured, apart: Sequence[_Measured], precision: float = 0.0
+    ) -> str | None:
+        """Return where losses or gradients differ by more than rounding; None: nowhere.
+
+        Args:
+            together: of some rows.
+            apart: of the same rows, in parts.
+            precision: the rounding error that is allowed at least.
+        """
         if not together.is_finite or not all(part.is_finite for part in apart):
             return None
-        precision = max(together.epsilon, *(part.epsilon for part in apart))
-        if self.flat.dtype == torch.float64:
-            precision = float(np.sqrt(torch.finfo(torch.float64).eps))
-        coarse, floor = max(1e-3, 16 * precision), max(2e-5, 8 * precision)
+        precision = max(precision, together.epsilon, *(part.epsilon for part in apart))
+        coarse, floor = (1e-3, 2e-5) if precision >= _SINGLE else (_WIDE_COARSE, _WIDE_FLOOR)
+        coarse, floor = max(coarse, 16 * precision), max(floor, 8 * precision)
         losses = torch.cat([part.losses for part in apart])
         if len(losses) == len(together.losses):
             error = (losses - together.losses).abs()
             limit = coarse * torch.maximum(losses.abs(), together.losses.abs()) + floor * losses.abs().max()
             worst = int((error - limit).argmax())
             if error[worst] > limit[worst]:
-                return f"the loss of row {worst + 1} is {together.losses[worst]:g} and {losses[worst]:g}"
-        error = apart[0].gradient - together.gradient
-        for part in apart[1:]:
-            error += part.gradient
+                return f"the loss of row {worst + 1} is {together.losses[worst]:.9g} and {losses[worst]:.9g}"
+        error = _sum_of(apart) - together.gradient
         size = float(together.gradient.norm())
         if float(error.norm()) <= floor * size:
             return None
@@ -290,6 +362,37 @@ class Probe:
             if wrong > coarse * reach + floor * size:
                 return f"the gradient of {name!r} differs by {wrong:g}, where norms add up to {reach:g}"
         return None
+
+
+def _measured(
+    output: Any, losses: torch.Tensor, gradient: torch.Tensor, seen: Operations, changes: Changes | None
+) -> _Measured:
+    return _Measured(
+        output=output.detach() if isinstance(output, torch.Tensor) else output,
+        losses=losses.detach().double().clone(),
+        gradient=gradient,
+        epsilon=seen.epsilon,
+        float16=torch.float16 in seen.dtypes,
+        changes=changes,
+    )
+
+
+def _sum_of(parts: Sequence[_Measured]) -> torch.Tensor:
+    total = parts[0].gradient.clone()
+    for part in parts[1:]:
+        total += part.gradient
+    return total
+
+
+def _distance(one: _Measured, parts: Sequence[_Measured]) -> float:
+    """Return how far losses and gradient are from each other, relative to their greatest and to its norm."""
+    found = 0.0
+    losses = torch.cat([part.losses for part in parts])
+    for here, there in ((one.losses, losses), (one.gradient, _sum_of(parts))):
+        size = float(here.norm())
+        if here.shape == there.shape and size:
+            found = max(found, float((here - there).norm()) / size)
+    return found
 
 
 def without_batch_statistics(module: nn.Module) -> None:

@@ -12,9 +12,13 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from sparksgd.engines.chance import HIGH
+
 __all__ = ["Operations", "storage_of"]
 
-_HALVES = (torch.float16, torch.bfloat16)
+_NARROW = {torch.float16, torch.bfloat16, torch.float32, torch.complex64, torch.complex32}
+_EXACT = ("clone", "detach", "lift_fresh", "index_select", "gather", "cat", "stack", "where", "zeros_like", "ones_like")
+"""Operations that copy numbers, beside views."""
 _LEFT_AS_THEY_ARE = ("_scaled_dot_product", "_flash_attention", "_efficient_attention")
 """Operations that count as random, though they draw nothing on a CPU."""
 
@@ -24,17 +28,19 @@ class Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch l
 
     Args:
         watched: the addresses of storages to look for.
-        steady: operations that draw random numbers give constants instead.
+        steady: operations that draw random numbers give constants of this level of chance instead.
     """
 
-    def __init__(self, watched: Iterable[int] = (), *, steady: bool = False) -> None:
+    def __init__(self, watched: Iterable[int] = (), *, steady: int | None = None) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # torch leaves it untyped
         self._watched = frozenset(watched)
         self._steady = steady
+        self.was_drawn = False
+        """Whether an operation gave constants instead of random numbers."""
         self.met: dict[int, torch.Tensor] = {}
         """The watched storages that an operation read or wrote, each with one tensor that is a view of it."""
         self.dtypes: set[torch.dtype] = set()
-        """The half types that an operation gave."""
+        """The types narrower than float64 that an operation computed in."""
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -49,19 +55,21 @@ class Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch l
                 address = storage_of(tensor)
                 if address in self._watched:
                     self.met.setdefault(address, tensor)
-        if self._steady and torch.Tag.nondeterministic_seeded in func.tags:
-            result = _without_chance(func, args, kwargs)
+        if self._steady is not None and torch.Tag.nondeterministic_seeded in func.tags:
+            self.was_drawn = True
+            result = _without_chance(func, args, kwargs, self._steady)
         else:
             result = func(*args, **kwargs)
         for tensor in _tensors(result if isinstance(result, tuple | list) else (result,)):
-            if tensor.dtype in _HALVES:
-                self.dtypes.add(tensor.dtype)
+            dtype = tensor.dtype
+            if dtype in _NARROW and dtype not in self.dtypes and _may_round(func, args):
+                self.dtypes.add(dtype)
         return result
 
     @property
     def epsilon(self) -> float:
         """Return the relative rounding error of the least precise operation."""
-        return max([torch.finfo(torch.float32).eps, *(torch.finfo(dtype).eps for dtype in self.dtypes)])
+        return max(torch.finfo(dtype).eps for dtype in {torch.float64, *self.dtypes})
 
 
 def storage_of(tensor: torch.Tensor) -> int:
@@ -80,62 +88,88 @@ def _tensors(values: Iterable[Any]) -> Iterator[torch.Tensor]:
             yield from _tensors(value)
 
 
-def _without_chance(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-    """Return what a random operation could have given, the same for each element."""
+def _may_round(func: Any, args: tuple[Any, ...]) -> bool:
+    """Return whether an operation computes with floating-point numbers, and does not only copy them."""
+    if func.is_view or func._schema.name.partition("::")[2] in _EXACT:
+        return False
+    return any(tensor.is_floating_point() or tensor.is_complex() for tensor in _tensors(args))
+
+
+def _without_chance(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], level: int) -> Any:
+    """Return what a random operation could have given, the same for each element; what drops, drops at HIGH."""
     name = func._schema.name.partition("::")[2]
     if name.startswith(_LEFT_AS_THEY_ARE):
         return func(*args, **kwargs)
     if name == "native_dropout":
         values, probability, training = args
+        if training and level == HIGH:
+            return torch.zeros_like(values), torch.zeros_like(values, dtype=torch.bool)
         scale = 1 / (1 - probability) if training and probability < 1 else 1.0
         return values * scale, torch.ones_like(values, dtype=torch.bool)
     if name.startswith("rrelu_with_noise"):
         values, noise, lower, upper = args[:4]
-        noise.copy_(torch.where(values > 0, 1.0, (float(lower) + float(upper)) / 2))
+        slope = ((float(lower) + float(upper)) / 2, float(lower), float(upper))[level]
+        noise.copy_(torch.where(values > 0, 1.0, slope))
         return values * noise
     if name == "normal" and any(isinstance(value, torch.Tensor) for value in args[:2]):
         mean, deviation = (*args, 1.0)[:2]
-        return mean + 0.5 * deviation
+        return mean + _NORMAL[level] * deviation
     if name in ("poisson", "bernoulli") and args[0].is_floating_point():
-        return args[0].clone() if name == "poisson" else torch.ones_like(args[0])
+        if name == "poisson":
+            return args[0].clone()
+        return torch.zeros_like(args[0]) if level == HIGH else torch.ones_like(args[0])
     result = args[0] if name.endswith("_") else func(*args, **kwargs)
     if not isinstance(result, torch.Tensor):
         return result
     if name == "randperm":  # in the reverse order: a permutation of the rows does mix them
         return result.copy_(torch.arange(len(result) - 1, -1, -1))
-    constant: Callable[..., float] = _CONSTANTS.get(name, _one)
-    return result.fill_(constant(*args))
+    if name == "bernoulli_":
+        return result.fill_(0.0 if level == HIGH else 1.0)
+    constant: Callable[..., float] = _CONSTANTS.get(name, _positive)
+    return result.fill_(constant(level, *args))
 
 
-def _one(*args: Any) -> float:
-    return 1.0
+_NORMAL = (0.5, -1.5, 1.5)
+_UNIFORM = (0.5, 0.05, 0.95)
+_POSITIVE = (1.0, 1.0, 3.0)
 
 
-def _zero(*args: Any) -> float:
-    return 0.0
+def _positive(level: int, *args: Any) -> float:
+    return _POSITIVE[level]
 
 
-def _middle(*args: Any) -> float:
-    return 0.5
+def _standard_normal(level: int, *args: Any) -> float:
+    return _NORMAL[level]
 
 
-def _lowest(*args: Any) -> float:
-    """Return the least that randint(low, high, size) or randint(high, size) may give."""
+def _standard_uniform(level: int, *args: Any) -> float:
+    return _UNIFORM[level]
+
+
+def _whole(level: int, *args: Any) -> float:
+    """Return what randint(low, high, size) or randint(high, size) may give: the least; at HIGH the greatest."""
     numbers = [value for value in args if isinstance(value, int)]
+    if level == HIGH and numbers:
+        return float(numbers[min(1, len(numbers) - 1)] - 1)
     return float(numbers[0]) if len(numbers) > 1 else 0.0
 
 
+def _category(level: int, weights: torch.Tensor, *rest: Any) -> float:
+    last = weights.shape[-1] - 1
+    return float((last - last // 2, 0, last)[level])
+
+
 _CONSTANTS: dict[str, Callable[..., float]] = {
-    "rand": _middle,
-    "rand_like": _middle,
-    "randn": _middle,
-    "randn_like": _middle,
-    "normal": _middle,
-    "uniform_": lambda values, low=0.0, high=1.0, *rest: (low + high) / 2,
-    "normal_": lambda values, mean=0.0, deviation=1.0, *rest: mean + deviation / 2,
-    "randint": _lowest,
-    "randint_like": lambda values, *bounds: _lowest(*bounds),
-    "random_": lambda values, *bounds: _lowest(*bounds),
-    "multinomial": _zero,
+    "rand": _standard_uniform,
+    "rand_like": _standard_uniform,
+    "randn": _standard_normal,
+    "randn_like": _standard_normal,
+    "normal": lambda level, mean=0.0, deviation=1.0, *rest: mean + _NORMAL[level] * deviation,
+    "uniform_": lambda level, values, low=0.0, high=1.0, *rest: low + (high - low) * _UNIFORM[level],
+    "normal_": lambda level, values, mean=0.0, deviation=1.0, *rest: mean + _NORMAL[level] * deviation,
+    "randint": _whole,
+    "randint_like": lambda level, values, *bounds: _whole(level, *bounds),
+    "random_": lambda level, values, *bounds: _whole(level, *bounds),
+    "multinomial": _category,
 }
-"""What an operation gives instead of random numbers; others give 1, which drops nothing."""
+"""What an operation gives instead of random numbers; others give a positive one."""

@@ -231,6 +231,12 @@ class _Trial:
             refuse_lasting_modes(self._module, use.loss, self._harmless)
         plainly = probe.channels_last() if has_convolutions(self._module) else None
         channels_last = has_convolutions(self._module) and plainly is None
+        if not probe.repeats():
+            raise ModelError(
+                "the loss of the same rows is another when it is computed again, though torch's, numpy's and "
+                "Python's generators are seeded: two runs of one seed would differ. Draw from these; not from "
+                "default_rng() without a seed, os.urandom, secrets or the time"
+            )
         self._refuse_scaling(probe.scaling())  # first: what clips depends on the other rows, too
         if not use.rows_mix:
             self._refuse_mixing(probe.mixing())
