@@ -17,7 +17,10 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["HIGH", "LOW", "MIDDLE", "Chance"]
+__all__ = ["HIGH", "LOW", "MIDDLE", "MOST_DRAWS", "Chance"]
+
+MOST_DRAWS = 50_000
+"""That are steady in a block: a loop that waits for another number must end."""
 
 MIDDLE, LOW, HIGH = range(3)
 """Which noise: ordinary numbers, small ones, great ones.  A mask that one of them drops shows at another."""
@@ -25,7 +28,7 @@ MIDDLE, LOW, HIGH = range(3)
 _RandomState, _Generator, _Random = np.random.RandomState, np.random.Generator, random.Random
 _default_rng = np.random.default_rng
 _SEEDS = {_RandomState: (89, 170, 179), _Generator: (235, 326, 249), _Random: (50, 396, 244)}
-"""Their first numbers, uniform in [0, 1), are near 0.5, 0.05 and 0.95; the first of two integers is 1, 0, 1."""
+"""Their first numbers in [0, 1) are near 0.5, 0.05 and 0.95; the first ones of {0, 1} are 1, 0 and 1."""
 
 _PLACES = {
     0: "random random_sample ranf sample tomaxint standard_normal standard_exponential standard_cauchy",
@@ -43,11 +46,12 @@ _OF_ARRAYS = ("choice", "dirichlet", "multinomial", "multivariate_normal", "mult
 """An array among their arguments makes one draw, not one for each element."""
 _IN_ORDER = ("permutation", "permuted", "shuffle")
 _NUMPY = (*_PLACE_OF_SIZE, "rand", "randn", *_IN_ORDER)
-_PYTHON = tuple(
+_PYTHONS = (
     "random uniform triangular randint randrange getrandbits randbytes choice choices sample shuffle gauss "
     "normalvariate lognormvariate expovariate vonmisesvariate gammavariate betavariate paretovariate "
-    "weibullvariate binomialvariate".split()
+    "weibullvariate binomialvariate"
 )
+_PYTHON = tuple(_PYTHONS.split())
 
 
 class Chance:
@@ -59,10 +63,13 @@ class Chance:
     def __init__(self) -> None:
         self.was_drawn = False
         """Whether anything was drawn in a block."""
+        self._draws = 0
         self._level = MIDDLE
         self._thread: int | None = None
         kinds = [self._steady_kind(kind, names) for kind, names in _METHODS.items()]
-        stands_for = {id(kind): (kind, steady) for kind, steady in zip(_METHODS, kinds, strict=True)}
+        stands_for: dict[int, tuple[object, object]] = {
+            id(kind): (kind, steady) for kind, steady in zip(_METHODS, kinds, strict=True)
+        }
         stands_for[id(_default_rng)] = _default_rng, self._steady_default(kinds[1])
         for home, kind in ((np.random, _RandomState), (random, _Random)):
             for name in _METHODS[kind]:
@@ -74,7 +81,7 @@ class Chance:
     @contextmanager
     def steady(self, level: int) -> Iterator[None]:
         """In the block, what this thread draws is of a level, and the same for all rows."""
-        self._level, self._thread = level, threading.get_ident()
+        self._level, self._thread, self._draws = level, threading.get_ident(), 0
         held = [(names, name, names.get(name)) for names, name, _ in self._places]
         try:
             for names, name, steady in self._places:
@@ -88,7 +95,8 @@ class Chance:
     def _steady(self, kind: type, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         @wraps(function)
         def steady(*args: Any, **kwargs: Any) -> Any:
-            if threading.get_ident() != self._thread:
+            self._draws += 1
+            if threading.get_ident() != self._thread or self._draws > MOST_DRAWS:
                 return function(*args, **kwargs)
             self.was_drawn = True
             of_kind = _of_python if kind is _Random else _of_numpy
@@ -118,7 +126,7 @@ _METHODS: dict[type, tuple[str, ...]] = {_RandomState: _NUMPY, _Generator: _NUMP
 
 
 def _named(stands_for: Mapping[int, tuple[object, object]]) -> Iterator[tuple[dict[str, Any], str, object]]:
-    """Yield where Python files name one of these objects: a file's variables, the name, what is to stand there.
+    """Yield where Python files name one of these objects: the file's variables, the name, what stands for it.
 
     Files of Python's own keep theirs, and so does numpy, which makes generators again from pickles.
     """
@@ -163,28 +171,34 @@ def _of_numpy(kind: type, name: str, level: int, args: tuple[Any, ...], kwargs: 
     named = {key: value for key, value in kwargs.items() if key not in ("size", "out")}
     given = (*args[:place], None, *args[place + 1 :]) if len(args) > place else args
     arrays = {} if name in _OF_ARRAYS else _arrays(given[:place], named)
-    if not arrays:
-        drawn = np.asarray(first(given, named))
-        if size is None and into is None:
-            return first(given, named)
-        shape = into.shape if size is None else (*np.atleast_1d(size), *drawn.shape)
-        drawn = np.broadcast_to(drawn, shape)
+    if arrays:
+        drawn = _each(first, given, named, arrays)
+        drawn = np.broadcast_to(drawn, drawn.shape if size is None else _shape(size))
+    elif size is None and into is None:
+        return first(given, named)
+    elif len(args) > place:  # an array of one has the type of many
+        one = first((*args[:place], 1, *args[place + 1 :]), named)[0]
+        drawn = np.broadcast_to(one, (*_shape(size), *np.shape(one)))
     else:
-        shape = np.broadcast_shapes(*(array.shape for array in arrays.values()))
-        drawn = _each(first, given, named, {key: np.broadcast_to(a, shape) for key, a in arrays.items()}, shape)
-        drawn = np.broadcast_to(drawn, shape if size is None else tuple(np.atleast_1d(size)))
+        one = first(args, {**named, "size": 1})[0]
+        drawn = np.broadcast_to(one, (*_shape(size), *np.shape(one)) if into is None else into.shape)
     if into is None:
         return drawn.copy()
     into[...] = drawn
     return into
 
 
+def _shape(size: Any) -> tuple[int, ...]:
+    """Return the shape that an argument `size` means."""
+    return tuple(np.atleast_1d(size).tolist())
+
+
 def _arrays(given: tuple[Any, ...], named: Mapping[str, Any]) -> dict[int | str, np.ndarray[Any, Any]]:
     """Return the arguments that are arrays, by place or by name."""
-    arguments: dict[int | str, Any] = {**dict(enumerate(given)), **named}
+    arguments: list[tuple[int | str, Any]] = [*enumerate(given), *named.items()]
     return {
         key: np.asarray(value)
-        for key, value in arguments.items()
+        for key, value in arguments
         if not isinstance(value, str | type | np.dtype) and np.ndim(value)
     }
 
@@ -194,7 +208,6 @@ def _each(
     given: tuple[Any, ...],
     named: Mapping[str, Any],
     arrays: Mapping[int | str, np.ndarray[Any, Any]],
-    shape: tuple[int, ...],
 ) -> np.ndarray[Any, Any]:
     """Return a draw for each element of the arguments; those with equal arguments are equal."""
     known: dict[tuple[Any, ...], Any] = {}
@@ -208,8 +221,9 @@ def _each(
             )
         return known[values]
 
-    flat = [draw(*values) for values in zip(*(array.ravel().tolist() for array in arrays.values()), strict=True)]
-    return np.array(flat).reshape(shape)
+    wide = np.broadcast_arrays(*arrays.values())
+    flat = [draw(*values) for values in zip(*(array.ravel().tolist() for array in wide), strict=True)]
+    return np.array(flat).reshape(wide[0].shape)
 
 
 def _reversed(name: str, values: Any, axis: int | None = None, out: Any = None) -> Any:
@@ -222,7 +236,9 @@ def _reversed(name: str, values: Any, axis: int | None = None, out: Any = None) 
         else:
             values.reverse()
         return None
-    turned = np.flip(np.arange(values) if isinstance(values, int | np.integer) else np.asarray(values), axis).copy()
+    turned = np.flip(
+        np.arange(values) if isinstance(values, int | np.integer) else np.asarray(values), axis
+    ).copy()
     if out is None:
         return turned
     out[...] = turned

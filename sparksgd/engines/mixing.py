@@ -11,24 +11,24 @@ Legend: B rows, P parameters.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial, reduce
 from typing import Any
 
-import numpy as np
 import numpy.typing as npt
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from sparksgd.arithmetic.changes import Changes, equal_changes, unite
+from sparksgd.arithmetic.changes import equal_changes, unite
+from sparksgd.arithmetic.constants import Constants
 from sparksgd.arithmetic.copies import copied
 from sparksgd.arithmetic.flat import FlatModule
 from sparksgd.arithmetic.generators import seed_generators
 from sparksgd.data.schema import RowSchema
 from sparksgd.engines.chance import HIGH, LOW, MIDDLE, Chance
 from sparksgd.engines.forward import back_propagate, forward
+from sparksgd.engines.measured import Measured, distance, gradient_of, measured, sum_of
 from sparksgd.engines.modes import evaluating
 from sparksgd.engines.operations import Operations
 from sparksgd.errors import ModelError, UserCodeError
@@ -39,7 +39,8 @@ __all__ = ["DIFFERENT_ROWS", "TRIED_ROWS", "Probe", "without_batch_statistics"]
 TRIED_ROWS = 4
 DIFFERENT_ROWS = 8
 
-_SPLITS = (
+_Split = tuple[Sequence[int], Sequence[Sequence[int]]]
+_SPLITS: tuple[_Split, ...] = (
     ([4, 5, 6, 7, 0, 1, 2, 3], ([4, 5, 6, 7], [0, 1, 2, 3])),
     ([0, 1, 0, 2], ([0, 1], [0, 2])),
     ([0, 1, 2, 3], ([0], [1, 2, 3])),
@@ -49,46 +50,19 @@ _SPLITS = (
 _SINGLE = torch.finfo(torch.float32).eps
 _WIDE_COARSE, _WIDE_FLOOR = 1e-8, 1e-10
 """In float64, what of a loss or a gradient may be rounding: relative to itself, and to the greatest one."""
+_MUCH = 0.01
 _AMPLIFIED = 100.0
 """Rounding happens in many places: it is so many times what a rounding of the weights alone does."""
 
 _DRAWS_ITS_OWN = (
     "the loss of a row is another when the generators are seeded otherwise, though they were held to see "
-    "whether rows mix: the module or its loss draws from a function that is kept in a default, an attribute or "
-    "a partial. Call functions of torch, numpy.random or random by their names; or set model.rows_mix = true "
-    "if rows do not mix, or are meant to in each piece"
+    "whether rows mix: the module or its loss draws by a function that a default, an attribute or a partial "
+    "holds, or in a loop until it gets another number. Call functions of torch, numpy.random or random by "
+    "their names; or set model.rows_mix = true if rows do not mix, or are meant to in each piece"
 )
 
 _MOVED = 0.1
 """How far weights are moved, relative to the root mean square of their tensor."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Measured:
-    """Losses and gradient of some rows."""
-
-    output: Any
-    """The module's."""
-
-    losses: torch.Tensor
-    """float64[B]."""
-
-    gradient: torch.Tensor
-    """Of their sum, [P]."""
-
-    epsilon: float
-    """The rounding error of its least precise operation."""
-
-    float16: bool
-    """Whether an operation gave float16."""
-
-    changes: Changes | None
-    """What forward made of parameters and constants."""
-
-    @property
-    def is_finite(self) -> bool:
-        """Whether all losses and gradients are finite."""
-        return bool(torch.isfinite(self.losses.sum() + self.gradient.sum()))
 
 
 class Probe:
@@ -122,12 +96,12 @@ class Probe:
         self._draws = False
         self._first = self.flat.parameters.clone()
         self._piece = list(range(DIFFERENT_ROWS, len(records)))
-        self._plain: dict[tuple[int, ...], _Measured] = {}  # what was measured at these weights
+        self._plain: dict[tuple[int, ...], Measured] = {}  # what was measured at these weights
 
     def _is_trained(self, parameter: nn.Parameter) -> bool:
         return any(parameter is trained for trained in self.flat.trainable)
 
-    def plain(self, rows: Sequence[int]) -> _Measured:
+    def plain(self, rows: Sequence[int]) -> Measured:
         """Return the losses of rows and their gradient, as they were measured before at these weights."""
         key = tuple(rows)
         if key not in self._plain:
@@ -136,7 +110,7 @@ class Probe:
 
     def measure(
         self, rows: Sequence[int], *, scale: float = 1.0, seed: int = 0, level: int | None = MIDDLE
-    ) -> _Measured:
+    ) -> Measured:
         """Return the losses of rows, and `scale` times their gradient.
 
         Args:
@@ -153,16 +127,16 @@ class Probe:
             output, losses = self._forward(self.flat.module, self._loss, rows)
             if losses.requires_grad:  # else the trial's steps say what is wrong
                 back_propagate(losses, scale)
-        return _measured(output, losses, torch.from_numpy(gradient).div_(scale), seen, made.changes)
+        return measured(output, losses, torch.from_numpy(gradient).div_(scale), seen, made.changes)
 
     @contextmanager
     def _drawing(self, seed: int, level: int | None) -> Iterator[Operations]:
         seed_generators(seed)
-        with ExitStack() as steady, Operations(steady=level) as seen:
+        with ExitStack() as steady, Operations(steady=level, wide=self.flat.dtype == torch.float64) as seen:
             if level is not None:
                 steady.enter_context(self._chance.steady(level))
             yield seen
-        self._draws |= seen.was_drawn or self._chance.was_drawn
+        self._draws = self._draws or seen.draws > 0 or self._chance.was_drawn
 
     def _forward(self, module: nn.Module, loss: Loss, rows: Sequence[int]) -> tuple[Any, torch.Tensor]:
         return forward(module, loss, self._schema, self._records[list(rows)], self.flat.dtype)
@@ -170,7 +144,7 @@ class Probe:
     def move(self, parameters: torch.Tensor | None = None) -> None:
         """Go to weights near some parameters, float[P]; None: near the first ones.
 
-        Where losses are not finite there, nothing could be compared: then it goes to the parameters themselves.
+        Where losses are not finite there, nothing could be compared: then it goes to these parameters.
         """
         start = self._first if parameters is None else parameters
         chance = torch.Generator().manual_seed(16)
@@ -206,10 +180,13 @@ class Probe:
         probe = self._in_float64() or self
         found = probe._mixing([of_piece, *chosen] if half and splits == len(_SPLITS) else chosen, MIDDLE)
         for level in (LOW, HIGH) if probe._draws else ():
-            found = found or probe._mixing(_SPLITS[-1:], level)
+            with suppress(UserCodeError):  # it need not bear any number
+                found = found or probe._mixing(_SPLITS[-1:], level)
         return found
 
-    def _mixing(self, splits: Sequence[tuple[Sequence[int], Sequence[Sequence[int]]]], level: int) -> str | None:
+    def _mixing(
+        self, splits: Sequence[tuple[Sequence[int], Sequence[Sequence[int]]]], level: int
+    ) -> str | None:
         for whole, parts in splits:
             together = self.measure(whole, level=level)
             try:
@@ -223,7 +200,7 @@ class Probe:
             again = self.measure(whole, seed=1, level=level)
             if self._difference(together, [again]) is not None:
                 raise ModelError(_DRAWS_ITS_OWN)
-            if self._is_rounding(whole, together, apart, level):
+            if self._is_rounding(whole, together, apart, level=level):
                 continue
             if _compute_by_running_statistics(self.flat.module):
                 return self._mixing(splits, level)
@@ -232,7 +209,7 @@ class Probe:
         return None
 
     def _in_float64(self) -> Probe | None:
-        """Return a copy at these weights that computes in float64; None if the module cannot be computed so."""
+        """Return a copy at these weights that computes in float64; None if that is not possible."""
         if self.flat.dtype == torch.float64:
             return None
         try:
@@ -246,14 +223,26 @@ class Probe:
         return wide if finite else None
 
     def _is_rounding(
-        self, rows: Sequence[int], one: _Measured, other: Sequence[_Measured], level: int = MIDDLE
+        self,
+        rows: Sequence[int],
+        one: Measured,
+        other: Sequence[Measured],
+        *,
+        level: int = MIDDLE,
+        most: float = _SINGLE,
     ) -> bool:
         """Return whether two ways to compute rows differ by no more than rounding explains.
 
-        Weights that are one rounding away change what an ill-conditioned module computes by as much.  No more
-        than small differences are explained so.
+        Weights that are one rounding away change what an ill-conditioned module computes by as much.
+
+        Args:
+            rows: which.
+            one: what they give in one way.
+            other: what they give in parts, or in the other way.
+            level: of chance.
+            most: rounding of this size explains as much as is ever explained.
         """
-        if self._difference(one, other, _SINGLE) is not None:
+        if self._difference(one, other, most) is not None:
             return False
         here = self.flat.parameters.clone()
         held = dict(self._plain)
@@ -262,13 +251,22 @@ class Probe:
         shaken = self.measure(rows, level=level)
         self._go_to(here)
         self._plain.update(held)
-        return _distance(one, other) <= _AMPLIFIED * _distance(one, [shaken])
+        return distance(one, other) <= _AMPLIFIED * distance(one, [shaken])
 
-    def repeats(self) -> bool:
-        """Return whether the same generators give the same losses and gradient."""
+    def refuse_what_does_not_repeat(self) -> None:
+        """Refuse what draws from a source that no seed reaches.
+
+        Raises:
+            ModelError: that it does.
+        """
         rows = range(TRIED_ROWS)
         once, again = (self.measure(rows, level=None) for _ in range(2))
-        return self._difference(once, [again], _SINGLE) is None
+        if self._difference(once, [again], _SINGLE) is not None:
+            raise ModelError(
+                "the loss of the same rows is another when it is computed again, though the generators of "
+                "torch, numpy and Python are seeded: two runs of one seed would differ. Draw from these, not "
+                "from default_rng() without a seed, os.urandom, secrets or the time"
+            )
 
     def scaling(self) -> str | None:
         """Return whose gradient is not proportional to the loss, for an error; None if all are."""
@@ -305,7 +303,72 @@ class Probe:
             found = self._difference(evaluated, [in_evaluation])
         return None if found is None else f"channels last, the module computes other values: {found}"
 
-    def _evaluated(self, rows: Sequence[int], *, refuses: bool = False) -> _Measured | None:
+    def refuse_other_memory(self, module: nn.Module, loss: Loss) -> None:
+        """Refuse what computes otherwise where parameters are views of one vector.
+
+        Args:
+            module: a copy of the user's, whose parameters have memory of their own; it is changed.
+            loss: a copy, too.
+
+        Raises:
+            ModelError: that it does, with the parameter's name.
+            UserCodeError: the module or its loss raised.
+        """
+        found = self._by_memory(module, loss)
+        if found is not None:
+            raise ModelError(
+                "forward computes other values when its parameters are contiguous parts of one vector, as "
+                f"they are in training ({found}). It depends on the offset, the strides or the size of their "
+                "memory. Let it use values alone: parameter.contiguous(), or as_strided without an offset"
+            )
+
+    def _by_memory(self, module: nn.Module, loss: Loss) -> str | None:
+        """Return which parameter's memory matters; None if none does."""
+        without_batch_statistics(module)
+        named = dict(nn.Module.named_parameters(module))
+        own = [named[name] for name in self.names]
+        homes = [parameter.data for parameter in own]
+        constants = Constants(module, {id(parameter) for parameter in own})
+        constants.stand()
+        modes = [(part, part.training) for part in module.modules()]
+        rows = range(TRIED_ROWS)
+
+        def measure(evaluates: bool) -> Measured:
+            for parameter, home, values in zip(own, homes, self.flat.trainable, strict=True):
+                parameter.data, parameter.grad = home, None
+                home.copy_(values.detach())  # forward may have changed it
+            constants.restore()
+            if evaluates:
+                module.eval()
+            with torch.set_grad_enabled(not evaluates), self._drawing(0, MIDDLE) as seen:
+                output, losses = self._forward(module, loss, rows)
+                if losses.requires_grad:
+                    back_propagate(losses)
+            if evaluates:
+                module.train(modes[0][1])  # takes out again what an own eval() merged
+                for part, training in modes:
+                    part.training = training
+            return measured(output, losses, gradient_of(own), seen, None)
+
+        for evaluates in (False, True):
+            here = self._evaluated(rows) if evaluates else self.plain(rows)
+            if here is None:
+                return None
+            there = measure(evaluates)
+            found = self._difference(there, [here])
+            if found is None:
+                continue
+            if not evaluates and self._is_rounding(rows, here, [there], most=_MUCH):
+                return None
+            for number, view in enumerate(self._parts(torch.zeros_like(self.flat.parameters))):
+                home, homes[number] = homes[number], view.view(own[number].shape)
+                if self._difference(there, [measure(evaluates)]) is not None:
+                    return f"parameter {self.names[number]!r}: {found}"
+                homes[number] = home
+            return f"the parameters: {found}"
+        return None
+
+    def _evaluated(self, rows: Sequence[int], *, refuses: bool = False) -> Measured | None:
         """Return the losses of rows in evaluation mode, without a gradient; None if it cannot be computed.
 
         Raises:
@@ -318,7 +381,7 @@ class Probe:
             if refuses:
                 raise
             return None  # the trial's evaluations say what is wrong
-        return _measured(output, losses, torch.zeros(0), seen, None)
+        return measured(output, losses, torch.zeros_like(self.flat.parameters), seen, None)
 
     def sums_of_rows(self) -> str | None:
         """Return the name of what forward changes by the rows of a piece; None if there is nothing."""
@@ -331,7 +394,7 @@ class Probe:
         return next(iter({**apart.parts, **names}))
 
     def _difference(
-        self, together: _Measured, apart: Sequence[_Measured], precision: float = 0.0
+        self, together: Measured, apart: Sequence[Measured], precision: float = 0.0
     ) -> str | None:
         """Return where losses or gradients differ by more than rounding; None: nowhere.
 
@@ -352,7 +415,7 @@ class Probe:
             worst = int((error - limit).argmax())
             if error[worst] > limit[worst]:
                 return f"the loss of row {worst + 1} is {together.losses[worst]:.9g} and {losses[worst]:.9g}"
-        error = _sum_of(apart) - together.gradient
+        error = sum_of(apart) - together.gradient
         size = float(together.gradient.norm())
         if float(error.norm()) <= floor * size:
             return None
@@ -362,37 +425,6 @@ class Probe:
             if wrong > coarse * reach + floor * size:
                 return f"the gradient of {name!r} differs by {wrong:g}, where norms add up to {reach:g}"
         return None
-
-
-def _measured(
-    output: Any, losses: torch.Tensor, gradient: torch.Tensor, seen: Operations, changes: Changes | None
-) -> _Measured:
-    return _Measured(
-        output=output.detach() if isinstance(output, torch.Tensor) else output,
-        losses=losses.detach().double().clone(),
-        gradient=gradient,
-        epsilon=seen.epsilon,
-        float16=torch.float16 in seen.dtypes,
-        changes=changes,
-    )
-
-
-def _sum_of(parts: Sequence[_Measured]) -> torch.Tensor:
-    total = parts[0].gradient.clone()
-    for part in parts[1:]:
-        total += part.gradient
-    return total
-
-
-def _distance(one: _Measured, parts: Sequence[_Measured]) -> float:
-    """Return how far losses and gradient are from each other, relative to their greatest and to its norm."""
-    found = 0.0
-    losses = torch.cat([part.losses for part in parts])
-    for here, there in ((one.losses, losses), (one.gradient, _sum_of(parts))):
-        size = float(here.norm())
-        if here.shape == there.shape and size:
-            found = max(found, float((here - there).norm()) / size)
-    return found
 
 
 def without_batch_statistics(module: nn.Module) -> None:

@@ -12,12 +12,27 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sparksgd.engines.chance import HIGH
+from sparksgd.engines.chance import HIGH, MOST_DRAWS
 
 __all__ = ["Operations", "storage_of"]
 
-_NARROW = {torch.float16, torch.bfloat16, torch.float32, torch.complex64, torch.complex32}
-_EXACT = ("clone", "detach", "lift_fresh", "index_select", "gather", "cat", "stack", "where", "zeros_like", "ones_like")
+_WIDE = {
+    **dict.fromkeys((torch.float16, torch.bfloat16, torch.float32), torch.float64),
+    **dict.fromkeys((torch.complex32, torch.complex64), torch.complex128),
+}
+"""For each narrow type the one to compare in."""
+_EXACT = (
+    "clone",
+    "detach",
+    "lift_fresh",
+    "index_select",
+    "gather",
+    "cat",
+    "stack",
+    "where",
+    "zeros_like",
+    "ones_like",
+)
 """Operations that copy numbers, beside views."""
 _LEFT_AS_THEY_ARE = ("_scaled_dot_product", "_flash_attention", "_efficient_attention")
 """Operations that count as random, though they draw nothing on a CPU."""
@@ -29,14 +44,15 @@ class Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch l
     Args:
         watched: the addresses of storages to look for.
         steady: operations that draw random numbers give constants of this level of chance instead.
+        wide: what asks for narrower numbers than float64 gets float64.
     """
 
-    def __init__(self, watched: Iterable[int] = (), *, steady: int | None = None) -> None:
+    def __init__(self, watched: Iterable[int] = (), *, steady: int | None = None, wide: bool = False) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # torch leaves it untyped
         self._watched = frozenset(watched)
-        self._steady = steady
-        self.was_drawn = False
-        """Whether an operation gave constants instead of random numbers."""
+        self._steady, self._wide = steady, wide
+        self.draws = 0
+        """How many operations drew random numbers."""
         self.met: dict[int, torch.Tensor] = {}
         """The watched storages that an operation read or wrote, each with one tensor that is a view of it."""
         self.dtypes: set[torch.dtype] = set()
@@ -55,14 +71,21 @@ class Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch l
                 address = storage_of(tensor)
                 if address in self._watched:
                     self.met.setdefault(address, tensor)
+        if self._wide:
+            args, kwargs = _widened(func, args, kwargs)
         if self._steady is not None and torch.Tag.nondeterministic_seeded in func.tags:
-            self.was_drawn = True
-            result = _without_chance(func, args, kwargs, self._steady)
+            self.draws += 1
+            if self.draws > MOST_DRAWS:
+                result = func(*args, **kwargs)
+            else:
+                result = _without_chance(func, args, kwargs, self._steady)
         else:
             result = func(*args, **kwargs)
+        if self._wide and isinstance(result, torch.Tensor) and result.dtype in _WIDE and _is_new(func, args):
+            result = result.to(_WIDE[result.dtype])
         for tensor in _tensors(result if isinstance(result, tuple | list) else (result,)):
             dtype = tensor.dtype
-            if dtype in _NARROW and dtype not in self.dtypes and _may_round(func, args):
+            if dtype in _WIDE and dtype not in self.dtypes and _may_round(func, args):
                 self.dtypes.add(dtype)
         return result
 
@@ -88,6 +111,28 @@ def _tensors(values: Iterable[Any]) -> Iterator[torch.Tensor]:
             yield from _tensors(value)
 
 
+def _widened(
+    func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return arguments that ask for wide numbers; narrow constants, too, where they meet wide ones."""
+    if kwargs.get("dtype") in _WIDE:
+        kwargs = {**kwargs, "dtype": _WIDE[kwargs["dtype"]]}
+    dtypes = {value.dtype for value in args if isinstance(value, torch.Tensor)}
+    if torch.float64 in dtypes and not dtypes.isdisjoint(_WIDE) and not func._schema.is_mutable:
+        args = tuple(
+            value.to(_WIDE[value.dtype])
+            if isinstance(value, torch.Tensor) and value.dtype in _WIDE and not value.is_sparse
+            else value
+            for value in args
+        )
+    return args, kwargs
+
+
+def _is_new(func: Any, args: tuple[Any, ...]) -> bool:
+    """Return whether an operation made a tensor of numbers that Python gave."""
+    return func._schema.name == "aten::lift_fresh" or next(_tensors(args), None) is None
+
+
 def _may_round(func: Any, args: tuple[Any, ...]) -> bool:
     """Return whether an operation computes with floating-point numbers, and does not only copy them."""
     if func.is_view or func._schema.name.partition("::")[2] in _EXACT:
@@ -96,7 +141,7 @@ def _may_round(func: Any, args: tuple[Any, ...]) -> bool:
 
 
 def _without_chance(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], level: int) -> Any:
-    """Return what a random operation could have given, the same for each element; what drops, drops at HIGH."""
+    """Return what a random operation could have given, the same for each element; masks drop all at HIGH."""
     name = func._schema.name.partition("::")[2]
     if name.startswith(_LEFT_AS_THEY_ARE):
         return func(*args, **kwargs)
@@ -147,7 +192,7 @@ def _standard_uniform(level: int, *args: Any) -> float:
 
 
 def _whole(level: int, *args: Any) -> float:
-    """Return what randint(low, high, size) or randint(high, size) may give: the least; at HIGH the greatest."""
+    """Return what randint(low, high, size) or randint(high, size) may give: the least, or the greatest."""
     numbers = [value for value in args if isinstance(value, int)]
     if level == HIGH and numbers:
         return float(numbers[min(1, len(numbers) - 1)] - 1)
