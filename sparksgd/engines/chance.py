@@ -19,7 +19,7 @@ import numpy as np
 
 __all__ = ["HIGH", "LOW", "MIDDLE", "MOST_DRAWS", "Chance"]
 
-MOST_DRAWS = 50_000
+MOST_DRAWS = 20_000
 """That are steady in a block: a loop that waits for another number must end."""
 
 MIDDLE, LOW, HIGH = range(3)
@@ -64,6 +64,7 @@ class Chance:
         self.was_drawn = False
         """Whether anything was drawn in a block."""
         self._draws = 0
+        self._numbers: dict[Any, int | float] = {}  # each known one, because a fresh generator takes long
         self._level = MIDDLE
         self._thread: int | None = None
         kinds = [self._steady_kind(kind, names) for kind, names in _METHODS.items()]
@@ -99,8 +100,16 @@ class Chance:
             if threading.get_ident() != self._thread or self._draws > MOST_DRAWS:
                 return function(*args, **kwargs)
             self.was_drawn = True
+            key = kind, name, self._level, args, tuple(kwargs.items())
+            try:
+                return self._numbers[key]
+            except (KeyError, TypeError):  # not yet known, or with an array among its arguments
+                pass
             of_kind = _of_python if kind is _Random else _of_numpy
-            return of_kind(kind, name, self._level, args, kwargs)
+            made = of_kind(kind, name, self._level, args, kwargs)
+            if isinstance(made, int | float):
+                self._numbers[key] = made
+            return made
 
         return steady
 

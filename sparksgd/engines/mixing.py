@@ -83,7 +83,7 @@ class Probe:
         schema: RowSchema,
         records: npt.NDArray[Any],
         dtype: torch.dtype,
-        chance: Chance | None = None,
+        twin_of: Probe | None = None,
     ) -> None:
         without_batch_statistics(module)
         self.flat = FlatModule(module, dtype)
@@ -92,7 +92,8 @@ class Probe:
             name for name, parameter in nn.Module.named_parameters(module) if self._is_trained(parameter)
         ]
         self._loss, self._schema, self._records = loss, schema, records
-        self._chance = chance or Chance()
+        self._is_wide = twin_of is not None
+        self._chance: Chance = Chance() if twin_of is None else twin_of._chance
         self._draws = False
         self._first = self.flat.parameters.clone()
         self._piece = list(range(DIFFERENT_ROWS, len(records)))
@@ -132,7 +133,7 @@ class Probe:
     @contextmanager
     def _drawing(self, seed: int, level: int | None) -> Iterator[Operations]:
         seed_generators(seed)
-        with ExitStack() as steady, Operations(steady=level, wide=self.flat.dtype == torch.float64) as seen:
+        with ExitStack() as steady, Operations(steady=level, wide=self._is_wide) as seen:
             if level is not None:
                 steady.enter_context(self._chance.steady(level))
             yield seen
@@ -167,22 +168,41 @@ class Probe:
         """Return each parameter's part of a vector, [P]."""
         return torch.split(vector, [parameter.numel() for parameter in self.flat.trainable])
 
-    def mixing(self, splits: int = len(_SPLITS)) -> str | None:
+    def mixing(self, splits: int = len(_SPLITS), *, evaluates: bool = False) -> str | None:
         """Return how rows mix, for an error, after some ways to part them; None if they do not.
+
+        Args:
+            splits: how many ways.
+            evaluates: whether they must not mix in evaluation mode, either.
 
         Raises:
             ModelError: it is a parameter or a constant that mixes them, because forward changes it; or it
                 cannot be seen, because it draws numbers that cannot be held.
         """
+        wide = self._in_float64()
+        if wide is not None:
+            with suppress(UserCodeError):  # it cannot compute all rows in float64
+                return wide._in_all_ways(splits, evaluates=evaluates)
+        return self._in_all_ways(splits, evaluates=evaluates)
+
+    def _in_all_ways(self, splits: int, *, evaluates: bool) -> str | None:
         half = len(self._piece) // 2
         of_piece = (self._piece, (self._piece[:half], self._piece[half:]))
         chosen = _SPLITS[-splits:]
-        probe = self._in_float64() or self
-        found = probe._mixing([of_piece, *chosen] if half and splits == len(_SPLITS) else chosen, MIDDLE)
-        for level in (LOW, HIGH) if probe._draws else ():
+        found = self._mixing([of_piece, *chosen] if half and splits == len(_SPLITS) else chosen, MIDDLE)
+        for level in (LOW, HIGH) if self._draws else ():
             with suppress(UserCodeError):  # it need not bear any number
-                found = found or probe._mixing(_SPLITS[-1:], level)
-        return found
+                found = found or self._mixing(_SPLITS[-1:], level)
+        return self._mixing_in_evaluation() if evaluates and found is None else found
+
+    def _mixing_in_evaluation(self) -> str | None:
+        whole, parts = _SPLITS[0]
+        together, *apart = (self._evaluated(rows) for rows in (whole, *parts))
+        known = [part for part in apart if part is not None]
+        if together is None or len(known) < len(apart):
+            return None
+        found = self._difference(together, known)
+        return None if found is None else f"in evaluation mode, {found}"
 
     def _mixing(
         self, splits: Sequence[tuple[Sequence[int], Sequence[Sequence[int]]]], level: int
@@ -216,7 +236,7 @@ class Probe:
             module, loss = copied((self.flat.module, self._loss))
             if isinstance(loss, nn.Module):
                 loss.double()
-            wide = Probe(module.double(), loss, self._schema, self._records, torch.float64, self._chance)
+            wide = Probe(module.double(), loss, self._schema, self._records, torch.float64, self)
             finite = all(wide.measure(rows).is_finite for rows in (range(TRIED_ROWS), range(DIFFERENT_ROWS)))
         except (UserCodeError, ModelError, RuntimeError, TypeError):
             return None

@@ -235,7 +235,7 @@ class _Trial:
         channels_last = has_convolutions(self._module) and plainly is None
         self._refuse_scaling(probe.scaling())  # first: what clips depends on the other rows, too
         if not use.rows_mix:
-            self._refuse_mixing(probe.mixing())
+            self._refuse_mixing(probe.mixing(evaluates=use.evaluates))
         after = self._steps(first.shape, channels_last=channels_last, float16=measured.float16)
         if after is not None:
             probe.move(after)

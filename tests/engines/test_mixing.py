@@ -358,7 +358,8 @@ def test_a_loop_that_waits_for_another_number_ends() -> None:
             second = random.randrange(4)
         return x * (first - second)
 
-    refused(With(pairs), "a loop until it gets another number")
+    assert tried(With(pairs)).output == (4, 1)
+    refused(With(lambda x: pairs(x - x.mean(0))), "a loop until it gets another number")
 
 
 @pytest.mark.parametrize(
@@ -370,6 +371,18 @@ def test_a_loop_that_waits_for_another_number_ends() -> None:
 )
 def test_what_no_seed_reaches_is_refused(noisy: Any) -> None:
     refused(With(noisy), "two runs of one seed would differ", "default_rng() without a seed", rows_mix=True)
+
+
+class InEvaluation(Around):
+    """Rows mix in evaluation alone."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.inner(x if self.training else x - x.mean(0))
+
+
+def test_rows_must_not_mix_in_evaluation_either() -> None:
+    refused(InEvaluation(), "in evaluation mode, the loss of row", "depends on the other rows")
+    assert tried(InEvaluation(), evaluates=False).output == (4, 1)
 
 
 def little(x: torch.Tensor) -> torch.Tensor:
