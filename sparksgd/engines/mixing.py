@@ -179,7 +179,7 @@ class Probe:
             ModelError: it is a parameter or a constant that mixes them, because forward changes it; or it
                 cannot be seen, because it draws numbers that cannot be held.
         """
-        wide = self._in_float64()
+        wide = self._in_float64(_SPLITS[-splits][0])
         if wide is not None:
             with suppress(UserCodeError):  # it cannot compute all rows in float64
                 return wide._in_all_ways(splits, evaluates=evaluates)
@@ -190,7 +190,7 @@ class Probe:
         of_piece = (self._piece, (self._piece[:half], self._piece[half:]))
         chosen = _SPLITS[-splits:]
         found = self._mixing([of_piece, *chosen] if half and splits == len(_SPLITS) else chosen, MIDDLE)
-        for level in (LOW, HIGH) if self._draws else ():
+        for level in (LOW, HIGH) if self._draws and splits == len(_SPLITS) else ():
             with suppress(UserCodeError):  # it need not bear any number
                 found = found or self._mixing(_SPLITS[-1:], level)
         return self._mixing_in_evaluation() if evaluates and found is None else found
@@ -207,13 +207,16 @@ class Probe:
     def _mixing(
         self, splits: Sequence[tuple[Sequence[int], Sequence[Sequence[int]]]], level: int
     ) -> str | None:
+        def measure(rows: Sequence[int]) -> Measured:
+            return self.plain(rows) if level == MIDDLE else self.measure(rows, level=level)
+
         for whole, parts in splits:
-            together = self.measure(whole, level=level)
+            together = measure(whole)
             try:
-                apart = [self.measure(part, level=level) for part in parts]
+                apart = [measure(part) for part in parts]
             except UserCodeError:  # of a single row, perhaps, which is tried later; two may do
                 parts = (whole[:2], whole[2:])
-                apart = [self.measure(part, level=level) for part in parts]
+                apart = [measure(part) for part in parts]
             found = self._difference(together, apart)
             if found is None:
                 continue
@@ -223,13 +226,14 @@ class Probe:
             if self._is_rounding(whole, together, apart, level=level):
                 continue
             if _compute_by_running_statistics(self.flat.module):
+                self._plain.clear()
                 return self._mixing(splits, level)
             self.flat.apply(reduce(unite, (part.changes for part in apart)))  # more to the point
             return f"{len(whole)} rows together against the same rows in {len(parts)} parts: {found}"
         return None
 
-    def _in_float64(self) -> Probe | None:
-        """Return a copy at these weights that computes in float64; None if that is not possible."""
+    def _in_float64(self, rows: Sequence[int]) -> Probe | None:
+        """Return a copy at these weights that computes in float64; None if it does not compute these rows."""
         if self.flat.dtype == torch.float64:
             return None
         try:
@@ -237,10 +241,9 @@ class Probe:
             if isinstance(loss, nn.Module):
                 loss.double()
             wide = Probe(module.double(), loss, self._schema, self._records, torch.float64, self)
-            finite = all(wide.measure(rows).is_finite for rows in (range(TRIED_ROWS), range(DIFFERENT_ROWS)))
+            return wide if wide.plain(rows).is_finite else None
         except (UserCodeError, ModelError, RuntimeError, TypeError):
             return None
-        return wide if finite else None
 
     def _is_rounding(
         self,
