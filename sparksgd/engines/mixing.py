@@ -12,24 +12,25 @@ Legend: B rows, P parameters.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial, reduce
 from typing import Any
 
-import numpy as np
 import numpy.typing as npt
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from sparksgd.arithmetic.changes import Changes, equal_changes, unite
+from sparksgd.arithmetic.changes import equal_changes, unite
+from sparksgd.arithmetic.constants import Constants
 from sparksgd.arithmetic.copies import copied
 from sparksgd.arithmetic.flat import FlatModule
 from sparksgd.arithmetic.generators import seed_generators
 from sparksgd.data.schema import RowSchema
+from sparksgd.engines.chance import HIGH, LOW, MIDDLE, Chance
 from sparksgd.engines.forward import back_propagate, forward
+from sparksgd.engines.measured import Measured, distance, gradient_of, measured, sum_of
 from sparksgd.engines.modes import evaluating
 from sparksgd.engines.operations import Operations
 from sparksgd.errors import ModelError, UserCodeError
@@ -40,43 +41,30 @@ __all__ = ["DIFFERENT_ROWS", "TRIED_ROWS", "Probe", "without_batch_statistics"]
 TRIED_ROWS = 4
 DIFFERENT_ROWS = 8
 
-_SPLITS = (
+_Split = tuple[Sequence[int], Sequence[Sequence[int]]]
+_SPLITS: tuple[_Split, ...] = (
     ([4, 5, 6, 7, 0, 1, 2, 3], ([4, 5, 6, 7], [0, 1, 2, 3])),
     ([0, 1, 0, 2], ([0, 1], [0, 2])),
     ([0, 1, 2, 3], ([0], [1, 2, 3])),
 )
 """Rows, and the parts to compare them with."""
 
+_SINGLE = torch.finfo(torch.float32).eps
+_WIDE_COARSE, _WIDE_FLOOR = 1e-8, 1e-10
+"""In float64, what of a loss or a gradient may be rounding: relative to itself, and to the greatest one."""
+_MUCH = 0.01
+_AMPLIFIED = 100.0
+"""Rounding happens in many places: it is so many times what a rounding of the weights alone does."""
+
+_DRAWS_ITS_OWN = (
+    "the loss of a row is another when the generators are seeded otherwise, though they were held to see "
+    "whether rows mix: the module or its loss draws by a function that a default, an attribute or a partial "
+    "holds, or in a loop until it gets another number. Call functions of torch, numpy.random or random by "
+    "their names; or set model.rows_mix = true if rows do not mix, or are meant to in each piece"
+)
+
 _MOVED = 0.1
 """How far weights are moved, relative to the root mean square of their tensor."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Measured:
-    """Losses and gradient of some rows."""
-
-    output: Any
-    """The module's."""
-
-    losses: torch.Tensor
-    """float64[B]."""
-
-    gradient: torch.Tensor
-    """Of their sum, [P]."""
-
-    epsilon: float
-    """The rounding error of its least precise operation."""
-
-    float16: bool
-    """Whether an operation gave float16."""
-
-    changes: Changes | None
-    """What forward made of parameters and constants."""
-
-    @property
-    def is_finite(self) -> bool:
-        """Whether all losses and gradients are finite."""
-        return bool(torch.isfinite(self.losses.sum() + self.gradient.sum()))
 
 
 class Probe:
@@ -91,7 +79,13 @@ class Probe:
     """
 
     def __init__(
-        self, module: nn.Module, loss: Loss, schema: RowSchema, records: npt.NDArray[Any], dtype: torch.dtype
+        self,
+        module: nn.Module,
+        loss: Loss,
+        schema: RowSchema,
+        records: npt.NDArray[Any],
+        dtype: torch.dtype,
+        twin_of: Probe | None = None,
     ) -> None:
         without_batch_statistics(module)
         self.flat = FlatModule(module, dtype)
@@ -100,49 +94,68 @@ class Probe:
             name for name, parameter in nn.Module.named_parameters(module) if self._is_trained(parameter)
         ]
         self._loss, self._schema, self._records = loss, schema, records
+        self._is_wide = twin_of is not None
+        self._chance: Chance = Chance() if twin_of is None else twin_of._chance
+        self._draws = False
+        self._first = self.flat.parameters.clone()
         self._piece = list(range(DIFFERENT_ROWS, len(records)))
-        self._plain: dict[tuple[int, ...], _Measured] = {}  # what was measured at these weights
+        self._plain: dict[tuple[int, ...], Measured] = {}  # what was measured at these weights
         self._watches: bool | None = None  # operations, which takes half of the time; None: not decided
+        self._dtypes: set[torch.dtype] = set()  # of operations, when they were watched last
 
     def _is_trained(self, parameter: nn.Parameter) -> bool:
         return any(parameter is trained for trained in self.flat.trainable)
 
-    def plain(self, rows: Sequence[int]) -> _Measured:
+    def plain(self, rows: Sequence[int]) -> Measured:
         """Return the losses of rows and their gradient, as they were measured before at these weights."""
         key = tuple(rows)
         if key not in self._plain:
             self._plain[key] = self.measure(rows)
         return self._plain[key]
 
-    def measure(self, rows: Sequence[int], *, scale: float = 1.0, seed: int = 0) -> _Measured:
-        """Return the losses of rows, and `scale` times their gradient."""
-        seed_generators(seed)
-        before = torch.default_generator.get_state()
-        seen = Operations(steady=True)
+    def measure(
+        self, rows: Sequence[int], *, scale: float = 1.0, seed: int = 0, level: int | None = MIDDLE
+    ) -> Measured:
+        """Return the losses of rows, and `scale` times their gradient.
+
+        Args:
+            rows: which.
+            scale: of the loss.
+            seed: of the generators.
+            level: what random operations give; None: random numbers.
+        """
+        watches = self._watches is not False or level != MIDDLE
         with (
-            nullcontext() if self._watches is False else seen,
+            self._drawing(seed, level, watches=watches) as seen,
             self.flat.new_gradient() as gradient,
             self.flat.standing.piece() as made,
         ):
-            output, losses = forward(
-                self.flat.module, self._loss, self._schema, self._records[list(rows)], self.flat.dtype
-            )
+            before = torch.default_generator.get_state()
+            output, losses = self._forward(self.flat.module, self._loss, rows)
             if losses.requires_grad:  # else the trial's steps say what is wrong
                 back_propagate(losses, scale)
-        if self._watches is None:
-            self._watches = not seen.is_ordinary
-        elif not self._watches and not torch.equal(before, torch.default_generator.get_state()):
+        if not watches and not torch.equal(before, torch.default_generator.get_state()):
             self._watches = True
             return self.measure(rows, scale=scale, seed=seed)
+        if self._watches is None:
+            self._watches = not seen.is_ordinary
         vector = torch.from_numpy(gradient)
-        return _Measured(
-            output=output.detach() if isinstance(output, torch.Tensor) else output,
-            losses=losses.detach().double().clone(),
-            gradient=vector if scale == 1 else vector.div_(scale),
-            epsilon=seen.epsilon,
-            float16=torch.float16 in seen.dtypes,
-            changes=made.changes,
-        )
+        return measured(output, losses, vector if scale == 1 else vector.div_(scale), seen, made.changes)
+
+    @contextmanager
+    def _drawing(self, seed: int, level: int | None, *, watches: bool = True) -> Iterator[Operations]:
+        seed_generators(seed)
+        seen = Operations(steady=level, wide=self._is_wide)
+        with ExitStack() as held:
+            if watches:
+                held.enter_context(seen)
+            if level is not None:
+                held.enter_context(self._chance.steady(level))
+            yield seen
+        if watches:
+            self._dtypes = seen.dtypes
+        seen.dtypes = self._dtypes
+        self._draws = self._draws or seen.draws > 0 or self._chance.was_drawn
 
     def _is_sure(self) -> bool:
         """Return whether all operations were watched; from now on they are, and nothing is known yet."""
@@ -152,68 +165,159 @@ class Probe:
         self._plain.clear()
         return False
 
+    def _forward(self, module: nn.Module, loss: Loss, rows: Sequence[int]) -> tuple[Any, torch.Tensor]:
+        return forward(module, loss, self._schema, self._records[list(rows)], self.flat.dtype)
+
     def move(self, parameters: torch.Tensor | None = None) -> None:
-        """Go to weights near some parameters, float[P]; None: near the first ones."""
-        self._plain.clear()
-        if parameters is not None:
-            self.flat.parameters.copy_(parameters)
+        """Go to weights near some parameters, float[P]; None: near the first ones.
+
+        Where losses are not finite there, nothing could be compared: then it goes to these parameters.
+        """
+        start = self._first if parameters is None else parameters
         chance = torch.Generator().manual_seed(16)
-        noise = torch.rand(self.flat.parameters.shape, generator=chance, dtype=self.flat.dtype).sub_(0.5)
-        for values, away in zip(self._parts(self.flat.parameters), self._parts(noise), strict=True):
+        noise = torch.rand(start.shape, generator=chance, dtype=self.flat.dtype).sub_(0.5)
+        moved = start.clone()
+        for values, away in zip(self._parts(moved), self._parts(noise), strict=True):
             if len(values):
                 size = float(values.norm()) / len(values) ** 0.5
                 values.add_(away, alpha=2 * _MOVED * (size + _MOVED))
+        self._go_to(moved)
+        if not self.plain(range(DIFFERENT_ROWS)).is_finite:
+            self._go_to(start)
+
+    def _go_to(self, parameters: torch.Tensor) -> None:
+        self._plain.clear()
+        self.flat.parameters.copy_(parameters)
         self.flat.standing.at(self.flat.parameters.numpy())
 
     def _parts(self, vector: torch.Tensor) -> Sequence[torch.Tensor]:
         """Return each parameter's part of a vector, [P]."""
         return torch.split(vector, [parameter.numel() for parameter in self.flat.trainable])
 
-    def mixing(self, splits: int = len(_SPLITS)) -> str | None:
+    def mixing(self, splits: int = len(_SPLITS), *, evaluates: bool = False) -> str | None:
         """Return how rows mix, for an error, after some ways to part them; None if they do not.
 
+        Args:
+            splits: how many ways.
+            evaluates: whether they must not mix in evaluation mode, either.
+
         Raises:
-            ModelError: it is a parameter or a constant that mixes them, because forward changes it.
+            ModelError: it is a parameter or a constant that mixes them, because forward changes it; or it
+                cannot be seen, because it draws numbers that cannot be held.
         """
+        wide = self._in_float64(_SPLITS[-splits][0])
+        if wide is not None:
+            with suppress(UserCodeError):  # it cannot compute all rows in float64
+                return wide._in_all_ways(splits, evaluates=evaluates)
+        return self._in_all_ways(splits, evaluates=evaluates)
+
+    def _in_all_ways(self, splits: int, *, evaluates: bool) -> str | None:
         half = len(self._piece) // 2
         of_piece = (self._piece, (self._piece[:half], self._piece[half:]))
         chosen = _SPLITS[-splits:]
-        for whole, parts in [of_piece, *chosen] if half and splits == len(_SPLITS) else chosen:
-            together = self.plain(whole)
+        found = self._mixing([of_piece, *chosen] if half and splits == len(_SPLITS) else chosen, MIDDLE)
+        for level in (LOW, HIGH) if self._draws and splits == len(_SPLITS) else ():
+            with suppress(UserCodeError):  # it need not bear any number
+                found = found or self._mixing(_SPLITS[-1:], level)
+        return self._mixing_in_evaluation() if evaluates and found is None else found
+
+    def _mixing_in_evaluation(self) -> str | None:
+        whole, parts = _SPLITS[0]
+        together, *apart = (self._evaluated(rows) for rows in (whole, *parts))
+        known = [part for part in apart if part is not None]
+        if together is None or len(known) < len(apart):
+            return None
+        found = self._difference(together, known)
+        return None if found is None else f"in evaluation mode, {found}"
+
+    def _mixing(
+        self, splits: Sequence[tuple[Sequence[int], Sequence[Sequence[int]]]], level: int
+    ) -> str | None:
+        def measure(rows: Sequence[int]) -> Measured:
+            return self.plain(rows) if level == MIDDLE else self.measure(rows, level=level)
+
+        for whole, parts in splits:
+            together = measure(whole)
             try:
-                apart = [self._plain.get(tuple(part)) or self.measure(part) for part in parts]
+                apart = [measure(part) for part in parts]
             except UserCodeError:  # of a single row, perhaps, which is tried later; two may do
                 parts = (whole[:2], whole[2:])
-                apart = [self.measure(part) for part in parts]
+                apart = [measure(part) for part in parts]
             found = self._difference(together, apart)
             if found is None:
                 continue
             if not self._is_sure():
-                return self.mixing(splits)
-            again = self.measure(whole, seed=1)
+                return self._mixing(splits, level)
+            again = self.measure(whole, seed=1, level=level)
             if self._difference(together, [again]) is not None:
-                return None  # it differs from itself: that is not about rows, and found elsewhere
-            if self._is_rounding(whole, parts):
+                raise ModelError(_DRAWS_ITS_OWN)
+            if self._is_rounding(whole, together, apart, level=level):
                 continue
             if _compute_by_running_statistics(self.flat.module):
                 self._plain.clear()
-                return self.mixing(splits)
+                return self._mixing(splits, level)
             self.flat.apply(reduce(unite, (part.changes for part in apart)))  # more to the point
             return f"{len(whole)} rows together against the same rows in {len(parts)} parts: {found}"
         return None
 
-    def _is_rounding(self, whole: Sequence[int], parts: Sequence[Sequence[int]]) -> bool:
-        """Return whether the rows do not mix in float64, where the module can be computed so."""
+    def _in_float64(self, rows: Sequence[int]) -> Probe | None:
+        """Return a copy at these weights that computes in float64; None if it does not compute these rows."""
         if self.flat.dtype == torch.float64:
-            return False
+            return None
         try:
             module, loss = copied((self.flat.module, self._loss))
-            exact = Probe(module.double(), loss, self._schema, self._records, torch.float64)
-            together = exact.measure(whole)
-            apart = [exact.measure(part) for part in parts]
+            if isinstance(loss, nn.Module):
+                loss.double()
+            wide = Probe(module.double(), loss, self._schema, self._records, torch.float64, self)
+            return wide if wide.plain(rows).is_finite else None
         except (UserCodeError, ModelError, RuntimeError, TypeError):
+            return None
+
+    def _is_rounding(
+        self,
+        rows: Sequence[int],
+        one: Measured,
+        other: Sequence[Measured],
+        *,
+        level: int = MIDDLE,
+        most: float = _SINGLE,
+    ) -> bool:
+        """Return whether two ways to compute rows differ by no more than rounding explains.
+
+        Weights that are one rounding away change what an ill-conditioned module computes by as much.
+
+        Args:
+            rows: which.
+            one: what they give in one way.
+            other: what they give in parts, or in the other way.
+            level: of chance.
+            most: rounding of this size explains as much as is ever explained.
+        """
+        if self._difference(one, other, most) is not None:
             return False
-        return together.is_finite and self._difference(together, apart) is None
+        here = self.flat.parameters.clone()
+        held = dict(self._plain)
+        signs = torch.randint(0, 2, here.shape, generator=torch.Generator().manual_seed(16)).mul_(2).sub_(1)
+        self._go_to(here + here * signs * torch.finfo(here.dtype).eps)
+        shaken = self.measure(rows, level=level)
+        self._go_to(here)
+        self._plain.update(held)
+        return distance(one, other) <= _AMPLIFIED * distance(one, [shaken])
+
+    def refuse_what_does_not_repeat(self) -> None:
+        """Refuse what draws from a source that no seed reaches.
+
+        Raises:
+            ModelError: that it does.
+        """
+        rows = range(TRIED_ROWS)
+        once, again = (self.measure(rows, level=None) for _ in range(2))
+        if self._difference(once, [again], _SINGLE) is not None:
+            raise ModelError(
+                "the loss of the same rows is another when it is computed again, though the generators of "
+                "torch, numpy and Python are seeded: two runs of one seed would differ. Draw from these, not "
+                "from default_rng() without a seed, os.urandom, secrets or the time"
+            )
 
     def scaling(self) -> str | None:
         """Return whose gradient is not proportional to the loss, for an error; None if all are."""
@@ -254,30 +358,85 @@ class Probe:
             return self.channels_last()
         return None if found is None else f"channels last, the module computes other values: {found}"
 
-    def _evaluated(self, rows: Sequence[int], *, refuses: bool = False) -> _Measured | None:
+    def refuse_other_memory(self, module: nn.Module, loss: Loss) -> None:
+        """Refuse what computes otherwise where parameters are views of one vector.
+
+        Args:
+            module: a copy of the user's, whose parameters have memory of their own; it is changed.
+            loss: a copy, too.
+
+        Raises:
+            ModelError: that it does, with the parameter's name.
+            UserCodeError: the module or its loss raised.
+        """
+        found = self._by_memory(module, loss)
+        if found is not None:
+            raise ModelError(
+                "forward computes other values when its parameters are contiguous parts of one vector, as "
+                f"they are in training ({found}). It depends on the offset, the strides or the size of their "
+                "memory. Let it use values alone: parameter.contiguous(), or as_strided without an offset"
+            )
+
+    def _by_memory(self, module: nn.Module, loss: Loss) -> str | None:
+        """Return which parameter's memory matters; None if none does."""
+        without_batch_statistics(module)
+        named = dict(nn.Module.named_parameters(module))
+        own = [named[name] for name in self.names]
+        homes = [parameter.data for parameter in own]
+        constants = Constants(module, {id(parameter) for parameter in own})
+        constants.stand()
+        modes = [(part, part.training) for part in module.modules()]
+        rows = range(TRIED_ROWS)
+
+        def measure(evaluates: bool) -> Measured:
+            for parameter, home, values in zip(own, homes, self.flat.trainable, strict=True):
+                parameter.data, parameter.grad = home, None
+                home.copy_(values.detach())  # forward may have changed it
+            constants.restore()
+            if evaluates:
+                module.eval()
+            with torch.set_grad_enabled(not evaluates), self._drawing(0, MIDDLE) as seen:
+                output, losses = self._forward(module, loss, rows)
+                if losses.requires_grad:
+                    back_propagate(losses)
+            if evaluates:
+                module.train(modes[0][1])  # takes out again what an own eval() merged
+                for part, training in modes:
+                    part.training = training
+            return measured(output, losses, gradient_of(own), seen, None)
+
+        for evaluates in (False, True):
+            here = self._evaluated(rows) if evaluates else self.plain(rows)
+            if here is None:
+                return None
+            there = measure(evaluates)
+            found = self._difference(there, [here])
+            if found is None:
+                continue
+            if not evaluates and self._is_rounding(rows, here, [there], most=_MUCH):
+                return None
+            for number, view in enumerate(self._parts(torch.zeros_like(self.flat.parameters))):
+                home, homes[number] = homes[number], view.view(own[number].shape)
+                if self._difference(there, [measure(evaluates)]) is not None:
+                    return f"parameter {self.names[number]!r}: {found}"
+                homes[number] = home
+            return f"the parameters: {found}"
+        return None
+
+    def _evaluated(self, rows: Sequence[int], *, refuses: bool = False) -> Measured | None:
         """Return the losses of rows in evaluation mode, without a gradient; None if it cannot be computed.
 
         Raises:
             UserCodeError: it cannot, and `refuses`.
         """
-        seed_generators(0)
         try:
-            with evaluating(self.flat), Operations(steady=True) as seen:  # other ones than in training
-                output, losses = forward(
-                    self.flat.module, self._loss, self._schema, self._records[list(rows)], self.flat.dtype
-                )
+            with evaluating(self.flat), self._drawing(0, MIDDLE) as seen:
+                output, losses = self._forward(self.flat.module, self._loss, rows)
         except (UserCodeError, ModelError):
             if refuses:
                 raise
             return None  # the trial's evaluations say what is wrong
-        return _Measured(
-            output=output,
-            losses=losses.double().clone(),
-            gradient=torch.zeros(0),
-            epsilon=seen.epsilon,
-            float16=False,
-            changes=None,
-        )
+        return measured(output, losses, torch.zeros_like(self.flat.parameters), seen, None)
 
     def sums_of_rows(self) -> str | None:
         """Return the name of what forward changes by the rows of a piece; None if there is nothing."""
@@ -291,24 +450,29 @@ class Probe:
         names = {} if together is None else together.parts
         return next(iter({**apart.parts, **names}))
 
-    def _difference(self, together: _Measured, apart: Sequence[_Measured]) -> str | None:
-        """Return where losses or gradients differ by more than rounding; None: nowhere."""
+    def _difference(
+        self, together: Measured, apart: Sequence[Measured], precision: float = 0.0
+    ) -> str | None:
+        """Return where losses or gradients differ by more than rounding; None: nowhere.
+
+        Args:
+            together: of some rows.
+            apart: of the same rows, in parts.
+            precision: the rounding error that is allowed at least.
+        """
         if not together.is_finite or not all(part.is_finite for part in apart):
             return None
-        precision = max(together.epsilon, *(part.epsilon for part in apart))
-        if self.flat.dtype == torch.float64:
-            precision = float(np.sqrt(torch.finfo(torch.float64).eps))
-        coarse, floor = max(1e-3, 16 * precision), max(2e-5, 8 * precision)
+        precision = max(precision, together.epsilon, *(part.epsilon for part in apart))
+        coarse, floor = (1e-3, 2e-5) if precision >= _SINGLE else (_WIDE_COARSE, _WIDE_FLOOR)
+        coarse, floor = max(coarse, 16 * precision), max(floor, 8 * precision)
         losses = torch.cat([part.losses for part in apart])
         if len(losses) == len(together.losses):
             error = (losses - together.losses).abs()
             limit = coarse * torch.maximum(losses.abs(), together.losses.abs()) + floor * losses.abs().max()
             worst = int((error - limit).argmax())
             if error[worst] > limit[worst]:
-                return f"the loss of row {worst + 1} is {together.losses[worst]:g} and {losses[worst]:g}"
-        error = apart[0].gradient - together.gradient
-        for part in apart[1:]:
-            error += part.gradient
+                return f"the loss of row {worst + 1} is {together.losses[worst]:.9g} and {losses[worst]:.9g}"
+        error = sum_of(apart) - together.gradient
         size = float(together.gradient.norm())
         if float(error.norm()) <= floor * size:
             return None

@@ -130,15 +130,15 @@ def try_out(module: nn.Module, records: npt.NDArray[Any], use: Use) -> Found:
         UserCodeError: the module, the loss or the optimiser raised.
     """
     started = time.perf_counter()
-    copies = [_copied(module, use.loss) for _ in range(2)]  # first: it refuses what cannot be copied
+    copies = [_copied(module, use.loss) for _ in range(3)]  # first: it refuses what cannot be copied
     refuse_at_sight(module, use.loss, use.schema)
     few = _distinct(records, use)
     records = records.copy()
     if has_lazy_parts(module):
-        (twin, _), _ = copies
+        (twin, _), *_ = copies
         shaped = take_shapes(module, twin, lambda: _output_of(twin, few, use), use.seed)
         log.info("lazy modules have their shapes from the first rows: %s", ", ".join(shaped))
-        copies = [_copied(module, use.loss) for _ in range(2)]
+        copies = [_copied(module, use.loss) for _ in range(3)]
     refuse_shared_memory(module, use.loss)
     with (
         _pairs_explained(),
@@ -182,7 +182,7 @@ class _Trial:
 
     Args:
         module: the caller's; not changed.
-        copies: two, of it and its loss.
+        copies: three, of it and its loss.
         records: some rows.
         few: rows that differ, [DIFFERENT_ROWS].
         use: how the module will be used.
@@ -223,6 +223,8 @@ class _Trial:
             for label, values in zip(labels, wanted, strict=True):
                 label[:] = np.where((values >= 0) & (values < classes), values, 0)
         probe.move()
+        probe.refuse_what_does_not_repeat()
+        probe.refuse_other_memory(*self._copies[2])
         if use.has_pieces and (name := probe.sums_of_rows()) is not None:
             raise ModelError(
                 f"forward changes {name} by the rows of a piece: pieces would leave what one of them counts, "
@@ -236,7 +238,7 @@ class _Trial:
             self._refuse_scaling(f"parameter {hooked!r} has a hook, which makes another gradient of a sum")
         self._refuse_scaling(probe.scaling())  # first: what clips depends on the other rows, too
         if not use.rows_mix:
-            self._refuse_mixing(probe.mixing())
+            self._refuse_mixing(probe.mixing(evaluates=use.evaluates))
         after = self._steps(first.shape, channels_last=channels_last, float16=measured.float16)
         if after is not None:
             probe.move(after)

@@ -293,11 +293,6 @@ class Sentence:
         return not words & {*ODD_BLOCKS, *ODD_BESIDE, *ODD_CHANGES, *ODD_LOSSES}
 
     @property
-    def mixes(self) -> bool:
-        """Return whether rows may mix: by less than a thousandth of a gradient, that is not refused."""
-        return bool({*self.blocks, *self.beside, self.loss} & MIXING)
-
-    @property
     def shows_late(self) -> bool:
         """Return whether what is wrong may show after some steps."""
         return any(name in ODD_BESIDE and contract_changes.REFUSED[name].late for name in self.beside)
@@ -501,12 +496,6 @@ ODD_CHANGES: dict[str, Change] = {
 
 LOSSES = ("pulled", "cross_entropy", "weighted_classes", "smoothed", "robust")
 ODD_LOSSES = ("divided_by_rows", "outer", "contrasted", "counting", "margins")
-
-MIXING = {
-    "minus mean", "recurrent over rows", "by frequency", "divided_by_rows", "outer", "contrasted",
-    *(name for name, refused in contract_changes.REFUSED.items() if refused.word == "row"),
-}  # fmt: skip
-"""Words for rows that mix."""
 
 JUMPS_AT_ZERO = {"Adafactor", "Rprop"}
 """Optimisers that divide a gradient by its size: what is 0, and 1e-18 elsewhere, moves a parameter."""

@@ -16,9 +16,6 @@ from plain_torch import Data, Verdict, compared
 ROUNDING = 1e-6
 """Some optimisers divide a gradient's rounding by as little as 1e-10."""
 
-MIXED = 2e-3
-"""Rows that mix by less than a thousandth of a gradient are not refused."""
-
 PARTS = 5
 """Tests that share the examples: two processes have as much to do then."""
 
@@ -35,8 +32,7 @@ def check_examples(data: Data, count: int, num_shards: int, part: int = 0) -> No
     )
     @given(sentences())
     def check(sentence: Sentence) -> None:
-        rounding = MIXED if sentence.mixes else ROUNDING
-        verdict = compared(sentence.make, sentence.recipe(), data, num_shards, rounding)
+        verdict = compared(sentence.make, sentence.recipe(), data, num_shards, ROUNDING)
         require_right_or_refused(sentence, num_shards, verdict)
 
     check()

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import random
 from collections.abc import Callable
+from random import gauss
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from numpy.random import rand
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
@@ -330,8 +334,159 @@ def test_batch_statistics_by_a_function_are_mixing() -> None:
     refused(With(lambda x: F.batch_norm(x, None, None, training=True)), "depends on the other rows")
 
 
-def test_randomness_of_numpy_is_not_taken_for_mixing() -> None:
-    tried(With(lambda x: x * torch.from_numpy(np.random.rand(len(x), 1)).float()))
+def noise(like: np.ndarray[Any, Any]) -> torch.Tensor:
+    return torch.from_numpy(np.asarray(like)).float()
+
+
+def rolled(x: torch.Tensor) -> torch.Tensor:
+    return torch.tensor([gauss(1, 0.1) for _ in range(len(x))])[:, None]
+
+
+NOISE = {
+    "numpy's factors": lambda x: x * noise(np.random.rand(len(x), 1)),
+    "numpy's dropout": lambda x: x * noise(np.random.random(x.shape) < 0.7),
+    "a mask that seldom keeps": lambda x: x * noise(np.random.random(x.shape) < 0.3),
+    "around values": lambda x: x + noise(np.random.normal(x.detach().numpy(), scale=0.1)),
+    "by chances": lambda x: x * noise(np.random.binomial(1, np.full(x.shape, 0.5))),
+    "numpy's choice": lambda x: x * noise(np.random.choice([0.0, 1.0, 2.0], len(x)))[:, None],
+    "imported by name": lambda x: x * noise(rand(len(x), 1)),
+    "a seeded generator": lambda x: x * noise(np.random.default_rng(0).random((len(x), 1))),
+    "an old seeded generator": lambda x: x * noise(np.random.RandomState(0).rand(len(x), 1)),
+    "Python's factors": lambda x: x * torch.tensor([random.random() for _ in range(len(x))])[:, None],
+    "Python's, by name": lambda x: x * rolled(x),
+    "one number": lambda x: x * random.gauss(0, 1),
+    "torch's mask that seldom keeps": lambda x: x * (torch.rand_like(x) < 0.3),
+    "torch's categories": lambda x: x * torch.multinomial(torch.ones(len(x), 4), 1),
+    "torch's distributions": lambda x: x * torch.distributions.Gamma(2.0, 1.0).sample((len(x), 1)),
+}
+
+
+@pytest.mark.parametrize("kind", NOISE)
+def test_noise_is_no_mixing_and_hides_none(kind: str) -> None:
+    assert tried(With(NOISE[kind])).output == (4, 1)
+    refused(With(lambda x: NOISE[kind](x - x.mean(0))), "depends on the other rows of its piece")
+
+
+def test_a_permutation_of_numpy_s_mixes() -> None:
+    refused(
+        With(lambda x: x + x[torch.from_numpy(np.random.permutation(len(x)))]), "depends on the other rows"
+    )
+
+
+def test_a_dropout_s_complement_is_seen() -> None:
+    def swapped(x: torch.Tensor) -> torch.Tensor:
+        mask = torch.bernoulli(torch.full_like(x, 0.9))
+        return x * mask + x.mean(0) * (1 - mask)
+
+    refused(With(swapped), "depends on the other rows of its piece")
+
+
+def test_noise_that_cannot_be_held_is_refused_by_what_to_do() -> None:
+    def by_default(x: torch.Tensor, draw: Any = np.random.rand) -> torch.Tensor:
+        return x * noise(draw(len(x), 1))
+
+    refused(With(by_default), "a default, an attribute or a partial", "model.rows_mix = true")
+    assert tried(With(by_default), rows_mix=True).output == (4, 1)
+
+
+def test_a_loop_that_waits_for_another_number_ends() -> None:
+    def pairs(x: torch.Tensor) -> torch.Tensor:
+        first = second = random.randrange(4)
+        while second == first:
+            second = random.randrange(4)
+        return x * (first - second)
+
+    assert tried(With(pairs)).output == (4, 1)
+    refused(With(lambda x: pairs(x - x.mean(0))), "a loop until it gets another number")
+
+
+@pytest.mark.parametrize(
+    "noisy",
+    [
+        lambda x: x * noise(np.random.default_rng().random((len(x), 1))),
+        lambda x: x * (1 + os.urandom(1)[0] / 256),
+    ],
+)
+def test_what_no_seed_reaches_is_refused(noisy: Any) -> None:
+    refused(With(noisy), "two runs of one seed would differ", "default_rng() without a seed", rows_mix=True)
+
+
+class InEvaluation(Around):
+    """Rows mix in evaluation alone."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.inner(x if self.training else x - x.mean(0))
+
+
+def test_rows_must_not_mix_in_evaluation_either() -> None:
+    refused(InEvaluation(), "in evaluation mode, the loss of row", "depends on the other rows")
+    assert tried(InEvaluation(), evaluates=False).output == (4, 1)
+
+
+def little(x: torch.Tensor) -> torch.Tensor:
+    return x + 1e-6 * x.mean(0)
+
+
+class InHalf(Around):
+    """Casts to bfloat16 by hand."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        weight, bias = self.inner.weight.bfloat16(), self.inner.bias.bfloat16()
+        return F.linear(little(x).bfloat16(), weight, bias).float()
+
+
+class UnderAutocast(Half):
+    """As Half, on rows that mix a little."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(little(x))
+
+
+LITTLE = {
+    "plain": lambda: With(little),
+    "under autocast": lambda: UnderAutocast(torch.bfloat16),
+    "cast by hand": InHalf,
+    "a cast, and constants": lambda: With(
+        lambda x: little(x).float() @ torch.eye(6) + torch.zeros(6, dtype=torch.float32)
+    ),
+    "an attention's softmax": lambda: With(lambda x: little(x).softmax(1, dtype=torch.float32).to(x.dtype)),
+}
+
+
+@pytest.mark.parametrize("kind", LITTLE)
+def test_a_millionth_of_mixing_is_found(kind: str) -> None:
+    refused(LITTLE[kind](), "depends on the other rows of its piece")
+
+
+class Magnified(Around):
+    """Magnifies rounding a billion times in its gradient."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.inner = nn.Linear(6, 64), nn.Linear(64, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 1e-9 * torch.sin(1e9 * super().forward(self.up(x.double())))
+
+
+def test_magnified_rounding_is_no_mixing() -> None:
+    assert tried(Magnified().double(), dtype=torch.float64).output == (4, 1)
+
+
+class Logarithm(Around):
+    """Moved weights would leave its domain."""
+
+    def __init__(self, first: Any) -> None:
+        super().__init__()
+        self.small, self.first = nn.Parameter(torch.full((6,), 1e-4)), first
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.inner(self.first(x)) + self.small.log().sum()
+
+
+def test_mixing_is_found_where_moved_weights_give_nan() -> None:
+    assert tried(Logarithm(torch.tanh)).output == (4, 1)
+    refused(Logarithm(lambda x: x - x.mean(0)), "depends on the other rows of its piece")
 
 
 def test_float16_is_seen_and_bfloat16_is_not_it() -> None:

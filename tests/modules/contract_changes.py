@@ -121,6 +121,15 @@ class LayoutBranch(StridedConvolution):
         return self.output((x if x.is_contiguous() else 2 * x).flatten(1))
 
 
+class Transposed(Net):
+    """A weight that is another tensor's transpose, and one that is a slice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.hidden.weight = nn.Parameter(torch.randn(IN, WIDTH).t())
+        self.output.weight = nn.Parameter(torch.randn(6, WIDTH)[2:4])
+
+
 def threads_set() -> nn.Module:
     """Forward sets the number of threads, to what it is."""
     net = Net()
@@ -141,6 +150,7 @@ RIGHT: dict[str, Callable[[], nn.Module]] = {
     "a frozen teacher follows": Teacher,
     "memory read with strides": StridedConvolution,
     "a branch by memory layout": LayoutBranch,
+    "transposed and sliced parameters": Transposed,
     "forward sets threads": threads_set,
 }
 """Forward changes something: trains as on one process."""
@@ -329,6 +339,49 @@ class Sorted(Net):
         return torch.tanh(x).sort(0).values
 
 
+class NoisyBatchMean(Net):
+    """Rows minus their mean, behind a dropout by numpy."""
+
+    def act(self, x):
+        return torch.tanh(x - x.mean(0)) * torch.from_numpy(np.random.random(x.shape) < 0.7).to(x.dtype)
+
+
+class LittleMixing(Net):
+    """A millionth of the other rows."""
+
+    def act(self, x):
+        return torch.tanh(x) + 1e-6 * x.mean(0)
+
+
+class MixesInEvaluation(Net):
+    """Rows minus their mean, in evaluation alone."""
+
+    def act(self, x):
+        return torch.tanh(x if self.training else x - x.mean(0))
+
+
+class Unseeded(Net):
+    """Dropout by a generator that no seed reaches."""
+
+    def act(self, x):
+        return torch.tanh(x) * torch.from_numpy(np.random.default_rng().random(x.shape) < 0.7).to(x.dtype)
+
+
+class AbsoluteOffset(Net):
+    """A weight is read where its memory begins, if it has memory of its own."""
+
+    def forward(self, features):
+        x = torch.tanh(self.hidden(features.to(self.output.weight.dtype)))
+        return x @ torch.as_strided(self.output.weight, (WIDTH, 2), (1, WIDTH), 0)
+
+
+class StrideBranch(Transposed):
+    """The output depends on the strides of a weight."""
+
+    def forward(self, features):
+        return super().forward(features) * self.hidden.weight.stride(0)
+
+
 class Holding(Net):
     """An attribute that neither copies nor pickles.
 
@@ -428,6 +481,12 @@ REFUSED: dict[str, Refused] = {
     "a generator of the module's own": Refused(OwnGenerator, "generator"),
     "rows minus their mean": Refused(BatchMean, "row"),
     "rows that are sorted": Refused(Sorted, "row"),
+    "rows minus their mean, behind noise": Refused(NoisyBatchMean, "other rows"),
+    "a millionth of other rows": Refused(LittleMixing, "other rows"),
+    "rows that mix in evaluation": Refused(MixesInEvaluation, "in evaluation mode"),
+    "noise that no seed reaches": Refused(Unseeded, "default_rng"),
+    "an absolute offset of memory": Refused(AbsoluteOffset, "output.weight"),
+    "a branch by a weight's strides": Refused(StrideBranch, "hidden.weight"),
     "a recurrent layer over rows": Refused(
         lambda: Around(nn.Sequential(nn.Unflatten(1, (6, 4)), First(nn.GRU(4, 3)))), "row"
     ),
@@ -465,6 +524,15 @@ class NumpyDropout(Net):
         return torch.tanh(x) * torch.from_numpy(np.random.random(x.shape) < 0.7).to(x.dtype)
 
 
+class NumpyNoise(Net):
+    """Noise around values, and one factor for each row, by numpy's generators."""
+
+    def act(self, x):
+        noise = np.random.normal(x.detach().numpy(), 0.1)
+        factors = np.random.default_rng(3).integers(1, 3, (len(x), 1))
+        return torch.tanh(x) * torch.from_numpy(factors) + torch.from_numpy(noise).to(x.dtype)
+
+
 class PythonDropout(Net):
     """Dropout by Python's generator."""
 
@@ -481,6 +549,7 @@ class NoisyEvaluation(Net):
 
 RANDOM: dict[str, Callable[[], nn.Module]] = {
     "dropout by numpy": NumpyDropout,
+    "noise by numpy": NumpyNoise,
     "dropout by Python": PythonDropout,
     "noise in evaluation": NoisyEvaluation,
 }

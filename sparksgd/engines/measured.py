@@ -1,0 +1,83 @@
+"""What a few rows give at some weights: losses and gradient, and how far two ways to compute them differ.
+
+Legend: B rows, P parameters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from sparksgd.arithmetic.changes import Changes
+from sparksgd.engines.operations import Operations
+
+__all__ = ["Measured", "distance", "gradient_of", "measured", "sum_of"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """Losses and gradient of some rows."""
+
+    output: Any
+    """The module's."""
+
+    losses: torch.Tensor
+    """float64[B]."""
+
+    gradient: torch.Tensor
+    """Of their sum, [P]."""
+
+    epsilon: float
+    """The rounding error of its least precise operation."""
+
+    float16: bool
+    """Whether an operation gave float16."""
+
+    changes: Changes | None
+    """What forward made of parameters and constants."""
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether all losses and gradients are finite."""
+        return bool(torch.isfinite(self.losses.sum() + self.gradient.sum()))
+
+
+def measured(
+    output: Any, losses: torch.Tensor, gradient: torch.Tensor, seen: Operations, changes: Changes | None
+) -> Measured:
+    return Measured(
+        output=output.detach() if isinstance(output, torch.Tensor) else output,
+        losses=losses.detach().double().clone(),
+        gradient=gradient,
+        epsilon=seen.epsilon,
+        float16=torch.float16 in seen.dtypes,
+        changes=changes,
+    )
+
+
+def gradient_of(parameters: Sequence[nn.Parameter]) -> torch.Tensor:
+    """Return the gradients of parameters as one vector, float[P]; 0 where there are none."""
+    gradients = [torch.zeros_like(p) if p.grad is None else p.grad.to_dense() for p in parameters]
+    return torch.cat([gradient.detach().reshape(-1) for gradient in gradients])
+
+
+def sum_of(parts: Sequence[Measured]) -> torch.Tensor:
+    total = parts[0].gradient.clone()
+    for part in parts[1:]:
+        total += part.gradient
+    return total
+
+
+def distance(one: Measured, parts: Sequence[Measured]) -> float:
+    """Return how far losses and gradient are from each other, relative to their greatest and to its norm."""
+    found = 0.0
+    losses = torch.cat([part.losses for part in parts])
+    for here, there in ((one.losses, losses), (one.gradient, sum_of(parts))):
+        size = float(here.norm())
+        if here.shape == there.shape and size:
+            found = max(found, float((here - there).norm()) / size)
+    return found
