@@ -16,6 +16,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -44,7 +45,7 @@ from sparksgd.engines.state_trial import harmless_state
 from sparksgd.engines.watch import Watch
 from sparksgd.errors import ModelError, UserCodeError
 from sparksgd.losses import Loss
-from sparksgd.solvers.schedules import make_schedule
+from sparksgd.solvers.schedules import make_schedule, own_schedule
 from sparksgd.solvers.torch_optimizers import make_optimizer
 
 __all__ = ["Found", "Use", "try_out"]
@@ -278,8 +279,8 @@ class _Trial:
             channels_last=channels_last, float16=float16,
         )  # fmt: skip
         seed_generators(seed32(use.seed, "trial"))
-        optimizer = make_optimizer(flat, use.optimizer, use.seed)
-        schedule = make_schedule(optimizer.optimizer, use.schedule, 0, use.seed)
+        optimizer = make_optimizer(flat, use.optimizer, use.seed, shaped=own_schedule(use.schedule))
+        schedule = make_schedule(optimizer, use.schedule, 0, use.seed)
         moves = min(_STEPS, (schedule and schedule.limit) or _STEPS)
         least = 2 if mixes_rows(flat.module) else 1  # `check_pieces` tells of a batch-norm with one row
         most = max(least, min(use.piece_rows, _MOST_ROWS))
@@ -299,10 +300,9 @@ class _Trial:
             if use.has_pieces:
                 piece.gradient(self._rows(few, step + rows))  # other rows: forward may change by them
             piece.take_changes()
-            optimizer.step(optimizer.new_gradient().copy_(gradient), touched, use.seed)
             steps += 1
-            if schedule is not None and steps < moves:
-                schedule.move(steps)
+            then = partial(schedule.move, steps) if schedule is not None and steps < moves else None
+            optimizer.step(optimizer.new_gradient().copy_(gradient), touched, use.seed, then)
         if not (mixes_rows(flat.module) or use.rows_mix):
             piece.begin()
             piece.gradient(self._rows(1, _STEPS))

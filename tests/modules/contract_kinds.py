@@ -81,6 +81,16 @@ class Heads(Net):
         return output
 
 
+class Attributed(Net):
+    """Each parameter has attributes that an optimiser looks at; the masks are of another shape each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for number, parameter in enumerate(self.parameters()):
+            parameter.lr_scale = 0.5**number
+            parameter.mask = (torch.arange(parameter.numel()) % 3 > 0).view(parameter.shape).double()
+
+
 class Experts(Net):
     """Two experts: each row goes to one; a piece of few rows may leave one out."""
 
