@@ -9,8 +9,8 @@ shards make turns of their own, no such schedule could be right, and it finds no
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -25,7 +25,15 @@ from sparksgd.imports import users_code
 from sparksgd.solvers.carrying import CannotCarry, own_attributes, packed, replace_attributes, unpacked
 from sparksgd.solvers.flat_optimizer import FlatOptimizer, in_shapes, is_of_torch, seeded
 from sparksgd.solvers.protocol import Settings
-from sparksgd.solvers.torch_optimizers import Like, Tried, another_optimizer, are_same, class_named, refusing, small
+from sparksgd.solvers.torch_optimizers import (
+    Like,
+    Tried,
+    another_optimizer,
+    are_same,
+    class_named,
+    refusing,
+    small,
+)
 
 __all__ = ["Rates", "Schedule", "make_schedule", "own_schedule", "remarks_on"]
 
@@ -38,6 +46,7 @@ class Schedule:
         optimizer: whose groups it changes.
         seed: of the run.
         held: what holds the optimiser, where the schedule may look at the parameters.
+        blind: whether it may look at no parameter.
     """
 
     def __init__(
@@ -46,8 +55,11 @@ class Schedule:
         optimizer: Optimizer,
         seed: int,
         held: FlatOptimizer | None = None,
+        *,
+        blind: bool = False,
     ) -> None:
         self._schedule, self._optimizer, self._seed, self._held = schedule, optimizer, seed, held
+        self._blind = blind
         if held is not None:
             held.schedules.append(schedule)
 
@@ -64,8 +76,10 @@ class Schedule:
 
         Raises:
             UserCodeError: it raised.
+            ConfigError: it is blind, but looks at a parameter.
         """
-        with users_code("the schedule"), seeded(type(self._schedule), seed32(self._seed, "schedule", turn)):
+        seed, blind = seed32(self._seed, "schedule", turn), self._blind
+        with users_code("the schedule"), seeded(type(self._schedule), seed), _sight(self._optimizer, blind):
             self._schedule.step()
 
     def state(self) -> dict[str, Any]:
@@ -121,16 +135,24 @@ def _kind(name: str) -> Any:
 
 
 def make_schedule(
-    optimizer: FlatOptimizer, config: ScheduleConfig, moves: int, seed: int = 0, *, is_tried: bool = False
+    optimizer: FlatOptimizer,
+    config: ScheduleConfig,
+    moves: int,
+    seed: int = 0,
+    *,
+    is_tried: bool = False,
+    blind: bool = False,
 ) -> Schedule | None:
     """Return the schedule that a configuration names, or None; it must last for this many moves.
 
     Args:
-        optimizer: that it moves; one that holds the parameters in their shapes, if `own_schedule`.
+        optimizer: that it moves; one that holds the parameters in their shapes, if it is an `own_schedule`.
         config: which class, and its arguments.
         moves: how often it will be moved.
         seed: of the run.
         is_tried: whether this schedule was tried before.
+        blind: whether the optimiser only stands in for others, so that the schedule must look at no
+            parameter, and change nothing but keys of the groups.
 
     Raises:
         ConfigError: no schedule has that name, it does not take these arguments, it ends too early, or it
@@ -151,8 +173,9 @@ def make_schedule(
         )
     with refusing("schedule", config.name, kind, config.arguments):
         if not is_tried:
-            _try_schedule(optimizer, kind, config)
-        made = _made(optimizer.optimizer, kind, config, seed, None if is_of_torch(kind) else optimizer)
+            _try_schedule(optimizer, kind, config, blind=blind)
+        held = None if is_of_torch(kind) else optimizer
+        made = _made(optimizer.optimizer, kind, config, seed, held, blind=blind)
     if made.limit is not None and made.limit < moves:
         raise ConfigError(
             f"schedule.total_steps is {made.limit}, but the run moves the schedule {moves} times: "
@@ -162,15 +185,22 @@ def make_schedule(
 
 
 def _made(
-    optimizer: Optimizer, kind: Any, config: ScheduleConfig, seed: int, held: FlatOptimizer | None = None
+    optimizer: Optimizer,
+    kind: Any,
+    config: ScheduleConfig,
+    seed: int,
+    held: FlatOptimizer | None = None,
+    *,
+    blind: bool,
 ) -> Schedule:
-    who = f"the schedule {kind.__name__}"
-    shaped = nullcontext() if held is None else in_shapes(held.parameters, who)
-    with seeded(kind, seed32(seed, "schedule")), shaped:
-        return Schedule(kind(optimizer, **config.arguments), optimizer, seed, held)
+    blind = blind and not is_of_torch(kind)
+    held = None if blind else held
+    shaped = nullcontext() if held is None else in_shapes(held.parameters, f"the schedule {kind.__name__}")
+    with seeded(kind, seed32(seed, "schedule")), shaped, _sight(optimizer, blind):
+        return Schedule(kind(optimizer, **config.arguments), optimizer, seed, held, blind=blind)
 
 
-def _try_schedule(optimizer: FlatOptimizer, kind: Any, config: ScheduleConfig) -> None:
+def _try_schedule(optimizer: FlatOptimizer, kind: Any, config: ScheduleConfig, *, blind: bool) -> None:
     """Try a schedule with an optimiser like this one.
 
     Raises:
@@ -180,18 +210,20 @@ def _try_schedule(optimizer: FlatOptimizer, kind: Any, config: ScheduleConfig) -
         group = {name: value for name, value in optimizer.group.items() if name != "params"}
         trial = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0, momentum=0.9)
         trial.param_groups[0].update(copy.deepcopy(group) | {"momentum": 0.9, "nesterov": False})
-        schedule = _made(trial, kind, config, 0)
+        schedule = _made(trial, kind, config, 0, blind=blind)
         trial.step()
         schedule.move(1)
         return
 
     def made(of: Optimizer, held: FlatOptimizer | None) -> Schedule:
-        return _made(of, kind, config, 0, held)
+        return _made(of, kind, config, 0, held, blind=blind)
 
     parameters = optimizer.parameters.trainable
     tried = Tried(optimizer.config, small(parameters), made)
     try:
         expected = tried.in_torch()
+    except ConfigError:
+        raise
     except Exception:
         tried = Tried(optimizer.config, [Like.of(one) for one in parameters], made)  # it may need larger ones
         expected = tried.in_torch()
@@ -227,6 +259,58 @@ def remarks_on(schedule: Schedule | None, moves: int) -> list[str]:
     ]
 
 
+_UNSEEN = (
+    "it looks at parameters, gradients or the state of its optimiser, or changes more than keys of "
+    "param_groups; but shards make turns of their own, each at its own parameters, so it cannot set one rate "
+    'for all: let it follow from the turn alone, or use solver.name = "synchronous"'
+)
+
+
+class _Unseen:
+    """What stands in a group where parameters would be, and refuses to be looked at."""
+
+    def _refuse(self, *_: object) -> Any:
+        raise ConfigError(_UNSEEN)
+
+    __iter__ = __len__ = __bool__ = __getitem__ = __setitem__ = __contains__ = __add__ = _refuse
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        raise ConfigError(_UNSEEN)
+
+
+@contextmanager
+def _sight(optimizer: Optimizer, blind: bool) -> Iterator[None]:
+    """In the block, hide an optimiser's parameters and state from a schedule that must be blind."""
+    if not blind:
+        yield
+        return
+    groups, state, before = list(optimizer.param_groups), optimizer.state, _beside(optimizer)
+    held = [group["params"] for group in groups]
+    for group in groups:
+        group["params"] = _Unseen()
+    optimizer.state = _Unseen()  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        optimizer.state = state
+        for group, parameters in zip(groups, held, strict=True):
+            group["params"] = parameters
+    now = _beside(optimizer)
+    if now.keys() != before.keys() or any(now[name] is not before[name] for name in before):
+        raise ConfigError(_UNSEEN)
+
+
+def _beside(optimizer: Optimizer) -> dict[str, object]:
+    """Return what an optimiser has beside groups and state, with how many hooks it has."""
+    found = {name: value for name, value in vars(optimizer).items() if name not in ("state", "_opt_called")}
+    step = found.get("step")
+    if step is not None and step.__code__.co_filename == lr_scheduler.__file__:
+        del found["step"]  # torch counts its calls by it
+    return {name: len(one) if name.endswith("_hooks") else one for name, one in found.items()}
+
+
 class Rates:
     """What a schedule sets in each turn; the schedule moves a stand-in optimiser of a few elements.
 
@@ -249,8 +333,8 @@ class Rates:
         stand_in = FlatParameters([torch.Size([2, 2])], torch.float32)
         self._optimizer = another_optimizer(stand_in, optimizer, seed)
         self.is_elementwise = self._optimizer.is_elementwise
-        self._unscheduled = dict(self._group)
-        self._schedule = make_schedule(self._optimizer, schedule, moves, seed)
+        self._unscheduled, self._is_own = dict(self._group), own_schedule(schedule)
+        self._schedule = make_schedule(self._optimizer, schedule, moves, seed, blind=True)
         if self._schedule is not None:
             scheduled = dict(self._group)
             gradient = self._optimizer.new_gradient().zero_()
@@ -301,9 +385,10 @@ class Rates:
         return tuple(found)
 
     def _note_moved(self) -> None:
-        """Note which of the optimiser's keys the schedule changes."""
+        """Note which of the optimiser's keys the schedule changes; new ones of torch's are its own."""
         before, now = self._unscheduled, self._group
-        self._moved |= {name for name, v in before.items() if name != "params" and now[name] != v}
+        names = [name for name in (now if self._is_own else before) if name not in ("params", "initial_lr")]
+        self._moved |= {name for name in names if name not in before or now[name] != before[name]}
 
     def state(self) -> dict[str, Any]:
         """Return where it is; a view."""

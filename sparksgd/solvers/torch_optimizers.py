@@ -33,7 +33,15 @@ from sparksgd.arithmetic.seeds import seed32
 from sparksgd.config import OptimizerConfig
 from sparksgd.errors import ConfigError, UserCodeError
 from sparksgd.imports import did_you_mean, resolve, users_code
-from sparksgd.solvers.flat_optimizer import ELEMENTWISE, HAS, FlatOptimizer, Parameters, in_shapes, is_of_torch, seeded
+from sparksgd.solvers.flat_optimizer import (
+    ELEMENTWISE,
+    HAS,
+    FlatOptimizer,
+    Parameters,
+    in_shapes,
+    is_of_torch,
+    seeded,
+)
 from sparksgd.solvers.protocol import Settings, Touched
 
 __all__ = [
