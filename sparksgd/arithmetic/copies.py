@@ -273,7 +273,7 @@ def _reduced_tensor(tensor: torch.Tensor) -> Reduced | None:
         )
     hooks = [getattr(tensor, name) if tensor.is_leaf else None for name in _HOOKS]
     attributes = {**tensor.__dict__}
-    for name in _slots(kind):
+    for name in slots(kind):
         if hasattr(tensor, name):
             attributes[name] = getattr(tensor, name)
     if not attributes and not any(hooks):
@@ -281,7 +281,8 @@ def _reduced_tensor(tensor: torch.Tensor) -> Reduced | None:
     return _tensor_of, arguments, (attributes, hooks), None, None, _set_tensor_state
 
 
-def _slots(kind: type) -> list[str]:
+def slots(kind: type) -> list[str]:
+    """Return the names of the attributes that objects of a class have beside their dictionary."""
     return [name for part in kind.__mro__ for name in _names(part.__dict__.get("__slots__", ()))]
 
 
@@ -427,9 +428,7 @@ def parts(value: Any) -> Iterator[tuple[str, object]]:
         held = getattr(value, "__dict__", None)
         if isinstance(held, dict):
             yield from ((f".{name}", part) for name, part in held.items())
-        yield from (
-            (f".{name}", getattr(value, name)) for name in _slots(type(value)) if hasattr(value, name)
-        )
+        yield from ((f".{name}", getattr(value, name)) for name in slots(type(value)) if hasattr(value, name))
 
 
 def _refusal(value: object, name: str, attempt: Callable[[Any], object], error: Exception) -> ModelError:
