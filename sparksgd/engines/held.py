@@ -9,7 +9,6 @@ import datetime
 import decimal
 import enum
 import fractions
-import gc
 import re
 import types
 import weakref
@@ -24,7 +23,7 @@ from collections.abc import (
     MutableSequence,
     MutableSet,
 )
-from functools import lru_cache, partial
+from functools import partial
 from itertools import chain
 from pathlib import PurePath
 from typing import Any
@@ -35,7 +34,7 @@ from torch import nn
 
 from sparksgd.arithmetic.copies import parts, slots
 from sparksgd.engines.bytes_of import components, copy_of, same_bytes
-from sparksgd.engines.hidden_state import hides_state, pickled, reduced, state_of
+from sparksgd.engines.hidden_state import CACHE, cached_in, hides_state, pickled, reduced, state_of
 from sparksgd.errors import ModelError
 
 __all__ = [
@@ -136,7 +135,7 @@ def held_of(path: str, value: Any, seen: Seen) -> Held | None:
     if is_opaque(value):
         return None
     seen.kinds[type(value)] = None
-    if isinstance(value, _CACHED):
+    if isinstance(value, CACHE):
         return _held_cache(path, value, seen)
     if hides_state(value) and (of_c := _Reduced.of(path, value, seen)) is not None:
         return of_c
@@ -159,26 +158,10 @@ def _held_bytes(path: str, value: Any, seen: Seen) -> Held | None:
     return held
 
 
-_CACHED = type(lru_cache(lambda: None))
-
-
 def _held_cache(path: str, value: Any, seen: Seen) -> Held | None:
     """Return what tells whether the values that a function's cache holds changed: new ones may come."""
-    inner = [held for part in _cached(value) if (held := held_of(path, part, seen)) is not None]
+    inner = [held for part in cached_in(value) if (held := held_of(path, part, seen)) is not None]
     return _Several(path, value, inner) if inner else None
-
-
-def _cached(value: Any) -> Iterator[object]:
-    """Yield the function, and the results that its cache holds; the cache's own table is left alone."""
-    for part in gc.get_referents(value):
-        if part is vars(value):
-            continue
-        if not isinstance(part, dict):
-            yield part
-        elif value.cache_parameters()["maxsize"] is None:
-            yield from part.values()
-        elif part and not all(type(one).__name__ == "_lru_list_elem" for one in part.values()):
-            yield part
 
 
 def is_plain(value: object) -> bool:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import contextvars
+import gc
 import pickle
 import queue
 import random
 import threading
 import types
 from collections import deque
-from collections.abc import Callable, Mapping
-from functools import partial
+from collections.abc import Callable, Iterator, Mapping
+from functools import lru_cache, partial
 from typing import Any
 
 import numpy as np
@@ -18,8 +19,9 @@ import torch
 
 from sparksgd.arithmetic.copies import slots
 
-__all__ = ["hides_state", "pickled", "reduced", "state_of"]
+__all__ = ["CACHE", "cached_in", "hides_state", "pickled", "reduced", "state_of"]
 
+CACHE = type(lru_cache(lambda: None))
 _POINTER = 8
 """Bytes of an attribute in an object."""
 
@@ -84,3 +86,16 @@ def pickled(state: Any) -> bytes:
         return pickle.dumps(state)
     except Exception:
         return b""
+
+
+def cached_in(value: Any) -> Iterator[object]:
+    """Yield the function, and the results that its cache holds; the cache's own table is left alone."""
+    for part in gc.get_referents(value):
+        if part is vars(value):
+            continue
+        if not isinstance(part, dict):
+            yield part
+        elif value.cache_parameters()["maxsize"] is None:
+            yield from part.values()
+        elif part and not all(type(one).__name__ == "_lru_list_elem" for one in part.values()):
+            yield part

@@ -39,6 +39,7 @@ from sparksgd.engines.leaves import Leaves
 from sparksgd.engines.mixing import DIFFERENT_ROWS, TRIED_ROWS, Probe
 from sparksgd.engines.modes import evaluating
 from sparksgd.engines.operations import Operations
+from sparksgd.engines.outside import Outside
 from sparksgd.engines.ownership import Owned, left_alone, refuse_shared_memory
 from sparksgd.engines.sight import refuse_at_sight
 from sparksgd.engines.state_trial import harmless_state
@@ -281,6 +282,7 @@ class _Trial:
         seed_generators(seed32(use.seed, "trial"))
         optimizer = make_optimizer(flat, use.optimizer, use.seed, shaped=own_schedule(use.schedule))
         schedule = make_schedule(optimizer, use.schedule, 0, use.seed)
+        outside = Outside(optimizer, self._module, self._owned)
         moves = min(_STEPS, (schedule and schedule.limit) or _STEPS)
         least = 2 if mixes_rows(flat.module) else 1  # `check_pieces` tells of a batch-norm with one row
         most = max(least, min(use.piece_rows, _MOST_ROWS))
@@ -302,7 +304,8 @@ class _Trial:
             piece.take_changes()
             steps += 1
             then = partial(schedule.move, steps) if schedule is not None and steps < moves else None
-            optimizer.step(optimizer.new_gradient().copy_(gradient), touched, use.seed, then)
+            with outside.watched():
+                optimizer.step(optimizer.new_gradient().copy_(gradient), touched, use.seed, then)
         if not (mixes_rows(flat.module) or use.rows_mix):
             piece.begin()
             piece.gradient(self._rows(1, _STEPS))
