@@ -149,8 +149,12 @@ class Probe:
         """Return each parameter's part of a vector, [P]."""
         return torch.split(vector, [parameter.numel() for parameter in self.flat.trainable])
 
-    def mixing(self, splits: int = len(_SPLITS)) -> str | None:
+    def mixing(self, splits: int = len(_SPLITS), *, has_pieces: bool = True) -> str | None:
         """Return how rows mix, for an error, after some ways to part them; None if they do not.
+
+        Args:
+            splits: how many ways.
+            has_pieces: whether a step has several pieces, in which forward could leave different values.
 
         Raises:
             ModelError: it is a parameter or a constant that mixes them, because forward changes it.
@@ -175,8 +179,9 @@ class Probe:
                 continue
             if _compute_by_running_statistics(self.flat.module):
                 self._plain.clear()
-                return self.mixing(splits)
-            self.flat.apply(reduce(unite, (part.changes for part in apart)))  # more to the point
+                return self.mixing(splits, has_pieces=has_pieces)
+            if has_pieces:
+                self.flat.apply(reduce(unite, (part.changes for part in apart)))  # more to the point
             return f"{len(whole)} rows together against the same rows in {len(parts)} parts: {found}"
         return None
 

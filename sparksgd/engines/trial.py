@@ -235,12 +235,12 @@ class _Trial:
         channels_last = has_convolutions(self._module) and plainly is None
         self._refuse_scaling(probe.scaling())  # first: what clips depends on the other rows, too
         if not use.rows_mix:
-            self._refuse_mixing(probe.mixing())
+            self._refuse_mixing(probe.mixing(has_pieces=use.has_pieces))
         after = self._steps(first.shape, channels_last=channels_last, float16=measured.float16)
         if after is not None:
             probe.move(after)
             if not use.rows_mix:
-                self._refuse_mixing(probe.mixing(splits=1))
+                self._refuse_mixing(probe.mixing(splits=1, has_pieces=use.has_pieces))
         if plainly is not None:
             self.remarks.append(f"convolutions are computed channels first, which takes longer: {plainly}")
         elif channels_last:

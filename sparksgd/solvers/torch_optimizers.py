@@ -46,6 +46,7 @@ from sparksgd.solvers.protocol import Settings, Touched
 
 __all__ = [
     "Like",
+    "Scheduled",
     "Tried",
     "another_optimizer",
     "are_same",

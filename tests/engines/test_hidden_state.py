@@ -1,4 +1,4 @@
-"""State in objects of any kind, whose effect shows late: what moves is refused by name, wherever it is held."""
+"""State in objects of any kind, whose effect shows late: what moves is refused, wherever it is held."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ import torch
 from torch import nn
 from torch.distributions import Categorical, Normal
 from torch.optim.lr_scheduler import LRScheduler
-from trials import refused, tried
 
 from sparksgd.config import OptimizerConfig, ScheduleConfig
 from sparksgd.engines.watch import Watch
+from tests.engines.trials import refused, tried
 
 LATE = 10_000
 
@@ -337,7 +337,8 @@ def test_what_moves_is_refused_though_it_has_no_effect_yet(kept: Any, kind: str,
     "start",
     [
         Counts, InSlots, InData, deque, lambda: np.array([Counts(), None], object),
-        lambda: optimizer(torch.optim.Adam), lambda: array.array("i", [0]), lambda: Categorical(torch.ones(3)),
+        lambda: optimizer(torch.optim.Adam), lambda: array.array("i", [0]),
+        lambda: Categorical(torch.ones(3)),
         Plain, io.BytesIO, UserDict,
         lambda: random.Random(1), lambda: cached, lambda: {"a": [Counts(), {1: (2, [3])}]},
         lambda: itertools.count(), lambda: nn.BatchNorm1d(3), lambda: lambda x: x, lambda: Colour.RED,
