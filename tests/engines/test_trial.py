@@ -14,10 +14,10 @@ import weakref
 from pathlib import Path
 from typing import Any
 
-import cloudpickle
 import numpy as np
 import pytest
 import torch
+from pyspark import cloudpickle
 from torch import nn
 from torch.nn import functional as F
 from two_workers import by_plain_torch, train_here
@@ -237,7 +237,7 @@ def test_a_default_of_a_lambda_is_the_copy_s() -> None:
     copy = copied(module)
     assert copy.reach.__defaults__ == (copy,)
     assert module.reach.__defaults__ == (module,)
-    travelled = pickle.loads(pickled(module, {"": module}, cloudpickle.Pickler))
+    travelled = pickle.loads(pickled(module, {"": module}, cloudpickle.CloudPickler))
     assert travelled.reach.__defaults__ == (travelled,)
     tried(module)
 
