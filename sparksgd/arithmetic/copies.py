@@ -32,7 +32,7 @@ from torch.utils.hooks import RemovableHandle
 
 from sparksgd.errors import ModelError, SparkSGDError
 
-__all__ = ["copied", "parts", "pickled", "reducing"]
+__all__ = ["copied", "parts", "pickled", "reducing", "slots"]
 
 T = TypeVar("T")
 Reduced = tuple[Any, ...]
@@ -142,7 +142,8 @@ class _Copier(pickle.Pickler):
         if isinstance(value, types.FunctionType):
             cells = value.__closure__ or ()
             state = [cell.cell_contents if _is_full(cell) else _Itself(_EMPTY) for cell in cells]
-            return _closed_anew, (_Itself(value), len(cells)), state, None, None, _fill_cells
+            defaults = (value.__defaults__, value.__kwdefaults__) if _is_local(value) else None
+            return _closed_anew, (_Itself(value), len(cells)), (state, defaults), None, None, _fill_function
         return NotImplemented if (made := _reduced(value)) is None else made
 
     def _keep(self, value: object) -> int:
@@ -195,10 +196,21 @@ def _are_scalars(values: Iterable[Any]) -> bool:
 
 def _is_function_by_name(value: object) -> bool:
     if isinstance(value, types.FunctionType):
-        return not value.__closure__
+        return not value.__closure__ and not (_is_local(value) and _has_defaults(value))
     if isinstance(value, types.BuiltinFunctionType):
         return value.__self__ is None or isinstance(value.__self__, types.ModuleType)
     return False
+
+
+def _is_local(function: types.FunctionType) -> bool:
+    """Return whether no name leads to a function: a lambda, or one that was made in another."""
+    return "<" in function.__qualname__
+
+
+def _has_defaults(function: types.FunctionType) -> bool:
+    """Return whether a function's arguments have defaults that a copy must have copies of."""
+    defaults = [*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
+    return any(not isinstance(one, str | int | float | complex | bytes | type(None)) for one in defaults)
 
 
 def _is_full(cell: types.CellType) -> bool:
@@ -224,10 +236,13 @@ def _closed_anew(function: types.FunctionType, cells: int) -> types.FunctionType
     return made
 
 
-def _fill_cells(function: types.FunctionType, values: list[object]) -> None:
+def _fill_function(function: types.FunctionType, state: tuple[list[object], Any]) -> None:
+    values, defaults = state
     for cell, value in zip(function.__closure__ or (), values, strict=True):
         if value is not _EMPTY:
             cell.cell_contents = value
+    if defaults is not None:
+        function.__defaults__, function.__kwdefaults__ = defaults
 
 
 # Pickles
@@ -305,7 +320,7 @@ def _reduced_tensor(tensor: torch.Tensor) -> Reduced | None:
         )
     hooks = [getattr(tensor, name) if tensor.is_leaf else None for name in _HOOKS]
     attributes = {**tensor.__dict__}
-    for name in _slots(kind):
+    for name in slots(kind):
         if hasattr(tensor, name):
             attributes[name] = getattr(tensor, name)
     if not attributes and not any(hooks):
@@ -313,7 +328,8 @@ def _reduced_tensor(tensor: torch.Tensor) -> Reduced | None:
     return _tensor_of, arguments, (attributes, hooks), None, None, _set_tensor_state
 
 
-def _slots(kind: type) -> list[str]:
+def slots(kind: type) -> list[str]:
+    """Return the names of the attributes that objects of a class have beside their dictionary."""
     return [name for part in kind.__mro__ for name in _names(part.__dict__.get("__slots__", ()))]
 
 
@@ -449,6 +465,8 @@ def parts(value: Any) -> Iterator[tuple[str, object]]:
             if _is_full(cell)
         )
         yield from ((f".{name}", part) for name, part in value.__dict__.items())
+        if _is_local(value):
+            yield from _defaults(value)
     elif isinstance(value, partial):
         yield from ((".func", value.func), (".args", value.args), (".keywords", value.keywords))
     elif isinstance(value, torch.Tensor):
@@ -459,9 +477,15 @@ def parts(value: Any) -> Iterator[tuple[str, object]]:
         held = getattr(value, "__dict__", None)
         if isinstance(held, dict):
             yield from ((f".{name}", part) for name, part in held.items())
-        yield from (
-            (f".{name}", getattr(value, name)) for name in _slots(type(value)) if hasattr(value, name)
-        )
+        yield from ((f".{name}", getattr(value, name)) for name in slots(type(value)) if hasattr(value, name))
+
+
+def _defaults(function: types.FunctionType) -> Iterator[tuple[str, object]]:
+    code = function.__code__
+    names = code.co_varnames[: code.co_argcount]
+    defaults = dict(zip(reversed(names), reversed(function.__defaults__ or ()), strict=False))
+    defaults |= function.__kwdefaults__ or {}
+    yield from ((f"'s default of {name}", value) for name, value in defaults.items())
 
 
 def _refusal(value: object, name: str, attempt: Callable[[Any], object], error: Exception) -> ModelError:

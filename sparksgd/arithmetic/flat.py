@@ -229,8 +229,11 @@ class FlatModule:
         )
 
     def parameters_like(self) -> FlatParameters:
-        """Return parameters of the same shapes, all 0, apart from the module: for a local model."""
-        return FlatParameters([parameter.shape for parameter in self.trainable], self.dtype)
+        """Return parameters of the same shapes and attributes, all 0, apart from the module."""
+        found = FlatParameters([parameter.shape for parameter in self.trainable], self.dtype)
+        for parameter, own in zip(found.trainable, self.trainable, strict=True):
+            vars(parameter).update(vars(own))
+        return found
 
     def load_buffers(self, statistics: npt.NDArray[np.floating], counters: npt.NDArray[np.int64]) -> None:
         """Overwrite batch-norm's running statistics, float[Q], and counters, int64[C]."""

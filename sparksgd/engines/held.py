@@ -9,8 +9,6 @@ import datetime
 import decimal
 import enum
 import fractions
-import pickle
-import random
 import re
 import types
 import weakref
@@ -19,6 +17,7 @@ from collections.abc import (
     Callable,
     Collection,
     Iterable,
+    Iterator,
     Mapping,
     MutableMapping,
     MutableSequence,
@@ -33,7 +32,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from sparksgd.arithmetic.copies import parts
+from sparksgd.arithmetic.copies import parts, slots
+from sparksgd.engines.bytes_of import components, copy_of, same_bytes
+from sparksgd.engines.hidden_state import CACHE, cached_in, hides_state, pickled, reduced, state_of
 from sparksgd.errors import ModelError
 
 __all__ = [
@@ -42,6 +43,7 @@ __all__ = [
     "TABLES",
     "Held",
     "HeldBytes",
+    "Seen",
     "equal",
     "held_of",
     "is_opaque",
@@ -57,10 +59,11 @@ _IMMUTABLE = (
 )  # fmt: skip
 TABLES = ("_parameters", "_buffers", "_modules")
 OPAQUE = frozenset(
-    ("abc", "asyncio", "concurrent", "logging", "multiprocessing", "py4j", "pyspark", "sparksgd", "threading",
-     "typing", "warnings")
+    ("_thread", "abc", "asyncio", "concurrent", "logging", "multiprocessing", "py4j", "pyspark", "sparksgd",
+     "threading", "typing", "warnings")
 )  # fmt: skip
-"""Packages whose objects are their own business; and torch, but for torch.nn."""
+"""Packages whose objects are their own business; and torch, but for what is in `_OPEN`."""
+_OPEN = ("torch.nn.", "torch.optim.", "torch.distributions.")
 
 
 class _Absent:
@@ -100,13 +103,24 @@ def equal(before: Any, now: Any) -> bool:
 # Objects that can change inside
 
 
-def held_of(path: str, value: Any, seen: set[int]) -> Held | None:
+class Seen(set[int]):
+    """The ids of objects that are looked at, with the classes and functions that were met among them."""
+
+    def __init__(self, ids: Iterable[int] = ()) -> None:
+        super().__init__(ids)
+        self.kinds: dict[type, None] = {}
+        self.functions: list[types.FunctionType] = []
+
+
+def held_of(path: str, value: Any, seen: Seen) -> Held | None:
     """Return what can tell whether an object changed inside; None: it cannot change, or another one tells."""
+    if isinstance(value, type):
+        seen.kinds[value] = None
     if isinstance(value, _IMMUTABLE) or id(value) in seen:
         return None
     seen.add(id(value))
     if isinstance(value, torch.Tensor | np.ndarray | bytearray):
-        return None if isinstance(value, torch.Tensor) and value.is_meta else HeldBytes(path, value)
+        return _held_bytes(path, value, seen)
     if is_plain(value):
         if isinstance(value, tuple | frozenset):
             return None
@@ -114,16 +128,40 @@ def held_of(path: str, value: Any, seen: set[int]) -> Held | None:
         if not hasattr(value, "__dict__"):
             return items
         return _Several(path, value, [items], _attributes(value), has_items=False)
-    if (state := _state_of(value)) is not None:
+    if (state := state_of(value)) is not None:
         return _State(path, value, *state)
+    if isinstance(value, types.FunctionType):
+        seen.functions.append(value)
     if is_opaque(value):
         return None
+    seen.kinds[type(value)] = None
+    if isinstance(value, CACHE):
+        return _held_cache(path, value, seen)
+    if hides_state(value) and (of_c := _Reduced.of(path, value, seen)) is not None:
+        return of_c
     inner = [held for _, part in parts(value) if (held := held_of(path, part, seen)) is not None]
     if isinstance(value, types.FunctionType):
         return _Several(path, value, [*inner, _Variables(path, value)])
     if isinstance(value, types.MethodType | partial | tuple | frozenset):
         return _Several(path, value, inner) if inner else None
     return _Several(path, value, inner, _contents(value))
+
+
+def _held_bytes(path: str, value: Any, seen: Seen) -> Held | None:
+    if isinstance(value, torch.Tensor) and value.is_meta:
+        return None
+    held = HeldBytes(path, value)
+    if isinstance(value, np.ndarray) and value.dtype.hasobject:
+        parts_of = value.ravel().tolist()
+        inner = [one for part in parts_of if (one := held_of(path, part, seen)) is not None]
+        return _Several(path, value, [held, *inner]) if inner else held
+    return held
+
+
+def _held_cache(path: str, value: Any, seen: Seen) -> Held | None:
+    """Return what tells whether the values that a function's cache holds changed: new ones may come."""
+    inner = [held for part in cached_in(value) if (held := held_of(path, part, seen)) is not None]
+    return _Several(path, value, inner) if inner else None
 
 
 def is_plain(value: object) -> bool:
@@ -144,9 +182,11 @@ def _are_immutable(values: Collection[object]) -> bool:
 
 def is_opaque(value: object) -> bool:
     """Return whether a function or an object is no user's: a compiled graph, a handle, a logger."""
-    name = (value if isinstance(value, types.FunctionType) else type(value)).__module__ or ""
+    name = (value if isinstance(value, types.FunctionType) else type(value)).__module__
+    if not isinstance(name, str):
+        return False
     root = name.split(".")[0]
-    return root in OPAQUE or (root == "torch" and not name.startswith("torch.nn."))
+    return root in OPAQUE or (root == "torch" and not name.startswith(_OPEN))
 
 
 class Held:
@@ -178,21 +218,23 @@ class HeldBytes(Held):
 
     def __init__(self, path: str, value: Any) -> None:
         super().__init__(path, value)
-        self._before = _copy_of(value)
+        self._before = copy_of(value)
 
     def is_changed(self) -> bool:
-        return not _same_bytes(self._before, self.value)
+        return not same_bytes(self._before, self.value)
 
     def restore(self) -> None:
         if isinstance(self.value, torch.Tensor):
             values = self.value.detach()
             if values.is_nested:
-                for now, before in zip(_components(values), _components(self._before), strict=True):
+                for now, before in zip(components(values), components(self._before), strict=True):
                     now.copy_(before)
             elif values.shape == self._before.shape and values.dtype == self._before.dtype:
                 values.copy_(self._before)
             else:
                 self.value.data = self._before.clone()
+        elif isinstance(self.value, bytearray):
+            self.value[:] = self._before
         else:
             self.value[...] = self._before
 
@@ -205,15 +247,74 @@ class _State(Held):
     ) -> None:
         super().__init__(path, value)
         self._get, self._set = get, set_to
-        self._before, self._bytes = get(), _pickled(get())
+        self._before, self._bytes = get(), pickled(get())
+
+    def now(self) -> object:
+        return pickled(self._get())
 
     def is_changed(self) -> bool:
-        return _pickled(self._get()) != self._bytes
+        return pickled(self._get()) != self._bytes
 
     def restore(self) -> None:
         if self._set is None:
             raise refusal(self.path)
         self._set(self._before)
+
+
+class _Reduced(Held):
+    """An object with fields of C: compared by what pickle makes of it, one level deep."""
+
+    def __init__(self, path: str, value: Any, before: Any, inner: list[Held]) -> None:
+        super().__init__(path, value)
+        self._before, self._inner = before, inner
+
+    @classmethod
+    def of(cls, path: str, value: Any, seen: Seen) -> _Reduced | None:
+        """Return what tells whether it changed, or None."""
+        before, again = reduced(value), reduced(value)
+        if not isinstance(before, tuple) or not _same_parts(before, again):
+            return None
+        return cls(path, value, before, list(_held_in(path, before, again, seen)))
+
+    def now(self) -> object:
+        return reduced(self.value), *(one.now() for one in self._inner)
+
+    def is_changed(self) -> bool:
+        if not _same_parts(self._before, reduced(self.value)):
+            return True
+        return any(one.is_changed() for one in self._inner)
+
+    def restore(self) -> None:
+        raise refusal(self.path)
+
+
+def _same_parts(before: Any, now: Any) -> bool:
+    """Return whether two results of `reduced` say the same; what both hold is told apart by itself."""
+    if before is now:
+        return True
+    if type(before) is not type(now):
+        return False
+    if isinstance(before, list | tuple):
+        return len(before) == len(now) and all(map(_same_parts, before, now))
+    if isinstance(before, dict):
+        pairs = zip(before.items(), now.items(), strict=False)
+        return len(before) == len(now) and all(_same_parts(one, other) for one, other in pairs)
+    if isinstance(before, torch.Tensor | np.ndarray | bytearray):
+        return same_bytes(before, now)
+    return equal(before, now)
+
+
+def _held_in(path: str, before: Any, again: Any, seen: Seen) -> Iterator[Held]:
+    """Yield what tells whether objects changed that an object keeps: those that it gives twice."""
+    if before is again and not (isinstance(before, tuple) and not before.__class__.__dictoffset__):
+        if (held := held_of(path, before, seen)) is not None:
+            yield held
+    elif isinstance(before, list | tuple):
+        for one, other in zip(before, again, strict=True):
+            yield from _held_in(path, one, other, seen)
+    elif isinstance(before, dict):
+        for one, other in zip(before.values(), again.values(), strict=True):
+            yield from _held_in(path, one, other, seen)
 
 
 class _Variables(Held):
@@ -326,7 +427,7 @@ class _Several(Held):
                 one.restore()
 
 
-_ITEMS = "items"
+_ITEMS, _SLOT = "items", "slot"
 
 
 def _same_place(key: tuple[Any, Any], other: tuple[Any, Any]) -> bool:
@@ -354,6 +455,7 @@ def _attributes(value: Any) -> list[tuple[Any, Any]]:
                 found += [((name, key), one) for key, one in part.items()]
             else:
                 found.append(((None, name), part))
+    found += [((_SLOT, name), getattr(value, name)) for name in slots(type(value)) if hasattr(value, name)]
     return found
 
 
@@ -377,90 +479,9 @@ def _set_attributes(value: Any, contents: list[tuple[Any, Any]]) -> None:
         for name in [name for name in attributes if name not in kept and name not in TABLES]:
             del attributes[name]
         attributes.update(kept)
-
-
-_MOST_BYTES = 2**16  # of an object that must be pickled to see whether it changed: an iterator, not a table
-
-
-def _state_of(value: Any) -> tuple[Callable[[], Any], Callable[[Any], object] | None] | None:
-    """Return how to get and set the state of an object that hides it; None: it hides nothing."""
-    if isinstance(value, torch.Generator):
-        return lambda: value.get_state().numpy().tobytes(), lambda state: value.set_state(
-            torch.frombuffer(bytearray(state), dtype=torch.uint8)
-        )
-    if isinstance(value, np.random.RandomState):
-        return partial(value.get_state, legacy=False), value.set_state
-    if isinstance(value, np.random.Generator):
-        bits = value.bit_generator
-        return lambda: bits.state, partial(setattr, bits, "state")
-    if isinstance(value, np.random.BitGenerator):
-        return lambda: value.state, partial(setattr, value, "state")
-    if isinstance(value, random.Random):
-        return value.getstate, value.setstate
-    is_plain = isinstance(value, Mapping | list | tuple | set | frozenset | deque | partial)
-    is_code = isinstance(value, types.FunctionType | types.MethodType)
-    if is_plain or is_code or hasattr(value, "__dict__"):
-        return None
-    if not 0 < len(_pickled(value)) <= _MOST_BYTES:
-        return None
-    return lambda: _pickled(value), None
-
-
-def _pickled(state: Any) -> bytes:
-    try:
-        return pickle.dumps(state)
-    except Exception:
-        return b""
-
-
-def _copy_of(value: Any) -> Any:
-    if isinstance(value, torch.Tensor):
-        return value.detach().clone()
-    return value.copy()
-
-
-def _same_bytes(before: Any, now: Any) -> bool:
-    if isinstance(before, bytearray):
-        return bool(before == now)
-    if isinstance(before, np.ndarray):
-        if before.shape != now.shape or before.dtype != now.dtype:
-            return False
-        if before.dtype.hasobject:
-            return all(map(equal, before.ravel().tolist(), now.ravel().tolist()))
-        return bool(before.tobytes() == now.tobytes())
-    if before.dtype != now.dtype or before.layout != now.layout or before.is_nested != now.is_nested:
-        return False
-    if before.is_nested:
-        mine, theirs = _components(before), _components(now)
-        return len(mine) == len(theirs) and all(map(_same_bytes, mine, theirs))
-    if before.shape != now.shape:
-        return False
-    if before.is_meta or now.is_meta:
-        return bool(before.is_meta and now.is_meta)
-    if before.layout is not torch.strided or before.is_quantized:
-        mine, theirs = _components(before), _components(now)
-        return len(mine) == len(theirs) and all(map(_same_bytes, mine, theirs))
-    return torch.equal(_as_bytes(before), _as_bytes(now))
-
-
-def _components(tensor: torch.Tensor) -> list[torch.Tensor]:
-    """Return the strided tensors that a nested, sparse or quantised one consists of."""
-    tensor = tensor.detach()
-    if tensor.is_nested:
-        if tensor.layout is torch.jagged:
-            return [tensor.values(), tensor.offsets()]  # type: ignore[attr-defined]  # jagged ones have it
-        return list(tensor.unbind())
-    if tensor.is_quantized:
-        return [tensor.int_repr()]
-    if tensor.layout is torch.sparse_coo:
-        return [tensor._indices(), tensor._values()]
-    if tensor.layout in (torch.sparse_csr, torch.sparse_bsr):
-        return [tensor.crow_indices(), tensor.col_indices(), tensor.values()]
-    if tensor.layout in (torch.sparse_csc, torch.sparse_bsc):
-        return [tensor.ccol_indices(), tensor.row_indices(), tensor.values()]
-    return [tensor.to_dense()]
-
-
-def _as_bytes(tensor: torch.Tensor) -> torch.Tensor:
-    flat = tensor.detach().resolve_conj().resolve_neg().contiguous().reshape(-1)
-    return flat.view(torch.uint8) if flat.numel() else flat
+    in_slots = {key: part for (kind, key), part in contents if kind is _SLOT}
+    for name in slots(type(value)):
+        if name in in_slots:
+            object.__setattr__(value, name, in_slots[name])
+        elif hasattr(value, name):
+            object.__delattr__(value, name)

@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import argparse
 import enum
-import itertools
-import random
 import sys
 import types
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
-from sparksgd.engines.held import ABSENT, OPAQUE, Held, equal, held_of, is_opaque, refusal
+from sparksgd.engines.held import ABSENT, OPAQUE, Held, Seen, equal, held_of, is_opaque, refusal
 
 __all__ = ["around", "of_tensors"]
 
@@ -50,7 +45,8 @@ class _Names(Held):
         self._set, self._inner = setter, inner
 
     def now(self) -> object:
-        return {name: self.value.get(name) for name, _ in self._before} | self._new()
+        own = {name: self.value.get(name) for name, _ in self._before} | self._new()
+        return own, *(one.now() for one in self._inner)
 
     def _new(self) -> dict[str, Any]:
         """Return new attributes of a class or a function."""
@@ -85,64 +81,87 @@ def _is_data(name: str, value: object) -> bool:
     return not is_special and not is_torchs and not isinstance(value, defined)
 
 
-def around(roots: list[object], seen: set[int]) -> list[Held]:
-    """Return the state of the classes of modules and a loss, and the globals that their functions use."""
-    classes: dict[type, None] = {}
+def around(roots: list[object], seen: Seen) -> list[Held]:
+    """Return the state of classes and functions around modules and a loss, and of the globals that these use.
+
+    Args:
+        roots: what is tried.
+        seen: what is told elsewhere, with the classes and functions that were met there.
+    """
+    roots = [one for root in roots for one in (root.modules() if isinstance(root, nn.Module) else [root])]
+    kinds = dict.fromkeys(kind for root in roots for kind in type(root).__mro__)
     functions: list[types.FunctionType] = []
     for root in roots:
-        parts_of = root.modules() if isinstance(root, nn.Module) else [root]
-        for part in parts_of:
-            if isinstance(part, types.FunctionType):
-                functions.append(part)
-            classes |= dict.fromkeys(type(part).__mro__)
-            attributes = getattr(part, "__dict__", {})
-            functions += [one for one in attributes.values() if isinstance(one, types.FunctionType)]
+        attributes = getattr(root, "__dict__", {}).values()
+        functions += [one for one in (root, *attributes) if isinstance(one, types.FunctionType)]
     found: list[Held] = []
-    waiting = list(classes)
-    visited = _Visited(functions)
-    watched: set[type] = set()
-    while waiting:
-        kinds, waiting = waiting, []
-        for kind in kinds:
-            if kind in watched or kind.__module__.split(".")[0] in _NOT_USERS:
-                continue
+    visited, watched = _Visited(functions), set[type]()
+    while True:
+        for kind in seen.kinds:
+            kinds |= dict.fromkeys(one for one in (*kind.__mro__, type(kind)) if _is_users(one.__module__))
+        functions += [one for one in seen.functions if _is_users(one.__module__)]
+        seen.kinds.clear()
+        seen.functions.clear()
+        kinds |= visited.kinds
+        new = [one for one in kinds if one not in watched and one.__module__.split(".")[0] not in _NOT_USERS]
+        if not new and not functions:
+            break
+        for kind in new:
             watched.add(kind)
-            for one in vars(kind).values():
-                inside = one.__func__ if isinstance(one, staticmethod | classmethod) else one
-                inside = inside.fget if isinstance(inside, property) else inside
-                functions += [inside] if isinstance(inside, types.FunctionType) else []
-            namespace, path = vars(kind), f"the class {kind.__qualname__}"
-            names = [name for name, value in namespace.items() if _is_data(name, value)]
-            inner = _plain(path, namespace, names, seen)
-            setter = partial(_set_of_class, kind)
-            found.append(_Names(path, namespace, names, setter, inner, is_whole=True))
-        waiting += visited.follow()
-    for variables, names in visited.globals():
-        for name in names:
-            path = f"the global variable {name}"
-            inner = _plain(path, variables, [name], seen)
-            found.append(_Names(path, variables, [name], partial(_set_item, variables), inner))
-    for function in visited.functions:
-        found += _of_function(function, seen)
+            found += _of_class(kind, functions, seen)
+        for function in visited.follow():
+            found += _of_function(function, seen)
+        for path, namespace, name in visited.names():
+            inner = [] if (held := held_of(path, namespace[name], seen)) is None else [held]
+            found.append(_Names(path, namespace, [name], partial(_set_item, namespace), inner))
     return found
 
 
-def _of_function(function: types.FunctionType, seen: set[int]) -> Iterator[Held]:
-    """Yield a function's attributes and its arguments' defaults; what it closes over is told elsewhere."""
+def _of_class(kind: type, functions: list[types.FunctionType], seen: Seen) -> list[Held]:
+    """Return the state of a class; add its methods to the functions."""
+    namespace, path = vars(kind), f"the class {kind.__qualname__}"
+    if issubclass(kind, enum.Enum):
+        members = [(f"{path}.{one.name}", vars(one)) for one in kind]
+        return [_Names(at, own, [*own], partial(_set_item, own), [], is_whole=True) for at, own in members]
+    for one in namespace.values():
+        if isinstance(one, type):
+            seen.kinds[one] = None
+        inside = one.__func__ if isinstance(one, staticmethod | classmethod) else one
+        accessors = (one.fget, one.fset) if isinstance(one, property) else (inside,)
+        functions += [inside for inside in accessors if isinstance(inside, types.FunctionType)]
+    names = [name for name, value in namespace.items() if _is_data(name, value)]
+    return [
+        _Names(
+            path,
+            namespace,
+            names,
+            partial(_set_of_class, kind),
+            _inside(path, namespace, names, seen),
+            is_whole=True,
+        )
+    ]
+
+
+def _of_function(function: types.FunctionType, seen: Seen) -> Iterator[Held]:
+    """Yield a function's attributes, its arguments' defaults, and what it closes over."""
     if id(function) not in seen and _is_users(function.__module__):
         namespace, path = vars(function), f"an attribute of the function {function.__qualname__}"
         names = [name for name, value in namespace.items() if _is_data(name, value)]
-        inner = _plain(path, namespace, names, seen)
+        inner = _inside(path, namespace, names, seen)
         yield _Names(path, namespace, names, partial(_set_item, namespace), inner, is_whole=True)
+        if (
+            held := held_of(f"what the function {function.__qualname__} closes over", function, seen)
+        ) is not None:
+            yield held
     code = function.__code__
     arguments = code.co_varnames[: code.co_argcount]
     defaults = dict(zip(reversed(arguments), reversed(function.__defaults__ or ()), strict=False))
     defaults |= function.__kwdefaults__ or {}
     for name in defaults:
-        yield from _plain(f"the default of {name} in {function.__qualname__}", defaults, [name], seen)
+        yield from _inside(f"the default of {name} in {function.__qualname__}", defaults, [name], seen)
 
 
-def of_tensors(named: list[tuple[str, torch.Tensor]], seen: set[int]) -> list[Held]:
+def of_tensors(named: list[tuple[str, torch.Tensor]], seen: Seen) -> list[Held]:
     """Return the attributes and hooks of parameters and buffers."""
     found: list[Held] = []
     for path, tensor in named:
@@ -215,13 +234,9 @@ def _set_item(namespace: dict[str, Any], name: str, value: object) -> None:
         namespace[name] = value
 
 
-def _plain(path: str, namespace: Mapping[str, Any], names: list[str], seen: set[int]) -> list[Held]:
-    """Return what holds values that others may share; other objects are told apart only as such."""
-    kinds = (dict, list, set, deque, bytearray, torch.Tensor, np.ndarray, torch.Generator,
-             np.random.Generator, np.random.RandomState, random.Random, itertools.count, itertools.cycle,
-             types.SimpleNamespace, argparse.Namespace)  # fmt: skip
-    values = [namespace[name] for name in names if isinstance(namespace[name], kinds)]
-    return [held for value in values if (held := held_of(path, value, seen)) is not None]
+def _inside(path: str, namespace: Mapping[str, Any], names: list[str], seen: Seen) -> list[Held]:
+    """Return what tells whether the objects of some variables changed inside."""
+    return [held for name in names if (held := held_of(path, namespace[name], seen)) is not None]
 
 
 class _Visited:
@@ -233,48 +248,63 @@ class _Visited:
 
     def __init__(self, functions: list[types.FunctionType]) -> None:
         self._waiting = functions
-        self.functions: list[types.FunctionType] = []
         self._done: set[int] = set()
-        self._globals: dict[int, tuple[dict[str, Any], dict[str, None]]] = {}
+        self._told: set[tuple[int, str]] = set()
+        self._names: list[tuple[str, dict[str, Any], str]] = []
+        self.kinds: dict[type, None] = {}
 
-    def follow(self) -> list[type]:
-        """Follow what functions name; return the users' classes among that."""
-        classes: dict[type, None] = {}
+    def follow(self) -> list[types.FunctionType]:
+        """Follow what functions name; return the functions that were met for the first time."""
+        met = []
         while self._waiting:
             function = self._waiting.pop()
             if id(function) in self._done or is_opaque(function):
                 continue
             self._done.add(id(function))
-            self.functions.append(function)
-            namespace = function.__globals__
-            _, names = self._globals.setdefault(id(namespace), (namespace, {}))
-            for name in _names_of(function.__code__):
-                value = namespace.get(name, ABSENT)
-                if isinstance(value, types.FunctionType):
-                    if value.__globals__ is namespace or _is_users(value.__module__):
-                        self._waiting.append(value)
-                elif isinstance(value, type):
-                    if not issubclass(value, enum.Enum) and _is_users(value.__module__):
-                        classes[value] = None
-                elif value is not ABSENT and _is_data(name, value) and not callable(value):
-                    names[name] = None
-        return list(classes)
+            met.append(function)
+            if isinstance(wrapped := getattr(function, "__wrapped__", None), types.FunctionType):
+                self._waiting.append(wrapped)
+            names = list(dict.fromkeys(_names_of(function.__code__)))
+            for name in names:
+                self._look(function.__globals__, name, names)
+        return met
 
-    def globals(self) -> Iterator[tuple[dict[str, Any], list[str]]]:
-        """Yield the globals of the functions, with the names used."""
-        for namespace, names in self._globals.values():
-            yield namespace, list(names)
+    def _look(self, namespace: dict[str, Any], name: str, names: list[str]) -> None:
+        """Look at what a name means among globals, or in a user's file that functions import."""
+        value = namespace.get(name, sys.modules.get(name, ABSENT))
+        if isinstance(value, types.FunctionType):
+            if value.__globals__ is namespace or _is_users(value.__module__):
+                self._waiting.append(value)
+        elif isinstance(value, type):
+            if _is_users(value.__module__):
+                self.kinds[value] = None
+        elif isinstance(value, types.ModuleType):
+            inner = vars(value)
+            if inner is not namespace and _is_users(value.__name__):
+                for one in names:
+                    if one in inner and (id(inner), one) not in self._told:
+                        self._look(inner, one, names)
+        elif name in namespace and _is_data(name, value) and (id(namespace), name) not in self._told:
+            self._told.add((id(namespace), name))
+            self._names.append((f"the global variable {name}", namespace, name))
+            if isinstance(wrapped := getattr(value, "__wrapped__", None), types.FunctionType):
+                self._waiting.append(wrapped)
+
+    def names(self) -> list[tuple[str, dict[str, Any], str]]:
+        """Return globals that the functions use and that were not returned before: path, namespace, name."""
+        found, self._names = self._names, []
+        return found
 
 
 _NOT_USERS = frozenset((*OPAQUE, "torch", "builtins", "collections", "functools"))
 
 
-def _is_users(module: str | None) -> bool:
+def _is_users(module: object) -> bool:
     """Return whether a Python module is a user's file, not one of Python's or of a package."""
-    root = (module or "").split(".")[0]
+    root = module.split(".")[0] if isinstance(module, str) else "builtins"
     if root in _NOT_USERS or root in sys.stdlib_module_names:
         return False
-    file = getattr(sys.modules.get(module or ""), "__file__", None) or ""
+    file = getattr(sys.modules.get(str(module)), "__file__", None) or ""
     return "site-packages" not in file and "dist-packages" not in file
 
 

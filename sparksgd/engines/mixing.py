@@ -76,6 +76,8 @@ class Probe:
         schema: of a record.
         records: rows that differ, [DIFFERENT_ROWS]; after them as many as a piece has.
         dtype: type of the parameters.
+        has_pieces: whether a step has several pieces, in which forward could leave different values.
+        twin_of: of what it is a copy in float64.
     """
 
     def __init__(
@@ -85,6 +87,8 @@ class Probe:
         schema: RowSchema,
         records: npt.NDArray[Any],
         dtype: torch.dtype,
+        *,
+        has_pieces: bool = True,
         twin_of: Probe | None = None,
     ) -> None:
         without_batch_statistics(module)
@@ -94,7 +98,7 @@ class Probe:
             name for name, parameter in nn.Module.named_parameters(module) if self._is_trained(parameter)
         ]
         self._loss, self._schema, self._records = loss, schema, records
-        self._is_wide = twin_of is not None
+        self._has_pieces, self._is_wide = has_pieces, twin_of is not None
         self._chance: Chance = Chance() if twin_of is None else twin_of._chance
         self._draws = False
         self._first = self.flat.parameters.clone()
@@ -256,7 +260,8 @@ class Probe:
             if _compute_by_running_statistics(self.flat.module):
                 self._plain.clear()
                 return self._mixing(splits, level)
-            self.flat.apply(reduce(unite, (part.changes for part in apart)))  # more to the point
+            if self._has_pieces:
+                self.flat.apply(reduce(unite, (part.changes for part in apart)))  # more to the point
             return f"{len(whole)} rows together against the same rows in {len(parts)} parts: {found}"
         return None
 
@@ -268,7 +273,10 @@ class Probe:
             module, loss = copied((self.flat.module, self._loss))
             if isinstance(loss, nn.Module):
                 loss.double()
-            wide = Probe(module.double(), loss, self._schema, self._records, torch.float64, self)
+            wide = Probe(
+                module.double(), loss, self._schema, self._records, torch.float64,
+                has_pieces=self._has_pieces, twin_of=self,
+            )  # fmt: skip
             return wide if wide.plain(rows).is_finite else None
         except (UserCodeError, ModelError, RuntimeError, TypeError):
             return None

@@ -27,6 +27,7 @@ from sparksgd.arithmetic.settings import HeldSettings
 from sparksgd.data.schema import RowSchema
 from sparksgd.engines.forward import back_propagate, forward
 from sparksgd.engines.held import is_plain, refusal
+from sparksgd.engines.hidden_state import pickled, state_of
 from sparksgd.engines.modes import evaluating
 from sparksgd.engines.watch import Watch
 from sparksgd.errors import ModelError, UserCodeError
@@ -94,7 +95,7 @@ def _refuse_memory(
     for one in (used, fresh):
         one.move_parameters()
         bits = one.compute(piece)
-        found.append((bits, [_digest(one.watch.value(path)) for path in changed]))
+        found.append((bits, [one.digest(path) for path in changed]))
         one.watch.restore()
     (bits, values), (fresh_bits, fresh_values) = found
     for path, value, other in zip(changed, values, fresh_values, strict=True):
@@ -139,7 +140,7 @@ class _Tried:
         tried, self._loss = copied((module, loss), {"": module, "loss": loss})
         self._flat, self._schema = FlatModule(tried, dtype), schema
         self._flat.standing.at(self._flat.parameters.numpy())
-        self.watch = Watch(tried, self._loss)
+        self.watch = Watch(tried, self._loss, original=module)
 
     def compute(self, records: npt.NDArray[Any], seed: int = 0) -> tuple[bytes, bytes]:
         """Compute a gradient; return the losses' bytes, and its own."""
@@ -149,6 +150,10 @@ class _Tried:
             if losses.requires_grad:  # else the trial's steps say what is wrong
                 back_propagate(losses, 1.0)
         return losses.detach().numpy().tobytes(), gradient.tobytes()
+
+    def digest(self, path: str) -> str:
+        """Return a digest of what an attribute is now; the module's own parts have paths of their own."""
+        return _sha256(_leaves(self.watch.value(path), {id(part) for part in self._flat.module.modules()}))
 
     def compute_elsewhere(self, records: npt.NDArray[Any], *, far: bool) -> None:
         """Compute a gradient at other parameters; far: such that masks of what is great are others, too."""
@@ -203,10 +208,6 @@ def _has_graph(value: object) -> bool:
     return isinstance(value, list | tuple | dict) and any(_has_graph(part) for _, part in parts(value))
 
 
-def _digest(value: object) -> str:
-    return _sha256(_leaves(value, set()))
-
-
 def _sha256(values: Any) -> str:
     digest = hashlib.sha256()
     for value in values:
@@ -225,11 +226,12 @@ def _leaves(value: object, seen: set[int]) -> Iterator[bytes]:
             return
         yield value.detach().to_dense().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
         return
-    if isinstance(value, nn.Module):
-        return  # its own attributes are looked at by their own paths
     if id(value) in seen:
         return
     seen.add(id(value))
+    if (state := state_of(value)) is not None:
+        yield pickled(state[0]())
+        return
     inner = list(parts(value))
     if isinstance(value, dict | list | set | deque):
         inner += [(f".{name}", part) for name, part in getattr(value, "__dict__", {}).items()]
@@ -238,8 +240,6 @@ def _leaves(value: object, seen: set[int]) -> Iterator[bytes]:
         for name, part in inner:
             yield name.encode()
             yield from _leaves(part, seen)
-    elif isinstance(value, torch.Generator):
-        yield value.get_state().numpy().tobytes()
     else:
         try:
             yield pickle.dumps(value)

@@ -16,6 +16,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -39,13 +40,14 @@ from sparksgd.engines.leaves import Leaves
 from sparksgd.engines.mixing import DIFFERENT_ROWS, TRIED_ROWS, Probe
 from sparksgd.engines.modes import evaluating
 from sparksgd.engines.operations import Operations
+from sparksgd.engines.outside import Outside
 from sparksgd.engines.ownership import Owned, left_alone, refuse_shared_memory
 from sparksgd.engines.sight import refuse_at_sight
 from sparksgd.engines.state_trial import harmless_state
 from sparksgd.engines.watch import Watch
 from sparksgd.errors import ModelError, UserCodeError
 from sparksgd.losses import Loss
-from sparksgd.solvers.schedules import make_schedule
+from sparksgd.solvers.schedules import make_schedule, own_schedule
 from sparksgd.solvers.torch_optimizers import make_optimizer
 
 __all__ = ["Found", "Use", "try_out"]
@@ -215,7 +217,7 @@ class _Trial:
         if use.classifies:
             for label in labels:
                 label[:] = 0
-        probe = Probe(*self._copies[0], use.schema, tried, use.dtype)
+        probe = Probe(*self._copies[0], use.schema, tried, use.dtype, has_pieces=use.has_pieces)
         measured = probe.measure(range(TRIED_ROWS))
         first = measured.output
         if use.classifies:
@@ -283,8 +285,9 @@ class _Trial:
             channels_last=channels_last, float16=float16,
         )  # fmt: skip
         seed_generators(seed32(use.seed, "trial"))
-        optimizer = make_optimizer(flat, use.optimizer, use.seed)
-        schedule = make_schedule(optimizer.optimizer, use.schedule, 0, use.seed)
+        optimizer = make_optimizer(flat, use.optimizer, use.seed, shaped=own_schedule(use.schedule))
+        schedule = make_schedule(optimizer, use.schedule, 0, use.seed)
+        outside = Outside(optimizer, self._module, self._owned)
         moves = min(_STEPS, (schedule and schedule.limit) or _STEPS)
         least = 2 if mixes_rows(flat.module) else 1  # `check_pieces` tells of a batch-norm with one row
         most = max(least, min(use.piece_rows, _MOST_ROWS))
@@ -306,10 +309,10 @@ class _Trial:
             if use.has_pieces:
                 piece.gradient(self._rows(few, step + rows))  # other rows: forward may change by them
             piece.take_changes()
-            optimizer.step(optimizer.new_gradient().copy_(gradient), touched, use.seed)
             steps += 1
-            if schedule is not None and steps < moves:
-                schedule.move(steps)
+            then = partial(schedule.move, steps) if schedule is not None and steps < moves else None
+            with outside.watched():
+                optimizer.step(optimizer.new_gradient().copy_(gradient), touched, use.seed, then)
         if not (mixes_rows(flat.module) or use.rows_mix):
             piece.begin()
             piece.gradient(self._rows(1, _STEPS))

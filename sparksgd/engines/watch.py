@@ -14,7 +14,7 @@ from typing import Any
 from torch import nn
 
 from sparksgd.arithmetic.structure import Structure
-from sparksgd.engines.held import ABSENT, TABLES, Held, HeldBytes, equal, held_of, refusal
+from sparksgd.engines.held import ABSENT, TABLES, Held, HeldBytes, Seen, equal, held_of, refusal
 from sparksgd.engines.held_names import around, of_tensors
 
 __all__ = ["Watch"]
@@ -27,11 +27,19 @@ class Watch:
         module: its parameters, buffers and submodules are not looked at: `FlatModule.standing` does that.
         loss: any callable; all that it holds is looked at.
         harmless: paths of attributes that a piece may leave changed.
+        original: the module that this one is a copy of, where another one tells whether it changed.
     """
 
-    def __init__(self, module: nn.Module, loss: object, harmless: frozenset[str] = frozenset()) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        loss: object,
+        harmless: frozenset[str] = frozenset(),
+        original: nn.Module | None = None,
+    ) -> None:
         self._harmless = harmless
-        seen = {id(part) for part in (*module.modules(), *module.parameters(), *module.buffers())}
+        told = [module] if original is None else [module, original]
+        seen = Seen(id(part) for one in told for part in (*one.modules(), *one.parameters(), *one.buffers()))
         self._tables: list[_Table] = []
         for path, part in module.named_modules():
             self._tables.append(_Table(path, part, seen))
@@ -101,7 +109,8 @@ class Watch:
         for table in self._tables:
             before, _, name = path.rpartition(".")
             if before == table.path:
-                return vars(table.module).get(name)
+                inside = [held.now() for held in self._outer if held.path == path]
+                return vars(table.module).get(name), inside
         return None
 
     def _is_same(self) -> bool:
@@ -117,7 +126,7 @@ class Watch:
 class _Table:
     """The attributes of one module."""
 
-    def __init__(self, path: str, module: nn.Module, seen: set[int]) -> None:
+    def __init__(self, path: str, module: nn.Module, seen: Seen) -> None:
         self.path, self.module = path, module
         self.values = {
             name: value.copy() if _is_table(name, value) else value for name, value in vars(module).items()

@@ -5,7 +5,7 @@ Legend: P parameters.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -89,7 +89,13 @@ class Centre:
 
 
 def step_along(
-    optimizer: FlatOptimizer, total: Vector, rows: int, touched: Touched, clip_norm: float | None, seed: int
+    optimizer: FlatOptimizer,
+    total: Vector,
+    rows: int,
+    touched: Touched,
+    clip_norm: float | None,
+    seed: int,
+    then: Callable[[], object] | None = None,
 ) -> float | None:
     """Let an optimiser step with a mean gradient; return its norm before clipping.
 
@@ -100,14 +106,15 @@ def step_along(
         touched: the parameters that have a gradient.
         clip_norm: the largest norm of the mean gradient; None: nothing is clipped, and no norm is computed.
         seed: of what an optimiser of the user's own draws.
+        then: called after the step; see `FlatOptimizer.step`.
 
     Raises:
-        UserCodeError: the optimiser raised.
+        UserCodeError: the optimiser or the schedule raised.
     """
     gradient = optimizer.new_gradient()
     torch.div(torch.from_numpy(total), rows, out=gradient)
     norm = clip(gradient, clip_norm)
-    optimizer.step(gradient, touched, seed)
+    optimizer.step(gradient, touched, seed, then)
     return norm
 
 

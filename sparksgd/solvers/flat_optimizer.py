@@ -4,9 +4,9 @@
         holds one vector, as long as every step gives every parameter a gradient; from the first other step
         on, one view for each parameter, so that torch skips the parameters without a gradient.  Both give
         the same bits, and so do strips of the vector.
-    any other
-        holds the parameters themselves, in their shapes.  What its step leaves in `p.data` is taken up into
-        the vector, and `p.grad` is set before each step.
+    any other, and any that a schedule of the user's own moves
+        holds the parameters themselves, in their shapes.  What a step and the schedule leave in `p.data` is
+        taken up into the vector, and `p.grad` is set before each step.
 
 Legend: P elements of K parameters.
 """
@@ -15,8 +15,8 @@ from __future__ import annotations
 
 import copy
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Protocol
 
 import numpy as np
@@ -25,12 +25,13 @@ from torch import nn
 from torch.optim import Optimizer
 
 from sparksgd.arithmetic.generators import generators_seeded
+from sparksgd.config import OptimizerConfig
 from sparksgd.errors import ConfigError
 from sparksgd.imports import users_code
 from sparksgd.solvers.carrying import CannotCarry, own_attributes, packed, replace_attributes, unpacked
 from sparksgd.solvers.protocol import Settings, Touched, Vector
 
-__all__ = ["ELEMENTWISE", "FlatOptimizer", "Parameters", "is_of_torch", "means", "seeded"]
+__all__ = ["ELEMENTWISE", "FlatOptimizer", "Parameters", "in_shapes", "is_of_torch", "means", "seeded"]
 
 # They update each element by itself.  So one vector of all parameters gives the same bits as many tensors,
 # and so do strips of the vector.  A test checks this for each of them.
@@ -74,16 +75,20 @@ class FlatOptimizer:
 
     Args:
         parameters: that it moves.
-        optimizer: over `parameters.whole` if it treats each element by itself, else over
-            `parameters.trainable`.
+        optimizer: over `parameters.whole` if it is held as a vector, else over `parameters.trainable`.
+        config: what it was made of.
     """
 
-    def __init__(self, parameters: Parameters, optimizer: Optimizer) -> None:
-        self.optimizer = optimizer
-        self.is_elementwise = type(optimizer) in ELEMENTWISE
-        self._parameters = parameters
+    def __init__(self, parameters: Parameters, optimizer: Optimizer, config: OptimizerConfig) -> None:
+        self.optimizer, self.parameters, self.config = optimizer, parameters, config
+        held = [one for group in optimizer.param_groups for one in group["params"]]
+        self.is_elementwise = type(optimizer) in ELEMENTWISE and held[0] is parameters.whole
+        """Whether it is held as one vector, of which strips give the same bits."""
+        self.schedules: list[object] = []
+        """What moves it, and is carried by itself."""
         self._views: list[nn.Parameter] = []  # one for each parameter, once they are needed
         self._given = _identities(optimizer)
+        self._attributes = [dict(vars(parameter)) for parameter in parameters.trainable]
 
     @property
     def group(self) -> dict[str, Any]:
@@ -104,88 +109,82 @@ class FlatOptimizer:
 
         An optimiser of the user's own may keep its gradients, and change them.  So it gets new ones.
         """
-        gradient = self._parameters.gradient
+        gradient = self.parameters.gradient
         return gradient if self.is_elementwise else torch.empty_like(gradient)
 
-    def step(self, gradient: torch.Tensor, touched: Touched, seed: int) -> None:
+    def step(
+        self,
+        gradient: torch.Tensor,
+        touched: Touched,
+        seed: int,
+        then: Callable[[], object] | None = None,
+    ) -> None:
         """Make a step.
 
         Args:
             gradient: float[P], from `new_gradient`.
             touched: the parameters that have a gradient; that of the others is None.
             seed: of what an optimiser of the user's own draws.
+            then: called after it, while gradients stand: moves the schedule.
 
         Raises:
-            UserCodeError: the optimiser raised.
-            ConfigError: it put other parameters into its groups, or made one of another shape or type.
+            UserCodeError: the optimiser or the schedule raised.
+            ConfigError: it put other parameters into its groups, made one of another shape or type, or
+                changed an attribute of one.
         """
-        if not self.is_elementwise:
-            self._step_of_shapes(gradient, touched, seed)
+        if self.is_elementwise:
+            if touched is not None and not self._views:
+                self._divide()
+            for number, view in enumerate(self._views):
+                has_gradient = touched is None or touched[number]
+                view.grad = gradient[self.parameters.parts[number]] if has_gradient else None
+            self._make_step(seed, then)
             return
-        if touched is not None and not self._views:
-            self._divide()
-        for number, view in enumerate(self._views):
-            has_gradient = touched is None or touched[number]
-            view.grad = gradient[self._parameters.parts[number]] if has_gradient else None
-        with users_code("the optimiser"):
-            self.optimizer.step()
-
-    def _step_of_shapes(self, gradient: torch.Tensor, touched: Touched, seed: int) -> None:
-        held = self._parameters
-        values = [
-            parameter.data if _is_same_memory(parameter.data, value) else value
-            for parameter, value in zip(held.trainable, self._shaped(held.parameters), strict=True)
-        ]
-        for number, (parameter, part) in enumerate(zip(held.trainable, self._shaped(gradient), strict=True)):
-            parameter.grad = part if touched is None or touched[number] else None
-        made: dict[int, torch.Tensor] = {}
-        try:
-            with users_code("the optimiser"), seeded(type(self.optimizer), seed):
-                self.optimizer.step()
-            for number, (parameter, value) in enumerate(zip(held.trainable, values, strict=True)):
-                if not _is_same_memory(parameter.data, value):
-                    made[number] = self._refuse_other_form(number, parameter.data, value).clone()
+        with in_shapes(self.parameters, f"the optimiser {self._name}", gradient, touched):
+            self._make_step(seed, then)
             self._refuse_other_parameters()
             self._refuse_frozen()
-        finally:
-            views = zip(held.trainable, values, self._shaped(held.gradient), strict=True)
-            for number, (parameter, value, of_gradient) in enumerate(views):
-                if number in made:
-                    value.copy_(made[number])
-                parameter.data, parameter.grad = value, of_gradient
+            self._refuse_attributes()
 
-    def _shaped(self, vector: torch.Tensor) -> list[torch.Tensor]:
-        """Return each parameter's part of a vector, [P], in the parameter's shape."""
-        shapes = self._shapes
-        return [vector[part].view(shape) for part, shape in zip(self._parameters.parts, shapes, strict=True)]
+    def _make_step(self, seed: int, then: Callable[[], object] | None) -> None:
+        with users_code("the optimiser"), seeded(type(self.optimizer), seed):
+            self.optimizer.step()
+        if then is not None:
+            then()
 
     @property
-    def _shapes(self) -> list[torch.Size]:
-        return [parameter.shape for parameter in self._parameters.trainable]
-
-    def _refuse_other_form(self, number: int, made: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        """Return what the optimiser made of a parameter, if it can be taken up."""
-        if made.shape == value.shape and made.dtype == value.dtype and made.device == value.device:
-            return made
-        raise ConfigError(
-            f"the optimiser {type(self.optimizer).__name__} made parameter {number} {made.dtype} of shape "
-            f"{tuple(made.shape)} on {made.device}, but it was {value.dtype} of shape {tuple(value.shape)}: "
-            f"let its step keep type and shape"
-        )
+    def _name(self) -> str:
+        moved_by = [type(schedule).__name__ for schedule in self.schedules]
+        return " or the schedule ".join([type(self.optimizer).__name__, *moved_by])
 
     def _refuse_frozen(self) -> None:
-        for number, parameter in enumerate(self._parameters.trainable):
+        for number, parameter in enumerate(self.parameters.trainable):
             if not parameter.requires_grad:
                 raise ConfigError(
-                    f"the optimiser {type(self.optimizer).__name__} set requires_grad of parameter {number} "
+                    f"the optimiser {self._name} set requires_grad of parameter {number} "
                     f"to False, which workers would not see: freeze it before the training, or leave its "
                     f"value as it is in step()"
                 )
 
+    def _refuse_attributes(self) -> None:
+        pairs = zip(self._attributes, self.parameters.trainable, strict=True)
+        for number, (before, parameter) in enumerate(pairs):
+            now = vars(parameter)
+            if now.keys() == before.keys() and all(now[name] is value for name, value in before.items()):
+                continue
+            for name in {**before, **now}:
+                is_same = name in before and name in now and now[name] is before[name]
+                if not is_same and not name.startswith("_dynamo"):
+                    raise ConfigError(
+                        f"the optimiser {self._name} changed the attribute {name!r} of parameter {number}, "
+                        f"which workers would not see, and no other process would get: keep it in "
+                        f"self.state[parameter]"
+                    )
+
     def _refuse_other_parameters(self) -> None:
         if _identities(self.optimizer) != self._given:
             raise ConfigError(
-                f"the optimiser {type(self.optimizer).__name__} put other objects into param_groups than it "
+                f"the optimiser {self._name} put other objects into param_groups than it "
                 f"was given, so the module would not train: let its step change the parameters in "
                 f'group["params"]'
             )
@@ -194,24 +193,24 @@ class FlatOptimizer:
 
     def _divide(self) -> None:
         """Hold one view for each parameter instead of the whole vector; what is kept is divided, too."""
-        kept = self.optimizer.state.pop(self._parameters.whole, None)
+        kept = self.optimizer.state.pop(self.parameters.whole, None)
         self._hold_views()
         if kept is None:
             return
-        for view, part in zip(self._views, self._parameters.parts, strict=True):
+        for view, part in zip(self._views, self.parameters.parts, strict=True):
             self.optimizer.state[view] = {
                 name: value[part] if _is_vector(value) else copy.deepcopy(value)
                 for name, value in kept.items()
             }
 
     def _hold_views(self) -> None:
-        parts = self._parameters.parts
-        self._views = [nn.Parameter(self._parameters.parameters[part]) for part in parts]
+        parts = self.parameters.parts
+        self._views = [nn.Parameter(self.parameters.parameters[part]) for part in parts]
         self.group["params"] = list(self._views)
 
     def _hold_whole(self) -> None:
         self._views = []
-        self.group["params"] = [self._parameters.whole]
+        self.group["params"] = [self.parameters.whole]
 
     # What it keeps
 
@@ -236,7 +235,7 @@ class FlatOptimizer:
                     vectors[name] = value.numpy()
                     continue
                 if name not in vectors:
-                    vectors[name] = np.zeros_like(self._parameters.parameters.numpy())
+                    vectors[name] = np.zeros_like(self.parameters.parameters.numpy())
                 vectors[name][part] = value.numpy()
             names.append(tuple(own))
             numbers.append(
@@ -269,16 +268,16 @@ class FlatOptimizer:
     def _held(self) -> list[tuple[nn.Parameter, slice]]:
         """The tensors that it holds, each with its part of the vector."""
         if self._views:
-            return list(zip(self._views, self._parameters.parts, strict=True))
-        return [(self._parameters.whole, slice(None))]
+            return list(zip(self._views, self.parameters.parts, strict=True))
+        return [(self.parameters.whole, slice(None))]
 
     @property
     def _anchors(self) -> list[object]:
-        return [self.optimizer, *self._parameters.trainable]
+        return [self.optimizer, *self.parameters.trainable, *self.schedules]
 
     def _packed(self) -> bytes:
         try:
-            return packed(own_attributes(self.optimizer), self._anchors, self._parameters.parameters)
+            return packed(own_attributes(self.optimizer), self._anchors, self.parameters.parameters)
         except CannotCarry as error:
             raise ConfigError(
                 f"the optimiser {type(self.optimizer).__name__} keeps an attribute that cannot be copied to "
@@ -288,7 +287,7 @@ class FlatOptimizer:
 
     def _unpack(self, data: bytes) -> None:
         before = own_attributes(self.optimizer)
-        found = unpacked(data, before, self._anchors, self._parameters.parameters)
+        found = unpacked(data, before, self._anchors, self.parameters.parameters)
         replace_attributes(self.optimizer, before, found)
 
     # Its mean with others
@@ -301,7 +300,7 @@ class FlatOptimizer:
             something is kept for it, `has.k`, and its single numbers, such as a count, `name.k`.
         """
         vectors, rest = self.state()
-        count = len(self._parameters.parts)
+        count = len(self.parameters.parts)
         kept = rest["numbers"] if rest["divided"] else rest["numbers"] * count
         numbers = {f"{HAS}.{k}": float(kept[k] is not None) for k in range(count)}
         names = {name for each in kept if each for name, value in each.items() if value is not None}
@@ -312,7 +311,7 @@ class FlatOptimizer:
 
     def load_averaged(self, vectors: Mapping[str, Vector], numbers: Mapping[str, float]) -> None:
         """Continue from a result of `averageable`, or from a mean of several; everything is copied."""
-        count = len(self._parameters.parts)
+        count = len(self.parameters.parts)
         names = sorted({name.rpartition(".")[0] for name in numbers} - {HAS})
         each = [
             {name: np.asarray(numbers[f"{name}.{k}"], np.float32) for name in names}
@@ -325,6 +324,60 @@ class FlatOptimizer:
         named = [() if one is None else tuple(vectors) for one in held]
         groups = [{name: v for name, v in self.group.items() if name != "params"}]
         self.load_state(vectors, {"groups": groups, "divided": is_divided, "vectors": named, "numbers": held})
+
+
+@contextmanager
+def in_shapes(
+    parameters: Parameters, who: str, gradient: torch.Tensor | None = None, touched: Touched = None
+) -> Iterator[None]:
+    """Let the block change the parameters in their shapes, as it likes; take up what it leaves in `p.data`.
+
+    Args:
+        parameters: what the block changes.
+        who: whose the block is, for the error.
+        gradient: of the step, float[P]; None: there was none yet.
+        touched: the parameters that have a gradient; that of the others is None.
+
+    Raises:
+        ConfigError: the block made a parameter of another shape or type.
+    """
+    trainable = parameters.trainable
+    values = [
+        parameter.data if _is_same_memory(parameter.data, value) else value
+        for parameter, value in zip(trainable, _shaped(parameters, parameters.parameters), strict=True)
+    ]
+    gradients = _shaped(parameters, parameters.gradient)
+    for number, parameter in enumerate(trainable):
+        has_gradient = gradient is not None and (touched is None or touched[number])
+        part = gradient[parameters.parts[number]] if gradient is not None and has_gradient else None
+        parameter.grad = None if part is None else part.view(parameter.shape)
+    made: dict[int, torch.Tensor] = {}
+    try:
+        yield
+        for number, (parameter, value) in enumerate(zip(trainable, values, strict=True)):
+            if not _is_same_memory(parameter.data, value):
+                made[number] = _same_form(who, number, parameter.data, value).clone()
+    finally:
+        for number, (parameter, value, part) in enumerate(zip(trainable, values, gradients, strict=True)):
+            if number in made:
+                value.copy_(made[number])
+            parameter.data, parameter.grad = value, part
+
+
+def _shaped(parameters: Parameters, vector: torch.Tensor) -> list[torch.Tensor]:
+    """Return each parameter's part of a vector, [P], in the parameter's shape."""
+    pairs = zip(parameters.parts, parameters.trainable, strict=True)
+    return [vector[part].view(parameter.shape) for part, parameter in pairs]
+
+
+def _same_form(who: str, number: int, made: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """Return what was made of a parameter, if it can be taken up."""
+    if made.shape == value.shape and made.dtype == value.dtype and made.device == value.device:
+        return made
+    raise ConfigError(
+        f"{who} made parameter {number} {made.dtype} of shape {tuple(made.shape)} on {made.device}, but it "
+        f"was {value.dtype} of shape {tuple(value.shape)}: let its step keep type and shape"
+    )
 
 
 HAS = "has"

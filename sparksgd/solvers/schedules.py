@@ -1,12 +1,16 @@
 """torch's schedules for all rules: making them, trying them, moving them.
 
-A schedule of the user's own is tried, too: what it sets must follow from its attributes and the run's seed.
+A schedule of the user's own may look at its optimiser's parameters, gradients and state, and change them.  So
+its optimiser holds the parameters in their shapes, and the schedule moves while the step's gradients stand.
+It is tried with its optimiser: what it does must follow from these, its attributes and the run's seed.  Where
+shards make turns of their own, no such schedule could be right, and it finds no parameters in the groups.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -19,11 +23,19 @@ from sparksgd.config import OptimizerConfig, ScheduleConfig
 from sparksgd.errors import ConfigError
 from sparksgd.imports import users_code
 from sparksgd.solvers.carrying import CannotCarry, own_attributes, packed, replace_attributes, unpacked
-from sparksgd.solvers.flat_optimizer import is_of_torch, seeded
+from sparksgd.solvers.flat_optimizer import FlatOptimizer, in_shapes, is_of_torch, seeded
 from sparksgd.solvers.protocol import Settings
-from sparksgd.solvers.torch_optimizers import another_optimizer, class_named, refusing
+from sparksgd.solvers.torch_optimizers import (
+    Like,
+    Tried,
+    another_optimizer,
+    are_same,
+    class_named,
+    refusing,
+    small,
+)
 
-__all__ = ["Rates", "Schedule", "make_schedule", "remarks_on"]
+__all__ = ["Rates", "Schedule", "make_schedule", "own_schedule", "remarks_on"]
 
 
 class Schedule:
@@ -33,10 +45,23 @@ class Schedule:
         schedule: of `optimizer`.
         optimizer: whose groups it changes.
         seed: of the run.
+        held: what holds the optimiser, where the schedule may look at the parameters.
+        blind: whether it may look at no parameter.
     """
 
-    def __init__(self, schedule: lr_scheduler.LRScheduler, optimizer: Optimizer, seed: int) -> None:
-        self._schedule, self._optimizer, self._seed = schedule, optimizer, seed
+    def __init__(
+        self,
+        schedule: lr_scheduler.LRScheduler,
+        optimizer: Optimizer,
+        seed: int,
+        held: FlatOptimizer | None = None,
+        *,
+        blind: bool = False,
+    ) -> None:
+        self._schedule, self._optimizer, self._seed, self._held = schedule, optimizer, seed, held
+        self._blind = blind
+        if held is not None:
+            held.schedules.append(schedule)
 
     @property
     def limit(self) -> int | None:
@@ -51,8 +76,10 @@ class Schedule:
 
         Raises:
             UserCodeError: it raised.
+            ConfigError: it is blind, but looks at a parameter.
         """
-        with users_code("the schedule"), seeded(type(self._schedule), seed32(self._seed, "schedule", turn)):
+        seed, blind = seed32(self._seed, "schedule", turn), self._blind
+        with users_code("the schedule"), seeded(type(self._schedule), seed), _sight(self._optimizer, blind):
             self._schedule.step()
 
     def state(self) -> dict[str, Any]:
@@ -64,7 +91,7 @@ class Schedule:
         if is_of_torch(type(self._schedule)):
             return self._schedule.state_dict()
         try:
-            return {"attributes": packed(own_attributes(self._schedule), self._anchors)}
+            return {"attributes": packed(own_attributes(self._schedule), self._anchors, self._memory)}
         except CannotCarry as error:
             raise ConfigError(
                 f"the schedule {type(self._schedule).__name__} keeps an attribute that cannot be copied to "
@@ -77,22 +104,55 @@ class Schedule:
             self._schedule.load_state_dict(copy.deepcopy(dict(state)))
             return
         before = own_attributes(self._schedule)
-        replace_attributes(self._schedule, before, unpacked(state["attributes"], before, self._anchors))
+        found = unpacked(state["attributes"], before, self._anchors, self._memory)
+        replace_attributes(self._schedule, before, found)
 
     @property
     def _anchors(self) -> list[object]:
         groups = self._optimizer.param_groups
-        return [self._schedule, self._optimizer, groups, *groups]
+        trainable = [] if self._held is None else self._held.parameters.trainable
+        return [self._schedule, self._optimizer, self._optimizer.state, groups, *groups, *trainable]
+
+    @property
+    def _memory(self) -> torch.Tensor | None:
+        return None if self._held is None else self._held.parameters.parameters
 
 
-def make_schedule(optimizer: Optimizer, config: ScheduleConfig, moves: int, seed: int = 0) -> Schedule | None:
+def own_schedule(config: ScheduleConfig) -> bool:
+    """Return whether a schedule is the user's own, which may look at parameters and gradients.
+
+    Raises:
+        ConfigError: no schedule has that name, or it does not take these arguments.
+    """
+    if config.name is None or is_of_torch(kind := _kind(config.name)):
+        return False
+    with refusing("schedule", config.name, kind, config.arguments):
+        return True
+
+
+def _kind(name: str) -> Any:
+    return class_named("schedule.name", name, lr_scheduler, lr_scheduler.LRScheduler)
+
+
+def make_schedule(
+    optimizer: FlatOptimizer,
+    config: ScheduleConfig,
+    moves: int,
+    seed: int = 0,
+    *,
+    is_tried: bool = False,
+    blind: bool = False,
+) -> Schedule | None:
     """Return the schedule that a configuration names, or None; it must last for this many moves.
 
     Args:
-        optimizer: that it moves.
+        optimizer: that it moves; one that holds the parameters in their shapes, if it is an `own_schedule`.
         config: which class, and its arguments.
         moves: how often it will be moved.
         seed: of the run.
+        is_tried: whether this schedule was tried before.
+        blind: whether the optimiser only stands in for others, so that the schedule must look at no
+            parameter, and change nothing but keys of the groups.
 
     Raises:
         ConfigError: no schedule has that name, it does not take these arguments, it ends too early, or it
@@ -105,23 +165,17 @@ def make_schedule(optimizer: Optimizer, config: ScheduleConfig, moves: int, seed
                 f"unset {' and '.join(f'schedule.{key}' for key in config.arguments)} (--set KEY=none)"
             )
         return None
-    kind = class_named("schedule.name", config.name, lr_scheduler, lr_scheduler.LRScheduler)
+    kind = _kind(config.name)
     if issubclass(kind, lr_scheduler.ReduceLROnPlateau):
         raise ConfigError(
             "schedule.name is 'ReduceLROnPlateau', but the rate must follow from the step alone: "
             "use CosineAnnealingLR, OneCycleLR or another"
         )
     with refusing("schedule", config.name, kind, config.arguments):
-        expected = _rates_of(optimizer, kind, config, moves=False)
-        for moved in () if is_of_torch(kind) else (False, True):
-            again = _rates_of(optimizer, kind, config, moves=moved)
-            if again != expected:
-                raise ConfigError(
-                    f"schedule.name is {config.name!r}, but two that are made alike set {expected} and "
-                    f"{again} in the first turns: let it keep everything in its attributes, and draw from "
-                    f"torch's, numpy's or random's global generator alone, which are seeded"
-                )
-        made = _made(optimizer, kind, config, seed)
+        if not is_tried:
+            _try_schedule(optimizer, kind, config, blind=blind)
+        held = None if is_of_torch(kind) else optimizer
+        made = _made(optimizer.optimizer, kind, config, seed, held, blind=blind)
     if made.limit is not None and made.limit < moves:
         raise ConfigError(
             f"schedule.total_steps is {made.limit}, but the run moves the schedule {moves} times: "
@@ -130,36 +184,68 @@ def make_schedule(optimizer: Optimizer, config: ScheduleConfig, moves: int, seed
     return made
 
 
-_TRIED_MOVES = 4
-_STATE_AFTER = 2
+def _made(
+    optimizer: Optimizer,
+    kind: Any,
+    config: ScheduleConfig,
+    seed: int,
+    held: FlatOptimizer | None = None,
+    *,
+    blind: bool,
+) -> Schedule:
+    blind = blind and not is_of_torch(kind)
+    held = None if blind else held
+    shaped = nullcontext() if held is None else in_shapes(held.parameters, f"the schedule {kind.__name__}")
+    with seeded(kind, seed32(seed, "schedule")), shaped, _sight(optimizer, blind):
+        return Schedule(kind(optimizer, **config.arguments), optimizer, seed, held, blind=blind)
 
 
-def _made(optimizer: Optimizer, kind: Any, config: ScheduleConfig, seed: int) -> Schedule:
-    with seeded(kind, seed32(seed, "schedule")):
-        return Schedule(kind(optimizer, **config.arguments), optimizer, seed)
+def _try_schedule(optimizer: FlatOptimizer, kind: Any, config: ScheduleConfig, *, blind: bool) -> None:
+    """Try a schedule with an optimiser like this one.
 
-
-def _rates_of(optimizer: Optimizer, kind: Any, config: ScheduleConfig, *, moves: bool) -> list[float]:
-    """Return the first rates of a trial; if it moves, another schedule takes over in the middle."""
-    found: list[float] = []
-    group = {name: value for name, value in optimizer.param_groups[0].items() if name != "params"}
-
-    def made() -> tuple[Optimizer, Schedule]:
+    Raises:
+        ConfigError: it cannot be held or carried.
+    """
+    if is_of_torch(kind):
+        group = {name: value for name, value in optimizer.group.items() if name != "params"}
         trial = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0, momentum=0.9)
         trial.param_groups[0].update(copy.deepcopy(group) | {"momentum": 0.9, "nesterov": False})
-        return trial, _made(trial, kind, config, 0)
-
-    trial, schedule = made()
-    for turn in range(1 if is_of_torch(kind) else _TRIED_MOVES):
-        if moves and turn == _STATE_AFTER:
-            state, values = schedule.state(), dict(trial.param_groups[0])
-            trial, schedule = made()
-            trial.param_groups[0].update({name: v for name, v in values.items() if name != "params"})
-            schedule.load_state(state)
+        schedule = _made(trial, kind, config, 0, blind=blind)
         trial.step()
-        schedule.move(turn + 1)
-        found.append(float(trial.param_groups[0]["lr"]))
-    return found
+        schedule.move(1)
+        return
+
+    def made(of: Optimizer, held: FlatOptimizer | None) -> Schedule:
+        return _made(of, kind, config, 0, held, blind=blind)
+
+    parameters = optimizer.parameters.trainable
+    tried = Tried(optimizer.config, small(parameters), made)
+    try:
+        expected = tried.in_torch()
+    except ConfigError:
+        raise
+    except Exception:
+        tried = Tried(optimizer.config, [Like.of(one) for one in parameters], made)  # it may need larger ones
+        expected = tried.in_torch()
+
+    def refuse(what: str) -> None:
+        raise ConfigError(f"schedule.name is {config.name!r}, but {what}")
+
+    if not are_same(expected, tried.in_torch()):
+        refuse(
+            "two that are made alike do not do the same in the first turns: let it keep everything in its "
+            "attributes, and draw from torch's, numpy's or random's global generator alone, which are seeded"
+        )
+    if not are_same(expected, tried.as_held(moves=False)):
+        refuse(
+            "it does not do the same where parameters are views of one vector: let it keep "
+            "p.detach().clone() of what it compares"
+        )
+    if not are_same(expected, tried.as_held(moves=True)):
+        refuse(
+            "it does not go on to the same rates and parameters in another process: let it keep everything "
+            "in its attributes"
+        )
 
 
 def remarks_on(schedule: Schedule | None, moves: int) -> list[str]:
@@ -171,6 +257,58 @@ def remarks_on(schedule: Schedule | None, moves: int) -> list[str]:
         f"schedule.total_steps is {limit}, but the run moves the schedule {moves} times and ends before its "
         f"end: set schedule.total_steps={moves}"
     ]
+
+
+_UNSEEN = (
+    "it looks at parameters, gradients or the state of its optimiser, or changes more than keys of "
+    "param_groups; but shards make turns of their own, each at its own parameters, so it cannot set one rate "
+    'for all: let it follow from the turn alone, or use solver.name = "synchronous"'
+)
+
+
+class _Unseen:
+    """What stands in a group where parameters would be, and refuses to be looked at."""
+
+    def _refuse(self, *_: object) -> Any:
+        raise ConfigError(_UNSEEN)
+
+    __iter__ = __len__ = __bool__ = __getitem__ = __setitem__ = __contains__ = __add__ = _refuse
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        raise ConfigError(_UNSEEN)
+
+
+@contextmanager
+def _sight(optimizer: Optimizer, blind: bool) -> Iterator[None]:
+    """In the block, hide an optimiser's parameters and state from a schedule that must be blind."""
+    if not blind:
+        yield
+        return
+    groups, state, before = list(optimizer.param_groups), optimizer.state, _beside(optimizer)
+    held = [group["params"] for group in groups]
+    for group in groups:
+        group["params"] = _Unseen()
+    optimizer.state = _Unseen()  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        optimizer.state = state
+        for group, parameters in zip(groups, held, strict=True):
+            group["params"] = parameters
+    now = _beside(optimizer)
+    if now.keys() != before.keys() or any(now[name] is not before[name] for name in before):
+        raise ConfigError(_UNSEEN)
+
+
+def _beside(optimizer: Optimizer) -> dict[str, object]:
+    """Return what an optimiser has beside groups and state, with how many hooks it has."""
+    found = {name: value for name, value in vars(optimizer).items() if name not in ("state", "_opt_called")}
+    step = found.get("step")
+    if step is not None and step.__code__.co_filename == lr_scheduler.__file__:
+        del found["step"]  # torch counts its calls by it
+    return {name: len(one) if name.endswith("_hooks") else one for name, one in found.items()}
 
 
 class Rates:
@@ -195,8 +333,8 @@ class Rates:
         stand_in = FlatParameters([torch.Size([2, 2])], torch.float32)
         self._optimizer = another_optimizer(stand_in, optimizer, seed)
         self.is_elementwise = self._optimizer.is_elementwise
-        self._unscheduled = dict(self._group)
-        self._schedule = make_schedule(self._optimizer.optimizer, schedule, moves, seed)
+        self._unscheduled, self._is_own = dict(self._group), own_schedule(schedule)
+        self._schedule = make_schedule(self._optimizer, schedule, moves, seed, blind=True)
         if self._schedule is not None:
             scheduled = dict(self._group)
             gradient = self._optimizer.new_gradient().zero_()
@@ -247,9 +385,10 @@ class Rates:
         return tuple(found)
 
     def _note_moved(self) -> None:
-        """Note which of the optimiser's keys the schedule changes."""
+        """Note which of the optimiser's keys the schedule changes; new ones of torch's are its own."""
         before, now = self._unscheduled, self._group
-        self._moved |= {name for name, v in before.items() if name != "params" and now[name] != v}
+        names = [name for name in (now if self._is_own else before) if name not in ("params", "initial_lr")]
+        self._moved |= {name for name in names if name not in before or now[name] != before[name]}
 
     def state(self) -> dict[str, Any]:
         """Return where it is; a view."""

@@ -35,7 +35,7 @@ from sparksgd.solvers.protocol import (
     Vector,
 )
 from sparksgd.solvers.rules import Experiment, needs_of, require_at_least
-from sparksgd.solvers.schedules import make_schedule, remarks_on
+from sparksgd.solvers.schedules import make_schedule, own_schedule, remarks_on
 from sparksgd.solvers.torch_optimizers import another_optimizer, make_optimizer
 
 __all__ = [
@@ -157,11 +157,12 @@ class SynchronousSolver:
         self._clip_norm = settings.clip_norm
         self._seed = experiment.seed
         make = another_optimizer if is_replica else make_optimizer
-        self._optimizer = make(flat, experiment.optimizer, self._seed)
+        shaped = own_schedule(experiment.schedule)
+        self._optimizer = make(flat, experiment.optimizer, self._seed, shaped=shaped)
         self.by_strips = self._optimizer.is_elementwise and self._clip_norm is None
         self._turns_per_move = experiment.turns_per_move
         self._schedule = make_schedule(
-            self._optimizer.optimizer, experiment.schedule, experiment.moves, self._seed
+            self._optimizer, experiment.schedule, experiment.moves, self._seed, is_tried=is_replica
         )
         self.remarks = remarks_on(self._schedule, experiment.moves)
         self._answer: Answer | None = None
@@ -231,6 +232,10 @@ class SynchronousSolver:
             UserCodeError: the optimiser or the schedule raised.
         """
         lr, seed = self._optimizer.lr, seed32(self._seed, "optimizer", self.version)
+        steps = self.version + 1
+        then = None
+        if self._schedule is not None and steps % self._turns_per_move == 0:
+            then = partial(self._schedule.move, steps)
         with self._centre.step(total, 1, "optimizer.lr", lr):
             norm = step_along(
                 self._optimizer,
@@ -239,9 +244,8 @@ class SynchronousSolver:
                 total.touched,
                 self._clip_norm,
                 seed,
+                then,
             )
-        if self._schedule is not None and self.version % self._turns_per_move == 0:
-            self._schedule.move(self.version)
         return StepOutcome(lr=lr, gradient_norm=norm)
 
     def step_back(self) -> None:

@@ -1,7 +1,8 @@
 """torch's optimisers for all rules: making them, trying them, refusing them.
 
 An optimiser of the user's own, and one of torch that looks at whole tensors, is tried on small tensors of the
-dimensions of the module's: held as it will be, against itself held as a plain loop would.  So the trial finds
+dimensions of the module's, or on ones like these where they have attributes: held as it will be, against
+itself held as a plain loop would.  So the trial finds
 tensors that share memory with a parameter that is rebound, state that no attribute holds, and numbers that no
 seed decides.
 
@@ -17,38 +18,58 @@ import inspect
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from sparksgd.arithmetic.copies import copied
 from sparksgd.arithmetic.flat import FlatParameters
 from sparksgd.arithmetic.seeds import seed32
 from sparksgd.config import OptimizerConfig
 from sparksgd.errors import ConfigError, UserCodeError
 from sparksgd.imports import did_you_mean, resolve, users_code
-from sparksgd.solvers.flat_optimizer import ELEMENTWISE, HAS, FlatOptimizer, Parameters, seeded
+from sparksgd.solvers.flat_optimizer import (
+    ELEMENTWISE,
+    HAS,
+    FlatOptimizer,
+    Parameters,
+    in_shapes,
+    is_of_torch,
+    seeded,
+)
 from sparksgd.solvers.protocol import Settings, Touched
 
 __all__ = [
+    "Like",
+    "Scheduled",
+    "Tried",
     "another_optimizer",
+    "are_same",
     "class_named",
     "make_optimizer",
+    "own_optimizer",
     "refusing",
+    "small",
     "state_names",
     "without_compiler",
 ]
 
 
-def make_optimizer(parameters: Parameters, config: OptimizerConfig, seed: int = 0) -> FlatOptimizer:
+def make_optimizer(
+    parameters: Parameters, config: OptimizerConfig, seed: int = 0, *, shaped: bool = False
+) -> FlatOptimizer:
     """Return the optimiser that a configuration names, after a trial.
 
     Args:
         parameters: that it will move.
         config: which class, and its arguments.
         seed: of the run.
+        shaped: whether it must hold parameters in their shapes, because a schedule looks at them.
 
     Raises:
         ConfigError: no optimiser has that name, it does not take these arguments or parameters, or it cannot
@@ -57,19 +78,35 @@ def make_optimizer(parameters: Parameters, config: OptimizerConfig, seed: int = 
     kind = _optimizer_kind(config)
     shapes = [parameter.shape for parameter in parameters.trainable]
     tried = kind, repr(config.arguments), shapes
-    if tried not in _last_tried:  # a training makes several alike: one that is tried, and one on each side
-        _try_optimizer(shapes, config)
+    has_attributes = any(map(vars, parameters.trainable))
+    if has_attributes or tried not in _last_tried:  # a training makes several alike
+        _try_optimizer(parameters.trainable, config)
         _last_tried[:] = [tried]
     with refusing("optimizer", config.name, kind, config.arguments):
-        return another_optimizer(parameters, config, seed)
+        return another_optimizer(parameters, config, seed, shaped=shaped)
 
 
-def another_optimizer(parameters: Parameters, config: OptimizerConfig, seed: int = 0) -> FlatOptimizer:
+def another_optimizer(
+    parameters: Parameters, config: OptimizerConfig, seed: int = 0, *, shaped: bool = False
+) -> FlatOptimizer:
     """Return an optimiser as `make_optimizer` does, of a configuration that was tried before."""
     kind = _optimizer_kind(config)
-    tensors = [parameters.whole] if kind in ELEMENTWISE else parameters.trainable
     with seeded(kind, seed32(seed, "optimizer")):
-        return FlatOptimizer(parameters, kind(tensors, **config.arguments))
+        if kind in ELEMENTWISE and not shaped:
+            return FlatOptimizer(parameters, kind([parameters.whole], **config.arguments), config)
+        with in_shapes(parameters, f"the optimiser {kind.__name__}"):
+            return FlatOptimizer(parameters, kind(parameters.trainable, **config.arguments), config)
+
+
+def own_optimizer(config: OptimizerConfig) -> bool:
+    """Return whether an optimiser is the user's own.
+
+    Raises:
+        ConfigError: no optimiser has that name, or it does not take these arguments.
+    """
+    kind = _optimizer_kind(config)
+    with refusing("optimizer", config.name, kind, config.arguments):
+        return not is_of_torch(kind)
 
 
 def state_names(config: OptimizerConfig, settings: Settings) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -96,8 +133,8 @@ _LARGEST = 3  # of a dimension of a tried tensor
 _last_tried: list[tuple[Any, str, list[torch.Size]]] = []
 
 
-def _try_optimizer(shapes: Sequence[torch.Size], config: OptimizerConfig) -> None:
-    """Try an optimiser on small tensors of as many dimensions as these.
+def _try_optimizer(parameters: Sequence[nn.Parameter], config: OptimizerConfig) -> None:
+    """Try an optimiser on small tensors of as many dimensions as these, or on ones like these.
 
     Raises:
         ConfigError: see `make_optimizer`.
@@ -114,108 +151,168 @@ def _try_optimizer(shapes: Sequence[torch.Size], config: OptimizerConfig) -> Non
         )
     with refusing("optimizer", config.name, kind, arguments):
         if kind in ELEMENTWISE:
-            one = _free([torch.Size([2, 2])])
+            one = _free([Like(torch.Size([2, 2]))])
             one[0].grad = torch.ones(2, 2)
             kind(one, **arguments).step()
             return
-        small = {len(shape): torch.Size(min(size, _LARGEST) for size in shape) for shape in shapes}
-        tried = list(small.values()) * (2 if len(small) == 1 else 1)
+        shapes = small(parameters)
+        if not any(map(vars, parameters)):
+            one_of_each = list({len(like.shape): like for like in shapes}.values())
+            shapes = one_of_each * (2 if len(one_of_each) == 1 else 1)
+        tried = Tried(config, shapes)
         try:
-            expected = _steps_of_torch(kind, arguments, tried, None)
+            expected = tried.in_torch()
         except Exception:
-            tried = list(shapes)  # it may need larger ones
-            expected = _steps_of_torch(kind, arguments, tried, None)
-        _compare(kind, config, tried, expected)
+            tried = Tried(config, [Like.of(one) for one in parameters])  # it may need larger ones
+            expected = tried.in_torch()
+        _compare(tried, expected)
 
 
-def _compare(
-    kind: Any, config: OptimizerConfig, shapes: Sequence[torch.Size], expected: list[torch.Tensor]
-) -> None:
+def small(parameters: Sequence[nn.Parameter]) -> list[Like]:
+    """Return small tensors of as many dimensions; where some have attributes, all in their shapes."""
+    if any(map(vars, parameters)):
+        return [Like.of(one) for one in parameters]
+    return [Like(torch.Size(min(size, _LARGEST) for size in one.shape)) for one in parameters]
+
+
+def _compare(tried: Tried, expected: list[torch.Tensor]) -> None:
     """Refuse an optimiser that gives other parameters as it is held here."""
 
     def refuse(what: str) -> None:
-        raise ConfigError(f"optimizer.name is {config.name!r}, but {what}")
+        raise ConfigError(f"optimizer.name is {tried.config.name!r}, but {what}")
 
-    if not _are_same(expected, _steps_of_torch(kind, config.arguments, shapes, None)):
+    if not are_same(expected, tried.in_torch()):
         refuse(
             "two that are made alike give different parameters: let it draw from torch's, numpy's or "
             "random's global generator, which are seeded for each step, and from no clock"
         )
-    if not _are_same(expected, _steps_as_held(kind, config, shapes, None, moves=False)):
+    if not are_same(expected, tried.as_held(moves=False)):
         refuse(
             "it gives other parameters where these are views of one vector: it keeps a tensor that shares "
             "memory with a parameter that it rebinds; let it keep p.detach().clone()"
         )
-    if not _are_same(expected, _steps_as_held(kind, config, shapes, None, moves=True)):
+    if not are_same(expected, tried.as_held(moves=True)):
         refuse(
             "it does not go on to the same parameters in another process: it keeps something that is no "
             "attribute of its own, such as a global, or something of its class; keep it in self.state"
         )
-    untouched = [index > 0 for index in range(len(shapes))]
+    untouched = [index > 0 for index in range(len(tried.models))]
     try:
-        skipping = _steps_of_torch(kind, config.arguments, shapes, untouched)
+        skipping = tried.in_torch(untouched)
     except Exception:
         return  # as in plain torch, it raises where a parameter has no gradient
-    if not _are_same(skipping, _steps_as_held(kind, config, shapes, untouched, moves=True)):
+    if not are_same(skipping, tried.as_held(untouched, moves=True)):
         refuse("it gives other parameters than in plain torch where one has no gradient: use another")
 
 
-def _steps_of_torch(
-    kind: Any, arguments: Mapping[str, Any], shapes: Sequence[torch.Size], touched: list[bool] | None
-) -> list[torch.Tensor]:
-    """Return the parameters after each step of a plain loop; in one step some have no gradient."""
-    parameters, found = _free(shapes), []
-    with seeded(kind, seed32(0, "optimizer")):
-        optimizer = kind(parameters, **arguments)
-    if "lr" not in optimizer.param_groups[0]:
-        raise ValueError("its parameter groups have no 'lr', which schedules and reports need")
-    for step in range(_TRIED_STEPS):
-        mask = touched if step == _STATE_AFTER else None
-        for number, parameter in enumerate(parameters):
-            has_gradient = mask is None or mask[number]
-            parameter.grad = _wave(parameter.shape, 10 * step + number) if has_gradient else None
-        with seeded(kind, step), users_code("its step()"):
-            optimizer.step()
-        found.append(torch.cat([parameter.detach().reshape(-1) for parameter in parameters]))
-    return found
+@dataclass(frozen=True)
+class Like:
+    """What a tried tensor is like."""
+
+    shape: torch.Size
+    attributes: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, parameter: nn.Parameter) -> Like:
+        """Return what is like a parameter."""
+        return cls(parameter.shape, vars(parameter))
 
 
-def _steps_as_held(
-    kind: Any,
-    config: OptimizerConfig,
-    shapes: Sequence[torch.Size],
-    touched: list[bool] | None,
-    *,
-    moves: bool,
-) -> list[torch.Tensor]:
-    """Return the same of a `FlatOptimizer`; if it moves, another one takes over in the middle."""
+@dataclass(frozen=True)
+class Tried:
+    """Some steps of an optimiser, maybe with a schedule: in a plain loop, and as it is held here.
 
-    def made() -> tuple[FlatParameters, FlatOptimizer]:
-        parameters = FlatParameters(shapes, torch.float32)
-        for number, (parameter, shape) in enumerate(zip(parameters.trainable, shapes, strict=True)):
-            parameter.data.copy_(_wave(shape, number))
-        return parameters, another_optimizer(parameters, config)
+    Both give the parameters and the rates after each step.
+    """
 
-    parameters, optimizer = made()
-    found = []
-    for step in range(_TRIED_STEPS):
-        if moves and step == _STATE_AFTER:
-            vectors, rest = optimizer.state()
-            values = parameters.parameters.clone()
-            parameters, optimizer = made()
+    config: OptimizerConfig
+    """Which optimiser."""
+
+    models: Sequence[Like]
+    """What the tensors are like."""
+
+    schedule: Callable[[Optimizer, FlatOptimizer | None], Scheduled] | None = None
+    """Makes the schedule of an optimiser, which may be held."""
+
+    def in_torch(self, touched: list[bool] | None = None) -> list[torch.Tensor]:
+        """Make the steps of a plain loop; in one of them, only these parameters have a gradient."""
+        kind, parameters = _optimizer_kind(self.config), _free(self.models)
+        with seeded(kind, seed32(0, "optimizer")):
+            optimizer = kind(parameters, **self.config.arguments)
+        if "lr" not in optimizer.param_groups[0]:
+            raise ValueError("its parameter groups have no 'lr', which schedules and reports need")
+        schedule = None if self.schedule is None else self.schedule(optimizer, None)
+        found = []
+        for step in range(_TRIED_STEPS):
+            mask = touched if step == _STATE_AFTER else None
+            for number, parameter in enumerate(parameters):
+                has_gradient = mask is None or mask[number]
+                parameter.grad = _wave(parameter.shape, 10 * step + number) if has_gradient else None
+            with seeded(kind, step), users_code("its step()"):
+                optimizer.step()
+            if schedule is not None:
+                schedule.move(step + 1)
+            found += _made_by(optimizer, torch.cat([one.detach().reshape(-1) for one in parameters]))
+        return found
+
+    def as_held(self, touched: list[bool] | None = None, *, moves: bool) -> list[torch.Tensor]:
+        """Make the same steps as held here; if it moves, another one takes over in the middle."""
+        parameters, optimizer, schedule = self._held(None)
+        found = []
+        for step in range(_TRIED_STEPS):
+            if moves and step == _STATE_AFTER:
+                vectors, rest = optimizer.state()
+                of_schedule = None if schedule is None else schedule.state()
+                parameters, optimizer, schedule = self._held(parameters.parameters)
+                optimizer.load_state(vectors, rest)
+                if schedule is not None and of_schedule is not None:
+                    schedule.load_state(of_schedule)
+            mask: Touched = np.array(touched) if touched and step == _STATE_AFTER else None
+            gradient = optimizer.new_gradient()
+            for number, (part, model) in enumerate(zip(parameters.parts, self.models, strict=True)):
+                gradient[part] = _wave(model.shape, 10 * step + number).reshape(-1)
+            then = None if schedule is None else partial(schedule.move, step + 1)
+            optimizer.step(gradient, mask, step, then)
+            found += _made_by(optimizer.optimizer, parameters.parameters.clone())
+        return found
+
+    def _held(self, values: torch.Tensor | None) -> tuple[FlatParameters, FlatOptimizer, Scheduled | None]:
+        parameters = FlatParameters([model.shape for model in self.models], torch.float32)
+        for one, like in zip(parameters.trainable, _free(self.models), strict=True):
+            one.data.copy_(like.detach())
+            vars(one).update(vars(like))
+        shaped = self.schedule is not None
+        optimizer = another_optimizer(parameters, self.config, shaped=shaped)
+        schedule = None if self.schedule is None else self.schedule(optimizer.optimizer, optimizer)
+        if values is not None:
             parameters.parameters.copy_(values)
-            optimizer.load_state(vectors, rest)
-        mask: Touched = np.array(touched) if touched and step == _STATE_AFTER else None
-        gradient = optimizer.new_gradient()
-        for number, (part, shape) in enumerate(zip(parameters.parts, shapes, strict=True)):
-            gradient[part] = _wave(shape, 10 * step + number).reshape(-1)
-        optimizer.step(gradient, mask, step)
-        found.append(parameters.parameters.clone())
+        return parameters, optimizer, schedule
+
+
+class Scheduled(Protocol):
+    """A schedule that is tried."""
+
+    def move(self, turn: int) -> None:
+        """Move it once."""
+
+    def state(self) -> dict[str, Any]:
+        """Return where it is."""
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Continue from the state of another one."""
+
+
+def _made_by(optimizer: Optimizer, parameters: torch.Tensor) -> list[torch.Tensor]:
+    """Return what a step made: parameters, and rates, as multiples of the first ones."""
+    rates = [float(g["lr"]) / (float(g.get("initial_lr", 0)) or 1.0) for g in optimizer.param_groups]
+    return [parameters, torch.tensor(rates)]
+
+
+def _free(models: Sequence[Like]) -> list[nn.Parameter]:
+    found = [nn.Parameter(_wave(model.shape, number)) for number, model in enumerate(models)]
+    for one, attributes in zip(found, copied([dict(model.attributes) for model in models]), strict=True):
+        vars(one).update(attributes)
     return found
-
-
-def _free(shapes: Sequence[torch.Size]) -> list[nn.Parameter]:
-    return [nn.Parameter(_wave(shape, number)) for number, shape in enumerate(shapes)]
 
 
 def _wave(shape: torch.Size, phase: int) -> torch.Tensor:
@@ -223,7 +320,7 @@ def _wave(shape: torch.Size, phase: int) -> torch.Tensor:
     return torch.sin(torch.arange(shape.numel()) * 1.7 + phase).view(shape)
 
 
-def _are_same(one: Sequence[torch.Tensor], other: Sequence[torch.Tensor]) -> bool:
+def are_same(one: Sequence[torch.Tensor], other: Sequence[torch.Tensor]) -> bool:
     """Compare to rounding: matrix products depend on where in memory a tensor begins."""
     pairs = zip(one, other, strict=True)
     return all(torch.allclose(a, b, rtol=1e-4, atol=1e-6, equal_nan=True) for a, b in pairs)

@@ -17,9 +17,10 @@ import numpy as np
 import torch
 from torch import nn
 
+from sparksgd.arithmetic.copies import copied
 from sparksgd.arithmetic.flat import FlatModule, mixes_rows, mixes_rows_of_evaluations
 from sparksgd.arithmetic.numerics import Numerics
-from sparksgd.config import Config, DataConfig
+from sparksgd.config import Config, DataConfig, OptimizerConfig, ScheduleConfig
 from sparksgd.data.sampling import Sampling
 from sparksgd.data.schema import RowReport, RowSchema, read_rows
 from sparksgd.data.source import RowSource
@@ -29,7 +30,8 @@ from sparksgd.errors import ConfigError, DataError, ModelError, UserCodeError
 from sparksgd.losses import CLASSIFIERS, Loss, binary_cross_entropy, loss_named
 from sparksgd.solvers.protocol import Need
 from sparksgd.solvers.rules import Experiment, described, make_solver, needs_of, settings_of
-from sparksgd.solvers.torch_optimizers import without_compiler
+from sparksgd.solvers.schedules import own_schedule
+from sparksgd.solvers.torch_optimizers import own_optimizer, without_compiler
 from sparksgd.training.rebuilding import Sample, check_rebuilding
 from sparksgd.training.replay import Replay
 from sparksgd.training.saved_state import check_saving
@@ -122,7 +124,7 @@ def check(
     needs = needs_in(config, replay)
     check_engine(config, kinds, needs)
     schema, found, records = _tried(config, module, loss, rows, dtype, evaluates=test is not None)
-    check_solver(config, replay, module)
+    check_solver(config, replay, module, dtype)
     check_saving(module)
     sample = Sample(records=records, schema=schema, threads=config.train.threads, dtype=dtype)
     drawn = check_rebuilding(config, module, sample) if is_named else frozenset[str]()
@@ -151,23 +153,36 @@ def check(
     )
 
 
-def check_solver(config: Config, replay: Replay | None = None, module: nn.Module | None = None) -> None:
+def check_solver(
+    config: Config,
+    replay: Replay | None = None,
+    module: nn.Module | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> None:
     """Refuse a solver that cannot be made, before anything else starts.
 
     Args:
         config: names the rule, the optimiser and the schedule.
         replay: the run to be repeated.
-        module: the solver is made for small parameters of as many dimensions as this one's; None: matrices.
+        module: whose parameters the solver would move; None: what the user's own optimiser and schedule do
+            is not tried yet, because they may look at these.
+        dtype: type of the parameters.
 
     Raises:
         ConfigError: the rule, its keys, the optimiser or the schedule.
     """
     without_compiler()  # before this process makes its first optimiser
-    shapes = {2: [2, 2]}
-    if module is not None:
-        trained = [p for p in module.parameters() if p.requires_grad]
-        shapes = {p.ndim: [min(size, _TRIED_SIZE) for size in p.shape] for p in trained}
-    trial = FlatModule(nn.ParameterList([nn.Parameter(torch.zeros(shape)) for shape in shapes.values()]))
+    optimizer, schedule = own_optimizer(config.optimizer), own_schedule(config.schedule)
+    if module is not None and (optimizer or schedule):
+        trial = FlatModule(copied(module), dtype)
+    else:
+        trained = [] if module is None else [p for p in module.parameters() if p.requires_grad]
+        shapes = {p.ndim: [min(size, _TRIED_SIZE) for size in p.shape] for p in trained} or {2: [2, 2]}
+        trial = FlatModule(nn.ParameterList([nn.Parameter(torch.zeros(shape)) for shape in shapes.values()]))
+        if optimizer:
+            config = replace(config, optimizer=OptimizerConfig(), schedule=ScheduleConfig())
+        elif schedule:
+            config = replace(config, schedule=ScheduleConfig())
     took_part = None if replay is None else replay.took_part
     make_solver(config, trial, _experiment(config, 1, 0), took_part)
 

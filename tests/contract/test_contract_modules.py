@@ -138,3 +138,13 @@ def trained_by_chance(make: Make, data: Data, seed: int) -> list[object]:
     assert course.refusal is None, str(course.refusal)
     assert (random.getstate(), np.random.get_state()[1].tolist()) == before
     return [*(t.numpy().tobytes() for t in course.tensors[-1].values()), *course.losses, *course.test_losses]
+
+
+def test_with_one_piece_a_step_its_rows_may_mix_as_they_do_in_one_process(data: Data) -> None:
+    one = {"model": {"rows_mix": True}}
+    verdict = compared(contract_kinds.OwnStatistics, Recipe(sections=one), data, 1, 1e-9)
+    assert verdict.is_right, str(verdict)
+    refused = compared(contract_kinds.OwnStatistics, Recipe(), data, 1, 1e-9)
+    assert refused.is_refused, str(refused)
+    assert "set model.rows_mix = true" in str(refused)
+    assert "two pieces" not in str(refused)

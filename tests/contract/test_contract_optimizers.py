@@ -59,6 +59,51 @@ def test_a_schedule_sets_the_rates_that_it_sets_in_one_process(data: Data, name:
     assert verdict.is_right, str(verdict)
 
 
+@pytest.mark.parametrize("optimizer", ["SGD, momentum and decay", "Adam", "rebinds data"])
+@pytest.mark.parametrize("name", list(contract_optimizers.LOOKING))
+def test_a_schedule_sees_and_changes_what_it_does_in_one_process(
+    data: Data, name: str, optimizer: str
+) -> None:
+    if name == "SetsMomentum" and "SGD" not in optimizer:
+        pytest.skip("it has no momentum")
+    recipe = Recipe(
+        optimizer=contract_optimizers.OPTIMIZERS[optimizer], schedule=contract_optimizers.LOOKING[name]
+    )
+    verdict = compared(contract_kinds.Heads, recipe, data, 4, 1e-9)
+    assert verdict.is_right, str(verdict)
+
+
+@pytest.mark.parametrize("name", list(contract_optimizers.LOOKING))
+def test_where_shards_make_turns_of_their_own_a_schedule_that_looks_is_refused(data: Data, name: str) -> None:
+    recipe = Recipe(
+        schedule=contract_optimizers.LOOKING[name],
+        sections={"solver": {"name": "local_sgd", "turns_per_round": 2}},
+    )
+    course = by_sparksgd(contract_kinds.Heads, recipe, data, 4)
+    if name == "SetsMomentum":
+        assert course.refusal is None
+        return
+    assert isinstance(course.refusal, ConfigError)
+    assert "looks at parameters" in str(course.refusal)
+    assert 'solver.name = "synchronous"' in str(course.refusal)
+    assert not course.tensors
+
+
+@pytest.mark.parametrize("name", list(contract_optimizers.BY_ATTRIBUTES))
+def test_an_optimiser_of_a_shard_s_own_model_sees_them_too(data: Data, name: str) -> None:
+    sections = {"solver": {"name": "local_sgd", "turns_per_round": 1}}
+    recipe = Recipe(optimizer=contract_optimizers.BY_ATTRIBUTES[name], sections=sections)
+    verdict = compared(contract_kinds.Attributed, recipe, data, 1, 1e-9)
+    assert verdict.is_right, str(verdict)
+
+
+@pytest.mark.parametrize("name", list(contract_optimizers.BY_ATTRIBUTES))
+def test_an_optimiser_sees_attributes_of_parameters(data: Data, name: str) -> None:
+    recipe = Recipe(optimizer=contract_optimizers.BY_ATTRIBUTES[name])
+    verdict = compared(contract_kinds.Attributed, recipe, data, 4, 1e-9)
+    assert verdict.is_right, str(verdict)
+
+
 @pytest.mark.parametrize("name", list(LOSSES))
 def test_a_loss_of_rows_is_the_mean_over_all_rows(data: Data, name: str) -> None:
     verdict = compared(contract_kinds.Net, Recipe(loss=f"contract_losses:{name}"), data, 4, 1e-10)

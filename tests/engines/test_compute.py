@@ -9,7 +9,6 @@ import socket
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from queue import SimpleQueue
 from typing import Any
 
 import numpy as np
@@ -213,47 +212,49 @@ def test_several_features_reach_the_module_by_their_names(tmp_path: Path) -> Non
 
 
 class Watched(nn.Module):
-    """Notes what it sees as it runs."""
-
-    rows: SimpleQueue[int] = SimpleQueue()  # shared on purpose: the computer runs a copy of the module
-    threads: SimpleQueue[int] = SimpleQueue()  # as above; a list that grows would be refused
+    """Logs what it sees as it runs: anything else that it kept would be refused."""
 
     def __init__(self) -> None:
         super().__init__()
         self.inner = slope()
-        drained(self.rows), drained(self.threads)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        self.rows.put(len(x))
-        self.threads.put(torch.get_num_threads())
+        logging.getLogger("watched").info("rows %d", len(x))
+        logging.getLogger("watched").info("threads %d", torch.get_num_threads())
         return self.inner(x)
 
 
-def drained(queue: SimpleQueue[int]) -> list[int]:
-    return [queue.get() for _ in range(queue.qsize())]
+def logged(caplog: pytest.LogCaptureFixture, word: str) -> list[int]:
+    found = [line.split() for line in caplog.messages]
+    caplog.clear()
+    return [int(number) for name, number in found if name == word]
 
 
-def test_a_piece_is_cut_into_backward_passes_of_so_many_rows(tmp_path: Path) -> None:
+def test_a_piece_is_cut_into_backward_passes_of_so_many_rows(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "watched")
     rows = [((float(row),), 1.0) for row in range(5)]
     whole = the_sum(Job(tmp_path, Watched(), [rows]).gradients())
-    assert drained(Watched.rows) == [5]
+    assert logged(caplog, "rows") == [5]
     in_chunks = the_sum(Job(tmp_path, Watched(), [rows], rows_per_backward=2).gradients())
-    assert drained(Watched.rows) == [2, 2, 1]
+    assert logged(caplog, "rows") == [2, 2, 1]
     assert (in_chunks.vectors["gradient"].tolist(), in_chunks.loss, in_chunks.rows) == ([-20.0], 5.0, 5)
     assert (whole.vectors["gradient"].tolist(), whole.loss, whole.rows) == ([-20.0], 5.0, 5)
 
 
 @pytest.mark.parametrize("threads", [1, 2])
 def test_torch_runs_as_many_threads_as_planned_and_then_as_many_as_before(
-    tmp_path: Path, threads: int
+    tmp_path: Path, threads: int, caplog: pytest.LogCaptureFixture
 ) -> None:
+    caplog.set_level("INFO", "watched")
     before = torch.get_num_threads()
     torch.set_num_threads(3)
     try:
         job = Job(tmp_path, Watched(), [ROWS], threads=threads)
         job.gradients()
         job.evaluation()
-        assert drained(Watched.threads) == [threads, threads]
+        assert logged(caplog, "threads") == [threads, threads]
         assert torch.get_num_threads() == 3
     finally:
         torch.set_num_threads(before)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import logging
+import pickle
 import random
 import subprocess
 import sys
@@ -16,10 +17,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from pyspark import cloudpickle
 from torch import nn
 from torch.nn import functional as F
 from two_workers import by_plain_torch, train_here
 
+from sparksgd.arithmetic.copies import copied, pickled
 from sparksgd.arithmetic.flat import FlatModule
 from sparksgd.arithmetic.settings import settings_now
 from sparksgd.config import OptimizerConfig, ScheduleConfig
@@ -220,7 +223,6 @@ def a_global_attribute() -> nn.Module:
     [
         (by_global, "'scale'"),
         (by_global_detached, "'scale'"),
-        (by_default, "'scale'"),
         (by_class, "'scale'"),
         (a_global_buffer, "'size'"),
         (a_global_attribute, "\"tables['a'][0]\""),
@@ -228,6 +230,16 @@ def a_global_attribute() -> nn.Module:
 )
 def test_a_forward_that_reaches_past_the_copy(make: Any, name: str) -> None:
     refused(make(), f"uses {name} {PAST}", "Reach it by self")
+
+
+def test_a_default_of_a_lambda_is_the_copy_s() -> None:
+    module = by_default()
+    copy = copied(module)
+    assert copy.reach.__defaults__ == (copy,)
+    assert module.reach.__defaults__ == (module,)
+    travelled = pickle.loads(pickled(module, {"": module}, cloudpickle.CloudPickler))
+    assert travelled.reach.__defaults__ == (travelled,)
+    tried(module)
 
 
 def test_a_loss_that_reaches_past_the_copy() -> None:

@@ -81,6 +81,49 @@ class Heads(Net):
         return output
 
 
+class CallsDefaults(Net):
+    """Lambdas whose arguments' defaults hold layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = [lambda x, layer=layer: layer(x) for layer in (self.hidden, self.output)]
+        self.last = lambda x, *, scale=self.output.bias: x * scale.sum()
+
+    def forward(self, features):
+        first, second = self.calls
+        return self.last(second(torch.tanh(first(features.to(self.output.weight.dtype)))))
+
+
+class OwnStatistics(Net):
+    """A handwritten batch-norm, which also counts rows and keeps the largest value."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(WIDTH))
+        self.register_buffer("peak", torch.zeros(()))
+        self.register_buffer("rows", torch.zeros((), dtype=torch.long))
+
+    def forward(self, features):
+        x = self.hidden(features.to(self.output.weight.dtype))
+        mean = self.mean
+        if self.training:
+            mean = x.mean(0)
+            self.mean.lerp_(mean.detach(), 0.1)
+            self.peak = torch.maximum(self.peak, x.detach().abs().max())
+            self.rows += len(x)
+        return self.output(torch.tanh(x - mean)) / (1 + self.peak)
+
+
+class Attributed(Net):
+    """Each parameter has attributes that an optimiser looks at; the masks are of another shape each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for number, parameter in enumerate(self.parameters()):
+            parameter.lr_scale = 0.5**number
+            parameter.mask = (torch.arange(parameter.numel()) % 3 > 0).view(parameter.shape).double()
+
+
 class Experts(Net):
     """Two experts: each row goes to one; a piece of few rows may leave one out."""
 
@@ -543,6 +586,7 @@ ORDINARY: dict[str, Callable[[], nn.Module]] = {
     "hooks on modules": hooked,
     "hooks registered in forward": HooksInForward,
     "an attribute of a parameter": MaskedByAttribute,
+    "defaults of lambdas": CallsDefaults,
     "a lambda without state": PlainLambda,
     "an adapter": lambda: LowRank(merges=False),
     "an adapter that evaluation merges": lambda: LowRank(merges=True),

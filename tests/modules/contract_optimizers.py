@@ -225,6 +225,153 @@ class CountedRate(lr_scheduler.LRScheduler):
         return [rate / self.count for rate in self.base_lrs]
 
 
+class _Looks(lr_scheduler.LRScheduler):
+    """A schedule that looks at its optimiser's parameters."""
+
+    def get_lr(self) -> list[float]:
+        """Return rates that are as they were."""
+        return list(self.base_lrs)
+
+    @property
+    def parameters(self) -> list[torch.Tensor]:
+        """Return all parameters."""
+        return [p for group in self.optimizer.param_groups for p in group["params"]]
+
+
+class ByNorms(_Looks):
+    """A rate by the norms of a parameter and its gradient."""
+
+    def get_lr(self):
+        factors = [p.norm() / (p.grad.norm() + 1) for p in self.parameters if p.grad is not None]
+        return [base * float(sum(factors, torch.tensor(1.0)) / (1 + len(factors))) for base in self.base_lrs]
+
+
+class Decays(_Looks):
+    """It decays parameters in place, at its beginning, too."""
+
+    def step(self, epoch=None):
+        super().step()
+        for parameter in self.parameters:
+            parameter.data.mul_(0.9)
+
+
+class Rebinds(_Looks):
+    """It gives parameters other tensors: with a largest norm of rows, one by one."""
+
+    def step(self, epoch=None):
+        super().step()
+        for parameter in self.parameters:
+            parameter.data = torch.renorm(parameter.data, 2, 0, 0.5) if parameter.ndim > 1 else parameter.data
+
+
+class ReadsState(_Looks):
+    """A rate by what the optimiser keeps."""
+
+    def get_lr(self):
+        kept = [self.optimizer.state[p].get("momentum_buffer") for p in self.parameters]
+        norms = [float(one.norm()) for one in kept if one is not None]
+        return [base / (1 + sum(norms)) for base in self.base_lrs]
+
+
+class ChangesState(_Looks):
+    """It restarts the momentum every second time."""
+
+    def step(self, epoch=None):
+        super().step()
+        if self.last_epoch % 2 == 0:
+            self.optimizer.state.clear()
+
+
+class ByShapes(_Looks):
+    """A rate by how many parameters there are, and of what shape."""
+
+    def get_lr(self):
+        sizes = [parameter.shape[0] for parameter in self.parameters]
+        return [base * len(sizes) / sum(sizes) for base in self.base_lrs]
+
+
+class WrapsStep(_Looks):
+    """It puts a step of its own around the optimiser's, which clips gradients."""
+
+    def __init__(self, optimizer):
+        super().__init__(optimizer)
+        inner = optimizer.step
+
+        def step(closure=None):
+            torch.nn.utils.clip_grad_norm_(self.parameters, 0.1)
+            return inner(closure)
+
+        optimizer.step = step
+
+
+class Hooks(_Looks):
+    """A hook of the optimiser changes its gradients."""
+
+    def __init__(self, optimizer):
+        super().__init__(optimizer)
+        optimizer.register_step_pre_hook(self.sign)
+
+    def sign(self, *_: object) -> None:
+        for parameter in self.parameters:
+            if parameter.grad is not None:
+                parameter.grad.sign_()
+
+
+class ByClosure(lr_scheduler.LambdaLR):
+    """A lambda that closes over a parameter."""
+
+    def __init__(self, optimizer):
+        first = optimizer.param_groups[0]["params"][0]
+        super().__init__(optimizer, lambda turn: 1 / (1 + float(first.detach().norm()) + turn))
+
+
+class Remembers(_Looks):
+    """Attributes of its own: a parameter, and a copy of it."""
+
+    def __init__(self, optimizer):
+        self.first = optimizer.param_groups[0]["params"][0]
+        self.before = self.first.detach().clone()
+        super().__init__(optimizer)
+
+    def get_lr(self):
+        moved = float((self.first - self.before).norm())
+        self.before = self.first.detach().clone()
+        return [base * (1 + moved) for base in self.base_lrs]
+
+
+class ChangesGradients(_Looks):
+    """It leaves nothing of the gradients, which the next step computes anew."""
+
+    def step(self, epoch=None):
+        super().step()
+        for parameter in self.parameters:
+            parameter.grad = None if parameter.grad is None else parameter.grad.zero_()
+
+
+class SetsMomentum(_Looks):
+    """It sets other keys of the groups."""
+
+    def step(self, epoch=None):
+        super().step()
+        for group in self.optimizer.param_groups:
+            group["momentum"] = 0.9 / (1 + self.last_epoch)
+
+
+class ByScale(Plain):
+    """An attribute of each parameter scales its rate, as in fine-tuning layer by layer."""
+
+    def move(self, parameter, lr):
+        super().move(parameter, lr * getattr(parameter, "lr_scale", 1.0))
+
+
+class Masks(Plain):
+    """An attribute of the shape of the parameter."""
+
+    def move(self, parameter, lr):
+        parameter.grad.mul_(parameter.mask)
+        super().move(parameter, lr)
+
+
 def _of_torch(name: str, **arguments: Any) -> dict[str, Any]:
     return {"name": name, **arguments}
 
@@ -269,6 +416,9 @@ OPTIMIZERS: dict[str, dict[str, Any]] = {
 }
 """They train as in one process, and may not be refused."""
 
+BY_ATTRIBUTES: dict[str, dict[str, Any]] = {"a rate": _own(ByScale), "a mask": _own(Masks)}
+"""They look at attributes of parameters."""
+
 MATRICES_ONLY: dict[str, dict[str, Any]] = {"Muon": _of_torch("Muon", lr=0.05)}
 """They take matrices only; Muon computes in bfloat16."""
 
@@ -297,3 +447,12 @@ SCHEDULES: dict[str, dict[str, Any]] = {
     "counts calls": {"name": f"{HOME}:CountedRate"},
 }
 """Schedules over SGD with momentum."""
+
+LOOKING: dict[str, dict[str, Any]] = {
+    kind.__name__: {"name": f"{HOME}:{kind.__name__}"}
+    for kind in (
+        ByNorms, Decays, Rebinds, ReadsState, ChangesState, ByShapes, WrapsStep, Hooks, ByClosure, Remembers,
+        ChangesGradients, SetsMomentum,
+    )
+}  # fmt: skip
+"""Schedules that look at parameters, gradients or the optimiser's state, or change them."""

@@ -1,0 +1,80 @@
+"""What an optimiser or a schedule of the user's own reaches outside its attributes: it must stay as it is.
+
+Its attributes are carried to other processes.  Globals, attributes of classes and functions, and what these
+close over are not.  And the module that the caller gave is not the one that trains.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+
+from torch import nn
+
+from sparksgd.engines.held import Held, Seen, held_of
+from sparksgd.engines.held_names import around
+from sparksgd.engines.operations import Operations
+from sparksgd.engines.ownership import Owned
+from sparksgd.errors import ModelError
+from sparksgd.solvers.flat_optimizer import FlatOptimizer, is_of_torch
+
+__all__ = ["Outside"]
+
+
+class Outside:
+    """What is outside an optimiser and its schedule, as it is now.
+
+    Args:
+        optimizer: with its schedule.
+        module: the caller's, not the copy that trains.
+        owned: its tensors.
+
+    Raises:
+        ModelError: they refer to the caller's module.
+    """
+
+    def __init__(self, optimizer: FlatOptimizer, module: nn.Module, owned: Owned) -> None:
+        self._owned = owned
+        both = [one for one in (optimizer.optimizer, *optimizer.schedules) if not is_of_torch(type(one))]
+        held = optimizer.parameters
+        anchors = [optimizer.optimizer, *optimizer.schedules, optimizer.optimizer.state, *held.trainable]
+        seen = Seen(id(one) for one in (*anchors, held.whole, *optimizer.optimizer.param_groups))
+        self._held: list[Held] = []
+        for owner in both:
+            for name, value in vars(owner).items():
+                path = f"what {type(owner).__name__}.{name} closes over"
+                one = held_of(path, value, seen)
+                if one is not None and isinstance(value, types.FunctionType):
+                    self._held.append(one)
+        self._held += around(list(both), seen)
+        if {id(module), *map(id, module.parameters())} & seen:
+            raise ModelError(_of_the_caller(f"{type(module).__name__}, by a global or a class"))
+
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        """Watch the block, which makes a step.
+
+        Raises:
+            ModelError: something outside changed, or a tensor of the caller's module was used.
+        """
+        with Operations(self._owned.storages) as seen:
+            yield
+        for tensor in seen.met.values():
+            raise ModelError(_of_the_caller(repr(self._owned.name_of(tensor) or "a tensor")))
+        changed = [one for one in self._held if one.is_changed()]
+        for one in changed:
+            with suppress(ModelError):  # an iterator cannot go back
+                one.restore()
+        for one in changed:
+            raise ModelError(
+                f"{one.path} changes as the optimiser or the schedule makes a step, but no other process "
+                "would get it: keep it in an attribute of self"
+            )
+
+
+def _of_the_caller(what: str) -> str:
+    return (
+        f"the optimiser or the schedule refers to {what} of the module that was given, not of the copy that "
+        "trains: reach parameters by param_groups"
+    )
