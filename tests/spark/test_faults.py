@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import logging
 import os
+import re
 import shutil
 import signal
+import socket
 from pathlib import Path
 
 import pytest
@@ -20,8 +24,12 @@ from spark_helpers import (
     write_rows,
 )
 
+from sparksgd.data.local_files import ParquetRows
+from sparksgd.engines.inline import InlineEngine
 from sparksgd.errors import Cancelled, ClusterError, NotFinite, ShardChanged, UserCodeError
+from sparksgd.runs.folder import RunFolder
 from sparksgd.spark.train import train
+from sparksgd.training.loop import train as train_inline
 
 pytestmark = pytest.mark.session("local[2]")
 
@@ -143,6 +151,48 @@ def test_only_the_worker_whose_file_is_gone_writes_its_shards_again(spark, local
     )
     assert training.flat.parameters_sha256() == calm.flat.parameters_sha256()
     assert (training.recovery.retries, training.recovery.rebuilt_shards) == (1, 2)  # of four shards
+
+
+@pytest.mark.parametrize(
+    ("engine", "which"),
+    [
+        (("engine.name=tree",), "training"),
+        (("engine.name=tree", "engine.barrier=false"), "training"),
+        (("engine.name=allreduce", "engine.segment_steps=4"), "training"),
+        (("engine.name=allreduce", "engine.segment_steps=4"), "test"),
+    ],
+    ids=["tree", "stages", "allreduce", "allreduce, test rows"],
+)
+def test_a_flipped_bit_in_a_shard_file_is_noticed_and_the_shard_written_again(
+    spark, local_dir, small, tmp_path, caplog, engine, which
+):
+    test_rows = write_rows(tmp_path / "test", 100, seed=1)
+    config = configured("train.num_shards=2", "train.eval_every=8", *engine)
+    struck = []
+
+    def flip(_):
+        files = sorted(local_dir.rglob("sparksgd-*/shard-*"), key=lambda file: file.stat().st_size)
+        assert len(files) == 4  # two of few test rows, and two of many training rows
+        struck.append(files[0 if which == "test" else 3])
+        content = bytearray(struck[0].read_bytes())
+        content[len(content) // 2] ^= 16
+        struck[0].write_bytes(content)
+
+    with caplog.at_level(logging.WARNING, "sparksgd"):
+        training = train(
+            spark, config, spark.read.parquet(small), spark.read.parquet(test_rows),
+            observers=[AtStep(4, flip), RunFolder(tmp_path / "run")],
+        )  # fmt: skip
+    calm = train_inline(
+        config, rows=ParquetRows(small), test=ParquetRows(test_rows), make_engine=InlineEngine
+    )
+    assert training.flat.parameters_sha256() == calm.flat.parameters_sha256()
+    assert [one.loss for one in training.evaluations] == [one.loss for one in calm.evaluations]
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert (summary["rebuilt_shards"], training.recovery.retries) == (1, 1)
+    found = re.search(r"shard (\d): (\S+) on (\S+): record \d+ is not what was written there", caplog.text)
+    assert found.groups() == (str(int(struck[0].name[6:11])), str(struck[0]), socket.gethostname())
+    assert not struck[0].exists()
 
 
 def test_a_column_that_is_random_on_every_reading_is_refused(spark, small):
