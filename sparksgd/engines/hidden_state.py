@@ -25,9 +25,15 @@ CACHE = type(lru_cache(lambda: None))
 _POINTER = 8
 """Bytes of an attribute in an object."""
 
+_OF_NUMPY, _OF_PYTHON = np.random.random.__self__, random.random.__self__  # type: ignore[attr-defined]  # builtins
+_SEEDED = torch.default_generator, _OF_NUMPY, _OF_NUMPY._bit_generator, _OF_PYTHON
+"""The global generators: they are seeded for every piece."""
+
 
 def state_of(value: Any) -> tuple[Callable[[], Any], Callable[[Any], object] | None] | None:
     """Return how to get and set the state of an object that hides it; None: it is none of the known kinds."""
+    if any(value is one for one in _SEEDED):
+        return lambda: None, None
     if isinstance(value, torch.Generator):
         return lambda: value.get_state().numpy().tobytes(), lambda state: value.set_state(
             torch.frombuffer(bytearray(state), dtype=torch.uint8)

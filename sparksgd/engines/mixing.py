@@ -12,8 +12,8 @@ Legend: B rows, P parameters.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, suppress
 from functools import partial, reduce
 from typing import Any
 
@@ -128,38 +128,43 @@ class Probe:
             seed: of the generators.
             level: what random operations give; None: random numbers.
         """
-        watches = self._watches is not False or level != MIDDLE
-        with (
-            self._drawing(seed, level, watches=watches) as seen,
-            self.flat.new_gradient() as gradient,
-            self.flat.standing.piece() as made,
-        ):
-            before = torch.default_generator.get_state()
-            output, losses = self._forward(self.flat.module, self._loss, rows)
-            if losses.requires_grad:  # else the trial's steps say what is wrong
-                back_propagate(losses, scale)
-        if not watches and not torch.equal(before, torch.default_generator.get_state()):
-            self._watches = True
-            return self.measure(rows, scale=scale, seed=seed)
-        if self._watches is None:
-            self._watches = not seen.is_ordinary
-        vector = torch.from_numpy(gradient)
-        return measured(output, losses, vector if scale == 1 else vector.div_(scale), seen, made.changes)
 
-    @contextmanager
-    def _drawing(self, seed: int, level: int | None, *, watches: bool = True) -> Iterator[Operations]:
+        def compute(seen: Operations) -> Measured:
+            with self.flat.new_gradient() as gradient, self.flat.standing.piece() as made:
+                output, losses = self._forward(self.flat.module, self._loss, rows)
+                if losses.requires_grad:  # else the trial's steps say what is wrong
+                    back_propagate(losses, scale)
+            vector = torch.from_numpy(gradient)
+            return measured(output, losses, vector if scale == 1 else vector.div_(scale), seen, made.changes)
+
+        return self._drawn(compute, seed, level)
+
+    def _drawn(self, compute: Callable[[Operations], Measured], seed: int, level: int | None) -> Measured:
+        """Return what is computed at a level of chance, with a look at operations where that may matter.
+
+        Args:
+            compute: with the operations that were seen; it may be called twice.
+            seed: of the generators.
+            level: of chance.
+        """
+        watches = self._watches is not False or level in (LOW, HIGH)
         seed_generators(seed)
+        before = torch.default_generator.get_state()
         seen = Operations(steady=level, wide=self._is_wide)
+        seen.dtypes = set() if watches else self._dtypes
         with ExitStack() as held:
             if watches:
                 held.enter_context(seen)
             if level is not None:
                 held.enter_context(self._chance.steady(level))
-            yield seen
-        if watches:
-            self._dtypes = seen.dtypes
-        seen.dtypes = self._dtypes
+            made = compute(seen)
+        if not watches and level is not None and not torch.equal(before, torch.default_generator.get_state()):
+            self._watches = True
+            return self._drawn(compute, seed, level)
+        if self._watches is None:
+            self._watches, self._dtypes = not seen.is_ordinary, seen.dtypes
         self._draws = self._draws or seen.draws > 0 or self._chance.was_drawn
+        return made
 
     def _is_sure(self) -> bool:
         """Return whether all operations were watched; from now on they are, and nothing is known yet."""
@@ -209,17 +214,24 @@ class Probe:
             ModelError: it is a parameter or a constant that mixes them, because forward changes it; or it
                 cannot be seen, because it draws numbers that cannot be held.
         """
-        wide = self._in_float64(_SPLITS[-splits][0])
+        found = self._in_all_ways(splits, evaluates=evaluates)
+        first, *_ = ways = self._ways(splits)
+        wide = None if found is None and len(ways) == 1 else self._in_float64(first[0])
         if wide is not None:
             with suppress(UserCodeError):  # it cannot compute all rows in float64
+                if found is None:
+                    return wide._mixing([first], MIDDLE)
                 return wide._in_all_ways(splits, evaluates=evaluates)
-        return self._in_all_ways(splits, evaluates=evaluates)
+        return found
 
-    def _in_all_ways(self, splits: int, *, evaluates: bool) -> str | None:
+    def _ways(self, splits: int) -> Sequence[_Split]:
         half = len(self._piece) // 2
         of_piece = (self._piece, (self._piece[:half], self._piece[half:]))
         chosen = _SPLITS[-splits:]
-        found = self._mixing([of_piece, *chosen] if half and splits == len(_SPLITS) else chosen, MIDDLE)
+        return [of_piece, *chosen] if half and splits == len(_SPLITS) else chosen
+
+    def _in_all_ways(self, splits: int, *, evaluates: bool) -> str | None:
+        found = self._mixing(self._ways(splits), MIDDLE)
         for level in (LOW, HIGH) if self._draws and splits == len(_SPLITS) else ():
             with suppress(UserCodeError):  # it need not bear any number
                 found = found or self._mixing(_SPLITS[-1:], level)
@@ -232,7 +244,10 @@ class Probe:
         if together is None or len(known) < len(apart):
             return None
         found = self._difference(together, known)
-        return None if found is None else f"in evaluation mode, {found}"
+        again = None if found is None else self._evaluated(whole)
+        if again is None or self._difference(together, [again]) is not None:
+            return None  # it keeps something: each evaluation starts anew
+        return f"in evaluation mode, {found}"
 
     def _mixing(
         self, splits: Sequence[tuple[Sequence[int], Sequence[Sequence[int]]]], level: int
@@ -397,16 +412,19 @@ class Probe:
         rows = range(TRIED_ROWS)
 
         def measure(evaluates: bool) -> Measured:
+            with torch.set_grad_enabled(not evaluates):
+                return self._drawn(partial(compute, evaluates), 0, MIDDLE)
+
+        def compute(evaluates: bool, seen: Operations) -> Measured:
             for parameter, home, values in zip(own, homes, self.flat.trainable, strict=True):
                 parameter.data, parameter.grad = home, None
                 home.copy_(values.detach())  # forward may have changed it
             constants.restore()
             if evaluates:
                 module.eval()
-            with torch.set_grad_enabled(not evaluates), self._drawing(0, MIDDLE) as seen:
-                output, losses = self._forward(module, loss, rows)
-                if losses.requires_grad:
-                    back_propagate(losses)
+            output, losses = self._forward(module, loss, rows)
+            if losses.requires_grad:
+                back_propagate(losses)
             if evaluates:
                 module.train(modes[0][1])  # takes out again what an own eval() merged
                 for part, training in modes:
@@ -421,6 +439,8 @@ class Probe:
             found = self._difference(there, [here])
             if found is None:
                 continue
+            if not self._is_sure():
+                return self._by_memory(module, loss)
             if not evaluates and self._is_rounding(rows, here, [there], most=_MUCH):
                 return None
             for number, view in enumerate(self._parts(torch.zeros_like(self.flat.parameters))):
@@ -437,14 +457,18 @@ class Probe:
         Raises:
             UserCodeError: it cannot, and `refuses`.
         """
+
+        def compute(seen: Operations) -> Measured:
+            output, losses = self._forward(self.flat.module, self._loss, rows)
+            return measured(output, losses, torch.zeros_like(self.flat.parameters), seen, None)
+
         try:
-            with evaluating(self.flat), self._drawing(0, MIDDLE) as seen:
-                output, losses = self._forward(self.flat.module, self._loss, rows)
+            with evaluating(self.flat):
+                return self._drawn(compute, 0, MIDDLE)
         except (UserCodeError, ModelError):
             if refuses:
                 raise
             return None  # the trial's evaluations say what is wrong
-        return measured(output, losses, torch.zeros_like(self.flat.parameters), seen, None)
 
     def sums_of_rows(self) -> str | None:
         """Return the name of what forward changes by the rows of a piece; None if there is nothing."""

@@ -303,7 +303,7 @@ def test_operations_are_looked_at_in_one_piece_where_it_does_nothing_special(mon
 
     monkeypatch.setattr("sparksgd.engines.mixing.Operations", Counted)
     tried(Around())
-    assert len(looked) == 1
+    assert len(looked) == 4  # one, and the three in float64
     tried(nn.Sequential(nn.Dropout(), Around()))
     assert len(looked) > 10
 
@@ -387,6 +387,11 @@ def test_noise_that_cannot_be_held_is_refused_by_what_to_do() -> None:
 
     refused(With(by_default), "a default, an attribute or a partial", "model.rows_mix = true")
     assert tried(With(by_default), rows_mix=True).output == (4, 1)
+
+
+def test_a_function_of_numpy_s_may_be_an_attribute() -> None:
+    assert tried(Holding(draw=np.random.rand)).output == (4, 1)
+    assert tried(Holding(draw=random.random)).output == (4, 1)
 
 
 def test_a_loop_that_waits_for_another_number_ends() -> None:
