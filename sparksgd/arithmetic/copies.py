@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import io
 import pickle
+import random
 import types
 import weakref
 from collections import Counter, OrderedDict, deque
@@ -25,11 +26,13 @@ from functools import partial
 from itertools import chain
 from typing import Any, TypeVar, cast
 
+import numpy as np
 import torch
 from torch import nn
 from torch.nn.utils import parametrize
 from torch.utils.hooks import RemovableHandle
 
+from sparksgd.arithmetic.generators import GLOBAL_GENERATORS, global_generator
 from sparksgd.errors import ModelError, SparkSGDError
 
 __all__ = ["copied", "parts", "pickled", "reducing", "slots"]
@@ -100,6 +103,10 @@ def _reduced(value: Any) -> Reduced | None:
         return _reduced_module(value)
     if isinstance(value, types.MethodType):
         return _bound, (value.__func__, value.__self__)
+    if isinstance(value, np.random.RandomState | random.Random | torch.Generator):
+        for name, generator in GLOBAL_GENERATORS.items():  # its copy would not be seeded
+            if value is generator:
+                return global_generator, (name,)
     if type(value) is weakref.ref and value.__callback__ is None:
         return _weak_reference, (value(),)
     return None

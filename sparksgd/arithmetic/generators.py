@@ -10,13 +10,31 @@ import random
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
 
-__all__ = ["generators_kept", "generators_seeded", "seed_generators"]
+__all__ = [
+    "GLOBAL_GENERATORS",
+    "generators_kept",
+    "generators_seeded",
+    "global_generator",
+    "seed_generators",
+]
 
 _lock = threading.RLock()
+
+GLOBAL_GENERATORS: dict[str, Any] = {
+    "torch": torch.default_generator,
+    "numpy": np.random.random.__self__,  # type: ignore[attr-defined]  # numpy's functions are its methods
+    "python": random.random.__self__,  # type: ignore[attr-defined]  # and so are those of random
+}
+
+
+def global_generator(name: str) -> Any:
+    """Return one of the global generators."""
+    return GLOBAL_GENERATORS[name]
 
 
 @contextmanager

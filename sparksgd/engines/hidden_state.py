@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from sparksgd.arithmetic.copies import slots
+from sparksgd.arithmetic.generators import GLOBAL_GENERATORS
 
 __all__ = ["CACHE", "cached_in", "hides_state", "pickled", "reduced", "state_of"]
 
@@ -25,8 +26,7 @@ CACHE = type(lru_cache(lambda: None))
 _POINTER = 8
 """Bytes of an attribute in an object."""
 
-_OF_NUMPY, _OF_PYTHON = np.random.random.__self__, random.random.__self__  # type: ignore[attr-defined]  # builtins
-_SEEDED = torch.default_generator, _OF_NUMPY, _OF_NUMPY._bit_generator, _OF_PYTHON
+_SEEDED = (*GLOBAL_GENERATORS.values(), GLOBAL_GENERATORS["numpy"]._bit_generator)
 """The global generators: they are seeded for every piece."""
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import random
 import threading
 import types
 import weakref
@@ -12,6 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from pyspark import cloudpickle
@@ -422,3 +424,11 @@ def test_parametrized_and_pruned_modules_train_as_in_plain_torch(tmp_path: Path,
 
 def test_deepcopy_would_lose_the_hook() -> None:
     assert copy.deepcopy(masked()).weight._backward_hooks is None
+
+
+@pytest.mark.parametrize("draw", [np.random.rand, random.random])
+@pytest.mark.parametrize("way", WAYS)
+def test_a_copy_draws_from_the_global_generators(way: str, draw: Any) -> None:
+    module = nn.Identity()
+    module.draw = draw
+    assert WAYS[way](module).draw.__self__ is draw.__self__

@@ -389,11 +389,6 @@ def test_noise_that_cannot_be_held_is_refused_by_what_to_do() -> None:
     assert tried(With(by_default), rows_mix=True).output == (4, 1)
 
 
-def test_a_function_of_numpy_s_may_be_an_attribute() -> None:
-    assert tried(Holding(draw=np.random.rand)).output == (4, 1)
-    assert tried(Holding(draw=random.random)).output == (4, 1)
-
-
 def test_a_loop_that_waits_for_another_number_ends() -> None:
     def pairs(x: torch.Tensor) -> torch.Tensor:
         first = second = random.randrange(4)
