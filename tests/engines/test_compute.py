@@ -24,7 +24,7 @@ from sparksgd.data.schema import Feature, RowSchema
 from sparksgd.data.shard import Descriptor, ShardWriter, read_records
 from sparksgd.engines.compute import Computer, Plan
 from sparksgd.engines.replies import Evaluation, Reply
-from sparksgd.engines.trial import Use, try_out
+from sparksgd.engines.trial.trial import Use, try_out
 from sparksgd.errors import ModelError, NotFinite, ShardMissing, UserCodeError
 from sparksgd.losses import cross_entropy, squared_error
 from sparksgd.solvers.protocol import Answer, Halves, Message

@@ -21,7 +21,7 @@ import torch
 from torch import nn
 from two_workers import by_plain_torch, train_here
 
-from sparksgd.engines.ownership import Owned, left_alone, refuse_shared_memory
+from sparksgd.engines.trial.ownership import Owned, left_alone, refuse_shared_memory
 from sparksgd.engines.watch import Watch
 from sparksgd.errors import ModelError, SparkSGDError
 from sparksgd.losses import squared_error

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from sparksgd.data.schema import Feature, RowSchema
-from sparksgd.engines.trial import Found, Use, try_out
+from sparksgd.engines.trial.trial import Found, Use, try_out
 from sparksgd.errors import SparkSGDError
 from sparksgd.losses import squared_error
 from sparksgd.solvers.torch_optimizers import without_compiler

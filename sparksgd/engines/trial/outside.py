@@ -14,8 +14,8 @@ from torch import nn
 
 from sparksgd.engines.held import Held, Seen, held_of
 from sparksgd.engines.held_names import around
-from sparksgd.engines.operations import Operations
-from sparksgd.engines.ownership import Owned
+from sparksgd.engines.trial.operations import Operations
+from sparksgd.engines.trial.ownership import Owned
 from sparksgd.errors import ModelError
 from sparksgd.solvers.flat_optimizer import FlatOptimizer, is_of_torch
 

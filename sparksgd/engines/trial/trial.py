@@ -33,17 +33,17 @@ from sparksgd.arithmetic.seeds import seed32
 from sparksgd.config import OptimizerConfig, ScheduleConfig
 from sparksgd.data.schema import RowSchema
 from sparksgd.engines.forward import EVALUATION_ROWS, back_propagate, forward, gradient_shift, predictions
-from sparksgd.engines.hooks import hook_that_is_not_linear
-from sparksgd.engines.lasting_modes import changed_names, refuse_lasting_modes, values_of
-from sparksgd.engines.lazy import has_lazy_parts, take_shapes
-from sparksgd.engines.leaves import Leaves
-from sparksgd.engines.mixing import DIFFERENT_ROWS, TRIED_ROWS, Probe
 from sparksgd.engines.modes import evaluating
-from sparksgd.engines.operations import Operations
-from sparksgd.engines.outside import Outside
-from sparksgd.engines.ownership import Owned, left_alone, refuse_shared_memory
-from sparksgd.engines.sight import refuse_at_sight
-from sparksgd.engines.state_trial import harmless_state
+from sparksgd.engines.trial.hooks import hook_that_is_not_linear
+from sparksgd.engines.trial.lasting_modes import changed_names, refuse_lasting_modes, values_of
+from sparksgd.engines.trial.lazy import has_lazy_parts, take_shapes
+from sparksgd.engines.trial.leaves import Leaves
+from sparksgd.engines.trial.mixing import DIFFERENT_ROWS, TRIED_ROWS, Probe
+from sparksgd.engines.trial.operations import Operations
+from sparksgd.engines.trial.outside import Outside
+from sparksgd.engines.trial.ownership import Owned, left_alone, refuse_shared_memory
+from sparksgd.engines.trial.sight import refuse_at_sight
+from sparksgd.engines.trial.state_trial import harmless_state
 from sparksgd.engines.watch import Watch
 from sparksgd.errors import ModelError, UserCodeError
 from sparksgd.losses import Loss

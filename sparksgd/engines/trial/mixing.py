@@ -28,11 +28,11 @@ from sparksgd.arithmetic.copies import copied
 from sparksgd.arithmetic.flat import FlatModule
 from sparksgd.arithmetic.generators import seed_generators
 from sparksgd.data.schema import RowSchema
-from sparksgd.engines.chance import HIGH, LOW, MIDDLE, Chance
 from sparksgd.engines.forward import back_propagate, forward
-from sparksgd.engines.measured import Measured, distance, gradient_of, measured, sum_of
 from sparksgd.engines.modes import evaluating
-from sparksgd.engines.operations import Operations
+from sparksgd.engines.trial.chance import HIGH, LOW, MIDDLE, Chance
+from sparksgd.engines.trial.measured import Measured, distance, gradient_of, measured, sum_of
+from sparksgd.engines.trial.operations import Operations
 from sparksgd.errors import ModelError, UserCodeError
 from sparksgd.losses import Loss
 

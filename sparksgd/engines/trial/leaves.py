@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from sparksgd.engines.ownership import Owned, named_tensors, reached_past_the_copy
+from sparksgd.engines.trial.ownership import Owned, named_tensors, reached_past_the_copy
 from sparksgd.errors import ModelError
 
 __all__ = ["Leaves", "leaves_of"]

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from numpy.random import rand
 
-from sparksgd.engines.chance import HIGH, LOW, MIDDLE, Chance
+from sparksgd.engines.trial.chance import HIGH, LOW, MIDDLE, Chance
 
 DRAWS = {
     "rand": lambda n: np.random.rand(n, 2),

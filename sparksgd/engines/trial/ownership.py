@@ -20,7 +20,7 @@ from sparksgd.arithmetic.generators import generators_kept
 from sparksgd.arithmetic.settings import HeldSettings
 from sparksgd.arithmetic.structure import Structure
 from sparksgd.engines.held import HeldBytes, is_opaque, is_plain
-from sparksgd.engines.operations import storage_of
+from sparksgd.engines.trial.operations import storage_of
 from sparksgd.engines.watch import Watch
 from sparksgd.errors import ModelError
 

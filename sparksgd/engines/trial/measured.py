@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from sparksgd.arithmetic.changes import Changes
-from sparksgd.engines.operations import Operations
+from sparksgd.engines.trial.operations import Operations
 
 __all__ = ["Measured", "distance", "gradient_of", "measured", "sum_of"]
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sparksgd.engines.chance import HIGH, MOST_DRAWS
+from sparksgd.engines.trial.chance import HIGH, MOST_DRAWS
 
 __all__ = ["Operations", "storage_of"]
 
