@@ -36,12 +36,14 @@ from sparksgd.engines.forward import EVALUATION_ROWS, back_propagate, forward, g
 from sparksgd.engines.modes import evaluating
 from sparksgd.engines.trial.hooks import hook_that_is_not_linear
 from sparksgd.engines.trial.lasting_modes import changed_names, refuse_lasting_modes, values_of
+from sparksgd.engines.trial.layouts import channels_last_differs, refuse_other_memory
 from sparksgd.engines.trial.lazy import has_lazy_parts, take_shapes
 from sparksgd.engines.trial.leaves import Leaves
-from sparksgd.engines.trial.mixing import DIFFERENT_ROWS, TRIED_ROWS, Probe
+from sparksgd.engines.trial.mixing import mixing, refuse_sums_of_rows
 from sparksgd.engines.trial.operations import Operations
 from sparksgd.engines.trial.outside import Outside
 from sparksgd.engines.trial.ownership import Owned, left_alone, refuse_shared_memory
+from sparksgd.engines.trial.probe import DIFFERENT_ROWS, TRIED_ROWS, Probe
 from sparksgd.engines.trial.sight import refuse_at_sight
 from sparksgd.engines.trial.state_trial import harmless_state
 from sparksgd.engines.watch import Watch
@@ -226,26 +228,23 @@ class _Trial:
                 label[:] = np.where((values >= 0) & (values < classes), values, 0)
         probe.move()
         probe.refuse_what_does_not_repeat()
-        probe.refuse_other_memory(*self._copies[2])
-        if use.has_pieces and (name := probe.sums_of_rows()) is not None:
-            raise ModelError(
-                f"forward changes {name} by the rows of a piece: pieces would leave what one of them counts, "
-                "not what all of them do. Keep it fixed, or make it depend on the parameters alone"
-            )
+        refuse_other_memory(probe, *self._copies[2])
+        if use.has_pieces:
+            refuse_sums_of_rows(probe)
         if use.evaluates:
             refuse_lasting_modes(self._module, use.loss, self._harmless)
-        plainly = probe.channels_last() if has_convolutions(self._module) else None
+        plainly = channels_last_differs(probe) if has_convolutions(self._module) else None
         channels_last = has_convolutions(self._module) and plainly is None
         if (hooked := hook_that_is_not_linear(self._module)) is not None:
             self._refuse_scaling(f"parameter {hooked!r} has a hook, which makes another gradient of a sum")
         self._refuse_scaling(probe.scaling())  # first: what clips depends on the other rows, too
         if not use.rows_mix:
-            self._refuse_mixing(probe.mixing(evaluates=use.evaluates))
+            self._refuse_mixing(mixing(probe, evaluates=use.evaluates))
         after = self._steps(first.shape, channels_last=channels_last, float16=measured.float16)
         if after is not None:
             probe.move(after)
             if not use.rows_mix:
-                self._refuse_mixing(probe.mixing(splits=1))
+                self._refuse_mixing(mixing(probe, splits=1))
         if plainly is not None:
             self.remarks.append(f"convolutions are computed channels first, which takes longer: {plainly}")
         elif channels_last:

@@ -301,7 +301,7 @@ def test_operations_are_looked_at_in_one_piece_where_it_does_nothing_special(mon
             looked.append(self)
             return super().__enter__()
 
-    monkeypatch.setattr("sparksgd.engines.trial.mixing.Operations", Counted)
+    monkeypatch.setattr("sparksgd.engines.trial.probe.Operations", Counted)
     tried(Around())
     assert len(looked) == 4  # one, and the three in float64
     tried(nn.Sequential(nn.Dropout(), Around()))
