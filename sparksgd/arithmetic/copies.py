@@ -2,7 +2,8 @@
 
 `copy.deepcopy` and pickle lose what training needs: hooks on parameters, parameters' own attributes and
 classes.  They refuse parametrized and pruned modules, and tensors that have a graph.  Here one set of
-reducers makes both kinds of copy, so that what can be copied can travel, and the same things are kept:
+reducers (reductions.py) makes both kinds of copy, so that what can be copied can travel, and the same things
+are kept:
 
     parameters, tensors    class, attributes, hooks, requires_grad, strides; shared storage stays shared
     a tensor with a graph  its values alone: forward computes it anew
@@ -17,30 +18,23 @@ from __future__ import annotations
 
 import io
 import pickle
-import random
 import types
-import weakref
 from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from itertools import chain
 from typing import Any, TypeVar, cast
 
-import numpy as np
 import torch
 from torch import nn
-from torch.nn.utils import parametrize
-from torch.utils.hooks import RemovableHandle
 
-from sparksgd.arithmetic.generators import GLOBAL_GENERATORS, global_generator
+from sparksgd.arithmetic.reductions import HOOKS, reduced, reducing, slots
 from sparksgd.errors import ModelError, SparkSGDError
 
-__all__ = ["copied", "parts", "pickled", "reducing", "slots"]
+__all__ = ["copied", "parts", "pickled"]
 
 T = TypeVar("T")
-Reduced = tuple[Any, ...]
 
-_HOOKS = ("_backward_hooks", "_post_accumulate_grad_hooks")
 _SCALARS = frozenset((bool, int, float, complex, str, bytes, type(None)))
 _COPIED = frozenset((dict, list, tuple, set, OrderedDict, torch.Tensor, nn.Parameter))
 """With `_SCALARS` the types of most of what a module holds, which are made again; not their subclasses."""
@@ -73,7 +67,7 @@ def pickled(
     Args:
         value: what to pickle.
         named: its parts that users made, by the name that errors call them; see `copied`.
-        pickler: pickles what `_reduced` leaves to it, for example classes of a notebook by value.
+        pickler: pickles what `reduced` leaves to it, for example classes of a notebook by value.
 
     Raises:
         ModelError: a part of it cannot be pickled.
@@ -91,25 +85,6 @@ def _or_refused(attempt: Callable[[Any], T], value: object, named: Mapping[str, 
             if not _succeeds(attempt, part):
                 raise _refusal(part, name, attempt, error) from error
         raise
-
-
-def _reduced(value: Any) -> Reduced | None:
-    """Return how pickle makes a value again, as `__reduce__` does; None: as it does anyway."""
-    if isinstance(value, torch.Tensor):
-        return _reduced_tensor(value)
-    if isinstance(value, _Storage):
-        return _storage_of, (_bytes_of(value.storage).numpy().tobytes(),)
-    if isinstance(value, nn.Module):
-        return _reduced_module(value)
-    if isinstance(value, types.MethodType):
-        return _bound, (value.__func__, value.__self__)
-    if isinstance(value, np.random.RandomState | random.Random | torch.Generator):
-        for name, generator in GLOBAL_GENERATORS.items():  # its copy would not be seeded
-            if value is generator:
-                return global_generator, (name,)
-    if type(value) is weakref.ref and value.__callback__ is None:
-        return _weak_reference, (value(),)
-    return None
 
 
 # Copies in this process
@@ -151,7 +126,7 @@ class _Copier(pickle.Pickler):
             state = [cell.cell_contents if _is_full(cell) else _Itself(_EMPTY) for cell in cells]
             defaults = (value.__defaults__, value.__kwdefaults__) if _is_local(value) else None
             return _closed_anew, (_Itself(value), len(cells)), (state, defaults), None, None, _fill_function
-        return NotImplemented if (made := _reduced(value)) is None else made
+        return NotImplemented if (made := reduced(value)) is None else made
 
     def _keep(self, value: object) -> int:
         self.kept.append(value)
@@ -261,189 +236,6 @@ def _dumps(value: object, pickler: type[pickle.Pickler]) -> bytes:
     return stream.getvalue()
 
 
-def reducing(pickler: type[Any]) -> type[Any]:
-    """Return a class of pickler that reduces as `_reduced` does, else as the given one.
-
-    What tensors share in memory they share again, once for each pickler.
-    """
-
-    class Reducing(pickler):  # type: ignore[misc]  # mypy knows no class that is an argument
-        def __init__(self, *arguments: Any, **keywords: Any) -> None:
-            super().__init__(*arguments, **keywords)
-            self._storages: dict[int, _Storage] = {}
-
-        def reducer_override(self, value: Any) -> Any:
-            if isinstance(value, torch.UntypedStorage) and value.device.type == "cpu":
-                pointer = value.data_ptr()
-                one = self._storages.setdefault(pointer, _Storage(value)) if pointer else _Storage(value)
-                return _identity, (one,)
-            made = _reduced(value)
-            if made is not None:
-                return made
-            override = getattr(super(), "reducer_override", None)
-            return NotImplemented if override is None else override(value)
-
-    return Reducing
-
-
-class _Storage:
-    """A storage on its way; tensors that share it refer to one of these, so that pickle knows it again."""
-
-    def __init__(self, storage: torch.UntypedStorage) -> None:
-        self.storage = storage
-
-
-# Tensors
-
-
-def _reduced_tensor(tensor: torch.Tensor) -> Reduced | None:
-    kind = type(tensor)
-    if not tensor.is_leaf and isinstance(tensor._base, nn.Parameter):
-        raise TypeError("it is a view of a parameter, and a copy would have values of its own")
-    is_ordinary = (
-        tensor.layout is torch.strided
-        and tensor.device.type == "cpu"
-        and not tensor.is_quantized
-        and not tensor.is_nested
-        and not nn.parameter.is_lazy(tensor)
-        and kind.__reduce_ex__ in (torch.Tensor.__reduce_ex__, nn.Parameter.__reduce_ex__)
-        and kind.__torch_dispatch__ is torch.Tensor.__torch_dispatch__
-    )
-    if not is_ordinary:
-        if not tensor.is_leaf:
-            return _identity, (tensor.detach(),)
-        return None
-    with torch.no_grad():
-        arguments = (
-            kind,
-            tensor.untyped_storage(),
-            tensor.dtype,
-            tensor.storage_offset(),
-            tuple(tensor.size()),
-            tensor.stride(),
-            tensor.is_leaf and tensor.requires_grad,
-            tensor.is_conj(),
-            tensor.is_neg(),
-        )
-    hooks = [getattr(tensor, name) if tensor.is_leaf else None for name in _HOOKS]
-    attributes = {**tensor.__dict__}
-    for name in slots(kind):
-        if hasattr(tensor, name):
-            attributes[name] = getattr(tensor, name)
-    if not attributes and not any(hooks):
-        return _tensor_of, arguments
-    return _tensor_of, arguments, (attributes, hooks), None, None, _set_tensor_state
-
-
-def slots(kind: type) -> list[str]:
-    """Return the names of the attributes that objects of a class have beside their dictionary."""
-    return [name for part in kind.__mro__ for name in _names(part.__dict__.get("__slots__", ()))]
-
-
-def _names(slots: Any) -> list[str]:
-    return [slots] if isinstance(slots, str) else [name for name in slots if name != "__weakref__"]
-
-
-def _tensor_of(
-    kind: type[torch.Tensor],
-    storage: torch.UntypedStorage,
-    dtype: torch.dtype,
-    offset: int,
-    size: tuple[int, ...],
-    stride: tuple[int, ...],
-    requires_grad: bool,
-    is_conj: bool,
-    is_neg: bool,
-) -> torch.Tensor:
-    with torch.no_grad():
-        tensor = torch.empty(0, dtype=dtype, device="cpu").set_(storage, offset, size, stride)
-        if is_conj:
-            torch._C._set_conj(tensor, True)
-        if is_neg:
-            torch._C._set_neg(tensor, True)
-    if kind is not torch.Tensor:
-        return torch.Tensor._make_subclass(kind, tensor, requires_grad)
-    return tensor.requires_grad_(requires_grad)
-
-
-def _set_tensor_state(tensor: torch.Tensor, state: tuple[dict[str, Any], list[Any]]) -> None:
-    attributes, hooks = state
-    for name, value in attributes.items():
-        setattr(tensor, name, value)
-    for name, held in zip(_HOOKS, hooks, strict=True):
-        if held:
-            setattr(tensor, name, held)
-            _claim(held)
-
-
-def _claim(hooks: Mapping[int, object]) -> None:
-    """Let torch number no later hook like one of these: it would take its place."""
-    RemovableHandle.next_id = max(RemovableHandle.next_id, *(number + 1 for number in hooks))
-
-
-def _bytes_of(storage: torch.UntypedStorage) -> torch.Tensor:
-    return torch.empty(0, dtype=torch.uint8, device="cpu").set_(storage)
-
-
-def _storage_of(values: bytes) -> torch.UntypedStorage:
-    """Return the values in torch's own memory, because bits depend on the alignment."""
-    tensor = torch.empty(len(values), dtype=torch.uint8, device="cpu")
-    if values:
-        tensor.copy_(torch.frombuffer(bytearray(values), dtype=torch.uint8))
-    return tensor.untyped_storage()
-
-
-def _identity(value: T) -> T:
-    return value
-
-
-# Modules
-
-
-def _reduced_module(module: nn.Module) -> Reduced | None:
-    parametrized = parametrize.is_parametrized(module)
-    if not parametrized and not any(_hook_tables(module)):
-        return None
-    if not parametrized:
-        made = module.__reduce_ex__(4)
-        if isinstance(made, str) or len(made) < 3:
-            return None
-        return *made, *[None] * (5 - len(made)), _set_module_state
-    (base, *_) = type(module).__bases__
-    own = getattr(base, "__getstate__", None)
-    state = module.__dict__ if own in (None, getattr(object, "__getstate__", None)) else own(module)
-    return base.__new__, (base,), state, None, None, _set_parametrized_state
-
-
-def _hook_tables(module: nn.Module) -> Iterator[Mapping[int, object]]:
-    return (
-        table
-        for name, table in vars(module).items()
-        if name.endswith("_hooks") and isinstance(table, dict) and table
-    )
-
-
-def _set_module_state(module: nn.Module, state: Any) -> None:
-    module.__setstate__(state)  # type: ignore[no-untyped-call]  # torch leaves it untyped
-    for table in _hook_tables(module):
-        _claim(table)
-
-
-def _set_parametrized_state(module: nn.Module, state: Any) -> None:
-    _set_module_state(module, state)
-    parametrize._inject_new_class(module)
-    for name in cast(nn.ModuleDict, module.parametrizations):
-        parametrize._inject_property(module, name)
-
-
-def _bound(function: Callable[..., Any], to: object) -> types.MethodType:
-    return types.MethodType(function, to)
-
-
-def _weak_reference(target: object) -> weakref.ref[Any]:
-    return weakref.ref(set() if target is None else target)  # that of a new set is dead at once
-
-
 # Paths
 
 
@@ -479,7 +271,7 @@ def parts(value: Any) -> Iterator[tuple[str, object]]:
     elif isinstance(value, torch.Tensor):
         yield from ((f".{name}", held) for name, held in value.__dict__.items())
         if value.is_leaf:
-            yield from ((f".{name}", held) for name in _HOOKS if (held := getattr(value, name)))
+            yield from ((f".{name}", held) for name in HOOKS if (held := getattr(value, name)))
     elif not isinstance(value, _ATOMS):
         held = getattr(value, "__dict__", None)
         if isinstance(held, dict):

@@ -32,7 +32,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from sparksgd.arithmetic.copies import parts, slots
+from sparksgd.arithmetic.copies import parts
+from sparksgd.arithmetic.reductions import slots
 from sparksgd.engines.bytes_of import components, copy_of, same_bytes
 from sparksgd.engines.hidden_state import CACHE, cached_in, hides_state, pickled, reduced, state_of
 from sparksgd.errors import ModelError

@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from sparksgd.arithmetic.copies import slots
 from sparksgd.arithmetic.generators import GLOBAL_GENERATORS
+from sparksgd.arithmetic.reductions import slots
 
 __all__ = ["CACHE", "cached_in", "hides_state", "pickled", "reduced", "state_of"]
 

@@ -8,8 +8,8 @@ of things are not copied, but found again in the other object:
     memory      a tensor that shares memory with the parameters' vector shares it with the other's vector
     functions   lambdas and weak references, by their place among the attributes: they are code, not state
 
-All else is pickled as copies of modules are (see arithmetic/copies.py): tensors of any type become bytes, and
-come back in torch's own memory.
+All else is pickled as copies of modules are (see arithmetic/reductions.py): tensors of any type become bytes,
+and come back in torch's own memory.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
-from sparksgd.arithmetic.copies import reducing
+from sparksgd.arithmetic.reductions import reducing
 
 __all__ = ["CannotCarry", "bytes_in", "own_attributes", "packed", "replace_attributes", "unpacked"]
 

@@ -7,9 +7,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from sparksgd.arithmetic.held import changes as changes_module
 from torch import nn
 
+from sparksgd.arithmetic import changes as changes_module
 from sparksgd.arithmetic.changes import (
     PARAMETERS,
     Changes,

@@ -23,7 +23,7 @@ from sparksgd.engines.trial.measured import Measured
 from sparksgd.engines.trial.probe import Probe
 from sparksgd.errors import ModelError, UserCodeError
 
-__all__ = ["mixing", "refuse_sums_of_rows"]
+__all__ = ["mixing", "refuse_sums_of_rows", "suspects"]
 
 _Split = tuple[Sequence[int], Sequence[Sequence[int]]]
 _SPLITS: tuple[_Split, ...] = (
@@ -141,6 +141,16 @@ def refuse_sums_of_rows(probe: Probe) -> None:
         f"forward changes {name} by the rows of a piece: pieces would leave what one of them counts, "
         "not what all of them do. Keep it fixed, or make it depend on the parameters alone"
     )
+
+
+def suspects(module: nn.Module) -> str:
+    """Return what in the module is known to mix rows, as a sentence."""
+    for path, part in module.named_modules():
+        if getattr(part, "batch_first", True) is False:
+            return f" {path or 'The module'} ({type(part).__name__}) has batch_first=False."
+        if getattr(part, "scale_grad_by_freq", False):
+            return f" {path or 'The module'} ({type(part).__name__}) has scale_grad_by_freq=True."
+    return ""
 
 
 def _compute_by_running_statistics(module: nn.Module) -> bool:

@@ -39,7 +39,7 @@ from sparksgd.engines.trial.lasting_modes import changed_names, refuse_lasting_m
 from sparksgd.engines.trial.layouts import channels_last_differs, refuse_other_memory
 from sparksgd.engines.trial.lazy import has_lazy_parts, take_shapes
 from sparksgd.engines.trial.leaves import Leaves
-from sparksgd.engines.trial.mixing import mixing, refuse_sums_of_rows
+from sparksgd.engines.trial.mixing import mixing, refuse_sums_of_rows, suspects
 from sparksgd.engines.trial.operations import Operations
 from sparksgd.engines.trial.outside import Outside
 from sparksgd.engines.trial.ownership import Owned, left_alone, refuse_shared_memory
@@ -260,7 +260,7 @@ class _Trial:
         if found is not None:
             raise ModelError(
                 "the loss of a row depends on the other rows of its piece "
-                f"({found}).{_suspects(self._module)} Such are recurrent or attention layers without "
+                f"({found}).{suspects(self._module)} Such are recurrent or attention layers without "
                 "batch_first, means over rows, and losses that compare rows or divide by their number. "
                 "Compute each row by itself; or set model.rows_mix = true if it is meant for each piece: "
                 "then results depend on train.num_shards"
@@ -452,16 +452,6 @@ def _are_finite(values: torch.Tensor) -> bool:
 
 def _counted(rows: int) -> str:
     return "one row" if rows == 1 else f"{rows} rows"
-
-
-def _suspects(module: nn.Module) -> str:
-    """Return what in the module is known to mix rows, as a sentence."""
-    for path, part in module.named_modules():
-        if getattr(part, "batch_first", True) is False:
-            return f" {path or 'The module'} ({type(part).__name__}) has batch_first=False."
-        if getattr(part, "scale_grad_by_freq", False):
-            return f" {path or 'The module'} ({type(part).__name__}) has scale_grad_by_freq=True."
-    return ""
 
 
 def _output_of(module: nn.Module, records: npt.NDArray[Any], use: Use) -> object:
