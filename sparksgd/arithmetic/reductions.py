@@ -31,8 +31,8 @@ def reduced(value: Any) -> Reduced | None:
     """Return how pickle makes a value again, as `__reduce__` does; None: as it does anyway."""
     if isinstance(value, torch.Tensor):
         return _reduced_tensor(value)
-    if isinstance(value, Storage):
-        return _storage_of, (bytes_of(value.storage).numpy().tobytes(),)
+    if isinstance(value, _Storage):
+        return _storage_of, (_bytes_of(value.storage).numpy().tobytes(),)
     if isinstance(value, nn.Module):
         return _reduced_module(value)
     if isinstance(value, types.MethodType):
@@ -60,7 +60,7 @@ def reducing(pickler: type[Any]) -> type[Any]:
         def reducer_override(self, value: Any) -> Any:
             if isinstance(value, torch.UntypedStorage) and value.device.type == "cpu":
                 pointer = value.data_ptr()
-                one = self._storages.setdefault(pointer, Storage(value)) if pointer else Storage(value)
+                one = self._storages.setdefault(pointer, _Storage(value)) if pointer else _Storage(value)
                 return _identity, (one,)
             made = reduced(value)
             if made is not None:
@@ -71,7 +71,7 @@ def reducing(pickler: type[Any]) -> type[Any]:
     return Reducing
 
 
-class Storage:
+class _Storage:
     """A storage on its way; tensors that share it refer to one of these, so that pickle knows it again."""
 
     def __init__(self, storage: torch.UntypedStorage) -> None:
@@ -166,7 +166,7 @@ def _claim(hooks: Mapping[int, object]) -> None:
     RemovableHandle.next_id = max(RemovableHandle.next_id, *(number + 1 for number in hooks))
 
 
-def bytes_of(storage: torch.UntypedStorage) -> torch.Tensor:
+def _bytes_of(storage: torch.UntypedStorage) -> torch.Tensor:
     return torch.empty(0, dtype=torch.uint8, device="cpu").set_(storage)
 
 

@@ -300,7 +300,7 @@ REFUSED = {
     "object": r"its outputs differ, and held\.scales was \[0.*, but is \[0",
     "tensor of an object": r"its outputs differ, and held\.scales was tensor\(\[0.*, but is tensor\(\[0",
     "closure": r"its outputs differ, and act's variable scales was \[0.*, but is \[0",
-    "default": r"its outputs differ, and act's defaults was \(0.*, but is \(0",
+    "default": r"its outputs differ, and act's default of scale was 0.*, but is 0",
     "hook": r"its outputs differ",
     "function": r"act was (tanh|relu), but is (tanh|relu) when it is built again",
     "layer": r"layer was (Tanh|ReLU), but is (Tanh|ReLU) when it is built again",
