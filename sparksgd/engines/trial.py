@@ -115,6 +115,9 @@ class Found:
     float16: bool = False
     """See Plan.float16."""
 
+    optimiser_bytes: int = 0
+    """Bytes of what the optimiser keeps after some steps."""
+
 
 def try_out(module: nn.Module, records: npt.NDArray[Any], use: Use) -> Found:
     """Try a module as it will be used, and refuse what cannot be trained, or would be wrong in silence.
@@ -202,6 +205,7 @@ class _Trial:
         self._owned = Owned(module)
         self.remarks: list[str] = []
         self.untouched: list[str] = []
+        self._optimiser_bytes = 0
         self._dtypes: set[torch.dtype] = set()
 
     def run(self) -> Found:
@@ -247,7 +251,11 @@ class _Trial:
         if float16:
             self.remarks.append("it computes in float16: gradients are scaled by a power of 2")
         return Found(
-            output=first.shape, channels_last=channels_last, float16=float16, harmless=self._harmless
+            output=first.shape,
+            channels_last=channels_last,
+            float16=float16,
+            harmless=self._harmless,
+            optimiser_bytes=self._optimiser_bytes,
         )
 
     def _refuse_mixing(self, found: str | None) -> None:
@@ -303,6 +311,7 @@ class _Trial:
             steps += 1
             if schedule is not None and steps < moves:
                 schedule.move(steps)
+        self._optimiser_bytes = optimizer.state_bytes()
         if not (mixes_rows(flat.module) or use.rows_mix):
             piece.begin()
             piece.gradient(self._rows(1, _STEPS))
