@@ -45,8 +45,8 @@ def test_allreduce_returns_parameters_and_optimiser_by_strips_or_from_one_worker
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 def test_nothing_takes_less_if_something_is_larger(kind) -> None:
-    small = dict(weights=4 * MB, optimiser=4 * MB, constants=MB, record=100, piece_rows=10)
-    places = dict(num_workers=2, sums=2, shards_of_worker=1)
+    small = {"weights": 4 * MB, "optimiser": 4 * MB, "constants": MB, "record": 100, "piece_rows": 10}
+    places = {"num_workers": 2, "sums": 2, "shards_of_worker": 1}
     before = takes(kind, RunSizes(**small), Places(**places))
     for name in small:
         after = takes(kind, RunSizes(**small | {name: 100 * small[name]}), Places(**places))

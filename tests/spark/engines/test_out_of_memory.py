@@ -37,8 +37,8 @@ TORCH = (
     "RuntimeError: [enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory: you tried"
 )
 YARN = (
-    "ExecutorLostFailure (executor 2 exited caused by one of the running tasks) Reason: Container killed by YARN "
-    "for exceeding physical memory limits. 1.6 GB of 1.5 GB physical memory used."
+    "ExecutorLostFailure (executor 2 exited caused by one of the running tasks) Reason: Container killed by "
+    "YARN for exceeding physical memory limits. 1.6 GB of 1.5 GB physical memory used."
 )
 
 
@@ -148,23 +148,30 @@ def test_a_lost_executor_is_tried_again_unless_it_was_killed_for_its_memory():
     assert (ran, type(error)) == (1, OutOfMemory)
 
 
-LIMITS = dict(driver_heap=GB, executor_heap=GB, driver=16 * GB, executor=2 * GB, worker=GB, results=GB)
-TAKES = dict(driver_python=(Part("weights", 1, GB // 2),))
+LIMITS = {
+    "driver_heap": GB,
+    "executor_heap": GB,
+    "driver": 16 * GB,
+    "executor": 2 * GB,
+    "worker": GB,
+    "results": GB,
+}
+TAKES = {"driver_python": (Part("weights", 1, GB // 2),)}
 
 
 @pytest.mark.parametrize(
     ("takes", "says"),
     [
-        (dict(driver_heap=(Part("Spark", 1, GB // 4), Part("sums", 3, GB // 2))),
+        ({"driver_heap": (Part("Spark", 1, GB // 4), Part("sums", 3, GB // 2))},
          r"heap of the driver is 1.0 GB, but the run takes 1 x 250.0 MB \(Spark\) \+ 3 x 500.0 MB \(sums\) = "
          r"1.8 GB: submit with --driver-memory 1792m"),
-        (dict(executor_heap=(Part("sums", 3, GB),)), r"heap of an executor is 1.0 GB.*--executor-memory 3072m"),
-        (dict(results=2 * GB), r"maxResultSize is 1.0 GB.*--conf spark.driver.maxResultSize=2048m"),
-        (dict(driver_python=(Part("weights", 20, GB),)), r"all memory at the driver is 16.0 GB.*memoryOverhead"),
-        (dict(worker_python=(Part("weights", 0.75, 2 * GB),)),
+        ({"executor_heap": (Part("sums", 3, GB),)}, r"heap of an executor is 1.0 GB.*--executor-memory 3072m"),
+        ({"results": 2 * GB}, r"maxResultSize is 1.0 GB.*--conf spark.driver.maxResultSize=2048m"),
+        ({"driver_python": (Part("weights", 20, GB),)}, r"all memory at the driver is 16.0 GB.*memoryOverhead"),
+        ({"worker_python": (Part("weights", 0.75, 2 * GB),)},
          r"(?s)all memory of an executor is 2.0 GB, but the run takes 1.5 x 2.0 GB.*memoryOverhead=3072m, or with "
          r"fewer --executor-cores.*pyspark.memory of one Python worker is 1.0 GB, but .* = 1.5 GB"),
-        (dict(largest_result=3 * GB), r"result of one task has 3.0 GB.*use more engine.num_workers"),
+        ({"largest_result": 3 * GB}, r"result of one task has 3.0 GB.*use more engine.num_workers"),
     ],
     ids=["driver-memory", "executor-memory", "maxResultSize", "driver", "executor", "one array"],
 )  # fmt: skip
@@ -175,7 +182,7 @@ def test_a_run_that_takes_more_is_refused_with_the_arithmetic_and_the_option(tak
 
 
 def test_where_nothing_bounds_it_nothing_is_refused():
-    limits = Limits(**LIMITS | dict(executor_heap=None, executor=None, worker=None, results=None))
+    limits = Limits(**LIMITS | {"executor_heap": None, "executor": None, "worker": None, "results": None})
     large = (Part("weights", 9, GB),)
     refuse_too_little(
         TREE, Takes(**TAKES, executor_heap=large, worker_python=large, results=9 * GB), limits, 2
