@@ -224,11 +224,12 @@ def _results(kind: EngineKind, sizes: RunSizes, places: Places) -> tuple[int, in
 
 def _of_worker(kind: EngineKind, sizes: RunSizes, places: Places) -> Parts:
     """Return what one Python worker holds."""
-    weights = 10.0 + (1.25 if places.shards_of_worker > 1 else 0)
+    several = places.shards_of_worker > 1
     models = 1 if not sizes.keeps_shards else places.shards_of_worker
     if kind is not ALLREDUCE:
-        sums = (places.sums_of_worker, sizes.message)
+        sums, weights = (places.sums_of_worker, sizes.message), 10.75 if several else 10.25
         return _held(_WORKER_MIB, sizes, weights=weights, constants=3, local_models=models, results=sums)
+    weights = 12.0 if several else 10.75
     strips = places.num_workers if sizes.by_strips else 1
     optimisers = 1 + _OPTIMISERS / strips
     received = (places.sums / places.num_workers, sizes.message)

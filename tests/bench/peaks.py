@@ -2,9 +2,9 @@
 
     python tests/bench/peaks.py --case tree:10e6:momentum --case allreduce:10e6:adam --no-trial
 
-The driver's heap is found by bisection: `--as-is --case tree:10e6:momentum@400` fills it until 400 MiB are left,
-Spark's own part among them, and trains.  It suffices if there is no error.  Without `--as-is` the JVMs collect
-all garbage four times a second, and what they hold after it is shown.
+The driver's heap is found by bisection: `--as-is --case tree:10e6:momentum@400` fills it until 400 MiB are
+left, Spark's own part among them, and trains; it suffices if there is no error.  Without `--as-is` the JVMs
+collect all garbage four times a second, and what they hold after it is shown.
 
 The trial before the training is the largest part of the driver's Python, and takes the longest: `--no-trial`
 leaves it out.
@@ -16,10 +16,8 @@ import argparse
 import json
 import os
 import re
-import signal
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
@@ -125,7 +123,7 @@ def main() -> None:
         largest = int(spark._jvm.java.lang.Runtime.getRuntime().maxMemory()) >> 20
         while largest - PIECE_MIB * (len(ballast) + 1) >= left_mib:
             size = (PIECE_MIB << 20) - 64
-            ballast.append(spark.sparkContext._gateway.new_array(spark._jvm.byte, size))
+            ballast.append(spark._jvm.java.nio.ByteBuffer.allocate(size))
 
     def workers() -> list[int]:
         family = with_descendants([os.getpid()])
@@ -137,9 +135,7 @@ def main() -> None:
         found: dict[str, Any] = {"case": case, "heap_mib": heap_mib}
         if heap_mib:
             fill(int(heap_mib))
-        for pid in workers():  # new ones begin small
-            os.kill(pid, signal.SIGKILL)
-        time.sleep(1)
+        forget_peaks(*workers())
         live_after(logs, marks)
 
         class Look(Observer):
@@ -162,8 +158,8 @@ def main() -> None:
             None,
             [
                 "model.name=wide_nets:wide", f"model.parameters={int(float(parameters))}",
-                "train.rows_per_step=64", f"train.num_shards={rest[0] if rest else 4}", f"train.steps={options.steps}",
-                "train.epochs=9", "engine.num_workers=2", *ENGINES[engine], *OPTIMIZERS[optimizer],
+                "train.rows_per_step=64", f"train.num_shards={rest[0] if rest else 4}",
+                f"train.steps={options.steps}", "train.epochs=9", "engine.num_workers=2", *ENGINES[engine], *OPTIMIZERS[optimizer],
             ],
         )  # fmt: skip
         try:

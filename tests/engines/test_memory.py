@@ -109,12 +109,12 @@ def test_the_machine_has_memory_of_its_own() -> None:
     ids=lambda error: type(error).__name__,
 )
 def test_want_of_memory_in_a_users_module_is_told_with_the_settings(error) -> None:
-    with pytest.raises(OutOfMemory, match=r"the module found no memory: .*spark.executor.memoryOverhead"):
-        with users_code("the module"):
-            raise error
-    with pytest.raises(OutOfMemory, match="the driver's Python found no memory"):
-        with memory.out_of_memory_told("the driver's Python"):
-            raise error
+    says = r"the module found no memory: .*spark.executor.memoryOverhead"
+    with pytest.raises(OutOfMemory, match=says), users_code("the module"):
+        raise error
+    says = "the driver's Python found no memory"
+    with pytest.raises(OutOfMemory, match=says), memory.out_of_memory_told("the driver's Python"):
+        raise error
 
 
 def test_other_errors_are_told_as_before() -> None:

@@ -132,9 +132,7 @@ def test_dynamic_allocation_is_refused(spark, setting):
 
 def test_gradients_that_exceed_the_result_limit_are_refused_with_the_arithmetic(spark, setting, small):
     setting("spark.driver.maxResultSize", "1m")
-    with pytest.raises(
-        OutOfMemory, match=r"maxResultSize is 1.0 MB, .* results of a job.*maxResultSize=256m"
-    ):
+    with pytest.raises(OutOfMemory, match=r"maxResultSize is 1.0 MB, .*results of a job.*maxResultSize=256m"):
         refused(spark, spark.read.parquet(small), "model.width=40000")
 
 

@@ -18,6 +18,7 @@ from sparksgd.errors import (
 )
 from sparksgd.spark.cluster.lost_executors import advice_of, memory_advice
 from sparksgd.spark.cluster.memory_failures import out_of_memory
+from sparksgd.spark.cluster.placement import is_local
 
 __all__ = ["final_error", "gist", "is_stopped", "session_stopped"]
 
@@ -61,7 +62,7 @@ def final_error(error: Exception, context: SparkContext) -> SparkSGDError | None
     text = str(error)
     if "SparkContext was shut down" in text or "stopped SparkContext" in text:
         return session_stopped(context)
-    if (exhausted := out_of_memory(text)) is not None:
+    if (exhausted := out_of_memory(text, is_local=is_local(context))) is not None:
         with suppress(Exception):  # the JVM may have ended by it
             exhausted = memory_advice(context.getConf(), text) or exhausted
         return OutOfMemory(exhausted)

@@ -67,22 +67,25 @@ class Limits:
         def mib(key: str, default: int) -> int:
             return int(conf.getSizeAsMb(key, f"{default}m")) * _MIB
 
+        master = str(cluster.context.master)
+        on_kubernetes = master.startswith("k8s")
+        in_containers = on_kubernetes or master.startswith("yarn")
+
         def container(of: str) -> int:
             heap = mib(f"spark.{of}.memory", 1024)
-            factor = float(conf.get(f"spark.{of}.memoryOverheadFactor", "0.1"))
+            factor = float(conf.get(f"spark.{of}.memoryOverheadFactor", "0.4" if on_kubernetes else "0.1"))
             return heap + mib(f"spark.{of}.memoryOverhead", max(384, int(heap * factor / _MIB)))
 
-        master = str(cluster.context.master)
-        in_containers = master.startswith(("yarn", "k8s"))
         driver_too = in_containers and conf.get("spark.submit.deployMode", "client") == "cluster"
         results = int(conf.getSizeAsBytes("spark.driver.maxResultSize", "1g"))
         pyspark = mib("spark.executor.pyspark.memory", 0)
+        off_heap = int(conf.getSizeAsBytes("spark.memory.offHeap.size", "0"))
         cores = max(1, int(conf.get("spark.executor.cores", "1")))
         return cls(
             driver_heap=cluster.driver_heap_bytes,
             executor_heap=None if is_local(cluster.context) else mib("spark.executor.memory", 1024),
             driver=container("driver") if driver_too else machine_bytes(),
-            executor=container("executor") + pyspark if in_containers else None,
+            executor=container("executor") + pyspark + off_heap if in_containers else None,
             worker=pyspark // cores if pyspark else None,
             results=results or None,
         )
@@ -97,7 +100,7 @@ def places_of(cluster: Cluster, kind: EngineKind, num_shards: int) -> Places:
     most, count = (max(sent), sum(sent)) if kind is STAGES else partial_sums(workers, num_shards)
     return Places(
         num_workers=workers,
-        workers_per_executor=workers if in_driver else min(workers, -(-cluster.slots() // executors)),
+        workers_per_executor=workers if in_driver else max(1, min(workers, -(-cluster.slots() // executors))),
         in_driver=in_driver,
         shards_of_worker=-(-num_shards // workers),
         sums_of_worker=max(sent),

@@ -18,6 +18,7 @@ _PYTHON = re.compile(
 )
 _OURS = re.compile(r"sparksgd\.errors\.OutOfMemory: (.+?)\s*(?:\n\s*at org\.apache\.|\Z)", re.DOTALL)
 _LOST_TASK = re.compile(r"Lost task [\d.]+ in stage [\d.]+ \(TID \d+\) \((\S+) executor (\w+)\)")
+_BARRIER_TASK = re.compile(r"barrier task \w+\([\d, ]+\) finished unsuccessfully")
 _HEAP = re.compile(r"heap space|GC overhead|array size|^$")
 
 _BESIDE_THE_HEAP = (
@@ -27,17 +28,20 @@ _BESIDE_THE_HEAP = (
 )
 
 
-def out_of_memory(text: str) -> str | None:
+def out_of_memory(text: str, *, is_local: bool = False) -> str | None:
     """Return whose memory was too small, and the next move, if that is what a failure says; else None.
 
     Args:
         text: of the exception, with the stack traces in it.
+        is_local: whether tasks run in the driver's JVM.
     """
     if ours := _OURS.search(text):
         return ours[1]
     task = _LOST_TASK.search(text)
-    at_executor = task is not None and task[2] != "driver"
-    whose = f"executor {task[2]} on {task[1]}" if task is not None and at_executor else "the driver"
+    at_executor = not is_local and (task is not None or _BARRIER_TASK.search(text) is not None)
+    whose = "an executor" if at_executor else "the driver"
+    if task is not None and at_executor:
+        whose = f"executor {task[2]} on {task[1]}"
     if killed := _KILLED.search(text):
         return f"{whose if at_executor else 'an executor'} was killed for its memory ({killed[0]}). " + (
             _BESIDE_THE_HEAP

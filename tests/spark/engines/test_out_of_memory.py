@@ -15,13 +15,15 @@ from sparksgd.spark.cluster.memory import Limits, refuse_too_little
 from sparksgd.spark.cluster.memory_failures import out_of_memory
 from sparksgd.spark.engines.base import SparkEngine
 
-SESSION = SimpleNamespace(applicationId="app-1", _jsc=object(), setJobDescription=lambda _: None)
+SESSION = SimpleNamespace(
+    applicationId="app-1", _jsc=object(), setJobDescription=lambda _: None, master="yarn"
+)
 GB = 10**9
 
 ABORTED = (
     "An error occurred while calling o1.get.\n"
-    ": org.apache.spark.SparkException: Job aborted due to stage failure: Task 0 in stage 3.0 failed 1 times, "
-    "most recent failure: Lost task 0.0 in stage 3.0 (TID 5) (host7 executor 2): {}\n"
+    ": org.apache.spark.SparkException: Job aborted due to stage failure: Task 0 in stage 3.0 failed 1 times,"
+    " most recent failure: Lost task 0.0 in stage 3.0 (TID 5) (host7 executor 2): {}\n"
     "\tat org.apache.spark.scheduler.DAGScheduler.failJobAndIndependentStages(DAGScheduler.scala:2857)\n"
 )
 JAVA = "java.lang.OutOfMemoryError: Java heap space\n\tat java.util.Arrays.copyOf(Arrays.java:3481)"
@@ -47,7 +49,11 @@ YARN = (
     [
         (ABORTED.format(JAVA), "the heap of executor 2 on host7 is too small.*larger --executor-memory"),
         (AT_DRIVER, "the heap of the driver is too small.*larger --driver-memory"),
-        (ABORTED.format(JAVA).replace("executor 2", "executor driver"), "the driver is.*--driver-memory"),
+        (
+            "Could not recover from a failed barrier ResultStage. Most recent failure reason: Stage failed "
+            f"because barrier task ResultTask(5, 0) finished unsuccessfully.\n{JAVA}",
+            "the heap of an executor is too small.*larger --executor-memory",
+        ),
         (ABORTED.format("java.lang.OutOfMemoryError: GC overhead limit exceeded"), "--executor-memory"),
         (
             ABORTED.format("java.lang.OutOfMemoryError: Direct buffer memory"),
@@ -76,6 +82,11 @@ def test_whose_memory_was_too_small_and_what_gives_it_more(text, says):
     assert type(error) is OutOfMemory
     with pytest.raises(OutOfMemory, match=f"(?s){says}"):
         raise error
+
+
+def test_in_local_mode_tasks_use_the_heap_of_the_driver():
+    text = ABORTED.format(JAVA).replace("executor 2", "executor driver")
+    assert "the heap of the driver is too small" in out_of_memory(text, is_local=True)
 
 
 def test_our_own_error_is_read_back_from_sparks_text():
@@ -165,12 +176,12 @@ TAKES = {"driver_python": (Part("weights", 1, GB // 2),)}
         ({"driver_heap": (Part("Spark", 1, GB // 4), Part("sums", 3, GB // 2))},
          r"heap of the driver is 1.0 GB, but the run takes 1 x 250.0 MB \(Spark\) \+ 3 x 500.0 MB \(sums\) = "
          r"1.8 GB: submit with --driver-memory 1792m"),
-        ({"executor_heap": (Part("sums", 3, GB),)}, r"heap of an executor is 1.0 GB.*--executor-memory 3072m"),
+        ({"executor_heap": (Part("sums", 3, GB),)}, r"of an executor is 1.0 GB.*--executor-memory 3072m"),
         ({"results": 2 * GB}, r"maxResultSize is 1.0 GB.*--conf spark.driver.maxResultSize=2048m"),
-        ({"driver_python": (Part("weights", 20, GB),)}, r"all memory at the driver is 16.0 GB.*memoryOverhead"),
+        ({"driver_python": (Part("weights", 20, GB),)}, r"memory at the driver is 16.0 GB.*memoryOverhead"),
         ({"worker_python": (Part("weights", 0.75, 2 * GB),)},
-         r"(?s)all memory of an executor is 2.0 GB, but the run takes 1.5 x 2.0 GB.*memoryOverhead=3072m, or with "
-         r"fewer --executor-cores.*pyspark.memory of one Python worker is 1.0 GB, but .* = 1.5 GB"),
+         r"(?s)memory of an executor is 2.0 GB, but the run takes 1.5 x 2.0 GB.*memoryOverhead=3072m, or "
+         r"with fewer --executor-cores.*pyspark.memory of one Python worker is 1.0 GB, but .* = 1.5 GB"),
         ({"largest_result": 3 * GB}, r"result of one task has 3.0 GB.*use more engine.num_workers"),
     ],
     ids=["driver-memory", "executor-memory", "maxResultSize", "driver", "executor", "one array"],
