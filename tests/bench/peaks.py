@@ -157,11 +157,17 @@ def main() -> None:
         config = Config.load(
             None,
             [
-                "model.name=wide_nets:wide", f"model.parameters={int(float(parameters))}",
-                "train.rows_per_step=64", f"train.num_shards={rest[0] if rest else 4}",
-                f"train.steps={options.steps}", "train.epochs=9", "engine.num_workers=2", *ENGINES[engine], *OPTIMIZERS[optimizer],
+                "model.name=wide_nets:wide",
+                f"model.parameters={int(float(parameters))}",
+                "train.rows_per_step=64",
+                f"train.num_shards={rest[0] if rest else 4}",
+                f"train.steps={options.steps}",
+                "train.epochs=9",
+                "engine.num_workers=2",
+                *ENGINES[engine],
+                *OPTIMIZERS[optimizer],
             ],
-        )  # fmt: skip
+        )
         try:
             train(spark, config, spark.read.parquet(path), observers=[Look(found)])
         except Exception as error:
