@@ -225,18 +225,23 @@ def _results(kind: EngineKind, sizes: RunSizes, places: Places) -> tuple[int, in
 def _of_worker(kind: EngineKind, sizes: RunSizes, places: Places) -> Parts:
     """Return what one Python worker holds."""
     several = places.shards_of_worker > 1
-    models = 1 if not sizes.keeps_shards else places.shards_of_worker
+    models = places.shards_of_worker if sizes.keeps_shards else 1
     if kind is not ALLREDUCE:
-        sums, weights = (places.sums_of_worker, sizes.message), 10.75 if several else 10.25
+        # Each sum, and two more messages: of the shard that is computed, and the reply on its way.
+        sums = (places.sums_of_worker + 2, sizes.message)
+        weights = 8.75 if several else 8.25
         return _held(_WORKER_MIB, sizes, weights=weights, constants=3, local_models=models, results=sums)
-    weights = 12.0 if several else 10.75
+    weights = (10.0 if several else 8.75) + (2 if sizes.has_local_models else 0)  # the centre's, apart
     strips = places.num_workers if sizes.by_strips else 1
-    optimisers = 1 + _OPTIMISERS / strips
-    received = (places.sums / places.num_workers, sizes.message)
     return _held(
-        _WORKER_MIB, sizes, weights=weights, optimisers=optimisers, constants=3, local_models=models,
-        results=received,
-    )  # fmt: skip
+        _WORKER_MIB,
+        sizes,
+        weights=weights,
+        optimisers=1 + _OPTIMISERS / strips,
+        constants=3,
+        local_models=models,
+        results=(2 + places.sums / places.num_workers, sizes.message),
+    )
 
 
 def _held(

@@ -59,6 +59,39 @@ def test_nothing_takes_less_if_something_is_larger(kind) -> None:
     assert kind is INLINE or total(more.worker_python) > total(before.worker_python)
 
 
+DRIVER, TWO, ONE = Places(), Places(num_workers=2, shards_of_worker=2, sums=2), Places(num_workers=2, sums=2)
+APART = Places(num_workers=2, shards_of_worker=2, sums_of_worker=2, sums=3)
+
+
+@pytest.mark.parametrize(
+    ("measured_mib", "kind", "parameters", "states", "places", "more"),
+    [
+        (378, INLINE, 437_000, 1, DRIVER, {}),
+        (1033, INLINE, 10_060_000, 1, DRIVER, {}),
+        (1074, INLINE, 10_060_000, 2, DRIVER, {}),
+        (3101, INLINE, 40_130_000, 1, DRIVER, {}),
+        (337, TREE, 437_000, 1, TWO, {}),
+        (743, TREE, 10_060_000, 1, TWO, {}),
+        (743, TREE, 10_060_000, 1, ONE, {}),
+        (782, TREE, 10_060_000, 1, APART, {}),
+        (1374, TREE, 25_100_000, 1, TWO, {}),
+        (898, TREE, 10_060_000, 1, TWO, {"has_local_models": True}),
+        (1013, TREE, 10_060_000, 1, TWO, {"has_local_models": True, "message_vectors": 2}),
+        (344, ALLREDUCE, 437_000, 1, TWO, {}),
+        (914, ALLREDUCE, 10_060_000, 1, TWO, {}),
+        (917, ALLREDUCE, 10_060_000, 2, ONE, {}),
+        (1710, ALLREDUCE, 25_100_000, 1, TWO, {}),
+    ],
+)
+def test_a_python_process_was_measured_to_take_what_is_said_or_up_to_a_fifth_less(
+    measured_mib, kind, parameters, states, places, more
+) -> None:
+    sizes = RunSizes(weights=4 * parameters, optimiser=4 * states * parameters, **more)
+    found = takes(kind, sizes, places)
+    said_mib = total(found.driver_python if kind is INLINE else found.worker_python) / MIB
+    assert measured_mib <= said_mib <= 1.2 * measured_mib
+
+
 def test_stages_return_the_sums_of_every_worker() -> None:
     places = Places(num_workers=3, sums_of_worker=2, sums_of_task=2, sums=5)
     assert takes(STAGES, RunSizes(weights=MB, message_vectors=2), places).results == 10 * MB
