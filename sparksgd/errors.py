@@ -17,12 +17,15 @@
     │   ├── PeerLost         a worker's connection to another broke; the segment is run again
     │   │   └── PeerSilent   the connection is open, but nothing came in time
     │   └── ShardMissing     files of shards are gone or damaged; they are written again
+    ├── OutOfMemory          a process has, or will have, too little memory; never retried  exit 4
     └── Cancelled            somebody cancelled the job                             exit 130
 
 A message names the value, the rule and the next move.  All errors can be pickled: a worker may return one.
 """
 
 from __future__ import annotations
+
+import re
 
 __all__ = [
     "BadRows",
@@ -34,6 +37,7 @@ __all__ = [
     "ModelError",
     "NotEnoughSlots",
     "NotFinite",
+    "OutOfMemory",
     "PeerLost",
     "PeerSilent",
     "ReplayDiffers",
@@ -132,6 +136,32 @@ class ShardMissing(ClusterError):
 
     def __str__(self) -> str:
         return str(self.args[0])
+
+
+class OutOfMemory(SparkSGDError):
+    """A process has too little memory for the run.  A second attempt would have no more: there is none."""
+
+    exit_code = 4
+
+    @classmethod
+    def in_python(cls, what: str, error: BaseException) -> OutOfMemory:
+        """Return the error of a Python process, driver or worker, in which something found no memory."""
+        return cls(
+            f"{what} found no memory: {type(error).__name__}: {error}. Lower train.rows_per_backward or "
+            f"train.rows_per_step, or give this process more. Python lives beside the heap: an executor's in "
+            f"spark.executor.memoryOverhead (and below spark.executor.pyspark.memory, if that is set), the "
+            f"driver's in spark.driver.memoryOverhead on YARN and Kubernetes, else in the machine's memory"
+        )
+
+    @staticmethod
+    def is_behind(error: BaseException) -> bool:
+        """Return whether Python, torch or the system raised an exception for want of memory."""
+        return isinstance(error, MemoryError) or (
+            isinstance(error, RuntimeError | OSError) and _NO_MEMORY.search(str(error)) is not None
+        )
+
+
+_NO_MEMORY = re.compile(r"can't allocate memory|Cannot allocate memory|std::bad_alloc")
 
 
 class Cancelled(SparkSGDError):

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
-from sparksgd.errors import ConfigError, SparkSGDError, UserCodeError
+from sparksgd.errors import ConfigError, OutOfMemory, SparkSGDError, UserCodeError
 
 __all__ = ["did_you_mean", "resolve", "source_digest", "users_code"]
 
@@ -89,6 +89,8 @@ def users_code(what: str) -> Iterator[None]:
     except SparkSGDError:
         raise
     except Exception as error:
+        if OutOfMemory.is_behind(error):
+            raise OutOfMemory.in_python(what, error) from error
         raise UserCodeError(
             f"{what} raised {type(error).__name__}: {error}\n" + traceback.format_exc().rstrip()
         ) from error

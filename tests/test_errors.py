@@ -68,6 +68,7 @@ def test_users_mistakes_and_the_cluster_s_faults_leave_by_different_exits() -> N
         "UserCodeError": 3,
         "ClusterError": 4,
         "NotEnoughSlots": 4,
+        "OutOfMemory": 4,
         "PeerLost": 4,
         "PeerSilent": 4,
         "ReplayDiffers": 3,

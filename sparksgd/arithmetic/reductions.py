@@ -55,7 +55,7 @@ def reducing(pickler: type[Any]) -> type[Any]:
     class Reducing(pickler):  # type: ignore[misc]  # mypy knows no class that is an argument
         def __init__(self, *arguments: Any, **keywords: Any) -> None:
             super().__init__(*arguments, **keywords)
-            self._storages: dict[int, Storage] = {}
+            self._storages: dict[int, _Storage] = {}
 
         def reducer_override(self, value: Any) -> Any:
             if isinstance(value, torch.UntypedStorage) and value.device.type == "cpu":

@@ -43,6 +43,7 @@ from sparksgd.engines.replies import Evaluation, Reply, WorkerReport, with_place
 from sparksgd.engines.watch import Watch
 from sparksgd.errors import (
     NotFinite,
+    OutOfMemory,
     SparkSGDError,
     UpdateNotFinite,
 )
@@ -195,8 +196,14 @@ class Computer:
                     rows += 0 if result is None else result.rows
                     node = (shard.shard, shard.shard + 1)
                     add_partial(reply.partials, node, result, reply.leaves)
-        except SparkSGDError as error:
-            reply.failure = with_place(error, worker, doing)
+        except Exception as error:
+            if isinstance(error, SparkSGDError):
+                told = error
+            elif OutOfMemory.is_behind(error):
+                told = OutOfMemory.in_python("a worker's Python", error)
+            else:
+                raise
+            reply.failure = with_place(told, worker, doing)
             list(remaining)  # Spark keeps a Python worker only if its input was drained
         reply.workers.append(
             WorkerReport(

@@ -13,6 +13,7 @@ from sparksgd.arithmetic.numerics import Numerics
 from sparksgd.data.source import Shards
 from sparksgd.engines.compute import Computer, Plan
 from sparksgd.engines.kinds import INLINE
+from sparksgd.engines.memory import RunSizes, require_here
 from sparksgd.engines.protocol import Recovery, SegmentReport, StepTiming, take_step
 from sparksgd.engines.replies import Evaluation, Reply
 from sparksgd.errors import ConfigError, ShardMissing
@@ -40,6 +41,11 @@ class InlineEngine:
         self._shards = shards
         self._test = test
         self.recovery = Recovery()
+
+    @staticmethod
+    def check_memory(sizes: RunSizes, num_shards: int) -> None:
+        """Refuse a run that takes more memory than this machine has."""
+        require_here(sizes)
 
     def open(self) -> None:
         """Make the computer.

@@ -10,6 +10,7 @@ from sparksgd.arithmetic.numerics import Numerics
 from sparksgd.data.source import Shards
 from sparksgd.engines.compute import Plan
 from sparksgd.engines.kinds import EngineKind
+from sparksgd.engines.memory import RunSizes
 from sparksgd.engines.replies import Evaluation, Reply, WorkerReport
 from sparksgd.engines.trace import TraceEvent
 from sparksgd.solvers.protocol import Message, RoundSolver
@@ -186,6 +187,14 @@ class MakeEngine(Protocol):
     @property
     def kinds(self) -> Sequence[EngineKind]:
         """Return the possible engines."""
+        ...
+
+    def check_memory(self, sizes: RunSizes, num_shards: int, /) -> None:
+        """Refuse a run that takes more memory than there is, before its rows are dealt.
+
+        Raises:
+            OutOfMemory: with the arithmetic, and what would do.
+        """
         ...
 
     def __call__(self, plan: Plan, shards: Shards, test: Shards | None, /) -> Engine:

@@ -26,7 +26,7 @@ from torch.optim import Optimizer
 
 from sparksgd.arithmetic.reductions import reducing
 
-__all__ = ["CannotCarry", "bytes_in", "own_attributes", "packed", "replace_attributes", "unpacked"]
+__all__ = ["CannotCarry", "own_attributes", "packed", "replace_attributes", "unpacked"]
 
 _FOUND_AGAIN = (types.FunctionType, types.MethodType, weakref.ReferenceType)
 
@@ -49,13 +49,6 @@ def replace_attributes(owner: Any, before: Mapping[str, Any], after: Mapping[str
     for name in before.keys() - after.keys():
         delattr(owner, name)
     vars(owner).update(after)
-
-
-def bytes_in(rest: object) -> int:
-    """Return the size of all `packed` attributes in nested mappings."""
-    if isinstance(rest, Mapping):
-        return sum(map(bytes_in, rest.values()))
-    return len(rest) if isinstance(rest, bytes) else 0
 
 
 def packed(

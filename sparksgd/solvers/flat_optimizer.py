@@ -245,6 +245,11 @@ class FlatOptimizer:
         is_divided = bool(self._views)
         return vectors, {"groups": groups, "divided": is_divided, "vectors": names, "numbers": numbers}
 
+    def state_bytes(self) -> int:
+        """Return how many bytes `state` has."""
+        vectors, rest = self.state()
+        return sum(vector.nbytes for vector in vectors.values()) + len(rest.get("attributes", b""))
+
     def load_state(self, vectors: Mapping[str, Vector], rest: Mapping[str, Any]) -> None:
         """Continue from the state of another optimiser that was made alike; everything is copied."""
         if not self.is_elementwise:

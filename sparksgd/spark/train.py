@@ -14,13 +14,15 @@ from sparksgd.config import Config, EngineConfig
 from sparksgd.data.source import Shards
 from sparksgd.engines.compute import Plan
 from sparksgd.engines.kinds import ALLREDUCE, EngineKind, candidates
+from sparksgd.engines.memory import RunSizes, Takes
 from sparksgd.engines.protocol import Engine
-from sparksgd.errors import ClusterError, ConfigError, SparkSGDError
+from sparksgd.errors import ClusterError, ConfigError, OutOfMemory, SparkSGDError
 from sparksgd.imports import resolve
 from sparksgd.solvers.protocol import Need
 from sparksgd.solvers.rules import completed, described
 from sparksgd.spark.cluster.cluster import Cluster
-from sparksgd.spark.cluster.failures import session_stopped
+from sparksgd.spark.cluster.failures import final_error, session_stopped
+from sparksgd.spark.cluster.memory import require_memory, warn_of_slow_results
 from sparksgd.spark.cluster.slots import WorkerDemand
 from sparksgd.spark.engines.base import SparkEngine
 from sparksgd.spark.frame_rows import DataFrameRows, read_parquet
@@ -107,6 +109,9 @@ def train(
         except SparkSGDError:
             raise
         except Exception as error:
+            final = final_error(error, cluster.context)
+            if isinstance(final, OutOfMemory):
+                raise final from error
             if cluster.is_stopped():  # then any call to it may fail, with any message
                 raise session_stopped(cluster.context) from error
             raise
@@ -149,17 +154,32 @@ class _OnCluster:
         for kind in kinds:
             first_of.setdefault(kind.name, kind)
         self.kinds = list(first_of.values())
+        self._takes: dict[EngineKind, Takes] = {}
+        self._too_large: str | None = None
 
     def check(self) -> None:
         """Refuse what cannot work at the driver, before the rows are dealt."""
         if len(self.kinds) == 1:
             _class_of(self.kinds[0]).check(self._cluster, self._config)
 
+    def check_memory(self, sizes: RunSizes, num_shards: int, /) -> None:
+        """Leave out the engines that take more memory than there is; refuse the run if that are all."""
+        refused: list[OutOfMemory] = []
+        for kind in list(self.kinds):
+            try:
+                self._takes[kind] = require_memory(self._cluster, kind, sizes, num_shards)
+            except OutOfMemory as error:
+                refused.append(error)
+                self.kinds.remove(kind)
+        if not self.kinds:
+            raise refused[0]
+        self._too_large = str(refused[0]) if refused else None
+
     def __call__(self, plan: Plan, shards: Shards, test: Shards | None, /) -> Engine:
         """Return the engine; if there was a choice, log the reason for it."""
         *tried, last = self.kinds
-        reason = None
-        if last.name != self._config.name:
+        reason = self._too_large
+        if reason is None and last.name != self._config.name:
             cannot = "does not carry this run" if self._config.barrier else "needs engine.barrier = true"
             reason = f"{ALLREDUCE.name} {cannot}"
         for kind in tried:
@@ -177,6 +197,8 @@ class _OnCluster:
         return self._made(last, plan, shards, test)
 
     def _made(self, kind: EngineKind, plan: Plan, shards: Shards, test: Shards | None) -> SparkEngine:
+        if kind is not ALLREDUCE and kind in self._takes:
+            warn_of_slow_results(self._cluster, self._takes[kind].largest_result)
         return _class_of(kind)(self._cluster, self._config, plan, shards, test)
 
 

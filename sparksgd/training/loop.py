@@ -23,6 +23,7 @@ from sparksgd.config import Config
 from sparksgd.data.sampling import Sampling
 from sparksgd.data.source import RowSource
 from sparksgd.engines.compute import Plan
+from sparksgd.engines.memory import out_of_memory_told
 from sparksgd.engines.modes import begin_training
 from sparksgd.engines.protocol import Engine, MakeEngine, StepReport
 from sparksgd.errors import NotFinite, UpdateNotFinite
@@ -31,7 +32,14 @@ from sparksgd.solvers.rules import completed, make_solver
 from sparksgd.training.deals import Deals, dealt
 from sparksgd.training.modules import build_module
 from sparksgd.training.participation import Participation
-from sparksgd.training.preflight import Checked, check, check_evaluation, check_pieces, warn_of_differences
+from sparksgd.training.preflight import (
+    Checked,
+    check,
+    check_evaluation,
+    check_pieces,
+    sizes_of,
+    warn_of_differences,
+)
 from sparksgd.training.replay import Replay, check_end
 from sparksgd.training.start_up import StartUp
 from sparksgd.training.state import NO_PROBE, EvaluationReport, NumericsChange, Observer, Probe, Training
@@ -41,6 +49,7 @@ __all__ = ["steps_until", "train"]
 log = logging.getLogger("sparksgd")
 
 
+@out_of_memory_told("the driver's Python")
 def train(
     config: Config,
     *,
@@ -85,6 +94,7 @@ def train(
     )  # fmt: skip
     flat = FlatModule(module, probe.dtype)
     solver = _solver(config, flat, checked, replay)
+    make_engine.check_memory(sizes_of(config, flat, checked, solver), config.train.num_shards)
     with ExitStack() as stack:
         deals = stack.enter_context(Deals(rows, checked.schema, config, checked.rows))
         test_shards = None

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from sparksgd.arithmetic.copies import copied
 from sparksgd.arithmetic.flat import FlatModule, mixes_rows, mixes_rows_of_evaluations
@@ -25,10 +26,11 @@ from sparksgd.data.sampling import Sampling
 from sparksgd.data.schema import RowReport, RowSchema, read_rows
 from sparksgd.data.source import RowSource
 from sparksgd.engines.kinds import EngineKind, candidates, refuse_uncarried
+from sparksgd.engines.memory import RunSizes, require_for_trial
 from sparksgd.engines.trial.trial import Found, Use, try_out
 from sparksgd.errors import ConfigError, DataError, ModelError, UserCodeError
 from sparksgd.losses import CLASSIFIERS, Loss, binary_cross_entropy, loss_named
-from sparksgd.solvers.protocol import Need
+from sparksgd.solvers.protocol import Need, RoundSolver
 from sparksgd.solvers.rules import Experiment, described, make_solver, needs_of, settings_of
 from sparksgd.solvers.schedules import own_schedule
 from sparksgd.solvers.torch_optimizers import own_optimizer, without_compiler
@@ -45,6 +47,7 @@ __all__ = [
     "check_pieces",
     "check_solver",
     "needs_in",
+    "sizes_of",
     "warn_of_differences",
 ]
 
@@ -73,6 +76,9 @@ class Checked:
 
     float16: bool
     """See Plan.float16."""
+
+    optimiser_bytes: int
+    """Bytes of what the optimiser keeps."""
 
     rows: RowReport
     """The rows to train on."""
@@ -123,6 +129,7 @@ def check(
     loss = loss_named(config.loss.name)
     needs = needs_in(config, replay)
     check_engine(config, kinds, needs)
+    require_for_trial(sum(p.nbytes for p in module.parameters() if p.requires_grad and not is_lazy(p)))
     schema, found, records = _tried(config, module, loss, rows, dtype, evaluates=test is not None)
     check_solver(config, replay, module, dtype)
     check_saving(module)
@@ -144,12 +151,31 @@ def check(
         channels_last=found.channels_last,
         float16=found.float16,
         harmless=found.harmless,
+        optimiser_bytes=found.optimiser_bytes,
         rows=report,
         test_rows=test_report,
         needs=needs,
         experiment=_experiment(config, turns_per_epoch, min(total_turns, config.train.steps or total_turns)),
         sample=sample,
         drawn=drawn,
+    )
+
+
+def sizes_of(config: Config, flat: FlatModule, checked: Checked, solver: RoundSolver) -> RunSizes:
+    """Return what a run is made of, in bytes, before its rows are dealt."""
+    halves, train = solver.halves, config.train
+    piece = math.ceil(train.rows_per_step / train.num_shards)
+    return RunSizes(
+        weights=flat.parameters.nbytes,
+        constants=sum(tensor.nbytes for _, tensor in flat.constants()),
+        optimiser=checked.optimiser_bytes,
+        message_vectors=halves.vectors,
+        has_local_models=halves.have_local_models,
+        keeps_shards=halves.keep_state,
+        record=checked.schema.record.itemsize,
+        piece_rows=min(piece, train.rows_per_backward or piece),
+        evaluates=checked.test_rows is not None,
+        by_strips=solver.by_strips,
     )
 
 

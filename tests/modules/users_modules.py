@@ -53,9 +53,10 @@ class FlagNet(DropoutNet):
 
     Args:
         folder: where the flags lie.  `kill-executor` kills the executor's JVM, `kill-worker` this
-            process, `kill-always` too and stays, `raise` raises, `nan` makes a BackwardFlagNet's gradient
-            NaN; `sleep` sleeps until somebody ends it and `stop` stops, which leave the process in a file
-            `asleep` beside the folder: who waits for that file strikes while the step is held.
+            process, `kill-always` too and stays, `raise` raises, `exhaust` asks for more memory than there
+            is, `nan` makes a BackwardFlagNet's gradient NaN; `sleep` sleeps until somebody ends it and
+            `stop` stops, which leave the process in a file `asleep` beside the folder: who waits for that
+            file strikes while the step is held.
         width: of the hidden layer.
     """
 
@@ -89,6 +90,8 @@ class FlagNet(DropoutNet):
                 os.kill(os.getpid(), signal.SIGKILL)
             elif name == "raise":
                 raise ValueError("the user's own mistake")
+            elif name == "exhaust":
+                torch.empty(1 << 55)
             elif name in ("sleep", "stop"):
                 asleep = Path(self.folder).with_name("asleep")
                 asleep.with_suffix(".new").write_text(str(os.getpid()))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import uuid
 from datetime import datetime
@@ -21,6 +22,7 @@ from sparksgd.errors import (
     DataError,
     ModelError,
     NotEnoughSlots,
+    OutOfMemory,
     ShardChanged,
 )
 from sparksgd.spark.cluster.cluster import Cluster
@@ -130,16 +132,34 @@ def test_dynamic_allocation_is_refused(spark, setting):
 
 def test_gradients_that_exceed_the_result_limit_are_refused_with_the_arithmetic(spark, setting, small):
     setting("spark.driver.maxResultSize", "1m")
-    with pytest.raises(ClusterError, match=r"2 partial sums of .* MB to .*maxResultSize is 1.0 MB"):
+    with pytest.raises(OutOfMemory, match=r"maxResultSize is 1.0 MB, .*results of a job.*maxResultSize=256m"):
         refused(spark, spark.read.parquet(small), "model.width=40000")
 
 
-def test_a_model_that_the_drivers_heap_cannot_hold_is_refused_with_the_arithmetic(spark, small, monkeypatch):
+@pytest.mark.parametrize(
+    "settings",
+    [["engine.name=tree"], ["engine.name=tree", "engine.barrier=false"], ["engine.name=allreduce"]],
+    ids=["tree", "stages", "allreduce"],
+)
+def test_a_model_that_the_drivers_heap_cannot_hold_is_refused_before_rows_are_dealt(
+    spark, small, monkeypatch, caplog, settings
+):
     monkeypatch.setattr(Cluster, "driver_heap_bytes", 5 << 20)
-    with pytest.raises(
-        ClusterError, match=r"two copies of the weights.*heap is 5.2 MB: .*--driver-memory 1g"
+    with (
+        caplog.at_level(logging.INFO, "sparksgd"),
+        pytest.raises(OutOfMemory, match=r"heap of the driver is 5.2 MB, .*\(Spark\).*--driver-memory 256m"),
     ):
-        refused(spark, spark.read.parquet(small), "model.width=40000")
+        refused(spark, spark.read.parquet(small), "model.width=4000", *settings)
+    assert "dealt" not in caplog.text
+
+
+def test_where_one_engine_takes_too_much_auto_uses_another(spark, setting, small, caplog):
+    setting("spark.driver.maxResultSize", "9m")  # of 3.3 MB of parameters allreduce returns two more vectors
+    config = configured("model.width=40000", "train.steps=1", "engine.name=auto", "optimizer.name=Adam")
+    with caplog.at_level(logging.INFO, "sparksgd"):
+        training = train(spark, config, spark.read.parquet(small))
+    assert training.engine == "tree"
+    assert 'engine: tree, because engine.name = "allreduce" takes more memory than there is' in caplog.text
 
 
 def test_results_above_the_message_size_are_named(spark, setting, small, caplog):

@@ -20,7 +20,7 @@ from sparksgd.spark.train import demand_of
 
 pytestmark = pytest.mark.session("local[5]")
 
-SESSION = SimpleNamespace(applicationId="app-1", _jsc=object())
+SESSION = SimpleNamespace(applicationId="app-1", _jsc=object(), master="yarn")
 
 ABORTED = (
     "An error occurred while calling z:org.apache.spark.api.python.PythonRDD.collectAndServe.\n"

@@ -26,7 +26,8 @@ from spark_helpers import (
 
 from sparksgd.data.local_files import ParquetRows
 from sparksgd.engines.inline import InlineEngine
-from sparksgd.errors import Cancelled, ClusterError, NotFinite, ShardChanged, UserCodeError
+from sparksgd.engines.trial.trial import Found
+from sparksgd.errors import Cancelled, ClusterError, NotFinite, OutOfMemory, ShardChanged, UserCodeError
 from sparksgd.runs.folder import RunFolder
 from sparksgd.spark.train import train
 from sparksgd.training.loop import train as train_inline
@@ -258,3 +259,36 @@ def test_a_loss_that_becomes_nan_stops_the_run_and_leaves_the_last_good_weights(
     assert watch.training.version == failed_step - 2
     good = configured("train.epochs=10", f"train.steps={failed_step - 2}")
     assert watch.training.flat.parameters_sha256() == undisturbed(small, good)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [["engine.name=tree"], ["engine.name=tree", "engine.barrier=false"], ["engine.name=allreduce"]],
+    ids=["tree", "stages", "allreduce"],
+)
+def test_a_worker_that_finds_no_memory_ends_the_run_at_the_first_attempt(
+    spark, small, flags, caplog, settings
+):
+    config = configured("model.name=users_modules:FlagNet", f"model.folder={flags}", *settings)
+    exhaust = AtStep(4, lambda _: (flags / "exhaust").touch())
+    with pytest.raises(
+        OutOfMemory, match=r"the module or its loss found no memory.*\n  in turn .* on worker"
+    ):
+        train(spark, config, spark.read.parquet(small), observers=[exhaust])
+    assert exhaust.training.recovery.retries == 0
+    assert "tried again" not in caplog.text
+
+
+@pytest.mark.soak  # a session of its own, and 25 million parameters
+def test_a_heap_that_is_really_too_small_ends_the_run_at_the_first_attempt(
+    session_for, small, monkeypatch, caplog
+):
+    monkeypatch.setattr("sparksgd.spark.cluster.memory.refuse_too_little", lambda *_: None)
+    monkeypatch.setattr("sparksgd.training.preflight.try_out", lambda *_: Found(output=(64, 4)))
+    spark = session_for("local-cluster[1,1,512]", **{"spark.executor.memory": "480m"})
+    config = configured(
+        "model.name=wide_nets:wide", "model.parameters=25000000", "engine.num_workers=1", "train.steps=3"
+    )
+    with pytest.raises(OutOfMemory, match=r"heap of .*executor.* is too small.*--executor-memory"):
+        train(spark, config, spark.read.parquet(small))
+    assert "tried again" not in caplog.text

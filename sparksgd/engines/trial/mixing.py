@@ -33,6 +33,9 @@ _SPLITS: tuple[_Split, ...] = (
 )
 """Rows, and the parts to compare them with."""
 
+_MOST_WIDE = 10_000_000
+"""Most parameters of a module that is computed in float64, which takes the memory of twenty copies."""
+
 _DRAWS_ITS_OWN = (
     "the loss of a row is another when the generators are seeded otherwise, though they were held to see "
     "whether rows mix: the module or its loss draws by a function that a default, an attribute or a partial "
@@ -54,7 +57,8 @@ def mixing(probe: Probe, splits: int = len(_SPLITS), *, evaluates: bool = False)
     """
     found = _in_all_ways(probe, splits, evaluates=evaluates)
     first, *_ = ways = _ways(probe, splits)
-    wide = None if found is None and len(ways) == 1 else probe.in_float64(first[0])
+    looks = found is not None or (len(ways) > 1 and probe.flat.parameters.numel() <= _MOST_WIDE)
+    wide = probe.in_float64(first[0]) if looks else None
     if wide is not None:
         with suppress(UserCodeError):  # it cannot compute all rows in float64
             if found is None:
@@ -95,10 +99,10 @@ def _mixing(
     probe: Probe, splits: Sequence[tuple[Sequence[int], Sequence[Sequence[int]]]], level: int
 ) -> str | None:
     def measure(rows: Sequence[int]) -> Measured:
-        return probe.plain(rows) if level == MIDDLE else probe.measure(rows, level=level)
+        return (level == MIDDLE and probe.known(rows)) or probe.measure(rows, level=level)
 
     for whole, parts in splits:
-        together = measure(whole)
+        together = probe.plain(whole) if level == MIDDLE else measure(whole)
         try:
             apart = [measure(part) for part in parts]
         except UserCodeError:  # of a single row, perhaps, which is tried later; two may do

@@ -96,6 +96,10 @@ class Probe:
             self._plain[key] = self.measure(rows)
         return self._plain[key]
 
+    def known(self, rows: Sequence[int]) -> Measured | None:
+        """Return what was measured at these weights, if it is kept."""
+        return self._plain.get(tuple(rows))
+
     def measure(
         self, rows: Sequence[int], *, scale: float = 1.0, seed: int = 0, level: int | None = MIDDLE
     ) -> Measured:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -120,6 +120,9 @@ class Found:
     float16: bool = False
     """See Plan.float16."""
 
+    optimiser_bytes: int = 0
+    """Bytes of what the optimiser keeps after some steps."""
+
 
 def try_out(module: nn.Module, records: npt.NDArray[Any], use: Use) -> Found:
     """Try a module as it will be used, and refuse what cannot be trained, or would be wrong in silence.
@@ -186,7 +189,7 @@ class _Trial:
 
     Args:
         module: the caller's; not changed.
-        copies: three, of it and its loss.
+        copies: three, of it and its loss; the last is dropped early.
         records: some rows.
         few: rows that differ, [DIFFERENT_ROWS].
         use: how the module will be used.
@@ -196,7 +199,7 @@ class _Trial:
     def __init__(
         self,
         module: nn.Module,
-        copies: Sequence[tuple[nn.Module, Loss]],
+        copies: list[tuple[nn.Module, Loss]],
         records: npt.NDArray[Any],
         few: npt.NDArray[Any],
         use: Use,
@@ -207,6 +210,7 @@ class _Trial:
         self._owned = Owned(module)
         self.remarks: list[str] = []
         self.untouched: list[str] = []
+        self._optimiser_bytes = 0
         self._dtypes: set[torch.dtype] = set()
 
     def run(self) -> Found:
@@ -228,7 +232,7 @@ class _Trial:
                 label[:] = np.where((values >= 0) & (values < classes), values, 0)
         probe.move()
         probe.refuse_what_does_not_repeat()
-        refuse_other_memory(probe, *self._copies[2])
+        refuse_other_memory(probe, *self._copies.pop())
         if use.has_pieces:
             refuse_sums_of_rows(probe)
         if use.evaluates:
@@ -253,7 +257,11 @@ class _Trial:
         if float16:
             self.remarks.append("it computes in float16: gradients are scaled by a power of 2")
         return Found(
-            output=first.shape, channels_last=channels_last, float16=float16, harmless=self._harmless
+            output=first.shape,
+            channels_last=channels_last,
+            float16=float16,
+            harmless=self._harmless,
+            optimiser_bytes=self._optimiser_bytes,
         )
 
     def _refuse_mixing(self, found: str | None) -> None:
@@ -312,6 +320,7 @@ class _Trial:
             then = partial(schedule.move, steps) if schedule is not None and steps < moves else None
             with outside.watched():
                 optimizer.step(optimizer.new_gradient().copy_(gradient), touched, use.seed, then)
+        self._optimiser_bytes = optimizer.state_bytes()
         if not (mixes_rows(flat.module) or use.rows_mix):
             piece.begin()
             piece.gradient(self._rows(1, _STEPS))

@@ -3,11 +3,22 @@
 from __future__ import annotations
 
 import re
+from contextlib import suppress
 
 from pyspark import SparkContext
 
-from sparksgd.errors import Cancelled, ClusterError, DataError, ModelError, SparkSGDError, UserCodeError
-from sparksgd.spark.cluster.lost_executors import advice_of
+from sparksgd.errors import (
+    Cancelled,
+    ClusterError,
+    DataError,
+    ModelError,
+    OutOfMemory,
+    SparkSGDError,
+    UserCodeError,
+)
+from sparksgd.spark.cluster.lost_executors import advice_of, memory_advice
+from sparksgd.spark.cluster.memory_failures import out_of_memory
+from sparksgd.spark.cluster.placement import is_local
 
 __all__ = ["final_error", "gist", "is_stopped", "session_stopped"]
 
@@ -51,6 +62,10 @@ def final_error(error: Exception, context: SparkContext) -> SparkSGDError | None
     text = str(error)
     if "SparkContext was shut down" in text or "stopped SparkContext" in text:
         return session_stopped(context)
+    if (exhausted := out_of_memory(text, is_local=is_local(context))) is not None:
+        with suppress(Exception):  # the JVM may have ended by it
+            exhausted = memory_advice(context.getConf(), text) or exhausted
+        return OutOfMemory(exhausted)
     if _CANCELLED.search(text):
         return Cancelled("the Spark job was cancelled, and the run ends with it")
     if _TOO_LARGE in text:

@@ -12,9 +12,8 @@ from typing import Any
 
 from pyspark import SparkContext
 
-from sparksgd.errors import Cancelled, ClusterError, NotEnoughSlots, SparkSGDError
+from sparksgd.errors import Cancelled, ClusterError, NotEnoughSlots, OutOfMemory, SparkSGDError
 from sparksgd.spark.cluster.failures import final_error, gist
-from sparksgd.spark.cluster.lost_executors import memory_advice
 
 __all__ = [
     "JobWatch",
@@ -63,8 +62,9 @@ def spark_job(context: SparkContext, doing: str) -> Iterator[None]:
         if isinstance(final, Cancelled):
             cancel_jobs(context, group)
         if final is None:
-            advice = memory_advice(context.getConf(), str(error))
-            final = ClusterError(f"{doing} failed: {advice or gist(str(error))}\n{error}")
+            final = ClusterError(f"{doing} failed: {gist(str(error))}\n{error}")
+        elif isinstance(final, OutOfMemory):
+            final = OutOfMemory(f"{doing} failed: {final}")
         raise final from error
     finally:
         with cleanup():

@@ -40,6 +40,8 @@ class LostExecutors:
     def __init__(self, context: SparkContext) -> None:
         self._context = context
         self._known: set[str] = set()
+        self.killed_for_memory = 0
+        """How many executors of this run were killed for their memory."""
 
     def forget_earlier(self) -> None:
         """Ignore executors that are lost already: they were lost in earlier runs."""
@@ -57,6 +59,7 @@ class LostExecutors:
             if not _ON_PURPOSE.search(reason):
                 advice = memory_advice(self._context.getConf(), reason)
                 if advice is not None:
+                    self.killed_for_memory += 1
                     _advice[str(self._context.applicationId)] = advice
                 log.warning("executor %s on %s is lost: %s", name, executor.hostPort(), advice or reason)
 

@@ -21,7 +21,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from pyspark import Broadcast
-from rich.filesize import decimal
 
 from sparksgd.config import EngineConfig
 from sparksgd.data.source import Shards
@@ -39,7 +38,6 @@ from sparksgd.errors import (
 from sparksgd.peers.mesh import Rendezvous
 from sparksgd.peers.replica import Segment, SegmentAnswer
 from sparksgd.peers.wire import Credentials
-from sparksgd.solvers.carrying import bytes_in
 from sparksgd.solvers.protocol import RoundSolver, SolverState
 from sparksgd.spark.cluster.cluster import Cluster
 from sparksgd.spark.engines.base import SparkEngine, destroy
@@ -131,7 +129,6 @@ class AllReduceEngine(SparkEngine):
         started = time.perf_counter()
         steps, turns = self._as_long(solver, steps)
         start, first, first_turn = solver.state(), solver.version, solver.turns
-        self._check_size(start)
         doing = f"steps {first + 1} to {first + steps} on {self._cluster.num_workers} workers"
         self._context.setJobDescription(f"sparksgd: {doing}")
         limit_s = self._step_timeout_s * turns
@@ -230,17 +227,6 @@ class AllReduceEngine(SparkEngine):
         )
         task = partial(step_tasks.segment, self._shipped, state, segment, self._workers)
         return sorted(self._map(self._shards, task).collect(), key=lambda answer: answer.worker)
-
-    def _check_size(self, state: SolverState) -> None:
-        """Refuse a state that is larger than Spark's limit on results."""
-        size = state.weights.parameters.nbytes + sum(vector.nbytes for vector in state.vectors.values())
-        size += bytes_in(state.rest)
-        limit = int(self._context._jsc.sc().conf().getSizeAsBytes("spark.driver.maxResultSize", "1g"))
-        if limit and size > limit:
-            raise ClusterError(
-                f"at the end of a segment parameters and optimiser return {decimal(size)} to the driver, but "
-                f"spark.driver.maxResultSize is {decimal(limit)}: raise it"
-            )
 
     def _reports(self, before: int, answers: Sequence[SegmentAnswer], wall_s: float) -> list[StepReport]:
         """Return the reports of a segment's steps; the first one includes the segment's start and end."""

@@ -24,7 +24,7 @@ from sparksgd.data.source import Shards
 from sparksgd.engines.compute import Plan
 from sparksgd.engines.protocol import Recovery, SegmentReport, StepTiming
 from sparksgd.engines.replies import Evaluation, Reply
-from sparksgd.errors import Cancelled, ClusterError, PeerLost, ShardMissing, SparkSGDError
+from sparksgd.errors import Cancelled, ClusterError, OutOfMemory, PeerLost, ShardMissing, SparkSGDError
 from sparksgd.solvers.protocol import RoundSolver
 from sparksgd.spark.cluster.cluster import Cluster
 from sparksgd.spark.cluster.failures import final_error, gist, session_stopped
@@ -194,6 +194,7 @@ class SparkEngine:
     def _run(self, job: Callable[[], T], shards: SparkShards, doing: str, limit_s: float | None = None) -> T:
         """Run a job; again, if an executor or a shard's file was lost, or its tasks ran too long."""
         failure, watched = "", None
+        killed = self._cluster.lost_executors.killed_for_memory
         missing: tuple[int, ...] = ()
         for attempt in range(self._max_attempts):
             try:
@@ -226,6 +227,8 @@ class SparkEngine:
                     raise final from error
             with cleanup():
                 self._cluster.lost_executors.look()
+            if self._cluster.lost_executors.killed_for_memory > killed:
+                raise OutOfMemory(f"{doing}: failed, because {advice_of(self._context)}")
             log.warning("%s: failed and is tried again: %s", doing, gist(failure))
         advice = advice_of(self._context)
         raise ClusterError(

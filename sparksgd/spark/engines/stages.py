@@ -25,7 +25,7 @@ from typing import Any, TypeVar
 
 from pyspark import RDD, Broadcast
 
-from sparksgd.arithmetic.addition_tree import add_partial, partials_sent
+from sparksgd.arithmetic.addition_tree import add_partial
 from sparksgd.config import EngineConfig
 from sparksgd.data.shard import Descriptor
 from sparksgd.data.source import Shards
@@ -55,7 +55,6 @@ from sparksgd.spark.cluster.jobs import cancel_jobs, cleanup
 from sparksgd.spark.cluster.shards import SparkShards
 from sparksgd.spark.engines import desk
 from sparksgd.spark.engines.base import Exchange, SparkEngine, destroy
-from sparksgd.spark.engines.tree import check_sizes
 from sparksgd.spark.tasks.step_tasks import Round
 
 __all__ = ["StagesEngine"]
@@ -128,9 +127,7 @@ class StagesEngine(SparkEngine):
         self._slots_counted_s = 0.0
 
     def open(self) -> None:
-        """Refuse sizes above Spark's limits, and send the plan to the workers."""
-        sent = list(partials_sent(self._cluster.num_workers, len(self._plan.sampling.shard_rows)))
-        check_sizes(self._cluster, self._plan, max(sent), sum(sent))
+        """Count the slots, and send the plan to the workers."""
         self._look_at_slots()
         super().open()
 

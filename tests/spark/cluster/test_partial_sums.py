@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from sparksgd.spark.engines.tree import _partials
+from sparksgd.spark.cluster.memory import partial_sums
 
 
 @pytest.mark.parametrize(
@@ -19,4 +19,4 @@ from sparksgd.spark.engines.tree import _partials
     ],
 )
 def test_partial_sums_that_reach_the_driver(workers, shards, in_one, in_all):
-    assert _partials(workers, shards) == (in_one, in_all)
+    assert partial_sums(workers, shards) == (in_one, in_all)

@@ -1,0 +1,338 @@
+"""How much memory a run takes: at the driver, on executors, in Python workers; said before rows are dealt.
+
+    what a process holds at its peak = the process itself + copies x bytes of
+        weights      a vector of the parameters
+        optimiser    what it keeps for each of them
+        sums         what one worker, or all of them, send to the driver in a step or a segment
+        rows         of a piece, or of an evaluation
+
+The copies were counted in the code and measured: tests/bench/peaks.py measures them again.  What forward
+computes between its layers is the module's own affair, and is not counted.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.filesize import decimal
+
+from sparksgd.engines.forward import EVALUATION_ROWS
+from sparksgd.engines.kinds import ALLREDUCE, INLINE, EngineKind
+from sparksgd.errors import OutOfMemory, SparkSGDError
+
+__all__ = [
+    "LARGEST_RESULT",
+    "Part",
+    "Places",
+    "RunSizes",
+    "Takes",
+    "listed",
+    "machine_bytes",
+    "out_of_memory_told",
+    "require_for_trial",
+    "require_here",
+    "takes",
+    "total",
+]
+
+LARGEST_RESULT = (1 << 31) - 1
+"""Bytes of a Java array: what one task returns is one."""
+
+_MIB = 1 << 20
+
+# Processes with nothing of a run in them, and copies at the peak.
+_DRIVER_MIB = 375  # Python, torch, pyspark
+_WORKER_MIB = 345
+_SPARK_MIB = 110  # of heap
+_TRIAL = 20.5  # the module's own, copies that are compared, gradients
+_TRIAL_IN_FLOAT64 = 37  # of modules that are small enough to be compared in float64, too
+_SMALL = 40_000_000  # bytes of their parameters; see engines/trial/mixing.py
+_OPTIMISERS = 3  # of a strip: kept, returned, pickled
+_SENT = 2  # of this step and of the last one, which is removed behind it
+_RETURNING = 4  # a result as Python sent it, serialized, in a message, in one piece
+_ARRIVING = 3  # a result as it came, and twice as it is unwrapped
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunSizes:
+    """What a run is made of, in bytes."""
+
+    weights: int
+    """A vector of the trainable parameters."""
+
+    constants: int = 0
+    """Frozen parameters and buffers."""
+
+    optimiser: int = 0
+    """What the optimiser keeps after some steps."""
+
+    message_vectors: int = 1
+    """Vectors, each as large as the weights, in a shard's message."""
+
+    has_local_models: bool = False
+    """Whether worker halves have models of their own, each with an optimiser."""
+
+    keeps_shards: bool = False
+    """Whether a worker keeps such a model for each of its shards; else one for all of them."""
+
+    record: int = 0
+    """A row."""
+
+    piece_rows: int = 0
+    """Rows of one backward pass."""
+
+    evaluates: bool = False
+    """Whether test rows are evaluated."""
+
+    by_strips: bool = True
+    """All-reduce: whether each worker keeps only its strip of the optimiser."""
+
+    @property
+    def message(self) -> int:
+        """Bytes of a shard's message."""
+        return self.message_vectors * self.weights
+
+    @property
+    def local_model(self) -> int:
+        """Bytes of a model that a half keeps, if it keeps one: parameters, gradients, what it sends."""
+        return 3 * self.weights + self.optimiser if self.has_local_models else 0
+
+    @property
+    def rows(self) -> int:
+        """Bytes of the rows that a process reads at once: of a backward pass, or of an evaluation."""
+        return self.record * max(self.piece_rows, EVALUATION_ROWS if self.evaluates else 0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Places:
+    """Where a run computes."""
+
+    num_workers: int = 1
+
+    workers_per_executor: int = 1
+    """The most workers that share an executor's heap."""
+
+    in_driver: bool = False
+    """Whether the driver's JVM is the executor, too, as in Spark's local mode."""
+
+    shards_of_worker: int = 1
+    """The most shards of a worker."""
+
+    sums_of_worker: int = 1
+    """The most partial sums that a worker is left with."""
+
+    sums_of_task: int = 1
+    """The most partial sums in one task's result."""
+
+    sums: int = 1
+    """Partial sums that reach the driver in a step."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """Some copies of one thing."""
+
+    what: str
+    copies: float
+    bytes: int
+
+    @property
+    def total(self) -> int:
+        """Bytes of all copies."""
+        return round(self.copies * self.bytes)
+
+    def __str__(self) -> str:
+        return f"{self.copies:g} x {decimal(self.bytes)} ({self.what})"
+
+
+Parts = tuple[Part, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Takes:
+    """What a run takes at its peak."""
+
+    driver_python: Parts
+    """The driver's Python process."""
+
+    driver_heap: Parts = ()
+    """The driver's JVM; nothing where there is none."""
+
+    executor_heap: Parts = ()
+    """An executor's JVM; nothing where it is the driver's."""
+
+    worker_python: Parts = ()
+    """One Python worker; nothing where the driver computes."""
+
+    results: int = 0
+    """Bytes of the results of one Spark job."""
+
+    largest_result: int = 0
+    """Bytes of the result of one task."""
+
+
+def total(parts: Sequence[Part]) -> int:
+    """Return the bytes of all parts."""
+    return sum(part.total for part in parts)
+
+
+def listed(parts: Sequence[Part]) -> str:
+    """Return the arithmetic, for an error."""
+    return " + ".join(map(str, parts))
+
+
+def takes(kind: EngineKind, sizes: RunSizes, places: Places | None = None) -> Takes:
+    """Return what a run takes at its peak, in bytes.
+
+    Args:
+        kind: the engine.
+        sizes: of the run.
+        places: where it computes; None: in this process.
+    """
+    trial = _held(_DRIVER_MIB, sizes, weights=_of_trial(sizes.weights), optimisers=1, constants=8)
+    if kind is INLINE or places is None:
+        steps = _held(_DRIVER_MIB, sizes, weights=11.5, optimisers=1, constants=3, local_models=1)
+        return Takes(driver_python=max(trial, steps, key=total))
+    result, results = _results(kind, sizes, places)
+    by_allreduce = kind is ALLREDUCE
+    driver = _held(
+        _DRIVER_MIB, sizes, weights=6, optimisers=2 if by_allreduce else 1, constants=3, results=(3, results)
+    )
+    sent = Part("what is sent to workers", _SENT, sizes.weights + (sizes.optimiser if by_allreduce else 0))
+    spark = Part("Spark", 1, _SPARK_MIB * _MIB)
+    returning = Part("results that executors return", _RETURNING * places.workers_per_executor, result)
+    arriving = Part("results that arrive", _ARRIVING, results)
+    return Takes(
+        driver_python=max(trial, driver, key=total),
+        driver_heap=(spark, sent, max(returning, arriving, key=_bytes) if places.in_driver else arriving),
+        executor_heap=() if places.in_driver else (spark, sent, returning),
+        worker_python=_of_worker(kind, sizes, places),
+        results=results,
+        largest_result=result if by_allreduce else places.sums_of_task * sizes.message,
+    )
+
+
+def _results(kind: EngineKind, sizes: RunSizes, places: Places) -> tuple[int, int]:
+    """Return the bytes that a worker returns in a step or segment, at most, and all that reach the driver."""
+    if kind is not ALLREDUCE:
+        return places.sums_of_worker * sizes.message, places.sums * sizes.message
+    state = sizes.weights + sizes.optimiser
+    return (-(-state // places.num_workers) if sizes.by_strips else state), state
+
+
+def _of_worker(kind: EngineKind, sizes: RunSizes, places: Places) -> Parts:
+    """Return what one Python worker holds."""
+    several = places.shards_of_worker > 1
+    models = places.shards_of_worker if sizes.keeps_shards else 1
+    if kind is not ALLREDUCE:
+        # Each sum, and two more messages: of the shard that is computed, and the reply on its way.
+        sums = (places.sums_of_worker + 2, sizes.message)
+        weights = 8.75 if several else 8.25
+        return _held(_WORKER_MIB, sizes, weights=weights, constants=3, local_models=models, results=sums)
+    weights = (10.0 if several else 8.75) + (2 if sizes.has_local_models else 0)  # the centre's, apart
+    strips = places.num_workers if sizes.by_strips else 1
+    return _held(
+        _WORKER_MIB,
+        sizes,
+        weights=weights,
+        optimisers=1 + _OPTIMISERS / strips,
+        constants=3,
+        local_models=models,
+        results=(2 + places.sums / places.num_workers, sizes.message),
+    )
+
+
+def _held(
+    process_mib: int,
+    sizes: RunSizes,
+    *,
+    weights: float,
+    optimisers: float = 0,
+    constants: int = 0,
+    local_models: int = 0,
+    results: tuple[float, int] = (0, 0),
+) -> Parts:
+    """Return what a Python process holds: itself, copies of these things, and rows."""
+    parts = (
+        Part("Python and torch", 1, process_mib * _MIB),
+        Part("weights", weights, sizes.weights),
+        Part("the optimiser's state", optimisers, sizes.optimiser),
+        Part("frozen parameters and buffers", constants, sizes.constants),
+        Part("local models", local_models, sizes.local_model),
+        Part("sums and results", *results),
+        Part("rows", 3, sizes.rows),  # records, tensors of them, and what a cast makes
+    )
+    return tuple(part for part in parts if part.total)
+
+
+def _bytes(part: Part) -> int:
+    return part.total
+
+
+# What this process may use
+
+
+def machine_bytes() -> int:
+    """Return the memory of this machine, or of the container that this process is in if it has less."""
+    found = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    for name in ("memory.max", "memory/memory.limit_in_bytes"):  # cgroup v2, v1
+        try:
+            found.append(int((Path("/sys/fs/cgroup") / name).read_text()))
+        except (OSError, ValueError):
+            continue  # no such file, or "max"
+    return min(found)
+
+
+def require_here(sizes: RunSizes) -> None:
+    """Refuse a run of the inline engine that takes more than this machine has.
+
+    Raises:
+        OutOfMemory: with the arithmetic.
+    """
+    needed, limit = takes(INLINE, sizes).driver_python, machine_bytes()
+    if total(needed) > limit:
+        raise OutOfMemory(
+            f"this machine, or its container, has {decimal(limit)} of memory, but the run takes "
+            f"{listed(needed)} = {decimal(total(needed))}: use a larger one, or fewer parameters"
+        )
+
+
+def _of_trial(weights: int) -> float:
+    """Return how many vectors of so many bytes the trial holds at its peak."""
+    return _TRIAL_IN_FLOAT64 if weights <= _SMALL else _TRIAL
+
+
+def require_for_trial(weights: int) -> None:
+    """Refuse parameters of which the trial could not hold its copies.
+
+    Raises:
+        OutOfMemory: with the arithmetic.
+    """
+    needed = _held(_DRIVER_MIB, RunSizes(weights=weights), weights=_of_trial(weights))
+    if total(needed) > machine_bytes():
+        raise OutOfMemory(
+            f"this machine, or its container, has {decimal(machine_bytes())} of memory, but the trial before "
+            f"the training takes {listed(needed)} = {decimal(total(needed))}: use a larger one, or "
+            f"fewer parameters"
+        )
+
+
+@contextmanager
+def out_of_memory_told(what: str) -> Iterator[None]:
+    """Turn an error of Python, torch or the system for want of memory into one of ours.
+
+    Args:
+        what: the process.
+    """
+    try:
+        yield
+    except SparkSGDError:
+        raise
+    except Exception as error:
+        if OutOfMemory.is_behind(error):
+            raise OutOfMemory.in_python(what, error) from error
+        raise
