@@ -134,20 +134,31 @@ class Chance:
 _METHODS: dict[type, tuple[str, ...]] = {_RandomState: _NUMPY, _Generator: _NUMPY, _Random: _PYTHON}
 
 
+_without: dict[int, int] = {}
+"""How many names an installed module had that named none of them, by the address of its variables."""
+
+
 def _named(stands_for: Mapping[int, tuple[object, object]]) -> Iterator[tuple[dict[str, Any], str, object]]:
     """Yield where Python files name one of these objects: the file's variables, the name, what stands for it.
 
-    Files of Python's own keep theirs, and so does numpy, which makes generators again from pickles.
+    Files of Python's own keep theirs, and so does numpy, which makes generators from pickles.  Installed
+    files are looked through once: there are thousands.
     """
     for file, module in list(sys.modules.items()):
         is_own = file == __name__ or file.startswith("numpy.random.")
         if is_own or (file != "random" and file.partition(".")[0] in sys.stdlib_module_names):
             continue
         names = getattr(module, "__dict__", None)
-        for name, value in list(names.items()) if isinstance(names, dict) else ():
-            original, steady = stands_for.get(id(value), (None, None))
-            if original is value and steady is not None:
-                yield names, name, steady  # type: ignore[misc]  # mypy forgets that it is a dict
+        if not isinstance(names, dict) or _without.get(id(names)) == len(names):
+            continue
+        found = [
+            (name, stands_for[id(value)][1])
+            for name, value in list(names.items())
+            if id(value) in stands_for and stands_for[id(value)][0] is value
+        ]
+        yield from ((names, name, steady) for name, steady in found)
+        if not found and "-packages" in str(names.get("__file__")):
+            _without[id(names)] = len(names)
 
 
 def _fresh(kind: type, level: int) -> Any:
