@@ -167,7 +167,7 @@ def sizes_of(config: Config, flat: FlatModule, checked: Checked, solver: RoundSo
     piece = math.ceil(train.rows_per_step / train.num_shards)
     return RunSizes(
         weights=flat.parameters.nbytes,
-        constants=sum(tensor.nbytes for _, tensor in flat.constants()),
+        constants=sum(tensor.numel() * tensor.element_size() for _, tensor in flat.constants()),
         optimiser=checked.optimiser_bytes,
         message_vectors=halves.vectors,
         has_local_models=halves.have_local_models,
