@@ -97,7 +97,7 @@ class _Copier(pickle.Pickler):
         super().__init__(stream, protocol=5)
         self.kept: list[object] = []
         self._storages: dict[int, int] = {}
-        self._tables: dict[int, int] = {}
+        self._tables: dict[int, tuple[Any, int]] = {}
 
     def persistent_id(self, value: Any) -> int | None:
         kind = type(value)
@@ -105,8 +105,8 @@ class _Copier(pickle.Pickler):
             return None
         if kind in _TABLES and _is_long(value):
             if id(value) not in self._tables:
-                self._tables[id(value)] = self._keep(value.copy())
-            return self._tables[id(value)]
+                self._tables[id(value)] = value, self._keep(value.copy())  # else another could get its id
+            return self._tables[id(value)][1]
         if kind in _COPIED:
             return None
         if isinstance(value, _ATOMS) or _is_function_by_name(value):

@@ -330,6 +330,10 @@ class FlatStrip:
         ]
         """The part of each of the module's parameters; many have no element."""
 
+    def parameters_like(self) -> FlatParameters:
+        """Return parameters like the module's, see `FlatModule.parameters_like`."""
+        return self._flat.parameters_like()
+
     def weights(self, version: int) -> Weights:
         """Return a copy of the strip's parameters and of all statistics."""
         return Weights(

@@ -41,6 +41,10 @@ def reduced(value: Any) -> Reduced | None:
         for name, generator in GLOBAL_GENERATORS.items():  # its copy would not be seeded
             if value is generator:
                 return global_generator, (name,)
+    if isinstance(value, types.MappingProxyType):
+        return types.MappingProxyType, (dict(value),)
+    if isinstance(value, torch.finfo | torch.iinfo):
+        return type(value), (getattr(torch, value.dtype),)
     if type(value) is weakref.ref and value.__callback__ is None:
         return _weak_reference, (value(),)
     return None

@@ -11,6 +11,7 @@ number.  So a record that lies in another place, or in another file, is noticed 
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 import uuid
@@ -144,6 +145,8 @@ def _opened(shard: Descriptor, file_bytes: int) -> Iterator[int]:
         finally:
             os.close(file)
     except OSError as error:
+        if error.errno in (errno.ENOMEM, errno.EMFILE, errno.ENFILE):  # of this process, not of the file
+            raise
         raise _missing(shard, error.strerror or str(error)) from error
 
 
@@ -170,8 +173,12 @@ def read_records(
     with _opened(shard, shard.rows * width) as file:
         for start, first, count in _stretches(rows):
             wanted = data[start * width : (start + count) * width]
-            if os.preadv(file, [wanted], first * width) != len(wanted):
-                raise _missing(shard, "it was cut off while it was read")
+            done = 0
+            while done < len(wanted):  # one call reads less than 2 GiB
+                count_read = os.preadv(file, [wanted[done:]], first * width + done)
+                if not count_read:
+                    raise _missing(shard, "it was cut off while it was read")
+                done += count_read
     starts = range(0, len(data), width)
     begun_with = _start_of(Path(shard.path))
     numbers = rows if isinstance(rows, range) else rows.tolist()

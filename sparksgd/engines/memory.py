@@ -102,6 +102,11 @@ class RunSizes:
         return 3 * self.weights + self.optimiser if self.has_local_models else 0
 
     @property
+    def trial_rows(self) -> int:
+        """Bytes of the rows that the trial reads at once."""
+        return self.record * max(min(self.piece_rows, 1024), EVALUATION_ROWS if self.evaluates else 0)
+
+    @property
     def rows(self) -> int:
         """Bytes of the rows that a process reads at once: of a backward pass, or of an evaluation."""
         return self.record * max(self.piece_rows, EVALUATION_ROWS if self.evaluates else 0)
@@ -193,15 +198,19 @@ def takes(kind: EngineKind, sizes: RunSizes, places: Places | None = None) -> Ta
         sizes: of the run.
         places: where it computes; None: in this process.
     """
-    trial = _held(_DRIVER_MIB, sizes, weights=_of_trial(sizes.weights), optimisers=1, constants=8)
+    trial = _held(
+        _DRIVER_MIB, sizes, weights=_of_trial(sizes.weights), optimisers=1, constants=8, rows=sizes.trial_rows
+    )
     if kind is INLINE or places is None:
-        steps = _held(_DRIVER_MIB, sizes, weights=11.5, optimisers=1, constants=3, local_models=1)
+        steps = _held(
+            _DRIVER_MIB, sizes, weights=11.5, optimisers=1, constants=3, local_models=1, rows=sizes.rows
+        )
         return Takes(driver_python=max(trial, steps, key=total))
     result, results = _results(kind, sizes, places)
     by_allreduce = kind is ALLREDUCE
     driver = _held(
         _DRIVER_MIB, sizes, weights=6, optimisers=2 if by_allreduce else 1, constants=3, results=(3, results)
-    )
+    )  # it reads no rows
     sent = Part("what is sent to workers", _SENT, sizes.weights + (sizes.optimiser if by_allreduce else 0))
     spark = Part("Spark", 1, _SPARK_MIB * _MIB)
     returning = Part("results that executors return", _RETURNING * places.workers_per_executor, result)
@@ -232,7 +241,15 @@ def _of_worker(kind: EngineKind, sizes: RunSizes, places: Places) -> Parts:
         # Each sum, and two more messages: of the shard that is computed, and the reply on its way.
         sums = (places.sums_of_worker + 2, sizes.message)
         weights = 8.75 if several else 8.25
-        return _held(_WORKER_MIB, sizes, weights=weights, constants=3, local_models=models, results=sums)
+        return _held(
+            _WORKER_MIB,
+            sizes,
+            weights=weights,
+            constants=3,
+            local_models=models,
+            results=sums,
+            rows=sizes.rows,
+        )
     weights = (10.0 if several else 8.75) + (2 if sizes.has_local_models else 0)  # the centre's, apart
     strips = places.num_workers if sizes.by_strips else 1
     return _held(
@@ -243,6 +260,7 @@ def _of_worker(kind: EngineKind, sizes: RunSizes, places: Places) -> Parts:
         constants=3,
         local_models=models,
         results=(2 + places.sums / places.num_workers, sizes.message),
+        rows=sizes.rows,
     )
 
 
@@ -255,6 +273,7 @@ def _held(
     constants: int = 0,
     local_models: int = 0,
     results: tuple[float, int] = (0, 0),
+    rows: int = 0,
 ) -> Parts:
     """Return what a Python process holds: itself, copies of these things, and rows."""
     parts = (
@@ -264,7 +283,7 @@ def _held(
         Part("frozen parameters and buffers", constants, sizes.constants),
         Part("local models", local_models, sizes.local_model),
         Part("sums and results", *results),
-        Part("rows", 3, sizes.rows),  # records, tensors of them, and what a cast makes
+        Part("rows", 3, rows),  # records, tensors of them, and what a cast makes
     )
     return tuple(part for part in parts if part.total)
 

@@ -39,8 +39,9 @@ __all__ = ["SavedModel", "check_saved", "constants_beside", "load_model", "save_
 
 log = logging.getLogger("sparksgd")
 
-_FORMAT = 3
-_STILL_READ = (2, _FORMAT)  # 2 had no constants, and built the module from seed 0
+_FORMAT = 4
+_STILL_READ = (2, 3, _FORMAT)
+# 2 had no constants, and built the module from seed 0; 3 had neither plain values nor a structure.
 _NOT_WHOLE = (OSError, ValueError, RuntimeError, LookupError, TypeError, EOFError, pickle.UnpicklingError)
 """What it raises to read an incomplete model, or something else."""
 

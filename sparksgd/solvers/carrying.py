@@ -130,9 +130,10 @@ class _Pickler(pickle.Pickler):
             and isinstance(what, torch.Tensor)
             and what.layout is torch.strided
             and what.numel()
-            and what.untyped_storage().data_ptr() == memory.untyped_storage().data_ptr()
+            and 0 <= what.data_ptr() - memory.data_ptr() < memory.nbytes
         ):
-            return "memory", (what.dtype, what.storage_offset(), tuple(what.shape), what.stride())
+            place = (what.data_ptr() - memory.data_ptr()) // what.element_size()
+            return "memory", (what.dtype, place, tuple(what.shape), what.stride())
         return None
 
     def reducer_override(self, what: Any) -> Any:
@@ -160,7 +161,9 @@ class _Unpickler(pickle.Unpickler):
             return self._functions[where]
         dtype, offset, shape, stride = where
         assert self._memory is not None
-        return torch.empty(0, dtype=dtype).set_(self._memory.untyped_storage(), offset, shape, stride)
+        storage, like = self._memory.untyped_storage(), torch.empty(0, dtype=dtype)
+        first = (self._memory.data_ptr() - storage.data_ptr()) // like.element_size()
+        return like.set_(storage, first + offset, shape, stride)
 
 
 def _bare(kind: type[Any]) -> Any:

@@ -52,7 +52,7 @@ from sparksgd.solvers.protocol import (
 from sparksgd.solvers.rules import Experiment, require_at_least
 from sparksgd.solvers.schedules import Rates
 from sparksgd.solvers.synchronous import GRADIENT, SendGradients
-from sparksgd.solvers.torch_optimizers import another_optimizer, make_optimizer, state_names
+from sparksgd.solvers.torch_optimizers import another_optimizer, make_optimizer, own_optimizer, state_names
 
 __all__ = ["LocalSGD", "LocalSGDSettings", "LocalTurns"]
 
@@ -274,6 +274,7 @@ class LocalSGD:
             experiment.turns_per_move,
             experiment.moves,
             experiment.seed,
+            flat.parameters_like() if own_optimizer(experiment.optimizer) else None,
         )
         if settings.inner_state != "drop" and not self._rates.is_elementwise:
             raise ConfigError(

@@ -320,6 +320,7 @@ class Rates:
         turns_per_move: how many turns pass between two moves of the schedule.
         moves: how often it will be moved.
         seed: of the run.
+        like: parameters of its own that an optimiser of the user's may look at; None: one small one.
     """
 
     def __init__(
@@ -329,8 +330,9 @@ class Rates:
         turns_per_move: int,
         moves: int,
         seed: int = 0,
+        like: FlatParameters | None = None,
     ) -> None:
-        stand_in = FlatParameters([torch.Size([2, 2])], torch.float32)
+        stand_in = like or FlatParameters([torch.Size([2, 2])], torch.float32)
         self._optimizer = another_optimizer(stand_in, optimizer, seed)
         self.is_elementwise = self._optimizer.is_elementwise
         self._unscheduled, self._is_own = dict(self._group), own_schedule(schedule)

@@ -26,6 +26,7 @@ import numpy as np
 import torch
 from torch import nn
 from torch.optim import Optimizer
+from torch.optim import optimizer as optimizer_hooks
 
 from sparksgd.arithmetic.copies import copied
 from sparksgd.arithmetic.flat import FlatParameters
@@ -76,6 +77,12 @@ def make_optimizer(
             be held as this package holds optimisers.
     """
     kind = _optimizer_kind(config)
+    if optimizer_hooks._global_optimizer_pre_hooks or optimizer_hooks._global_optimizer_post_hooks:
+        raise ConfigError(
+            "torch.optim has a hook for all optimisers (register_optimizer_step_post_hook or its like), "
+            "which would see one vector of all parameters, and which workers do not have: let a class of "
+            "your own do it in step(), and give it as optimizer.name"
+        )
     shapes = [parameter.shape for parameter in parameters.trainable]
     tried = kind, repr(config.arguments), shapes
     has_attributes = any(map(vars, parameters.trainable))
@@ -245,6 +252,8 @@ class Tried:
         found = []
         for step in range(_TRIED_STEPS):
             mask = touched if step == _STATE_AFTER else None
+            with users_code("its zero_grad()"):
+                optimizer.zero_grad()  # it may be the user's own, and change something
             for number, parameter in enumerate(parameters):
                 has_gradient = mask is None or mask[number]
                 parameter.grad = _wave(parameter.shape, 10 * step + number) if has_gradient else None

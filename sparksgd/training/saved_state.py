@@ -261,12 +261,12 @@ def _set_array(module: nn.Module, path: str, held: Any, value: np.ndarray[Any, A
 def _of_array(array: np.ndarray[Any, Any]) -> dict[str, Any]:
     """Return an array as plain values and a tensor, because torch loads no arrays safely."""
     values = torch.frombuffer(bytearray(array.tobytes()), dtype=torch.uint8) if array.size else torch.empty(0)
-    return {"numpy": array.dtype.str, "shape": list(array.shape), "bytes": values}
+    return {"numpy": np.lib.format.dtype_to_descr(array.dtype), "shape": list(array.shape), "bytes": values}
 
 
 def _array_of(saved: Mapping[str, Any]) -> np.ndarray[Any, Any]:
     values = saved["bytes"].numpy().tobytes() if saved["bytes"].numel() else b""
-    return np.frombuffer(values, np.dtype(saved["numpy"])).reshape(saved["shape"]).copy()
+    return np.frombuffer(values, np.lib.format.descr_to_dtype(saved["numpy"])).reshape(saved["shape"]).copy()
 
 
 def _of_plain(value: Any) -> Any:

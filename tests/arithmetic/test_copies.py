@@ -432,3 +432,27 @@ def test_a_copy_draws_from_the_global_generators(way: str, draw: Any) -> None:
     module = nn.Identity()
     module.draw = draw
     assert WAYS[way](module).draw.__self__ is draw.__self__
+
+
+class Words:
+    """Gives pickle a new list each time, which nothing else keeps."""
+
+    def __init__(self, words: list[str]) -> None:
+        self.words = words
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Words, (list(self.words),)
+
+
+def test_tables_that_are_made_for_pickle_are_told_apart() -> None:
+    module = nn.Identity()
+    module.bags = [Words([f"{bag} {number}" for number in range(150)]) for bag in range(20)]
+    assert [bag.words[0] for bag in copied(module).bags] == [f"{bag} 0" for bag in range(20)]
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_limits_of_types_and_read_only_tables_are_copied(way: str) -> None:
+    module = nn.Identity()
+    module.least, module.table = torch.finfo(torch.float32), types.MappingProxyType({"a": 1})
+    made = WAYS[way](module)
+    assert (made.least.min, dict(made.table)) == (module.least.min, {"a": 1})

@@ -318,11 +318,17 @@ def _fill_lazy(module: nn.Module, features: torch.Tensor, first: Mapping[str, to
 
 
 def _evaluated(module: nn.Module, loss: Any, features: torch.Tensor, label: torch.Tensor) -> float:
-    """Return the mean loss in evaluation mode; parts that were in evaluation mode before stay in it."""
+    """Return the mean loss in evaluation mode; parts that were in evaluation mode before stay in it.
+
+    The product's evaluations leave parameters as they were, where `max_norm` would shorten them.
+    """
     modes = [(part, part.training) for part in module.modules()]
     module.eval()
     with torch.no_grad():
+        before = [parameter.clone() for parameter in module.parameters()]
         mean = loss(module(features), label).mean().item()
+        for parameter, values in zip(module.parameters(), before, strict=True):
+            parameter.copy_(values)
     module.train()
     for part, training in modes:
         part.training = training

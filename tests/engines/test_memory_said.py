@@ -161,3 +161,10 @@ def test_other_errors_are_told_as_before() -> None:
 def test_torchs_own_words_are_known() -> None:
     with pytest.raises(OutOfMemory, match="the module found no memory"), users_code("the module"):
         torch.empty(1 << 55)
+
+
+def test_on_spark_the_driver_reads_no_more_rows_than_the_trial() -> None:
+    sizes = RunSizes(weights=100 * MB, record=600_000, piece_rows=8192)
+    driver = total(takes(TREE, sizes, Places(num_workers=2)).driver_python)
+    assert driver < 375 * MIB + 22 * 100 * MB + 3 * 600_000 * 1024 + 100 * MB
+    assert total(takes(TREE, sizes, Places(num_workers=2)).worker_python) > 3 * 600_000 * 8192

@@ -115,7 +115,7 @@ def test_a_module_given_in_python_gets_its_constants_back(tmp_path: Path) -> Non
 def test_a_model_without_constants_has_no_file_of_them(tmp_path: Path) -> None:
     saved(tmp_path, "small")
     about = json.loads((tmp_path / "run" / "model" / "model.json").read_text())
-    assert (about["format"], about["seed"], about["constants"]) == (3, 7, None)
+    assert (about["format"], about["seed"], about["constants"]) == (4, 7, None)
     assert sorted(file.name for file in (tmp_path / "run" / "model").iterdir()) == [
         "model.json",
         "weights.pt",

@@ -16,6 +16,7 @@ from test_local_sgd import configured, net, rows, trained
 from test_untouched import steps_of_torch
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from sparksgd.arithmetic.flat import FlatModule
 from sparksgd.arithmetic.generators import generators_seeded
@@ -27,7 +28,7 @@ from sparksgd.solvers.protocol import Message
 from sparksgd.solvers.rules import Experiment
 from sparksgd.solvers.schedules import Rates
 from sparksgd.solvers.synchronous import SynchronousSettings, SynchronousSolver
-from sparksgd.solvers.torch_optimizers import make_optimizer
+from sparksgd.solvers.torch_optimizers import another_optimizer, make_optimizer
 
 __all__ = ["rows"]  # a fixture
 
@@ -560,3 +561,61 @@ def test_an_optimiser_is_tried_once_for_all_that_a_training_makes_alike(monkeypa
             FlatModule(nn.Linear(width, 2)), OptimizerConfig(name="Adafactor", arguments={"lr": lr})
         )
     assert tried == [0.011, 0.012, 0.012]
+
+
+class KeepsViews(torch.optim.Optimizer):
+    """It steps through views that it made at its start."""
+
+    def __init__(self, params: Any, lr: float = 0.1) -> None:
+        super().__init__(params, {"lr": lr})
+        self.views = [p.data for group in self.param_groups for p in group["params"]]
+
+    @torch.no_grad()
+    def step(self, closure: object = None) -> None:
+        """Make a step."""
+        found = [p for group in self.param_groups for p in group["params"]]
+        for view, parameter in zip(self.views, found, strict=True):
+            view.sub_(parameter.grad, alpha=self.param_groups[0]["lr"])
+
+
+class OddPlaces(nn.Module):
+    """A parameter of a class of the user's begins at an odd place, and is looked at as pairs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.pairs, self.last = (nn.Parameter(torch.ones(n)) for n in (3, 4, 3))
+
+
+def test_views_of_a_parameter_at_an_odd_place_move_after_a_move() -> None:
+    flat = FlatModule(OddPlaces())
+    config = OptimizerConfig(name=f"{__name__}:KeepsViews", arguments={"lr": 0.1})
+    optimizer = another_optimizer(flat, config)
+    optimizer.load_state(*optimizer.state())
+    optimizer.step(optimizer.new_gradient().fill_(1), None, 0)
+    assert torch.allclose(flat.parameters, torch.full((10,), 0.9))
+
+
+class MovesAsItClears(torch.optim.SGD):
+    """Decay in zero_grad."""
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clear gradients, and let parameters decay."""
+        super().zero_grad(set_to_none)
+        with torch.no_grad():
+            for parameter in self.param_groups[0]["params"]:
+                parameter.mul_(0.99)
+
+
+def test_an_optimiser_whose_zero_grad_does_more_is_refused() -> None:
+    config = OptimizerConfig(name=f"{__name__}:MovesAsItClears", arguments={"lr": 0.1})
+    with pytest.raises(ConfigError, match="MovesAsItClears"):
+        make_optimizer(FlatModule(nn.Linear(2, 2)), config)
+
+
+def test_a_hook_for_all_optimisers_is_refused() -> None:
+    hook = register_optimizer_step_post_hook(lambda optimizer, args, kwargs: None)
+    try:
+        with pytest.raises(ConfigError, match="a hook for all optimisers"):
+            make_optimizer(FlatModule(nn.Linear(2, 2)), OptimizerConfig(arguments={"lr": 0.1}))
+    finally:
+        hook.remove()

@@ -78,20 +78,31 @@ class Chance:
                     function = getattr(home, name)
                     stands_for[id(function)] = function, self._steady(kind, name, function)
         self._places = list(_named(stands_for))
+        self._originals = {id(steady): original for original, steady in stands_for.values()}
 
     @contextmanager
     def steady(self, level: int) -> Iterator[None]:
         """In the block, what this thread draws is of a level, and the same for all rows."""
         self._level, self._thread, self._draws = level, threading.get_ident(), 0
-        held = [(names, name, names.get(name)) for names, name, _ in self._places]
+        places = [place for place in self._places if place[1] in place[0]]
+        held = [(names, name, names[name]) for names, name, _ in places]
+        known = set(sys.modules)
         try:
-            for names, name, steady in self._places:
+            for names, name, steady in places:
                 names[name] = steady
             yield
         finally:
             for names, name, value in held:
                 names[name] = value
             self._thread = None
+            for file in sys.modules.keys() - known:  # imported in the block, perhaps with a name of ours
+                self._put_back(vars(sys.modules[file]))
+
+    def _put_back(self, names: dict[str, Any]) -> None:
+        for name, value in list(names.items()):
+            original = self._originals.get(id(value))
+            if original is not None:
+                names[name] = original
 
     def _steady(self, kind: type, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         @wraps(function)
@@ -122,7 +133,16 @@ class Chance:
 
             return steady
 
-        return type(kind.__name__, (kind,), {name: method(name) for name in names if hasattr(kind, name)})
+        methods = {name: method(name) for name in names if hasattr(kind, name)}
+        if kind is _Random:  # a generator that is kept is pickled as one of Python's
+            methods["__reduce__"] = lambda generator: (_Random, (), generator.getstate())
+        of_kind = {
+            "__instancecheck__": lambda _, one: isinstance(one, kind),
+            "__subclasscheck__": lambda _, one: issubclass(one, kind),
+        }
+        steady_kind: Any = type("_SteadyKind", (type(kind),), of_kind)
+        made: type = steady_kind(kind.__name__, (kind,), methods)
+        return made
 
     def _steady_default(self, kind: Any) -> Callable[..., Any]:
         def default_rng(seed: Any = None) -> Any:
@@ -168,7 +188,7 @@ def _fresh(kind: type, level: int) -> Any:
 
 def _of_python(kind: type, name: str, level: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if name == "shuffle":
-        return args[0].reverse()
+        return _reverse(*args, **kwargs)
     if name == "choices":
         return _fresh(kind, level).choices(*args, **{**kwargs, "k": 1}) * kwargs.get("k", 1)
     return getattr(_fresh(kind, level), name)(*args, **kwargs)
@@ -254,7 +274,7 @@ def _reversed(name: str, values: Any, axis: int | None = None, out: Any = None) 
         if isinstance(values, np.ndarray):
             values[...] = np.flip(values, axis).copy()
         else:
-            values.reverse()
+            _reverse(values)
         return None
     turned = np.flip(
         np.arange(values) if isinstance(values, int | np.integer) else np.asarray(values), axis
@@ -263,3 +283,10 @@ def _reversed(name: str, values: Any, axis: int | None = None, out: Any = None) 
         return turned
     out[...] = turned
     return out
+
+
+def _reverse(x: Any) -> None:
+    """Reverse in place whatever can be read and written by number."""
+    values = x.clone() if hasattr(x, "clone") else x.copy() if hasattr(x, "shape") else list(x)
+    for place in range(len(x)):
+        x[place] = values[len(x) - 1 - place]

@@ -133,18 +133,19 @@ def refuse_sums_of_rows(probe: Probe) -> None:
     Raises:
         ModelError: that it does, with its name.
     """
-    whole, parts = _SPLITS[0]
-    apart = reduce(unite, (probe.plain(part).changes for part in parts))
-    together = probe.plain(whole).changes
-    if apart is None or apart.conflicts or equal_changes(apart, together):
-        return None
-    if not probe.is_sure():
-        return refuse_sums_of_rows(probe)
-    name = next(iter({**apart.parts, **({} if together is None else together.parts)}))
-    raise ModelError(
-        f"forward changes {name} by the rows of a piece: pieces would leave what one of them counts, "
-        "not what all of them do. Keep it fixed, or make it depend on the parameters alone"
-    )
+    for whole, parts in _SPLITS[:2]:  # rows that differ; and pieces that have a row in common
+        apart = reduce(unite, (probe.plain(part).changes for part in parts))
+        together = probe.plain(whole).changes
+        if apart is None or apart.conflicts or equal_changes(apart, together):
+            continue
+        if not probe.is_sure():
+            refuse_sums_of_rows(probe)
+            return
+        name = next(iter({**apart.parts, **({} if together is None else together.parts)}))
+        raise ModelError(
+            f"forward changes {name} by the rows of a piece: pieces would leave what one of them counts, "
+            "not what all of them do. Keep it fixed, or make it depend on the parameters alone"
+        )
 
 
 def suspects(module: nn.Module) -> str:

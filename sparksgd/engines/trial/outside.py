@@ -58,14 +58,17 @@ class Outside:
         Raises:
             ModelError: something outside changed, or a tensor of the caller's module was used.
         """
-        with Operations(self._owned.storages) as seen:
-            yield
+        changed: list[Held] = []
+        try:
+            with Operations(self._owned.storages) as seen:
+                yield
+        finally:
+            changed += (one for one in self._held if one.is_changed())
+            for one in changed:
+                with suppress(ModelError):  # an iterator cannot go back
+                    one.restore()
         for tensor in seen.met.values():
             raise ModelError(_of_the_caller(repr(self._owned.name_of(tensor) or "a tensor")))
-        changed = [one for one in self._held if one.is_changed()]
-        for one in changed:
-            with suppress(ModelError):  # an iterator cannot go back
-                one.restore()
         for one in changed:
             raise ModelError(
                 f"{one.path} changes as the optimiser or the schedule makes a step, but no other process "

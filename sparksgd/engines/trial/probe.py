@@ -19,6 +19,7 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from sparksgd.arithmetic.changes import equal_changes
 from sparksgd.arithmetic.copies import copied
 from sparksgd.arithmetic.flat import FlatModule
 from sparksgd.arithmetic.generators import seed_generators
@@ -28,13 +29,13 @@ from sparksgd.engines.modes import evaluating
 from sparksgd.engines.trial.chance import HIGH, LOW, MIDDLE, Chance
 from sparksgd.engines.trial.measured import Measured, distance, measured, sum_of
 from sparksgd.engines.trial.operations import Operations
+from sparksgd.engines.trial.rows import DIFFERENT_ROWS
 from sparksgd.errors import ModelError, UserCodeError
 from sparksgd.losses import Loss
 
-__all__ = ["DIFFERENT_ROWS", "TRIED_ROWS", "Probe", "without_batch_statistics"]
+__all__ = ["TRIED_ROWS", "Probe", "without_batch_statistics"]
 
 TRIED_ROWS = 4
-DIFFERENT_ROWS = 8
 
 _SINGLE = torch.finfo(torch.float32).eps
 _WIDE_COARSE, _WIDE_FLOOR = 1e-8, 1e-10
@@ -167,7 +168,8 @@ class Probe:
     def move(self, parameters: torch.Tensor | None = None) -> None:
         """Go to weights near some parameters, float[P]; None: near the first ones.
 
-        Where losses are not finite there, nothing could be compared: then it goes to these parameters.
+        Where losses are not finite there, or forward raises, nothing could be compared: then it goes to these
+        parameters.
         """
         start = self._first if parameters is None else parameters
         chance = torch.Generator().manual_seed(16)
@@ -178,7 +180,11 @@ class Probe:
                 size = float(values.norm()) / len(values) ** 0.5
                 values.add_(away, alpha=2 * _MOVED * (size + _MOVED))
         self._go_to(moved)
-        if not self.plain(range(DIFFERENT_ROWS)).is_finite:
+        try:
+            is_finite = self.plain(range(DIFFERENT_ROWS)).is_finite
+        except UserCodeError:  # a scale is negative there, or a matrix is singular
+            is_finite = False
+        if not is_finite:
             self._go_to(start)
 
     def _go_to(self, parameters: torch.Tensor) -> None:
@@ -253,13 +259,25 @@ class Probe:
             )
 
     def scaling(self) -> str | None:
-        """Return whose gradient is not proportional to the loss, for an error; None if all are."""
+        """Return whose gradient is not proportional to the loss, for an error; None if all are.
+
+        Raises:
+            ModelError: the backward pass changes a parameter or a constant by the size of gradients.
+        """
         rows = range(TRIED_ROWS)
         plain = self.plain(rows)
         # In float16, greater ones leave its range by themselves.
         powers = (-4, 2) if plain.float16 else (-12, 12)
         for power in powers:
-            found = self.difference(plain, [self.measure(rows, scale=2.0**power)])
+            scaled = self.measure(rows, scale=2.0**power)
+            found = self.difference(plain, [scaled])
+            if found is None and not equal_changes(plain.changes, scaled.changes):
+                named = [changes.parts for changes in (plain.changes, scaled.changes) if changes is not None]
+                raise ModelError(
+                    f"the backward pass changes {next(iter(named[0]))} by the size of gradients, which are "
+                    "of the sum over a piece here, and of the mean over all rows elsewhere: let no backward "
+                    "hook or autograd function keep what it sees"
+                )
             if found is not None and not self.is_sure():
                 return self.scaling()
             if found is not None:

@@ -15,6 +15,14 @@ from sparksgd.losses import Loss
 __all__ = ["refuse_at_sight"]
 
 
+_GLOBAL_HOOKS = (
+    "_global_forward_pre_hooks",
+    "_global_forward_hooks",
+    "_global_backward_pre_hooks",
+    "_global_backward_hooks",
+)
+
+
 def refuse_at_sight(module: nn.Module, loss: Loss, schema: RowSchema) -> None:
     """Refuse what can be seen without computing.
 
@@ -26,6 +34,12 @@ def refuse_at_sight(module: nn.Module, loss: Loss, schema: RowSchema) -> None:
             f"torch's default type is {torch.get_default_dtype()}, but must be torch.float32, as on "
             "workers: call torch.set_default_dtype(torch.float32) before the module is made"
         )
+    for name in _GLOBAL_HOOKS:
+        if getattr(torch.nn.modules.module, name):
+            raise ModelError(
+                f"torch has a hook for all modules ({name.removeprefix('_global_')}), which workers would "
+                "not have: register it on the module itself, or remove it before the training"
+            )
     names = [feature.name for feature in schema.features]
     _refuse_signature(module, names)
     ours = {id(parameter) for _, parameter in nn.Module.named_parameters(module)}

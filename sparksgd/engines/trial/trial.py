@@ -43,7 +43,8 @@ from sparksgd.engines.trial.mixing import mixing, refuse_sums_of_rows, suspects
 from sparksgd.engines.trial.operations import Operations
 from sparksgd.engines.trial.outside import Outside
 from sparksgd.engines.trial.ownership import Owned, left_alone, refuse_shared_memory
-from sparksgd.engines.trial.probe import DIFFERENT_ROWS, TRIED_ROWS, Probe
+from sparksgd.engines.trial.probe import TRIED_ROWS, Probe
+from sparksgd.engines.trial.rows import DIFFERENT_ROWS, distinct, labelled_0, varied
 from sparksgd.engines.trial.sight import refuse_at_sight
 from sparksgd.engines.trial.state_trial import harmless_state
 from sparksgd.engines.watch import Watch
@@ -139,7 +140,7 @@ def try_out(module: nn.Module, records: npt.NDArray[Any], use: Use) -> Found:
     started = time.perf_counter()
     copies = [_copied(module, use.loss) for _ in range(3)]  # first: it refuses what cannot be copied
     refuse_at_sight(module, use.loss, use.schema)
-    few = _distinct(records, use)
+    few = distinct(records, use.schema)
     records = records.copy()
     if has_lazy_parts(module):
         (twin, _), *_ = copies
@@ -152,7 +153,9 @@ def try_out(module: nn.Module, records: npt.NDArray[Any], use: Use) -> Found:
         left_alone(module, use.loss) as changing,
         thread_count(use.threads),
     ):
-        harmless = harmless_state(module, use.loss, use.schema, _labelled_0(few, use), use.dtype)
+        harmless = harmless_state(
+            module, use.loss, use.schema, labelled_0(few, use.schema, classifies=use.classifies), use.dtype
+        )
         changing |= harmless
         trial = _Trial(module, copies, records, few, use, harmless)
         found = trial.run()
@@ -230,6 +233,7 @@ class _Trial:
             classes = first.shape[1] if first.ndim == 2 and first.shape[1] > 1 else 2
             for label, values in zip(labels, wanted, strict=True):
                 label[:] = np.where((values >= 0) & (values < classes), values, 0)
+        labels[1][:DIFFERENT_ROWS] = varied(labels[1], first)[:DIFFERENT_ROWS]
         probe.move()
         probe.refuse_what_does_not_repeat()
         refuse_other_memory(probe, *self._copies.pop())
@@ -470,31 +474,3 @@ def _output_of(module: nn.Module, records: npt.NDArray[Any], use: Use) -> object
 
 def _no_loss(output: Any, label: torch.Tensor) -> torch.Tensor:
     return torch.zeros(len(label))
-
-
-def _labelled_0(records: npt.NDArray[Any], use: Use) -> npt.NDArray[Any]:
-    """Return records whose classes, which may be out of range, are 0."""
-    records = records.copy()
-    if use.classifies:
-        use.schema.label_array(records)[:] = 0
-    return records
-
-
-def _distinct(records: npt.NDArray[Any], use: Use) -> npt.NDArray[Any]:
-    """Return records with different features, [DIFFERENT_ROWS]; where there are too few, variants of them."""
-    features = use.schema.feature_arrays(records).values()
-    seen: dict[bytes, int] = {}
-    for index in range(len(records)):
-        seen.setdefault(b"".join(values[index].tobytes() for values in features), index)
-    kept = list(seen.values())[:DIFFERENT_ROWS]
-    rows = np.resize(records[kept], DIFFERENT_ROWS).copy()
-    chance = np.random.default_rng(16)
-    for column in use.schema.feature_arrays(rows).values():
-        for number in range(len(kept), DIFFERENT_ROWS):
-            values = column[number]
-            if values.dtype.kind == "f":
-                size = max(1.0, float(np.abs(values).max(initial=0)))
-                column[number] = values + 0.1 * size * chance.standard_normal(values.shape)
-            elif values.ndim:
-                column[number] = chance.permutation(values)
-    return rows

@@ -59,6 +59,9 @@ class Limits:
     results: int | None
     """spark.driver.maxResultSize; None: without a limit."""
 
+    cores: int = 1
+    """spark.executor.cores."""
+
     @classmethod
     def of(cls, cluster: Cluster) -> Limits:
         """Return the limits of a session."""
@@ -73,13 +76,15 @@ class Limits:
 
         def container(of: str) -> int:
             heap = mib(f"spark.{of}.memory", 1024)
-            factor = float(conf.get(f"spark.{of}.memoryOverheadFactor", "0.4" if on_kubernetes else "0.1"))
+            usual = conf.get("spark.kubernetes.memoryOverheadFactor", "0.4") if on_kubernetes else "0.1"
+            factor = float(conf.get(f"spark.{of}.memoryOverheadFactor", usual))
             return heap + mib(f"spark.{of}.memoryOverhead", max(384, int(heap * factor / _MIB)))
 
         driver_too = in_containers and conf.get("spark.submit.deployMode", "client") == "cluster"
         results = int(conf.getSizeAsBytes("spark.driver.maxResultSize", "1g"))
         pyspark = mib("spark.executor.pyspark.memory", 0)
-        off_heap = int(conf.getSizeAsBytes("spark.memory.offHeap.size", "0"))
+        has_off_heap = conf.get("spark.memory.offHeap.enabled", "false") == "true"
+        off_heap = int(conf.getSizeAsBytes("spark.memory.offHeap.size", "0")) if has_off_heap else 0
         cores = max(1, int(conf.get("spark.executor.cores", "1")))
         return cls(
             driver_heap=cluster.driver_heap_bytes,
@@ -87,6 +92,7 @@ class Limits:
             driver=container("driver") if driver_too else machine_bytes(),
             executor=container("executor") + pyspark + off_heap if in_containers else None,
             worker=pyspark // cores if pyspark else None,
+            cores=cores,
             results=results or None,
         )
 
@@ -169,7 +175,8 @@ def refuse_too_little(kind: EngineKind, needed: Takes, limits: Limits, workers_p
             "spark.executor.pyspark.memory of one Python worker",
             needed.worker_python,
             limits.worker,
-            f"--conf spark.executor.pyspark.memory={{}} for each of {workers_per_executor} workers",
+            f"--conf spark.executor.pyspark.memory={_option(limits.cores * total(needed.worker_python))}, "
+            "which Spark divides by spark.executor.cores",
         ),
     ]
     found = [

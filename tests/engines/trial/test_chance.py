@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import importlib
+import pickle
 import random
 import threading
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from numpy.random import rand
 
 from sparksgd.engines.trial.chance import HIGH, LOW, MIDDLE, Chance
@@ -91,3 +94,32 @@ def test_after_a_block_and_in_other_threads_generators_are_as_ever() -> None:
         thread.join()
     assert elsewhere[0].tolist() == np.random.default_rng(1).random(3).tolist()
     assert [getattr(home, name) for home, name in names] == before
+
+
+def test_generators_in_a_block_are_still_of_their_kind() -> None:
+    own, made = np.random.default_rng(3), random.Random(3)
+    with Chance().steady(MIDDLE):
+        assert isinstance(own, np.random.Generator)
+        assert issubclass(random.Random, random.Random)
+        kept = random.Random(3)
+    assert pickle.loads(pickle.dumps(kept)).getstate() == made.getstate()
+
+
+def test_what_is_imported_in_a_block_keeps_no_name_of_it(tmp_path, monkeypatch) -> None:
+    (tmp_path / "late_draws.py").write_text("from numpy.random import Generator, rand\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with Chance().steady(MIDDLE):
+        late = importlib.import_module("late_draws")
+    assert late.Generator is np.random.Generator
+    assert late.rand is np.random.rand
+
+
+@pytest.mark.parametrize("values", [[1, 2, 3], np.arange(3) + 1, torch.arange(3) + 1])
+def test_whatever_can_be_shuffled_is(values) -> None:
+    with Chance().steady(MIDDLE):
+        random.shuffle(values)
+    assert list(values) == [3, 2, 1]
+    with Chance().steady(MIDDLE):
+        random.shuffle(x=values)
+        np.random.shuffle(values)
+    assert list(values) == [3, 2, 1]

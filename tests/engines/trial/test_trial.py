@@ -815,3 +815,64 @@ def test_no_compiler_is_imported() -> None:
         "assert 'torch._dynamo' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+class Narrow(Around):
+    """A distribution whose scale must be positive: weights that are moved by much are outside its support."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.full((1,), 0.01))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return -torch.distributions.Normal(self.inner(x), self.scale).log_prob(torch.zeros(1)) / 1e9
+
+
+def test_a_parameter_near_the_end_of_its_range_is_no_false_alarm() -> None:
+    assert tried(Narrow())
+
+
+def test_a_hook_for_all_modules_is_refused() -> None:
+    hook = nn.modules.module.register_module_forward_hook(lambda module, given, output: None)
+    try:
+        refused(Around(), "torch has a hook for all modules (forward_hooks)")
+    finally:
+        hook.remove()
+
+
+class KeepsGradients(Around):
+    """A buffer that follows the size of gradients."""
+
+    def __init__(self, *, by: str) -> None:
+        super().__init__()
+        self.register_buffer("size", torch.zeros(()))
+        if by == "module":
+            self.inner.register_full_backward_hook(lambda module, into, out: self.keep(out[0]))
+        elif by == "parameter":
+            self.inner.weight.register_hook(self.keep)
+
+    def keep(self, gradient: torch.Tensor) -> None:
+        self.size.copy_(gradient.abs().mean())
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = super().forward(x)
+        if self.size.grad_fn is None and not self.inner.weight._backward_hooks and y.requires_grad:
+            y.register_hook(self.keep)
+        return y
+
+
+@pytest.mark.parametrize("by", ["module", "parameter", "activation"])
+@pytest.mark.parametrize("has_pieces", [True, False])
+def test_what_the_backward_pass_keeps_of_gradients_is_refused(by: str, has_pieces: bool) -> None:
+    refused(KeepsGradients(by=by), "size", has_pieces=has_pieces)
+
+
+def weighted_by_class(output: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
+    weights = torch.where(label == 2, 10.0, 1.0)
+    return nn.functional.cross_entropy(output, label, reduction="none") * weights / weights.mean()
+
+
+def test_a_loss_that_looks_at_rare_classes_of_a_sorted_file_is_refused() -> None:
+    records, schema = rows(label="int64")
+    schema.label_array(records)[:] = 0
+    refused(nn.Linear(6, 3), "depends on the other rows", loss=weighted_by_class, data=(records, schema))

@@ -1,0 +1,57 @@
+"""The rows that the trial computes: few, that differ, with labels of all classes.
+
+Legend: B rows.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from sparksgd.data.schema import RowSchema
+
+__all__ = ["DIFFERENT_ROWS", "distinct", "labelled_0", "varied"]
+
+DIFFERENT_ROWS = 8
+
+
+def varied(label: npt.NDArray[Any], output: object) -> npt.NDArray[Any]:
+    """Return labels of all classes, [B], if labels are numbers of classes: files are often sorted by them."""
+    if not (
+        isinstance(output, torch.Tensor) and output.ndim == 2 and output.shape[1] > 1 and label.ndim == 1
+    ):
+        return label
+    if label.dtype.kind not in "iu" or label.min() < 0 or label.max() >= output.shape[1]:
+        return label
+    return (np.arange(len(label)) % output.shape[1]).astype(label.dtype)
+
+
+def labelled_0(records: npt.NDArray[Any], schema: RowSchema, *, classifies: bool) -> npt.NDArray[Any]:
+    """Return records whose classes, which may be out of range, are 0."""
+    records = records.copy()
+    if classifies:
+        schema.label_array(records)[:] = 0
+    return records
+
+
+def distinct(records: npt.NDArray[Any], schema: RowSchema) -> npt.NDArray[Any]:
+    """Return records with different features, [DIFFERENT_ROWS]; where there are too few, variants of them."""
+    features = schema.feature_arrays(records).values()
+    seen: dict[bytes, int] = {}
+    for index in range(len(records)):
+        seen.setdefault(b"".join(values[index].tobytes() for values in features), index)
+    kept = list(seen.values())[:DIFFERENT_ROWS]
+    rows = np.resize(records[kept], DIFFERENT_ROWS).copy()
+    chance = np.random.default_rng(16)
+    for column in schema.feature_arrays(rows).values():
+        for number in range(len(kept), DIFFERENT_ROWS):
+            values = column[number]
+            if values.dtype.kind == "f":
+                size = max(1.0, float(np.abs(values).max(initial=0)))
+                column[number] = values + 0.1 * size * chance.standard_normal(values.shape)
+            elif values.ndim:
+                column[number] = chance.permutation(values)
+    return rows
