@@ -129,11 +129,20 @@ class Chance:
             own = getattr(kind, name)
 
             def steady(generator: Any, *args: Any, **kwargs: Any) -> Any:
-                return self._steady(kind, name, own.__get__(generator))(*args, **kwargs)
+                drawn = own.__get__(generator)
+                if vars(generator).get("_gives_each_piece_the_same"):
+                    return drawn(*args, **kwargs)
+                return self._steady(kind, name, drawn)(*args, **kwargs)
 
             return steady
 
+        def begin(generator: Any, *seed: Any, **named: Any) -> None:
+            kind.__init__(generator, *seed, **named)
+            generator._gives_each_piece_the_same = bool(seed or named)
+
         methods = {name: method(name) for name in names if hasattr(kind, name)}
+        if kind is not _Generator:
+            methods["__init__"] = begin
         if kind is _Random:  # a generator that is kept is pickled as one of Python's
             methods["__reduce__"] = lambda generator: (_Random, (), generator.getstate())
         of_kind = {
@@ -146,6 +155,8 @@ class Chance:
 
     def _steady_default(self, kind: Any) -> Callable[..., Any]:
         def default_rng(seed: Any = None) -> Any:
+            if seed is not None:  # it gives each piece the same
+                return _default_rng(seed)
             return kind(_default_rng(seed).bit_generator)
 
         return default_rng

@@ -7,7 +7,7 @@ type, and in one way in float64, which finds little mixing.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial, reduce
 from typing import Any
@@ -56,6 +56,13 @@ def mixing(probe: Probe, splits: int = len(_SPLITS), *, evaluates: bool = False)
             cannot be seen, because it draws numbers that cannot be held.
     """
     found = _in_all_ways(probe, splits, evaluates=evaluates)
+    if found is None and splits == len(_SPLITS) and len(probe.whole_piece) > len(probe.piece):
+        with suppress(UserCodeError):  # forward may need gradients
+            found = _mixing_of_many(probe, probe.losses)
+        if found is None and evaluates and (many := _mixing_of_many(probe, probe.evaluated)) is not None:
+            found = f"in evaluation mode, {many}"
+        if found is not None:
+            return found
     first, *_ = ways = _ways(probe, splits)
     looks = found is not None or (len(ways) > 1 and probe.flat.parameters.numel() <= _MOST_WIDE)
     wide = probe.in_float64(first[0]) if looks else None
@@ -80,6 +87,26 @@ def _in_all_ways(probe: Probe, splits: int, *, evaluates: bool) -> str | None:
         with suppress(UserCodeError):  # it need not bear any number
             found = found or _mixing(probe, _SPLITS[-1:], level)
     return _mixing_in_evaluation(probe) if evaluates and found is None else found
+
+
+def _mixing_of_many(probe: Probe, losses: Callable[[Sequence[int]], Measured | None]) -> str | None:
+    """Return how the losses of a piece differ from those of its halves: few rows never reach some bound."""
+    whole, half = probe.whole_piece, len(probe.whole_piece) // 2
+    together, *apart = (losses(rows) for rows in (whole, whole[:half], whole[half:]))
+    known = [part for part in apart if part is not None]
+    if together is None or len(known) < len(apart):
+        return None
+    found = probe.difference(together, known)
+    if found is None:
+        return None
+    if not probe.is_sure():
+        return _mixing_of_many(probe, losses)
+    again = losses(whole)
+    if again is None or probe.difference(together, [again]) is not None:
+        return None  # it keeps something
+    if probe.is_rounding(whole, together, known):
+        return None
+    return f"{len(whole)} rows together against the same rows in 2 parts: {found}"
 
 
 def _mixing_in_evaluation(probe: Probe) -> str | None:

@@ -79,7 +79,7 @@ class Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch l
             given = args, kwargs
             args, kwargs = _widened(func, args, kwargs)
             self.widened |= args is not given[0] or kwargs is not given[1]
-        if self._steady is not None and _is_random(func):
+        if self._steady is not None and _is_random(func) and _is_global(kwargs.get("generator")):
             self.draws += 1
             if self.draws > MOST_DRAWS:
                 result = func(*args, **kwargs)
@@ -112,6 +112,11 @@ class Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch l
     def epsilon(self) -> float:
         """Return the relative rounding error of the least precise operation."""
         return max(torch.finfo(dtype).eps for dtype in {torch.float64, *self.dtypes})
+
+
+def _is_global(generator: torch.Generator | None) -> bool:
+    """Return whether a generator is torch's own: one that forward seeds itself gives each piece the same."""
+    return generator is None or torch.equal(generator.get_state(), torch.default_generator.get_state())
 
 
 @cache

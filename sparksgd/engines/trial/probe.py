@@ -33,9 +33,14 @@ from sparksgd.engines.trial.rows import DIFFERENT_ROWS
 from sparksgd.errors import ModelError, UserCodeError
 from sparksgd.losses import Loss
 
-__all__ = ["TRIED_ROWS", "Probe", "without_batch_statistics"]
+__all__ = ["MANY_ROWS", "TRIED_ROWS", "Probe", "without_batch_statistics"]
 
 TRIED_ROWS = 4
+_FEW_ROWS = 16
+MANY_ROWS = 64
+"""Of a piece, whose losses are computed."""
+_FIRST_SEED = 1_600_000_000
+"""Forward gives generators of its own others: they are told apart by their state."""
 
 _SINGLE = torch.finfo(torch.float32).eps
 _WIDE_COARSE, _WIDE_FLOOR = 1e-8, 1e-10
@@ -82,7 +87,8 @@ class Probe:
         self._chance: Chance = Chance() if twin_of is None else twin_of._chance
         self.draws = False
         self._first = self.flat.parameters.clone()
-        self.piece = list(range(DIFFERENT_ROWS, len(records)))
+        self.whole_piece = list(range(DIFFERENT_ROWS, len(records)))
+        self.piece = self.whole_piece[:_FEW_ROWS]
         self._plain: dict[tuple[int, ...], Measured] = {}  # what was measured at these weights
         self._watches: bool | None = None  # operations, which takes half of the time; None: not decided
         self._dtypes: set[torch.dtype] = set()  # of operations, when they were watched last
@@ -123,6 +129,20 @@ class Probe:
 
         return self.drawn(compute, seed, level)
 
+    def losses(self, rows: Sequence[int]) -> Measured:
+        """Return the losses of rows alone, which takes less memory; the gradient is 0.
+
+        Args:
+            rows: which; up to as many as a piece has.
+        """
+
+        def compute(seen: Operations) -> Measured:
+            with torch.no_grad(), self.flat.standing.piece():
+                output, losses = self.forward(self.flat.module, self._loss, rows)
+            return measured(output, losses, torch.zeros_like(self.flat.parameters), seen, None)
+
+        return self.drawn(compute, 0, MIDDLE)
+
     def drawn(self, compute: Callable[[Operations], Measured], seed: int, level: int | None) -> Measured:
         """Return what is computed at a level of chance, with a look at operations where that may matter.
 
@@ -132,7 +152,7 @@ class Probe:
             level: of chance.
         """
         watches = self._watches is not False or level in (LOW, HIGH)
-        seed_generators(seed)
+        seed_generators(_FIRST_SEED + seed)
         before = torch.default_generator.get_state()
         seen = Operations(steady=level, wide=self._is_wide)
         seen.dtypes = set() if watches else self._dtypes

@@ -43,7 +43,7 @@ from sparksgd.engines.trial.mixing import mixing, refuse_sums_of_rows, suspects
 from sparksgd.engines.trial.operations import Operations
 from sparksgd.engines.trial.outside import Outside
 from sparksgd.engines.trial.ownership import Owned, left_alone, refuse_shared_memory
-from sparksgd.engines.trial.probe import TRIED_ROWS, Probe
+from sparksgd.engines.trial.probe import MANY_ROWS, TRIED_ROWS, Probe
 from sparksgd.engines.trial.rows import DIFFERENT_ROWS, distinct, labelled_0, varied
 from sparksgd.engines.trial.sight import refuse_at_sight
 from sparksgd.engines.trial.state_trial import harmless_state
@@ -219,7 +219,7 @@ class _Trial:
     def run(self) -> Found:
         """Try everything; see the module's docstring."""
         use = self._use
-        piece = min(use.piece_rows, 2 * _FEW_ROWS)
+        piece = min(use.piece_rows, MANY_ROWS)
         tried = np.concatenate([self._few, self._rows(piece if piece > DIFFERENT_ROWS else 0, 0)])
         labels = [use.schema.label_array(records) for records in (self._records, tried)]
         wanted = [label.copy() for label in labels]

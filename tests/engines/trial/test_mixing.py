@@ -235,10 +235,6 @@ def chancy() -> nn.Module:
     )  # fmt: skip
 
 
-def drawn(x: torch.Tensor, seed: int) -> torch.Tensor:
-    return torch.randn(x.shape, generator=torch.Generator().manual_seed(seed))
-
-
 class SomeRows(Around):
     """Does something with one, three or five rows, and nothing with others."""
 
@@ -287,7 +283,7 @@ APART = {
     "chance for some numbers of rows": (lambda: SomeRows(lambda x: x + torch.rand(()) - torch.rand(())), {}),
     "bfloat16 for some numbers of rows": (lambda: SomeRows(lambda x: x.bfloat16().float()), {}),
     "a generator for some numbers of rows": (
-        lambda: SomeRows(lambda x: x + drawn(x, 1) - drawn(x, 2)),
+        lambda: SomeRows(lambda x: x + torch.randn_like(x) - torch.randn_like(x)),
         {},
     ),
 }
@@ -350,8 +346,6 @@ NOISE = {
     "by chances": lambda x: x * noise(np.random.binomial(1, np.full(x.shape, 0.5))),
     "numpy's choice": lambda x: x * noise(np.random.choice([0.0, 1.0, 2.0], len(x)))[:, None],
     "imported by name": lambda x: x * noise(rand(len(x), 1)),
-    "a seeded generator": lambda x: x * noise(np.random.default_rng(0).random((len(x), 1))),
-    "an old seeded generator": lambda x: x * noise(np.random.RandomState(0).rand(len(x), 1)),
     "Python's factors": lambda x: x * torch.tensor([random.random() for _ in range(len(x))])[:, None],
     "Python's, by name": lambda x: x * rolled(x),
     "one number": lambda x: x * random.gauss(0, 1),
@@ -365,6 +359,50 @@ NOISE = {
 def test_noise_is_no_mixing_and_hides_none(kind: str) -> None:
     assert tried(With(NOISE[kind])).output == (4, 1)
     refused(With(lambda x: NOISE[kind](x - x.mean(0))), "depends on the other rows of its piece")
+
+
+SEEDED = {
+    "numpy": lambda x: x * noise(np.random.default_rng(0).random((len(x), 1))),
+    "numpy's old one": lambda x: x * noise(np.random.RandomState(0).rand(len(x), 1)),
+    "Python": lambda x: x * noise([random.Random(0).random() + row for row in range(len(x))])[:, None],
+    "torch": lambda x: x * torch.rand(len(x), 1, generator=torch.Generator().manual_seed(0)),
+}
+
+
+@pytest.mark.parametrize("kind", SEEDED)
+def test_noise_that_starts_anew_in_each_piece_mixes(kind: str) -> None:
+    refused(With(SEEDED[kind]), "depends on the other rows of its piece")
+
+
+def test_a_seeded_projection_is_no_mixing() -> None:
+    def projected(x: torch.Tensor) -> torch.Tensor:
+        return (
+            x
+            @ torch.randn(6, 6, generator=torch.Generator().manual_seed(0))
+            * np.random.RandomState(0).rand()
+        )
+
+    assert tried(With(projected)).output == (4, 1)
+
+
+FEW_NEVER = {
+    "a mean over many": lambda x: x - x.mean(0) if len(x) > 16 else x,
+    "the greatest twenty": lambda x: x + x.topk(min(20, len(x)), 0).values[-1],
+    "a capacity": lambda x: x * (torch.arange(len(x)) < max(20, len(x) // 2))[:, None],
+}
+
+
+@pytest.mark.parametrize("kind", FEW_NEVER)
+def test_rows_that_mix_in_large_pieces_alone_are_refused(kind: str) -> None:
+    refused(With(FEW_NEVER[kind]), "depends on the other rows", data=rows(64), piece_rows=60)
+
+
+def test_rows_that_mix_in_large_evaluations_alone_are_refused() -> None:
+    def many(x: torch.Tensor) -> torch.Tensor:
+        return x if torch.is_grad_enabled() or len(x) <= 16 else x - x.mean(0)
+
+    refused(With(many), "rows together", data=rows(64), piece_rows=60, evaluates=True)
+    assert tried(With(many), data=rows(64), piece_rows=16, evaluates=True)
 
 
 def test_a_permutation_of_numpy_s_mixes() -> None:
@@ -397,7 +435,7 @@ def test_a_loop_that_waits_for_another_number_ends() -> None:
         return x * (first - second)
 
     assert tried(With(pairs)).output == (4, 1)
-    refused(With(lambda x: pairs(x - x.mean(0))), "a loop until it gets another number")
+    refused(With(lambda x: pairs(x - x.mean(0))), "model.rows_mix = true")
 
 
 @pytest.mark.parametrize(
