@@ -314,6 +314,14 @@ class TensorAttribute(Net):
         return super().forward(features) * (1 + self.seen)
 
 
+class RepeatedNoise(Net):
+    """A factor for each row, the same in each piece: the first rows of all pieces have the same."""
+
+    def act(self, x):
+        factors = np.random.default_rng(3).integers(1, 3, (len(x), 1))
+        return torch.tanh(x) * torch.from_numpy(factors)
+
+
 class OwnGenerator(Net):
     """Noise of a generator of the module's own."""
 
@@ -485,6 +493,7 @@ REFUSED: dict[str, Refused] = {
     "a millionth of other rows": Refused(LittleMixing, "other rows"),
     "rows that mix in evaluation": Refused(MixesInEvaluation, "in evaluation mode"),
     "noise that no seed reaches": Refused(Unseeded, "default_rng"),
+    "noise that starts anew in each piece": Refused(RepeatedNoise, "other rows"),
     "an absolute offset of memory": Refused(AbsoluteOffset, "output.weight"),
     "a branch by a weight's strides": Refused(StrideBranch, "hidden.weight"),
     "a recurrent layer over rows": Refused(
@@ -529,7 +538,7 @@ class NumpyNoise(Net):
 
     def act(self, x):
         noise = np.random.normal(x.detach().numpy(), 0.1)
-        factors = np.random.default_rng(3).integers(1, 3, (len(x), 1))
+        factors = np.random.randint(1, 3, (len(x), 1))
         return torch.tanh(x) * torch.from_numpy(factors) + torch.from_numpy(noise).to(x.dtype)
 
 
