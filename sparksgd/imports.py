@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 from sparksgd.errors import ConfigError, OutOfMemory, SparkSGDError, UserCodeError
 
-__all__ = ["did_you_mean", "resolve", "source_digest", "users_code"]
+__all__ = ["did_you_mean", "out_of_memory_told", "resolve", "source_digest", "users_code"]
 
 T = TypeVar("T")
 
@@ -78,11 +78,11 @@ def source_digest(name: str | None) -> str | None:
 
 
 @contextmanager
-def users_code(what: str) -> Iterator[None]:
-    """Turn what the user's code raises in the block into a UserCodeError that holds its traceback.
+def out_of_memory_told(what: str) -> Iterator[None]:
+    """Turn an error of Python, torch or the system for want of memory into one of ours.
 
     Args:
-        what: which of the user's code runs in the block, for the error.
+        what: the process, or which of the user's code runs in the block.
     """
     try:
         yield
@@ -91,6 +91,22 @@ def users_code(what: str) -> Iterator[None]:
     except Exception as error:
         if OutOfMemory.is_behind(error):
             raise OutOfMemory.in_python(what, error) from error
+        raise
+
+
+@contextmanager
+def users_code(what: str) -> Iterator[None]:
+    """Turn what the user's code raises in the block into a UserCodeError that holds its traceback.
+
+    Args:
+        what: which of the user's code runs in the block, for the error.
+    """
+    try:
+        with out_of_memory_told(what):
+            yield
+    except SparkSGDError:
+        raise
+    except Exception as error:
         raise UserCodeError(
             f"{what} raised {type(error).__name__}: {error}\n" + traceback.format_exc().rstrip()
         ) from error

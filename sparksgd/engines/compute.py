@@ -43,10 +43,10 @@ from sparksgd.engines.replies import Evaluation, Reply, WorkerReport, with_place
 from sparksgd.engines.watch import Watch
 from sparksgd.errors import (
     NotFinite,
-    OutOfMemory,
     SparkSGDError,
     UpdateNotFinite,
 )
+from sparksgd.imports import out_of_memory_told
 from sparksgd.losses import Loss
 from sparksgd.solvers.protocol import Answer, Gradient, Halves, Message, Vector, WorkerHalf
 
@@ -186,7 +186,12 @@ class Computer:
         rows = 0
         remaining = iter(shards)
         try:
-            with thread_count(self.plan.threads), generators_kept(), self._settings:
+            with (
+                out_of_memory_told("a worker's Python"),
+                thread_count(self.plan.threads),
+                generators_kept(),
+                self._settings,
+            ):
                 for shard in remaining:
                     result, takes_part = None, False
                     if is_asked(shard.shard):
@@ -196,14 +201,8 @@ class Computer:
                     rows += 0 if result is None else result.rows
                     node = (shard.shard, shard.shard + 1)
                     add_partial(reply.partials, node, result, reply.leaves)
-        except Exception as error:
-            if isinstance(error, SparkSGDError):
-                told = error
-            elif OutOfMemory.is_behind(error):
-                told = OutOfMemory.in_python("a worker's Python", error)
-            else:
-                raise
-            reply.failure = with_place(told, worker, doing)
+        except SparkSGDError as error:
+            reply.failure = with_place(error, worker, doing)
             list(remaining)  # Spark keeps a Python worker only if its input was drained
         reply.workers.append(
             WorkerReport(

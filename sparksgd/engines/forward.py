@@ -18,10 +18,20 @@ from sparksgd.errors import ModelError
 from sparksgd.imports import users_code
 from sparksgd.losses import Loss
 
-__all__ = ["EVALUATION_ROWS", "back_propagate", "evaluated_parts", "forward", "gradient_shift", "predictions"]
+__all__ = [
+    "EVALUATION_ROWS",
+    "TRIAL_ROWS",
+    "back_propagate",
+    "evaluated_parts",
+    "forward",
+    "gradient_shift",
+    "predictions",
+]
 
 EVALUATION_ROWS = 512
 """Of one forward of an evaluation."""
+TRIAL_ROWS = 1024
+"""The most of one forward of the trial."""
 
 
 def evaluated_parts(rows: int, module: nn.Module) -> list[range]:

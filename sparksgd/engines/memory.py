@@ -13,16 +13,15 @@ computes between its layers is the module's own affair, and is not counted.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from rich.filesize import decimal
 
-from sparksgd.engines.forward import EVALUATION_ROWS
+from sparksgd.engines.forward import EVALUATION_ROWS, TRIAL_ROWS
 from sparksgd.engines.kinds import ALLREDUCE, INLINE, EngineKind
-from sparksgd.errors import OutOfMemory, SparkSGDError
+from sparksgd.errors import OutOfMemory
 
 __all__ = [
     "LARGEST_RESULT",
@@ -32,7 +31,6 @@ __all__ = [
     "Takes",
     "listed",
     "machine_bytes",
-    "out_of_memory_told",
     "require_for_trial",
     "require_here",
     "takes",
@@ -104,7 +102,7 @@ class RunSizes:
     @property
     def trial_rows(self) -> int:
         """Bytes of the rows that the trial reads at once."""
-        return self.record * max(min(self.piece_rows, 1024), EVALUATION_ROWS if self.evaluates else 0)
+        return self.record * max(min(self.piece_rows, TRIAL_ROWS), EVALUATION_ROWS if self.evaluates else 0)
 
     @property
     def rows(self) -> int:
@@ -338,20 +336,3 @@ def require_for_trial(weights: int) -> None:
             f"the training takes {listed(needed)} = {decimal(total(needed))}: use a larger one, or "
             f"fewer parameters"
         )
-
-
-@contextmanager
-def out_of_memory_told(what: str) -> Iterator[None]:
-    """Turn an error of Python, torch or the system for want of memory into one of ours.
-
-    Args:
-        what: the process.
-    """
-    try:
-        yield
-    except SparkSGDError:
-        raise
-    except Exception as error:
-        if OutOfMemory.is_behind(error):
-            raise OutOfMemory.in_python(what, error) from error
-        raise

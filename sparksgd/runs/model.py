@@ -14,6 +14,7 @@ import logging
 import pickle
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +24,7 @@ from torch import nn
 from sparksgd.arithmetic.changes import bits
 from sparksgd.config import ModelConfig
 from sparksgd.data.schema import Feature, RowSchema
-from sparksgd.errors import DataError, ModelError, SparkSGDError, TrainingError
+from sparksgd.errors import DataError, ModelError, TrainingError
 from sparksgd.losses import Loss, loss_named
 from sparksgd.runs.json_files import write_json
 from sparksgd.runs.names import WEIGHTS
@@ -102,24 +103,20 @@ def check_saved(folder: str | Path | Location, training: Training) -> None:
     Raises:
         TrainingError: they differ; the model is then loaded by `load_model(folder, module=...)` alone.
     """
-    from sparksgd.training.rebuilding import difference  # to load a model needs nothing of it
+    from sparksgd.training.rebuilding import (  # to load a model needs nothing of it
+        built_again,
+        other_when_filled,
+    )
 
     if training.model_name is None:
         return
     folder = location(folder)
     about = json.loads((folder / "model.json").read_bytes())
-    try:
-        module = build_module(training.config.model, training.config.train.seed)
-    except SparkSGDError as error:
-        log.warning("the module cannot be built twice in one process, so it is not compared: %s", error)
+    module = built_again(training.config)
+    if module is None:
         return
-    different = other_structure(module, about["structure"])
-    if different is None:
-        try:
-            _fill(module, folder, about)
-            different = difference(training.module, module, training.sample)
-        except ModelError as error:
-            different = str(error)
+    fill = partial(_fill, folder=folder, about=about)
+    different = other_when_filled(training.module, module, about["structure"], fill, training.sample)
     if different is not None:
         write_json(folder / "model.json", about | {"differs": different})
         raise TrainingError(

@@ -26,11 +26,11 @@ from sparksgd.solvers.carrying import CannotCarry, own_attributes, packed, repla
 from sparksgd.solvers.flat_optimizer import FlatOptimizer, in_shapes, is_of_torch, seeded
 from sparksgd.solvers.protocol import Settings
 from sparksgd.solvers.torch_optimizers import (
-    Like,
     Tried,
     another_optimizer,
-    are_same,
     class_named,
+    in_plain_torch,
+    refuse_another_course,
     refusing,
     small,
 )
@@ -218,34 +218,22 @@ def _try_schedule(optimizer: FlatOptimizer, kind: Any, config: ScheduleConfig, *
     def made(of: Optimizer, held: FlatOptimizer | None) -> Schedule:
         return _made(of, kind, config, 0, held, blind=blind)
 
-    parameters = optimizer.parameters.trainable
-    tried = Tried(optimizer.config, small(parameters), made)
-    try:
-        expected = tried.in_torch()
-    except ConfigError:
-        raise
-    except Exception:
-        tried = Tried(optimizer.config, [Like.of(one) for one in parameters], made)  # it may need larger ones
-        expected = tried.in_torch()
-
     def refuse(what: str) -> None:
         raise ConfigError(f"schedule.name is {config.name!r}, but {what}")
 
-    if not are_same(expected, tried.in_torch()):
-        refuse(
-            "two that are made alike do not do the same in the first turns: let it keep everything in its "
-            "attributes, and draw from torch's, numpy's or random's global generator alone, which are seeded"
-        )
-    if not are_same(expected, tried.as_held(moves=False)):
-        refuse(
-            "it does not do the same where parameters are views of one vector: let it keep "
-            "p.detach().clone() of what it compares"
-        )
-    if not are_same(expected, tried.as_held(moves=True)):
-        refuse(
-            "it does not go on to the same rates and parameters in another process: let it keep everything "
-            "in its attributes"
-        )
+    parameters = optimizer.parameters.trainable
+    tried, expected = in_plain_torch(Tried(optimizer.config, small(parameters), made), parameters)
+    refuse_another_course(
+        tried,
+        expected,
+        refuse,
+        made_alike="two that are made alike do not do the same in the first turns: let it keep everything in "
+        "its attributes, and draw from torch's, numpy's or random's global generator alone, which are seeded",
+        in_a_vector="it does not do the same where parameters are views of one vector: let it keep "
+        "p.detach().clone() of what it compares",
+        carried="it does not go on to the same rates and parameters in another process: let it keep "
+        "everything in its attributes",
+    )
 
 
 def remarks_on(schedule: Schedule | None, moves: int) -> list[str]:

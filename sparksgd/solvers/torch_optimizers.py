@@ -2,9 +2,8 @@
 
 An optimiser of the user's own, and one of torch that looks at whole tensors, is tried on small tensors of the
 dimensions of the module's, or on ones like these where they have attributes: held as it will be, against
-itself held as a plain loop would.  So the trial finds
-tensors that share memory with a parameter that is rebound, state that no attribute holds, and numbers that no
-seed decides.
+itself held as a plain loop would.  So the trial finds tensors that share memory with a parameter that is
+rebound, state that no attribute holds, and numbers that no seed decides.
 
 torch wraps the methods of its optimisers.  The wrapper imports torch._dynamo, the compiler, only to switch it
 off, which costs a second and 75 MB in every process.  After `without_compiler()` the method is called without
@@ -18,7 +17,7 @@ import inspect
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Protocol
 
@@ -50,10 +49,11 @@ __all__ = [
     "Scheduled",
     "Tried",
     "another_optimizer",
-    "are_same",
     "class_named",
+    "in_plain_torch",
     "make_optimizer",
     "own_optimizer",
+    "refuse_another_course",
     "refusing",
     "small",
     "state_names",
@@ -162,17 +162,22 @@ def _try_optimizer(parameters: Sequence[nn.Parameter], config: OptimizerConfig) 
             one[0].grad = torch.ones(2, 2)
             kind(one, **arguments).step()
             return
-        shapes = small(parameters)
+        models = small(parameters)
         if not any(map(vars, parameters)):
-            one_of_each = list({len(like.shape): like for like in shapes}.values())
-            shapes = one_of_each * (2 if len(one_of_each) == 1 else 1)
-        tried = Tried(config, shapes)
-        try:
-            expected = tried.in_torch()
-        except Exception:
-            tried = Tried(config, [Like.of(one) for one in parameters])  # it may need larger ones
-            expected = tried.in_torch()
-        _compare(tried, expected)
+            one_of_each = list({len(like.shape): like for like in models}.values())
+            models = one_of_each * (2 if len(one_of_each) == 1 else 1)
+        _compare(*in_plain_torch(Tried(config, models), parameters))
+
+
+def in_plain_torch(tried: Tried, parameters: Sequence[nn.Parameter]) -> tuple[Tried, list[torch.Tensor]]:
+    """Return what was tried, and its course in a plain loop: in the parameters' shapes if it needs them."""
+    try:
+        return tried, tried.in_torch()
+    except ConfigError:
+        raise
+    except Exception:
+        tried = replace(tried, models=[Like.of(one) for one in parameters])
+        return tried, tried.in_torch()
 
 
 def small(parameters: Sequence[nn.Parameter]) -> list[Like]:
@@ -188,28 +193,53 @@ def _compare(tried: Tried, expected: list[torch.Tensor]) -> None:
     def refuse(what: str) -> None:
         raise ConfigError(f"optimizer.name is {tried.config.name!r}, but {what}")
 
-    if not are_same(expected, tried.in_torch()):
-        refuse(
-            "two that are made alike give different parameters: let it draw from torch's, numpy's or "
-            "random's global generator, which are seeded for each step, and from no clock"
-        )
-    if not are_same(expected, tried.as_held(moves=False)):
-        refuse(
-            "it gives other parameters where these are views of one vector: it keeps a tensor that shares "
-            "memory with a parameter that it rebinds; let it keep p.detach().clone()"
-        )
-    if not are_same(expected, tried.as_held(moves=True)):
-        refuse(
-            "it does not go on to the same parameters in another process: it keeps something that is no "
-            "attribute of its own, such as a global, or something of its class; keep it in self.state"
-        )
+    refuse_another_course(
+        tried,
+        expected,
+        refuse,
+        made_alike="two that are made alike give different parameters: let it draw from torch's, numpy's or "
+        "random's global generator, which are seeded for each step, and from no clock",
+        in_a_vector="it gives other parameters where these are views of one vector: it keeps a tensor that "
+        "shares memory with a parameter that it rebinds; let it keep p.detach().clone()",
+        carried="it does not go on to the same parameters in another process: it keeps something that is no "
+        "attribute of its own, such as a global, or something of its class; keep it in self.state",
+    )
     untouched = [index > 0 for index in range(len(tried.models))]
     try:
         skipping = tried.in_torch(untouched)
     except Exception:
         return  # as in plain torch, it raises where a parameter has no gradient
-    if not are_same(skipping, tried.as_held(untouched, moves=True)):
+    if not _are_same(skipping, tried.as_held(untouched, moves=True)):
         refuse("it gives other parameters than in plain torch where one has no gradient: use another")
+
+
+def refuse_another_course(
+    tried: Tried,
+    expected: Sequence[torch.Tensor],
+    refuse: Callable[[str], object],
+    *,
+    made_alike: str,
+    in_a_vector: str,
+    carried: str,
+) -> None:
+    """Refuse what does not repeat its course: made again, as it is held here, and in another process.
+
+    Args:
+        tried: makes the courses.
+        expected: that in a plain loop.
+        refuse: raises the error.
+        made_alike: what to say where two that are made alike differ.
+        in_a_vector: where it differs as it is held here.
+        carried: where it differs when another one takes over.
+    """
+    courses: tuple[tuple[str, Callable[[], list[torch.Tensor]]], ...] = (
+        (made_alike, tried.in_torch),
+        (in_a_vector, partial(tried.as_held, moves=False)),
+        (carried, partial(tried.as_held, moves=True)),
+    )
+    for what, course in courses:
+        if not _are_same(expected, course()):
+            refuse(what)
 
 
 @dataclass(frozen=True)
@@ -329,7 +359,7 @@ def _wave(shape: torch.Size, phase: int) -> torch.Tensor:
     return torch.sin(torch.arange(shape.numel()) * 1.7 + phase).view(shape)
 
 
-def are_same(one: Sequence[torch.Tensor], other: Sequence[torch.Tensor]) -> bool:
+def _are_same(one: Sequence[torch.Tensor], other: Sequence[torch.Tensor]) -> bool:
     """Compare to rounding: matrix products depend on where in memory a tensor begins."""
     pairs = zip(one, other, strict=True)
     return all(torch.allclose(a, b, rtol=1e-4, atol=1e-6, equal_nan=True) for a, b in pairs)

@@ -23,10 +23,10 @@ from sparksgd.config import Config
 from sparksgd.data.sampling import Sampling
 from sparksgd.data.source import RowSource
 from sparksgd.engines.compute import Plan
-from sparksgd.engines.memory import out_of_memory_told
 from sparksgd.engines.modes import begin_training
 from sparksgd.engines.protocol import Engine, MakeEngine, StepReport
 from sparksgd.errors import NotFinite, UpdateNotFinite
+from sparksgd.imports import out_of_memory_told
 from sparksgd.solvers.protocol import RoundSolver
 from sparksgd.solvers.rules import completed, make_solver
 from sparksgd.training.deals import Deals, dealt

@@ -10,8 +10,9 @@ from __future__ import annotations
 import hashlib
 import logging
 import types
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -41,7 +42,7 @@ from sparksgd.training.saved_state import (
     values_of,
 )
 
-__all__ = ["Sample", "check_rebuilding", "difference"]
+__all__ = ["Sample", "built_again", "check_rebuilding", "other_when_filled"]
 
 log = logging.getLogger("sparksgd")
 
@@ -86,19 +87,12 @@ def check_rebuilding(config: Config, module: nn.Module, sample: Sample) -> froze
     built = structure(module)
     builds = _BUILDS if sum(p.numel() for p in module.parameters()) <= _SMALL else 1
     for _ in range(builds):
-        try:
-            rebuilt = build_module(config.model, config.train.seed)
-        except SparkSGDError as error:  # in a process of its own it may be built
-            log.warning("the module cannot be built twice in one process, so it is not compared: %s", error)
+        rebuilt = built_again(config)
+        if rebuilt is None:
             return drawn
         drawn |= differing_values(module, rebuilt)
-        different = other_structure(rebuilt, built)
-        if different is None:
-            try:
-                load_state(rebuilt, saved_state(module, drawn))
-                different = difference(module, rebuilt, sample)
-            except ModelError as error:
-                different = str(error)
+        fill = partial(load_state, saved=saved_state(module, drawn))
+        different = other_when_filled(module, rebuilt, built, fill, sample)
         if different is not None:
             raise ModelError(
                 f"model.name is {config.model.name!r}, which gives another module whenever it is built, so a "
@@ -109,7 +103,42 @@ def check_rebuilding(config: Config, module: nn.Module, sample: Sample) -> froze
     return drawn
 
 
-def difference(trained: nn.Module, rebuilt: nn.Module, sample: Sample) -> str | None:
+def built_again(config: Config) -> nn.Module | None:
+    """Return the module of a configuration, built again; None, with a warning, if this process cannot."""
+    try:
+        return build_module(config.model, config.train.seed)
+    except SparkSGDError as error:
+        log.warning("the module cannot be built twice in one process, so it is not compared: %s", error)
+        return None
+
+
+def other_when_filled(
+    trained: nn.Module,
+    rebuilt: nn.Module,
+    built: Mapping[str, str],
+    fill: Callable[[nn.Module], object],
+    sample: Sample,
+) -> str | None:
+    """Return how a module that was built again differs once it has what was saved; None: it is the same.
+
+    Args:
+        trained: the module; not changed.
+        rebuilt: the other one.
+        built: the structure that it must have.
+        fill: gives a module what was saved.
+        sample: rows.
+    """
+    different = other_structure(rebuilt, built)
+    if different is not None:
+        return different
+    try:
+        fill(rebuilt)
+        return _difference(trained, rebuilt, sample)
+    except ModelError as error:
+        return str(error)
+
+
+def _difference(trained: nn.Module, rebuilt: nn.Module, sample: Sample) -> str | None:
     """Return how a module that was built again, and has what was saved, differs; None: it is the same.
 
     Args:

@@ -12,7 +12,7 @@ from sparksgd.engines.inline import InlineEngine
 from sparksgd.engines.kinds import ALLREDUCE, INLINE, KINDS, STAGES, TREE
 from sparksgd.engines.memory import Places, RunSizes, takes, total
 from sparksgd.errors import OutOfMemory, UserCodeError
-from sparksgd.imports import users_code
+from sparksgd.imports import out_of_memory_told, users_code
 
 MB = 10**6
 MIB = 1 << 20
@@ -147,14 +147,14 @@ def test_want_of_memory_in_a_users_module_is_told_with_the_settings(error) -> No
     with pytest.raises(OutOfMemory, match=says), users_code("the module"):
         raise error
     says = "the driver's Python found no memory"
-    with pytest.raises(OutOfMemory, match=says), memory.out_of_memory_told("the driver's Python"):
+    with pytest.raises(OutOfMemory, match=says), out_of_memory_told("the driver's Python"):
         raise error
 
 
 def test_other_errors_are_told_as_before() -> None:
     with pytest.raises(UserCodeError), users_code("the module"):
         raise RuntimeError("shapes do not match")
-    with pytest.raises(KeyError), memory.out_of_memory_told("the driver's Python"):
+    with pytest.raises(KeyError), out_of_memory_told("the driver's Python"):
         raise KeyError("other")
 
 

@@ -10,6 +10,8 @@ from __future__ import annotations
 import random
 import sys
 import threading
+import types
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import wraps
@@ -165,8 +167,8 @@ class Chance:
 _METHODS: dict[type, tuple[str, ...]] = {_RandomState: _NUMPY, _Generator: _NUMPY, _Random: _PYTHON}
 
 
-_without: dict[int, int] = {}
-"""How many names an installed module had that named none of them, by the address of its variables."""
+_without: weakref.WeakKeyDictionary[types.ModuleType, int] = weakref.WeakKeyDictionary()
+"""How many names an installed module had that named none of them."""
 
 
 def _named(stands_for: Mapping[int, tuple[object, object]]) -> Iterator[tuple[dict[str, Any], str, object]]:
@@ -180,7 +182,8 @@ def _named(stands_for: Mapping[int, tuple[object, object]]) -> Iterator[tuple[di
         if is_own or (file != "random" and file.partition(".")[0] in sys.stdlib_module_names):
             continue
         names = getattr(module, "__dict__", None)
-        if not isinstance(names, dict) or _without.get(id(names)) == len(names):
+        is_plain = type(module) is types.ModuleType  # others may have no weak references
+        if not isinstance(names, dict) or (is_plain and _without.get(module) == len(names)):
             continue
         found = [
             (name, stands_for[id(value)][1])
@@ -188,8 +191,8 @@ def _named(stands_for: Mapping[int, tuple[object, object]]) -> Iterator[tuple[di
             if id(value) in stands_for and stands_for[id(value)][0] is value
         ]
         yield from ((names, name, steady) for name, steady in found)
-        if not found and "-packages" in str(names.get("__file__")):
-            _without[id(names)] = len(names)
+        if is_plain and not found and "-packages" in str(names.get("__file__")):
+            _without[module] = len(names)
 
 
 def _fresh(kind: type, level: int) -> Any:

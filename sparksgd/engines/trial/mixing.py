@@ -57,10 +57,7 @@ def mixing(probe: Probe, splits: int = len(_SPLITS), *, evaluates: bool = False)
     """
     found = _in_all_ways(probe, splits, evaluates=evaluates)
     if found is None and splits == len(_SPLITS) and len(probe.whole_piece) > len(probe.piece):
-        with suppress(UserCodeError):  # forward may need gradients
-            found = _mixing_of_many(probe, probe.losses)
-        if found is None and evaluates and (many := _mixing_of_many(probe, probe.evaluated)) is not None:
-            found = f"in evaluation mode, {many}"
+        found = _mixing_of_many(probe, evaluates=evaluates)
         if found is not None:
             return found
     first, *_ = ways = _ways(probe, splits)
@@ -86,13 +83,42 @@ def _in_all_ways(probe: Probe, splits: int, *, evaluates: bool) -> str | None:
     for level in (LOW, HIGH) if probe.draws and splits == len(_SPLITS) else ():
         with suppress(UserCodeError):  # it need not bear any number
             found = found or _mixing(probe, _SPLITS[-1:], level)
-    return _mixing_in_evaluation(probe) if evaluates and found is None else found
+    return _mixing_in_evaluation(probe, _SPLITS[0]) if evaluates and found is None else found
 
 
-def _mixing_of_many(probe: Probe, losses: Callable[[Sequence[int]], Measured | None]) -> str | None:
+def _mixing_of_many(probe: Probe, *, evaluates: bool) -> str | None:
     """Return how the losses of a piece differ from those of its halves: few rows never reach some bound."""
-    whole, half = probe.whole_piece, len(probe.whole_piece) // 2
-    together, *apart = (losses(rows) for rows in (whole, whole[:half], whole[half:]))
+    half = len(probe.whole_piece) // 2
+    split = probe.whole_piece, (probe.whole_piece[:half], probe.whole_piece[half:])
+    with suppress(UserCodeError):  # forward may need gradients
+        found = _by_losses(probe, probe.losses, split, may_round=True)
+        if found is not None:
+            return found
+    return _mixing_in_evaluation(probe, split) if evaluates else None
+
+
+def _mixing_in_evaluation(probe: Probe, split: _Split) -> str | None:
+    found = _by_losses(probe, probe.evaluated, split)
+    return None if found is None else f"in evaluation mode, {found}"
+
+
+def _by_losses(
+    probe: Probe,
+    losses: Callable[[Sequence[int]], Measured | None],
+    split: _Split,
+    *,
+    may_round: bool = False,
+) -> str | None:
+    """Return how the losses of rows differ from those of their parts.
+
+    Args:
+        probe: has the rows.
+        losses: of some rows; None: they cannot be computed.
+        split: rows, and the parts to compare them with.
+        may_round: whether a rounding of the weights may explain what differs.
+    """
+    whole, parts = split
+    together, *apart = (losses(rows) for rows in (whole, *parts))
     known = [part for part in apart if part is not None]
     if together is None or len(known) < len(apart):
         return None
@@ -100,31 +126,16 @@ def _mixing_of_many(probe: Probe, losses: Callable[[Sequence[int]], Measured | N
     if found is None:
         return None
     if not probe.is_sure():
-        return _mixing_of_many(probe, losses)
+        return _by_losses(probe, losses, split, may_round=may_round)
     again = losses(whole)
     if again is None or probe.difference(together, [again]) is not None:
-        return None  # it keeps something
-    if probe.is_rounding(whole, together, known):
+        return None  # it keeps something, and each evaluation starts anew
+    if may_round and probe.is_rounding(whole, together, known):
         return None
-    return f"{len(whole)} rows together against the same rows in 2 parts: {found}"
+    return f"{len(whole)} rows together against the same rows in {len(parts)} parts: {found}"
 
 
-def _mixing_in_evaluation(probe: Probe) -> str | None:
-    whole, parts = _SPLITS[0]
-    together, *apart = (probe.evaluated(rows) for rows in (whole, *parts))
-    known = [part for part in apart if part is not None]
-    if together is None or len(known) < len(apart):
-        return None
-    found = probe.difference(together, known)
-    again = None if found is None else probe.evaluated(whole)
-    if again is None or probe.difference(together, [again]) is not None:
-        return None  # it keeps something: each evaluation starts anew
-    return f"in evaluation mode, {found}"
-
-
-def _mixing(
-    probe: Probe, splits: Sequence[tuple[Sequence[int], Sequence[Sequence[int]]]], level: int
-) -> str | None:
+def _mixing(probe: Probe, splits: Sequence[_Split], level: int) -> str | None:
     def measure(rows: Sequence[int]) -> Measured:
         return (level == MIDDLE and probe.known(rows)) or probe.measure(rows, level=level)
 

@@ -49,7 +49,7 @@ class Outside:
                     self._held.append(one)
         self._held += around(list(both), seen)
         if {id(module), *map(id, module.parameters())} & seen:
-            raise ModelError(_of_the_caller(f"{type(module).__name__}, by a global or a class"))
+            raise ModelError(_of_the_caller(f"the {type(module).__name__}, by a global or a class,"))
 
     @contextmanager
     def watched(self) -> Iterator[None]:
@@ -68,7 +68,7 @@ class Outside:
                 with suppress(ModelError):  # an iterator cannot go back
                     one.restore()
         for tensor in seen.met.values():
-            raise ModelError(_of_the_caller(repr(self._owned.name_of(tensor) or "a tensor")))
+            raise ModelError(_of_the_caller(f"{self._owned.name_of(tensor) or 'a tensor'!r} of the module"))
         for one in changed:
             raise ModelError(
                 f"{one.path} changes as the optimiser or the schedule makes a step, but no other process "
@@ -78,6 +78,6 @@ class Outside:
 
 def _of_the_caller(what: str) -> str:
     return (
-        f"the optimiser or the schedule refers to {what} of the module that was given, not of the copy that "
-        "trains: reach parameters by param_groups"
+        f"the optimiser or the schedule refers to {what} that was given to train, but a copy of it trains: "
+        "reach parameters by param_groups"
     )

@@ -36,9 +36,8 @@ from sparksgd.losses import Loss
 __all__ = ["MANY_ROWS", "TRIED_ROWS", "Probe", "without_batch_statistics"]
 
 TRIED_ROWS = 4
-_FEW_ROWS = 16
-MANY_ROWS = 64
-"""Of a piece, whose losses are computed."""
+_GRADIENT_ROWS, MANY_ROWS = 16, 64
+"""Of a piece, whose gradients are computed, and whose losses are."""
 _FIRST_SEED = 1_600_000_000
 """Forward gives generators of its own others: they are told apart by their state."""
 
@@ -88,7 +87,7 @@ class Probe:
         self.draws = False
         self._first = self.flat.parameters.clone()
         self.whole_piece = list(range(DIFFERENT_ROWS, len(records)))
-        self.piece = self.whole_piece[:_FEW_ROWS]
+        self.piece = self.whole_piece[:_GRADIENT_ROWS]
         self._plain: dict[tuple[int, ...], Measured] = {}  # what was measured at these weights
         self._watches: bool | None = None  # operations, which takes half of the time; None: not decided
         self._dtypes: set[torch.dtype] = set()  # of operations, when they were watched last

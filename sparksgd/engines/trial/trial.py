@@ -32,7 +32,14 @@ from sparksgd.arithmetic.numerics import thread_count
 from sparksgd.arithmetic.seeds import seed32
 from sparksgd.config import OptimizerConfig, ScheduleConfig
 from sparksgd.data.schema import RowSchema
-from sparksgd.engines.forward import EVALUATION_ROWS, back_propagate, forward, gradient_shift, predictions
+from sparksgd.engines.forward import (
+    EVALUATION_ROWS,
+    TRIAL_ROWS,
+    back_propagate,
+    forward,
+    gradient_shift,
+    predictions,
+)
 from sparksgd.engines.modes import evaluating
 from sparksgd.engines.trial.hooks import hook_that_is_not_linear
 from sparksgd.engines.trial.lasting_modes import changed_names, refuse_lasting_modes, values_of
@@ -58,8 +65,6 @@ __all__ = ["Found", "Use", "try_out"]
 log = logging.getLogger("sparksgd")
 
 _STEPS = 4
-_MOST_ROWS = 1024
-"""Of the first step and of the evaluation that are tried."""
 _FEW_ROWS = 8
 """Of the other steps."""
 
@@ -301,7 +306,7 @@ class _Trial:
         outside = Outside(optimizer, self._module, self._owned)
         moves = min(_STEPS, (schedule and schedule.limit) or _STEPS)
         least = 2 if mixes_rows(flat.module) else 1  # `check_pieces` tells of a batch-norm with one row
-        most = max(least, min(use.piece_rows, _MOST_ROWS))
+        most = max(least, min(use.piece_rows, TRIAL_ROWS))
         few = max(least, min(most, _FEW_ROWS, len(self._records) // 2))
         alone = 2 if mixes_rows_of_evaluations(module) else 1  # `check_evaluation` tells of a single row
         evaluated = [alone, max(alone, min(most, EVALUATION_ROWS))]

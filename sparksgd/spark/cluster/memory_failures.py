@@ -50,7 +50,9 @@ def out_of_memory(text: str, *, is_local: bool = False) -> str | None:
         reason = java[1] or ""
         if not _HEAP.search(reason):
             return (
-                f"the JVM of {whose} found no memory outside its heap: {reason}. Give it more, or less to do"
+                f"the JVM of {whose} found no memory outside its heap: {reason}. Leave the machine or the "
+                f"container more beside the heap: a smaller --driver-memory or --executor-memory, or "
+                f"spark.driver.memoryOverhead and spark.executor.memoryOverhead"
             )
         option = "--executor-memory" if at_executor else "--driver-memory"
         return (

@@ -457,7 +457,7 @@ class InEvaluation(Around):
 
 
 def test_rows_must_not_mix_in_evaluation_either() -> None:
-    refused(InEvaluation(), "in evaluation mode, the loss of row", "depends on the other rows")
+    refused(InEvaluation(), "in evaluation mode, ", "the loss of row", "depends on the other rows")
     assert tried(InEvaluation(), evaluates=False).output == (4, 1)
 
 
