@@ -13,8 +13,10 @@ import errno
 import glob
 import hashlib
 import math
+import os
 import re
 import shutil
+import stat
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -27,7 +29,7 @@ from sparksgd.errors import ClusterError, ConfigError, SparkSGDError
 
 __all__ = [
     "HIDDEN", "FileStatus", "Lines", "LocalLocation", "Location", "SpooledLines", "Throttle", "fingerprint",
-    "has_scheme", "local_copy", "location", "register_uris", "replacing", "unanswered",
+    "has_scheme", "local_copy", "location", "register_uris", "replacing", "require_at_most", "unanswered",
 ]  # fmt: skip
 
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):")
@@ -88,6 +90,14 @@ class Location(Protocol):
 
     def read_bytes(self) -> bytes:
         """Return what the file holds."""
+        ...
+
+    def read_regular(self, most_bytes: int | None = None) -> bytes:
+        """Return what a regular file holds; raise OSError for a device, a pipe, a folder or a longer one.
+
+        Args:
+            most_bytes: a longer file is not read; None reads any.
+        """
         ...
 
     def write_bytes(self, data: bytes) -> None:
@@ -200,6 +210,15 @@ class LocalLocation:
         """Return what the file holds."""
         return self.path.read_bytes()
 
+    def read_regular(self, most_bytes: int | None = None) -> bytes:
+        """Return what a regular file holds; raise OSError for a device, a pipe, a folder or a longer one."""
+        with open(self.path, "rb", opener=_without_waiting) as file:
+            status = os.fstat(file.fileno())
+            if not stat.S_ISREG(status.st_mode):
+                raise OSError(errno.EINVAL, "it is not a regular file", str(self.path))
+            require_at_most(str(self.path), status.st_size, most_bytes)
+            return file.read(status.st_size)
+
     def write_bytes(self, data: bytes) -> None:
         """Write the file, whole or not at all, and its folder if need be."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -245,6 +264,19 @@ class LocalLocation:
         """Return the last names of what matches a pattern in the folder, hidden or not."""
         folder = glob.escape(str(self.path)) if self.path.exists() else str(self.path)
         return [Path(found).name for found in glob.glob(f"{folder}/{pattern}")]  # noqa: PTH207  # see _matching
+
+
+def _without_waiting(path: str, flags: int) -> int:
+    """Open a file; a pipe without a writer at once, too."""
+    return os.open(path, flags | os.O_NONBLOCK | os.O_NOCTTY)
+
+
+def require_at_most(path: str, size_bytes: int, most_bytes: int | None) -> None:
+    """Raise OSError if a file is longer than what is to be read of it."""
+    if most_bytes is not None and size_bytes > most_bytes:
+        raise OSError(
+            errno.EFBIG, f"it has {size_bytes:,} bytes, but should have {most_bytes:,} at most", path
+        )
 
 
 def _matching(pattern: Path) -> list[Path]:

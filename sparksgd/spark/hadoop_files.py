@@ -19,7 +19,7 @@ from typing import Any
 from py4j.protocol import Py4JError, Py4JJavaError
 from pyspark import SparkContext
 
-from sparksgd.storage import HIDDEN, FileStatus, Lines, SpooledLines
+from sparksgd.storage import HIDDEN, FileStatus, Lines, SpooledLines, require_at_most
 
 __all__ = ["HadoopLocation", "hadoop_configuration"]
 
@@ -74,6 +74,15 @@ class HadoopLocation:
             copy = Path(folder, "copy")
             self._files.copyToLocalFile(False, self._path, _java_path(f"file:{copy}"), True)
             return copy.read_bytes()
+
+    def read_regular(self, most_bytes: int | None = None) -> bytes:
+        """Return the content of the file; raise OSError for a folder, or a longer file."""
+        with self._errors():
+            status = self._files.getFileStatus(self._path)
+            if not status.isFile():
+                raise OSError(errno.EINVAL, "it is not a regular file", self._uri)
+            require_at_most(self._uri, int(status.getLen()), most_bytes)
+        return self.read_bytes()
 
     def write_bytes(self, data: bytes) -> None:
         """Write the file, whole or not at all; create its folder if it does not exist."""
