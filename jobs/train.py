@@ -23,7 +23,7 @@ from sparksgd.cli.command_line import exit_status, parser_of
 from sparksgd.cli.logs import LogFormat, log_to, new_run_id, open_console
 from sparksgd.config import Config
 from sparksgd.errors import ConfigError
-from sparksgd.runs.finished import IfExists
+from sparksgd.runs.earlier import IfExists
 from sparksgd.runs.replay import read_replay
 from sparksgd.storage import location
 from sparksgd.training.interrupts import end_in_order
@@ -47,7 +47,14 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument(
         "--if-exists", choices=get_args(IfExists), default="skip",
         help="what to do if --out holds a finished run.  skip (the default): nothing, if it has the same "
-        "configuration, files and code, else refuse; fail: refuse; overwrite: train again",
+        "configuration, files and code, else refuse; fail: refuse; overwrite: train again; archive: as skip, "
+        "but rename what is of something else to DIR.1 instead of refusing",
+    )  # fmt: skip
+    result.add_argument(
+        "--resume", nargs="?", const="must", default="auto", metavar="HOW",
+        help="whether to go on from the last checkpoint of a run that ended early, or with fewer epochs.  "
+        "auto (the default): if --out holds such a run of this; must (--resume alone): refuse if it does "
+        "not; never: begin anew; or another folder, whose run goes on in --out",
     )  # fmt: skip
     result.add_argument(
         "--log-format",
@@ -85,6 +92,7 @@ def main(argv: Sequence[str]) -> int:
             terminal=Terminal(console, tables=args.log_format == "text"),
             replay=replay,
             if_exists=args.if_exists,
+            resume=args.resume,
         )
 
     return exit_status(work)

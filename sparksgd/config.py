@@ -20,6 +20,7 @@ from sparksgd.errors import ConfigError
 from sparksgd.imports import did_you_mean
 
 __all__ = [
+    "CheckpointConfig",
     "Config",
     "DataConfig",
     "EngineConfig",
@@ -236,6 +237,24 @@ class TrainConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """When the state of a run is written, so that it can go on from there.  The run's end always is."""
+
+    every_s: float | None = _cluster(60.0)
+    """Seconds between two checkpoints.  They take 3 % of the time at most: if one takes longer to write, they
+    are written less often."""
+
+    every_steps: int | None = _cluster(None)
+    """Also write one after this many turns (in synchronous SGD a turn is a step)."""
+
+    every_epochs: int | None = _cluster(None)
+    """Also write one after this many epochs."""
+
+    keep: int = _cluster(2)
+    """How many of the last checkpoints are kept, and beside them the one of the smallest test loss."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Config:
     """One run: what is trained (the experiment), and where (the cluster)."""
 
@@ -247,6 +266,7 @@ class Config:
     solver: SolverConfig = SolverConfig()
     engine: EngineConfig = EngineConfig()
     train: TrainConfig = TrainConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
 
     def __post_init__(self) -> None:
         for key, value, least in (
@@ -264,6 +284,10 @@ class Config:
             ("train.rows_per_backward", self.train.rows_per_backward, 1),
             ("train.eval_every", self.train.eval_every, 1),
             ("data.max_bad_rows", self.data.max_bad_rows, 0),
+            ("checkpoint.every_s", self.checkpoint.every_s, 0),
+            ("checkpoint.every_steps", self.checkpoint.every_steps, 1),
+            ("checkpoint.every_epochs", self.checkpoint.every_epochs, 1),
+            ("checkpoint.keep", self.checkpoint.keep, 1),
         ):
             if value is not None and value < least:
                 raise ConfigError(f"{key} is {value}, but must be at least {least}")

@@ -12,6 +12,7 @@ from __future__ import annotations
 import errno
 import glob
 import hashlib
+import itertools
 import math
 import os
 import re
@@ -64,6 +65,10 @@ class Lines(Protocol):
         """Let others read what was written; the lines of the last seconds may be missing."""
         ...
 
+    def flush_all(self) -> object:
+        """Let others read everything that was written so far."""
+        ...
+
     def close(self) -> None:
         """Let others read everything."""
         ...
@@ -108,8 +113,8 @@ class Location(Protocol):
         """Write the file as a copy of one of this machine, whole or not at all."""
         ...
 
-    def lines(self) -> Lines:
-        """Begin a new, empty file, which grows line by line."""
+    def lines(self, kept: bytes = b"") -> Lines:
+        """Begin a new file, which grows line by line after what is kept of an earlier one."""
         ...
 
     def remove(self) -> None:
@@ -129,6 +134,10 @@ class Location(Protocol):
 
     def names_of(self, pattern: str) -> list[str]:
         """Return the last names of what matches a pattern in the folder, hidden or not."""
+        ...
+
+    def moved_aside(self) -> str:
+        """Rename the folder to NAME.1, or the first number that is free; return where it is now."""
         ...
 
 
@@ -231,10 +240,10 @@ class LocalLocation:
         with replacing(self.path) as part:
             shutil.copyfile(file, part)
 
-    def lines(self) -> Lines:
-        """Begin a new, empty file, which grows line by line."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        return self.path.open("w", encoding="utf-8", buffering=1)
+    def lines(self, kept: bytes = b"") -> Lines:
+        """Begin a new file, which grows line by line after what is kept of an earlier one."""
+        self.write_bytes(kept)
+        return _LocalLines(self.path)
 
     def remove(self) -> None:
         """Remove the file, if it is there."""
@@ -264,6 +273,37 @@ class LocalLocation:
         """Return the last names of what matches a pattern in the folder, hidden or not."""
         folder = glob.escape(str(self.path)) if self.path.exists() else str(self.path)
         return [Path(found).name for found in glob.glob(f"{folder}/{pattern}")]  # noqa: PTH207  # see _matching
+
+    def moved_aside(self) -> str:
+        """Rename the folder to NAME.1, or the first number that is free; return where it is now."""
+        here = self.path.resolve()
+        for number in itertools.count(1):
+            aside = here.with_name(f"{here.name}.{number}")
+            if not aside.exists():
+                break
+        here.rename(aside)
+        return str(aside)
+
+
+class _LocalLines:
+    """Lines of a file of this machine; each is there as soon as it is written."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("a", encoding="utf-8", buffering=1)
+
+    def write(self, text: str) -> None:
+        """Append whole lines."""
+        self._file.write(text)
+
+    def flush(self) -> None:
+        """Let others read what was written."""
+        self._file.flush()
+
+    flush_all = flush
+
+    def close(self) -> None:
+        """Let others read everything."""
+        self._file.close()
 
 
 def _without_waiting(path: str, flags: int) -> int:
@@ -321,13 +361,17 @@ class SpooledLines:
 
     Args:
         target: where the file goes.
+        kept: what it begins with.
         clock: returns seconds.
     """
 
-    def __init__(self, target: Location, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, target: Location, kept: bytes = b"", clock: Callable[[], float] = time.monotonic
+    ) -> None:
         self._target = target
         self._copies = Throttle(_SECONDS_BETWEEN_COPIES, _COPYING_SHARE, clock)
         self._spool: IO[str] = tempfile.NamedTemporaryFile("w", encoding="utf-8", prefix="sparksgd-")  # noqa: SIM115  # closed in close()
+        self._spool.write(kept.decode())
         self._copy()
 
     def write(self, text: str) -> None:
@@ -338,6 +382,10 @@ class SpooledLines:
         """Copy what is not there yet, if it is time to."""
         if self._copies.is_due():
             self._copy()
+
+    def flush_all(self) -> None:
+        """Copy what is not there yet, now."""
+        self._copy()
 
     def close(self) -> None:
         """Copy what is not there yet."""

@@ -119,6 +119,6 @@ def test_what_executors_import_pulls_in_nothing_of_the_driver(room):
         module = waiting.pop()
         reached.add(module)
         waiting |= arrows.get(module, set()) - reached
-    driver = {"training.loop", "training.deals", "training.preflight", "runs.folder", "runs.finished"}
+    driver = {"training.loop", "training.deals", "training.preflight", "runs.folder", "runs.earlier"}
     rooms = {"spark.cluster", "spark.engines", "cli"}
     assert not {module for module in reached if module in driver or room_of(module) in rooms}

@@ -51,7 +51,7 @@ class Numerics:
         names = sorted(instruction_set.variables("default"))
         with thread_count(threads):
             return cls(
-                torch=torch.__version__,
+                torch=str(torch.__version__),
                 instruction_set=torch.backends.cpu.get_cpu_capability(),
                 held_by=" ".join(f"{n}={os.environ[n]}" for n in names if n in os.environ),
                 threads=threads,

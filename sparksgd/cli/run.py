@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 
 from rich.console import Console
@@ -9,7 +10,8 @@ from rich.console import Console
 from sparksgd.cli.terminal import Terminal, scores_tables
 from sparksgd.config import Config, EngineConfig, TrainConfig
 from sparksgd.errors import ConfigError
-from sparksgd.runs.finished import IfExists, fingerprints_of, is_done
+from sparksgd.runs.earlier import Asked, IfExists, earlier_run
+from sparksgd.runs.fingerprints import fingerprints_of
 from sparksgd.runs.folder import RunFolder
 from sparksgd.runs.model import load_model
 from sparksgd.solvers.rules import completed
@@ -20,6 +22,8 @@ from sparksgd.training.start_up import StartUp
 
 __all__ = ["run", "run_evaluation"]
 
+log = logging.getLogger("sparksgd")
+
 
 def run(
     config: Config,
@@ -29,6 +33,7 @@ def run(
     terminal: Terminal,
     replay: Replay | None = None,
     if_exists: IfExists = "skip",
+    resume: str = "auto",
 ) -> None:
     """Train as a configuration says, on its Parquet, and write the run's folder.
 
@@ -38,7 +43,8 @@ def run(
         run_id: names the run.
         terminal: shows the progress.
         replay: an earlier run, to be repeated.
-        if_exists: what to do if the folder holds a finished run, see `finished.is_done`.
+        if_exists: what to do if the folder holds a finished run, or another one, see runs/earlier.py.
+        resume: whether the run goes on from a checkpoint: auto, never, must, or the folder of a run.
 
     Raises:
         SparkSGDError: see errors.py.
@@ -65,11 +71,16 @@ def run(
         start_up = StartUp(submitted_at_s())
     folder = location(out)
     fingerprints = fingerprints_of(config, replay)
-    if is_done(folder, config, fingerprints, if_exists):
+    found = earlier_run(
+        folder, Asked(config=config, fingerprints=fingerprints, if_exists=if_exists, resume=resume)
+    )
+    if found.is_done:
         return
+    if found.archives:
+        log.info("--out %s held another run: it is in %s now", out, folder.moved_aside())
     run_folder = RunFolder(folder, fingerprints, run_id, called="--out")
     run_folder.require_writable()
-    observers = run_folder, terminal
+    observers, checkpoints = (run_folder, terminal), run_folder.checkpoints(config, found)
     if on_spark:
         from sparksgd.spark.session import job_session
         from sparksgd.spark.train import train
@@ -86,12 +97,21 @@ def run(
                 replay=replay,
                 run_id=run_id,
                 start_up=start_up,
+                checkpoints=checkpoints,
                 kinds=kinds,
             )
     else:
         from sparksgd.training.in_process import train_in_process
 
-        train_in_process(config, rows, test, observers=observers, replay=replay, start_up=start_up)
+        train_in_process(
+            config,
+            rows,
+            test,
+            observers=observers,
+            replay=replay,
+            start_up=start_up,
+            checkpoints=checkpoints,
+        )
 
 
 def run_evaluation(folder: str, data: str) -> None:

@@ -1,5 +1,6 @@
 """What a run writes to its folder: the model, a line for each step, a summary.
 
+checkpoints/         the state of the run, so that it can go on (checkpoints.py)
 model/weights.pt     state_dict, for torch.load(weights_only=True)
 model/constants.pt   tensors and plain values that are in no state_dict, by path, if there are any
 model/model.json     how to rebuild the module, and which columns feed it
@@ -14,24 +15,28 @@ that the two always match, even if the run is killed.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import re
 import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from sparksgd.config import Config
 from sparksgd.engines.protocol import StepReport
 from sparksgd.engines.trace import TraceEvent, event_line, first_line
-from sparksgd.errors import ClusterError, ConfigError
+from sparksgd.errors import ClusterError, ConfigError, DataError
+from sparksgd.runs.checkpoints import CheckpointFolder
+from sparksgd.runs.earlier import Found
 from sparksgd.runs.json_files import finite, write_json
 from sparksgd.runs.model import check_saved, constants_beside, save_model
-from sparksgd.runs.names import METRICS, MODEL, RUN, RUN_BEFORE, SUMMARY, TRACE, WEIGHTS
-from sparksgd.storage import Lines, Location, Throttle, location, unanswered
+from sparksgd.runs.names import CHECKPOINTS, METRICS, MODEL, RUN, RUN_BEFORE, SUMMARY, TRACE, WEIGHTS
+from sparksgd.storage import Location, Throttle, location, unanswered
 from sparksgd.training.state import EvaluationReport, Observer, Training
 
 __all__ = ["RunFolder", "summary"]
@@ -81,6 +86,7 @@ def summary(training: Training, wall_s: float) -> dict[str, Any]:
         "turns": training.turns,
         "backup_workers": config.solver.arguments.get("backup_workers", 0),
         "times_dealt": 1 + training.plan.deal,
+        **({"resumed": [asdict(each) for each in training.resumed]} if training.resumed else {}),
         "arrivals": training.participation.by_worker(),
     }
 
@@ -106,8 +112,11 @@ class RunFolder(Observer):
         self._fingerprints = dict(fingerprints or {})
         self.run_id = run_id or uuid.uuid4().hex[:12]
         self._started = time.perf_counter()
-        self._metrics: Lines | None = None
-        self._trace: Lines | None = None
+        self._metrics: _Growing | None = None
+        self._trace: _Growing | None = None
+        self._recalled: dict[str, Any] = {}
+        self._origin: Location | None = None
+        self._checkpoints: CheckpointFolder | None = None
         self._events = self._deal = 0
         self._saves = Throttle(_SECONDS_BETWEEN_SAVES, _SAVING_SHARE)
         self._weights: str | None = None
@@ -130,18 +139,61 @@ class RunFolder(Observer):
             )
             raise unanswered(error, refusal) from error
 
-    def started(self, training: Training) -> None:
-        """Remove the files of an earlier run, and begin metrics.jsonl."""
-        with self._told():
-            self._begin(training)
+    def checkpoints(self, config: Config, found: Found) -> CheckpointFolder:
+        """Return where the run's checkpoints go, and the one that it goes on from.
 
-    def _begin(self, training: Training) -> None:
-        for name in (SUMMARY, MODEL, TRACE, RUN_BEFORE):
+        Args:
+            config: of the run.
+            found: what its folder, or another, holds of it.
+        """
+        about = {"run_id": self.run_id, "config": config.to_dict(), "fingerprints": self._fingerprints}
+        self._origin = found.origin
+        self._checkpoints = CheckpointFolder(self.folder / CHECKPOINTS, about, found.starts, found.last_step)
+        return self._checkpoints
+
+    def memory(self) -> dict[str, Any]:
+        """Return how far the files have grown; others can read that much from now on."""
+        files = {METRICS: self._metrics, TRACE: self._trace}
+        grown = {name: file.memory() for name, file in files.items() if file is not None}
+        return {"files": grown, "events": self._events, "deal": self._deal}
+
+    def recall(self, memory: dict[str, Any]) -> None:
+        """Let the files go on where they were."""
+        self._recalled, self._events, self._deal = memory["files"], memory["events"], memory["deal"]
+
+    def started(self, training: Training) -> None:
+        """Remove the files of an earlier run, or go on with them, and begin metrics.jsonl."""
+        with self._told():
+            kept = {name: self._kept(name, about) for name, about in self._recalled.items()}
+            self._begin(training, kept)
+
+    def _kept(self, name: str, about: Mapping[str, Any]) -> bytes:
+        """Return the part of a file that belongs to the checkpoint.
+
+        Raises:
+            DataError: it holds something else.
+        """
+        file = (self._origin or self.folder) / name
+        try:
+            kept = file.read_bytes()[: about["bytes"]]
+        except FileNotFoundError:
+            log.warning("%s is not there: it begins after the checkpoint's step", file)
+            return b""
+        if (len(kept), hashlib.sha256(kept).hexdigest()) != (about["bytes"], about["sha256"]):
+            raise DataError(
+                f"{file} is damaged: its first {about['bytes']:,} bytes are not those that the run wrote "
+                f"before its checkpoint. Restore it, or move it away: then the run goes on without those "
+                f"lines"
+            )
+        return kept
+
+    def _begin(self, training: Training, kept: Mapping[str, bytes]) -> None:
+        for name in (SUMMARY, RUN_BEFORE) if training.resumed else (SUMMARY, MODEL, TRACE, RUN_BEFORE):
             (self.folder / name).remove()
-        model = self.folder / "model"
-        for file in model.files():
-            if _WEIGHTS_OF_A_RUN.fullmatch(file.path):
-                (model / file.path).remove()
+        if self._checkpoints is not None:
+            self._checkpoints.clear()
+        if not training.resumed:
+            self._remove_weights()
         about = {
             "run_id": self.run_id,
             "config": training.config.to_dict(),
@@ -150,7 +202,15 @@ class RunFolder(Observer):
             "model_name": training.model_name,
         }
         write_json(self.folder / RUN, about)
-        self._metrics = (self.folder / METRICS).lines()
+        self._metrics = _Growing(self.folder / METRICS, kept.get(METRICS, b""))
+        if TRACE in kept:
+            self._trace = _Growing(self.folder / TRACE, kept[TRACE])
+
+    def _remove_weights(self, but: Sequence[str] = ()) -> None:
+        model = self.folder / "model"
+        for file in model.files():
+            if _WEIGHTS_OF_A_RUN.fullmatch(file.path) and file.path not in but:
+                (model / file.path).remove()
 
     def stepped(self, training: Training, report: StepReport) -> None:
         """Write the line of a step; before it, what chance decided."""
@@ -245,9 +305,8 @@ class RunFolder(Observer):
     def _save(self, training: Training, weights: str) -> None:
         before, self._weights = self._weights, weights
         save_model(self.folder / "model", training, weights)
-        if before is not None and before != weights:
-            for name in (before, constants_beside(before)):
-                (self.folder / "model" / name).remove()
+        if before != weights:
+            self._remove_weights(but=(weights, constants_beside(weights)))
 
     def _write_trace(self, report: StepReport) -> None:
         """Write the events of a step to the trace; the first ones begin the file."""
@@ -259,7 +318,7 @@ class RunFolder(Observer):
             self._deal = report.deal
         with self._told():
             if self._trace is None:
-                self._trace = (self.folder / TRACE).lines()
+                self._trace = _Growing(self.folder / TRACE)
                 self._trace.write(first_line("rounds") + "\n")
             first, self._events = self._events, self._events + len(events)
             lines = [event_line(first + number, event) + "\n" for number, event in enumerate(events)]
@@ -269,6 +328,39 @@ class RunFolder(Observer):
         with self._told():
             self._lines().write(json.dumps(values) + "\n")
 
-    def _lines(self) -> Lines:
+    def _lines(self) -> _Growing:
         assert self._metrics is not None
         return self._metrics
+
+
+class _Growing:
+    """A file of lines that knows its length and digest.
+
+    Args:
+        file: a file of this name is replaced.
+        kept: what it begins with.
+    """
+
+    def __init__(self, file: Location, kept: bytes = b"") -> None:
+        self._lines = file.lines(kept)
+        self._bytes, self._digest = len(kept), hashlib.sha256(kept)
+
+    def write(self, text: str) -> None:
+        """Append whole lines."""
+        self._lines.write(text)
+        data = text.encode()
+        self._bytes += len(data)
+        self._digest.update(data)
+
+    def flush(self) -> None:
+        """Let others read it, but for the last seconds."""
+        self._lines.flush()
+
+    def close(self) -> None:
+        """Let others read all of it."""
+        self._lines.close()
+
+    def memory(self) -> dict[str, Any]:
+        """Return its length and digest; others can read that much from now on."""
+        self._lines.flush_all()
+        return {"bytes": self._bytes, "sha256": self._digest.hexdigest()}

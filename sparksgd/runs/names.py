@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-__all__ = ["METRICS", "MODEL", "RUN", "RUN_BEFORE", "SUMMARY", "TRACE", "WEIGHTS"]
+__all__ = ["CHECKPOINTS", "METRICS", "MODEL", "RUN", "RUN_BEFORE", "SUMMARY", "TRACE", "WEIGHTS"]
 
+
+CHECKPOINTS = "checkpoints"
+"""The folder of the checkpoints; checkpoints.py says what is in it."""
 
 METRICS = "metrics.jsonl"
 """A line for each step and each evaluation."""

@@ -33,6 +33,10 @@ class Centre:
         self.turns = 0
         """Turns that every shard has made."""
 
+        self.is_whole = True
+        """Whether all that the solver keeps is of one version: not while it changes, nor if that was cut
+        off."""
+
         self._current: Weights | None = None
         self._before: tuple[Weights, int] | None = None
 
@@ -41,6 +45,13 @@ class Centre:
         if self._current is None:
             self._current = self.flat.weights(self.version)
         return self._current
+
+    @contextmanager
+    def changing(self) -> Iterator[None]:
+        """Let the block change what the solver keeps; if it raises, that is not whole any more."""
+        self.is_whole = False
+        yield
+        self.is_whole = True
 
     @contextmanager
     def step(self, total: Message, turns: int, key: str, rate: float) -> Iterator[None]:
@@ -81,6 +92,7 @@ class Centre:
 
     def step_back(self) -> None:
         """Return to the weights before the last step; only once."""
+        self.is_whole = False  # the optimiser stays where it is
         if self._before is not None:
             weights, self.turns = self._before
             self.flat.load(weights)

@@ -319,6 +319,11 @@ class LocalSGD:
         """Whether the next round has local turns."""
         return self.turns >= self._settings.synchronous_steps
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether its state is of one version."""
+        return self._centre.is_whole
+
     def turns_at(self, turn: int) -> int:
         """Return H, or fewer if the epoch or the run ends before; 1 before the local turns begin."""
         if turn < self._settings.synchronous_steps:
@@ -361,17 +366,18 @@ class LocalSGD:
             UpdateNotFinite: the step would make a parameter NaN or infinite; the weights stay as before.
         """
         lr, turns, step = self._rates.lr, self.turns_at(self.turns), self._centre.step
-        if self._is_local:
-            norm = None
-            with step(total, turns, "solver.outer_lr", self._settings.outer_lr):
-                momentum = self._step_outside(total)
-            self._momentum, given = momentum, self._averaged(total)
-        else:
-            with step(total, turns, "optimizer.lr", lr):
-                norm = self._step_inside(total)
-            given = self._of_centre() if self._is_local else ({}, {})
-        self._rates.move(turns)
-        (self._vectors, self._scalars), self._answer = given, None
+        with self._centre.changing():
+            if self._is_local:
+                norm = None
+                with step(total, turns, "solver.outer_lr", self._settings.outer_lr):
+                    momentum = self._step_outside(total)
+                self._momentum, given = momentum, self._averaged(total)
+            else:
+                with step(total, turns, "optimizer.lr", lr):
+                    norm = self._step_inside(total)
+                given = self._of_centre() if self._is_local else ({}, {})
+            self._rates.move(turns)
+            (self._vectors, self._scalars), self._answer = given, None
         return StepOutcome(lr=lr, gradient_norm=norm)
 
     def _of_centre(self) -> tuple[dict[str, Vector], dict[str, float]]:
@@ -439,15 +445,16 @@ class LocalSGD:
             found = state.vectors.items()
             return {name.removeprefix(prefix): vector for name, vector in found if name.startswith(prefix)}
 
-        if self._momentum is not None:
-            self._momentum = torch.from_numpy(state.vectors["outer.momentum"].copy())
-        if self._inner is not None:
-            self._inner.load_state(named("centre."), state.rest["centre"])
-        self._vectors = {name: vector.copy() for name, vector in named("halves.").items()}
-        self._scalars = dict(state.rest["scalars"])
-        self._rates.load_state(state.rest["rates"])
-        self._centre.load(state)
-        self._answer = None
+        with self._centre.changing():
+            if self._momentum is not None:
+                self._momentum = torch.from_numpy(state.vectors["outer.momentum"].copy())
+            if self._inner is not None:
+                self._inner.load_state(named("centre."), state.rest["centre"])
+            self._vectors = {name: vector.copy() for name, vector in named("halves.").items()}
+            self._scalars = dict(state.rest["scalars"])
+            self._rates.load_state(state.rest["rates"])
+            self._centre.load(state)
+            self._answer = None
 
     def step_back(self) -> None:
         """Return to the weights before the last step; the state of the optimisers does not change."""

@@ -403,6 +403,11 @@ class RoundSolver(Solver, Protocol):
         """Return a copy of the weights that are evaluated and saved; the same object until the next step."""
         ...
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether its state is of one version: not after `step_back`, nor if a step was cut off."""
+        ...
+
     def step_back(self) -> None:
         """Return to the weights before the last step; the run must end there."""
         ...

@@ -177,6 +177,11 @@ class SynchronousSolver:
         """Turns that every shard has made: one a step."""
         return self._centre.turns
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether its state is of one version."""
+        return self._centre.is_whole
+
     def turns_at(self, turn: int) -> int:
         """Return 1: every turn is a round."""
         return 1
@@ -208,10 +213,11 @@ class SynchronousSolver:
 
     def load_state(self, state: SolverState) -> None:
         """Continue from the state of another solver, at any step."""
-        self._optimizer.load_state(state.vectors, state.rest["optimizer"])
-        if self._schedule is not None:
-            self._schedule.load_state(state.rest["schedule"])
-        self._centre.load(state)
+        with self._centre.changing():
+            self._optimizer.load_state(state.vectors, state.rest["optimizer"])
+            if self._schedule is not None:
+                self._schedule.load_state(state.rest["schedule"])
+            self._centre.load(state)
 
     def readout(self) -> Weights:
         """Return a copy of the newest weights; the same object until the next step."""
@@ -236,7 +242,7 @@ class SynchronousSolver:
         then = None
         if self._schedule is not None and steps % self._turns_per_move == 0:
             then = partial(self._schedule.move, steps)
-        with self._centre.step(total, 1, "optimizer.lr", lr):
+        with self._centre.changing(), self._centre.step(total, 1, "optimizer.lr", lr):
             norm = step_along(
                 self._optimizer,
                 total.vectors["gradient"],

@@ -107,9 +107,9 @@ class HadoopLocation:
                 self._files.delete(part, False)
                 raise
 
-    def lines(self) -> Lines:
-        """Begin a new, empty file, which grows line by line."""
-        return SpooledLines(self)
+    def lines(self, kept: bytes = b"") -> Lines:
+        """Begin a new file, which grows line by line after what is kept of an earlier one."""
+        return SpooledLines(self, kept)
 
     def remove(self) -> None:
         """Remove the file, if it is there."""
@@ -146,6 +146,17 @@ class HadoopLocation:
         with self._errors():
             found = self._files.globStatus(_java_path(self._inside(pattern))) or ()
             return [str(status.getPath().getName()) for status in found]
+
+    def moved_aside(self) -> str:
+        """Rename the folder to NAME.1, or the first number that is free; return where it is now."""
+        with self._errors():
+            number = 1
+            while self._files.exists(_java_path(f"{self._uri}.{number}")):
+                number += 1
+            aside = f"{self._uri}.{number}"
+            if not self._files.rename(self._path, _java_path(aside)):
+                raise OSError(errno.EIO, "the file system did not rename it", self._uri)
+            return aside
 
     def _inside(self, name: str) -> str:
         return self._uri + name if self._uri.endswith("/") else f"{self._uri}/{name}"  # the root ends with it

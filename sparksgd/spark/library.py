@@ -19,12 +19,14 @@ from sparksgd.config import Config
 from sparksgd.errors import ConfigError
 from sparksgd.spark.given_rows import described_value, frame_or_path
 from sparksgd.spark.uris import lead_to_hadoop
+from sparksgd.storage import location
 
 if TYPE_CHECKING:
     from pyspark.sql import DataFrame, SparkSession
     from torch import nn
 
     from sparksgd.runs.folder import RunFolder
+    from sparksgd.training.checkpointing import CheckpointStore
     from sparksgd.training.replay import Replay
     from sparksgd.training.state import Observer, Training
 
@@ -42,6 +44,8 @@ def train(
     observers: Sequence[Observer] = (),
     out: str | Path | None = None,
     replay: Replay | None = None,
+    resume_from: str | Path | None = None,
+    checkpoint_dir: str | Path | None = None,
 ) -> Training:
     """Train a module on the rows of a DataFrame, or of Parquet.
 
@@ -65,6 +69,12 @@ def train(
             model/, which `load_model` reads. It is created if it does not exist; the files of an earlier
             run in it are replaced. None: no files.
         replay: an earlier run of the same configuration, to be repeated, as `read_replay` returns it.
+        resume_from: the folder of a run of the same configuration, rows and code that ended early, or with
+            fewer epochs: training goes on from its last checkpoint, to the same bits as a run that was never
+            stopped. It needs `out`, which may be the same folder.
+        checkpoint_dir: a folder for the checkpoints of many runs, as of a cross-validation: each has a
+            subfolder, named by its configuration, rows and code. A run that has checkpoints there goes on
+            from the last one; one that is finished there makes no step.
 
     Returns:
         The finished run. Its `module` is trained, `evaluations` has the test loss and accuracy after each
@@ -114,12 +124,20 @@ def train(
     kinds = allowed_engines(config, replay)
     on_spark = kinds[0].on_spark
     lead_to_hadoop()
-    folder = _run_folder(config, out, replay)
+    folder, checkpoints = _files(config, out, resume_from, checkpoint_dir, replay)
     observers = observers if folder is None else (folder, *observers)
     if isinstance(rows, str) and (test is None or isinstance(test, str)) and not on_spark:
         from sparksgd.training.in_process import train_in_process
 
-        return train_in_process(config, rows, test, module=module, observers=observers, replay=replay)
+        return train_in_process(
+            config,
+            rows,
+            test,
+            module=module,
+            observers=observers,
+            replay=replay,
+            checkpoints=checkpoints,
+        )
     from sparksgd.spark.train import train as train_in_session
 
     return train_in_session(
@@ -132,6 +150,7 @@ def train(
         replay=replay,
         run_id=None if folder is None else folder.run_id,
         kinds=kinds,
+        checkpoints=checkpoints,
     )
 
 
@@ -185,31 +204,58 @@ def _with_paths(config: Config, rows: DataFrame | str, test: DataFrame | str | N
     return replace(config, data=replace(config.data, train=train, test=evaluated))
 
 
-def _run_folder(config: Config, out: object, replay: Replay | None) -> RunFolder | None:
-    """Return what writes the run's folder, if any; refuse missing files and an unusable folder."""
-    from sparksgd.runs.finished import fingerprints_of
+def _files(
+    config: Config, out: object, resume_from: object, checkpoint_dir: object, replay: Replay | None
+) -> tuple[RunFolder | None, CheckpointStore | None]:
+    """Return what writes the run's folder, and its checkpoints; refuse missing files and unusable folders."""
+    from sparksgd.runs.checkpoints import CheckpointFolders
+    from sparksgd.runs.earlier import Found, resumable
+    from sparksgd.runs.fingerprints import fingerprints_of
     from sparksgd.runs.folder import RunFolder
 
     fingerprints = fingerprints_of(config, replay)
-    if out is None:
-        return None
-    if not isinstance(out, str | Path) or not str(out).strip():
-        raise ConfigError(f"out is {described_value(out)}, but must name a folder, as a str or Path")
-    if "PYSPARK_GATEWAY_PORT" in os.environ:  # under spark-submit
+    places = {"out": out, "resume_from": resume_from, "checkpoint_dir": checkpoint_dir}
+    given = {name: _folder_named(name, value) for name, value in places.items() if value is not None}
+    if "resume_from" in given and ("out" not in given or "checkpoint_dir" in given):
+        other = "checkpoint_dir is given, too" if "checkpoint_dir" in given else "out is None"
+        raise ConfigError(
+            f"resume_from is {str(resume_from)!r}, but {other}: pass out=, where the run's own "
+            f"checkpoints go, which may be the same folder, and no checkpoint_dir="
+        )
+    if given:
+        _refuse_unwritable_keys(config)
+    found = Found()
+    if "resume_from" in given:
+        found = resumable(location(given["resume_from"]), config, fingerprints, "resume_from")
+    folder, checkpoints = None, None
+    if "out" in given:
+        folder = RunFolder(given["out"], fingerprints)
+        folder.require_writable()
+        checkpoints = folder.checkpoints(config, found)
+    if "checkpoint_dir" in given:
+        return folder, CheckpointFolders(location(given["checkpoint_dir"]), config, fingerprints)
+    return folder, checkpoints
+
+
+def _folder_named(name: str, folder: object) -> str:
+    if not isinstance(folder, str | Path) or not str(folder).strip():
+        raise ConfigError(f"{name} is {described_value(folder)}, but must name a folder, as a str or Path")
+    if "PYSPARK_GATEWAY_PORT" in os.environ and name != "resume_from":  # under spark-submit
         from sparksgd.spark.session import refuse_lost_output
 
-        refuse_lost_output(str(out), "out")
+        refuse_lost_output(str(folder), name)
+    return str(folder)
+
+
+def _refuse_unwritable_keys(config: Config) -> None:
     for key, value in config.experiment().items():
         try:
             json.dumps(value)
         except (TypeError, ValueError) as error:
             raise ConfigError(
                 f"{key} is {described_value(value)}, which cannot be written to the run's folder: use plain "
-                f"numbers, texts and lists, or leave out= away"
+                f"numbers, texts and lists, or leave out= and checkpoint_dir= away"
             ) from error
-    folder = RunFolder(out, fingerprints)
-    folder.require_writable()
-    return folder
 
 
 def _session(config: Config, rows: DataFrame | str, test: DataFrame | str | None) -> SparkSession:

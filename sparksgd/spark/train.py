@@ -27,6 +27,7 @@ from sparksgd.spark.cluster.slots import WorkerDemand
 from sparksgd.spark.engines.base import SparkEngine
 from sparksgd.spark.frame_rows import DataFrameRows, read_parquet
 from sparksgd.spark.session import check_session
+from sparksgd.training.checkpointing import CheckpointStore
 from sparksgd.training.loop import train as train_anywhere
 from sparksgd.training.preflight import allowed_engines, needs_in
 from sparksgd.training.replay import Replay
@@ -49,6 +50,7 @@ def train(
     replay: Replay | None = None,
     run_id: str | None = None,
     start_up: StartUp | None = None,
+    checkpoints: CheckpointStore | None = None,
     kinds: Sequence[EngineKind] | None = None,
     probe: Probe = NO_PROBE,
 ) -> Training:
@@ -65,6 +67,7 @@ def train(
         replay: an earlier run of the same configuration, to be repeated.
         run_id: names the run's jobs; None for a new name.
         start_up: what the run's start took so far.
+        checkpoints: where checkpoints go, and the one that the run goes on from; None: there are none.
         kinds: the engines that are allowed, if they were asked for before.
         probe: for tests and benchmarks.
 
@@ -105,6 +108,7 @@ def train(
                 replay=replay,
                 probe=probe,
                 start_up=start_up,
+                checkpoints=checkpoints,
             )
         except SparkSGDError:
             raise

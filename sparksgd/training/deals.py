@@ -33,16 +33,19 @@ class Deals:
         schema: what a row must be.
         config: what to train, and how.
         report: on all rows.
+        number: of the first deal; more than 0 in a run that goes on from a checkpoint.
     """
 
-    def __init__(self, source: RowSource, schema: RowSchema, config: Config, report: RowReport) -> None:
+    def __init__(
+        self, source: RowSource, schema: RowSchema, config: Config, report: RowReport, number: int = 0
+    ) -> None:
         self._source, self._schema, self._config, self._report = source, schema, config, report
         self._shards: Shards | None = None
-        self.number = 0
+        self.number = number
         """How often the rows were dealt again."""
 
     def __enter__(self) -> Self:
-        self._shards = dealt(self._source, self._schema, self._config, self._report, "training")
+        self._shards = self._dealt(self.number)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -53,6 +56,10 @@ class Deals:
         """Return the shards of the newest deal."""
         assert self._shards is not None, "the rows are dealt inside with"
         return self._shards
+
+    def _dealt(self, number: int) -> Shards:
+        report = replace(self._report, shard_digests={}) if number else self._report  # they are of the first
+        return dealt(self._source, self._schema, self._config, report, "training", number)
 
     def sampling(self) -> Sampling:
         """Return which of their rows take part in which turn."""
@@ -83,8 +90,7 @@ class Deals:
         before, number = self.shards, self.number + 1
 
         def deal() -> tuple[Plan, Shards]:
-            report = replace(self._report, shard_digests={})  # its digests are those of the first deal
-            self._shards = dealt(self._source, self._schema, self._config, report, "training", number)
+            self._shards = self._dealt(number)
             sampling = self.sampling()
             check_pieces(training.module, sampling, self._config.train.rows_per_backward)
             training.plan = replace(training.plan, sampling=sampling, deal=number)

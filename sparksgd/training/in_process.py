@@ -13,6 +13,7 @@ from sparksgd.data.tables import refuse_tables
 from sparksgd.engines.inline import InlineEngine
 from sparksgd.errors import DataError
 from sparksgd.storage import local_copy
+from sparksgd.training.checkpointing import CheckpointStore
 from sparksgd.training.loop import train
 from sparksgd.training.replay import Replay
 from sparksgd.training.start_up import StartUp
@@ -30,6 +31,7 @@ def train_in_process(
     observers: Sequence[Observer] = (),
     replay: Replay | None = None,
     start_up: StartUp | None = None,
+    checkpoints: CheckpointStore | None = None,
 ) -> Training:
     """Train a module on the rows of Parquet by the inline engine; files on other machines are copied first.
 
@@ -41,6 +43,7 @@ def train_in_process(
         observers: who watches.
         replay: an earlier run of the same configuration, to be repeated.
         start_up: what the run's start took so far.
+        checkpoints: where checkpoints go, and the one that the run goes on from; None: there are none.
 
     Returns:
         The finished run; its `module` is trained.
@@ -58,6 +61,7 @@ def train_in_process(
             observers=observers,
             replay=replay,
             start_up=start_up,
+            checkpoints=checkpoints,
         )
 
 

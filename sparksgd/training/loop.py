@@ -20,7 +20,6 @@ from sparksgd.arithmetic.flat import FlatModule
 from sparksgd.arithmetic.numerics import Numerics, thread_count
 from sparksgd.arithmetic.settings import driver_settings
 from sparksgd.config import Config
-from sparksgd.data.sampling import Sampling
 from sparksgd.data.source import RowSource
 from sparksgd.engines.compute import Plan
 from sparksgd.engines.modes import begin_training
@@ -29,6 +28,8 @@ from sparksgd.errors import NotFinite, UpdateNotFinite
 from sparksgd.imports import out_of_memory_told
 from sparksgd.solvers.protocol import RoundSolver
 from sparksgd.solvers.rules import completed, make_solver
+from sparksgd.training.checkpoint import RunIdentity, go_on
+from sparksgd.training.checkpointing import Checkpointing, CheckpointStore
 from sparksgd.training.deals import Deals, dealt
 from sparksgd.training.modules import build_module
 from sparksgd.training.participation import Participation
@@ -60,6 +61,7 @@ def train(
     observers: Sequence[Observer] = (),
     replay: Replay | None = None,
     start_up: StartUp | None = None,
+    checkpoints: CheckpointStore | None = None,
     probe: Probe = NO_PROBE,
 ) -> Training:
     """Train a module.
@@ -74,6 +76,7 @@ def train(
         observers: who watches.
         replay: an earlier run of the same experiment, to be repeated: the same shards take part.
         start_up: what the run's start took so far.
+        checkpoints: where checkpoints go, and the one that the run goes on from; None: there are none.
         probe: for tests and benchmarks.
 
     Returns:
@@ -95,15 +98,18 @@ def train(
     flat = FlatModule(module, probe.dtype)
     solver = _solver(config, flat, checked, replay)
     make_engine.check_memory(sizes_of(config, flat, checked, solver), config.train.num_shards)
+    total_turns = _total_turns(checked, solver, replay)
+    start = None if checkpoints is None else checkpoints.begin(_identity(config, checked, total_turns))
     with ExitStack() as stack:
-        deals = stack.enter_context(Deals(rows, checked.schema, config, checked.rows))
+        first_deal = 0 if start is None else start.checkpoint.deal
+        deals = stack.enter_context(Deals(rows, checked.schema, config, checked.rows, first_deal))
         test_shards = None
         if test is not None and checked.test_rows is not None:
             test_shards = dealt(test, checked.schema, config, checked.test_rows, "test")
             stack.enter_context(closing(test_shards))
             check_evaluation(module, [shard.rows for shard in test_shards.table])
         start_up.reached("shards")
-        plan = _plan(config, module, checked, deals.sampling(), solver, probe)
+        plan = _plan(config, module, checked, deals, solver, probe)
         engine = stack.enter_context(closing(make_engine(plan, deals.shards, test_shards)))
         engine.open()
         training = Training(
@@ -114,7 +120,7 @@ def train(
             plan=plan,
             rows=checked.rows,
             test_rows=checked.test_rows,
-            total_turns=_total_turns(checked, solver, replay),
+            total_turns=total_turns,
             needs=solver.needs,
             numerics=[Numerics.here(config.train.threads), *engine.contact()],
             engine=engine.name,
@@ -126,9 +132,24 @@ def train(
             drawn=checked.drawn,
         )
         warn_of_differences(training.numerics)
+        keeper = None
+        if checkpoints is not None:
+            keeper = Checkpointing(config.checkpoint, checkpoints, checked.experiment.turns_per_epoch)
+            stack.callback(keeper.close)
         with thread_count(config.train.threads):
-            _loop(training, engine, solver, observers, deals, replay, evaluates=test is not None)
+            if start is not None:
+                go_on(training, solver, observers, start)
+            _loop(training, engine, solver, observers, deals, replay, keeper, evaluates=test is not None)
         return training
+
+
+def _identity(config: Config, checked: Checked, total_turns: int) -> RunIdentity:
+    return RunIdentity(
+        experiment=config.experiment(),
+        data_digest=checked.rows.data_digest,
+        total_turns=total_turns,
+        turns_per_epoch=checked.experiment.turns_per_epoch,
+    )
 
 
 def _solver(config: Config, flat: FlatModule, checked: Checked, replay: Replay | None) -> RoundSolver:
@@ -143,10 +164,11 @@ def _plan(
     config: Config,
     module: nn.Module,
     checked: Checked,
-    sampling: Sampling,
+    deals: Deals,
     solver: RoundSolver,
     probe: Probe,
 ) -> Plan:
+    sampling = deals.sampling()
     check_pieces(module, sampling, config.train.rows_per_backward)
     copy, loss = copied((module, checked.loss), {"": module, "loss": checked.loss})
     return Plan(
@@ -154,6 +176,7 @@ def _plan(
         loss=loss,
         schema=checked.schema,
         sampling=sampling,
+        deal=deals.number,
         halves=solver.halves,
         threads=config.train.threads,
         rows_per_backward=config.train.rows_per_backward,
@@ -183,17 +206,19 @@ def _loop(
     observers: Sequence[Observer],
     deals: Deals,
     replay: Replay | None,
+    keeper: Checkpointing | None,
     *,
     evaluates: bool,
 ) -> None:
     turns_per_epoch, total = training.plan.sampling.turns_per_epoch, training.total_turns
     every = training.config.train.eval_every or turns_per_epoch
-    due = every if evaluates else total
+    due = (solver.turns // every + 1) * every if evaluates else total
     for observer in observers:
         observer.started(training)
     try:
         while solver.turns < total:
-            segment = engine.advance(solver, steps_until(solver, min(total, due), engine.segment_steps))
+            until = min(total, due, (keeper and keeper.next_turn(solver.turns)) or total)
+            segment = engine.advance(solver, steps_until(solver, until, engine.segment_steps))
             training.start_up.reached("first_step")
             training.version, training.turns = solver.version, solver.turns
             training.sent_bytes += segment.sent_bytes
@@ -211,6 +236,8 @@ def _loop(
                     observer.evaluated(training, evaluation)
             if finished or solver.turns % turns_per_epoch == 0:
                 deals.end_epoch(training, engine, replay)
+            if keeper is not None and not finished:
+                keeper.offer(training, solver, observers)
         if replay is not None:
             check_end(training, replay)
     except BaseException as error:
@@ -223,6 +250,8 @@ def _loop(
         with ExitStack() as all_of_them:  # even if one of them fails
             for observer in reversed(observers):
                 all_of_them.callback(observer.ended, training)
+            if keeper is not None and solver.is_whole:
+                all_of_them.callback(keeper.end, training, solver, observers)
 
 
 def steps_until(solver: RoundSolver, turn: int, most: int) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict, deque
 from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 
@@ -55,6 +56,24 @@ class Participation:
         """Begin to count the steps of a new epoch."""
         self._epoch_steps = 0
         self._epoch_of_shard = [0] * len(self._of_shard)
+
+    def memory(self) -> dict[str, Any]:
+        """Return the counts, without the times, which are those of one process."""
+        return {
+            "steps": self._steps,
+            "of_shard": list(self._of_shard),
+            "epoch_steps": self._epoch_steps,
+            "epoch_of_shard": list(self._epoch_of_shard),
+            "late": dict(self._late),
+            "answers": dict(self._answers),
+        }
+
+    def recall(self, memory: dict[str, Any]) -> None:
+        """Go on from the counts that `memory` returned."""
+        self._steps, self._epoch_steps = memory["steps"], memory["epoch_steps"]
+        self._of_shard, self._epoch_of_shard = list(memory["of_shard"]), list(memory["epoch_of_shard"])
+        self._late.update(memory["late"])
+        self._answers.update(memory["answers"])
 
     def shares(self) -> list[float]:
         """Return in which share of all steps each shard took part."""

@@ -21,6 +21,7 @@ from sparksgd.arithmetic.changes import bits
 from sparksgd.arithmetic.copies import copied, parts
 from sparksgd.errors import ModelError
 from sparksgd.imports import users_code
+from sparksgd.training.encoding import array_as_plain, array_of
 from sparksgd.training.plain_values import is_plain, is_torchs, plain_values, shown
 
 __all__ = [
@@ -44,7 +45,7 @@ class SavedState:
     """Its state_dict: tensors, and what `get_extra_state` gave."""
 
     constants: dict[str, Any] = field(default_factory=dict)
-    """By path: other tensors; arrays, by `_of_array`; plain values, as `_of_plain` gives them."""
+    """By path: other tensors; arrays, by `array_as_plain`; plain values, as `_of_plain` gives them."""
 
 
 def saved_state(module: nn.Module, drawn: frozenset[str] = frozenset()) -> SavedState:
@@ -60,7 +61,7 @@ def saved_state(module: nn.Module, drawn: frozenset[str] = frozenset()) -> Saved
     constants: dict[str, Any] = {}
     for path, value in values_of(module):
         if isinstance(value, np.ndarray):
-            constants[path] = _of_array(value)
+            constants[path] = array_as_plain(value)
         elif _place(value) not in known:
             constants[path] = _cloned(value)
     for held in plain_values(module):
@@ -90,7 +91,7 @@ def load_state(module: nn.Module, saved: SavedState) -> list[str]:
         if isinstance(value, torch.Tensor):
             _set_tensor(module, path, held.get(path), value)
         elif not _is_of_plain(value):
-            _set_array(module, path, held.get(path), _array_of(value))
+            _set_array(module, path, held.get(path), array_of(value))
     return others
 
 
@@ -258,21 +259,10 @@ def _set_array(module: nn.Module, path: str, held: Any, value: np.ndarray[Any, A
         setattr(*_owner(module, path), value)
 
 
-def _of_array(array: np.ndarray[Any, Any]) -> dict[str, Any]:
-    """Return an array as plain values and a tensor, because torch loads no arrays safely."""
-    values = torch.frombuffer(bytearray(array.tobytes()), dtype=torch.uint8) if array.size else torch.empty(0)
-    return {"numpy": np.lib.format.dtype_to_descr(array.dtype), "shape": list(array.shape), "bytes": values}
-
-
-def _array_of(saved: Mapping[str, Any]) -> np.ndarray[Any, Any]:
-    values = saved["bytes"].numpy().tobytes() if saved["bytes"].numel() else b""
-    return np.frombuffer(values, np.lib.format.descr_to_dtype(saved["numpy"])).reshape(saved["shape"]).copy()
-
-
 def _of_plain(value: Any) -> Any:
     """Return a plain value so that it is told from a tensor or an array, and a long one is read quickly."""
     if isinstance(value, np.generic):
-        return _of_array(np.asarray(value)) | {"scalar": True}
+        return array_as_plain(np.asarray(value)) | {"scalar": True}
     if isinstance(value, _Number):
         return value
     stream = io.BytesIO()
@@ -290,7 +280,7 @@ def _plain_of(saved: Any) -> Any:
     if isinstance(saved, _Number):
         return saved
     if "scalar" in saved:
-        return _array_of(saved)[()]
+        return array_of(saved)[()]
     return _PlainUnpickler(io.BytesIO(saved["bytes"].numpy().tobytes())).load()
 
 

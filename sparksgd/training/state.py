@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import nn
@@ -20,7 +21,7 @@ from sparksgd.training.rebuilding import Sample
 from sparksgd.training.start_up import StartUp
 from sparksgd.training.step_times import StepTimes
 
-__all__ = ["NO_PROBE", "EvaluationReport", "NumericsChange", "Observer", "Probe", "Training"]
+__all__ = ["NO_PROBE", "EvaluationReport", "NumericsChange", "Observer", "Probe", "Resumed", "Training"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,11 +39,28 @@ class EvaluationReport:
 
 @dataclass(frozen=True, kw_only=True)
 class NumericsChange:
-    """A change of a worker's arithmetic, because another executor took its place."""
+    """A change of arithmetic: another executor took a worker's place, or a run went on elsewhere."""
 
     step: int
-    worker: int
+
+    worker: int | None
+    """None: the driver."""
+
     numerics: Numerics
+
+
+@dataclass(frozen=True, kw_only=True)
+class Resumed:
+    """A point at which a run went on in another process."""
+
+    step: int
+    """Of the checkpoint."""
+
+    lost_steps: int
+    """Steps that had been made after it, and were made again."""
+
+    written_at: str
+    """When the checkpoint was written, in ISO 8601."""
 
 
 @dataclass(kw_only=True)
@@ -118,6 +136,9 @@ class Training:
     start_up: StartUp
     """How the time before the first step was spent."""
 
+    resumed: list[Resumed] = field(default_factory=list)
+    """The checkpoints that the run went on from, in their order."""
+
     error: BaseException | None = None
     """What ended the run early."""
 
@@ -142,8 +163,15 @@ class Training:
 class Observer:
     """Watches a run: writes its files, draws its progress.
 
-    A subclass defines those of the four methods that it needs; the others do nothing.
+    A subclass defines those of the methods that it needs; the others do nothing.
     """
+
+    def memory(self) -> dict[str, Any]:
+        """Return what it must remember if the run goes on in another process: numbers, texts, arrays."""
+        return {}
+
+    def recall(self, memory: dict[str, Any]) -> None:
+        """Take what `memory` returned; called before `started` where a run goes on from a checkpoint."""
 
     def started(self, training: Training) -> None:
         """Called before the first step."""

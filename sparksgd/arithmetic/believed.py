@@ -1,0 +1,110 @@
+"""What a pickle from a file may make: plain values, tensors, and objects of packages that the caller trusts.
+
+A pickle calls what it names.  So one that was read from a file is read with an unpickler whose `find_class`
+asks `believed`, in a block of `only_classes_of`.  What travels inside a run, over Spark's own channels,
+needs no such limit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+import numpy as np
+import torch
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+__all__ = ["NotBelieved", "believed", "only_classes_of"]
+
+
+class NotBelieved(Exception):
+    """A pickle names what it may not."""
+
+
+def believed(module: str, name: str, find: Callable[[str, str], Any]) -> Any:
+    """Return what a pickle names, if it may; outside of `only_classes_of`, whatever it names.
+
+    Args:
+        module: its module, which is imported if it may be.
+        name: its name there; it may have dots.
+        find: finds it.
+
+    Raises:
+        NotBelieved: it is neither plain nor of a trusted package.
+    """
+    packages = _packages.get()
+    if packages is None or (module, name) in _PLAIN:
+        return find(module, name)
+    if module.partition(".")[0] not in packages | {"torch", "numpy"}:
+        raise NotBelieved(_untrusted(module, name, packages))
+    found = find(module, name)
+    _refuse_untrusted(found, module, name, packages)
+    return found
+
+
+@contextmanager
+def only_classes_of(packages: frozenset[str]) -> Iterator[None]:
+    """In the block, let `believed` find nothing but plain values, tensors, and objects of some packages.
+
+    Args:
+        packages: top-level packages, or modules.
+    """
+    token = _packages.set(packages)
+    try:
+        yield
+    finally:
+        _packages.reset(token)
+
+
+_packages: ContextVar[frozenset[str] | None] = ContextVar("packages", default=None)
+
+_PLAIN = frozenset(
+    (module, name)
+    for module, names in {
+        "builtins": "bool bytearray bytes complex dict float frozenset int list range set slice str tuple",
+        "collections": "Counter OrderedDict defaultdict deque",
+        "copyreg": "__newobj__ _reconstructor",
+        "_codecs": "encode",
+        "datetime": "date datetime time timedelta timezone",
+        "decimal": "Decimal",
+        "fractions": "Fraction",
+        "random": "Random",
+        "types": "MappingProxyType SimpleNamespace",
+        "numpy": "dtype ndarray",
+        "numpy._core.multiarray": "_reconstruct scalar",
+        "numpy.core.multiarray": "_reconstruct scalar",
+        "numpy._core.numeric": "_frombuffer",
+        "numpy.random._pickle": "__bit_generator_ctor __generator_ctor __randomstate_ctor",
+        "sparksgd.arithmetic.generators": "global_generator",
+        "sparksgd.arithmetic.reductions": (
+            "_bound _identity _set_module_state _set_parametrized_state _set_tensor_state _storage_of "
+            "_tensor_of _weak_reference"
+        ),
+        "sparksgd.solvers.carrying": "_bare",
+        "torch": "Generator Size Tensor device finfo iinfo",
+        "torch.nn.parameter": "Buffer Parameter",
+        "torch._utils": "_rebuild_parameter _rebuild_tensor _rebuild_tensor_v2 _rebuild_sparse_tensor",
+        "torch.serialization": "_get_layout",
+    }.items()
+    for name in names.split()
+)
+_TORCH_CLASSES = (torch.Tensor, torch.nn.Module, Optimizer, LRScheduler, np.generic, np.random.BitGenerator)
+_TORCH_VALUES = (torch.dtype, torch.layout, torch.memory_format)
+
+
+def _refuse_untrusted(found: object, module: str, name: str, packages: frozenset[str]) -> None:
+    if isinstance(found, _TORCH_VALUES) or (isinstance(found, type) and issubclass(found, _TORCH_CLASSES)):
+        return
+    home = getattr(found, "__module__", None) or ""  # mymodels.os.system is not of mymodels
+    if home.partition(".")[0] not in packages:
+        raise NotBelieved(_untrusted(module, name, packages))
+
+
+def _untrusted(module: str, name: str, packages: frozenset[str]) -> str:
+    return (
+        f"it names {module}.{name}, which is neither plain nor of "
+        f"{', '.join(sorted(packages)) or 'a package'} that the configuration names"
+    )

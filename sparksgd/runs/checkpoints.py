@@ -1,0 +1,353 @@
+"""Checkpoints in a folder: files of unique names, and for each checkpoint a manifest, which is written last.
+
+checkpoint-00000500-1f0c9a2b.solver.pt      a part, for torch.load(weights_only=True)
+checkpoint-00000500-1f0c9a2b.json           the manifest: sizes and digests of the parts, and what they are of
+
+What lacks a manifest, or differs from it, does not exist: it is half of something that a killed run began to
+write.  So no file system must be able to do more at once than to write that one small file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import re
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from typing import Any, Self
+
+from sparksgd.config import Config
+from sparksgd.errors import ConfigError, DataError
+from sparksgd.runs.checked_files import FileEntry, read_checked, read_regular, write_checked
+from sparksgd.runs.json_files import finite, write_json
+from sparksgd.storage import Location
+from sparksgd.training.checkpoint import Checkpoint, Part, RunIdentity, Start
+from sparksgd.training.state import Resumed
+
+__all__ = ["FREE", "PATHS", "CheckpointFolder", "CheckpointFolders", "Manifest", "manifests"]
+
+log = logging.getLogger("sparksgd")
+
+FREE = frozenset(("train.epochs", "train.steps", "data.test"))
+"""Keys that may change where a run goes on: they shape no step that was made."""
+
+PATHS = frozenset(("data.train", "data.test"))
+"""Keys that are not compared: fingerprints identify the files, whatever their path."""
+
+_FORMAT = 1
+_MANIFEST = re.compile(r"(checkpoint-\d{8,}-[0-9a-f]{8})\.json")
+_FILE = re.compile(r"(checkpoint-\d{8,}-[0-9a-f]{8})\..*")
+_LARGEST_MANIFEST = 1 << 26  # bytes
+_KEYS = {
+    "format": int,
+    "step": int,
+    "turns": int,
+    "total_turns": int,
+    "turns_per_epoch": int,
+    "written_at": str,
+    "run_id": str,
+    "config": dict,
+    "fingerprints": dict,
+    "data_digest": str,
+    "parts": dict,
+    "sha256": str,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """What a manifest says."""
+
+    folder: Location
+    """Where it lies."""
+
+    name: str
+    """Of the checkpoint: what the names of its files begin with."""
+
+    values: Mapping[str, Any]
+    """Its keys."""
+
+    entries: Mapping[str, FileEntry]
+    """The file of each part."""
+
+    versions: Mapping[str, int]
+    """The version of each part."""
+
+    @property
+    def step(self) -> int:
+        """Return the step that it is of."""
+        return int(self.values["step"])
+
+    @property
+    def turns(self) -> int:
+        """Return how many turns each shard had made."""
+        return int(self.values["turns"])
+
+    @property
+    def test_loss(self) -> float | None:
+        """Return the loss of an evaluation of this step, if there was one."""
+        loss = self.values.get("test_loss")
+        return loss if isinstance(loss, float) else None
+
+    @classmethod
+    def read(cls, folder: Location, name: str) -> Self:
+        """Read a manifest.
+
+        Raises:
+            DataError: it is none of this version, or damaged.
+            ClusterError: its file system does not answer.
+        """
+        where = f"{folder}/{name}.json"
+        try:
+            values = json.loads(read_regular(folder, f"{name}.json", _LARGEST_MANIFEST))
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"{where} is no manifest of a checkpoint: {error}") from error
+        if not isinstance(values, dict) or values.get("sha256") != _digest(values):
+            raise DataError(f"{where} is damaged: its digest is another")
+        for key, kind in _KEYS.items():
+            if type(values.get(key)) is not kind:
+                raise DataError(f"{where}: {key} is {values.get(key)!r}, but must be {kind.__name__}")
+        if values["format"] != _FORMAT:
+            raise DataError(
+                f"{where} is of format {values['format']}, but this version reads {_FORMAT}: go on with the "
+                f"version that wrote it, or start anew"
+            )
+        entries, versions = {}, {}
+        for part, about in values["parts"].items():
+            if not isinstance(about, dict) or type(about.get("version")) is not int:
+                raise DataError(f"{where}: parts.{part} is {about!r}, but must have a version")
+            versions[part] = about["version"]
+            entry = {key: value for key, value in about.items() if key != "version"}
+            entries[part] = FileEntry.of(entry, f"{where}: parts.{part}")
+        return cls(folder=folder, name=name, values=values, entries=entries, versions=versions)
+
+    def checkpoint(self) -> Checkpoint:
+        """Read the parts.
+
+        Raises:
+            DataError: one is missing or damaged.
+            ClusterError: its file system does not answer.
+        """
+        parts = {
+            part: Part(version=self.versions[part], values=read_checked(self.folder, entry))
+            for part, entry in self.entries.items()
+        }
+        return Checkpoint(step=self.step, turns=self.turns, parts=parts, test_loss=self.test_loss)
+
+
+def manifests(folder: Location) -> list[Manifest]:
+    """Return the manifests of a folder, those of the last steps first; damaged ones are named in a warning.
+
+    Raises:
+        OSError: the folder cannot be read.
+        ClusterError: its file system does not answer.
+    """
+    found = []
+    for file in folder.names_of("checkpoint-*.json"):
+        if name := _MANIFEST.fullmatch(file):
+            try:
+                found.append(Manifest.read(folder, name[1]))
+            except DataError as error:
+                log.warning("a checkpoint is left out: %s", error)
+    return sorted(found, key=lambda one: (one.step, one.values["written_at"]), reverse=True)
+
+
+class CheckpointFolder:
+    """The checkpoints of one run.
+
+    Args:
+        folder: where they go; created if it does not exist.
+        about: run_id, config and fingerprints of the run, for the manifests.
+        starts: checkpoints that the run may go on from, the first one that is whole; empty: it begins anew.
+        last_step: the last step that was made in the run that they are of, as its metrics say.
+    """
+
+    def __init__(
+        self,
+        folder: Location,
+        about: Mapping[str, Any],
+        starts: Sequence[Manifest] = (),
+        last_step: int = 0,
+    ) -> None:
+        self.folder, self._about = folder, about
+        self._starts, self._last_step = starts, last_step
+        self._run: RunIdentity | None = None
+        self._written: list[Manifest] = []
+        self._keep = about["config"]["checkpoint"]["keep"]
+
+    def begin(self, run: RunIdentity) -> Start | None:
+        """Return the checkpoint that the run goes on from; None: it begins anew.
+
+        Raises:
+            ConfigError: the run ends before the checkpoint.
+            DataError: the rows are others, or no checkpoint is whole.
+        """
+        self._run = run
+        if not self._starts:
+            return None
+        _refuse_other_rows(self._starts[0], run)
+        self._written = [one for one in reversed(self._starts) if one.folder == self.folder]
+        for manifest in self._starts:
+            try:
+                checkpoint = manifest.checkpoint()
+            except DataError as error:
+                log.warning("the checkpoint of step %d is left out: %s", manifest.step, error)
+                if manifest in self._written:
+                    self._remove(manifest)
+                continue
+            _refuse_other_end(manifest, run)
+            lost = max(0, self._last_step - manifest.step)
+            log.info(
+                "resumed from step %d of %s, %d steps were lost",
+                manifest.step,
+                manifest.values["written_at"],
+                lost,
+            )
+            written_at = manifest.values["written_at"]
+            return Start(
+                checkpoint=checkpoint,
+                resumed=Resumed(step=manifest.step, lost_steps=lost, written_at=written_at),
+            )
+        raise DataError(
+            f"{self._starts[0].folder} has no whole checkpoint: look at the warnings above; restore its "
+            f"files, or train anew with --resume never"
+        )
+
+    def write(self, checkpoint: Checkpoint) -> str:
+        """Write a checkpoint, and remove those that are not kept; return its name."""
+        assert self._run is not None, "begin comes first"
+        name = f"checkpoint-{checkpoint.step:08d}-{uuid.uuid4().hex[:8]}"
+        entries = {
+            part: write_checked(self.folder, f"{name}.{part}.pt", of.values)
+            for part, of in checkpoint.parts.items()
+        }
+        values = {
+            "format": _FORMAT,
+            "step": checkpoint.step,
+            "turns": checkpoint.turns,
+            "total_turns": self._run.total_turns,
+            "turns_per_epoch": self._run.turns_per_epoch,
+            "test_loss": None if checkpoint.test_loss is None else finite(checkpoint.test_loss),
+            "written_at": datetime.now(UTC).isoformat(timespec="milliseconds"),
+            **self._about,
+            "data_digest": self._run.data_digest,
+            "parts": {
+                part: {"version": checkpoint.parts[part].version, **asdict(entry)}
+                for part, entry in entries.items()
+            },
+        }
+        write_json(self.folder / f"{name}.json", values | {"sha256": _digest(values)})
+        self._written.append(Manifest.read(self.folder, name))
+        for manifest in self._superseded():
+            self._remove(manifest)
+        return name
+
+    def read(self, name: str) -> Checkpoint:
+        """Read a checkpoint as a later run would."""
+        return Manifest.read(self.folder, name).checkpoint()
+
+    def remove(self, name: str) -> None:
+        """Remove a checkpoint."""
+        for manifest in [one for one in self._written if one.name == name]:
+            self._remove(manifest)
+
+    def clear(self) -> None:
+        """Remove the checkpoints of earlier runs, and what killed ones began to write."""
+        kept = {manifest.name for manifest in self._written}
+        files = self.folder.names_of("checkpoint-*")
+        for file in sorted(files, key=lambda file: not file.endswith(".json")):  # manifests first
+            name = _FILE.fullmatch(file)
+            if name and name[1] not in kept:
+                (self.folder / file).remove()
+
+    def _superseded(self) -> list[Manifest]:
+        """Return the checkpoints that are not kept: neither among the last ones, nor the best."""
+        old = self._written[: -self._keep]
+        scored = [one for one in self._written if one.test_loss is not None]
+        best = min(scored, key=lambda one: one.test_loss, default=None)  # type: ignore[arg-type,return-value]  # None was left out
+        return [one for one in old if one is not best]
+
+    def _remove(self, manifest: Manifest) -> None:
+        self._written.remove(manifest)
+        (self.folder / f"{manifest.name}.json").remove()
+        for entry in manifest.entries.values():
+            (self.folder / entry.name).remove()
+
+
+class CheckpointFolders:
+    """The checkpoints of many runs in one folder; each run has a subfolder, named by what it is of.
+
+    Args:
+        folder: of all of them.
+        config: of this run.
+        fingerprints: of its files and code.
+    """
+
+    def __init__(self, folder: Location, config: Config, fingerprints: Mapping[str, str]) -> None:
+        self._folder, self._config, self._fingerprints = folder, config, fingerprints
+        self._own: CheckpointFolder | None = None
+
+    def begin(self, run: RunIdentity) -> Start | None:
+        """Return the checkpoint that the run goes on from; None: it begins anew."""
+        shaping = {key: value for key, value in run.experiment.items() if key not in FREE | PATHS}
+        files = {key: digest for key, digest in self._fingerprints.items() if key not in FREE}
+        identity = {"experiment": shaping, "files": files, "data_digest": run.data_digest}
+        folder = self._folder / _digest(identity)[:16]
+        about = {"run_id": folder.name, "config": self._config.to_dict(), "fingerprints": self._fingerprints}
+        self._own = CheckpointFolder(folder, about, manifests(folder))
+        start = self._own.begin(run)
+        self._own.clear()
+        return start
+
+    def write(self, checkpoint: Checkpoint) -> str:
+        """Write a checkpoint, and remove those that are not kept; return its name."""
+        return self._of_run.write(checkpoint)
+
+    def read(self, name: str) -> Checkpoint:
+        """Read a checkpoint as a later run would."""
+        return self._of_run.read(name)
+
+    def remove(self, name: str) -> None:
+        """Remove a checkpoint."""
+        self._of_run.remove(name)
+
+    @property
+    def _of_run(self) -> CheckpointFolder:
+        assert self._own is not None, "begin comes first"
+        return self._own
+
+
+def _refuse_other_rows(manifest: Manifest, run: RunIdentity) -> None:
+    if manifest.values["data_digest"] != run.data_digest:
+        raise DataError(
+            f"the rows are not those of the run to go on with: their digest is {run.data_digest}, but was "
+            f"{manifest.values['data_digest']} in {manifest.folder}. Give it those rows, name another "
+            f"folder, or train anew with --resume never"
+        )
+
+
+def _refuse_other_end(manifest: Manifest, run: RunIdentity) -> None:
+    """Refuse an end before the checkpoint, and a later one if the last round was cut short at the old one."""
+    made, then = manifest.turns, manifest.values["total_turns"]
+    if run.total_turns < made:
+        raise ConfigError(
+            f"train.epochs and train.steps ask for {run.total_turns} turns, but {manifest.folder} has "
+            f"made {made}: ask for more, or train anew with --resume never"
+        )
+    was_cut = made == then and made % run.turns_per_epoch and made < run.total_turns
+    rule = run.experiment.get("solver.name")
+    if was_cut and rule != "synchronous":
+        raise ConfigError(
+            f"train.steps was {then}, where the last round of {rule} was cut short, in mid-epoch: a run "
+            f"that goes on from there would have other bits than one that was never stopped. Train anew "
+            f"with --resume never"
+        )
+
+
+def _digest(values: Mapping[str, Any]) -> str:
+    """Return the digest of a manifest without its own digest."""
+    content = {key: value for key, value in values.items() if key != "sha256"}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,275 @@
+"""What an output folder holds when a run begins, and what follows from it.
+
+    holds                             --if-exists skip             fail            overwrite   archive
+    nothing                           begin                        begin           begin       begin
+    a finished run of this            nothing to do                refuse          begin       nothing to do
+    this, finished with fewer epochs  go on                        refuse          begin       go on
+    this, ended early                 go on                        go on           begin       go on
+    a run of anything else            refuse                       refuse          begin       move it aside
+    what is no run of ours            refuse                       refuse          begin       move it aside
+
+So a nightly job that is started twice trains once, one that was killed goes on, and nobody takes yesterday's
+model for today's.  --resume never begins anew where the table says go on; --resume must refuses what is
+neither going on nor done; --resume FOLDER goes on from the checkpoints of another folder.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from sparksgd.config import Config
+from sparksgd.errors import ConfigError
+from sparksgd.runs.checkpoints import FREE, PATHS, Manifest, manifests
+from sparksgd.runs.json_files import read_about_run
+from sparksgd.runs.metrics import read_metrics
+from sparksgd.runs.names import CHECKPOINTS, METRICS, MODEL, RUN, SUMMARY, TRACE
+from sparksgd.solvers.rules import completed
+from sparksgd.storage import Location, location, unanswered
+
+__all__ = ["Asked", "Found", "IfExists", "earlier_run", "resumable"]
+
+log = logging.getLogger("sparksgd")
+
+IfExists = Literal["skip", "fail", "overwrite", "archive"]
+_LATER_END = frozenset(("train.epochs", "train.steps"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Asked:
+    """What is to be trained, and what may become of what is there."""
+
+    config: Config
+
+    fingerprints: Mapping[str, str]
+    """Of the data files, of the user's code and of the replayed run, if there is one, by the key that names
+    it."""
+
+    if_exists: IfExists = "skip"
+
+    resume: str = "auto"
+    """auto, never, must, or the folder of a run."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Found:
+    """What follows from what an output folder holds."""
+
+    is_done: bool = False
+    """There is nothing to do."""
+
+    archives: bool = False
+    """What it holds is to be moved aside first."""
+
+    starts: Sequence[Manifest] = ()
+    """The checkpoints that the run may go on from, the last one first; empty: it begins anew."""
+
+    origin: Location | None = None
+    """The folder of the run that they are of."""
+
+    last_step: int = 0
+    """The last step of the run that they are of."""
+
+
+def earlier_run(out: Location, asked: Asked) -> Found:
+    """Look into an output folder.
+
+    Raises:
+        ConfigError: it holds something that is to be kept, or nothing to go on with where that is a must.
+        ClusterError: its file system does not answer.
+    """
+    if asked.resume not in ("auto", "never", "must"):
+        found = _looked(out, asked, goes_on=False)
+        return found if found.is_done else _from_elsewhere(asked, found)
+    found = _looked(out, asked, goes_on=asked.resume != "never")
+    if asked.resume == "must" and not (found.is_done or found.starts):
+        raise ConfigError(
+            f"--resume must, but --out {out} holds no run of this with a checkpoint: name its folder, or "
+            f"leave --resume out to begin anew"
+        )
+    return found
+
+
+def resumable(folder: Location, config: Config, fingerprints: Mapping[str, str], called: str) -> Found:
+    """Return the checkpoints of a folder that a run may go on from.
+
+    Args:
+        folder: of a run.
+        config: what is to be trained.
+        fingerprints: see `Asked`.
+        called: how errors call the folder.
+
+    Raises:
+        ConfigError: there is none, or they are of another configuration, other files or other code.
+        ClusterError: its file system does not answer.
+    """
+    with_checkpoints = _manifests(folder)
+    if not with_checkpoints:
+        raise ConfigError(
+            f"{called} {folder} holds no whole checkpoint: name the folder of a run that has made some steps"
+        )
+    different = _differences(with_checkpoints[0].values, config, fingerprints, free=FREE)
+    if different:
+        raise ConfigError(
+            f"{called} {folder} holds a run, but not of this: {'; '.join(different)}. Name the folder of "
+            f"another run, or begin anew"
+        )
+    return Found(starts=with_checkpoints, origin=folder, last_step=_last_step(folder))
+
+
+def _from_elsewhere(asked: Asked, found: Found) -> Found:
+    start = resumable(location(asked.resume), asked.config, asked.fingerprints, "--resume")
+    return replace(start, archives=found.archives)
+
+
+def _looked(out: Location, asked: Asked, *, goes_on: bool) -> Found:
+    if asked.if_exists == "overwrite":
+        return Found()
+    try:
+        about, summary = _about(out), _summary(out)
+        strays = [] if about else [name for name in (SUMMARY, MODEL, METRICS, TRACE) if (out / name).exists()]
+    except OSError as error:
+        refusal = ConfigError(f"--out {out} cannot be read: {error.strerror}; name another folder")
+        raise unanswered(error, refusal) from error
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError, ConfigError) as error:
+        return _kept(
+            out, asked, f"something that is not a run of this version ({type(error).__name__}: {error})"
+        )
+    with_checkpoints = _manifests(out)
+    if about is None and not with_checkpoints:
+        if strays:
+            return _kept(out, asked, f"{' and '.join(strays)}, but no {RUN}: that is no run of this version")
+        return Found()
+    is_finished = summary is not None and summary["status"] == "finished"
+    then = about or with_checkpoints[0].values
+    different = _differences(then, asked.config, asked.fingerprints)
+    if is_finished and asked.if_exists == "fail":
+        raise ConfigError(
+            f"--out {out} holds a finished run, and --if-exists is fail: name another folder, or pass "
+            f"--if-exists overwrite"
+        )
+    if is_finished and not different and _has_model(out, summary):
+        log.info(
+            "nothing to do: --out %s holds a finished run of this configuration, these files and this code, "
+            "parameters %s", out, summary["parameters_sha256"],
+        )  # fmt: skip
+        return Found(is_done=True)
+    newest = with_checkpoints[0].values if with_checkpoints else then
+    free = (_LATER_END if is_finished else FREE) if goes_on and with_checkpoints else frozenset()
+    different = _differences(newest, asked.config, asked.fingerprints, free=free)
+    if different:
+        what = "a finished run" if is_finished else f"a run that ended early ({_status(summary)})"
+        return _kept(out, asked, f"{what}, but not of this: {'; '.join(different)}")
+    return _next(out, summary, with_checkpoints if goes_on else [], goes_on=goes_on)
+
+
+def _next(out: Location, summary: Any, starts: Sequence[Manifest], *, goes_on: bool) -> Found:
+    """Return that a run of this goes on, or that it begins anew, and say why."""
+    if starts:
+        return Found(starts=starts, origin=out, last_step=_last_step(out))
+    if _status(summary) == "finished":
+        why = "finished, but without its model"
+    else:
+        why = f"ended early ({_status(summary)})"
+    why += ", and --resume is never" if not goes_on else ", without a checkpoint"
+    log.info("--out %s holds a run of this that %s: training anew", out, why)
+    return Found()
+
+
+def _kept(out: Location, asked: Asked, what: str) -> Found:
+    """Refuse to write over what a folder holds; or say that it is to be moved aside."""
+    if asked.if_exists == "archive":
+        return Found(archives=True)
+    raise ConfigError(
+        f"--out {out} holds {what}. Name another folder, or pass --if-exists archive to keep it beside "
+        f"as NAME.1, or --if-exists overwrite"
+    )
+
+
+def _about(out: Location) -> Any:
+    """Return what run.json says, if it is there."""
+    try:
+        about = read_about_run(out)
+    except FileNotFoundError:
+        return None
+    return {
+        "config": Config.from_dict(about["config"]).to_dict(),
+        "fingerprints": dict(about["fingerprints"]),
+    }
+
+
+def _summary(out: Location) -> Any:
+    """Return what summary.json says, if it is there."""
+    try:
+        summary = json.loads((out / SUMMARY).read_bytes())
+    except FileNotFoundError:
+        return None
+    return {key: str(summary[key]) for key in ("status", "parameters_sha256")}
+
+
+def _status(summary: Any) -> str:
+    return "killed" if summary is None else str(summary["status"])
+
+
+def _manifests(folder: Location) -> list[Manifest]:
+    try:
+        return manifests(folder / CHECKPOINTS)
+    except OSError as error:
+        refusal = ConfigError(f"{folder} cannot be read: {error.strerror}; name another folder")
+        raise unanswered(error, refusal) from error
+
+
+def _last_step(folder: Location) -> int:
+    """Return the last step that a run's metrics have; 0 if they have none, or cannot be read."""
+    try:
+        steps = read_metrics(folder / METRICS).steps
+        return max((int(step["step"]) for step in steps), default=0)
+    except (OSError, ValueError, LookupError, TypeError):
+        return 0
+
+
+def _has_model(out: Location, summary: Any) -> bool:
+    """Return whether the folder has the model of a run's last parameters."""
+    try:
+        model = json.loads((out / MODEL).read_bytes())
+        is_of_end = bool(summary["parameters_sha256"] == model["parameters_sha256"])
+        return is_of_end and (out / "model" / str(model["weights"])).exists()
+    except (OSError, ValueError, LookupError, TypeError):
+        return False
+
+
+def _differences(
+    then: Mapping[str, Any],
+    config: Config,
+    fingerprints: Mapping[str, str],
+    *,
+    free: frozenset[str] = frozenset(),
+) -> list[str]:
+    """Return how an earlier run is of something else, as sentences.
+
+    Args:
+        then: its config and fingerprints.
+        config: of the run that is to begin.
+        fingerprints: of that run.
+        free: keys that may differ.
+    """
+    was, now = completed(Config.from_dict(then["config"])).experiment(), completed(config).experiment()
+    files = then["fingerprints"]
+    found = [
+        f"{key} is {now.get(key)!r}, but was {was.get(key)!r}"
+        for key in sorted((was.keys() | now.keys()) - PATHS - free)
+        if was.get(key) != now.get(key)
+    ]
+    for key in sorted((files.keys() | fingerprints.keys()) - free):
+        if files.get(key) != fingerprints.get(key):
+            if key in PATHS:
+                found.append(f"the files of {key} are different ones, or were changed since ({now.get(key)})")
+            elif key in now:
+                if now[key] == was.get(key):  # else the difference is named already
+                    found.append(f"the code of {key} was changed since ({now[key]})")
+            else:
+                found.append("only one of the two is a replay, or they replay different runs")
+    return found

@@ -1,0 +1,262 @@
+"""A checkpoint: all that a run's next step depends on, so that it can go on from there to the same bits.
+
+    solver      weights, turns, and what optimisers and schedules keep
+    run         how far it is, the deal, who took part, evaluations, arithmetic, what the trial decided
+    observers   what each observer must remember, by its class
+
+Each part has an owner, which is its name, and a version of its own.  So a later part needs no new format, and
+an old checkpoint says which of its parts is too old.  Values are copied when it is taken: tensors, numbers,
+texts and containers, see encoding.py.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from sparksgd.arithmetic.believed import only_classes_of
+from sparksgd.arithmetic.flat import Weights
+from sparksgd.arithmetic.numerics import Numerics
+from sparksgd.config import Config
+from sparksgd.errors import DataError, ModelError, SparkSGDError
+from sparksgd.solvers.protocol import RoundSolver, SolverState
+from sparksgd.training.composition import other_structure, structure
+from sparksgd.training.encoding import as_plain, of_plain
+from sparksgd.training.state import EvaluationReport, NumericsChange, Observer, Resumed, Training
+
+__all__ = ["Checkpoint", "Part", "RunIdentity", "Start", "go_on", "taken"]
+
+log = logging.getLogger("sparksgd")
+
+_VERSIONS = {"solver": 1, "run": 1, "observers": 1}
+_NOT_OURS = (LookupError, TypeError, ValueError, AttributeError, RuntimeError)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """A named part."""
+
+    version: int
+    """Of its format."""
+
+    values: dict[str, Any]
+    """Plain values and tensors."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunIdentity:
+    """What must be the same, so that a run goes on from a checkpoint of another."""
+
+    experiment: Mapping[str, Any]
+    """The keys that shape the parameters, see `Config.experiment`."""
+
+    data_digest: str
+    """Of the rows trained on."""
+
+    total_turns: int
+    """How many turns each shard will make."""
+
+    turns_per_epoch: int
+    """Turns of one pass over the rows."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """The state of a run after a step."""
+
+    step: int
+    turns: int
+    parts: Mapping[str, Part]
+
+    test_loss: float | None = None
+    """Of an evaluation of this very step, if there was one."""
+
+    @property
+    def deal(self) -> int:
+        """Return how often the rows had been dealt again.
+
+        Raises:
+            DataError: the part is of another version.
+        """
+        return int(self.values("run")["deal"])
+
+    def values(self, name: str) -> dict[str, Any]:
+        """Return the values of a part, as they were given to `taken`.
+
+        Raises:
+            DataError: the part is missing, or of another version.
+        """
+        part = self.parts.get(name)
+        if part is None or part.version != _VERSIONS[name]:
+            was = "has no" if part is None else f"has version {part.version} of the"
+            raise DataError(
+                f"the checkpoint of step {self.step} {was} part {name!r}, but this version of sparksgd needs "
+                f"version {_VERSIONS[name]}: go on with the version that wrote it, or start anew"
+            )
+        found: dict[str, Any] = of_plain(part.values)
+        return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class Start:
+    """Where a run goes on."""
+
+    checkpoint: Checkpoint
+    """Its state."""
+
+    resumed: Resumed
+    """What is told of it."""
+
+
+def taken(training: Training, solver: RoundSolver, observers: Sequence[Observer]) -> Checkpoint:
+    """Return the state of a run between two steps; everything is copied."""
+    last = training.evaluations[-1] if training.evaluations else None
+    values = {
+        "solver": _of_solver(solver.state()),
+        "run": _of_run(training),
+        "observers": {name: observer.memory() for name, observer in _named(observers)},
+    }
+    return Checkpoint(
+        step=solver.version,
+        turns=solver.turns,
+        parts={name: Part(version=_VERSIONS[name], values=as_plain(of)) for name, of in values.items()},
+        test_loss=last.loss if last is not None and last.step == solver.version else None,
+    )
+
+
+def go_on(training: Training, solver: RoundSolver, observers: Sequence[Observer], start: Start) -> None:
+    """Let a run that has made no step go on from a checkpoint.
+
+    Args:
+        training: gets its state.
+        solver: gets its state.
+        observers: get what they had to remember, before they are told that the run starts.
+        start: the checkpoint, of a run of the same experiment.
+
+    Raises:
+        ModelError: it is of another module.
+        DataError: it is not whole, or of another version.
+    """
+    checkpoint = start.checkpoint
+    run, state = checkpoint.values("run"), checkpoint.values("solver")
+    different = other_structure(training.module, run["structure"])
+    size = training.flat.parameters.numel()
+    if different is None and state["weights"]["parameters"].shape != (size,):
+        saved = state["weights"]["parameters"].size
+        different = f"it had {saved:,} trainable parameters, but has {size:,}"
+    if different is not None:
+        raise ModelError(
+            f"the checkpoint of step {checkpoint.step} is of another module: {different}. Pass the module "
+            f"that it is of, or start anew"
+        )
+    try:
+        with only_classes_of(_packages(training.config)):
+            solver.load_state(_solver_state(state))
+        _load_run(training, run)
+    except SparkSGDError:
+        raise
+    except _NOT_OURS as error:
+        raise DataError(
+            f"the checkpoint of step {checkpoint.step} does not fit this run: {type(error).__name__}: {error}"
+        ) from error
+    training.version, training.turns = solver.version, solver.turns
+    training.resumed.append(start.resumed)
+    _note_other_numerics(training, run["numerics"])
+    remembered = checkpoint.values("observers")
+    for name, observer in _named(observers):
+        if name in remembered:
+            observer.recall(remembered[name])
+
+
+def _of_solver(state: SolverState) -> dict[str, Any]:
+    weights = state.weights
+    return {
+        "weights": {field.name: getattr(weights, field.name) for field in fields(weights)},
+        "turns": state.turns,
+        "vectors": dict(state.vectors),
+        "rest": dict(state.rest),
+    }
+
+
+def _solver_state(values: Mapping[str, Any]) -> SolverState:
+    return SolverState(
+        weights=Weights(**values["weights"]),
+        turns=values["turns"],
+        vectors=values["vectors"],
+        rest=values["rest"],
+    )
+
+
+def _of_run(training: Training) -> dict[str, Any]:
+    return {
+        "structure": structure(training.module),
+        "deal": training.plan.deal,
+        "participation": training.participation.memory(),
+        "evaluations": [asdict(report) for report in training.evaluations],
+        "numerics": [asdict(numerics) for numerics in training.numerics],
+        "numerics_changes": [asdict(change) for change in training.numerics_changes],
+        "recovery": asdict(training.recovery),
+        "sent_bytes": training.sent_bytes,
+        "resumed": [asdict(resumed) for resumed in training.resumed],
+        "decided": _decided(training),
+    }
+
+
+def _decided(training: Training) -> dict[str, bool]:
+    """Return what the trial decided about how gradients are computed, which shapes their bits."""
+    plan = training.plan
+    return {"channels_last": plan.channels_last, "float16": plan.float16}
+
+
+def _load_run(training: Training, run: Mapping[str, Any]) -> None:
+    if run["decided"] != _decided(training):
+        raise ModelError(
+            f"the trial decided {_decided(training)} for this module, but {run['decided']} when the run "
+            f"began: its values before the training are others; build it as it was built then"
+        )
+    training.participation.recall(run["participation"])
+    training.evaluations[:] = [EvaluationReport(**report) for report in run["evaluations"]]
+    training.numerics_changes[:] = [
+        NumericsChange(step=change["step"], worker=change["worker"], numerics=Numerics(**change["numerics"]))
+        for change in run["numerics_changes"]
+    ]
+    for name, count in run["recovery"].items():
+        setattr(training.recovery, name, getattr(training.recovery, name) + count)
+    training.sent_bytes = run["sent_bytes"]
+    training.resumed[:] = [Resumed(**resumed) for resumed in run["resumed"]]
+
+
+def _note_other_numerics(training: Training, saved: Sequence[Mapping[str, Any]]) -> None:
+    """Warn of arithmetic that the run did not have before, and record it."""
+    driver, *workers = (Numerics(**numerics) for numerics in saved)
+    for worker, now in enumerate(training.numerics, -1):
+        before = [driver] if worker < 0 else workers
+        if now in before:
+            continue
+        who = "the driver" if worker < 0 else f"worker {worker}"
+        change = NumericsChange(step=training.version, worker=None if worker < 0 else worker, numerics=now)
+        training.numerics_changes.append(change)
+        log.warning(
+            "the run goes on with other arithmetic: %s differs (before / now): %s; the bits may be "
+            "others than those of a run that was never stopped (train.instruction_set holds all machines "
+            "to one)",
+            who,
+            "; ".join(before[0].differences(now)),
+        )
+
+
+def _packages(config: Config) -> frozenset[str]:
+    """Return the packages of the user's own optimiser and schedule."""
+    names = (config.optimizer.name, config.schedule.name or "")
+    return frozenset(name.partition(":")[0].partition(".")[0] for name in names if ":" in name)
+
+
+def _named(observers: Sequence[Observer]) -> Iterator[tuple[str, Observer]]:
+    """Yield each observer with its name: its class, numbered where several are of one."""
+    counts: dict[str, int] = {}
+    for observer in observers:
+        kind = type(observer).__qualname__
+        counts[kind] = counts.get(kind, 0) + 1
+        yield kind if counts[kind] == 1 else f"{kind} {counts[kind]}", observer

@@ -1,0 +1,236 @@
+"""When checkpoints are taken during a run, and how they are written behind it.
+
+A checkpoint is copied between two steps, and written by another thread while the next steps are made.  The
+first one is read back before it counts, so that a run whose state cannot be read again says so early.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, suppress
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from sparksgd.config import CheckpointConfig
+from sparksgd.errors import TrainingError
+from sparksgd.solvers.protocol import RoundSolver
+from sparksgd.training.checkpoint import Checkpoint, RunIdentity, Start, taken
+from sparksgd.training.state import Observer, Training
+
+__all__ = ["CheckpointStore", "Checkpointing"]
+
+log = logging.getLogger("sparksgd")
+
+_SHARE = 0.03
+"""Checkpoints take this part of the time at most."""
+
+
+class CheckpointStore(Protocol):
+    """Writes the checkpoints of a run, and reads them."""
+
+    def begin(self, run: RunIdentity) -> Start | None:
+        """Return the checkpoint that a run goes on from; None: it begins anew.
+
+        Args:
+            run: what must be the same.
+
+        Raises:
+            ConfigError, DataError: it may not go on from that.
+        """
+        ...
+
+    def write(self, checkpoint: Checkpoint) -> str:
+        """Write a checkpoint, and remove those that are not kept; return its name.
+
+        Raises:
+            OSError: it cannot be written now.
+        """
+        ...
+
+    def read(self, name: str) -> Checkpoint:
+        """Read a checkpoint as a later run would.
+
+        Raises:
+            DataError: it is not whole.
+        """
+        ...
+
+    def remove(self, name: str) -> None:
+        """Remove a checkpoint."""
+        ...
+
+
+class Checkpointing:
+    """Takes checkpoints of a run when they are due.
+
+    Args:
+        config: when they are due.
+        store: where they go.
+        turns_per_epoch: turns of one pass over the rows.
+        share: the part of the time that they may take.
+        clock: returns seconds.
+    """
+
+    def __init__(
+        self,
+        config: CheckpointConfig,
+        store: CheckpointStore,
+        turns_per_epoch: int,
+        share: float = _SHARE,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._config, self._store, self._share, self._clock = config, store, share, clock
+        every_epochs = None if config.every_epochs is None else config.every_epochs * turns_per_epoch
+        self._every_turns = [every for every in (config.every_steps, every_epochs) if every is not None]
+        self._behind = ThreadPoolExecutor(1, "sparksgd-checkpoint")
+        self._writing: Future[float] | None = None
+        self._copied_s = 0.0  # how long the copy of the one that is written took
+        self._began_s = self._clock()  # of the pause since the last one
+        self._least_pause_s = 0.0  # that keeps the share
+        self._last_turns: int | None = None
+        self._has_said = self._is_tried = False
+
+    def next_turn(self, turns: int) -> int | None:
+        """Return the turn, after these, at whose end one is due; None: no turn is named."""
+        return min(((turns // every + 1) * every for every in self._every_turns), default=None)
+
+    def offer(self, training: Training, solver: RoundSolver, observers: Sequence[Observer]) -> None:
+        """Take a checkpoint if one is due.
+
+        Raises:
+            TrainingError: the first one was not read back as it was written.
+            ClusterError: the place belongs to another run now.
+        """
+        self._collect(wait=False)
+        if self._writing is None and self._is_due(training, solver):
+            self._take(training, solver, observers)
+
+    def end(self, training: Training, solver: RoundSolver, observers: Sequence[Observer]) -> None:
+        """Take a last checkpoint, where the run stands now, and wait until it is written."""
+        self._collect(wait=True)
+        if solver.turns != self._last_turns:
+            self._take(training, solver, observers)
+            self._collect(wait=True)
+
+    def close(self) -> None:
+        """Wait for what is being written."""
+        with ExitStack() as stack:
+            stack.callback(self._behind.shutdown)
+            self._collect(wait=True)
+
+    def _is_due(self, training: Training, solver: RoundSolver) -> bool:
+        since_s = self._clock() - self._began_s
+        if since_s < self._least_pause_s:
+            return False
+        if any(solver.turns % every == 0 for every in self._every_turns):
+            return True
+        losses = [report.loss for report in training.evaluations]
+        is_new = bool(losses) and training.evaluations[-1].step == solver.version
+        if is_new and losses[-1] < min(losses[:-1], default=math.inf):
+            return True
+        return self._config.every_s is not None and since_s >= self._config.every_s
+
+    def _take(self, training: Training, solver: RoundSolver, observers: Sequence[Observer]) -> None:
+        began_s = self._clock()
+        checkpoint = taken(training, solver, observers)
+        self._copied_s = self._clock() - began_s
+        self._last_turns = solver.turns
+        self._writing = self._behind.submit(self._write, checkpoint)
+
+    def _write(self, checkpoint: Checkpoint) -> float:
+        """Write a checkpoint; return how long that took, without what is done for the first one alone."""
+        began_s = self._clock()
+        name = self._store.write(checkpoint)
+        took_s = self._clock() - began_s
+        if not self._is_tried:
+            self._read_back(name, checkpoint)
+            self._is_tried = True
+        return took_s
+
+    def _read_back(self, name: str, checkpoint: Checkpoint) -> None:
+        try:
+            different = _difference(checkpoint, self._store.read(name))
+        except Exception as error:
+            with suppress(OSError):
+                self._store.remove(name)
+            raise TrainingError(
+                f"the checkpoint of step {checkpoint.step} cannot be read again: {type(error).__name__}: "
+                f"{error}. So no run could go on from it: let the optimiser and the schedule keep numbers, "
+                f"texts and tensors alone"
+            ) from error
+        if different is not None:
+            self._store.remove(name)
+            raise TrainingError(
+                f"the checkpoint of step {checkpoint.step} was read again with another {different}: no run "
+                f"could go on from it to the same bits"
+            )
+
+    def _collect(self, *, wait: bool) -> None:
+        """Look how the writing ended, if it did."""
+        writing = self._writing
+        if writing is None or not (wait or writing.done()):
+            return
+        self._writing = None
+        try:
+            took_s = self._copied_s + writing.result()
+        except OSError as error:
+            log.warning("no checkpoint can be written now, but training goes on: %s", error.strerror or error)
+            took_s, self._last_turns = self._copied_s, None
+        self._began_s = self._clock()
+        self._least_pause_s = took_s * (1 / self._share - 1)
+        every_s = self._config.every_s
+        if every_s is not None and self._least_pause_s > every_s and not self._has_said:
+            self._has_said = True
+            log.warning(
+                "a checkpoint takes %.1f s, so there is one every %.0f s instead of every %g s "
+                "(checkpoint.every_s): they may take %.0f %% of the time",
+                took_s,
+                self._least_pause_s,
+                every_s,
+                100 * self._share,
+            )
+
+
+def _difference(one: Checkpoint, other: Checkpoint) -> str | None:
+    """Return the path of the first value that two checkpoints have not both; None: they are equal."""
+    if (one.step, one.turns, one.parts.keys()) != (other.step, other.turns, other.parts.keys()):
+        return "step"
+    for name, part in one.parts.items():
+        if part.version != other.parts[name].version:
+            return f"version of {name}"
+        found = _different(part.values, other.parts[name].values, name)
+        if found is not None:
+            return found
+    return None
+
+
+def _different(one: Any, other: Any, path: str) -> str | None:
+    if type(one) is not type(other):
+        return path
+    if isinstance(one, dict):
+        if list(one) != list(other):
+            return path
+        pairs = ((one[key], other[key], f"{path}.{key}") for key in one)
+    elif isinstance(one, list | tuple):
+        if len(one) != len(other):
+            return path
+        pairs = (
+            (mine, theirs, f"{path}[{i}]") for i, (mine, theirs) in enumerate(zip(one, other, strict=True))
+        )
+    elif isinstance(one, torch.Tensor):
+        same = (one.dtype, one.shape) == (other.dtype, other.shape) and _bytes(one) == _bytes(other)
+        return None if same else path
+    else:
+        return None if one == other or one != one else path
+    return next((found for pair in pairs if (found := _different(*pair)) is not None), None)
+
+
+def _bytes(tensor: torch.Tensor) -> bytes:
+    dense = tensor.detach() if tensor.layout is torch.strided else tensor.detach().to_dense()
+    return np.ascontiguousarray(dense.contiguous().view(-1).view(torch.uint8).numpy()).tobytes()

@@ -1,0 +1,283 @@
+"""What an output folder holds is finished, gone on with, kept, or replaced: by the table in
+runs/earlier.py."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sparksgd.config import Config
+from sparksgd.errors import ConfigError
+from sparksgd.runs.checkpoints import CheckpointFolder
+from sparksgd.runs.earlier import Asked, Found, earlier_run
+from sparksgd.storage import location
+from sparksgd.training.checkpoint import Checkpoint, Part, RunIdentity
+
+FILES = {"data.train": "1", "data.test": "2"}
+CONFIG = Config.load(None, ["data.train=/rows", "optimizer.lr=0.5"])
+ANOTHER = Config.load(CONFIG.to_dict(), ["optimizer.lr=0.25"])
+LONGER = Config.load(CONFIG.to_dict(), ["train.epochs=2"])
+
+
+def write(folder: Path, status: str | None) -> None:
+    """Write the folder of a run: of a killed one if the status is None."""
+    if status is not None:
+        (folder / "summary.json").write_text(json.dumps({"status": status, "parameters_sha256": "abc"}))
+    about = {"config": CONFIG.to_dict(), "fingerprints": FILES}
+    (folder / "run.json").write_text(json.dumps(about))
+    (folder / "metrics.jsonl").write_text('{"kind": "step", "step": 9}\n{"kind": "st')
+    (folder / "model").mkdir(exist_ok=True)
+    model = {"weights": "weights.pt", "parameters_sha256": "abc"}
+    (folder / "model" / "model.json").write_text(json.dumps(model))
+    (folder / "model" / "weights.pt").touch()
+
+
+def write_checkpoint(folder: Path, step: int, config: Config = CONFIG) -> None:
+    about = {"run_id": "r", "config": config.to_dict(), "fingerprints": FILES}
+    checkpoints = CheckpointFolder(location(folder / "checkpoints"), about)
+    checkpoints.begin(RunIdentity(experiment={}, data_digest="d", total_turns=9, turns_per_epoch=9))
+    parts = {"solver": Part(version=1, values={})}
+    checkpoints.write(Checkpoint(step=step, turns=step, parts=parts))
+
+
+@pytest.fixture
+def finished(tmp_path: Path) -> Path:
+    """Return the folder of a finished run."""
+    write(tmp_path, "finished")
+    write_checkpoint(tmp_path, 9)
+    return tmp_path
+
+
+@pytest.fixture
+def killed(tmp_path: Path) -> Path:
+    """Return the folder of a run that was killed after its second checkpoint."""
+    write(tmp_path, None)
+    write_checkpoint(tmp_path, 4)
+    write_checkpoint(tmp_path, 6)
+    return tmp_path
+
+
+def look(
+    out: Path,
+    config: Config = CONFIG,
+    files: dict[str, str] = FILES,
+    *,
+    if_exists: Any = "skip",
+    resume: str = "auto",
+) -> Found:
+    return earlier_run(
+        location(out), Asked(config=config, fingerprints=files, if_exists=if_exists, resume=resume)
+    )
+
+
+def steps(found: Found) -> list[int]:
+    return [start.step for start in found.starts]
+
+
+# A finished run
+
+
+def test_the_same_is_done(finished: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, "sparksgd"):
+        assert look(finished).is_done
+    assert "nothing to do" in caplog.text
+    assert "abc" in caplog.text
+
+
+@pytest.mark.parametrize("how", ["archive", "skip"])
+@pytest.mark.parametrize("resume", ["auto", "never", "must"])
+def test_the_same_is_done_however_it_may_go_on(finished: Path, how: str, resume: str) -> None:
+    assert look(finished, if_exists=how, resume=resume).is_done
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        "engine.num_workers=3",
+        "engine.name=allreduce",
+        "data.train=/moved",
+        "train.eval_every=7",
+        "checkpoint.keep=3",
+    ],
+)
+def test_what_does_not_shape_the_parameters_is_no_difference(finished: Path, setting: str) -> None:
+    assert look(finished, Config.load(CONFIG.to_dict(), [setting])).is_done
+
+
+@pytest.mark.parametrize(
+    ("setting", "says"),
+    [
+        ("optimizer.lr=0.25", "optimizer.lr is 0.25, but was 0.5"),
+        ("optimizer.momentum=0.9", "optimizer.momentum is 0.9, but was None"),
+        ("train.seed=1", "train.seed is 1, but was 0"),
+    ],
+)
+def test_another_configuration_is_refused(finished: Path, setting: str, says: str) -> None:
+    config = Config.load(CONFIG.to_dict(), [setting])
+    with pytest.raises(ConfigError, match=says):
+        look(finished, config)
+    found = look(finished, config, if_exists="overwrite")
+    assert not found.is_done
+    assert not found.starts
+
+
+@pytest.mark.parametrize(
+    ("files", "says"), [({"data.train": "8"}, "data.train"), ({"data.test": "8"}, "data.test")]
+)
+def test_other_files_are_refused(finished: Path, files: dict[str, str], says: str) -> None:
+    with pytest.raises(ConfigError, match=f"the files of {says} are different ones"):
+        look(finished, files=FILES | files)
+
+
+def test_other_code_is_refused(finished: Path) -> None:
+    about = json.loads((finished / "run.json").read_text())
+    (finished / "run.json").write_text(json.dumps(about | {"fingerprints": FILES | {"model.name": "5"}}))
+    assert look(finished, files=FILES | {"model.name": "5"}).is_done
+    with pytest.raises(ConfigError, match=r"the code of model\.name was changed since"):
+        look(finished, files=FILES | {"model.name": "6"})
+
+
+def test_a_replay_is_no_run_of_its_own(finished: Path) -> None:
+    with pytest.raises(ConfigError, match="only one of the two is a replay"):
+        look(finished, files=FILES | {"replay": "4"})
+
+
+def test_fail_refuses_any_finished_run(finished: Path) -> None:
+    with pytest.raises(ConfigError, match="--if-exists is fail"):
+        look(finished, if_exists="fail")
+
+
+def test_more_epochs_go_on_from_its_end(finished: Path) -> None:
+    assert steps(look(finished, LONGER)) == [9]
+    assert steps(look(finished, LONGER, if_exists="archive")) == [9]
+    with pytest.raises(ConfigError, match=r"train\.epochs is 2, but was 1"):
+        look(finished, LONGER, resume="never")
+
+
+@pytest.mark.parametrize("missing", ["weights.pt", "model.json"])
+def test_a_run_whose_model_is_gone_goes_on_from_its_end(finished: Path, missing: str) -> None:
+    (finished / "model" / missing).unlink()
+    assert steps(look(finished)) == [9]
+
+
+def test_a_run_whose_model_is_of_an_earlier_step_goes_on_from_its_end(finished: Path) -> None:
+    about = {"weights": "weights.pt", "parameters_sha256": "of an earlier step"}
+    (finished / "model" / "model.json").write_text(json.dumps(about))
+    assert steps(look(finished)) == [9]
+
+
+def test_a_run_of_the_version_before_is_done(finished: Path) -> None:
+    (finished / "run.json").rename(finished / "record.json")
+    about = json.loads((finished / "record.json").read_text())
+    del about["config"]["checkpoint"]
+    (finished / "record.json").write_text(json.dumps(about))
+    assert look(finished).is_done
+
+
+# One that ended early
+
+
+@pytest.mark.parametrize("how", ["skip", "fail", "archive"])
+@pytest.mark.parametrize("resume", ["auto", "must"])
+def test_a_killed_run_goes_on_from_its_last_checkpoint(killed: Path, how: str, resume: str) -> None:
+    found = look(killed, if_exists=how, resume=resume)
+    assert steps(found) == [6, 4]
+    assert found.last_step == 9
+    assert found.origin == location(killed)
+
+
+@pytest.mark.parametrize(("how", "resume"), [("overwrite", "auto"), ("skip", "never")])
+def test_a_killed_run_is_replaced_where_that_is_asked_for(killed: Path, how: str, resume: str) -> None:
+    assert look(killed, if_exists=how, resume=resume) == Found()
+
+
+@pytest.mark.parametrize("how", ["skip", "fail"])
+@pytest.mark.parametrize("resume", ["auto", "never", "must"])
+def test_a_killed_run_of_another_configuration_is_kept(killed: Path, how: str, resume: str) -> None:
+    with pytest.raises(ConfigError, match=r"ended early \(killed\), but not of this: optimizer.lr is 0.25"):
+        look(killed, ANOTHER, if_exists=how, resume=resume)
+
+
+def test_it_may_go_on_with_another_end_and_other_test_data(killed: Path) -> None:
+    config = Config.load(LONGER.to_dict(), ["data.test=/others", "engine.name=inline"])
+    assert steps(look(killed, config, FILES | {"data.test": "8"})) == [6, 4]
+
+
+def test_one_without_a_checkpoint_begins_anew_but_not_where_it_must_go_on(tmp_path: Path) -> None:
+    write(tmp_path, "Terminated")
+    assert look(tmp_path) == Found()
+    with pytest.raises(ConfigError, match="holds no run of this with a checkpoint"):
+        look(tmp_path, resume="must")
+
+
+def test_one_without_a_checkpoint_is_kept_from_another(tmp_path: Path) -> None:
+    write(tmp_path, None)
+    with pytest.raises(ConfigError, match="--if-exists archive"):
+        look(tmp_path, ANOTHER)
+
+
+def test_a_manifest_of_which_a_bit_flipped_is_left_out(
+    killed: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    newest = max((killed / "checkpoints").glob("*6-*.json"))
+    newest.write_bytes(newest.read_bytes().replace(b'"turns": 6', b'"turns": 7'))
+    assert steps(look(killed)) == [4]
+    assert f"{newest} is damaged" in caplog.text
+
+
+# Something else
+
+
+def test_an_empty_folder_holds_nothing(tmp_path: Path) -> None:
+    assert look(tmp_path) == Found()
+    assert look(tmp_path / "missing", if_exists="fail") == Found()
+    with pytest.raises(ConfigError, match="holds no run of this"):
+        look(tmp_path, resume="must")
+
+
+def test_another_run_is_moved_aside_where_that_is_asked_for(finished: Path) -> None:
+    assert look(finished, ANOTHER, if_exists="archive").archives
+    aside = location(finished).moved_aside()
+    assert aside == f"{finished}.1"
+    assert Path(aside, "summary.json").exists()
+    assert not finished.exists()
+    finished.mkdir()
+    assert location(finished).moved_aside() == f"{finished}.2"
+
+
+@pytest.mark.parametrize(
+    ("files", "says"),
+    [
+        ({"summary.json": "[]", "run.json": "{}"}, "holds something that is not a run of this version"),
+        ({"run.json": "[" * 100_000}, "holds something that is not a run of this version"),
+        ({"metrics.jsonl": ""}, "holds metrics.jsonl, but no run.json"),
+        ({"model/model.json": "{}"}, "holds model/model.json, but no run.json"),
+    ],
+)
+def test_what_is_no_run_of_ours_is_not_written_over(tmp_path: Path, files: dict[str, str], says: str) -> None:
+    (tmp_path / "model").mkdir()
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    with pytest.raises(ConfigError, match=says):
+        look(tmp_path)
+    assert look(tmp_path, if_exists="archive").archives
+    assert look(tmp_path, if_exists="overwrite") == Found()
+
+
+# Another folder
+
+
+def test_a_run_of_another_folder_goes_on_in_an_empty_one(killed: Path) -> None:
+    found = look(killed / "empty", resume=str(killed))
+    assert (steps(found), found.origin) == ([6, 4], location(killed))
+
+
+def test_a_run_of_another_folder_must_be_of_this(killed: Path) -> None:
+    with pytest.raises(ConfigError, match=r"--resume .* but not of this: optimizer.lr is 0.25, but was 0.5"):
+        look(killed / "empty", ANOTHER, resume=str(killed))
+    with pytest.raises(ConfigError, match="holds no whole checkpoint"):
+        look(killed / "empty", resume=str(killed / "missing"))
