@@ -7,6 +7,10 @@ needs no such limit.
 
 from __future__ import annotations
 
+import functools
+import importlib
+import pickle
+import pickletools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -17,11 +21,41 @@ import torch
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-__all__ = ["NotBelieved", "believed", "only_classes_of"]
+__all__ = ["NotBelieved", "believed", "check_believed", "only_classes_of"]
 
 
-class NotBelieved(Exception):
+class NotBelieved(pickle.UnpicklingError):
     """A pickle names what it may not."""
+
+
+def check_believed(data: bytes) -> None:
+    """Refuse a pickle of our own that could not be read in a block of `only_classes_of`.
+
+    Args:
+        data: as Python's pickler writes it, of protocol 4 or 5; it is not read.
+
+    Raises:
+        NotBelieved: see `believed`.
+    """
+    pushed: list[Any] = []
+    memo: list[Any] = []
+    for operation, argument, _ in pickletools.genops(data):
+        if "UNICODE" in operation.name:
+            pushed.append(argument)
+        elif operation.name in ("BINGET", "LONG_BINGET"):
+            assert isinstance(argument, int)
+            pushed.append(memo[argument])
+        elif operation.name == "MEMOIZE":
+            memo.append(pushed[-1] if pushed else None)
+        elif operation.name == "STACK_GLOBAL":
+            believed(pushed[-2], pushed[-1], _found)
+            pushed.append(None)
+        else:
+            pushed.append(None)
+
+
+def _found(module: str, name: str) -> Any:
+    return functools.reduce(getattr, name.split("."), importlib.import_module(module))
 
 
 def believed(module: str, name: str, find: Callable[[str, str], Any]) -> Any:

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
-from sparksgd.arithmetic.believed import NotBelieved, believed
+from sparksgd.arithmetic.believed import believed
 from sparksgd.arithmetic.reductions import reducing
 
 __all__ = ["CannotCarry", "own_attributes", "packed", "replace_attributes", "unpacked"]
@@ -155,10 +155,7 @@ class _Unpickler(pickle.Unpickler):
         self._anchors, self._functions, self._memory = anchors, dict(_functions(attributes)), memory
 
     def find_class(self, module: str, name: str) -> Any:
-        try:
-            return believed(module, name, super().find_class)
-        except NotBelieved as error:
-            raise CannotCarry(str(error)) from error
+        return believed(module, name, super().find_class)
 
     def persistent_load(self, what: tuple[str, Any]) -> Any:
         kind, where = what

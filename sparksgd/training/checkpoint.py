@@ -12,11 +12,12 @@ texts and containers, see encoding.py.
 from __future__ import annotations
 
 import logging
+import pickle
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from sparksgd.arithmetic.believed import only_classes_of
+from sparksgd.arithmetic.believed import NotBelieved, check_believed, only_classes_of
 from sparksgd.arithmetic.flat import Weights
 from sparksgd.arithmetic.numerics import Numerics
 from sparksgd.config import Config
@@ -26,12 +27,15 @@ from sparksgd.training.composition import other_structure, structure
 from sparksgd.training.encoding import as_plain, of_plain
 from sparksgd.training.state import EvaluationReport, NumericsChange, Observer, Resumed, Training
 
-__all__ = ["Checkpoint", "Part", "RunIdentity", "Start", "go_on", "taken"]
+__all__ = ["Checkpoint", "Part", "RunIdentity", "Start", "check_state", "go_on", "taken"]
 
 log = logging.getLogger("sparksgd")
 
 _VERSIONS = {"solver": 1, "run": 1, "observers": 1}
-_NOT_OURS = (LookupError, TypeError, ValueError, AttributeError, RuntimeError)
+_NOT_OURS = (
+    LookupError, TypeError, ValueError, AttributeError, RuntimeError, EOFError, ImportError,
+    pickle.UnpicklingError,
+)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,7 +116,6 @@ class Start:
 
 def taken(training: Training, solver: RoundSolver, observers: Sequence[Observer]) -> Checkpoint:
     """Return the state of a run between two steps; everything is copied."""
-    last = training.evaluations[-1] if training.evaluations else None
     values = {
         "solver": _of_solver(solver.state()),
         "run": _of_run(training),
@@ -122,7 +125,7 @@ def taken(training: Training, solver: RoundSolver, observers: Sequence[Observer]
         step=solver.version,
         turns=solver.turns,
         parts={name: Part(version=_VERSIONS[name], values=as_plain(of)) for name, of in values.items()},
-        test_loss=last.loss if last is not None and last.step == solver.version else None,
+        test_loss=training.evaluations[-1].loss if training.is_evaluated else None,
     )
 
 
@@ -157,6 +160,8 @@ def go_on(training: Training, solver: RoundSolver, observers: Sequence[Observer]
         _load_run(training, run)
     except SparkSGDError:
         raise
+    except NotBelieved as error:
+        raise DataError(f"the checkpoint of step {checkpoint.step} is not believed: {error}") from error
     except _NOT_OURS as error:
         raise DataError(
             f"the checkpoint of step {checkpoint.step} does not fit this run: {type(error).__name__}: {error}"
@@ -168,6 +173,25 @@ def go_on(training: Training, solver: RoundSolver, observers: Sequence[Observer]
     for name, observer in _named(observers):
         if name in remembered:
             observer.recall(remembered[name])
+
+
+def check_state(checkpoint: Checkpoint, config: Config) -> None:
+    """Refuse what an own optimiser or schedule keeps, if no run could make it again.
+
+    Raises:
+        NotBelieved: it keeps an object of another package than its own.
+    """
+    with only_classes_of(_packages(config)):
+        for kept in _bytes_in(checkpoint.values("solver")["rest"]):
+            check_believed(kept)
+
+
+def _bytes_in(value: Any) -> Iterator[bytes]:
+    if isinstance(value, bytes):
+        yield value
+    elif isinstance(value, Mapping):
+        for inner in value.values():
+            yield from _bytes_in(inner)
 
 
 def _of_solver(state: SolverState) -> dict[str, Any]:
@@ -199,6 +223,7 @@ def _of_run(training: Training) -> dict[str, Any]:
         "numerics_changes": [asdict(change) for change in training.numerics_changes],
         "recovery": asdict(training.recovery),
         "sent_bytes": training.sent_bytes,
+        "settled_turns": training.settled_turns,
         "resumed": [asdict(resumed) for resumed in training.resumed],
         "decided": _decided(training),
     }
@@ -224,7 +249,7 @@ def _load_run(training: Training, run: Mapping[str, Any]) -> None:
     ]
     for name, count in run["recovery"].items():
         setattr(training.recovery, name, getattr(training.recovery, name) + count)
-    training.sent_bytes = run["sent_bytes"]
+    training.sent_bytes, training.settled_turns = run["sent_bytes"], run["settled_turns"]
     training.resumed[:] = [Resumed(**resumed) for resumed in run["resumed"]]
 
 

@@ -17,17 +17,17 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from sparksgd.config import CheckpointConfig
+from sparksgd.config import CheckpointConfig, Config
 from sparksgd.errors import TrainingError
 from sparksgd.solvers.protocol import RoundSolver
-from sparksgd.training.checkpoint import Checkpoint, RunIdentity, Start, taken
+from sparksgd.training.checkpoint import Checkpoint, RunIdentity, Start, check_state, taken
 from sparksgd.training.state import Observer, Training
 
-__all__ = ["CheckpointStore", "Checkpointing"]
+__all__ = ["SHARE", "CheckpointStore", "Checkpointing"]
 
 log = logging.getLogger("sparksgd")
 
-_SHARE = 0.03
+SHARE = 0.03
 """Checkpoints take this part of the time at most."""
 
 
@@ -82,17 +82,17 @@ class Checkpointing:
         config: CheckpointConfig,
         store: CheckpointStore,
         turns_per_epoch: int,
-        share: float = _SHARE,
+        share: float | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._config, self._store, self._share, self._clock = config, store, share, clock
+        self._config, self._store, self._share, self._clock = config, store, share or SHARE, clock
         every_epochs = None if config.every_epochs is None else config.every_epochs * turns_per_epoch
         self._every_turns = [every for every in (config.every_steps, every_epochs) if every is not None]
         self._behind = ThreadPoolExecutor(1, "sparksgd-checkpoint")
         self._writing: Future[float] | None = None
         self._copied_s = 0.0  # how long the copy of the one that is written took
-        self._began_s = self._clock()  # of the pause since the last one
-        self._least_pause_s = 0.0  # that keeps the share
+        self._ended_s = self._clock()  # of the last one
+        self._took_s = self._least_pause_s = 0.0  # the pause keeps the share
         self._last_turns: int | None = None
         self._has_said = self._is_tried = False
 
@@ -107,9 +107,14 @@ class Checkpointing:
             TrainingError: the first one was not read back as it was written.
             ClusterError: the place belongs to another run now.
         """
-        self._collect(wait=False)
-        if self._writing is None and self._is_due(training, solver):
+        is_named = any(solver.turns % every == 0 for every in self._every_turns)
+        self._collect(wait=is_named)
+        if self._writing is not None or not (is_named or self._is_due(training)):
+            return
+        if self._clock() - self._ended_s >= self._least_pause_s:
             self._take(training, solver, observers)
+        else:
+            self._say_seldom()
 
     def end(self, training: Training, solver: RoundSolver, observers: Sequence[Observer]) -> None:
         """Take a last checkpoint, where the run stands now, and wait until it is written."""
@@ -124,38 +129,35 @@ class Checkpointing:
             stack.callback(self._behind.shutdown)
             self._collect(wait=True)
 
-    def _is_due(self, training: Training, solver: RoundSolver) -> bool:
-        since_s = self._clock() - self._began_s
-        if since_s < self._least_pause_s:
-            return False
-        if any(solver.turns % every == 0 for every in self._every_turns):
-            return True
+    def _is_due(self, training: Training) -> bool:
         losses = [report.loss for report in training.evaluations]
-        is_new = bool(losses) and training.evaluations[-1].step == solver.version
-        if is_new and losses[-1] < min(losses[:-1], default=math.inf):
+        if training.is_evaluated and losses[-1] < min(losses[:-1], default=math.inf):
             return True
-        return self._config.every_s is not None and since_s >= self._config.every_s
+        every_s = self._config.every_s
+        return every_s is not None and self._clock() - self._ended_s >= every_s
 
     def _take(self, training: Training, solver: RoundSolver, observers: Sequence[Observer]) -> None:
         began_s = self._clock()
         checkpoint = taken(training, solver, observers)
         self._copied_s = self._clock() - began_s
         self._last_turns = solver.turns
-        self._writing = self._behind.submit(self._write, checkpoint)
+        self._writing = self._behind.submit(self._write, checkpoint, training.config)
 
-    def _write(self, checkpoint: Checkpoint) -> float:
+    def _write(self, checkpoint: Checkpoint, config: Config) -> float:
         """Write a checkpoint; return how long that took, without what is done for the first one alone."""
         began_s = self._clock()
         name = self._store.write(checkpoint)
         took_s = self._clock() - began_s
         if not self._is_tried:
-            self._read_back(name, checkpoint)
+            self._read_back(name, checkpoint, config)
             self._is_tried = True
         return took_s
 
-    def _read_back(self, name: str, checkpoint: Checkpoint) -> None:
+    def _read_back(self, name: str, checkpoint: Checkpoint, config: Config) -> None:
         try:
-            different = _difference(checkpoint, self._store.read(name))
+            again = self._store.read(name)
+            check_state(again, config)
+            different = _difference(checkpoint, again)
         except Exception as error:
             with suppress(OSError):
                 self._store.remove(name)
@@ -182,18 +184,19 @@ class Checkpointing:
         except OSError as error:
             log.warning("no checkpoint can be written now, but training goes on: %s", error.strerror or error)
             took_s, self._last_turns = self._copied_s, None
-        self._began_s = self._clock()
-        self._least_pause_s = took_s * (1 / self._share - 1)
-        every_s = self._config.every_s
-        if every_s is not None and self._least_pause_s > every_s and not self._has_said:
+        self._ended_s = self._clock()
+        self._took_s, self._least_pause_s = took_s, took_s * (1 / self._share - 1)
+
+    def _say_seldom(self) -> None:
+        """Say once that checkpoints are written less often than they are asked for."""
+        if not self._has_said:
             self._has_said = True
             log.warning(
-                "a checkpoint takes %.1f s, so there is one every %.0f s instead of every %g s "
-                "(checkpoint.every_s): they may take %.0f %% of the time",
-                took_s,
-                self._least_pause_s,
-                every_s,
+                "a checkpoint takes %.1f s, and all of them may take %.0f %% of the time: so there is "
+                "one every %.0f s, less often than [checkpoint] asks for",
+                self._took_s,
                 100 * self._share,
+                self._took_s / self._share,
             )
 
 

@@ -212,11 +212,29 @@ def _loop(
 ) -> None:
     turns_per_epoch, total = training.plan.sampling.turns_per_epoch, training.total_turns
     every = training.config.train.eval_every or turns_per_epoch
-    due = (solver.turns // every + 1) * every if evaluates else total
+
+    def settle() -> None:
+        """Do what is due after these turns; a run that goes on does what was left undone before it ended."""
+        finished, begun = solver.turns >= total, training.settled_turns
+        is_due = evaluates and (finished or solver.turns // every > begun // every)
+        if is_due and not training.is_evaluated:
+            evaluation = _evaluated(training, engine, solver)
+            for observer in observers:
+                observer.evaluated(training, evaluation)
+        if finished or solver.turns % turns_per_epoch == 0:
+            deals.end_epoch(training, engine, replay)
+        training.settled_turns = solver.turns
+        if keeper is not None and not finished:
+            keeper.offer(training, solver, observers)
+
     for observer in observers:
         observer.started(training)
+    reported = solver.version
     try:
+        if solver.turns > training.settled_turns:
+            settle()
         while solver.turns < total:
+            due = (solver.turns // every + 1) * every if evaluates else total
             until = min(total, due, (keeper and keeper.next_turn(solver.turns)) or total)
             segment = engine.advance(solver, steps_until(solver, until, engine.segment_steps))
             training.start_up.reached("first_step")
@@ -228,16 +246,8 @@ def _loop(
                 training.participation.add(report)
                 for observer in observers:
                     observer.stepped(training, report)
-            finished = solver.turns >= total
-            if evaluates and (finished or solver.turns >= due):
-                due = (solver.turns // every + 1) * every
-                evaluation = _evaluated(training, engine, solver)
-                for observer in observers:
-                    observer.evaluated(training, evaluation)
-            if finished or solver.turns % turns_per_epoch == 0:
-                deals.end_epoch(training, engine, replay)
-            if keeper is not None and not finished:
-                keeper.offer(training, solver, observers)
+            reported = solver.version
+            settle()
         if replay is not None:
             check_end(training, replay)
     except BaseException as error:
@@ -250,7 +260,7 @@ def _loop(
         with ExitStack() as all_of_them:  # even if one of them fails
             for observer in reversed(observers):
                 all_of_them.callback(observer.ended, training)
-            if keeper is not None and solver.is_whole:
+            if keeper is not None and solver.is_whole and solver.version == reported:
                 all_of_them.callback(keeper.end, training, solver, observers)
 
 

@@ -103,6 +103,9 @@ class Training:
     turns: int = 0
     """How many turns each shard has made."""
 
+    settled_turns: int = 0
+    """The turns after which evaluation and the end of an epoch are done."""
+
     step_times: StepTimes = field(default_factory=StepTimes)
     """How long the steps took."""
 
@@ -146,6 +149,11 @@ class Training:
     def is_finished(self) -> bool:
         """Return whether all turns are made."""
         return self.error is None and self.turns >= self.total_turns
+
+    @property
+    def is_evaluated(self) -> bool:
+        """Return whether there is an evaluation of the newest weights."""
+        return bool(self.evaluations) and self.evaluations[-1].step == self.version
 
     @property
     def sent_bytes_per_worker_step(self) -> float:

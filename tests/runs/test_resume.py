@@ -1,0 +1,522 @@
+"""A run that goes on from a checkpoint ends as one that was never stopped, or says why it cannot."""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import pickle
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from resumed_modules import TwoHeads
+from rich.console import Console
+
+import sparksgd
+from sparksgd.cli.run import run
+from sparksgd.cli.terminal import Terminal
+from sparksgd.config import Config
+from sparksgd.engines.inline import InlineEngine
+from sparksgd.errors import ConfigError, DataError, ModelError, SparkSGDError, TrainingError
+from sparksgd.runs.checkpoints import manifests
+from sparksgd.storage import LocalLocation, location
+from sparksgd.training import checkpointing
+from sparksgd.training.state import Observer, Training
+
+EVERY_STEP = {"checkpoint": {"every_steps": 1, "keep": 1000}}
+
+KINDS: dict[str, dict[str, Any]] = {
+    "momentum, one cycle": {
+        "optimizer": {"name": "SGD", "lr": 0.05, "momentum": 0.9, "nesterov": True},
+        "schedule": {"name": "OneCycleLR", "max_lr": 0.1, "total_steps": 10},
+    },
+    "AdamW, norm, dropout, clipping": {
+        "model": {"name": "resumed_modules:with_norm"},
+        "optimizer": {"name": "AdamW", "lr": 0.01},
+        "solver": {"clip_norm": 0.5},
+    },
+    "heads that steps leave out": {
+        "model": {"name": "resumed_modules:TwoHeads"},
+        "optimizer": {"name": "Adam", "lr": 0.02},
+    },
+    "a projection in forward": {
+        "model": {"name": "resumed_modules:Projected"},
+        "optimizer": {"name": "RMSprop", "lr": 0.02},
+        "schedule": {"name": "MultiStepLR", "milestones": [3, 9]},
+    },
+    "optimiser and schedule of one's own": {
+        "optimizer": {"name": "resumed_modules:Slow", "lr": 0.02},
+        "schedule": {"name": "resumed_modules:Steps"},
+    },
+    "local SGD": {
+        "optimizer": {"name": "SGD", "lr": 0.05, "momentum": 0.9},
+        "solver": {
+            "name": "local_sgd", "turns_per_round": 3, "outer_lr": 0.7, "outer_momentum": 0.9,
+            "inner_state": "average", "synchronous_steps": 4,
+        },
+    },
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Jobs:
+    """Runs jobs on the same rows."""
+
+    folder: Path
+
+    def config(self, *tables: dict[str, dict[str, Any]]) -> dict[str, Any]:
+        rows = str(self.folder / "rows.parquet")
+        found: dict[str, Any] = {
+            "data": {"train": rows, "test": rows},
+            "model": {"name": "torch.nn:Linear", "in_features": 4, "out_features": 2},
+            "optimizer": {"name": "Adam", "lr": 0.01},
+            "engine": {"name": "inline"},
+            "train": {"epochs": 2, "rows_per_step": 20, "num_shards": 4, "seed": 5},
+        }
+        for table in tables:
+            for section, keys in table.items():
+                same = keys.get("name", None) in (None, found.get(section, {}).get("name"))
+                found[section] = (found.get(section, {}) if same else {}) | keys
+        return found
+
+    def run(self, out: str, *tables: dict[str, dict[str, Any]], **how: Any) -> dict[str, Any]:
+        terminal = Terminal(Console(file=io.StringIO()), tables=False)
+        run(
+            Config.from_dict(self.config(*tables)),
+            str(self.folder / out),
+            run_id=out,
+            terminal=terminal,
+            **how,
+        )
+        found: dict[str, Any] = json.loads((self.folder / out / "summary.json").read_text())
+        return found
+
+    def stopped_at(self, out: str, step: int, *tables: dict[str, dict[str, Any]]) -> None:
+        """Run a job that is interrupted while it tells of the step after this one."""
+
+        def stepped(_: Observer, training: Training, report: Any) -> None:
+            if report.step == step + 1:
+                raise KeyboardInterrupt
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Terminal, "stepped", stepped)
+            with pytest.raises(KeyboardInterrupt):
+                self.run(out, *tables)
+
+
+@pytest.fixture(scope="module")
+def jobs(tmp_path_factory: pytest.TempPathFactory) -> Jobs:
+    folder = tmp_path_factory.mktemp("jobs")
+    source = np.random.default_rng(3)
+    x = source.normal(size=(100, 4)).astype("f4")
+    label = (x[:, 0] + x[:, 1] > 0).astype("i8")
+    pq.write_table(pa.table({"features": x.tolist(), "label": label}), folder / "rows.parquet")
+    return Jobs(folder)
+
+
+@pytest.fixture(autouse=True)
+def as_often_as_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let checkpoints take all the time that they like, so that none is left out."""
+    monkeypatch.setattr(checkpointing, "SHARE", 1e9)
+
+
+def metrics(out: Path) -> list[dict[str, Any]]:
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key != "timing"} for line in lines]
+
+
+# The same bits
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_run_goes_on_from_any_of_its_checkpoints_to_the_same_bits(jobs: Jobs, kind: str) -> None:
+    whole = jobs.run(f"whole {kind}", KINDS[kind], EVERY_STEP)
+    made = manifests(location(jobs.folder / f"whole {kind}" / "checkpoints"))
+    assert len(made) == whole["steps"] >= 5
+    for number, manifest in enumerate(made):
+        out = f"{kind} from {manifest.step}"
+        copied_until(jobs.folder / f"whole {kind}", jobs.folder / out, [each.name for each in made[number:]])
+        again = jobs.run(out, KINDS[kind], EVERY_STEP)
+        assert again["resumed"][-1]["step"] == manifest.step
+        assert again["parameters_sha256"] == whole["parameters_sha256"], manifest.step
+        assert again["buffers_sha256"] == whole["buffers_sha256"]
+        assert again["test_loss"] == whole["test_loss"]
+        assert metrics(jobs.folder / out) == metrics(jobs.folder / f"whole {kind}")
+
+
+def copied_until(run: Path, to: Path, names: list[str]) -> None:
+    """Copy a run's folder as it was when these checkpoints were there."""
+    (to / "checkpoints").mkdir(parents=True)
+    for file in (run / "checkpoints").iterdir():
+        if file.name.partition(".")[0] in names:
+            (to / "checkpoints" / file.name).write_bytes(file.read_bytes())
+    for name in ("metrics.jsonl", "run.json"):
+        (to / name).write_bytes((run / name).read_bytes())
+
+
+@pytest.mark.parametrize("where", ["advance", "evaluate"])
+def test_a_run_that_was_interrupted_loses_nothing(
+    jobs: Jobs, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, where: str
+) -> None:
+    done = getattr(InlineEngine, where)
+
+    def interrupted(self: InlineEngine, solver: Any, *given: Any) -> Any:
+        if solver.version == 5:  # the end of an epoch
+            raise KeyboardInterrupt
+        return done(self, solver, *given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(InlineEngine, where, interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            jobs.run(f"interrupted in {where}")
+    again = jobs.run(f"interrupted in {where}")
+    assert "resumed from step 5 of 20" in caplog.text
+    assert "0 steps were lost" in caplog.text
+    assert again["parameters_sha256"] == jobs.run("never interrupted")["parameters_sha256"]
+    assert metrics(jobs.folder / f"interrupted in {where}") == metrics(jobs.folder / "never interrupted")
+
+
+def test_a_run_that_was_interrupted_while_it_told_of_a_step_makes_that_again(jobs: Jobs) -> None:
+    jobs.stopped_at("told", 3, EVERY_STEP)
+    again = jobs.run("told")
+    assert (again["resumed"][0]["step"], again["resumed"][0]["lost_steps"]) == (3, 1)
+    assert metrics(jobs.folder / "told") == metrics(jobs.folder / "never interrupted")
+
+
+def test_a_step_that_was_cut_off_is_in_no_checkpoint(jobs: Jobs, monkeypatch: pytest.MonkeyPatch) -> None:
+    step, made = torch.optim.Adam.step, [0]
+
+    def cut_off(self: Any, closure: Any = None) -> None:
+        step(self)
+        made[0] += self.param_groups[0]["params"][0].numel() == 10  # not of the trial
+        if made[0] == 6:
+            raise KeyboardInterrupt  # the optimiser has moved, the version has not
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.optim.Adam, "step", cut_off)
+        with pytest.raises(KeyboardInterrupt):
+            jobs.run("cut off", EVERY_STEP)
+    steps = [manifest.step for manifest in manifests(location(jobs.folder / "cut off" / "checkpoints"))]
+    again = jobs.run("cut off", EVERY_STEP)
+    assert again["resumed"][0]["step"] == max(steps) <= 5
+    assert again["parameters_sha256"] == jobs.run("never cut off")["parameters_sha256"]
+
+
+def test_a_finished_run_goes_on_to_more_epochs(jobs: Jobs) -> None:
+    jobs.run("longer", {"train": {"epochs": 1}})
+    again = jobs.run("longer", {"train": {"epochs": 2}})
+    assert (again["steps"], again["resumed"][0]["step"], again["resumed"][0]["lost_steps"]) == (10, 5, 0)
+    whole = jobs.run("two epochs")
+    assert again["parameters_sha256"] == whole["parameters_sha256"]
+    assert metrics(jobs.folder / "longer") == metrics(jobs.folder / "two epochs")
+
+
+def test_a_run_of_another_folder_goes_on(jobs: Jobs) -> None:
+    jobs.stopped_at("elsewhere", 4, EVERY_STEP)
+    again = jobs.run("here", resume=str(jobs.folder / "elsewhere"))
+    assert again["resumed"][0]["step"] == 4
+    assert again["parameters_sha256"] == jobs.run("at once")["parameters_sha256"]
+    assert metrics(jobs.folder / "here") == metrics(jobs.folder / "at once")
+
+
+def test_the_last_ones_and_the_best_are_kept(jobs: Jobs) -> None:
+    summary = jobs.run(
+        "kept", {"checkpoint": {"every_steps": 1, "keep": 3}, "train": {"rows_per_step": 50, "epochs": 3}}
+    )
+    kept = manifests(location(jobs.folder / "kept" / "checkpoints"))
+    losses = [line["test_loss"] for line in metrics(jobs.folder / "kept") if line["kind"] == "evaluation"]
+    best = 2 * (1 + losses.index(min(losses)))
+    assert summary["steps"] == 6
+    assert [each.step for each in kept] == sorted({4, 5, 6, best}, reverse=True)
+    files = {file.name.partition(".")[0] for file in (jobs.folder / "kept" / "checkpoints").iterdir()}
+    assert files == {each.name for each in kept}
+
+
+# A process that is killed at any write
+
+
+class Killed(BaseException):
+    """The process is gone: it writes nothing any more."""
+
+
+@dataclass
+class Disk:
+    """Lets a process die at its n-th write."""
+
+    left: int
+
+    def dies_in(self, write: Callable[..., Any]) -> Callable[..., Any]:
+        def written(where: LocalLocation, *given: Any) -> Any:
+            if self.left <= 0:
+                raise Killed(f"{write.__name__} {where}")
+            self.left -= 1
+            return write(where, *given)
+
+        return written
+
+
+@pytest.fixture
+def whole(jobs: Jobs) -> dict[str, Any]:
+    if not (jobs.folder / "reference" / "summary.json").exists():
+        jobs.run("reference", SHORT)
+    found: dict[str, Any] = json.loads((jobs.folder / "reference" / "summary.json").read_text())
+    return found
+
+
+SHORT = {"train": {"epochs": 1, "rows_per_step": 32}, "checkpoint": {"every_steps": 1, "keep": 1}}
+
+
+def test_a_run_that_is_killed_at_any_write_goes_on(jobs: Jobs, whole: dict[str, Any]) -> None:
+    deaths = 0
+    for writes in range(1000):
+        out, disk = f"killed at {writes}", Disk(writes)
+        with pytest.MonkeyPatch.context() as patch:
+            for name in ("write_bytes", "put", "remove", "lines"):
+                patch.setattr(LocalLocation, name, disk.dies_in(getattr(LocalLocation, name)))
+            try:
+                jobs.run(out, SHORT)
+            except Killed:
+                deaths += 1
+            else:
+                break
+        again = jobs.run(out, SHORT)
+        assert again["parameters_sha256"] == whole["parameters_sha256"], writes
+        assert metrics(jobs.folder / out) == metrics(jobs.folder / "reference"), writes
+        kept = {each.name for each in manifests(location(jobs.folder / out / "checkpoints"))}
+        assert {f.name.partition(".")[0] for f in (jobs.folder / out / "checkpoints").iterdir()} == kept
+    assert deaths > 20
+
+
+# What is damaged, or of something else
+
+
+def test_each_flipped_bit_is_noticed(
+    jobs: Jobs, whole: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    two = SHORT | {"checkpoint": {"every_steps": 1, "keep": 2}}
+    jobs.stopped_at("flipped", 3, two)
+    folder, chance = jobs.folder / "flipped", random.Random(7)
+    newest = manifests(location(folder / "checkpoints"))[0].name
+    files = [*(folder / "checkpoints").glob(f"{newest}*"), folder / "metrics.jsonl"]
+    before = {file: file.read_bytes() for file in (folder).rglob("*") if file.is_file()}
+    for _ in range(60):
+        file = chance.choice(files)
+        size = before[file].index(b'"step": 4') - 50 if file.suffix == ".jsonl" else len(before[file])
+        bit = chance.randrange(8 * size)  # the line of step 4 is written again
+        changed = bytearray(before[file])
+        changed[bit // 8] ^= 1 << bit % 8
+        for path in folder.rglob("*"):
+            if path.is_file() and path not in before:
+                path.unlink()
+        for path, data in before.items():
+            path.write_bytes(data)
+        file.write_bytes(changed)
+        caplog.clear()
+        if file.name == "metrics.jsonl":
+            with pytest.raises(DataError, match=r"metrics.jsonl is damaged"):
+                jobs.run("flipped", two)
+            continue
+        again = jobs.run("flipped", two)
+        assert "left out" in caplog.text, (file, bit)
+        assert again["resumed"][-1]["step"] == 2
+        assert again["parameters_sha256"] == whole["parameters_sha256"]
+
+
+def test_where_no_checkpoint_is_whole_the_run_is_refused(jobs: Jobs) -> None:
+    jobs.stopped_at("none whole", 3, SHORT)
+    for file in (jobs.folder / "none whole" / "checkpoints").glob("*.solver.pt"):
+        file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(DataError, match=r"has no whole checkpoint.*--resume never"):
+        jobs.run("none whole", SHORT)
+
+
+def test_without_its_metrics_a_run_goes_on_and_says_so(jobs: Jobs, caplog: pytest.LogCaptureFixture) -> None:
+    jobs.stopped_at("without lines", 2, SHORT)
+    (jobs.folder / "without lines" / "metrics.jsonl").unlink()
+    jobs.run("without lines", SHORT)
+    assert "metrics.jsonl is not there: it begins after the checkpoint's step" in caplog.text
+    assert [line["step"] for line in metrics(jobs.folder / "without lines")] == [3, 4, 4]
+
+
+def test_rows_that_changed_behind_the_same_file_are_refused(jobs: Jobs) -> None:
+    jobs.stopped_at("other rows", 2, SHORT)
+    for manifest in (jobs.folder / "other rows" / "checkpoints").glob("*.json"):
+        forge(manifest, data_digest="another")
+    with pytest.raises(DataError, match="the rows are not those of the run to go on with"):
+        jobs.run("other rows", SHORT)
+
+
+def test_an_end_before_the_checkpoint_is_refused(jobs: Jobs) -> None:
+    jobs.stopped_at("too short", 3, SHORT)
+    with pytest.raises(ConfigError, match=r"ask for 2 turns, but .* has made 3"):
+        jobs.run("too short", SHORT, {"train": {"steps": 2}})
+
+
+def test_a_round_that_was_cut_short_at_the_end_does_not_go_on(jobs: Jobs) -> None:
+    kind = KINDS["local SGD"]
+    jobs.run("cut short", kind, {"train": {"steps": 7}})
+    with pytest.raises(ConfigError, match="the last round of local_sgd was cut short"):
+        jobs.run("cut short", kind, {"train": {"steps": 9}})
+
+
+def forge(manifest: Path, **changes: Any) -> None:
+    """Change a manifest, with a digest that fits."""
+    from sparksgd.runs.checkpoints import _digest
+
+    values = json.loads(manifest.read_text()) | changes
+    manifest.write_text(json.dumps(values | {"sha256": _digest(values)}))
+
+
+# In Python
+
+
+def test_a_run_in_python_goes_on_where_it_is_told_to(jobs: Jobs, tmp_path: Path) -> None:
+    config, rows = jobs.config(KINDS["heads that steps leave out"]), str(jobs.folder / "rows.parquet")
+
+    class Stops(Observer):
+        def stepped(self, training: Training, report: Any) -> None:
+            if report.step == 7:
+                raise KeyboardInterrupt
+
+    def module() -> torch.nn.Module:
+        torch.manual_seed(1)
+        return TwoHeads()
+
+    whole = sparksgd.train(config, rows, rows, module=module())
+    with pytest.raises(KeyboardInterrupt):
+        sparksgd.train(config, rows, rows, module=module(), out=tmp_path, observers=[Stops()])
+    again = sparksgd.train(config, rows, rows, module=module(), out=tmp_path, resume_from=tmp_path)
+    assert again.resumed[0].step == 5
+    assert again.flat.parameters_sha256() == whole.flat.parameters_sha256()
+    assert [report.step for report in again.evaluations] == [report.step for report in whole.evaluations]
+    with pytest.raises(ModelError, match="is of another module: the module was TwoHeads, but is Linear"):
+        sparksgd.train(config, rows, module=torch.nn.Linear(4, 2), out=tmp_path / "b", resume_from=tmp_path)
+    with pytest.raises(ConfigError, match=r"resume_from is .*, but out is None"):
+        sparksgd.train(config, rows, module=module(), resume_from=tmp_path)
+
+
+def test_many_runs_have_their_checkpoints_in_one_folder(jobs: Jobs, tmp_path: Path) -> None:
+    rows = str(jobs.folder / "rows.parquet")
+    made: list[Training] = []
+    for lr in (0.01, 0.02, 0.01):
+        config = jobs.config({"optimizer": {"name": "Adam", "lr": lr}}, {"train": {"epochs": 1}})
+        made.append(sparksgd.train(config, rows, checkpoint_dir=tmp_path))
+    assert len(list(tmp_path.iterdir())) == 2
+    assert [bool(training.resumed) for training in made] == [False, False, True]
+    digests = [training.flat.parameters_sha256() for training in made]
+    assert digests[0] == digests[2] != digests[1]
+
+
+def test_an_observer_remembers(jobs: Jobs, tmp_path: Path) -> None:
+    rows = str(jobs.folder / "rows.parquet")
+
+    class Counts(Observer):
+        def __init__(self) -> None:
+            self.steps, self.best = 0, np.float32(9)
+
+        def memory(self) -> dict[str, Any]:
+            return {"steps": self.steps, "best": self.best}
+
+        def recall(self, memory: dict[str, Any]) -> None:
+            self.steps, self.best = memory["steps"], memory["best"]
+
+        def stepped(self, training: Training, report: Any) -> None:
+            self.steps, self.best = self.steps + 1, min(self.best, np.float32(report.loss))
+
+    for epochs, steps in ((1, 5), (2, 10)):
+        counts, config = Counts(), jobs.config({"train": {"epochs": epochs}})
+        sparksgd.train(config, rows, checkpoint_dir=tmp_path, observers=[counts])
+        assert counts.steps == steps
+        assert type(counts.best) is np.float32
+
+
+# Nobody gets in
+
+
+class Evil:
+    def __reduce__(self) -> Any:
+        return print, ("somebody got in",)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        pickle.dumps(Evil()),
+        b"cos\nsystem\n(S'echo somebody got in'\ntR.",
+        b"\x80\x04\x8c\x0fresumed_modules\x8c\x0dtorch.os.exit\x93)R.",
+        b"cresumed_modules\ntorch\n.",
+        b"csubprocess\nPopen\n(S'true'\ntR.",
+        b"ctorch.hub\nload\n(S'a'\ntR.",
+        b"cbuiltins\ngetattr\n.",
+        b"ctorch\nload\n(S'/dev/zero'\ntR.",
+    ],
+    ids=[
+        "builtin",
+        "os",
+        "through a module of the package",
+        "a module",
+        "Popen",
+        "torch.hub",
+        "getattr",
+        "load",
+    ],
+)
+def test_what_an_own_optimiser_kept_runs_nothing(
+    jobs: Jobs, tmp_path: Path, content: bytes, capfd: pytest.CaptureFixture[str]
+) -> None:
+    kind = KINDS["optimiser and schedule of one's own"]
+    if not (jobs.folder / "attacked").exists():
+        jobs.stopped_at("attacked", 3, SHORT, kind)
+    out = f"attacked by {len(content)} {hash(content)}"
+    names = [each.name for each in manifests(location(jobs.folder / "attacked" / "checkpoints"))]
+    copied_until(jobs.folder / "attacked", jobs.folder / out, names)
+    replace_attributes(jobs.folder / out / "checkpoints", content)
+    with pytest.raises(SparkSGDError, match=r"neither plain nor of|does not fit this run"):
+        jobs.run(out, SHORT, kind)
+    assert "somebody got in" not in "".join(capfd.readouterr())
+
+
+def replace_attributes(checkpoints: Path, content: bytes) -> None:
+    """Let the newest checkpoint have another pickle where the optimiser's is, with digests that fit."""
+    import hashlib
+
+    (manifest,) = checkpoints.glob("*.json")
+    part = next(checkpoints.glob("*.solver.pt"))
+    values = torch.load(part, weights_only=True)
+    values["rest"]["optimizer"]["attributes"]["raw"] = torch.frombuffer(bytearray(content), dtype=torch.uint8)
+    torch.save(values, part)
+    parts = json.loads(manifest.read_text())["parts"]
+    data = part.read_bytes()
+    parts["solver"] |= {"size_bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    forge(manifest, parts=parts)
+
+
+def test_a_state_that_cannot_be_read_again_ends_the_run_at_its_first_checkpoint(
+    jobs: Jobs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from sparksgd.solvers.synchronous import SynchronousSolver
+
+    state = SynchronousSolver.state
+
+    def strange(self: SynchronousSolver) -> Any:
+        found = state(self)
+        found.rest["optimizer"]["path"] = Path("/")  # type: ignore[index]  # as an optimiser of torch's might
+        return found
+
+    monkeypatch.setattr(SynchronousSolver, "state", strange)
+    with pytest.raises((TrainingError, ModelError), match="checkpoint"):
+        jobs.run("unreadable", EVERY_STEP)
+
+
+@pytest.fixture(autouse=True)
+def quiet(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
+    with caplog.at_level(logging.INFO, "sparksgd"):
+        yield
