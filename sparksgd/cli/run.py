@@ -10,7 +10,8 @@ from rich.console import Console
 from sparksgd.cli.terminal import Terminal, scores_tables
 from sparksgd.config import Config, EngineConfig, TrainConfig
 from sparksgd.errors import ConfigError
-from sparksgd.runs.earlier import Asked, IfExists, earlier_run
+from sparksgd.runs.asked import Asked, IfExists
+from sparksgd.runs.earlier import earlier_run
 from sparksgd.runs.fingerprints import fingerprints_of
 from sparksgd.runs.folder import RunFolder
 from sparksgd.runs.model import load_model

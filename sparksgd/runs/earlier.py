@@ -19,10 +19,11 @@ import json
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 from sparksgd.config import Config
 from sparksgd.errors import ConfigError
+from sparksgd.runs.asked import Asked
 from sparksgd.runs.checkpoints import FREE, PATHS, Manifest, manifests
 from sparksgd.runs.json_files import read_about_run
 from sparksgd.runs.metrics import read_metrics
@@ -30,28 +31,11 @@ from sparksgd.runs.names import CHECKPOINTS, METRICS, MODEL, RUN, SUMMARY, TRACE
 from sparksgd.solvers.rules import completed
 from sparksgd.storage import Location, location, unanswered
 
-__all__ = ["Asked", "Found", "IfExists", "earlier_run", "resumable"]
+__all__ = ["Found", "earlier_run", "resumable"]
 
 log = logging.getLogger("sparksgd")
 
-IfExists = Literal["skip", "fail", "overwrite", "archive"]
 _LATER_END = frozenset(("train.epochs", "train.steps"))
-
-
-@dataclass(frozen=True, kw_only=True)
-class Asked:
-    """What is to be trained, and what may become of what is there."""
-
-    config: Config
-
-    fingerprints: Mapping[str, str]
-    """Of the data files, of the user's code and of the replayed run, if there is one, by the key that names
-    it."""
-
-    if_exists: IfExists = "skip"
-
-    resume: str = "auto"
-    """auto, never, must, or the folder of a run."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,7 +95,9 @@ def resumable(folder: Location, config: Config, fingerprints: Mapping[str, str],
         raise ConfigError(
             f"{called} {folder} holds no whole checkpoint: name the folder of a run that has made some steps"
         )
-    different = _differences(with_checkpoints[0].values, config, fingerprints, free=FREE)
+    then = with_checkpoints[0].values
+    unknown = {key for key in PATHS if (key in then["fingerprints"]) != (key in fingerprints)}
+    different = _differences(then, config, fingerprints, free=FREE | unknown)  # rows have a digest, too
     if different:
         raise ConfigError(
             f"{called} {folder} holds a run, but not of this: {'; '.join(different)}. Name the folder of "

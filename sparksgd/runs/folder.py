@@ -36,6 +36,7 @@ from sparksgd.runs.earlier import Found
 from sparksgd.runs.json_files import finite, write_json
 from sparksgd.runs.model import check_saved, constants_beside, save_model
 from sparksgd.runs.names import CHECKPOINTS, METRICS, MODEL, RUN, RUN_BEFORE, SUMMARY, TRACE, WEIGHTS
+from sparksgd.solvers.protocol import Need
 from sparksgd.storage import Location, Throttle, location, unanswered
 from sparksgd.training.state import EvaluationReport, Observer, Training
 
@@ -214,7 +215,7 @@ class RunFolder(Observer):
 
     def stepped(self, training: Training, report: StepReport) -> None:
         """Write the line of a step; before it, what chance decided."""
-        if report.trace:
+        if report.trace and Need.QUORUM in training.needs:  # else every shard takes part in every step
             self._write_trace(report)
         exact = {
             "kind": "step",

@@ -1,5 +1,4 @@
-"""What an output folder holds is finished, gone on with, kept, or replaced: by the table in
-runs/earlier.py."""
+"""What an output folder holds is gone on with, kept, or replaced, by the table in runs/earlier.py."""
 
 from __future__ import annotations
 
@@ -12,8 +11,9 @@ import pytest
 
 from sparksgd.config import Config
 from sparksgd.errors import ConfigError
+from sparksgd.runs.asked import Asked
 from sparksgd.runs.checkpoints import CheckpointFolder
-from sparksgd.runs.earlier import Asked, Found, earlier_run
+from sparksgd.runs.earlier import Found, earlier_run
 from sparksgd.storage import location
 from sparksgd.training.checkpoint import Checkpoint, Part, RunIdentity
 

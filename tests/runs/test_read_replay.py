@@ -71,6 +71,6 @@ def test_a_run_without_a_step_is_refused(run: Path) -> None:
 
 
 def test_a_run_is_read_before_torch_is_imported() -> None:
-    code = "import sys, sparksgd.runs.replay, sparksgd.runs.earlier; print('torch' in sys.modules)"
+    code = "import sys, sparksgd.runs.replay, sparksgd.runs.asked, jobs.train; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "False\n"  # the run's own instruction set must be pinned first

@@ -21,6 +21,7 @@ from sparksgd.engines.trace import TraceEvent, event_line, first_line, read_trac
 from sparksgd.errors import DataError
 from sparksgd.runs.folder import RunFolder
 from sparksgd.runs.replay import read_replay
+from sparksgd.solvers.protocol import Need
 from sparksgd.training.loop import train
 from sparksgd.training.state import Training
 
@@ -36,6 +37,11 @@ class MadeUp(RunFolder):
     def __init__(self, folder: Path, events_of: Callable[[StepReport], Sequence[TraceEvent]]) -> None:
         super().__init__(folder)
         self._events_of = events_of
+
+    def started(self, training: Training) -> None:
+        """Begin as a run with backup workers."""
+        training.needs |= {Need.QUORUM}
+        super().started(training)
 
     def stepped(self, training: Training, report: StepReport) -> None:
         """Write the step with who took part, which deal it was, and its events."""
