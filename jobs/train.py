@@ -23,7 +23,7 @@ from sparksgd.cli.command_line import exit_status, parser_of
 from sparksgd.cli.logs import LogFormat, log_to, new_run_id, open_console
 from sparksgd.config import Config
 from sparksgd.errors import ConfigError
-from sparksgd.runs.earlier import IfExists
+from sparksgd.runs.asked import IfExists
 from sparksgd.runs.replay import read_replay
 from sparksgd.storage import location
 from sparksgd.training.interrupts import end_in_order
