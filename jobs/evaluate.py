@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from typing import get_args
 
-from sparksgd.cli.command_line import exit_status, parser_of
+from sparksgd.cli.command_line import add_trust, exit_status, parser_of
 from sparksgd.cli.logs import LogFormat, log_to, new_run_id, open_console
 from sparksgd.cli.run import run_evaluation
 from sparksgd.training.interrupts import end_in_order
@@ -35,6 +35,10 @@ def parser() -> argparse.ArgumentParser:
         default="text",
         help="format of the log lines, on standard error",
     )
+    add_trust(result, "the model")
+    result.add_argument(
+        "--strict", action="store_true", help="refuse a model whose code is not that of the training"
+    )
     return result
 
 
@@ -42,7 +46,7 @@ def main(argv: Sequence[str]) -> int:
     """Print a model's scores; return the exit status."""
     args = parser().parse_args(argv)
     log_to(open_console(), new_run_id(), args.log_format)
-    return exit_status(lambda: run_evaluation(args.model, args.data))
+    return exit_status(lambda: run_evaluation(args.model, args.data, args.trust, strict=args.strict))
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import get_args
 
 from sparksgd.arithmetic import instruction_set
-from sparksgd.cli.command_line import exit_status, parser_of
+from sparksgd.cli.command_line import add_trust, exit_status, parser_of
 from sparksgd.cli.logs import LogFormat, log_to, new_run_id, open_console
 from sparksgd.config import Config
 from sparksgd.errors import ConfigError
@@ -55,6 +55,7 @@ def parser() -> argparse.ArgumentParser:
         default="text",
         help="format of the log lines, on standard error",
     )
+    add_trust(result, "the run of --replay")
     return result
 
 
@@ -66,13 +67,15 @@ def main(argv: Sequence[str]) -> int:
 
     def work() -> None:
         if args.replay is None:
+            if args.trust:
+                raise ConfigError("--trust is for --replay: what your own configuration names needs no trust")
             replay, config = None, Config.load(args.config and location(args.config), args.set)
         else:
             if Path(args.replay).resolve() == Path(args.out).resolve():
                 raise ConfigError(
                     f"--out is {args.out}, but that folder holds the run to replay: name another folder"
                 )
-            replay = read_replay(args.replay)
+            replay = read_replay(args.replay, trust=args.trust)
             config = Config.load(replay.config, args.set)
         instruction_set.pin(config.train.instruction_set)  # before anything imports torch
         from sparksgd.cli.run import run

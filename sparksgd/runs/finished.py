@@ -6,15 +6,14 @@ nobody takes yesterday's model for today's.
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Mapping
 from typing import Any, Literal
 
 from sparksgd.config import Config
 from sparksgd.errors import ConfigError, DataError
-from sparksgd.imports import source_digest
-from sparksgd.runs.json_files import read_about_run
+from sparksgd.imports.sources import code_digest
+from sparksgd.runs.json_files import read_about_run, read_json
 from sparksgd.runs.names import MODEL, SUMMARY
 from sparksgd.solvers.rules import completed
 from sparksgd.storage import Location, fingerprint, unanswered
@@ -54,7 +53,7 @@ def fingerprints_of(config: Config, replay: Replay | None = None) -> dict[str, s
         "optimizer.name": config.optimizer.name,
         "schedule.name": config.schedule.name,
     }
-    digests = {key: source_digest(name) for key, name in code.items()}
+    digests = {key: code_digest(name) for key, name in code.items()}
     found |= {key: digest for key, digest in digests.items() if digest is not None}
     if replay is not None:
         found["replay"] = replay.fingerprint()
@@ -78,7 +77,7 @@ def is_done(out: Location, config: Config, fingerprints: Mapping[str, str], if_e
     if if_exists == "overwrite":
         return False
     try:
-        summary = json.loads((out / SUMMARY).read_bytes())
+        summary = read_json(out / SUMMARY)
         about = read_about_run(out)
         status, parameters = summary["status"], summary["parameters_sha256"]
         then, files = completed(Config.from_dict(about["config"])).experiment(), dict(about["fingerprints"])
@@ -120,10 +119,12 @@ def is_done(out: Location, config: Config, fingerprints: Mapping[str, str], if_e
 def _has_model(out: Location, parameters: str) -> bool:
     """Return whether the folder has the model of these parameters."""
     try:
-        model = json.loads((out / MODEL).read_bytes())
+        model = read_json(out / MODEL)
     except FileNotFoundError:
         return False
-    return bool(parameters == model["parameters_sha256"]) and (out / "model" / model["weights"]).exists()
+    weights = model["weights"]
+    name = weights if isinstance(weights, str) else weights["name"]  # a name alone before format 5
+    return bool(parameters == model["parameters_sha256"]) and (out / "model" / name).exists()
 
 
 def _differences(

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-__all__ = ["METRICS", "MODEL", "RUN", "RUN_BEFORE", "SUMMARY", "TRACE", "WEIGHTS"]
+__all__ = ["MANIFEST", "METRICS", "MODEL", "RUN", "RUN_BEFORE", "SUMMARY", "TRACE", "WEIGHTS"]
 
+
+MANIFEST = "model.json"
+"""How to rebuild the module, and its files, in the folder of a model."""
 
 METRICS = "metrics.jsonl"
 """A line for each step and each evaluation."""
 
-MODEL = "model/model.json"
-"""How to rebuild the module, and the name of the file of its weights."""
+MODEL = f"model/{MANIFEST}"
+"""MANIFEST, in the folder of a run."""
 
 RUN = "run.json"
 """The configuration of the run, and fingerprints of its data and code."""
