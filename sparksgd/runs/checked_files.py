@@ -194,7 +194,8 @@ def _parsed(data: bytes, where: str) -> dict[str, Any]:
     except SparkSGDError:
         raise
     except Exception as error:  # what torch and zipfile raise for strange bytes is not documented
-        why = (str(error).rpartition("WeightsUnpickler error: ")[2].strip().splitlines() or [""])[0]
+        told = [line.strip() for line in str(error).splitlines() if line.strip()]
+        why = next((line for line in told if not line.startswith("Weights only load failed")), "")
         raise DataError(
             f"{where} holds no tensors and plain values as torch.save writes them: "
             f"{type(error).__name__}: {why}"
