@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import get_args
 
 from sparksgd.arithmetic import instruction_set
-from sparksgd.cli.command_line import add_trust, exit_status, parser_of
+from sparksgd.cli.command_line import exit_status, parser_of
 from sparksgd.cli.logs import LogFormat, log_to, new_run_id, open_console
 from sparksgd.config import Config
 from sparksgd.errors import ConfigError
@@ -55,7 +55,10 @@ def parser() -> argparse.ArgumentParser:
         default="text",
         help="format of the log lines, on standard error",
     )
-    add_trust(result, "the run of --replay")
+    result.add_argument(
+        "--trust", action="append", default=[], metavar="PACKAGE",
+        help="run code of this package, if the run of --replay names it; repeatable",
+    )  # fmt: skip
     return result
 
 

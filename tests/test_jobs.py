@@ -271,7 +271,7 @@ def test_a_signal_ends_a_run_in_a_line_and_leaves_its_model_but_no_other_file(
     assert summary["status"] in says
     assert summary["steps"] in (4, 5)  # whole segments, or all steps before that which was held
     assert not list(shards.rglob("sparksgd-*"))
-    load_model(tmp_path / "run" / "model")
+    load_model(tmp_path / "run" / "model", trust=["holding"])
 
 
 def test_a_finished_run_is_not_trained_again_nor_taken_for_another(digits, reference, tmp_path):
@@ -298,7 +298,7 @@ def test_a_run_that_is_killed_leaves_a_model_and_the_steps_that_made_it(digits, 
         process.kill()
         process.wait()
     about = json.loads((out / "model" / "model.json").read_text())
-    load_model(out / "model")
+    load_model(out / "model", trust=["holding"])
     assert not about["finished"]
     assert about["version"] <= metrics(out)[-1]["step"]
     assert not (out / "summary.json").exists()

@@ -15,7 +15,7 @@ from sparksgd.errors import SparkSGDError
 from sparksgd.spark.uris import lead_to_hadoop
 from sparksgd.training.interrupts import ended_by
 
-__all__ = ["add_trust", "exit_status", "parser_of"]
+__all__ = ["exit_status", "parser_of"]
 
 log = logging.getLogger("sparksgd")
 
@@ -24,22 +24,6 @@ def parser_of(docstring: str | None) -> argparse.ArgumentParser:
     """Return a parser whose help text is a job's docstring."""
     return argparse.ArgumentParser(
         description=docstring, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-
-
-def add_trust(parser: argparse.ArgumentParser, what: str) -> None:
-    """Add the option that trusts packages.
-
-    Args:
-        parser: of a job.
-        what: what names code.
-    """
-    parser.add_argument(
-        "--trust",
-        action="append",
-        default=[],
-        metavar="PACKAGE",
-        help=f"run code of this package, if {what} names it; repeatable",
     )
 
 

@@ -23,7 +23,7 @@ from typing import Any
 
 from sparksgd.errors import ConfigError, DataError
 
-__all__ = ["NO_TRUST", "Trust", "trust", "trusted"]
+__all__ = ["Trust", "trust", "trusted"]
 
 _VARIABLE = "SPARKSGD_TRUST"
 
@@ -96,9 +96,6 @@ class Trust:
 
     def _covers(self, module: str) -> bool:
         return any(module == package or module.startswith(f"{package}.") for package in self.packages)
-
-
-NO_TRUST = Trust(packages=frozenset(), where="the file")
 
 
 def trusted(packages: Iterable[str] = (), *, where: object) -> Trust:

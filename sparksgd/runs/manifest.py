@@ -160,7 +160,7 @@ def _read(fields: _Fields, number: int, described: dict[str, Any]) -> Manifest:
         finished=fields.take("finished", lambda v: type(v) is bool, "true or false"),
         version=fields.take("version", _is_whole(0, _MOST), "a whole number from 0"),
         model=_model(fields.table("model")),
-        seed=0 if number == 2 else fields.take("seed", _is_whole(-_MOST, 2 * _MOST), "a number of 64 bits"),
+        seed=0 if number == 2 else fields.take("seed", _is_whole(-(2**63), 2**64 - 1), "a number of 64 bits"),
         structure=None
         if number < 4
         else fields.take("structure", _is_of_texts, "a table of names by the paths that they stand at"),

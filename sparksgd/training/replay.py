@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from sparksgd.config import Config
 from sparksgd.errors import ConfigError, DataError, ReplayDiffers
 from sparksgd.imports import resolve
-from sparksgd.imports.trust import NO_TRUST, Trust
+from sparksgd.imports.trust import Trust
 from sparksgd.solvers.rules import completed
 
 if TYPE_CHECKING:  # it imports torch, and the instruction set must be pinned before that
@@ -49,8 +49,8 @@ class Replay:
     parameters_sha256: str | None
     """The digest at its end; None if it was killed."""
 
-    trust: Trust = NO_TRUST
-    """Whose code may run, if the configuration names it."""
+    trust: Trust | None = None
+    """Whose code may run, if the configuration comes from a file; None: it was made in this process."""
 
     def names(self) -> dict[str, str]:
         """Return {key: name} of the code that the configuration names, other than by a name of ours."""
@@ -69,7 +69,7 @@ class Replay:
             DataError: whose code it is, and how to trust it.
             ConfigError: there is no such code.
         """
-        for key, name in self.names().items():
+        for key, name in self.names().items() if self.trust is not None else ():
             resolve(key, name, {}, self.trust)
 
     def fingerprint(self) -> str:
