@@ -144,13 +144,13 @@ def _folder_of(spec: ModuleSpec | None) -> str | None:
 
 
 def _source(spec: ModuleSpec) -> str | None:
-    get_source = getattr(spec.loader, "get_source", None)
+    get_data, get_source = (getattr(spec.loader, name, None) for name in ("get_data", "get_source"))
     try:
+        if get_data is not None and spec.origin is not None and spec.origin.endswith(".py"):
+            return importlib.util.decode_source(get_data(spec.origin))  # the same of files and of zip files
         if get_source is not None:
             source = get_source(spec.name)
             return source if isinstance(source, str) else None
-        if spec.origin is not None and spec.origin.endswith(".py"):  # pytest's loader gives no source
-            return importlib.util.decode_source(Path(spec.origin).read_bytes())
     except (ImportError, OSError, SyntaxError, UnicodeError):
         pass
     return None
