@@ -64,7 +64,9 @@ class Trust:
         """
         module, colon, attribute = name.partition(":")
         if not (colon and _is_dotted(module) and attribute.isidentifier()):
-            raise DataError(f"{self.where}: {key} is {name!r}, but must be like package.module:attribute")
+            raise DataError(
+                f"{self.where}: {key} is {name!r}, but must be one of ours, or like package.module:attribute"
+            )
         if not self._covers(module):
             raise DataError(
                 f"{self.where}: {key} is {name!r}, but {module} is not trusted, and loading would run it. "

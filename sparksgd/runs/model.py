@@ -138,8 +138,10 @@ def load_model(
 
     Raises:
         DataError: the folder does not hold a complete model, or names code that is not trusted.
-        ConfigError: trust is no list of names of packages.
+        ConfigError: trust is no list of names of packages, or module no module.
     """
+    if not (module is None or isinstance(module, nn.Module)):
+        raise ConfigError(f"module is a {type(module).__name__}, but must be a torch.nn.Module")
     folder = location(folder)
     trusting = trusted(trust, where=f"{folder}/{MANIFEST}")
     manifest = read_manifest(folder)

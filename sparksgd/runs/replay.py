@@ -95,7 +95,7 @@ def _check_shards(
 
 def _traced(file: Location, steps: int) -> tuple[list[frozenset[int]], list[int]]:
     """Return the shards and the deal of each step of a trace, for at most this many steps."""
-    family, events = read_trace(file.read_bytes().splitlines(keepends=True), str(file))
+    family, events = read_trace(file.read_regular().splitlines(keepends=True), str(file))
     if family != "rounds":
         raise DataError(f"{file} is a trace of {family}, but only rounds can be replayed")
     took_part, deals = took_part_of(events)

@@ -10,7 +10,7 @@ import pytest
 
 from sparksgd.config import Config
 from sparksgd.errors import ConfigError
-from sparksgd.runs.finished import is_done
+from sparksgd.runs.finished import fingerprints_of, is_done
 from sparksgd.storage import location
 
 FILES = {"data.train": "1", "data.test": "2"}
@@ -77,6 +77,20 @@ def test_changed_code_is_another_run(out: Path) -> None:
     assert is_done(location(out), config, FILES | {"model.name": "5"}, "skip")
     with pytest.raises(ConfigError, match=r"the code of model\.name was changed since \(theirs:Net\)"):
         is_done(location(out), config, FILES | {"model.name": "6"}, "skip")
+
+
+def test_code_that_the_code_imports_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "theirs_here.py").write_text("import theirs_beside\n")
+    config = Config.load(
+        CONFIG.to_dict(), ["loss.name=theirs_here:loss", "data.train=none", "data.test=none"]
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    found = []
+    for number in (1, 2):
+        (tmp_path / "theirs_beside.py").write_text(f"NUMBER = {number}\n")
+        found.append(fingerprints_of(config))
+    assert [list(digests) for digests in found] == [["loss.name"]] * 2
+    assert found[0] != found[1]
 
 
 def test_a_replay_is_not_the_run_that_it_repeats(out: Path) -> None:
