@@ -35,6 +35,13 @@ def parser() -> argparse.ArgumentParser:
         default="text",
         help="format of the log lines, on standard error",
     )
+    result.add_argument(
+        "--trust", action="append", default=[], metavar="PACKAGE",
+        help="run code of this package, if the model names it; repeatable",
+    )  # fmt: skip
+    result.add_argument(
+        "--strict", action="store_true", help="refuse a model whose code is not that of the training"
+    )
     return result
 
 
@@ -42,7 +49,7 @@ def main(argv: Sequence[str]) -> int:
     """Print a model's scores; return the exit status."""
     args = parser().parse_args(argv)
     log_to(open_console(), new_run_id(), args.log_format)
-    return exit_status(lambda: run_evaluation(args.model, args.data))
+    return exit_status(lambda: run_evaluation(args.model, args.data, args.trust, strict=args.strict))
 
 
 if __name__ == "__main__":

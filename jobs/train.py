@@ -62,6 +62,10 @@ def parser() -> argparse.ArgumentParser:
         default="text",
         help="format of the log lines, on standard error",
     )
+    result.add_argument(
+        "--trust", action="append", default=[], metavar="PACKAGE",
+        help="run code of this package, if the run of --replay names it; repeatable",
+    )  # fmt: skip
     return result
 
 
@@ -73,13 +77,15 @@ def main(argv: Sequence[str]) -> int:
 
     def work() -> None:
         if args.replay is None:
+            if args.trust:
+                raise ConfigError("--trust is for --replay: what your own configuration names needs no trust")
             replay, config = None, Config.load(args.config and location(args.config), args.set)
         else:
             if Path(args.replay).resolve() == Path(args.out).resolve():
                 raise ConfigError(
                     f"--out is {args.out}, but that folder holds the run to replay: name another folder"
                 )
-            replay = read_replay(args.replay)
+            replay = read_replay(args.replay, trust=args.trust)
             config = Config.load(replay.config, args.set)
         instruction_set.pin(config.train.instruction_set)  # before anything imports torch
         from sparksgd.cli.run import run

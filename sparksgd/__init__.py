@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from sparksgd import errors
     from sparksgd.config import Config
     from sparksgd.errors import SparkSGDError
+    from sparksgd.imports.trust import trust
     from sparksgd.runs.folder import RunFolder
     from sparksgd.runs.model import SavedModel, load_model
     from sparksgd.runs.replay import read_replay
@@ -41,6 +42,7 @@ __all__ = [
     "read_replay",
     "start_session",
     "train",
+    "trust",
 ]
 
 __version__ = "0.1.0"
@@ -58,6 +60,7 @@ _HOMES = {
     "read_replay": "sparksgd.runs.replay",
     "start_session": "sparksgd.spark.session",
     "train": "sparksgd.spark.library",
+    "trust": "sparksgd.imports.trust",
 }
 """The module of each name."""
 

@@ -295,6 +295,8 @@ class Config:
             raise ConfigError(
                 f"train.num_shards is {self.train.num_shards}, but may be {_MOST_SHARDS} at most"
             )
+        if not -(2**63) <= self.train.seed < 2**64:
+            raise ConfigError(f"train.seed is {self.train.seed}, but must be a number of 64 bits")
         if self.engine.ports is not None and not (
             _PORTS.fullmatch(self.engine.ports)
             and (ports := self.engine.port_range)

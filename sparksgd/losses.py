@@ -18,6 +18,7 @@ import torch
 from torch.nn import functional as F
 
 from sparksgd.imports import resolve
+from sparksgd.imports.trust import Trust
 
 __all__ = [
     "CLASSIFIERS",
@@ -60,7 +61,12 @@ CLASSIFIERS = (binary_cross_entropy, cross_entropy)
 """Losses whose labels are classes, numbered from 0."""
 
 
-def loss_named(name: str) -> Loss:
-    """Return one of LOSSES, or the user's own by import path."""
-    loss: Loss = resolve("loss.name", name, LOSSES)
+def loss_named(name: str, trust: Trust | None = None) -> Loss:
+    """Return one of LOSSES, or the user's own by import path.
+
+    Args:
+        name: of it.
+        trust: whose code may run, if the name comes from a file; None: the user wrote it.
+    """
+    loss: Loss = resolve("loss.name", name, LOSSES, trust)
     return loss

@@ -190,13 +190,13 @@ def test_a_module_of_ones_own_is_trained_in_place_and_observed(path):
 
 def test_out_leaves_a_run_that_can_be_loaded_and_repeated(path, tmp_path):
     training = sparksgd.train(tables(), path, path, out=tmp_path / "run")
-    model = sparksgd.load_model(tmp_path / "run" / "model")
+    model = sparksgd.load_model(tmp_path / "run" / "model", trust=["torch.nn"])
     assert torch.equal(model.module.weight, training.module.weight)
     about = json.loads((tmp_path / "run" / "run.json").read_text())
     assert (about["config"]["data"]["train"], about["config"]["data"]["test"]) == (str(path), str(path))
     assert about["fingerprints"].keys() == {"data.train", "data.test", "model.name"}
 
-    replay = sparksgd.read_replay(tmp_path / "run")
+    replay = sparksgd.read_replay(tmp_path / "run", trust=["torch.nn"])
     again = sparksgd.train(tables(), path, replay=replay, out=str(tmp_path / "run"))  # takes its place
     assert again.flat.parameters_sha256() == training.flat.parameters_sha256()
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()

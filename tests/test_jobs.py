@@ -271,7 +271,7 @@ def test_a_signal_ends_a_run_in_a_line_and_leaves_its_model_but_no_other_file(
     assert summary["status"] in says
     assert summary["steps"] in (4, 5)  # whole segments, or all steps before that which was held
     assert not list(shards.rglob("sparksgd-*"))
-    load_model(tmp_path / "run" / "model")
+    load_model(tmp_path / "run" / "model", trust=["holding"])
 
 
 def test_a_finished_run_is_not_trained_again_nor_taken_for_another(digits, reference, tmp_path):
@@ -298,10 +298,44 @@ def test_a_run_that_is_killed_leaves_a_model_and_the_steps_that_made_it(digits, 
         process.kill()
         process.wait()
     about = json.loads((out / "model" / "model.json").read_text())
-    load_model(out / "model")
+    load_model(out / "model", trust=["holding"])
     assert not about["finished"]
     assert about["version"] <= metrics(out)[-1]["step"]
     assert not (out / "summary.json").exists()
+
+
+def test_jobs_run_code_that_a_folder_names_only_if_they_are_told_to_trust_it(digits, tmp_path):
+    out, again = tmp_path / "run", str(tmp_path / "again")
+    done = train(digits, out, "model.name=sparksgd.models:LeNet", "train.steps=2", engine="inline")
+    assert done.returncode == 0, done.stdout  # what one's own configuration names needs no trust
+    data = ["--data", f"{digits}/test.parquet"]
+    for job, words in (
+        ("evaluate.py", ["--model", str(out / "model"), *data]),
+        ("train.py", ["--replay", str(out), "--out", again]),
+    ):
+        refused = run_job(job, *words)
+        assert (refused.returncode, "Traceback" in refused.stdout) == (2, False)
+        assert "model.name is 'sparksgd.models:LeNet', but sparksgd.models is not trusted" in refused.stdout
+        refused = run_job(job, *words, "--trust", "models", "--trust", "*")
+        assert refused.returncode == 2
+        assert "a package to trust is '*', but must be the name of one package" in refused.stdout
+    assert not (tmp_path / "again").exists()
+    replayed = run_job("train.py", "--replay", str(out), "--out", again, "--trust", "sparksgd.models")
+    assert (replayed.returncode, "the same 2 steps, the same parameters" in replayed.stdout) == (0, True)
+    refused = run_job("train.py", *arguments(digits, tmp_path / "more"), "--trust", "sparksgd")
+    assert (refused.returncode, "--trust is for --replay" in refused.stdout) == (2, True)
+
+
+def test_evaluate_refuses_code_that_was_changed_if_it_is_told_to_be_strict(digits, tmp_path, monkeypatch):
+    (tmp_path / "own_nets.py").write_text("from sparksgd.models import LeNet\nclass Net(LeNet): pass\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    done = train(digits, tmp_path / "run", "model.name=own_nets:Net", "train.steps=1", engine="inline")
+    assert done.returncode == 0, done.stdout
+    (tmp_path / "own_nets.py").write_text("from sparksgd.models import LeNet\nclass Net(LeNet): other = 1\n")
+    words = ["--model", str(tmp_path / "run" / "model"), "--data", f"{digits}/test.parquet"]
+    refused = run_job("evaluate.py", *words, "--trust", "own_nets", "--strict")
+    assert refused.returncode == 2
+    assert "the code of model.name = 'own_nets:Net' is not that of the training" in refused.stdout
 
 
 @pytest.mark.parametrize("job", sorted(path.name for path in (ROOT / "jobs").glob("*.py")))

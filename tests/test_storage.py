@@ -51,6 +51,25 @@ def test_a_file_is_replaced_whole_and_leaves_nothing_beside_it(tmp_path: Path) -
     assert [file.name for file in (tmp_path / "deep").iterdir()] == ["file"]
 
 
+def test_only_a_regular_file_of_the_right_length_is_read_as_one(tmp_path: Path) -> None:
+    file = location(tmp_path) / "file"
+    file.write_bytes(b"12345")
+    (tmp_path / "link").symlink_to("file")
+    for name in ("file", "link"):
+        assert [(location(tmp_path) / name).read_regular(most) for most in (None, 5, 6)] == [b"12345"] * 3
+        with pytest.raises(OSError, match="it has 5 bytes, but should have 4 at most"):
+            (location(tmp_path) / name).read_regular(4)
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "device").symlink_to("/dev/zero")
+    for name in ("pipe", "device"):
+        with pytest.raises(OSError, match="it is not a regular file"):
+            (location(tmp_path) / name).read_regular()
+    with pytest.raises(IsADirectoryError):
+        location(tmp_path).read_regular()
+    with pytest.raises(FileNotFoundError):
+        (location(tmp_path) / "nothing").read_regular()
+
+
 def test_half_a_copy_is_never_seen(tmp_path: Path) -> None:
     file = location(tmp_path) / "file"
     file.write_bytes(b"old")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Sequence
 
 from rich.console import Console
 
@@ -115,17 +116,19 @@ def run(
         )
 
 
-def run_evaluation(folder: str, data: str) -> None:
+def run_evaluation(folder: str, data: str, trust: Sequence[str] = (), *, strict: bool = False) -> None:
     """Print the scores of a saved model on Parquet.
 
     Args:
         folder: the folder model/ of a run, a path or URI.
         data: Parquet with the columns that the model was trained on, a path or URI.
+        trust: packages whose code may run, if the model names it.
+        strict: refuse a model whose code is not that of the training.
     """
     from sparksgd.spark.evaluation import evaluate_parquet
     from sparksgd.spark.session import job_session
 
-    model = load_model(folder)
+    model = load_model(folder, trust=trust, strict=strict)
     patience_s = EngineConfig().slots_timeout_s
     with job_session(f"sparksgd evaluation of {folder}", TrainConfig(), patience_s) as session:
         scores = evaluate_parquet(session, data, model)

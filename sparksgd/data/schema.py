@@ -30,7 +30,10 @@ from sparksgd.errors import BadRows, DataError
 from sparksgd.imports import did_you_mean
 
 __all__ = [
+    "FEATURE_DTYPES",
     "HASH_BYTES",
+    "LABEL_DTYPES",
+    "MOST_RECORD_BYTES",
     "Feature",
     "RowReport",
     "RowSchema",
@@ -42,6 +45,11 @@ __all__ = [
 ]
 
 HASH_BYTES = 16
+FEATURE_DTYPES = ("uint8", "int64", "float32")
+LABEL_DTYPES = ("int64", "float32")
+MOST_RECORD_BYTES = 2**31 - 1
+"""numpy makes no larger records."""
+
 _LABEL = "(label)"
 _EXAMPLES = 3
 _GOLDEN = 0x9E3779B97F4A7C15  # 2^64 over the golden ratio: SplitMix64's step
@@ -57,7 +65,7 @@ class Feature:
     """The column."""
 
     dtype: str
-    """uint8, int64 or float32."""
+    """One of FEATURE_DTYPES."""
 
     length: int | None
     """Values per row; None for a single number."""
@@ -84,7 +92,7 @@ class RowSchema:
     """The column of labels."""
 
     label_dtype: str
-    """int64 or float32."""
+    """One of LABEL_DTYPES."""
 
     id: str | None = None
     """The column whose hash assigns a row to a shard; None hashes the features."""

@@ -9,12 +9,38 @@ Legend: B rows, M1 and M2 maps, H hidden units, C classes; sizes are for the def
 from __future__ import annotations
 
 from collections.abc import Sequence
+from numbers import Integral, Real
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
+from sparksgd.errors import ConfigError
+
 __all__ = ["LeNet"]
+
+
+def _check(
+    maps: object, hidden: object, classes: object, padding: object, dropout: object, side: object
+) -> None:
+    """Refuse arguments that are no numbers of the right range."""
+    if not (isinstance(maps, Sequence) and len(maps) == 2):
+        raise ConfigError(f"maps is {maps!r}, but must be two whole numbers from 1")
+    numbers = {
+        "maps[0]": (maps[0], 1),
+        "maps[1]": (maps[1], 1),
+        "hidden": (hidden, 1),
+        "classes": (classes, 1),
+    }
+    for name, (value, least) in (numbers | {"padding": (padding, 0), "side": (side, 1)}).items():
+        if isinstance(value, bool) or not (isinstance(value, Integral) and least <= int(value) < _MOST):
+            raise ConfigError(f"{name} is {value!r}, but must be a whole number from {least} to {_MOST - 1}")
+    if isinstance(dropout, bool) or not (isinstance(dropout, Real) and 0 <= float(dropout) <= 1):
+        raise ConfigError(f"dropout is {dropout!r}, but must be a number from 0 to 1")
+
+
+_MOST = 2**31
+"""No tensor of torch has so many rows of convolutions or units as this."""
 
 
 class LeNet(nn.Module):
@@ -42,6 +68,7 @@ class LeNet(nn.Module):
         side: int = 28,
     ) -> None:
         super().__init__()
+        _check(maps, hidden, classes, padding, dropout, side)
         first, second = maps
         final = side
         for _ in range(2):

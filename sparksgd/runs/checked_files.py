@@ -28,7 +28,15 @@ from sparksgd.imports import out_of_memory_told
 from sparksgd.storage import Location, unanswered
 from sparksgd.training.tensor_archives import check_archive, check_values
 
-__all__ = ["FileEntry", "check_name", "read_checked", "read_regular", "read_unlisted", "write_checked"]
+__all__ = [
+    "FileEntry",
+    "check_name",
+    "is_sha256",
+    "read_checked",
+    "read_unlisted",
+    "shown",
+    "write_checked",
+]
 
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,199}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -59,13 +67,13 @@ class FileEntry:
             DataError: it is not such a table, or a value is out of range.
         """
         if not isinstance(values, Mapping) or set(values) != {"name", "size_bytes", "sha256"}:
-            raise DataError(f"{where} is {_shown(values)}, but must have name, size_bytes and sha256")
+            raise DataError(f"{where} is {shown(values)}, but must have name, size_bytes and sha256")
         name, size, sha256 = values["name"], values["size_bytes"], values["sha256"]
         check_name(name, f"{where}.name")
         if type(size) is not int or size < 0:
-            raise DataError(f"{where}.size_bytes is {_shown(size)}, but must be a whole number from 0")
-        if not (isinstance(sha256, str) and _SHA256.fullmatch(sha256)):
-            raise DataError(f"{where}.sha256 is {_shown(sha256)}, but must be 64 hexadecimal digits")
+            raise DataError(f"{where}.size_bytes is {shown(size)}, but must be a whole number from 0")
+        if not is_sha256(sha256):
+            raise DataError(f"{where}.sha256 is {shown(sha256)}, but must be 64 hexadecimal digits")
         return cls(name=name, size_bytes=size, sha256=sha256)
 
 
@@ -81,7 +89,7 @@ def check_name(name: object, where: str) -> None:
     """
     if not (isinstance(name, str) and _NAME.fullmatch(name)):
         raise DataError(
-            f"{where} is {_shown(name)}, but must be the name of a file in the same folder: at most 200 "
+            f"{where} is {shown(name)}, but must be the name of a file in the same folder: at most 200 "
             f"letters, digits, _, . and -, without a separator, and not beginning with . or -"
         )
 
@@ -124,7 +132,7 @@ def read_checked(folder: Location, entry: FileEntry) -> dict[str, Any]:
     """
     where = f"{folder}/{entry.name}"
     check_name(entry.name, "the name of a file to read")
-    data = read_regular(folder, entry.name, entry.size_bytes)
+    data = _bytes_of(folder, entry.name, entry.size_bytes)
     if len(data) != entry.size_bytes:
         raise DataError(
             f"{where} has {len(data):,} bytes, but its manifest says {entry.size_bytes:,}: it is cut off, "
@@ -151,10 +159,10 @@ def read_unlisted(folder: Location, name: str) -> dict[str, Any]:
         ClusterError: its file system does not answer.
     """
     check_name(name, "the name of a file to read")
-    return _parsed(read_regular(folder, name, None), f"{folder}/{name}")
+    return _parsed(_bytes_of(folder, name, None), f"{folder}/{name}")
 
 
-def read_regular(folder: Location, name: str, most_bytes: int | None) -> bytes:
+def _bytes_of(folder: Location, name: str, most_bytes: int | None) -> bytes:
     """Return what a regular file holds.
 
     Args:
@@ -186,7 +194,8 @@ def _parsed(data: bytes, where: str) -> dict[str, Any]:
     except SparkSGDError:
         raise
     except Exception as error:  # what torch and zipfile raise for strange bytes is not documented
-        why = (str(error).rpartition("WeightsUnpickler error: ")[2].strip().splitlines() or [""])[0]
+        told = [line.strip() for line in str(error).splitlines() if line.strip()]
+        why = next((line for line in told if not line.startswith("Weights only load failed")), "")
         raise DataError(
             f"{where} holds no tensors and plain values as torch.save writes them: "
             f"{type(error).__name__}: {why}"
@@ -194,7 +203,13 @@ def _parsed(data: bytes, where: str) -> dict[str, Any]:
     return dict(values)
 
 
-def _shown(value: object) -> str:
+def is_sha256(value: object) -> bool:
+    """Return whether a value is 64 hexadecimal digits."""
+    return isinstance(value, str) and _SHA256.fullmatch(value) is not None
+
+
+def shown(value: object) -> str:
+    """Return a value of a manifest as errors show it."""
     if not isinstance(value, str | int | float | None) or (type(value) is int and abs(value) > 1 << 64):
         return f"a {type(value).__name__}"
     text = repr(value)

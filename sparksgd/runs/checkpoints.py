@@ -21,9 +21,9 @@ from typing import Any, Self
 
 from sparksgd.config import Config
 from sparksgd.errors import ConfigError, DataError
-from sparksgd.runs.checked_files import FileEntry, read_checked, read_regular, write_checked
-from sparksgd.runs.json_files import finite, write_json
-from sparksgd.storage import Location
+from sparksgd.runs.checked_files import FileEntry, read_checked, write_checked
+from sparksgd.runs.json_files import finite, read_json, write_json
+from sparksgd.storage import Location, unanswered
 from sparksgd.training.checkpoint import Checkpoint, Part, RunIdentity, Start
 from sparksgd.training.state import Resumed
 
@@ -40,7 +40,6 @@ PATHS = frozenset(("data.train", "data.test"))
 _FORMAT = 1
 _MANIFEST = re.compile(r"(checkpoint-\d{8,}-[0-9a-f]{8})\.json")
 _FILE = re.compile(r"(checkpoint-\d{8,}-[0-9a-f]{8})\..*")
-_LARGEST_MANIFEST = 1 << 26  # bytes
 _KEYS = {
     "format": int,
     "step": int,
@@ -102,8 +101,10 @@ class Manifest:
         """
         where = f"{folder}/{name}.json"
         try:
-            values = json.loads(read_regular(folder, f"{name}.json", _LARGEST_MANIFEST))
-        except (ValueError, RecursionError) as error:
+            values = read_json(folder / f"{name}.json")
+        except OSError as error:
+            raise unanswered(error, DataError(f"{where} cannot be read: {error.strerror}")) from error
+        except ValueError as error:
             raise DataError(f"{where} is no manifest of a checkpoint: {error}") from error
         if not isinstance(values, dict) or values.get("sha256") != _digest(values):
             raise DataError(f"{where} is damaged: its digest is another")

@@ -15,7 +15,6 @@ neither going on nor done; --resume FOLDER goes on from the checkpoints of anoth
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -25,7 +24,7 @@ from sparksgd.config import Config
 from sparksgd.errors import ConfigError
 from sparksgd.runs.asked import Asked
 from sparksgd.runs.checkpoints import FREE, PATHS, Manifest, manifests
-from sparksgd.runs.json_files import read_about_run
+from sparksgd.runs.json_files import read_about_run, read_json
 from sparksgd.runs.metrics import read_metrics
 from sparksgd.runs.names import CHECKPOINTS, METRICS, MODEL, RUN, SUMMARY, TRACE
 from sparksgd.solvers.rules import completed
@@ -190,7 +189,7 @@ def _about(out: Location) -> Any:
 def _summary(out: Location) -> Any:
     """Return what summary.json says, if it is there."""
     try:
-        summary = json.loads((out / SUMMARY).read_bytes())
+        summary = read_json(out / SUMMARY)
     except FileNotFoundError:
         return None
     return {key: str(summary[key]) for key in ("status", "parameters_sha256")}
@@ -220,9 +219,11 @@ def _last_step(folder: Location) -> int:
 def _has_model(out: Location, summary: Any) -> bool:
     """Return whether the folder has the model of a run's last parameters."""
     try:
-        model = json.loads((out / MODEL).read_bytes())
+        model = read_json(out / MODEL)
+        weights = model["weights"]
+        name = weights if isinstance(weights, str) else str(weights["name"])  # a name alone before format 5
         is_of_end = bool(summary["parameters_sha256"] == model["parameters_sha256"])
-        return is_of_end and (out / "model" / str(model["weights"])).exists()
+        return is_of_end and (out / "model" / name).exists()
     except (OSError, ValueError, LookupError, TypeError):
         return False
 

@@ -10,12 +10,35 @@ from typing import Any
 from sparksgd.runs.names import RUN, RUN_BEFORE
 from sparksgd.storage import Location
 
-__all__ = ["finite", "read_about_run", "write_json"]
+__all__ = ["finite", "read_about_run", "read_json", "write_json"]
+
+_MOST_BYTES = 64 << 20
 
 
 def write_json(file: Location, values: Mapping[str, Any]) -> None:
     """Write an object, with indentation for people."""
     file.write_bytes((json.dumps(values, indent=2) + "\n").encode())
+
+
+def read_json(file: Location) -> Any:
+    """Return what a file of JSON holds, if it is a regular file of a reasonable size.
+
+    Raises:
+        OSError: there is no such file, or it cannot be read, or it is too long.
+        ValueError: it is not JSON, is nested too deeply, or has a key twice.
+    """
+    data = file.read_regular(_MOST_BYTES)
+    try:
+        return json.loads(data, object_pairs_hook=_table)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+
+
+def _table(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    table = dict(pairs)
+    if len(table) < len(pairs):
+        raise ValueError("it has a key twice")
+    return table
 
 
 def read_about_run(folder: Location) -> Any:
@@ -26,10 +49,10 @@ def read_about_run(folder: Location) -> Any:
         ValueError: it is not JSON.
     """
     try:
-        return json.loads((folder / RUN).read_bytes())
+        return read_json(folder / RUN)
     except FileNotFoundError as error:
         try:
-            return json.loads((folder / RUN_BEFORE).read_bytes())
+            return read_json(folder / RUN_BEFORE)
         except FileNotFoundError:
             raise error from None
 

@@ -26,7 +26,7 @@ def read_metrics(file: Location) -> Metrics:
         OSError: the file cannot be read.
         ValueError, KeyError, TypeError: it holds something else than metrics.
     """
-    lines = file.read_bytes().splitlines(keepends=True)
+    lines = file.read_regular().splitlines(keepends=True)
     whole = [json.loads(line) for line in lines if line.endswith(b"\n")]
     return Metrics(
         steps=[line for line in whole if line["kind"] == "step"],

@@ -3,17 +3,18 @@
 weights.pt      state_dict, for torch.load(weights_only=True)
 constants.pt    tensors and plain values that are in no state_dict, by path, if there are any
 model.json      the module's name, arguments, seed and structure, the schema of a row, digests
+
+Nothing of a folder is believed when it is loaded.  It runs no code but that of packages that the caller
+trusts (imports/trust.py).  Every field of model.json is checked (manifest.py), and every file with what is
+in it (checked_files.py).
 """
 
 from __future__ import annotations
 
 import hashlib
-import io
-import json
 import logging
-import pickle
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,14 +23,18 @@ import torch
 from torch import nn
 
 from sparksgd.arithmetic.changes import bits
-from sparksgd.config import ModelConfig
-from sparksgd.data.schema import Feature, RowSchema
-from sparksgd.errors import DataError, ModelError, TrainingError
-from sparksgd.losses import Loss, loss_named
-from sparksgd.runs.json_files import write_json
-from sparksgd.runs.names import WEIGHTS
+from sparksgd.data.schema import RowSchema
+from sparksgd.errors import ConfigError, DataError, ModelError, SparkSGDError, TrainingError
+from sparksgd.imports import out_of_memory_told
+from sparksgd.imports.sources import code_digest
+from sparksgd.imports.trust import Trust, trusted
+from sparksgd.losses import LOSSES, Loss, loss_named
+from sparksgd.models import MODELS
+from sparksgd.runs.checked_files import FileEntry, read_checked, read_unlisted, write_checked
+from sparksgd.runs.manifest import Manifest, describe, read_manifest, write_manifest
+from sparksgd.runs.names import MANIFEST, WEIGHTS
 from sparksgd.storage import Location, location
-from sparksgd.training.composition import other_structure, structure
+from sparksgd.training.composition import other_structure
 from sparksgd.training.modules import build_module
 from sparksgd.training.saved_state import SavedState, load_state, saved_state
 
@@ -40,11 +45,8 @@ __all__ = ["SavedModel", "check_saved", "constants_beside", "load_model", "save_
 
 log = logging.getLogger("sparksgd")
 
-_FORMAT = 4
-_STILL_READ = (2, 3, _FORMAT)
-# 2 had no constants, and built the module from seed 0; 3 had neither plain values nor a structure.
-_NOT_WHOLE = (OSError, ValueError, RuntimeError, LookupError, TypeError, EOFError, pickle.UnpicklingError)
-"""What it raises to read an incomplete model, or something else."""
+_MOST_DENSE_BYTES = 1 << 30
+"""A sparse tensor of a format before 5 is made dense for its digest, up to this size."""
 
 
 def save_model(folder: str | Path | Location, training: Training, weights: str = WEIGHTS) -> None:
@@ -57,29 +59,11 @@ def save_model(folder: str | Path | Location, training: Training, weights: str =
     """
     folder = location(folder)
     saved = saved_state(training.module, training.drawn)
-    constants = constants_beside(weights)
-    _write(folder / weights, saved.state)
+    written = write_checked(folder, weights, saved.state)
+    constants = None
     if saved.constants:
-        _write(folder / constants, saved.constants)
-    schema = training.plan.schema
-    about = {
-        "format": _FORMAT,
-        "weights": weights,
-        "constants": constants if saved.constants else None,
-        "finished": training.is_finished,
-        "model": {"name": training.model_name, "arguments": dict(training.config.model.arguments)},
-        "seed": training.config.train.seed,
-        "structure": structure(training.module),
-        "features": [asdict(feature) for feature in schema.features],
-        "label": {"name": schema.label, "dtype": schema.label_dtype, "classes": schema.classes},
-        "loss": training.config.loss.name,
-        "version": training.version,
-        "parameters_sha256": training.flat.parameters_sha256(),
-        "buffers_sha256": training.flat.buffers_sha256(),
-        "state_sha256": _sha256(saved.state),
-        "constants_sha256": _sha256(saved.constants),
-    }
-    write_json(folder / "model.json", about)
+        constants = write_checked(folder, constants_beside(weights), saved.constants)
+    write_manifest(folder, describe(training, written, constants))
 
 
 def constants_beside(weights: str) -> str:
@@ -89,12 +73,6 @@ def constants_beside(weights: str) -> str:
     'constants-500.pt'
     """
     return weights.replace("weights", "constants", 1)
-
-
-def _write(file: Location, values: Mapping[str, Any]) -> None:
-    stream = io.BytesIO()
-    torch.save(dict(values), stream)
-    file.write_bytes(stream.getvalue())
 
 
 def check_saved(folder: str | Path | Location, training: Training) -> None:
@@ -111,79 +89,20 @@ def check_saved(folder: str | Path | Location, training: Training) -> None:
     if training.model_name is None:
         return
     folder = location(folder)
-    about = json.loads((folder / "model.json").read_bytes())
     module = built_again(training.config)
     if module is None:
         return
-    fill = partial(_fill, folder=folder, about=about)
-    different = other_when_filled(training.module, module, about["structure"], fill, training.sample)
+    manifest = read_manifest(folder)
+    fill = partial(load_state, saved=_values(folder, manifest))
+    different = other_when_filled(training.module, module, manifest.structure or {}, fill, training.sample)
     if different is not None:
-        write_json(folder / "model.json", about | {"differs": different})
+        write_manifest(folder, {**manifest.fields, "differs": different})
         raise TrainingError(
             f"the module is trained, but {training.model_name} gave another one when it was built again: "
             f"{different}. Nothing is lost: load_model({str(folder)!r}, module=...) takes a module that is "
             f"built as the trained one. Let the module depend on its arguments, or on torch's, numpy's or "
             f"Python's global generators, which train.seed seeds"
         )
-
-
-def _sha256(state: Mapping[str, Any]) -> str:
-    """Return the digest of a whole state_dict, with frozen parameters and all buffers."""
-    digest = hashlib.sha256()
-    for name, value in sorted(state.items()):
-        if isinstance(value, torch.Tensor):
-            _add(digest, name, value)
-        elif isinstance(value, dict) and isinstance(value.get("bytes"), torch.Tensor):
-            _add(digest, f"{name} {value.get('numpy')} {value.get('shape')}", value["bytes"])
-        else:
-            digest.update(f"{name} {type(value).__name__} {value!r}\n".encode())
-    return digest.hexdigest()
-
-
-def _add(digest: hashlib._Hash, name: str, tensor: torch.Tensor) -> None:
-    dense = tensor.detach() if tensor.layout is torch.strided else tensor.detach().to_dense()
-    digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-    digest.update(bits(dense).data)
-
-
-def _read(folder: Location, name: str | None) -> dict[str, Any]:
-    """Return the values of a file; none if there is none."""
-    if name is None:
-        return {}
-    return dict(torch.load(io.BytesIO((folder / name).read_bytes()), weights_only=True))
-
-
-def _fill(module: nn.Module, folder: Location, about: Mapping[str, Any]) -> list[str]:
-    """Give a module the values of a folder; see `load_state`."""
-    state, constants = _read(folder, about["weights"]), _read(folder, about.get("constants"))
-    for name, values in (("weights", state), ("constants", constants)):
-        key = "state_sha256" if name == "weights" else "constants_sha256"
-        if values and _sha256(values) != about[key]:
-            raise DataError(
-                f"{folder}/{about[name]} and model.json are of different runs: their digests differ"
-            )
-    return load_state(module, SavedState(state=state, constants=constants))
-
-
-def _built(folder: Location, about: Mapping[str, Any]) -> nn.Module:
-    """Return the module that a model names, built again."""
-    if about["model"]["name"] is None:
-        raise DataError(f"{folder} was trained from a module given in Python: pass it as module=")
-    module = build_module(ModelConfig(**about["model"]), seed=about.get("seed", 0))
-    different = about.get("differs") or other_structure(module, about.get("structure"))
-    if different is not None:
-        raise DataError(
-            f"{folder} is not of the module that {about['model']['name']} gives: {different}. Pass a module "
-            f"that is built as the trained one as module="
-        )
-    return module
-
-
-def _given(module: nn.Module, about: Mapping[str, Any]) -> nn.Module:
-    different = other_structure(module, about.get("structure"))
-    if different is not None:
-        log.warning("the module given to load_model is not built as the trained one: %s", different)
-    return module
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -200,40 +119,160 @@ class SavedModel:
     """The loss that it was trained with."""
 
 
-def load_model(folder: str | Path | Location, module: nn.Module | None = None) -> SavedModel:
-    """Load a model; warn if its run did not finish.
+def load_model(
+    folder: str | Path | Location,
+    module: nn.Module | None = None,
+    *,
+    trust: Iterable[str] = (),
+    strict: bool = False,
+) -> SavedModel:
+    """Load a model; warn if its run did not finish, or if its code is not that of the training.
 
     Args:
         folder: the folder model/ of a run, a path or URI.
-        module: the untrained module, if the run did not build it from a name in its configuration.
+        module: the untrained module, if the run did not build it from a name in its configuration, or if you
+            rather build it yourself.  Then nothing that model.name names is run; loss.name still is.
+        trust: packages whose code may run, if model.name or loss.name is of them, as ["mymodels"]; besides
+            those of `sparksgd.trust` and of SPARKSGD_TRUST.  Models and losses of sparksgd need no trust.
+        strict: refuse a model whose code is not that of the training, or of which no digest was saved.
 
     Raises:
-        DataError: the folder does not hold a complete model.
+        DataError: the folder does not hold a complete model, or names code that is not trusted.
+        ConfigError: trust is no list of names of packages, or module no module.
     """
-    folder, is_built = location(folder), module is None
+    if not (module is None or isinstance(module, nn.Module)):
+        raise ConfigError(f"module is a {type(module).__name__}, but must be a torch.nn.Module")
+    folder = location(folder)
+    trusting = trusted(trust, where=f"{folder}/{MANIFEST}")
+    manifest = read_manifest(folder)
+    names = {"loss.name": manifest.loss}
+    if module is None:
+        if manifest.model is None:
+            raise DataError(f"{folder} was trained from a module given in Python: pass it as module=")
+        names = {"model.name": manifest.model.name} | names
+    _check_code(folder, manifest, names, trusting, strict)
     try:
-        about = json.loads((folder / "model.json").read_bytes())
-        if about["format"] not in _STILL_READ:
-            raise DataError(
-                f"{folder} is of format {about['format']}, but this version reads "
-                f"{' and '.join(map(str, _STILL_READ))}"
-            )
-        schema = RowSchema(
-            features=tuple(Feature(**feature) for feature in about["features"]),
-            label=about["label"]["name"],
-            label_dtype=about["label"]["dtype"],
-            classes=about["label"]["classes"],
-        )
-        module = _built(folder, about) if module is None else _given(module, about)
-        others = _fill(module, folder, about)
-        if others and not is_built:
-            log.warning(
-                "the module given to load_model gets the values that it was trained with: %s",
-                "; ".join(others),
-            )
-        loss = loss_named(about["loss"])
-    except (*_NOT_WHOLE, ModelError) as error:
+        with out_of_memory_told(f"loading {folder}"):
+            saved = _values(folder, manifest)
+            loss = loss_named(manifest.loss, trusting)
+            if module is None:
+                module = _built(manifest, saved, trusting)
+                load_state(module, saved)
+            else:
+                _fill_given(module, manifest, saved)
+            module.eval()
+    except (DataError, ConfigError, ModelError) as error:
+        raise DataError(f"{folder} holds no complete model: {error}") from error
+    except SparkSGDError:
+        raise
+    except Exception as error:  # of torch, numpy, or the module's own load_state_dict
         raise DataError(f"{folder} holds no complete model: {type(error).__name__}: {error}") from error
-    if not about["finished"]:
-        log.warning("%s is of a run that did not finish: weights of step %d", folder, about["version"])
-    return SavedModel(module=module.eval(), schema=schema, loss=loss)
+    if not manifest.finished:
+        log.warning("%s is of a run that did not finish: weights of step %d", folder, manifest.version)
+    return SavedModel(module=module, schema=manifest.schema, loss=loss)
+
+
+def _check_code(
+    folder: Location, manifest: Manifest, names: Mapping[str, str], trusting: Trust, strict: bool
+) -> None:
+    """Refuse code that is not trusted, and tell of code that is not that of the training; run none of it."""
+    users = {
+        key: name for key, name in names.items() if name not in (MODELS if key == "model.name" else LOSSES)
+    }
+    for key, name in users.items():
+        trusting.check_name(key, name)
+    for key, name in users.items():
+        then, now = (manifest.code or {}).get(key), code_digest(name)
+        if then == now and (then is not None or not strict):
+            continue
+        if then is None:
+            told = f"{folder}/{MANIFEST} has no digest of the code of {key} = {name!r}"
+        else:
+            told = (
+                f"the code of {key} = {name!r} is not that of the training: it was changed, or is another "
+                f"package of the same name"
+            )
+        if strict:
+            raise DataError(
+                f"{told}, and strict was asked for: put the code of the training first on PYTHONPATH, or "
+                f"load without strict if it is known to do the same"
+            )
+        if then is not None:
+            log.warning("%s: %s", folder, told)
+
+
+def _values(folder: Location, manifest: Manifest) -> SavedState:
+    """Return what the files of a model hold."""
+    found: dict[str, dict[str, Any]] = {"weights": {}, "constants": {}}
+    for key, file in (("weights", manifest.weights), ("constants", manifest.constants)):
+        if isinstance(file, FileEntry):
+            found[key] = read_checked(folder, file)
+        elif file is not None:
+            found[key] = read_unlisted(folder, file)
+            if _sha256(found[key]) != manifest.digests.get(key):
+                raise DataError(f"{file} and {MANIFEST} are of different runs: their digests differ")
+    return SavedState(state=found["weights"], constants=found["constants"])
+
+
+def _built(manifest: Manifest, saved: SavedState, trusting: Trust) -> nn.Module:
+    """Return the module that a model names, built again."""
+    assert manifest.model is not None
+    if manifest.model.name in MODELS:
+        _check_sizes(manifest, saved)
+    module = build_module(manifest.model, manifest.seed, trusting)
+    different = manifest.differs or other_structure(module, manifest.structure)
+    if different is not None:
+        raise DataError(
+            f"it is not of the module that {manifest.model.name} gives: {different}. Pass a module that is "
+            f"built as the trained one as module="
+        )
+    return module
+
+
+def _check_sizes(manifest: Manifest, saved: SavedState) -> None:
+    """Refuse arguments of one of our models that the weights are not of, before memory is taken for it."""
+    assert manifest.model is not None
+    with torch.device("meta"):
+        module = build_module(manifest.model, manifest.seed)
+    for name, value in module.state_dict().items():
+        shape = getattr(saved.state.get(name), "shape", None)
+        if shape != value.shape:
+            raise DataError(
+                f"{name} is of shape {None if shape is None else tuple(shape)}, but {manifest.model.name} "
+                f"with the arguments {dict(manifest.model.arguments)} has it of {tuple(value.shape)}"
+            )
+
+
+def _fill_given(module: nn.Module, manifest: Manifest, saved: SavedState) -> None:
+    """Give a module of the caller the values of a model, and tell how it was built otherwise."""
+    different = other_structure(module, manifest.structure)
+    if different is not None:
+        log.warning("the module given to load_model is not built as the trained one: %s", different)
+    others = load_state(module, saved)
+    if others:
+        log.warning(
+            "the module given to load_model gets the values that it was trained with: %s", "; ".join(others)
+        )
+
+
+def _sha256(state: Mapping[str, Any]) -> str:
+    """Return the digest that formats before 5 have of values."""
+    digest = hashlib.sha256()
+    for name, value in sorted(state.items()):
+        if isinstance(value, torch.Tensor):
+            _add(digest, name, value)
+        elif isinstance(value, dict) and isinstance(value.get("bytes"), torch.Tensor):
+            _add(digest, f"{name} {value.get('numpy')} {value.get('shape')}", value["bytes"])
+        else:
+            digest.update(f"{name} {type(value).__name__} {value!r}\n".encode())
+    return digest.hexdigest()
+
+
+def _add(digest: hashlib._Hash, name: str, tensor: torch.Tensor) -> None:
+    if tensor.layout is not torch.strided and tensor.numel() * tensor.element_size() > _MOST_DENSE_BYTES:
+        raise DataError(
+            f"{name} is a sparse tensor of shape {tuple(tensor.shape)}, which is too large to check"
+        )
+    dense = tensor.detach() if tensor.layout is torch.strided else tensor.detach().to_dense()
+    digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+    digest.update(bits(dense).data)

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-__all__ = ["CHECKPOINTS", "METRICS", "MODEL", "RUN", "RUN_BEFORE", "SUMMARY", "TRACE", "WEIGHTS"]
+__all__ = ["CHECKPOINTS", "MANIFEST", "METRICS", "MODEL", "RUN", "RUN_BEFORE", "SUMMARY", "TRACE", "WEIGHTS"]
 
 
 CHECKPOINTS = "checkpoints"
 """The folder of the checkpoints; checkpoints.py says what is in it."""
 
+MANIFEST = "model.json"
+"""How to rebuild the module, and its files, in the folder of a model."""
+
 METRICS = "metrics.jsonl"
 """A line for each step and each evaluation."""
 
-MODEL = "model/model.json"
-"""How to rebuild the module, and the name of the file of its weights."""
+MODEL = f"model/{MANIFEST}"
+"""MANIFEST, in the folder of a run."""
 
 RUN = "run.json"
 """The configuration of the run, and fingerprints of its data and code."""

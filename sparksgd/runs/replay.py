@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from sparksgd.config import Config
 from sparksgd.engines.trace import read_trace, took_part_of
 from sparksgd.errors import ConfigError, DataError
-from sparksgd.runs.json_files import read_about_run
+from sparksgd.imports.trust import trusted
+from sparksgd.runs.json_files import read_about_run, read_json
 from sparksgd.runs.metrics import read_metrics
 from sparksgd.runs.names import METRICS, RUN, SUMMARY, TRACE
 from sparksgd.storage import Location, location
@@ -21,21 +22,26 @@ _NO_RUN = (OSError, ValueError, LookupError, TypeError, AttributeError, Recursio
 """Errors of reading something else than a run."""
 
 
-def read_replay(folder: str | Path | Location) -> Replay:
+def read_replay(folder: str | Path | Location, *, trust: Iterable[str] = ()) -> Replay:
     """Read the folder of a run that has ended or was killed.
 
     Args:
         folder: where `jobs/train.py --out` or `RunFolder` wrote, a path or URI.
+        trust: packages whose code may run, if the run's configuration names it for the model, the loss, the
+            optimiser or the schedule, as ["mymodels"]; besides those of `sparksgd.trust` and of
+            SPARKSGD_TRUST.  What comes with sparksgd, and torch's optimisers and schedules, need no trust.
 
     Raises:
-        DataError: it holds no run, or one that made no step.
+        DataError: it holds no run, or one that made no step, or names code that is not trusted.
+        ConfigError: trust is no list of names of packages.
     """
+    trusting = trusted(trust, where=f"{folder}/{RUN}")
     try:
         run = location(folder)
         about = read_about_run(run)
         steps = read_metrics(run / METRICS).steps
         ended = run / SUMMARY
-        summary = json.loads(ended.read_bytes()) if ended.exists() else {}
+        summary = read_json(ended) if ended.exists() else {}
         made = summary.get("steps", len(steps))
         numbers = [step["step"] for step in steps]
         if steps and (numbers != list(range(1, len(steps) + 1)) or not 0 <= made <= len(steps)):
@@ -57,12 +63,16 @@ def read_replay(folder: str | Path | Location) -> Replay:
             took_part=took_part,
             deals=deals,
             parameters_sha256=summary.get("parameters_sha256") if is_whole else None,
+            trust=trusting,
         )
+        names = replay.names()
     except _NO_RUN as error:
         raise DataError(
             f"{folder} holds no run to replay: {type(error).__name__}: {error}. Name the folder that a run "
             f"wrote (jobs/train.py --out, or out= of sparksgd.train), with {RUN} and {METRICS}"
         ) from error
+    for key, name in names.items():
+        trusting.check_name(key, name)
     if not replay.took_part:
         raise DataError(f"{folder} holds a run that made no step: there is nothing to replay")
     return replay
@@ -85,7 +95,7 @@ def _check_shards(
 
 def _traced(file: Location, steps: int) -> tuple[list[frozenset[int]], list[int]]:
     """Return the shards and the deal of each step of a trace, for at most this many steps."""
-    family, events = read_trace(file.read_bytes().splitlines(keepends=True), str(file))
+    family, events = read_trace(file.read_regular().splitlines(keepends=True), str(file))
     if family != "rounds":
         raise DataError(f"{file} is a trace of {family}, but only rounds can be replayed")
     took_part, deals = took_part_of(events)

@@ -16,6 +16,7 @@ from sparksgd.arithmetic.copies import pickled
 from sparksgd.config import EngineConfig, TrainConfig
 from sparksgd.data.schema import RowReport
 from sparksgd.errors import ConfigError, DataError, SparkSGDError
+from sparksgd.imports import out_of_memory_told
 from sparksgd.runs.model import SavedModel
 from sparksgd.spark.cluster.arrow_batches import small_batches
 from sparksgd.spark.cluster.cluster import Cluster
@@ -78,7 +79,8 @@ def evaluate(rows: DataFrame | str | Path, model: SavedModel) -> Scores:
     named = {"": model.module, "loss": model.loss}
     shipped = context.broadcast(pickled(plan, named, cloudpickle.Pickler))
     report, total = RowReport(), 0.0
-    confusion = None if model.schema.classes is None else np.zeros((model.schema.classes,) * 2, np.int64)
+    with out_of_memory_told("the driver, for the confusion matrix"):
+        confusion = None if model.schema.classes is None else np.zeros((model.schema.classes,) * 2, np.int64)
     try:
         with spark_job(context, "evaluation"), small_batches(frame.sparkSession, model.schema):
             scored = selected(frame, model.schema).mapInArrow(

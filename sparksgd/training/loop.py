@@ -88,6 +88,8 @@ def train(
     config = completed(config)
     start_up = start_up or StartUp()
     model_name = config.model.name if module is None else None
+    if replay is not None:
+        replay.check_code()
     if module is None:
         module = build_module(config.model, config.train.seed)
     begin_training(module)

@@ -12,14 +12,21 @@ from sparksgd.arithmetic.seeds import seed32
 from sparksgd.config import ModelConfig
 from sparksgd.errors import ConfigError, ModelError
 from sparksgd.imports import resolve
+from sparksgd.imports.trust import Trust
 from sparksgd.models import MODELS
 
 __all__ = ["build_module"]
 
 
-def build_module(config: ModelConfig, seed: int) -> nn.Module:
-    """Return the module that a configuration names, its parameters drawn from the seed."""
-    factory = resolve("model.name", config.name, MODELS)
+def build_module(config: ModelConfig, seed: int, trust: Trust | None = None) -> nn.Module:
+    """Return the module that a configuration names, its parameters drawn from the seed.
+
+    Args:
+        config: names it.
+        seed: of the run.
+        trust: whose code may run, if the name comes from a file; None: the user wrote it.
+    """
+    factory = resolve("model.name", config.name, MODELS, trust)
     try:
         with generators_seeded(seed32(seed, "module")):
             module = factory(**config.arguments)

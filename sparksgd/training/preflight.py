@@ -228,7 +228,10 @@ def allowed_engines(config: Config, replay: Replay | None = None) -> list[Engine
 
     Raises:
         ConfigError: the solver or the engine cannot be, or they do not go together.
+        DataError: the run to be repeated names code that is not trusted.
     """
+    if replay is not None:
+        replay.check_code()
     check_solver(config, replay)
     needs = needs_in(config, replay)
     kinds = candidates(config.engine, needs, described(config.solver))

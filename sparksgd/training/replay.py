@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 from sparksgd.config import Config
 from sparksgd.errors import ConfigError, DataError, ReplayDiffers
+from sparksgd.imports import resolve
+from sparksgd.imports.trust import Trust
 from sparksgd.solvers.rules import completed
 
 if TYPE_CHECKING:  # it imports torch, and the instruction set must be pinned before that
@@ -46,6 +48,29 @@ class Replay:
 
     parameters_sha256: str | None
     """The digest at its end; None if it was killed."""
+
+    trust: Trust | None = None
+    """Whose code may run, if the configuration comes from a file; None: it was made in this process."""
+
+    def names(self) -> dict[str, str]:
+        """Return {key: name} of the code that the configuration names, other than by a name of ours."""
+        named = {
+            "model.name": self.config.get("model", {}).get("name") if self.model_name is not None else None,
+            "loss.name": self.config.get("loss", {}).get("name"),
+            "optimizer.name": self.config.get("optimizer", {}).get("name"),
+            "schedule.name": self.config.get("schedule", {}).get("name"),
+        }
+        return {key: name for key, name in named.items() if name is not None and ":" in name}
+
+    def check_code(self) -> None:
+        """Import the code that the configuration names, and refuse what is not of a trusted package.
+
+        Raises:
+            DataError: whose code it is, and how to trust it.
+            ConfigError: there is no such code.
+        """
+        for key, name in self.names().items() if self.trust is not None else ():
+            resolve(key, name, {}, self.trust)
 
     def fingerprint(self) -> str:
         """Return a digest of which shards take part in which step."""

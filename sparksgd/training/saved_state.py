@@ -23,6 +23,7 @@ from sparksgd.errors import ModelError
 from sparksgd.imports import users_code
 from sparksgd.training.encoding import array_as_plain, array_of
 from sparksgd.training.plain_values import is_plain, is_torchs, plain_values, shown
+from sparksgd.training.tensor_archives import BoundedUnpickler, check_archive, check_tree, check_values
 
 __all__ = [
     "SavedState",
@@ -148,9 +149,10 @@ def check_saving(module: nn.Module) -> None:
             continue
         stream = io.BytesIO()
         try:
-            torch.save(value, stream)
+            torch.save({name: value}, stream)
+            check_archive(stream.getvalue())
             stream.seek(0)
-            torch.load(stream, weights_only=True)
+            check_values(torch.load(stream, weights_only=True), len(stream.getvalue()))
         except Exception as error:
             why = (str(error).strip().splitlines() or [""])[0]
             raise ModelError(
@@ -217,9 +219,13 @@ def _owner(module: nn.Module, path: str) -> tuple[nn.Module, str]:
     """Return the submodule that has a parameter, buffer or attribute, and its name there."""
     *parents, name = path.split(".")
     try:
-        return module.get_submodule(".".join(parents)), name
+        owner = module.get_submodule(".".join(parents))
     except AttributeError as error:
         raise ModelError(f"the module has no {path}, of which there is a saved value") from error
+    hides_code = name not in vars(owner) and callable(getattr(type(owner), name, None))
+    if is_torchs(name) or name.startswith("__") or hides_code:
+        raise ModelError(f"{path} is no value of the module: its class or torch uses that name")
+    return owner, name
 
 
 def _make_room(module: nn.Module, name: str, value: Any) -> None:
@@ -281,10 +287,15 @@ def _plain_of(saved: Any) -> Any:
         return saved
     if "scalar" in saved:
         return array_of(saved)[()]
-    return _PlainUnpickler(io.BytesIO(saved["bytes"].numpy().tobytes())).load()
+    data = saved["bytes"].numpy().tobytes()
+    value = _PlainUnpickler(io.BytesIO(data)).load()
+    check_tree([value], len(data))
+    if not is_plain(value):
+        raise ModelError(f"a saved value is a {type(value).__name__}, which is no plain value")
+    return value
 
 
-class _PlainUnpickler(pickle.Unpickler):
+class _PlainUnpickler(BoundedUnpickler):
     """Reads plain values alone, so that no file runs code."""
 
     def find_class(self, module: str, name: str) -> Any:

@@ -16,14 +16,14 @@ import struct
 import sys
 import zipfile
 from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, ClassVar
 
 import torch
 
 from sparksgd.errors import DataError
 
-__all__ = ["check_archive", "check_tree", "check_values"]
+__all__ = ["BoundedUnpickler", "check_archive", "check_tree", "check_values"]
 
 _NAME = re.compile(r"[!-~]+")
 _MOST_PICKLED_BYTES = 64 << 20
@@ -139,11 +139,28 @@ def _check_extra(member: zipfile.ZipInfo) -> None:
         raise DataError(f"its member {member.filename[:80]} has strange extra fields")
 
 
+class BoundedUnpickler(pickle._Unpickler):
+    """Reads a pickle in memory that is bounded by its size.
+
+    The one in C makes room for as many remembered values as a pickle says, and some instructions for as many
+    bytes.
+    """
+
+    dispatch: ClassVar[dict[int, Callable[[pickle.Unpickler], None]]] = {
+        code: load
+        for code, load in pickle._Unpickler.dispatch.items()
+        if code not in (*pickle.BYTEARRAY8, *pickle.NEXT_BUFFER, *pickle.EXT1, *pickle.EXT2, *pickle.EXT4)
+    }
+
+
 class _Storage:
     """Stands for a storage of the file."""
 
     def __init__(self, size_bytes: int, item_bytes: int) -> None:
         self.size_bytes, self.item_bytes = size_bytes, item_bytes
+
+    def __setstate__(self, state: Any) -> None:
+        raise DataError("its pickle changes a storage")
 
 
 class _StandIn:
@@ -164,7 +181,7 @@ class _StandIn:
         pass
 
 
-class _Scan(pickle.Unpickler):
+class _Scan(BoundedUnpickler):
     """Reads a pickle, makes nothing, and refuses what would make too much."""
 
     def __init__(self, pickled: bytes, storages: Mapping[str, int], size_bytes: int) -> None:
@@ -258,31 +275,33 @@ def check_values(values: object, size_bytes: int) -> None:
     check_tree(values, size_bytes)
 
 
-def check_tree(values: object, size_bytes: int) -> None:
+def check_tree(values: Collection[object], size_bytes: int) -> None:
     """Refuse values that are nested deeply, or that are far more than what they were read from.
 
     A list may hold another one many times; whoever walks through it or prints it then takes forever.
 
     Args:
-        values: what was read.
+        values: what was read, a list or another collection.
         size_bytes: of what it was read from.
 
     Raises:
         DataError: they are nested too deeply, or too many.
     """
-    waiting, left = [(values, 0)], size_bytes + _FREE_BYTES
+    waiting: list[tuple[Any, int]] = [(values, 0)]
+    left = size_bytes + _FREE_BYTES
     while waiting:
         value, depth = waiting.pop()
-        inner: list[object] = []
-        if isinstance(value, Mapping):
-            inner = [*value.keys(), *value.values()]
-        elif isinstance(value, list | tuple | set | frozenset):
-            inner = list(value)
-        elif isinstance(value, torch.Tensor) and value.device.type != "cpu":
-            raise DataError(f"a tensor of it is on {value.device}")
+        if isinstance(value, torch.Tensor):
+            if value.device.type != "cpu":
+                raise DataError(f"a tensor of it is on {value.device}")
+            continue
+        inner = [*value.keys(), *value.values()] if isinstance(value, Mapping) else list(value)
         left -= len(inner)
         if left < 0:
             raise DataError("its lists hold each other so often that they are far more than the file")
         if depth > _DEEPEST:
             raise DataError(f"its values are nested more than {_DEEPEST} deep")
-        waiting += [(each, depth + 1) for each in inner]
+        waiting += [(each, depth + 1) for each in inner if isinstance(each, _LOOKED_INTO)]
+
+
+_LOOKED_INTO = (Mapping, list, tuple, set, frozenset, torch.Tensor)

@@ -45,7 +45,7 @@ def wait_until_held(hold: Hold, run: Run) -> str:
 def trained(checkout: Checkout, out: str, steps: int) -> dict:
     """Return a run's model.json; its weights are there."""
     about = json.loads(checkout.hadoop.read(f"{out}/model/model.json"))
-    assert checkout.hadoop.read(f"{out}/model/{about['weights']}")
+    assert checkout.hadoop.read(f"{out}/model/{about['weights']['name']}")
     assert about["version"] <= steps
     return about
 
@@ -168,7 +168,7 @@ def test_sigterm_to_the_driver_writes_the_last_model_to_hdfs(checkout, hold):
         servers.wait_for(lambda: not processes_of(application), "the end of its containers")
     assert checkout.summary(out)["status"] in ("Terminated", "Cancelled")
     about = trained(checkout, out, checkout.steps(out))
-    assert (about["version"], about["weights"]) == (hold.at - 1, "weights.pt")
+    assert (about["version"], about["weights"]["name"]) == (hold.at - 1, "weights.pt")
     assert checkout.summary(out)["steps"] == hold.at - 1
     assert checkout.hadoop.application(application)["state"] != "RUNNING"
 

@@ -14,6 +14,7 @@ from sparksgd.errors import ConfigError
 from sparksgd.runs.asked import Asked
 from sparksgd.runs.checkpoints import CheckpointFolder
 from sparksgd.runs.earlier import Found, earlier_run
+from sparksgd.runs.fingerprints import fingerprints_of
 from sparksgd.storage import location
 from sparksgd.training.checkpoint import Checkpoint, Part, RunIdentity
 
@@ -139,6 +140,20 @@ def test_other_code_is_refused(finished: Path) -> None:
     assert look(finished, files=FILES | {"model.name": "5"}).is_done
     with pytest.raises(ConfigError, match=r"the code of model\.name was changed since"):
         look(finished, files=FILES | {"model.name": "6"})
+
+
+def test_code_that_the_code_imports_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "theirs_here.py").write_text("import theirs_beside\n")
+    config = Config.load(
+        CONFIG.to_dict(), ["loss.name=theirs_here:loss", "data.train=none", "data.test=none"]
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    found = []
+    for number in (1, 2):
+        (tmp_path / "theirs_beside.py").write_text(f"NUMBER = {number}\n")
+        found.append(fingerprints_of(config))
+    assert [list(digests) for digests in found] == [["loss.name"]] * 2
+    assert found[0] != found[1]
 
 
 def test_a_replay_is_no_run_of_its_own(finished: Path) -> None:

@@ -12,6 +12,7 @@ import secrets
 import uuid
 from collections import OrderedDict
 from collections.abc import Sequence
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,14 +21,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from manifests import change_manifest
 from torch import nn
 from two_workers import rows_of
 
 from sparksgd.config import Config
 from sparksgd.engines.inline import InlineEngine
 from sparksgd.errors import DataError, ModelError, TrainingError
+from sparksgd.runs.checked_files import write_checked
 from sparksgd.runs.folder import RunFolder
-from sparksgd.runs.model import _sha256, load_model
+from sparksgd.runs.model import load_model
+from sparksgd.storage import location
 from sparksgd.training.loop import train
 from sparksgd.training.state import Observer, Training
 
@@ -98,7 +102,7 @@ def test_the_loaded_model_gives_the_same_outputs_to_the_bit(
 ) -> None:
     with caplog.at_level(logging.WARNING):
         trained = saved(tmp_path, "RandomFeatures", kind=kind)
-    loaded = load_model(tmp_path / "run" / "model").module
+    loaded = load_model(tmp_path / "run" / "model", trust=[__name__]).module
     assert torch.equal(loaded(X), trained(X))
     assert not caplog.records
     state = torch.load(tmp_path / "run" / "model" / "weights.pt", weights_only=True)
@@ -115,7 +119,7 @@ def test_a_module_given_in_python_gets_its_constants_back(tmp_path: Path) -> Non
 def test_a_model_without_constants_has_no_file_of_them(tmp_path: Path) -> None:
     saved(tmp_path, "small")
     about = json.loads((tmp_path / "run" / "model" / "model.json").read_text())
-    assert (about["format"], about["seed"], about["constants"]) == (4, 7, None)
+    assert (about["format"], about["seed"], about["constants"]) == (5, 7, None)
     assert sorted(file.name for file in (tmp_path / "run" / "model").iterdir()) == [
         "model.json",
         "weights.pt",
@@ -131,8 +135,8 @@ def test_constants_of_another_run_are_refused(tmp_path: Path) -> None:
     saved(tmp_path / "b", "RandomFeatures", kind="unseeded")
     constants = (tmp_path / "b" / "run" / "model" / "constants.pt").read_bytes()
     (tmp_path / "a" / "run" / "model" / "constants.pt").write_bytes(constants)
-    with pytest.raises(DataError, match=r"constants\.pt and model\.json are of different runs"):
-        load_model(tmp_path / "a" / "run" / "model")
+    with pytest.raises(DataError, match=r"constants\.pt is not the file that its manifest names"):
+        load_model(tmp_path / "a" / "run" / "model", trust=[__name__])
 
 
 # Constants of Python, and choices
@@ -250,7 +254,7 @@ def test_constants_of_python_are_loaded_to_the_bit(
     with caplog.at_level(logging.WARNING):
         trained = saved(tmp_path, "Chosen", kind=kind)
         for _ in range(4):
-            loaded = load_model(tmp_path / "run" / "model").module
+            loaded = load_model(tmp_path / "run" / "model", trust=[__name__]).module
             assert torch.equal(loaded(X), trained(X))
             assert type(loaded.held) is type(trained.held)
             assert kind == "identity" or loaded.held == trained.held
@@ -263,12 +267,10 @@ def test_constants_are_read_without_running_code(tmp_path: Path) -> None:
     constants = torch.load(folder / "constants.pt", weights_only=True)
     values = pickle.dumps(partial(print, "run"))
     constants["held"]["bytes"] = torch.frombuffer(bytearray(values), dtype=torch.uint8)
-    torch.save(constants, folder / "constants.pt")
-    about = json.loads((folder / "model.json").read_text())
-    about["constants_sha256"] = _sha256(constants)
-    (folder / "model.json").write_text(json.dumps(about))
+    entry = write_checked(location(folder), "constants.pt", constants)
+    change_manifest(folder, lambda about: about.update(constants=asdict(entry)))
     with pytest.raises(DataError, match=r"functools\.partial is no plain value"):
-        load_model(folder)
+        load_model(folder, trust=[__name__])
 
 
 def test_a_constant_of_the_environment_is_loaded_as_it_was(
@@ -277,7 +279,7 @@ def test_a_constant_of_the_environment_is_loaded_as_it_was(
     monkeypatch.setenv("SCALE", "0.25")
     trained = saved(tmp_path, "Chosen", kind="environment")
     monkeypatch.setenv("SCALE", "4")
-    loaded = load_model(tmp_path / "run" / "model").module
+    loaded = load_model(tmp_path / "run" / "model", trust=[__name__]).module
     assert loaded.held == 0.25
     assert torch.equal(loaded(X), trained(X))
 
@@ -370,7 +372,7 @@ def test_what_differs_only_when_it_is_saved_is_an_error_that_keeps_the_training(
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["status"] == "TrainingError"
     trained = kept[0].module.eval()
     with pytest.raises(DataError, match=told + r".*as module="):
-        load_model(tmp_path / "run" / "model")
+        load_model(tmp_path / "run" / "model", trust=[__name__])
     monkeypatch.undo()
     assert torch.equal(load_model(tmp_path / "run" / "model", Late()).module(X), trained(X))
 
@@ -391,7 +393,7 @@ def test_a_module_that_is_built_otherwise_later_is_not_loaded_by_its_name(
     saved(tmp_path, "Late")
     monkeypatch.setenv("LAYER", "ReLU")
     with pytest.raises(DataError, match=r"layer was Tanh, but is ReLU when it is built again"):
-        load_model(tmp_path / "run" / "model")
+        load_model(tmp_path / "run" / "model", trust=[__name__])
 
 
 class Once(nn.Linear):
@@ -413,11 +415,11 @@ def test_a_module_that_can_be_built_once_in_a_process_is_saved_with_a_warning(
     trained = saved(tmp_path, "Once")
     assert "cannot be built twice in one process" in caplog.text
     monkeypatch.setattr(Once, "free", True)
-    assert torch.equal(load_model(tmp_path / "run" / "model").module(X), trained(X))
+    assert torch.equal(load_model(tmp_path / "run" / "model", trust=[__name__]).module(X), trained(X))
 
 
 def test_format_2_is_still_read() -> None:
-    module = load_model(HERE / "saved_format_2").module
+    module = load_model(HERE / "saved_format_2", trust=["torch.nn"]).module
     assert module.weight.tolist() == [[pytest.approx(0.5034, abs=5e-5), pytest.approx(-0.0670, abs=5e-5)]]
 
 

@@ -8,10 +8,17 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
+from sparksgd.config import Config
+from sparksgd.data.local_files import ParquetRows
+from sparksgd.engines.inline import InlineEngine
 from sparksgd.errors import DataError
 from sparksgd.runs.replay import read_replay
+from sparksgd.training.loop import train
+from sparksgd.training.preflight import allowed_engines
 
 ABOUT = {"config": {}, "data_digest": "abc", "model_name": "lenet"}
 
@@ -74,3 +81,57 @@ def test_a_run_is_read_before_torch_is_imported() -> None:
     code = "import sys, sparksgd.runs.replay, sparksgd.runs.asked, jobs.train; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "False\n"  # the run's own instruction set must be pinned first
+
+
+# Whom it trusts
+
+
+def naming(run: Path, section: str, name: str, **about: Any) -> Path:
+    (run / "run.json").write_text(json.dumps(ABOUT | {"config": {section: {"name": name}}} | about))
+    return run
+
+
+@pytest.mark.parametrize("section", ["model", "loss", "optimizer", "schedule"])
+def test_a_run_that_names_code_is_read_if_its_package_is_trusted(
+    run: Path, section: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    naming(run, section, "kind:Thing")
+    with pytest.raises(DataError, match=rf"run\.json: {section}\.name is 'kind:Thing', but kind is not"):
+        read_replay(run)
+    with pytest.raises(DataError, match="is not trusted"):
+        read_replay(run, trust=["kin", "kind.inner"])
+    assert read_replay(run, trust=["kind"]).names() == {f"{section}.name": "kind:Thing"}
+    monkeypatch.setenv("SPARKSGD_TRUST", "kind")
+    assert read_replay(run).names() == {f"{section}.name": "kind:Thing"}
+
+
+def test_what_comes_with_us_and_torch_needs_no_trust(run: Path) -> None:
+    config = {"model": {"name": "lenet"}, "optimizer": {"name": "Adam"}, "schedule": {"name": "StepLR"}}
+    (run / "run.json").write_text(json.dumps(ABOUT | {"config": config}))
+    assert read_replay(run).names() == {}
+
+
+def test_the_name_of_a_module_that_was_given_in_python_is_not_used(run: Path) -> None:
+    assert read_replay(naming(run, "model", "kind:Net", model_name=None)).names() == {}
+
+
+def test_a_replay_runs_nothing_that_a_trusted_package_only_imports(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "lending_loss.py").write_text("from os import system\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    replay = read_replay(naming(run, "loss", "lending_loss:system"), trust=["lending_loss"])
+    config = Config.from_dict(replay.config)
+    with pytest.raises(DataError, match=r"loss.name is 'lending_loss:system', but that is code of posix"):
+        allowed_engines(config, replay)
+    pq.write_table(pa.table({"features": [0.5], "label": [0]}), tmp_path / "rows.parquet")
+    rows = ParquetRows(str(tmp_path / "rows.parquet"))
+    with pytest.raises(DataError, match=r"loss.name is 'lending_loss:system', but that is code of posix"):
+        train(config, rows=rows, test=None, make_engine=InlineEngine, replay=replay)
+
+
+def test_a_run_that_is_no_regular_file_is_refused(run: Path) -> None:
+    (run / "run.json").unlink()
+    (run / "run.json").symlink_to("/dev/zero")
+    with pytest.raises(DataError, match="it is not a regular file"):
+        read_replay(run)

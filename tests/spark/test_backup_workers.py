@@ -97,7 +97,7 @@ def test_a_late_gradient_is_recorded_and_never_used(spark, small, tmp_path):
         asked = reports.seen[arrival.version]
         assert 1 in asked.late
         assert 1 not in asked.took_part
-    replay = read_replay(tmp_path)
+    replay = read_replay(tmp_path, trust=["users_modules"])
     config = replace(config, engine=replace(config.engine, name="inline"))
     inline = train_inline(config, rows=ParquetRows(small), test=None, make_engine=InlineEngine, replay=replay)
     assert digests(inline) == digests(training)
@@ -111,7 +111,7 @@ def test_a_run_with_backups_is_replayed_bit_for_bit(spark, small, tmp_path):
         probe=Probe(before_gradients=HeldBack(worker=3, made=str(made.file), steps=20)),
     )  # fmt: skip
     assert training.plan.deal > 0  # dealt anew, and so is the replay
-    replay = read_replay(tmp_path)
+    replay = read_replay(tmp_path, trust=["users_modules"])
     again = train(spark, config, rows, replay=replay)
     assert digests(again) == digests(training)
     assert again.plan.deal == training.plan.deal
@@ -132,7 +132,7 @@ def test_a_killed_run_is_replayed_as_far_as_it_goes(spark, small, tmp_path):
     lines = (tmp_path / METRICS).read_text().splitlines(keepends=True)
     (tmp_path / METRICS).write_text("".join(lines[:5]) + lines[5][:40])
     (tmp_path / "summary.json").unlink()
-    replay = read_replay(tmp_path)
+    replay = read_replay(tmp_path, trust=["users_modules"])
     assert len(replay.took_part) == 5
     assert train(spark, config, spark.read.parquet(small), replay=replay).version == 5
 

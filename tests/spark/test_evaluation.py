@@ -34,7 +34,7 @@ def training_and_model(session_for, points, tmp_path_factory):
     settings = ["data.features=the.point", "model.name=torch.nn:Linear", "model.in_features=2"]
     config = configured(*settings, "model.out_features=2", "train.epochs=3")
     training = train(session_for("local[2]"), config, points, points, observers=[RunFolder(out)])
-    return training, load_model(out / "model")
+    return training, load_model(out / "model", trust=["torch.nn"])
 
 
 def test_scores_are_those_of_the_training(points, training_and_model):

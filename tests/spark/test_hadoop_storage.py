@@ -38,6 +38,20 @@ def test_a_file_is_written_read_replaced_and_removed(at: Callable[[Path], Locati
     assert not file.exists()
 
 
+def test_only_a_regular_file_of_the_right_length_is_read_as_one(
+    at: Callable[[Path], Location], tmp_path: Path
+) -> None:
+    file = at(tmp_path) / "file"
+    file.write_bytes(b"12345")
+    assert [file.read_regular(most) for most in (None, 5, 6)] == [b"12345"] * 3
+    with pytest.raises(OSError, match="it has 5 bytes, but should have 4 at most"):
+        file.read_regular(4)
+    with pytest.raises(OSError, match=r"not a regular file|Is a directory"):
+        at(tmp_path).read_regular()
+    with pytest.raises(FileNotFoundError):
+        (at(tmp_path) / "nothing").read_regular()
+
+
 def test_what_lies_around_a_file_is_found_alike_everywhere(
     at: Callable[[Path], Location], tmp_path: Path
 ) -> None:

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import difflib
-import hashlib
 import importlib
-import importlib.util
 import traceback
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from sparksgd.errors import ConfigError, OutOfMemory, SparkSGDError, UserCodeError
+from sparksgd.imports.trust import Trust
 
-__all__ = ["did_you_mean", "out_of_memory_told", "resolve", "source_digest", "users_code"]
+__all__ = ["did_you_mean", "out_of_memory_told", "resolve", "users_code"]
 
 T = TypeVar("T")
 
@@ -27,16 +26,18 @@ def did_you_mean(word: str, valid: Iterable[str]) -> str:
     return f" (valid: {', '.join(by_lower.values())})"
 
 
-def resolve(key: str, name: str, ours: Mapping[str, T]) -> T | Any:
+def resolve(key: str, name: str, ours: Mapping[str, T], trust: Trust | None = None) -> T | Any:
     """Return the object that a configuration value names.
 
     Args:
         key: the configuration key, for the error.
         name: a key of `ours`, or an import path `package.module:attribute`.
         ours: what the library offers, by plain names.
+        trust: whose code may run, if the name comes from a file of a model or a run; None: the user wrote it.
 
     Raises:
         ConfigError: the name is unknown, or its module or attribute does not exist.
+        DataError: what it names is not trusted.
     """
     if name in ours:
         return ours[name]
@@ -46,6 +47,8 @@ def resolve(key: str, name: str, ours: Mapping[str, T]) -> T | Any:
             f"{key} is {name!r}, which is not one of ours{did_you_mean(name, ours)}; "
             f"name your own as package.module:attribute"
         )
+    if trust is not None:
+        trust.check_name(key, name)
     try:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
@@ -62,19 +65,10 @@ def resolve(key: str, name: str, ours: Mapping[str, T]) -> T | Any:
             f"{key} is {name!r}, but {module_name} has no {attribute!r}"
             f"{did_you_mean(attribute, [n for n in dir(module) if not n.startswith('_')])}"
         )
-    return getattr(module, attribute)
-
-
-def source_digest(name: str | None) -> str | None:
-    """Return the digest of the file that a `package.module:attribute` is in; None for a name of ours."""
-    module_name, colon, _ = (name or "").partition(":")
-    try:
-        spec = importlib.util.find_spec(module_name) if colon else None
-        get_source = getattr(spec and spec.loader, "get_source", None)
-        source = get_source(module_name) if get_source else None
-    except Exception:
-        return None  # `resolve` will say why
-    return None if source is None else hashlib.sha256(source.encode()).hexdigest()
+    value = getattr(module, attribute)
+    if trust is not None:
+        trust.check_value(key, name, value)
+    return value
 
 
 @contextmanager

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 
 from sparksgd.errors import ConfigError
-from sparksgd.imports import did_you_mean, resolve, source_digest
+from sparksgd.imports import did_you_mean, resolve
 
 OURS = {"lenet": 1, "linear": 2}
 
@@ -36,14 +34,3 @@ def test_a_name_that_leads_nowhere_says_where_to_look(name: str, phrases: list[s
 def test_the_nearest_word_is_named_or_else_all_of_them() -> None:
     assert did_you_mean("epoch", ["epochs", "seed"]) == " (did you mean epochs?)"
     assert did_you_mean("xyz", ["seed", "epochs"]) == " (valid: epochs, seed)"
-
-
-def test_the_digest_of_code_changes_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(tmp_path)
-    digests = set()
-    for number in (1, 2):
-        (tmp_path / "theirs_changing.py").write_text(f"NUMBER = {number}\n")
-        digests.add(source_digest("theirs_changing:NUMBER"))
-    assert len(digests) == 2
-    assert None not in digests
-    assert source_digest("lenet") is source_digest(None) is source_digest("nowhere.at_all:x") is None

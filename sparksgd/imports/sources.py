@@ -1,0 +1,181 @@
+"""The digest of the code that a name leads to, so that other code of the same name is noticed."""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import importlib.util
+import pkgutil
+import sys
+import sysconfig
+from collections.abc import Iterator
+from importlib.machinery import ModuleSpec
+from pathlib import Path
+
+__all__ = ["code_digest"]
+
+_MOST_CHARACTERS = 16_000_000
+"""A package that has more source is followed no further."""
+
+_ALONE = ("torch",)
+"""Packages of which only the named module is read: their version says more, and they are large."""
+
+_INSTALLED = ("site-packages", "dist-packages")
+
+
+def code_digest(name: str | None) -> str | None:
+    """Return the digest of the code that a `package.module:attribute` is made of.
+
+    It covers the source of the module, and of what that imports from its own package, or from the folder
+    that the package or the file lies in (a folder of installed packages excepted); then what those import,
+    and so on.  The sources are only read, never imported: the digest is the same wherever the files are.
+    What is imported by another way than a statement (importlib, exec, an entry point) is not seen, nor is
+    code without a source.
+
+    Args:
+        name: as a configuration has it.
+
+    Returns:
+        64 hexadecimal digits; None: it is a name of ours, or there is no source.
+    """
+    module, colon, _ = (name or "").partition(":")
+    if not colon or module == "__main__" or not all(part.isidentifier() for part in module.split(".")):
+        return None
+    try:
+        return _Sources(module).digest()
+    except Exception:  # of a strange finder, a loader or a path; `resolve` will say why
+        return None
+
+
+class _Sources:
+    """The sources that a module is made of."""
+
+    def __init__(self, module: str) -> None:
+        self._module = module
+        self._top = module.partition(".")[0]
+        self._specs: dict[str, ModuleSpec | None] = {self._top: _imported(self._top) or _found(self._top)}
+        self._folder = _folder_of(self._specs[self._top])
+
+    def digest(self) -> str | None:
+        """Return the digest of all of them; None if the module has no source."""
+        sources: dict[str, str | None] = {}
+        waiting = [self._module]
+        characters = 0
+        while waiting:
+            name = waiting.pop(0)
+            for each in _with_parents(name):
+                spec = None if each in sources else self._spec(each)
+                if spec is None:
+                    continue
+                source = sources[each] = _source(spec)
+                characters += len(source or "")
+                if source is not None and self._top not in _ALONE and characters <= _MOST_CHARACTERS:
+                    is_package = spec.submodule_search_locations is not None
+                    waiting += sorted(set(_imports(source, each, is_package)))
+        if sources.get(self._module) is None:
+            return None
+        digest = hashlib.sha256()
+        for name, source in sorted(sources.items()):
+            told = "no source" if source is None else hashlib.sha256(source.encode()).hexdigest()
+            digest.update(f"{name} {told}\n".encode())
+        return digest.hexdigest()
+
+    def _spec(self, name: str) -> ModuleSpec | None:
+        """Return where a module is, if it is one of the same package or folder."""
+        if name not in self._specs:
+            parent = name.rpartition(".")[0]
+            if parent:
+                around = self._spec(parent)
+                folders = list(around.submodule_search_locations or ()) if around else []
+            else:
+                folders = [self._folder] if self._folder else []
+            self._specs[name] = _found_in(folders, name)
+        return self._specs[name]
+
+
+def _with_parents(name: str) -> list[str]:
+    """Return a module's name after those of the packages around it, which are imported before it."""
+    parts = name.split(".")
+    return [".".join(parts[: n + 1]) for n in range(len(parts))]
+
+
+def _imported(name: str) -> ModuleSpec | None:
+    """Return where a module was imported from, if it was."""
+    spec = getattr(sys.modules.get(name), "__spec__", None)
+    return spec if isinstance(spec, ModuleSpec) else None
+
+
+def _found(name: str) -> ModuleSpec | None:
+    """Return where Python would import a module from that is in no package; nothing is imported."""
+    for finder in sys.meta_path:
+        find = getattr(finder, "find_spec", None)
+        if find is not None and (spec := find(name, None)) is not None:
+            return spec if isinstance(spec, ModuleSpec) else None
+    return None
+
+
+def _found_in(folders: list[str], name: str) -> ModuleSpec | None:
+    """Return where in some folders or zip files a module is."""
+    portions: list[str] = []
+    for folder in folders:
+        finder = pkgutil.get_importer(folder)
+        spec = None if finder is None else finder.find_spec(name)
+        if spec is not None and spec.loader is not None:
+            return spec
+        portions += [] if spec is None else (spec.submodule_search_locations or [])
+    if not portions:
+        return None
+    namespace = ModuleSpec(name, None, is_package=True)
+    namespace.submodule_search_locations = portions
+    return namespace
+
+
+def _folder_of(spec: ModuleSpec | None) -> str | None:
+    """Return the folder or zip file that a package or a file is in; None for one of installed packages."""
+    if spec is None:
+        return None
+    places = list(spec.submodule_search_locations or ())
+    place = places[0] if places else spec.origin
+    if place is None or not (places or spec.has_location):
+        return None
+    folder = Path(place).parent
+    libraries = {Path(sysconfig.get_path(kind)) for kind in ("stdlib", "platstdlib")}
+    return None if folder.name in _INSTALLED or libraries & {folder, folder.parent} else str(folder)
+
+
+def _source(spec: ModuleSpec) -> str | None:
+    get_data, get_source = (getattr(spec.loader, name, None) for name in ("get_data", "get_source"))
+    try:
+        if get_data is not None and spec.origin is not None and spec.origin.endswith(".py"):
+            return importlib.util.decode_source(get_data(spec.origin))  # the same of files and of zip files
+        if get_source is not None:
+            source = get_source(spec.name)
+            return source if isinstance(source, str) else None
+    except (ImportError, OSError, SyntaxError, UnicodeError):
+        pass
+    return None
+
+
+def _imports(source: str, name: str, is_package: bool) -> Iterator[str]:
+    """Yield the names of what a module may import: also of attributes, which are no modules."""
+    try:
+        tree = ast.parse(source)
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return
+    package = name.split(".") if is_package else name.split(".")[:-1]
+    waiting: list[ast.AST] = [tree]
+    while waiting:
+        node = waiting.pop()
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            around = package[: len(package) - node.level + 1] if node.level else []
+            if node.level > len(package):
+                continue
+            home = ".".join([*around, *([node.module] if node.module else [])])
+            yield home
+            yield from (f"{home}.{alias.name}" for alias in node.names if alias.name != "*")
+        elif isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING"):
+            waiting += node.orelse
+        else:
+            waiting += ast.iter_child_nodes(node)
