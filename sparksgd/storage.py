@@ -13,8 +13,10 @@ import errno
 import glob
 import hashlib
 import math
+import os
 import re
 import shutil
+import stat
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -27,7 +29,8 @@ from sparksgd.errors import ClusterError, ConfigError, SparkSGDError
 
 __all__ = [
     "HIDDEN", "FileStatus", "Lines", "LocalLocation", "Location", "SpooledLines", "Throttle", "fingerprint",
-    "has_scheme", "local_copy", "location", "register_uris", "replacing", "unanswered",
+    "has_scheme", "local_copy", "location", "register_uris", "replacing", "require_regular", "require_short",
+    "unanswered",
 ]  # fmt: skip
 
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):")
@@ -86,8 +89,8 @@ class Location(Protocol):
         """Return whether it is there."""
         ...
 
-    def read_bytes(self) -> bytes:
-        """Return what the file holds."""
+    def read_bytes(self, most_bytes: int | None = None, /) -> bytes:
+        """Return what the file holds; refuse a longer one than `most_bytes`, before it is read."""
         ...
 
     def write_bytes(self, data: bytes) -> None:
@@ -196,8 +199,10 @@ class LocalLocation:
         """Return whether it is there."""
         return self.path.exists()
 
-    def read_bytes(self) -> bytes:
-        """Return what the file holds."""
+    def read_bytes(self, most_bytes: int | None = None, /) -> bytes:
+        """Return what the file holds; refuse a longer one than `most_bytes`, before it is read."""
+        require_regular(self.path)
+        require_short(str(self), self.path.stat().st_size, most_bytes)
         return self.path.read_bytes()
 
     def write_bytes(self, data: bytes) -> None:
@@ -245,6 +250,29 @@ class LocalLocation:
         """Return the last names of what matches a pattern in the folder, hidden or not."""
         folder = glob.escape(str(self.path)) if self.path.exists() else str(self.path)
         return [Path(found).name for found in glob.glob(f"{folder}/{pattern}")]  # noqa: PTH207  # see _matching
+
+
+def require_regular(path: Path) -> None:
+    """Refuse what is no file with an end: a pipe may stay silent, and a device may never end.
+
+    Raises:
+        OSError: it is a folder, a pipe, a socket or a device, or is not there.
+    """
+    mode = path.stat().st_mode
+    if stat.S_ISDIR(mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    if not stat.S_ISREG(mode):
+        raise OSError(errno.EINVAL, "it is a pipe, a socket or a device, not a regular file", str(path))
+
+
+def require_short(name: str, size_bytes: int, most_bytes: int | None) -> None:
+    """Refuse a file that is longer than what it should hold.
+
+    Raises:
+        OSError: with its size.
+    """
+    if most_bytes is not None and size_bytes > most_bytes:
+        raise OSError(errno.EFBIG, f"it has {size_bytes:,} bytes, but may have {most_bytes:,} at most", name)
 
 
 def _matching(pattern: Path) -> list[Path]:

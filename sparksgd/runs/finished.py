@@ -6,15 +6,14 @@ nobody takes yesterday's model for today's.
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Mapping
 from typing import Any, Literal
 
 from sparksgd.config import Config
 from sparksgd.errors import ConfigError, DataError
-from sparksgd.imports import source_digest
-from sparksgd.runs.json_files import read_about_run
+from sparksgd.imports import shortened, shown, source_digest
+from sparksgd.runs.json_files import parsed, read_about_run
 from sparksgd.runs.names import MODEL, SUMMARY
 from sparksgd.solvers.rules import completed
 from sparksgd.storage import Location, fingerprint, unanswered
@@ -78,7 +77,7 @@ def is_done(out: Location, config: Config, fingerprints: Mapping[str, str], if_e
     if if_exists == "overwrite":
         return False
     try:
-        summary = json.loads((out / SUMMARY).read_bytes())
+        summary = parsed((out / SUMMARY).read_bytes())
         about = read_about_run(out)
         status, parameters = summary["status"], summary["parameters_sha256"]
         then, files = completed(Config.from_dict(about["config"])).experiment(), dict(about["fingerprints"])
@@ -88,10 +87,10 @@ def is_done(out: Location, config: Config, fingerprints: Mapping[str, str], if_e
     except OSError as error:
         refusal = ConfigError(f"--out {out} cannot be read: {error.strerror}; name another folder")
         raise unanswered(error, refusal) from error
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError, ConfigError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, ConfigError) as error:
         raise ConfigError(
             f"--out {out} holds something that is not a run of this version ({type(error).__name__}: "
-            f"{error}): name another folder, or pass --if-exists overwrite"
+            f"{shortened(str(error), 400)}): name another folder, or pass --if-exists overwrite"
         ) from error
     if status != "finished":
         log.info("--out %s holds a run that ended early (%s): training anew", out, status)
@@ -120,7 +119,7 @@ def is_done(out: Location, config: Config, fingerprints: Mapping[str, str], if_e
 def _has_model(out: Location, parameters: str) -> bool:
     """Return whether the folder has the model of these parameters."""
     try:
-        model = json.loads((out / MODEL).read_bytes())
+        model = parsed((out / MODEL).read_bytes())
     except FileNotFoundError:
         return False
     return bool(parameters == model["parameters_sha256"]) and (out / "model" / model["weights"]).exists()
@@ -131,7 +130,7 @@ def _differences(
 ) -> list[str]:
     now = completed(config).experiment()
     found = [
-        f"{key} is {now.get(key)!r}, but was {then.get(key)!r}"
+        f"{key} is {shown(now.get(key))}, but was {shown(then.get(key))}"
         for key in sorted((then.keys() | now.keys()) - set(_PATHS))
         if then.get(key) != now.get(key)
     ]

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from sparksgd.config import Config
 from sparksgd.engines.trace import read_trace, took_part_of
 from sparksgd.errors import ConfigError, DataError
-from sparksgd.runs.json_files import read_about_run
+from sparksgd.imports import shortened, shown
+from sparksgd.runs.json_files import parsed, read_about_run
 from sparksgd.runs.metrics import read_metrics
 from sparksgd.runs.names import METRICS, RUN, SUMMARY, TRACE
 from sparksgd.storage import Location, location
@@ -17,7 +17,7 @@ from sparksgd.training.replay import Replay
 
 __all__ = ["read_replay"]
 
-_NO_RUN = (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError, ConfigError)
+_NO_RUN = (OSError, ValueError, LookupError, TypeError, AttributeError, ConfigError)
 """Errors of reading something else than a run."""
 
 
@@ -35,13 +35,14 @@ def read_replay(folder: str | Path | Location) -> Replay:
         about = read_about_run(run)
         steps = read_metrics(run / METRICS).steps
         ended = run / SUMMARY
-        summary = json.loads(ended.read_bytes()) if ended.exists() else {}
+        summary = parsed(ended.read_bytes()) if ended.exists() else {}
         made = summary.get("steps", len(steps))
+        _check_texts(about, summary)
         numbers = [step["step"] for step in steps]
         if steps and (numbers != list(range(1, len(steps) + 1)) or not 0 <= made <= len(steps)):
             raise DataError(
-                f"{folder} is not whole: {METRICS} has {len(steps)} steps, but the run made {made}, numbered "
-                f"from 1 without a gap: lines are missing, or of another run"
+                f"{folder} is not whole: {METRICS} has {len(steps)} steps, but the run made {shown(made)}, "
+                f"numbered from 1 without a gap: lines are missing, or of another run"
             )
         steps = steps[:made]  # the last step may have been undone
         took_part = [frozenset(step["took_part"]) for step in steps]
@@ -60,12 +61,24 @@ def read_replay(folder: str | Path | Location) -> Replay:
         )
     except _NO_RUN as error:
         raise DataError(
-            f"{folder} holds no run to replay: {type(error).__name__}: {error}. Name the folder that a run "
-            f"wrote (jobs/train.py --out, or out= of sparksgd.train), with {RUN} and {METRICS}"
+            f"{folder} holds no run to replay: {type(error).__name__}: {shortened(str(error), 400)}. Name "
+            f"the folder that a run wrote (jobs/train.py --out, or out= of sparksgd.train), with {RUN} and "
+            f"{METRICS}"
         ) from error
     if not replay.took_part:
         raise DataError(f"{folder} holds a run that made no step: there is nothing to replay")
     return replay
+
+
+def _check_texts(about: dict[str, Any], summary: dict[str, Any]) -> None:
+    """Raise TypeError if a digest or a name is something else."""
+    for key, value in (
+        ("data_digest", about["data_digest"]),
+        ("model_name", about["model_name"] or ""),
+        ("parameters_sha256", summary.get("parameters_sha256") or ""),
+    ):
+        if not isinstance(value, str):
+            raise TypeError(f"{key} is {shown(value)}, but must be a text")
 
 
 def _check_shards(
@@ -74,10 +87,17 @@ def _check_shards(
     """Refuse shards and deals that the run cannot have had."""
     num_shards = Config.from_dict(config).train.num_shards
     strange = sorted(
-        {repr(shard) for shards in took_part for shard in shards if shard not in range(num_shards)}
+        {
+            shown(shard)
+            for shards in took_part
+            for shard in shards
+            if type(shard) is not int or shard not in range(num_shards)
+        }
     )
     if strange or not all(took_part):
-        what = f"shards {', '.join(strange)} took part" if strange else "no shard took part in a step"
+        what = (
+            f"shards {shortened(', '.join(strange))} took part" if strange else "no shard took part in a step"
+        )
         raise DataError(f"{folder} is not whole: {what}, but the run has {num_shards} shards, from 0")
     if any(type(deal) is not int for deal in deals) or deals != sorted(deals):
         raise DataError(f"{folder} is not whole: its deals must be whole numbers that grow with the steps")

@@ -19,7 +19,7 @@ from typing import Any
 from py4j.protocol import Py4JError, Py4JJavaError
 from pyspark import SparkContext
 
-from sparksgd.storage import HIDDEN, FileStatus, Lines, SpooledLines
+from sparksgd.storage import HIDDEN, FileStatus, Lines, SpooledLines, require_short
 
 __all__ = ["HadoopLocation", "hadoop_configuration"]
 
@@ -68,8 +68,12 @@ class HadoopLocation:
         with self._errors():
             return bool(self._files.exists(self._path))
 
-    def read_bytes(self) -> bytes:
-        """Return the content of the file."""
+    def read_bytes(self, most_bytes: int | None = None, /) -> bytes:
+        """Return the content of the file; refuse a longer one than `most_bytes`, before it is read."""
+        if most_bytes is not None:
+            with self._errors():
+                size_bytes = int(self._files.getFileStatus(self._path).getLen())
+            require_short(self._uri, size_bytes, most_bytes)
         with self._errors(), tempfile.TemporaryDirectory(prefix="sparksgd-") as folder:
             copy = Path(folder, "copy")
             self._files.copyToLocalFile(False, self._path, _java_path(f"file:{copy}"), True)

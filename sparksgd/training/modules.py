@@ -11,7 +11,7 @@ from sparksgd.arithmetic.generators import generators_seeded
 from sparksgd.arithmetic.seeds import seed32
 from sparksgd.config import ModelConfig
 from sparksgd.errors import ConfigError, ModelError
-from sparksgd.imports import resolve
+from sparksgd.imports import resolve, shown
 from sparksgd.models import MODELS
 
 __all__ = ["build_module"]
@@ -25,7 +25,7 @@ def build_module(config: ModelConfig, seed: int) -> nn.Module:
             module = factory(**config.arguments)
     except Exception as error:
         raise ConfigError(
-            f"model.name is {config.name!r}, which does not take {dict(config.arguments)}: "
+            f"model.name is {config.name!r}, which does not take {shown(dict(config.arguments))}: "
             f"{type(error).__name__}: {error}{_signature(factory)}"
         ) from error
     if not isinstance(module, nn.Module):

@@ -20,8 +20,8 @@ from torch import nn
 from sparksgd.arithmetic.changes import bits
 from sparksgd.arithmetic.copies import copied, parts
 from sparksgd.errors import ModelError
-from sparksgd.imports import users_code
-from sparksgd.training.plain_values import is_plain, is_torchs, plain_values, shown
+from sparksgd.imports import shown, users_code
+from sparksgd.training.plain_values import is_plain, is_torchs, plain_values
 
 __all__ = [
     "SavedState",
