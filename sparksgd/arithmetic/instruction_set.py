@@ -101,9 +101,9 @@ def refuse(instruction_set: str | None, machines: Iterable[Machine], called: str
         if lacking:
             best = next(name for name in _FLAGS if not any(one.lacks(name) for one in machines))
             raise ConfigError(
-                f"{called} is {instruction_set!r}, but the CPU of {machine.name} ({machine.architecture}) has "
-                f"no {', '.join(lacking)}: torch would die by an illegal instruction. Set it to {best!r}, or "
-                f"leave it out"
+                f"{called} is {instruction_set!r}, but the CPU of {machine.name}"
+                f" ({machine.architecture}) has no {', '.join(lacking)}: torch would die by an illegal "
+                f"instruction. Set it to {best!r}, or leave it out"
             )
 
 
@@ -122,11 +122,12 @@ def pin(instruction_set: str | None, machine: Machine | None = None) -> None:
     Raises:
         ConfigError: this machine does not have it, or torch was imported before, with other settings.
     """
-    machine = machine or Machine.here()
-    refuse(instruction_set, [machine], "train.instruction_set")
+    asked, called = instruction_set, "train.instruction_set"
+    if asked is None:
+        asked, called = os.environ.get(HELD_BY), f"{HELD_BY}, an environment variable,"
+    if asked is not None:
+        refuse(asked, [machine or Machine.here()], called)
     wanted = variables(instruction_set)
-    if not wanted:
-        refuse(os.environ.get(HELD_BY), [machine], f"{HELD_BY}, an environment variable,")
     if all(os.environ.get(name) == value for name, value in wanted.items()):
         return
     if "torch" in sys.modules:
