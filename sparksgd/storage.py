@@ -30,9 +30,11 @@ from sparksgd.errors import ClusterError, ConfigError, SparkSGDError
 
 __all__ = [
     "HIDDEN", "FileStatus", "Lines", "LocalLocation", "Location", "SpooledLines", "Throttle", "fingerprint",
-    "has_scheme", "local_copy", "location", "register_uris", "replacing", "require_at_most", "unanswered",
+    "has_scheme", "local_copy", "location", "register_uris", "replacing", "require_at_most",
+    "require_regular", "unanswered",
 ]  # fmt: skip
 
+_NOT_REGULAR = "it is not a regular file: it is a pipe, a socket or a device"
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):")
 HIDDEN = ("_", ".")
 """How the names of files begin that hold no data."""
@@ -93,11 +95,7 @@ class Location(Protocol):
         """Return whether it is there."""
         ...
 
-    def read_bytes(self) -> bytes:
-        """Return what the file holds."""
-        ...
-
-    def read_regular(self, most_bytes: int | None = None) -> bytes:
+    def read_bytes(self, most_bytes: int | None = None, /) -> bytes:
         """Return what a regular file holds; raise OSError for a device, a pipe, a folder or a longer one.
 
         Args:
@@ -215,16 +213,12 @@ class LocalLocation:
         """Return whether it is there."""
         return self.path.exists()
 
-    def read_bytes(self) -> bytes:
-        """Return what the file holds."""
-        return self.path.read_bytes()
-
-    def read_regular(self, most_bytes: int | None = None) -> bytes:
+    def read_bytes(self, most_bytes: int | None = None, /) -> bytes:
         """Return what a regular file holds; raise OSError for a device, a pipe, a folder or a longer one."""
         with open(self.path, "rb", opener=_without_waiting) as file:
             status = os.fstat(file.fileno())
             if not stat.S_ISREG(status.st_mode):
-                raise OSError(errno.EINVAL, "it is not a regular file", str(self.path))
+                raise OSError(errno.EINVAL, _NOT_REGULAR, str(self.path))
             require_at_most(str(self.path), status.st_size, most_bytes)
             return file.read(status.st_size)
 
@@ -314,9 +308,20 @@ def _without_waiting(path: str, flags: int) -> int:
 def require_at_most(path: str, size_bytes: int, most_bytes: int | None) -> None:
     """Raise OSError if a file is longer than what is to be read of it."""
     if most_bytes is not None and size_bytes > most_bytes:
-        raise OSError(
-            errno.EFBIG, f"it has {size_bytes:,} bytes, but should have {most_bytes:,} at most", path
-        )
+        raise OSError(errno.EFBIG, f"it has {size_bytes:,} bytes, but may have {most_bytes:,} at most", path)
+
+
+def require_regular(path: Path) -> None:
+    """Refuse what is no file with an end: a pipe may stay silent, and a device may never end.
+
+    Raises:
+        OSError: it is a folder, a pipe, a socket or a device, or is not there.
+    """
+    mode = path.stat().st_mode
+    if stat.S_ISDIR(mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    if not stat.S_ISREG(mode):
+        raise OSError(errno.EINVAL, _NOT_REGULAR, str(path))
 
 
 def _matching(pattern: Path) -> list[Path]:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import ast
 import dataclasses
 import inspect
+import os
 from pathlib import Path
 
 import pytest
 
-from sparksgd import config as config_module
-from sparksgd.config import Config, DataConfig, ModelConfig, TrainConfig
+from sparksgd.config import Config, DataConfig, ModelConfig, TrainConfig, sections
 from sparksgd.errors import ConfigError
 
 CONTRACT = {
@@ -70,7 +70,7 @@ def test_every_key_belongs_to_the_experiment_or_to_the_cluster() -> None:
 
 
 def test_every_field_says_what_it_means() -> None:
-    tree = ast.parse(inspect.getsource(config_module))
+    tree = ast.parse(inspect.getsource(sections))
     silent = []
     for part in tree.body:
         if not (isinstance(part, ast.ClassDef) and part.name.endswith("Config") and part.name != "Config"):
@@ -212,3 +212,39 @@ def test_a_configuration_made_in_python_is_checked_as_well() -> None:
 def test_a_configuration_does_not_change() -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
         ModelConfig().name = "other"  # type: ignore[misc]  # the point of the test
+
+
+def test_what_is_no_file_of_text_is_refused_before_it_is_read(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")  # to open it would wait for a writer
+    (tmp_path / "large.toml").write_bytes(b"#" * (2**20 + 1))
+    for path, reason in (
+        (tmp_path / "pipe", "it is a pipe, a socket or a device, not a regular file"),
+        (Path("/dev/zero"), "it is a pipe, a socket or a device, not a regular file"),
+        (tmp_path, "Is a directory"),
+        (tmp_path / "large.toml", "it has 1,048,577 bytes, but may have 1,048,576 at most"),
+    ):
+        with pytest.raises(ConfigError, match=f"cannot read the configuration {path}: {reason}"):
+            Config.load(path)
+    with pytest.raises(ConfigError, match="cannot read the configuration a\0b: "):
+        Config.load("a\0b")
+
+
+def test_a_byte_order_mark_is_no_part_of_the_text(tmp_path: Path) -> None:
+    (tmp_path / "run.toml").write_bytes(b"\xef\xbb\xbf[train]\nseed = 5\n")
+    assert Config.load(tmp_path / "run.toml").train.seed == 5
+    (tmp_path / "run.toml").write_bytes("[train]\nseed = 5\n".encode("utf-16"))
+    with pytest.raises(ConfigError, match=r"run\.toml is not valid TOML: 'utf-8' codec .*; save it as UTF-8"):
+        Config.load(tmp_path / "run.toml")
+
+
+def test_what_python_code_passes_is_checked_and_becomes_what_toml_gives() -> None:
+    config = Config(data=DataConfig(features=["left", "right"]))  # type: ignore[arg-type]  # as users write it
+    assert config.data.features == ("left", "right")
+    with pytest.raises(ConfigError, match=r"train\.epochs is '3', but must be a whole number"):
+        Config(train=TrainConfig(epochs="3"))  # type: ignore[arg-type]  # the point of the test
+    with pytest.raises(ConfigError, match=r"train is 3, but must be a TrainConfig"):
+        Config(train=3)  # type: ignore[arg-type]  # the point of the test
+    with pytest.raises(ConfigError, match=r"model\.name is 'x', but no argument can have this name"):
+        Config(model=ModelConfig(arguments={"name": "x"}))
+    with pytest.raises(ConfigError, match=r"^the configuration is 3, but must be a dict of its sections"):
+        Config.from_dict(3)  # type: ignore[arg-type]  # the point of the test

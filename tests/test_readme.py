@@ -194,7 +194,7 @@ class _Text:
     def __init__(self, text: str) -> None:
         self._text = text
 
-    def read_bytes(self) -> bytes:
+    def read_bytes(self, most_bytes: int | None = None, /) -> bytes:
         return self._text.encode()
 
 

@@ -13,7 +13,7 @@ import sparksgd
 PACKAGE = Path(sparksgd.__file__).parent
 
 ROOMS = (
-    "errors", "models", "arithmetic", "imports", "config", "losses", "storage", "data", "solvers", "engines",
+    "errors", "models", "arithmetic", "imports", "storage", "config", "losses", "data", "solvers", "engines",
     "peers", "training", "runs", "spark.tasks", "spark.cluster", "spark.engines", "spark", "cli", "",
 )  # fmt: skip
 """In the order of imports: each imports only from itself and from those before it; the front door is last."""

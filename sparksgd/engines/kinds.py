@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from sparksgd.config import EngineConfig
 from sparksgd.errors import ConfigError
-from sparksgd.imports import did_you_mean
+from sparksgd.imports import did_you_mean, shown
 from sparksgd.solvers.protocol import Need
 
 __all__ = ["ALLREDUCE", "INLINE", "KINDS", "STAGES", "TREE", "EngineKind", "candidates", "refuse_uncarried"]
@@ -93,7 +93,7 @@ def candidates(config: EngineConfig, needs: Iterable[Need], solver: str) -> list
     """
     if config.name not in _NAMES:
         raise ConfigError(
-            f"engine.name is {config.name!r}, which is no engine{did_you_mean(config.name, _NAMES)}"
+            f"engine.name is {shown(config.name)}, which is no engine{did_you_mean(config.name, _NAMES)}"
         )
     wanted = frozenset(needs)
     named = [kind for kind in KINDS if kind.name == config.name]

@@ -22,6 +22,7 @@ from dataclasses import asdict, dataclass
 from typing import Literal, get_args
 
 from sparksgd.errors import DataError
+from sparksgd.imports import shortened, shown
 
 __all__ = [
     "FORMAT",
@@ -107,17 +108,31 @@ def read_trace(lines: Sequence[bytes], where: str) -> tuple[str, list[TraceEvent
     try:
         about, *found = [json.loads(line) for line in lines if line.endswith(b"\n")]
         if about["trace"] != FORMAT:
-            raise DataError(f"{where} is a trace of format {about['trace']}, but this version reads {FORMAT}")
+            given = shown(about["trace"])
+            raise DataError(f"{where} is a trace of format {given}, but this version reads {FORMAT}")
         orders = [values.pop("order") for values in found]
         if orders != list(range(len(found))):
             raise DataError(f"{where} is not whole: the orders of its events are not 0, 1, 2, ...")
         events = [TraceEvent(**values) for values in found]
         unknown = {event.kind for event in events}.difference(get_args(EventKind))
         if unknown:
-            raise DataError(f"{where} has events of kind {sorted(unknown)}, which this version does not know")
+            kinds = shown(sorted(unknown))
+            raise DataError(f"{where} has events of kind {kinds}, which this version does not know")
+        for event in events:
+            _require_counts(event)
+        if not isinstance(about["family"], str):
+            raise TypeError(f"its family is {shown(about['family'])}")
         return about["family"], events
-    except (ValueError, LookupError, TypeError, AttributeError) as error:
-        raise DataError(f"{where} is no trace: {type(error).__name__}: {error}") from error
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise DataError(f"{where} is no trace: {type(error).__name__}: {shortened(str(error))}") from error
+
+
+def _require_counts(event: TraceEvent) -> None:
+    """Raise TypeError if something else than a whole number stands where there must be one."""
+    for name in ("turn", "version", "worker", "shard", "strip"):
+        value = getattr(event, name)
+        if type(value) is not int and (value is not None or name in ("turn", "version")):
+            raise TypeError(f"{name} is {shown(value)}, but must be a whole number")
 
 
 def took_part_of(events: Iterable[TraceEvent]) -> tuple[list[frozenset[int]], list[int]]:

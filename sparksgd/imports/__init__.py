@@ -1,9 +1,13 @@
-"""The user's own code, which a configuration names as `package.module:attribute`: import it, and run it."""
+"""The user's own code, which a configuration names as `package.module:attribute`: import it, and run it.
+
+And how errors show names and values, the user's, too: never longer than a person reads.
+"""
 
 from __future__ import annotations
 
 import difflib
 import importlib
+import reprlib
 import traceback
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -12,7 +16,7 @@ from typing import Any, TypeVar
 from sparksgd.errors import ConfigError, OutOfMemory, SparkSGDError, UserCodeError
 from sparksgd.imports.trust import Trust
 
-__all__ = ["did_you_mean", "out_of_memory_told", "resolve", "users_code"]
+__all__ = ["did_you_mean", "out_of_memory_told", "resolve", "shortened", "shown", "users_code"]
 
 T = TypeVar("T")
 
@@ -20,10 +24,46 @@ T = TypeVar("T")
 def did_you_mean(word: str, valid: Iterable[str]) -> str:
     """Return " (did you mean X?)" with the nearest valid word, or all of them if none is near."""
     by_lower = {name.lower(): name for name in sorted(valid)}
-    nearest = difflib.get_close_matches(word.lower(), by_lower, n=1, cutoff=0.5)
+    nearest = difflib.get_close_matches(word[:_LONGEST].lower(), by_lower, n=1, cutoff=0.5)
     if nearest:
         return f" (did you mean {by_lower[nearest[0]]}?)"
     return f" (valid: {', '.join(by_lower.values())})"
+
+
+def shown(value: object) -> str:
+    """Return a value as errors show it.
+
+    >>> shown("lenet"), shown([0.5, None]), len(shown("x" * 5000)), shown(10**5000)
+    ("'lenet'", '[0.5, None]', 100, 'a whole number of about 5,001 digits')
+    """
+    try:
+        return shortened(_REPR.repr(value))
+    except Exception:  # what the user's own class raises
+        return f"of type {type(value).__qualname__}"
+
+
+def shortened(text: str, longest: int = 100) -> str:
+    """Return a text without its middle, if it is long."""
+    half = (longest - 3) // 2
+    return text if len(text) <= longest else f"{text[: longest - 3 - half]}...{text[-half:]}"
+
+
+class _Repr(reprlib.Repr):
+    """Values as Python writes them, without most of what is long or deep."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxlevel = 4
+        self.maxstring = self.maxother = self.maxlist = self.maxtuple = self.maxdict = _LONGEST
+
+    def repr_int(self, x: int, level: int) -> str:
+        """Return a whole number; Python refuses to write thousands of digits."""
+        digits = x.bit_length() * 0.30103
+        return repr(x) if digits < _LONGEST else f"a whole number of about {int(digits) + 1:,} digits"
+
+
+_LONGEST = 100
+_REPR = _Repr()
 
 
 def resolve(key: str, name: str, ours: Mapping[str, T], trust: Trust | None = None) -> T | Any:
@@ -44,7 +84,7 @@ def resolve(key: str, name: str, ours: Mapping[str, T], trust: Trust | None = No
     module_name, colon, attribute = name.partition(":")
     if not (colon and module_name.strip(".") == module_name and module_name and attribute):
         raise ConfigError(
-            f"{key} is {name!r}, which is not one of ours{did_you_mean(name, ours)}; "
+            f"{key} is {shown(name)}, which is not one of ours{did_you_mean(name, ours)}; "
             f"name your own as package.module:attribute"
         )
     if trust is not None:
@@ -53,16 +93,16 @@ def resolve(key: str, name: str, ours: Mapping[str, T], trust: Trust | None = No
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
         raise ConfigError(
-            f"{key} is {name!r}, but Python finds no module {error.name!r}: put its folder on "
+            f"{key} is {shown(name)}, but Python finds no module {error.name!r}: put its folder on "
             f"PYTHONPATH, or ship it with --py-files"
         ) from error
     except Exception as error:
         raise ConfigError(
-            f"{key} is {name!r}, but importing {module_name} raised {type(error).__name__}: {error}"
+            f"{key} is {shown(name)}, but importing {module_name} raised {type(error).__name__}: {error}"
         ) from error
     if not hasattr(module, attribute):
         raise ConfigError(
-            f"{key} is {name!r}, but {module_name} has no {attribute!r}"
+            f"{key} is {shown(name)}, but {module_name} has no {attribute!r}"
             f"{did_you_mean(attribute, [n for n in dir(module) if not n.startswith('_')])}"
         )
     value = getattr(module, attribute)

@@ -176,7 +176,7 @@ def _bytes_of(folder: Location, name: str, most_bytes: int | None) -> bytes:
     """
     try:
         with out_of_memory_told(f"reading {folder}/{name}"):
-            return (folder / name).read_regular(most_bytes)
+            return (folder / name).read_bytes(most_bytes)
     except OSError as error:
         refusal = DataError(f"{folder}/{name} cannot be read: {error.strerror}")
         raise unanswered(error, refusal) from error

@@ -22,6 +22,7 @@ from typing import Any
 
 from sparksgd.config import Config
 from sparksgd.errors import ConfigError
+from sparksgd.imports import shortened, shown
 from sparksgd.runs.asked import Asked
 from sparksgd.runs.checkpoints import FREE, PATHS, Manifest, manifests
 from sparksgd.runs.json_files import read_about_run, read_json
@@ -119,10 +120,9 @@ def _looked(out: Location, asked: Asked, *, goes_on: bool) -> Found:
     except OSError as error:
         refusal = ConfigError(f"--out {out} cannot be read: {error.strerror}; name another folder")
         raise unanswered(error, refusal) from error
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError, ConfigError) as error:
-        return _kept(
-            out, asked, f"something that is not a run of this version ({type(error).__name__}: {error})"
-        )
+    except (ValueError, LookupError, TypeError, AttributeError, ConfigError) as error:
+        why = f"{type(error).__name__}: {shortened(str(error), 400)}"
+        return _kept(out, asked, f"something that is not a run of this version ({why})")
     with_checkpoints = _manifests(out)
     if about is None and not with_checkpoints:
         if strays:
@@ -246,7 +246,7 @@ def _differences(
     was, now = completed(Config.from_dict(then["config"])).experiment(), completed(config).experiment()
     files = then["fingerprints"]
     found = [
-        f"{key} is {now.get(key)!r}, but was {was.get(key)!r}"
+        f"{key} is {shown(now.get(key))}, but was {shown(was.get(key))}"
         for key in sorted((was.keys() | now.keys()) - PATHS - free)
         if was.get(key) != now.get(key)
     ]

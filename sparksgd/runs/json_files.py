@@ -10,7 +10,7 @@ from typing import Any
 from sparksgd.runs.names import RUN, RUN_BEFORE
 from sparksgd.storage import Location
 
-__all__ = ["finite", "read_about_run", "read_json", "write_json"]
+__all__ = ["finite", "parsed", "read_about_run", "read_json", "write_json"]
 
 _MOST_BYTES = 64 << 20
 
@@ -27,11 +27,19 @@ def read_json(file: Location) -> Any:
         OSError: there is no such file, or it cannot be read, or it is too long.
         ValueError: it is not JSON, is nested too deeply, or has a key twice.
     """
-    data = file.read_regular(_MOST_BYTES)
+    return parsed(file.read_bytes(_MOST_BYTES))
+
+
+def parsed(text: bytes) -> Any:
+    """Return the value that JSON text has.
+
+    Raises:
+        ValueError: it is not JSON, its values are nested too deeply, or a key is there twice.
+    """
     try:
-        return json.loads(data, object_pairs_hook=_table)
+        return json.loads(text, object_pairs_hook=_table)
     except RecursionError as error:
-        raise ValueError("it is nested too deeply") from error
+        raise ValueError("it has values within values, too deep to be read") from error
 
 
 def _table(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from typing import Any
 
+from sparksgd.runs.json_files import parsed
+from sparksgd.runs.names import METRICS
 from sparksgd.storage import Location
 
 __all__ = ["Metrics", "read_metrics"]
@@ -24,10 +25,12 @@ def read_metrics(file: Location) -> Metrics:
 
     Raises:
         OSError: the file cannot be read.
-        ValueError, KeyError, TypeError: it holds something else than metrics.
+        ValueError: it holds something else than metrics.
     """
-    lines = file.read_regular().splitlines(keepends=True)
-    whole = [json.loads(line) for line in lines if line.endswith(b"\n")]
+    lines = file.read_bytes().splitlines(keepends=True)
+    whole = [parsed(line) for line in lines if line.endswith(b"\n")]
+    if not all(isinstance(line, dict) and isinstance(line.get("kind"), str) for line in whole):
+        raise ValueError(f"{METRICS} has lines that are no objects with a kind")
     return Metrics(
         steps=[line for line in whole if line["kind"] == "step"],
         evaluations=[line for line in whole if line["kind"] == "evaluation"],

@@ -9,6 +9,7 @@ from typing import Any
 from sparksgd.config import Config
 from sparksgd.engines.trace import read_trace, took_part_of
 from sparksgd.errors import ConfigError, DataError
+from sparksgd.imports import shortened, shown
 from sparksgd.imports.trust import trusted
 from sparksgd.runs.json_files import read_about_run, read_json
 from sparksgd.runs.metrics import read_metrics
@@ -18,7 +19,7 @@ from sparksgd.training.replay import Replay
 
 __all__ = ["read_replay"]
 
-_NO_RUN = (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError, ConfigError)
+_NO_RUN = (OSError, ValueError, LookupError, TypeError, AttributeError, ConfigError)
 """Errors of reading something else than a run."""
 
 
@@ -43,11 +44,12 @@ def read_replay(folder: str | Path | Location, *, trust: Iterable[str] = ()) -> 
         ended = run / SUMMARY
         summary = read_json(ended) if ended.exists() else {}
         made = summary.get("steps", len(steps))
+        _check_texts(about, summary)
         numbers = [step["step"] for step in steps]
         if steps and (numbers != list(range(1, len(steps) + 1)) or not 0 <= made <= len(steps)):
             raise DataError(
-                f"{folder} is not whole: {METRICS} has {len(steps)} steps, but the run made {made}, numbered "
-                f"from 1 without a gap: lines are missing, or of another run"
+                f"{folder} is not whole: {METRICS} has {len(steps)} steps, but the run made {shown(made)}, "
+                f"numbered from 1 without a gap: lines are missing, or of another run"
             )
         steps = steps[:made]  # the last step may have been undone
         took_part = [frozenset(step["took_part"]) for step in steps]
@@ -68,8 +70,9 @@ def read_replay(folder: str | Path | Location, *, trust: Iterable[str] = ()) -> 
         names = replay.names()
     except _NO_RUN as error:
         raise DataError(
-            f"{folder} holds no run to replay: {type(error).__name__}: {error}. Name the folder that a run "
-            f"wrote (jobs/train.py --out, or out= of sparksgd.train), with {RUN} and {METRICS}"
+            f"{folder} holds no run to replay: {type(error).__name__}: {shortened(str(error), 400)}. Name "
+            f"the folder that a run wrote (jobs/train.py --out, or out= of sparksgd.train), with {RUN} and "
+            f"{METRICS}"
         ) from error
     for key, name in names.items():
         trusting.check_name(key, name)
@@ -78,16 +81,34 @@ def read_replay(folder: str | Path | Location, *, trust: Iterable[str] = ()) -> 
     return replay
 
 
+def _check_texts(about: dict[str, Any], summary: dict[str, Any]) -> None:
+    """Raise TypeError if a digest or a name is something else."""
+    for key, value in (
+        ("data_digest", about["data_digest"]),
+        ("model_name", about["model_name"] or ""),
+        ("parameters_sha256", summary.get("parameters_sha256") or ""),
+    ):
+        if not isinstance(value, str):
+            raise TypeError(f"{key} is {shown(value)}, but must be a text")
+
+
 def _check_shards(
     folder: object, config: dict[str, Any], took_part: list[frozenset[int]], deals: list[int]
 ) -> None:
     """Refuse shards and deals that the run cannot have had."""
     num_shards = Config.from_dict(config).train.num_shards
     strange = sorted(
-        {repr(shard) for shards in took_part for shard in shards if shard not in range(num_shards)}
+        {
+            shown(shard)
+            for shards in took_part
+            for shard in shards
+            if type(shard) is not int or shard not in range(num_shards)
+        }
     )
     if strange or not all(took_part):
-        what = f"shards {', '.join(strange)} took part" if strange else "no shard took part in a step"
+        what = (
+            f"shards {shortened(', '.join(strange))} took part" if strange else "no shard took part in a step"
+        )
         raise DataError(f"{folder} is not whole: {what}, but the run has {num_shards} shards, from 0")
     if any(type(deal) is not int for deal in deals) or deals != sorted(deals):
         raise DataError(f"{folder} is not whole: its deals must be whole numbers that grow with the steps")
@@ -95,7 +116,7 @@ def _check_shards(
 
 def _traced(file: Location, steps: int) -> tuple[list[frozenset[int]], list[int]]:
     """Return the shards and the deal of each step of a trace, for at most this many steps."""
-    family, events = read_trace(file.read_regular().splitlines(keepends=True), str(file))
+    family, events = read_trace(file.read_bytes().splitlines(keepends=True), str(file))
     if family != "rounds":
         raise DataError(f"{file} is a trace of {family}, but only rounds can be replayed")
     took_part, deals = took_part_of(events)

@@ -11,6 +11,7 @@ Legend: T steps, W workers.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from sparksgd.errors import ConfigError, DataError
+from sparksgd.imports import shortened
 from sparksgd.runs.metrics import read_metrics
 from sparksgd.runs.names import METRICS
 from sparksgd.storage import Location, location
@@ -93,14 +95,15 @@ def read_arrivals(path: str | Path | Location) -> Seconds:
         of_step: dict[int, dict[int, float]] = {step["version"]: {} for step in steps}
         if arrived:
             for arrival in arrived:
-                of_step[arrival["version"]][arrival["worker"]] = arrival["arrived_s"]
+                of_step[arrival["version"]][int(arrival["worker"])] = _seconds(arrival["arrived_s"])
         else:
             for step in steps:
-                of_step[step["version"]] = {w["worker"]: w["compute"] for w in step["timing"]["workers"]}
-    except (OSError, ValueError, KeyError, TypeError) as error:
+                computed = {int(w["worker"]): _seconds(w["compute"]) for w in step["timing"]["workers"]}
+                of_step[step["version"]] = computed
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, OverflowError) as error:
         raise DataError(
-            f"{file} holds no steps of a run: {type(error).__name__}: {error}. Name the folder that "
-            f"jobs/train.py --out wrote"
+            f"{file} holds no steps of a run: {type(error).__name__}: {shortened(str(error), 400)}. Name the "
+            f"folder that jobs/train.py --out wrote"
         ) from error
     workers = sorted({worker for of_worker in of_step.values() for worker in of_worker})
     complete = [of_worker for of_worker in of_step.values() if len(of_worker) == len(workers)]
@@ -111,6 +114,14 @@ def read_arrivals(path: str | Path | Location) -> Seconds:
             f"engine.barrier=false --set train.steps=100"
         )
     return np.array([[of_worker[worker] for worker in workers] for of_worker in complete])
+
+
+def _seconds(value: Any) -> float:
+    """Return a time that was measured."""
+    seconds = float(value)
+    if not math.isfinite(seconds):
+        raise ValueError(f"{seconds} is no time")
+    return seconds
 
 
 def plot(arrivals_s: Seconds, found: list[Choice], file: Path) -> None:

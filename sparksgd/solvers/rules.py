@@ -11,9 +11,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
-from sparksgd.config import Config, OptimizerConfig, ScheduleConfig, SolverConfig, read_section
+from sparksgd.config import MOST, Config, OptimizerConfig, ScheduleConfig, SolverConfig, read_section
 from sparksgd.errors import ConfigError
-from sparksgd.imports import did_you_mean
+from sparksgd.imports import did_you_mean, shown
 
 if TYPE_CHECKING:  # a configuration must be read before torch is imported
     from sparksgd.arithmetic.flat import FlatModule
@@ -91,7 +91,7 @@ class Experiment:
 def _named(config: SolverConfig) -> tuple[type[Any], Callable[..., RoundSolver]]:
     if config.name not in RULES:
         raise ConfigError(
-            f"solver.name is {config.name!r}, which is no rule{did_you_mean(config.name, RULES)}"
+            f"solver.name is {shown(config.name)}, which is no rule{did_you_mean(config.name, RULES)}"
         )
     module_name, settings, solver = RULES[config.name].split(":")
     module = importlib.import_module(module_name)
@@ -181,7 +181,7 @@ def described(config: SolverConfig) -> str:
 
 
 def require_at_least(key: str, value: float | None, least: float, *, above: bool = False) -> None:
-    """Refuse a value that is below a limit (or not above it); None is always accepted.
+    """Refuse a value that is below a limit (or not above it), or not finite; None is always accepted.
 
     Raises:
         ConfigError: with the key, the value and the rule.
@@ -190,5 +190,7 @@ def require_at_least(key: str, value: float | None, least: float, *, above: bool
         return
     if not (value > least if above else value >= least):
         raise ConfigError(f"{key} is {value}, but must be {'above' if above else 'at least'} {least}")
-    if math.isinf(value):
+    if isinstance(value, float) and math.isinf(value):
         raise ConfigError(f"{key} is {value}, but must be finite")
+    if isinstance(value, int) and value > MOST:
+        raise ConfigError(f"{key} is {shown(value)}, but may be {MOST} at most")

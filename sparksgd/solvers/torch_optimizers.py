@@ -32,7 +32,7 @@ from sparksgd.arithmetic.flat import FlatParameters
 from sparksgd.arithmetic.seeds import seed32
 from sparksgd.config import OptimizerConfig
 from sparksgd.errors import ConfigError, UserCodeError
-from sparksgd.imports import did_you_mean, resolve, users_code
+from sparksgd.imports import did_you_mean, resolve, shown, users_code
 from sparksgd.solvers.flat_optimizer import (
     ELEMENTWISE,
     HAS,
@@ -381,7 +381,7 @@ def class_named(key: str, name: str, home: Any, base: type[Any]) -> Any:
     }
     kind = resolve(key, name, ours)
     if not (inspect.isclass(kind) and issubclass(kind, base)):
-        raise ConfigError(f"{key} is {name!r}, which is not a {base.__module__}.{base.__name__}")
+        raise ConfigError(f"{key} is {shown(name)}, which is not a {base.__module__}.{base.__name__}")
     return kind
 
 
@@ -398,10 +398,10 @@ def refusing(section: str, name: str, kind: Any, arguments: Mapping[str, Any]) -
     except ConfigError:
         raise
     except UserCodeError as error:
-        raise ConfigError(f"{section}.name is {name!r}, which cannot be used: {error}") from error
+        raise ConfigError(f"{section}.name is {shown(name)}, which cannot be used: {error}") from error
     except Exception as error:
         raise ConfigError(
-            f"{section}.name is {name!r}, which does not take {dict(arguments)}: "
+            f"{section}.name is {shown(name)}, which does not take {shown(dict(arguments))}: "
             f"{type(error).__name__}: {error}"
         ) from error
 

@@ -119,4 +119,5 @@ def evaluate_parquet(session: SparkSession, path: str, model: SavedModel) -> Sco
     cluster = Cluster(session, demand)
     cluster.settle()
     with cluster.job_group(), cluster.job_watch.over(1):  # to read a schema is a job already
+        cluster.check_executors()
         return evaluate(read_parquet(session, path), model)

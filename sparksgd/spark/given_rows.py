@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sparksgd.errors import ConfigError
+from sparksgd.imports import shown
 
 if TYPE_CHECKING:
     from pyspark.sql import DataFrame
@@ -72,7 +73,7 @@ def described_value(value: object) -> str:
     ('None', '3', 'of type list')
     """
     if value is None or isinstance(value, str | int | float | type):
-        return repr(value)
+        return shown(value)
     kind = type(value)
     home = "" if kind.__module__ == "builtins" else f"{kind.__module__}."
     return f"of type {home}{kind.__qualname__}"

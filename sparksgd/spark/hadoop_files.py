@@ -68,21 +68,16 @@ class HadoopLocation:
         with self._errors():
             return bool(self._files.exists(self._path))
 
-    def read_bytes(self) -> bytes:
-        """Return the content of the file."""
-        with self._errors(), tempfile.TemporaryDirectory(prefix="sparksgd-") as folder:
-            copy = Path(folder, "copy")
-            self._files.copyToLocalFile(False, self._path, _java_path(f"file:{copy}"), True)
-            return copy.read_bytes()
-
-    def read_regular(self, most_bytes: int | None = None) -> bytes:
+    def read_bytes(self, most_bytes: int | None = None, /) -> bytes:
         """Return the content of the file; raise OSError for a folder, or a longer file."""
-        with self._errors():
+        with self._errors(), tempfile.TemporaryDirectory(prefix="sparksgd-") as folder:
             status = self._files.getFileStatus(self._path)
             if not status.isFile():
                 raise OSError(errno.EINVAL, "it is not a regular file", self._uri)
             require_at_most(self._uri, int(status.getLen()), most_bytes)
-        return self.read_bytes()
+            copy = Path(folder, "copy")
+            self._files.copyToLocalFile(False, self._path, _java_path(f"file:{copy}"), True)
+            return copy.read_bytes()
 
     def write_bytes(self, data: bytes) -> None:
         """Write the file, whole or not at all; create its folder if it does not exist."""

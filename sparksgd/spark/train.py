@@ -93,7 +93,7 @@ def train(
     make_engine = _OnCluster(cluster, config.engine, kinds)
     make_engine.check()
     with cluster.job_group():
-        start_up.unpacked(cluster.unpacked_environments())
+        start_up.unpacked(cluster.check_executors(config.train.instruction_set))
         with cluster.job_watch.over(1):  # to read a schema is a job already: not before there are slots
             rows = _frame(session, rows)
             test = None if test is None else _frame(session, test)

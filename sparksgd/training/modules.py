@@ -11,7 +11,7 @@ from sparksgd.arithmetic.generators import generators_seeded
 from sparksgd.arithmetic.seeds import seed32
 from sparksgd.config import ModelConfig
 from sparksgd.errors import ConfigError, ModelError
-from sparksgd.imports import resolve
+from sparksgd.imports import resolve, shown
 from sparksgd.imports.trust import Trust
 from sparksgd.models import MODELS
 
@@ -32,7 +32,7 @@ def build_module(config: ModelConfig, seed: int, trust: Trust | None = None) -> 
             module = factory(**config.arguments)
     except Exception as error:
         raise ConfigError(
-            f"model.name is {config.name!r}, which does not take {dict(config.arguments)}: "
+            f"model.name is {config.name!r}, which does not take {shown(dict(config.arguments))}: "
             f"{type(error).__name__}: {error}{_signature(factory)}"
         ) from error
     if not isinstance(module, nn.Module):

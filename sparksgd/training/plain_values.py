@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-__all__ = ["PlainValue", "is_plain", "is_torchs", "plain_values", "shown"]
+__all__ = ["PlainValue", "is_plain", "is_torchs", "plain_values"]
 
 _SCALARS = frozenset((bool, int, float, complex, str, bytes, type(None)))
 _CONTAINERS = frozenset((list, tuple, dict))
@@ -112,12 +112,3 @@ def _are_plain(containers: Collection[Any], depth: int = 0) -> bool:
 
 
 _DEEPEST = 32  # a list may hold itself
-
-
-def shown(value: object) -> str:
-    """Return a value as errors show it."""
-    text = repr(value)
-    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
-
-
-_LONGEST = 60

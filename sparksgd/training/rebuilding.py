@@ -30,10 +30,10 @@ from sparksgd.data.schema import RowSchema
 from sparksgd.engines.forward import forward
 from sparksgd.engines.held import is_opaque
 from sparksgd.errors import ModelError, SparkSGDError
-from sparksgd.imports import users_code
+from sparksgd.imports import shown, users_code
 from sparksgd.training.composition import Told, first_difference, name_of, other_structure, structure
 from sparksgd.training.modules import build_module
-from sparksgd.training.plain_values import is_plain, is_torchs, shown
+from sparksgd.training.plain_values import is_plain, is_torchs
 from sparksgd.training.saved_state import (
     differing_tensors,
     differing_values,

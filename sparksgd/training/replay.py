@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from sparksgd.config import Config
 from sparksgd.errors import ConfigError, DataError, ReplayDiffers
-from sparksgd.imports import resolve
+from sparksgd.imports import resolve, shown
 from sparksgd.imports.trust import Trust
 from sparksgd.solvers.rules import completed
 
@@ -96,8 +96,8 @@ class Replay:
         for key in sorted(then.keys() | now.keys()):
             if then.get(key) != now.get(key) and key not in free:
                 raise ConfigError(
-                    f"{key} is {now.get(key)!r}, but was {then.get(key)!r} in the run to be replayed, and it "
-                    f"shapes the parameters: leave it out"
+                    f"{key} is {shown(now.get(key))}, but was {shown(then.get(key))} in the run to be "
+                    f"replayed, and it shapes the parameters: leave it out"
                 )
         if self.data_digest not in (data_digest, content_digest):
             raise DataError(

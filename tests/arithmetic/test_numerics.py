@@ -28,6 +28,7 @@ from sparksgd.arithmetic.numerics import Numerics
 print(json.dumps([torch.backends.cpu.get_cpu_capability(), vars(Numerics.here(1))]))
 """
 HELD = set(instruction_set.variables("default"))
+ANY = instruction_set.Machine(name="any", architecture="", cpuinfo="")
 
 
 def python(code: str, **environment: str) -> str:
@@ -98,10 +99,10 @@ def test_pinning_comes_too_late_once_torch_is_imported(monkeypatch: pytest.Monke
     with pytest.raises(
         ConfigError, match=r"'avx2', but torch is already imported: set ATEN_CPU_CAPABILITY=avx2 "
     ):
-        instruction_set.pin("avx2")
+        instruction_set.pin("avx2", ANY)
     for name, value in instruction_set.variables("avx2").items():
         monkeypatch.setenv(name, value)
-    instruction_set.pin("avx2")  # the environment had said so before
+    instruction_set.pin("avx2", ANY)  # the environment had said so before
 
 
 def test_differences_name_the_field_and_both_values() -> None:

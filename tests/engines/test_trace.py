@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterable, Sequence
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparksgd.engines.trace import Trace, TraceEvent, event_line, first_line, read_trace, took_part_of
@@ -151,6 +151,50 @@ def test_events_of_another_kind_are_refused() -> None:
     line = json.dumps({"order": 0, "kind": "pushed", "turn": 0, "version": 0}).encode() + b"\n"
     with pytest.raises(DataError, match=r"^trace\.jsonl has events of kind \['pushed'\], which this version"):
         read_trace([lines([])[0], line], "trace.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("turn", None),
+        ("turn", "1"),
+        ("version", True),
+        ("version", 0.5),
+        ("shard", [1]),
+        ("worker", "0"),
+        ("strip", {}),
+    ],
+)
+def test_a_count_that_is_no_whole_number_is_refused(name: str, value: object) -> None:
+    line = json.dumps({"order": 0, "kind": "push", "turn": 0, "version": 0, "shard": 0} | {name: value})
+    with pytest.raises(DataError, match=f"is no trace: TypeError: {name} is .*, but must be a whole number"):
+        read_trace([lines([])[0], f"{line}\n".encode()], "trace.jsonl")
+
+
+ODD = [
+    b"", b"{", b"[]", b"3", b"null", b"NaN", b"\xff", b"[" * 5000, b"9" * 5000, b'{"order": 0}',
+    b'"' + b"x" * 5000,
+    b'{"trace": 1}', b'{"trace": 1, "family": 3}', b'{"trace": "' + b"x" * 5000 + b'", "family": "rounds"}',
+    b'{"order": 0, "kind": [], "turn": 0, "version": 0}', b'{"order": 0, "turn": 0}',
+    b'{"order": 0, "kind": "' + b"k" * 5000 + b'", "turn": 0, "version": 0}',
+    b'{"' + b"k" * 5000 + b'": 0, "order": 0}',
+]  # fmt: skip
+
+
+@given(
+    st.lists(
+        st.sampled_from([*ODD, *(line[:-1] for line in lines(SOME))]) | st.binary(max_size=9), max_size=4
+    )
+)
+@settings(max_examples=200, derandomize=True, database=None, deadline=None)
+def test_any_lines_are_a_trace_or_refused(found: list[bytes]) -> None:
+    refused = ""
+    try:
+        _, events = read_trace([line + b"\n" for line in found], "trace.jsonl")
+        took_part_of(events)
+    except DataError as error:
+        refused = str(error)
+    assert len(refused) < 1000
 
 
 # Who took part

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,12 +12,18 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from sparksgd.config import Config
 from sparksgd.data.local_files import ParquetRows
 from sparksgd.engines.inline import InlineEngine
-from sparksgd.errors import DataError
+from sparksgd.errors import ConfigError, DataError
+from sparksgd.runs.asked import Asked
+from sparksgd.runs.earlier import earlier_run
 from sparksgd.runs.replay import read_replay
+from sparksgd.runs.stragglers import read_arrivals
+from sparksgd.storage import location
 from sparksgd.training.loop import train
 from sparksgd.training.preflight import allowed_engines
 
@@ -134,4 +141,64 @@ def test_a_run_that_is_no_regular_file_is_refused(run: Path) -> None:
     (run / "run.json").unlink()
     (run / "run.json").symlink_to("/dev/zero")
     with pytest.raises(DataError, match="it is not a regular file"):
+        read_replay(run)
+
+
+WHOLE = {
+    "run.json": json.dumps(ABOUT),
+    "metrics.jsonl": step(1) + step(2),
+    "summary.json": json.dumps({"status": "finished", "steps": 2, "parameters_sha256": "1234"}),
+    "trace.jsonl": '{"trace": 1, "family": "rounds"}\n'
+    '{"order": 0, "kind": "push", "turn": 0, "version": 0, "shard": 0}\n',
+}
+ODD = [
+    "3", "null", "[]", "{}", "NaN", "Infinity", "1e400", '"x"', "[[]]", "true", "-1", "0.5", "[1.0]", '["a"]',
+    "[" * 5000, "9" * 5000, f'"{"x" * 5000}"', f'{{"{"k" * 5000}": 1}}', '"\\udcff"', '"\\u0000"', "{",
+    '{"train": {"epochs": 0}}', '{"model": {"arguments": 1}}',
+]  # fmt: skip
+KEYS = [
+    "config", "data_digest", "model_name", "kind", "step", "took_part", "deal", "steps", "parameters_sha256",
+    "status", "timing", "version", "fingerprints",
+]  # fmt: skip
+
+
+def with_value(text: str, key: str, value: str) -> str:
+    """Return JSON lines in whose objects a key has another value, which may be no JSON."""
+    first, *rest = text.splitlines(keepends=True)
+    return f'{{"{key}": {value}, {first[1:]}' + "".join(f'{line[:-2]}, "{key}": {value}}}\n' for line in rest)
+
+
+contents = st.sampled_from([*ODD, *(f"{text}\n" for text in ODD)])
+changes = st.tuples(st.sampled_from(KEYS), st.sampled_from(ODD))
+
+
+@given(name=st.sampled_from(list(WHOLE)), new=contents | st.text(max_size=9) | changes)
+@settings(
+    max_examples=200, derandomize=True, database=None, deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)  # fmt: skip
+def test_any_folder_is_a_run_or_refused(tmp_path: Path, name: str, new: str | tuple[str, str]) -> None:
+    for file, text in WHOLE.items():
+        (tmp_path / file).write_text(text)
+    changed = with_value(WHOLE[name], *new) if isinstance(new, tuple) else new
+    (tmp_path / name).write_bytes(changed.encode("utf-8", "surrogatepass"))
+    for read in (
+        lambda: read_replay(tmp_path).fingerprint(),
+        lambda: read_arrivals(tmp_path),
+        lambda: earlier_run(location(tmp_path), Asked(config=Config(), fingerprints={})),
+    ):
+        refused = ""
+        try:
+            read()
+        except (DataError, ConfigError) as error:
+            refused = str(error)
+        assert len(refused) < 1500
+
+
+def test_a_pipe_in_place_of_a_file_is_refused_and_not_waited_for(run: Path) -> None:
+    (run / "metrics.jsonl").unlink()
+    os.mkfifo(run / "metrics.jsonl")
+    with pytest.raises(
+        DataError, match=r"holds no run to replay: OSError: .*it is a pipe, a socket or a device"
+    ):
         read_replay(run)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import sys
 import uuid
 from datetime import datetime
 
@@ -175,6 +176,30 @@ def test_a_module_that_executors_cannot_import_is_named(spark, small, tmp_path, 
     monkeypatch.syspath_prepend(str(tmp_path))
     with pytest.raises(ModelError, match=r"finds no module 'only_here': ship it with --py-files"):
         refused(spark, spark.read.parquet(small), "model.name=only_here:Mine")
+
+
+def test_another_python_on_the_executors_is_named_before_rows_are_read(spark, monkeypatch):
+    monkeypatch.setattr(spark.sparkContext, "pythonVer", "3.99")  # the driver's, as workers are told
+    with pytest.raises(
+        ConfigError, match=r"the executors' Python on \S+ is 3\.1\d, but the driver's is 3\.99"
+    ):
+        train(spark, configured(), "nowhere")
+
+
+def test_what_the_executors_python_lacks_is_named_before_rows_are_read(session_for, tmp_path):
+    bare = tmp_path / "python3"
+    bare.write_text(f'#!/bin/sh\nexec {sys.executable} -S "$@"\n')
+    bare.chmod(0o755)
+    spark = session_for("local[2]", spark__python__daemon__module="pyspark.daemon")
+    context = spark.sparkContext
+    python, context.pythonExec = context.pythonExec, str(bare)
+    try:
+        with pytest.raises(
+            ConfigError, match=rf"on \S+ \({sys.executable}\) lacks numpy and pyarrow and torch: "
+        ):
+            train(spark, configured(), "nowhere")
+    finally:
+        context.pythonExec = python
 
 
 def test_a_path_that_is_no_parquet_is_refused(spark, tmp_path):

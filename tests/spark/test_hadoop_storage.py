@@ -43,13 +43,13 @@ def test_only_a_regular_file_of_the_right_length_is_read_as_one(
 ) -> None:
     file = at(tmp_path) / "file"
     file.write_bytes(b"12345")
-    assert [file.read_regular(most) for most in (None, 5, 6)] == [b"12345"] * 3
-    with pytest.raises(OSError, match="it has 5 bytes, but should have 4 at most"):
-        file.read_regular(4)
+    assert [file.read_bytes(most) for most in (None, 5, 6)] == [b"12345"] * 3
+    with pytest.raises(OSError, match="it has 5 bytes, but may have 4 at most"):
+        file.read_bytes(4)
     with pytest.raises(OSError, match=r"not a regular file|Is a directory"):
-        at(tmp_path).read_regular()
+        at(tmp_path).read_bytes()
     with pytest.raises(FileNotFoundError):
-        (at(tmp_path) / "nothing").read_regular()
+        (at(tmp_path) / "nothing").read_bytes()
 
 
 def test_what_lies_around_a_file_is_found_alike_everywhere(

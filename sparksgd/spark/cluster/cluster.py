@@ -7,12 +7,15 @@ import uuid
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, TypeVar
 
 from pyspark import RDD
 from pyspark.sql import SparkSession
 
+from sparksgd.arithmetic.instruction_set import HELD_BY
 from sparksgd.errors import ClusterError
+from sparksgd.spark.cluster.environments import NEEDED, ExecutorPython, by_value, own_version, require_fit
 from sparksgd.spark.cluster.failures import is_stopped
 from sparksgd.spark.cluster.jobs import (
     JobWatch,
@@ -153,13 +156,26 @@ class Cluster:
         with self.job_watch.over(1):
             return self.context.parallelize(range(slots), slots).mapPartitions(task).collect()
 
-    def unpacked_environments(self) -> list[tuple[float, float]]:
-        """Return when each host unpacked its environment; warn of needless copies."""
+    def check_executors(self, instruction_set: str | None = None) -> list[tuple[float, float]]:
+        """Refuse executors whose Python cannot train; warn of needless copies of an environment.
+
+        Args:
+            instruction_set: what the configuration asks for.
+
+        Returns:
+            When each host unpacked its environment, from when to when.
+
+        Raises:
+            ConfigError: something is missing there, or of another version.
+        """
         conf = self.context.getConf()
-        if not any(conf.get(key, "") for key in ("spark.archives", "spark.yarn.dist.archives")):
-            return []
-        with spark_job(self.context, "looking at the environment"):
-            found = {(one.host, one.place): one for one in self.visit(environment_tasks.look)}
+        walks = any(conf.get(key, "") for key in ("spark.archives", "spark.yarn.dist.archives"))
+        asks_cpu = instruction_set is not None
+        task = partial(by_value(environment_tasks.look), NEEDED, HELD_BY, asks_cpu, walks)
+        with spark_job(self.context, "looking at the executors' Python"):
+            pythons = [ExecutorPython(**answer) for answer in self.visit(task)]
+        require_fit(pythons, own_version(), instruction_set)
+        found = {(one.host, one.unpacked[:2]): one.unpacked for one in pythons if one.unpacked is not None}
         copies = Counter(host for host, _ in found)
         for host, count in copies.items():
             if count > 1:
@@ -168,7 +184,7 @@ class Cluster:
                     "executor of more cores on each host",
                     count, host,
                 )  # fmt: skip
-        return [(one.first_s, one.last_s) for one in found.values()]
+        return [(first_s, last_s) for _, _, first_s, last_s in found.values()]
 
 
 def refuse_connect(session: Any) -> None:

@@ -11,11 +11,11 @@ from sparksgd.errors import (
     Cancelled,
     ClusterError,
     DataError,
-    ModelError,
     OutOfMemory,
     SparkSGDError,
     UserCodeError,
 )
+from sparksgd.spark.cluster.environments import cannot_start, missing_module
 from sparksgd.spark.cluster.lost_executors import advice_of, memory_advice
 from sparksgd.spark.cluster.memory_failures import out_of_memory
 from sparksgd.spark.cluster.placement import is_local
@@ -32,6 +32,8 @@ _OTHER_TYPES = re.compile(r"PARQUET_COLUMN_DATA_TYPE_MISMATCH|SchemaColumnConver
 _CANNOT_COMPUTE = re.compile(r"(\[[A-Z_.]+\] [^\n]*?)\.? SQLSTATE: (22|39)\w{3}")
 """Classes of SQLSTATE: 22 is a value that an expression cannot take, 39 a function that failed."""
 
+_STATUS_MS = 2000
+_MOST_TASKS = 10_000
 _NO_MODULE = re.compile(r"ModuleNotFoundError: No module named '([\w.]+)'")
 
 
@@ -84,11 +86,26 @@ def final_error(error: Exception, context: SparkContext) -> SparkSGDError | None
         return DataError(f"a column of the DataFrame cannot be computed: {cannot[1]}. Mend it, or its input")
     missing = _NO_MODULE.search(text)
     if missing:
-        return ModelError(
-            f"the executors' Python finds no module {missing[1]!r}: ship it with --py-files, or install "
-            f"it on every host"
+        return missing_module(missing[1])
+    if cannot_start(text) is None:
+        return None
+    return cannot_start(text, _failed_hosts(context))
+
+
+def _failed_hosts(context: SparkContext) -> list[str]:
+    """Return where tasks of the group's last job failed; the exceptions of Spark 4.1 do not say it."""
+    with suppress(Exception):
+        spark, tracker = context._jsc.sc(), context.statusTracker()
+        spark.listenerBus().waitUntilEmpty(_STATUS_MS)
+        job = tracker.getJobInfo(
+            max(tracker.getJobIdsForGroup(context.getLocalProperty("spark.jobGroup.id")))
         )
-    return None
+        found = [
+            spark.statusStore().taskList(stage, 0, _MOST_TASKS) for stage in (job.stageIds if job else ())
+        ]
+        tasks = [tasks.apply(index) for tasks in found for index in range(tasks.size())]
+        return sorted({str(task.host()) for task in tasks if task.errorMessage().isDefined()})
+    return []
 
 
 def gist(text: str) -> str:

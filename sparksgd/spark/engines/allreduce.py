@@ -37,6 +37,7 @@ from sparksgd.errors import (
 )
 from sparksgd.peers.mesh import Rendezvous
 from sparksgd.peers.replica import Segment, SegmentAnswer
+from sparksgd.peers.strangers import StrangersLog
 from sparksgd.peers.wire import Credentials
 from sparksgd.solvers.protocol import RoundSolver, SolverState
 from sparksgd.spark.cluster.cluster import Cluster
@@ -87,6 +88,7 @@ class AllReduceEngine(SparkEngine):
         )
         self._overlaps = self._can_overlap and config.overlap == "always"
         self._rendezvous = _rendezvous(cluster, config)
+        self._strangers = StrangersLog()
 
     @staticmethod
     def check(cluster: Cluster, config: EngineConfig) -> None:
@@ -111,6 +113,8 @@ class AllReduceEngine(SparkEngine):
     def close(self) -> None:
         """Stop listening; the workers then close their connections."""
         self._rendezvous.close()
+        self._note_dropped(())
+        self._strangers.say(is_last=True)
         super().close()
 
     def obstacle(self) -> str | None:
@@ -284,13 +288,12 @@ class AllReduceEngine(SparkEngine):
         return made, turns
 
     def _note_dropped(self, answers: Sequence[SegmentAnswer]) -> None:
-        """Log and count the connections that were refused."""
+        """Count the connections that were refused, and log them now and then."""
         doors = {f"worker {answer.worker}": answer.dropped for answer in answers}
         for door, dropped in {"the driver": self._rendezvous.take_dropped(), **doors}.items():
-            if dropped:
-                self.recovery.strangers += dropped.total()
-                reasons = ", ".join(f"{reason}: {count}" for reason, count in sorted(dropped.items()))
-                log.warning("%d connections to %s were dropped: %s", dropped.total(), door, reasons)
+            self.recovery.strangers += dropped.total()
+            self._strangers.note(door, dropped)
+        self._strangers.say()
 
 
 def next_length(turns: int, turn_s: float, overhead_s: float) -> int:

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import gzip
+import os
+import tempfile
+import tracemalloc
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from sparksgd.data.sets.idx import idx_header, read_idx
 from sparksgd.errors import DataError
@@ -73,3 +78,78 @@ def test_a_gzip_bomb_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr("sparksgd.data.sets.idx.MAX_UNPACKED_BYTES", 17)
     with pytest.raises(DataError, match="foreign: it unpacks to more than 17 bytes"):
         read_idx(written(tmp_path, gzip.compress(TWO_BY_THREE)))
+
+
+MANY = 2**22
+"""Bytes of values of a valid file."""
+
+
+@pytest.mark.parametrize("pack", [bytes, gzip.compress], ids=["plain", "gz"])
+@pytest.mark.parametrize(
+    ("shape", "values"),
+    [((MANY,), MANY), ((2**32 - 1,), MANY), ((2**31, 2**31, 2**31), MANY), ((6,), 2**25), ((0,), 2**25)],
+    ids=["valid", "promises 4 GB", "promises more than there is", "a bomb", "a bomb of nothing"],
+)
+def test_no_file_takes_more_memory_than_a_valid_one_needs(
+    tmp_path: Path, pack: type[bytes], shape: tuple[int, ...], values: int
+) -> None:
+    path = written(tmp_path, pack(idx_header(shape) + bytes(values)))
+    tracemalloc.start()
+    try:
+        if values == MANY and shape == (MANY,):
+            assert read_idx(path).shape == (4_194_304,)
+        else:
+            with pytest.raises(DataError, match=r"truncated|damaged|foreign"):
+                read_idx(path)
+        assert tracemalloc.get_traced_memory()[1] < 3 * MANY
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize(
+    ("shape", "reason"),
+    [
+        ((1,) * 255, "foreign: its header declares 1 x 1 x 1"),
+        ((2**32 - 1,) * 255, "= far more bytes, but it has"),
+        ((2**32 - 1, 2**32 - 1, 2**32 - 1, 0), "foreign: its header declares 4294967295 x 4294967295"),
+    ],
+    ids=["dimensions", "sizes", "sizes of nothing"],
+)
+def test_a_shape_that_no_array_has_is_refused(tmp_path: Path, shape: tuple[int, ...], reason: str) -> None:
+    content = idx_header(shape) + b"x" * (max(shape) == 1)
+    with pytest.raises(DataError) as refused:
+        read_idx(written(tmp_path, content))
+    assert reason in str(refused.value)
+    assert len(str(refused.value)) < 1000
+
+
+def test_what_is_no_regular_file_is_not_opened(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", Path("/dev/zero")):
+        with pytest.raises(DataError, match=f"{path} cannot be read: it is a pipe, a socket or a device"):
+            read_idx(path)
+    with pytest.raises(DataError, match="cannot be read: Is a directory"):
+        read_idx(tmp_path)
+
+
+WHOLE = [TWO_BY_THREE, gzip.compress(TWO_BY_THREE)]
+headers = st.builds(
+    idx_header, st.lists(st.sampled_from([0, 1, 2, 3, 2**16, 2**32 - 1]), max_size=5).map(tuple)
+)
+flawed = st.builds(
+    lambda content, at, new, end: (content[:at] + new + content[at + len(new) :])[: len(content) - end],
+    st.sampled_from(WHOLE), st.integers(0, 40), st.binary(max_size=4), st.integers(0, 3),
+)  # fmt: skip
+
+
+@given(st.binary(max_size=30) | flawed | st.builds(bytes.__add__, headers, st.binary(max_size=8)))
+@settings(max_examples=200, derandomize=True, database=None, deadline=None)
+def test_any_bytes_are_an_array_or_refused(content: bytes) -> None:
+    with tempfile.NamedTemporaryFile() as file:
+        file.write(content)
+        file.flush()
+        try:
+            found = str(read_idx(Path(file.name)).dtype)
+        except DataError as error:
+            found = str(error)
+    assert len(found) < 1000

@@ -1,4 +1,4 @@
-"""The configuration: defaults, then a TOML file, then `--set section.key=value`.
+"""The sections and keys of a configuration.
 
 Every key belongs to the *experiment* (it changes the bits of the trained parameters) or to the *cluster*
 (it does not).  The sections `model`, `optimizer`, `schedule` and `solver` name a class or a function, and
@@ -9,15 +9,24 @@ from __future__ import annotations
 
 import dataclasses
 import re
-import tomllib
-import types
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal
 
+from sparksgd.config.tables import (
+    MOST,
+    Readable,
+    as_toml,
+    checked_section,
+    read_section,
+    read_setting,
+    read_toml,
+    require_storable,
+    require_text,
+)
 from sparksgd.errors import ConfigError
-from sparksgd.imports import did_you_mean
+from sparksgd.imports import did_you_mean, shown
 
 __all__ = [
     "CheckpointConfig",
@@ -27,24 +36,15 @@ __all__ = [
     "LossConfig",
     "ModelConfig",
     "OptimizerConfig",
-    "Readable",
     "ScheduleConfig",
     "SolverConfig",
     "TrainConfig",
-    "read_section",
 ]
 
-
-class Readable(Protocol):
-    """A file, on this machine or elsewhere."""
-
-    def read_bytes(self) -> bytes:
-        """Return its content, or raise OSError."""
-        ...
-
-
 _MOST_SHARDS = 1_000_000
-_PORTS = re.compile(r"\d{1,5}-\d{1,5}")
+_MOST_SECONDS = 1_000_000
+_MOST_THREADS = 4096
+_PORTS = re.compile(r"[0-9]{1,5}-[0-9]{1,5}")
 
 
 def _experiment(default: Any) -> Any:
@@ -269,32 +269,33 @@ class Config:
     checkpoint: CheckpointConfig = CheckpointConfig()
 
     def __post_init__(self) -> None:
-        for key, value, least in (
-            ("engine.num_workers", self.engine.num_workers, 1),
-            ("engine.max_attempts", self.engine.max_attempts, 1),
-            ("engine.slots_timeout_s", self.engine.slots_timeout_s, 0),
-            ("engine.segment_steps", self.engine.segment_steps, 1),
-            ("engine.step_timeout_s", self.engine.step_timeout_s, 1),
-            ("engine.peer_timeout_s", self.engine.peer_timeout_s, 1),
-            ("train.epochs", self.train.epochs, 1),
-            ("train.steps", self.train.steps, 1),
-            ("train.rows_per_step", self.train.rows_per_step, 1),
-            ("train.num_shards", self.train.num_shards, 1),
-            ("train.threads", self.train.threads, 1),
-            ("train.rows_per_backward", self.train.rows_per_backward, 1),
-            ("train.eval_every", self.train.eval_every, 1),
-            ("data.max_bad_rows", self.data.max_bad_rows, 0),
-            ("checkpoint.every_s", self.checkpoint.every_s, 0),
-            ("checkpoint.every_steps", self.checkpoint.every_steps, 1),
-            ("checkpoint.every_epochs", self.checkpoint.every_epochs, 1),
-            ("checkpoint.keep", self.checkpoint.keep, 1),
+        for field in dataclasses.fields(self):  # as types go; what Python code passed may be anything
+            section = checked_section(field.name, type(field.default), getattr(self, field.name))
+            object.__setattr__(self, field.name, section)
+        for key, value, least, most in (
+            ("engine.num_workers", self.engine.num_workers, 1, _MOST_SHARDS),
+            ("engine.max_attempts", self.engine.max_attempts, 1, MOST),
+            ("engine.slots_timeout_s", self.engine.slots_timeout_s, 0, _MOST_SECONDS),
+            ("engine.segment_steps", self.engine.segment_steps, 1, MOST),
+            ("engine.step_timeout_s", self.engine.step_timeout_s, 1, _MOST_SECONDS),
+            ("engine.peer_timeout_s", self.engine.peer_timeout_s, 1, _MOST_SECONDS),
+            ("train.epochs", self.train.epochs, 1, MOST),
+            ("train.steps", self.train.steps, 1, MOST),
+            ("train.rows_per_step", self.train.rows_per_step, 1, MOST),
+            ("train.num_shards", self.train.num_shards, 1, _MOST_SHARDS),
+            ("train.threads", self.train.threads, 1, _MOST_THREADS),
+            ("train.rows_per_backward", self.train.rows_per_backward, 1, MOST),
+            ("train.eval_every", self.train.eval_every, 1, MOST),
+            ("data.max_bad_rows", self.data.max_bad_rows, 0, MOST),
+            ("checkpoint.every_s", self.checkpoint.every_s, 0, _MOST_SECONDS),
+            ("checkpoint.every_steps", self.checkpoint.every_steps, 1, MOST),
+            ("checkpoint.every_epochs", self.checkpoint.every_epochs, 1, MOST),
+            ("checkpoint.keep", self.checkpoint.keep, 1, MOST),
         ):
             if value is not None and value < least:
-                raise ConfigError(f"{key} is {value}, but must be at least {least}")
-        if self.train.num_shards > _MOST_SHARDS:
-            raise ConfigError(
-                f"train.num_shards is {self.train.num_shards}, but may be {_MOST_SHARDS} at most"
-            )
+                raise ConfigError(f"{key} is {shown(value)}, but must be at least {least}")
+            if value is not None and value > most:
+                raise ConfigError(f"{key} is {shown(value)}, but may be {most} at most")
         if not -(2**63) <= self.train.seed < 2**64:
             raise ConfigError(f"train.seed is {self.train.seed}, but must be a number of 64 bits")
         if self.engine.ports is not None and not (
@@ -302,16 +303,17 @@ class Config:
             and (ports := self.engine.port_range)
             and 0 < ports.start < ports.stop <= 65_536
         ):
-            raise ConfigError(f"engine.ports is {self.engine.ports!r}, but must be like 40000-40099")
+            raise ConfigError(f"engine.ports is {shown(self.engine.ports)}, but must be like 40000-40099")
         if not self.data.features:
             raise ConfigError("data.features names no column: name one, or several")
         if len(set(self.data.features)) < len(self.data.features):
-            raise ConfigError(f"data.features names a column twice: {', '.join(self.data.features)}")
+            twice = next(name for name in self.data.features if self.data.features.count(name) > 1)
+            raise ConfigError(f"data.features names a column twice: {shown(twice)}")
         if self.data.label in self.data.features:
-            raise ConfigError(f"data.label is {self.data.label!r}, which data.features names, too")
+            raise ConfigError(f"data.label is {shown(self.data.label)}, which data.features names, too")
         if self.data.id is not None and self.data.id in (*self.data.features, self.data.label):
             raise ConfigError(
-                f"data.id is {self.data.id!r}, which is a feature or the label: name another column, or "
+                f"data.id is {shown(self.data.id)}, which is a feature or the label: name another column, or "
                 f"leave data.id out to hash the features"
             )
 
@@ -322,53 +324,52 @@ class Config:
         Raises:
             ConfigError: a section, key, type or value is not valid.
         """
+        if not isinstance(tables, Mapping):
+            raise ConfigError(f"the configuration is {shown(tables)}, but must be a dict of its sections")
         sections = {field.name: type(field.default) for field in dataclasses.fields(cls)}
         for name, table in tables.items():
-            _require_text(name, "the name of a section")
+            require_text(name, "the name of a section")
             if name not in sections:
-                raise ConfigError(f"unknown section [{name}]{did_you_mean(name, sections)}")
+                raise ConfigError(f"unknown section [{shown(name)[1:-1]}]{did_you_mean(name, sections)}")
             if not isinstance(table, Mapping):
-                raise ConfigError(f"{name} is {table!r}, but is a section: write {name}.key = value")
+                raise ConfigError(f"{name} is {shown(table)}, but is a section: write {name}.key = value")
         return cls(**{name: read_section(name, sections[name], table) for name, table in tables.items()})
 
     @classmethod
     def load(
-        cls, path: str | Readable | Mapping[str, Any] | None = None, settings: Iterable[str] = ()
+        cls, path: str | Path | Readable | Mapping[str, Any] | None = None, settings: Iterable[str] = ()
     ) -> Config:
         """Read a TOML file, if any, and override its keys by `section.key=value` settings.
 
         Args:
             path: the TOML file, or its content as nested tables.
             settings: a value is TOML; a bare word is a string; `none` unsets the key.
+
+        Raises:
+            ConfigError: the file cannot be read, or a section, key, type or value is not valid.
         """
-        tables: dict[str, Any] = {}
-        if isinstance(path, Mapping):
-            tables = {name: dict(table) for name, table in path.items()}
-        elif path is not None:
-            file = Path(path) if isinstance(path, str) else path
-            try:
-                tables = tomllib.loads(file.read_bytes().decode())
-            except OSError as error:
-                raise ConfigError(f"cannot read the configuration {path}: {error.strerror}") from error
-            except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-                raise ConfigError(f"{path} is not valid TOML: {error}") from error
+        if path is None or isinstance(path, Mapping):
+            given: Mapping[str, Any] = path or {}
+        else:
+            given = read_toml(path)
+        tables = {name: dict(table) if isinstance(table, Mapping) else table for name, table in given.items()}
         for setting in settings:
-            name, equals, text = setting.partition("=")
-            section, dot, key = name.strip().partition(".")
-            if not (equals and dot and key):
-                raise ConfigError(f"--set {setting!r} is not of the form section.key=value")
+            section, key, value = read_setting(setting)
             table = tables.setdefault(section, {})
             if not isinstance(table, dict):
-                raise ConfigError(f"{section} is {table!r}, but is a section")
-            table[key] = _value(text.strip())
-        return cls.from_dict(tables)
+                raise ConfigError(f"{section} is {shown(table)}, but is a section: write [{section}]")
+            table[key] = value
+        config = cls.from_dict(tables)
+        for key, value in config.experiment().items():
+            require_storable(key, value)
+        return config
 
     def to_dict(self) -> dict[str, dict[str, Any]]:
         """Return nested tables of all keys that are set: the inverse of `from_dict`."""
         tables = {}
         for section, values in dataclasses.asdict(self).items():
             arguments = values.pop("arguments", {})
-            tables[section] = _as_toml({k: v for k, v in values.items() if v is not None} | arguments)
+            tables[section] = as_toml({k: v for k, v in values.items() if v is not None} | arguments)
         return tables
 
     def experiment(self) -> dict[str, Any]:
@@ -390,89 +391,3 @@ class Config:
             for field in dataclasses.fields(type(section.default))  # type: ignore[arg-type]  # each section's default is an instance of its dataclass
             if field.name != "arguments"
         }
-
-
-def _as_toml(value: Any) -> Any:
-    """Return a value as TOML would give it back: tuples are lists there."""
-    if isinstance(value, Mapping):
-        return {key: _as_toml(inner) for key, inner in value.items()}
-    return [_as_toml(inner) for inner in value] if isinstance(value, list | tuple) else value
-
-
-def _value(text: str) -> Any:
-    if text.lower() == "none":
-        return None
-    try:
-        return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        return text
-
-
-def read_section(section: str, kind: type[Any], table: Mapping[str, Any]) -> Any:
-    """Return the dataclass of a section, with the values of a table.
-
-    Args:
-        section: its name, for errors.
-        kind: the dataclass; its field `arguments`, if it has one, takes the keys that are not fields.
-        table: values by key.
-
-    Raises:
-        ConfigError: a key is unknown, or a value of another type.
-    """
-    hints = get_type_hints(kind)
-    takes_arguments = "arguments" in hints
-    keys = [name for name in hints if name != "arguments"]
-    values: dict[str, Any] = {}
-    arguments: dict[str, Any] = {}
-    for key, value in table.items():
-        _require_text(key, f"a key of [{section}]")
-        if key in keys:
-            values[key] = _checked(f"{section}.{key}", value, hints[key])
-        elif takes_arguments:
-            if value is not None:  # `none` unsets
-                arguments[key] = value
-        else:
-            raise ConfigError(f"unknown key {section}.{key}{did_you_mean(key, keys)}")
-    if takes_arguments:
-        values["arguments"] = arguments
-    return kind(**values)
-
-
-def _require_text(name: Any, what: str) -> None:
-    if not isinstance(name, str):
-        raise ConfigError(f"{what} is {name!r}, but must be a text")
-
-
-def _checked(key: str, value: Any, hint: Any) -> Any:
-    """Return the value as the type that the field declares, or refuse it."""
-    options = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
-    for option in options:
-        if get_origin(option) is Literal:
-            if isinstance(value, str) and value in get_args(option):
-                return value
-        elif get_origin(option) is tuple:
-            texts = [value] if isinstance(value, str) else value
-            if isinstance(texts, list | tuple) and all(isinstance(text, str) for text in texts):
-                return tuple(texts)
-        elif option is float and type(value) in (int, float):
-            try:
-                return float(value)
-            except OverflowError as error:
-                raise ConfigError(
-                    f"{key} is {str(value)[:20]}..., which is too large for a number"
-                ) from error
-        elif type(value) is option:
-            return value
-    raise ConfigError(f"{key} is {value!r}, but must be {_described(options)}")
-
-
-def _described(options: tuple[Any, ...]) -> str:
-    words: list[str] = []
-    for option in options:
-        if get_origin(option) is Literal:
-            words += [repr(choice) for choice in get_args(option)]
-        elif get_origin(option) is tuple:
-            words.append("a name or a list of names")
-        else:
-            words.append({int: "a whole number", float: "a number", str: "a text"}.get(option, "none"))
-    return " or ".join(words)

@@ -1,0 +1,29 @@
+"""The configuration: defaults, then a TOML file, then `--set section.key=value`."""
+
+from sparksgd.config.sections import (
+    Config,
+    DataConfig,
+    EngineConfig,
+    LossConfig,
+    ModelConfig,
+    OptimizerConfig,
+    ScheduleConfig,
+    SolverConfig,
+    TrainConfig,
+)
+from sparksgd.config.tables import MOST, Readable, read_section
+
+__all__ = [
+    "MOST",
+    "Config",
+    "DataConfig",
+    "EngineConfig",
+    "LossConfig",
+    "ModelConfig",
+    "OptimizerConfig",
+    "Readable",
+    "ScheduleConfig",
+    "SolverConfig",
+    "TrainConfig",
+    "read_section",
+]
