@@ -1,6 +1,7 @@
 """The configuration: defaults, then a TOML file, then `--set section.key=value`."""
 
 from sparksgd.config.sections import (
+    CheckpointConfig,
     Config,
     DataConfig,
     EngineConfig,
@@ -15,6 +16,7 @@ from sparksgd.config.tables import MOST, Readable, read_section
 
 __all__ = [
     "MOST",
+    "CheckpointConfig",
     "Config",
     "DataConfig",
     "EngineConfig",
