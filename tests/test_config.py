@@ -218,8 +218,8 @@ def test_what_is_no_file_of_text_is_refused_before_it_is_read(tmp_path: Path) ->
     os.mkfifo(tmp_path / "pipe")  # to open it would wait for a writer
     (tmp_path / "large.toml").write_bytes(b"#" * (2**20 + 1))
     for path, reason in (
-        (tmp_path / "pipe", "it is a pipe, a socket or a device, not a regular file"),
-        (Path("/dev/zero"), "it is a pipe, a socket or a device, not a regular file"),
+        (tmp_path / "pipe", "it is not a regular file: it is a pipe, a socket or a device"),
+        (Path("/dev/zero"), "it is not a regular file: it is a pipe, a socket or a device"),
         (tmp_path, "Is a directory"),
         (tmp_path / "large.toml", "it has 1,048,577 bytes, but may have 1,048,576 at most"),
     ):

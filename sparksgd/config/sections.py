@@ -240,7 +240,7 @@ class TrainConfig:
 class CheckpointConfig:
     """When the state of a run is written, so that it can go on from there.  The run's end always is."""
 
-    every_s: float | None = _cluster(60.0)
+    every_s: float = _cluster(60.0)
     """Seconds between two checkpoints.  They take 3 % of the time at most: if one takes longer to write, they
     are written less often."""
 

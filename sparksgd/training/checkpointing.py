@@ -133,8 +133,7 @@ class Checkpointing:
         losses = [report.loss for report in training.evaluations]
         if training.is_evaluated and losses[-1] < min(losses[:-1], default=math.inf):
             return True
-        every_s = self._config.every_s
-        return every_s is not None and self._clock() - self._ended_s >= every_s
+        return self._clock() - self._ended_s >= self._config.every_s
 
     def _take(self, training: Training, solver: RoundSolver, observers: Sequence[Observer]) -> None:
         began_s = self._clock()

@@ -126,7 +126,7 @@ def test_a_shape_that_no_array_has_is_refused(tmp_path: Path, shape: tuple[int, 
 def test_what_is_no_regular_file_is_not_opened(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     for path in (tmp_path / "pipe", Path("/dev/zero")):
-        with pytest.raises(DataError, match=f"{path} cannot be read: it is a pipe, a socket or a device"):
+        with pytest.raises(DataError, match=f"{path} cannot be read: it is not a regular file"):
             read_idx(path)
     with pytest.raises(DataError, match="cannot be read: Is a directory"):
         read_idx(tmp_path)
