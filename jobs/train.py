@@ -24,6 +24,7 @@ from sparksgd.cli.logs import LogFormat, log_to, new_run_id, open_console
 from sparksgd.config import Config
 from sparksgd.errors import ConfigError
 from sparksgd.runs.finished import IfExists
+from sparksgd.runs.lease import IfRunning
 from sparksgd.runs.replay import read_replay
 from sparksgd.storage import location
 from sparksgd.training.interrupts import end_in_order
@@ -48,6 +49,11 @@ def parser() -> argparse.ArgumentParser:
         "--if-exists", choices=get_args(IfExists), default="skip",
         help="what to do if --out holds a finished run.  skip (the default): nothing, if it has the same "
         "configuration, files and code, else refuse; fail: refuse; overwrite: train again",
+    )  # fmt: skip
+    result.add_argument(
+        "--if-running", choices=get_args(IfRunning), default="refuse",
+        help="what to do if another run writes to --out.  refuse (the default): end with status 2; wait: for "
+        "its end",
     )  # fmt: skip
     result.add_argument(
         "--log-format",
@@ -85,6 +91,7 @@ def main(argv: Sequence[str]) -> int:
             terminal=Terminal(console, tables=args.log_format == "text"),
             replay=replay,
             if_exists=args.if_exists,
+            if_running=args.if_running,
         )
 
     return exit_status(work)

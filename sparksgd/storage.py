@@ -4,7 +4,8 @@
     file:/data/lenet      this machine
     hdfs: s3a: abfss: ... what is registered here for URIs; in a job, spark/hadoop_files.py
 
-A file is written whole or not at all, so that no reader ever sees half of it.
+A file is written whole or not at all, so that no reader ever sees half of it: its writer prepares it under a
+name of its own, .NAME.12345678.part, and moves it to its place.
 """
 
 from __future__ import annotations
@@ -13,28 +14,38 @@ import errno
 import glob
 import hashlib
 import math
+import os
 import re
 import shutil
 import tempfile
 import time
+import uuid
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Protocol
+from typing import IO, Protocol, Self
 
 from sparksgd.errors import ClusterError, ConfigError, SparkSGDError
 
 __all__ = [
-    "HIDDEN", "FileStatus", "Lines", "LocalLocation", "Location", "SpooledLines", "Throttle", "fingerprint",
-    "has_scheme", "local_copy", "location", "register_uris", "replacing", "unanswered",
+    "HIDDEN", "FileStatus", "Lines", "LocalLines", "LocalLocation", "Location", "SpooledLines", "Throttle",
+    "fingerprint", "has_scheme", "local_copy", "location", "part_of", "register_uris", "remove_parts",
+    "replacing", "unanswered", "unchecked",
 ]  # fmt: skip
 
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):")
 HIDDEN = ("_", ".")
 """How the names of files begin that hold no data."""
 
+_PART = re.compile(r"\.[^.].*\.[0-9a-f]{8}\.part")
+"""Names of what `replacing` writes, except of files that are hidden themselves."""
+
+_NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
+"""What a file system raises that has no hard links."""
+
 _UNANSWERED = (errno.ECONNREFUSED, errno.EHOSTUNREACH, errno.ETIMEDOUT)
+_SECONDS_OF_A_DAY = 86_400.0
 _SECONDS_BETWEEN_COPIES = 5.0
 _COPYING_SHARE = 0.05
 """Copying a growing file may take this share of the time."""
@@ -94,6 +105,14 @@ class Location(Protocol):
         """Write the file, whole or not at all, and its folder if need be."""
         ...
 
+    def create(self, data: bytes) -> bool:
+        """Write the file if it is not there, and its folder if need be; return whether this call did.
+
+        Of several writers at the same moment one gets True, if the file system can decide that.  No two of
+        them may have the same data.
+        """
+        ...
+
     def put(self, file: Path) -> None:
         """Write the file as a copy of one of this machine, whole or not at all."""
         ...
@@ -119,6 +138,14 @@ class Location(Protocol):
 
     def names_of(self, pattern: str) -> list[str]:
         """Return the last names of what matches a pattern in the folder, hidden or not."""
+        ...
+
+    def names(self) -> list[str]:
+        """Return the names of all that lies in the folder, hidden or not; none if there is no folder."""
+        ...
+
+    def guarded(self, check: Callable[[], None]) -> Self:
+        """Return the same place; each change of it, or in it, calls `check` before, which may raise."""
         ...
 
 
@@ -174,11 +201,36 @@ def _local_path(path: str | Path) -> Path | None:
     return Path("/" + text[scheme.end() :].lstrip("/"))  # as Hadoop does: %20 is not a space
 
 
+def unchecked() -> None:
+    """Let a change happen."""
+
+
+@dataclass(frozen=True)
+class LocalLines:
+    """Lines of a file of this machine, which others can read at once."""
+
+    file: IO[str]
+    check: Callable[[], None]
+
+    def write(self, text: str) -> None:
+        """Append whole lines."""
+        self.check()
+        self.file.write(text)
+
+    def flush(self) -> None:
+        """Do nothing: they were flushed line by line."""
+
+    def close(self) -> None:
+        """Close the file."""
+        self.file.close()
+
+
 @dataclass(frozen=True)
 class LocalLocation:
     """A file or folder of this machine."""
 
     path: Path
+    check: Callable[[], None] = field(default=unchecked, compare=False, repr=False)
 
     def __str__(self) -> str:
         return str(self.path)
@@ -190,7 +242,7 @@ class LocalLocation:
 
     def __truediv__(self, name: str, /) -> LocalLocation:
         """Return what lies in it under a relative path."""
-        return LocalLocation(self.path / name)
+        return LocalLocation(self.path / name, self.check)
 
     def exists(self) -> bool:
         """Return whether it is there."""
@@ -202,23 +254,63 @@ class LocalLocation:
 
     def write_bytes(self, data: bytes) -> None:
         """Write the file, whole or not at all, and its folder if need be."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(self.path) as part:
+        with self._replacing() as part:
             part.write_bytes(data)
+
+    def create(self, data: bytes) -> bool:
+        """Write the file if it is not there, and its folder if need be; return whether this call did."""
+        self.check()
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        part = part_of(self.path)
+        try:
+            part.write_bytes(data)
+            os.link(part, self.path)
+            return True
+        except FileExistsError:
+            return self.path.exists() and part.samefile(self.path)  # NFS may ask twice for one link
+        except OSError as error:
+            if error.errno not in _NO_LINKS:
+                raise
+            return self._create_without_links(data)
+        finally:
+            part.unlink(missing_ok=True)
+
+    def _create_without_links(self, data: bytes) -> bool:
+        """Do the same where a reader may see an empty file for a moment."""
+        try:
+            file = self.path.open("xb")
+        except FileExistsError:
+            return False
+        with ExitStack() as unless_written, file:
+            unless_written.callback(self.path.unlink)
+            file.write(data)
+            file.flush()
+            unless_written.pop_all()
+        return True
 
     def put(self, file: Path) -> None:
         """Write the file as a copy of one of this machine, whole or not at all."""
+        with self._replacing() as part:
+            shutil.copyfile(file, part)
+
+    @contextmanager
+    def _replacing(self) -> Iterator[Path]:
+        self.check()
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(self.path) as part:
-            shutil.copyfile(file, part)
+            yield part
+            self.check()  # to write may have taken long
 
     def lines(self) -> Lines:
         """Begin a new, empty file, which grows line by line."""
+        self.check()
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        return self.path.open("w", encoding="utf-8", buffering=1)
+        self.path.unlink(missing_ok=True)  # who still writes to the old file must not write to the new one
+        return LocalLines(self.path.open("x", encoding="utf-8", buffering=1), self.check)
 
     def remove(self) -> None:
         """Remove the file, if it is there."""
+        self.check()
         self.path.unlink(missing_ok=True)
 
     def files(self) -> list[FileStatus]:
@@ -245,6 +337,17 @@ class LocalLocation:
         """Return the last names of what matches a pattern in the folder, hidden or not."""
         folder = glob.escape(str(self.path)) if self.path.exists() else str(self.path)
         return [Path(found).name for found in glob.glob(f"{folder}/{pattern}")]  # noqa: PTH207  # see _matching
+
+    def names(self) -> list[str]:
+        """Return the names of all that lies in the folder, hidden or not; none if there is no folder."""
+        try:
+            return os.listdir(self.path)  # noqa: PTH208  # pathlib would take twice the time
+        except FileNotFoundError:
+            return []
+
+    def guarded(self, check: Callable[[], None]) -> LocalLocation:
+        """Return the same place; each change of it, or in it, calls `check` before, which may raise."""
+        return LocalLocation(self.path, check)
 
 
 def _matching(pattern: Path) -> list[Path]:
@@ -323,12 +426,35 @@ class SpooledLines:
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`, and move it there if all goes well."""
-    part = path.with_name(f".{path.name}.part")
+    _remove_old_parts(path)
+    part = part_of(path)
     try:
         yield part
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)
+
+
+def part_of(path: Path) -> Path:
+    """Return a path beside another one, where one writer alone may prepare the file."""
+    return path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.part")
+
+
+def _remove_old_parts(path: Path) -> None:
+    """Remove what writers of a file left that were killed a day ago, or before."""
+    with suppress(OSError):
+        for name in os.listdir(path.parent):  # noqa: PTH208  # pathlib would take twice the time
+            if name.startswith(f".{path.name}.") and _PART.fullmatch(name):
+                left = path.with_name(name)
+                if time.time() - left.stat().st_mtime > _SECONDS_OF_A_DAY:
+                    left.unlink()
+
+
+def remove_parts(folder: Location) -> None:
+    """Remove what killed writers left in a folder; nobody else may write to it."""
+    for name in folder.names():
+        if _PART.fullmatch(name):
+            (folder / name).remove()
 
 
 def unanswered(error: OSError, refusal: SparkSGDError) -> SparkSGDError:

@@ -11,6 +11,7 @@ from sparksgd.config import Config, EngineConfig, TrainConfig
 from sparksgd.errors import ConfigError
 from sparksgd.runs.finished import IfExists, fingerprints_of, is_done
 from sparksgd.runs.folder import RunFolder
+from sparksgd.runs.lease import IfRunning
 from sparksgd.runs.model import load_model
 from sparksgd.solvers.rules import completed
 from sparksgd.storage import location
@@ -29,6 +30,7 @@ def run(
     terminal: Terminal,
     replay: Replay | None = None,
     if_exists: IfExists = "skip",
+    if_running: IfRunning = "refuse",
 ) -> None:
     """Train as a configuration says, on its Parquet, and write the run's folder.
 
@@ -39,6 +41,7 @@ def run(
         terminal: shows the progress.
         replay: an earlier run, to be repeated.
         if_exists: what to do if the folder holds a finished run, see `finished.is_done`.
+        if_running: what to do if another run writes to the folder, see `RunFolder.held`.
 
     Raises:
         SparkSGDError: see errors.py.
@@ -64,34 +67,35 @@ def run(
 
         start_up = StartUp(submitted_at_s())
     folder = location(out)
-    fingerprints = fingerprints_of(config, replay)
-    if is_done(folder, config, fingerprints, if_exists):
-        return
-    run_folder = RunFolder(folder, fingerprints, run_id, called="--out")
-    run_folder.require_writable()
-    observers = run_folder, terminal
-    if on_spark:
-        from sparksgd.spark.session import job_session
-        from sparksgd.spark.train import train
+    run_folder = RunFolder(folder, run_id=run_id, called="--out")
+    with run_folder.held(if_running):
+        run_folder.fingerprints = fingerprints_of(config, replay)  # files may change while we wait
+        if is_done(folder, config, run_folder.fingerprints, if_exists):
+            return
+        run_folder.require_writable()
+        observers = run_folder, terminal
+        if on_spark:
+            from sparksgd.spark.session import job_session
+            from sparksgd.spark.train import train
 
-        name, patience_s = f"sparksgd {folder.name} {run_id}", config.engine.slots_timeout_s
-        with job_session(name, config.train, patience_s) as session:
-            start_up.reached("submit")
-            train(
-                session,
-                config,
-                rows,
-                test,
-                observers=observers,
-                replay=replay,
-                run_id=run_id,
-                start_up=start_up,
-                kinds=kinds,
-            )
-    else:
-        from sparksgd.training.in_process import train_in_process
+            name, patience_s = f"sparksgd {folder.name} {run_id}", config.engine.slots_timeout_s
+            with job_session(name, config.train, patience_s) as session:
+                start_up.reached("submit")
+                train(
+                    session,
+                    config,
+                    rows,
+                    test,
+                    observers=observers,
+                    replay=replay,
+                    run_id=run_id,
+                    start_up=start_up,
+                    kinds=kinds,
+                )
+        else:
+            from sparksgd.training.in_process import train_in_process
 
-        train_in_process(config, rows, test, observers=observers, replay=replay, start_up=start_up)
+            train_in_process(config, rows, test, observers=observers, replay=replay, start_up=start_up)
 
 
 def run_evaluation(folder: str, data: str) -> None:

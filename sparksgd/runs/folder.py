@@ -10,6 +10,8 @@ summary.json         the run in one table
 
 During a run, model/ has the weights of some seconds ago, in weights-STEP.pt.  model.json names this file, so
 that the two always match, even if the run is killed.
+
+One run at a time writes to a folder: it holds the lease of it, in .lease-NUMBER.json (see `lease.py`).
 """
 
 from __future__ import annotations
@@ -28,10 +30,12 @@ from typing import Any
 from sparksgd.engines.protocol import StepReport
 from sparksgd.engines.trace import TraceEvent, event_line, first_line
 from sparksgd.errors import ClusterError, ConfigError
+from sparksgd.runs.holder import Holder
 from sparksgd.runs.json_files import finite, write_json
+from sparksgd.runs.lease import IfRunning, Lease
 from sparksgd.runs.model import check_saved, constants_beside, save_model
 from sparksgd.runs.names import METRICS, MODEL, RUN, RUN_BEFORE, SUMMARY, TRACE, WEIGHTS
-from sparksgd.storage import Lines, Location, Throttle, location, unanswered
+from sparksgd.storage import Lines, Location, Throttle, location, remove_parts, unanswered
 from sparksgd.training.state import EvaluationReport, Observer, Training
 
 __all__ = ["RunFolder", "summary"]
@@ -86,7 +90,7 @@ def summary(training: Training, wall_s: float) -> dict[str, Any]:
 
 
 class RunFolder(Observer):
-    """Observes a run and writes its folder.
+    """Observes a run and writes its folder; holds its lease during the run, or as long as `held` says.
 
     Args:
         folder: created if it does not exist; the files of an earlier run in it are replaced.
@@ -103,7 +107,7 @@ class RunFolder(Observer):
         called: str = "out",
     ) -> None:
         self.folder, self._called = location(folder), called
-        self._fingerprints = dict(fingerprints or {})
+        self.fingerprints = dict(fingerprints or {})
         self.run_id = run_id or uuid.uuid4().hex[:12]
         self._started = time.perf_counter()
         self._metrics: Lines | None = None
@@ -111,19 +115,47 @@ class RunFolder(Observer):
         self._events = self._deal = 0
         self._saves = Throttle(_SECONDS_BETWEEN_SAVES, _SAVING_SHARE)
         self._weights: str | None = None
+        self._is_held = False
+        self._unwritable: OSError | None = None
+        self._run = ExitStack()
+
+    @contextmanager
+    def held(self, if_running: IfRunning = "refuse") -> Iterator[None]:
+        """Let no other run write to the folder during the block.
+
+        A folder that cannot be written is refused by `require_writable` alone: a finished run can be read in
+        it.
+
+        Args:
+            if_running: what to do if another run holds it: "wait" for its end, or "refuse".
+
+        Raises:
+            ConfigError: another run holds it.
+        """
+        lease, place = Lease(self.folder, Holder.here(self.run_id), called=self._called), self.folder
+        with ExitStack() as stack:
+            try:
+                stack.enter_context(lease.held(if_running))
+                for folder in (place, place / "model"):
+                    remove_parts(folder)
+                self.folder = place.guarded(lease.check)
+            except OSError as error:
+                self._unwritable = error
+            self._is_held = True
+            try:
+                yield
+            finally:
+                self.folder, self._is_held, self._unwritable = place, False, None
 
     def require_writable(self) -> None:
-        """Refuse, before hours of training, a folder that its results could not go to.
+        """Refuse, before hours of training, a folder that its results could not go to; it must be held.
 
         Raises:
             ConfigError: nothing can be written there.
             ClusterError: its file system does not answer.
         """
-        trial = self.folder / f".{uuid.uuid4().hex}"
-        try:
-            trial.write_bytes(b"")
-            trial.remove()
-        except OSError as error:
+        error = self._unwritable
+        if error is not None:
             refusal = ConfigError(
                 f"{self._called} is {self.folder}, which cannot be written: {error.strerror}; name another "
                 f"folder"
@@ -132,8 +164,12 @@ class RunFolder(Observer):
 
     def started(self, training: Training) -> None:
         """Remove the files of an earlier run, and begin metrics.jsonl."""
-        with self._told():
+        with ExitStack() as unless_begun, self._told():
+            if not self._is_held:
+                unless_begun.enter_context(self.held())
+                self.require_writable()
             self._begin(training)
+            self._run = unless_begun.pop_all()
 
     def _begin(self, training: Training) -> None:
         for name in (SUMMARY, MODEL, TRACE, RUN_BEFORE):
@@ -146,7 +182,7 @@ class RunFolder(Observer):
             "run_id": self.run_id,
             "config": training.config.to_dict(),
             "data_digest": training.rows.data_digest,
-            "fingerprints": self._fingerprints,
+            "fingerprints": self.fingerprints,
             "model_name": training.model_name,
         }
         write_json(self.folder / RUN, about)
@@ -198,7 +234,7 @@ class RunFolder(Observer):
     def ended(self, training: Training) -> None:
         """Write the model, as the last good step left it, and the summary."""
         about = {"run_id": self.run_id} | summary(training, time.perf_counter() - self._started)
-        with self._told():
+        with self._run, self._told():
             try:
                 with ExitStack() as each:  # if one cannot be written, the others still are
                     for lines in (self._trace, self._metrics):

@@ -10,6 +10,7 @@ import json
 import logging
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -63,7 +64,7 @@ def train(
         observers: objects that watch the run, each an `Observer`.
         out: a folder, path or URI, for the run's files: metrics.jsonl, summary.json, and the model in
             model/, which `load_model` reads. It is created if it does not exist; the files of an earlier
-            run in it are replaced. None: no files.
+            run in it are replaced, and one that still runs is refused. None: no files.
         replay: an earlier run of the same configuration, to be repeated, as `read_replay` returns it.
 
     Returns:
@@ -115,24 +116,28 @@ def train(
     on_spark = kinds[0].on_spark
     lead_to_hadoop()
     folder = _run_folder(config, out, replay)
-    observers = observers if folder is None else (folder, *observers)
-    if isinstance(rows, str) and (test is None or isinstance(test, str)) and not on_spark:
-        from sparksgd.training.in_process import train_in_process
+    with ExitStack() as run:
+        if folder is not None:
+            run.enter_context(folder.held())
+            folder.require_writable()
+            observers = (folder, *observers)
+        if isinstance(rows, str) and (test is None or isinstance(test, str)) and not on_spark:
+            from sparksgd.training.in_process import train_in_process
 
-        return train_in_process(config, rows, test, module=module, observers=observers, replay=replay)
-    from sparksgd.spark.train import train as train_in_session
+            return train_in_process(config, rows, test, module=module, observers=observers, replay=replay)
+        from sparksgd.spark.train import train as train_in_session
 
-    return train_in_session(
-        _session(config, rows, test),
-        config,
-        rows,
-        test,
-        module=module,
-        observers=observers,
-        replay=replay,
-        run_id=None if folder is None else folder.run_id,
-        kinds=kinds,
-    )
+        return train_in_session(
+            _session(config, rows, test),
+            config,
+            rows,
+            test,
+            module=module,
+            observers=observers,
+            replay=replay,
+            run_id=None if folder is None else folder.run_id,
+            kinds=kinds,
+        )
 
 
 def _configured(config: object) -> Config:
@@ -186,7 +191,7 @@ def _with_paths(config: Config, rows: DataFrame | str, test: DataFrame | str | N
 
 
 def _run_folder(config: Config, out: object, replay: Replay | None) -> RunFolder | None:
-    """Return what writes the run's folder, if any; refuse missing files and an unusable folder."""
+    """Return what writes the run's folder, if any; refuse missing files and what names no folder."""
     from sparksgd.runs.finished import fingerprints_of
     from sparksgd.runs.folder import RunFolder
 
@@ -207,9 +212,7 @@ def _run_folder(config: Config, out: object, replay: Replay | None) -> RunFolder
                 f"{key} is {described_value(value)}, which cannot be written to the run's folder: use plain "
                 f"numbers, texts and lists, or leave out= away"
             ) from error
-    folder = RunFolder(out, fingerprints)
-    folder.require_writable()
-    return folder
+    return RunFolder(out, fingerprints)
 
 
 def _session(config: Config, rows: DataFrame | str, test: DataFrame | str | None) -> SparkSession:
