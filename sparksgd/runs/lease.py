@@ -63,6 +63,9 @@ _SECONDS_BETWEEN_LINES = 60.0
 _SECONDS_BETWEEN_CHECKS = 1.0
 """Where a listing takes long."""
 
+_LONGEST_ANSWER_S = 5.0
+"""How long an end waits for a renewal that is not answered."""
+
 _MOST_TRIES = 5
 
 
@@ -270,7 +273,7 @@ class Lease:
 
     def release(self) -> None:
         """Let others take the folder; if it was lost, do nothing."""
-        if not self._writing.acquire(timeout=self._renew_s):
+        if not self._writing.acquire(timeout=_LONGEST_ANSWER_S):
             log.warning("%s does not answer: its lease ends by itself", self._folder)
             return
         try:

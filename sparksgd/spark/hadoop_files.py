@@ -108,7 +108,7 @@ class HadoopLocation:
                     stream.write(data)
                 finally:
                     stream.close()
-        except FileExistsError:
+        except (FileExistsError, FileNotFoundError):  # FileNotFoundError: another writer removed our part
             return False
         time.sleep(_SECONDS_TO_SETTLE)
         return self.read_bytes() == data
