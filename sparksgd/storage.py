@@ -270,8 +270,6 @@ class LocalLocation:
             with suppress(FileNotFoundError):
                 return part.samefile(self.path)  # NFS may ask twice for one link
             return False
-        except FileNotFoundError:  # another writer removed what we prepared: it was faster
-            return False
         except OSError as error:
             if error.errno not in _NO_LINKS:
                 raise

@@ -38,7 +38,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from errno import EIO
 from typing import Literal, NoReturn
@@ -230,7 +230,7 @@ class Lease:
             end = found.end_seen_from(self._holder)
             lives = watch.saw_renewal(found)
             if end is not None or watch.unchanged_s >= self._wait_s:
-                if self._create(found.number + 1):
+                if self._succeeds(found):
                     self._tell_of(found, end)
                     return
                 if tried == found.number + 1:
@@ -268,7 +268,6 @@ class Lease:
         """
         with self._writing:
             if self._number and self._lost is None:
-                self._look()
                 self._write(replace(self._record, renewals=self._record.renewals + 1))
 
     def release(self) -> None:
@@ -278,7 +277,6 @@ class Lease:
             return
         try:
             if self._number and self._lost is None:
-                self._look()
                 self._write(replace(self._record, released=True))
         except ClusterError:
             pass  # it was lost
@@ -321,15 +319,26 @@ class Lease:
         except FileNotFoundError:
             return None
 
+    def _succeeds(self, found: _Found) -> bool:
+        """Create the next lease after one that has ended; return whether nobody else was faster."""
+        try:
+            return self._create(found.number + 1)
+        except OSError:
+            if self._newest().number > found.number:  # who was faster removed what we had prepared
+                return False
+            raise
+
     def _create(self, number: int) -> bool:
         """Create a lease; return whether it is the newest."""
         record = _Record(lease=uuid.uuid4().hex, holder=self._holder)
         data, file = record.to_bytes(), self._folder / _name(number)
         if not file.create(data):
             return False
-        if max(self._numbers(), default=0) > number:  # we were slow
-            file.remove()
-            return False
+        with ExitStack() as unless_newest:
+            unless_newest.callback(file.remove)
+            if max(self._numbers(), default=0) > number:  # we were slow
+                return False
+            unless_newest.pop_all()
         self._number, self._record, self._data = number, record, data
         self._lost, self._due_s = None, 0.0
         with suppress(OSError):
@@ -381,8 +390,9 @@ class Lease:
         raise ClusterError(self._lost)
 
     def _write(self, record: _Record) -> None:
+        """Write our file anew, if it still is the newest."""
         self._record, self._data = record, record.to_bytes()
-        (self._folder / _name(self._number)).write_bytes(self._data)
+        (self._folder.guarded(self._look) / _name(self._number)).write_bytes(self._data)
 
     def _renew_until(self, ended: threading.Event) -> None:
         lines = Throttle(_SECONDS_BETWEEN_LINES, 1.0, self._clock)

@@ -108,7 +108,7 @@ class HadoopLocation:
                     stream.write(data)
                 finally:
                     stream.close()
-        except (FileExistsError, FileNotFoundError):  # FileNotFoundError: another writer removed our part
+        except FileExistsError:
             return False
         time.sleep(_SECONDS_TO_SETTLE)
         return self.read_bytes() == data

@@ -11,20 +11,19 @@ import logging
 import os
 import signal
 import subprocess
-import sys
 import threading
 from collections.abc import Callable
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
-from servers import wait_for  # tests/hosts
+from leases import DRIVER, race, start  # tests/hosts
+from servers import wait_for
 
 from sparksgd.errors import ClusterError, ConfigError
 from sparksgd.runs.holder import Holder
 from sparksgd.runs.lease import Lease
-from sparksgd.storage import LocalLocation, Location
+from sparksgd.storage import LocalLocation, Location, remove_parts
 
 
 class Time:
@@ -399,15 +398,20 @@ def test_one_who_dies_before_it_removes_lower_numbers_leaves_no_harm(tmp_path: P
     assert files(tmp_path) == [".lease-000003.json"]
 
 
-def test_a_renewal_that_comes_late_changes_nothing_for_the_new_holder(tmp_path: Path, time: Time) -> None:
+def test_a_renewal_that_comes_late_changes_nothing_for_the_new_holder(
+    tmp_path: Path, time: Time, monkeypatch: pytest.MonkeyPatch
+) -> None:
     one, two = taken(tmp_path, "one"), lease(tmp_path, "two", time)
-    write = one._write
+    replace = Path.replace
 
-    def late(record: Any) -> None:
-        two.take()  # after it has looked
-        write(record)
+    def late(part: Path, file: Path) -> None:
+        monkeypatch.setattr(Path, "replace", replace)
+        content = part.read_bytes()
+        two.take()  # after the last look at the leases
+        part.write_bytes(content)
+        replace(part, file)
 
-    one._write = late  # type: ignore[method-assign]
+    monkeypatch.setattr(Path, "replace", late)
     one.renew()
     assert files(tmp_path) == [".lease-000001.json", ".lease-000002.json"]
     two.check()
@@ -589,6 +593,9 @@ class Counted:
     def __truediv__(self, name: str) -> LocalLocation:
         return self._folder / name
 
+    def guarded(self, check: Callable[[], None]) -> LocalLocation:
+        return self._folder.guarded(check)
+
     def names(self) -> list[str]:
         self.listings += 1
         return self._folder.names()
@@ -630,80 +637,17 @@ def test_a_check_that_got_no_answer_is_made_again(tmp_path: Path, time: Time) ->
 
 # Real processes
 
-TAKER = """
-import os, sys, time
-from pathlib import Path
-from sparksgd.errors import ClusterError
-from sparksgd.runs.holder import Holder
-from sparksgd.runs.lease import Lease
-from sparksgd.storage import location
-
-folder, name, times = location(sys.argv[1]), sys.argv[2], int(sys.argv[3])
-diary = os.open(sys.argv[4], os.O_WRONLY | os.O_APPEND | os.O_CREAT)
-print("ready", flush=True)
-sys.stdin.readline()
-for _ in range(times):
-    lease = Lease(folder, Holder.here(name), sleep=lambda pause_s: time.sleep(0.0005))
-    with lease.held("wait"):
-        os.write(diary, f"{name} in\\n".encode())
-        (folder.guarded(lease.check) / "run.json").write_bytes(name.encode() * 1000)
-        assert (folder / "run.json").read_bytes() == name.encode() * 1000
-        os.write(diary, f"{name} out\\n".encode())
-"""
-
-
-def start(program: str, *words: str | Path) -> subprocess.Popen[str]:
-    command = [sys.executable, "-c", program, *map(str, words)]
-    return subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
-
 
 def test_two_processes_that_race_for_a_folder_200_times_never_hold_it_both(tmp_path: Path) -> None:
-    racers = [start(TAKER, tmp_path / "run", name, "100", tmp_path / "diary") for name in ("one", "two")]
-    for racer in racers:
-        assert racer.stdout.readline() == "ready\n"
-    for racer in racers:
-        racer.stdin.write("go\n")
-        racer.stdin.flush()
-    for racer in racers:
-        told, _ = racer.communicate(timeout=100)
-        assert (racer.returncode, told) == (0, "")
-    lines = (tmp_path / "diary").read_text().splitlines()
-    assert len(lines) == 400
-    entries, exits = lines[::2], lines[1::2]
-    assert [line.removesuffix(" in") for line in entries] == [line.removesuffix(" out") for line in exits]
-    assert sum(one != other for one, other in pairwise(entries)) > 2  # they did race
+    race(tmp_path / "run", tmp_path / "diary", times=100)
     assert files(tmp_path / "run") == [".lease-000200.json", "run.json"]
-
-
-DRIVER = """
-import sys
-from sparksgd.errors import ClusterError
-from sparksgd.runs.holder import Holder
-from sparksgd.runs.lease import Lease
-from sparksgd.storage import location
-
-folder = location(sys.argv[1])
-lease = Lease(folder, Holder.here("driver"), renew_s=0.02)
-with lease.held():
-    place = folder.guarded(lease.check)
-    lines, step = (place / "metrics.jsonl").lines(), 0
-    try:
-        while True:
-            step += 1
-            lines.write(f"step {step}\\n")
-            (place / "model.json").write_bytes(str(step).encode())
-    except ClusterError as error:
-        print(error)
-"""
 
 
 def test_a_process_that_was_stopped_for_too_long_writes_nothing_any_more(
     tmp_path: Path, log: pytest.LogCaptureFixture
 ) -> None:
     out = tmp_path / "run"
-    with start(DRIVER, out) as driver:
+    with start(DRIVER, out, "driver") as driver:
         try:
             wait_for(lambda: (out / "model.json").exists(), "its first step", process=driver)
             driver.send_signal(signal.SIGSTOP)
@@ -712,7 +656,8 @@ def test_a_process_that_was_stopped_for_too_long_writes_nothing_any_more(
             other.take()
             lines = (LocalLocation(out).guarded(other.check) / "metrics.jsonl").lines()
             lines.write("of other\n")
-            before = {file.name: file.read_bytes() for file in out.iterdir() if not file.match("*.part")}
+            remove_parts(LocalLocation(out))
+            before = content(out)
             driver.send_signal(signal.SIGCONT)
             told, _ = driver.communicate(timeout=60)
         except BaseException:
@@ -721,10 +666,16 @@ def test_a_process_that_was_stopped_for_too_long_writes_nothing_any_more(
     assert driver.returncode == 0, told
     assert f"run other (process {os.getpid()} on " in told
     assert "holds it now. This run, driver, was stopped" in told
-    assert {file.name: file.read_bytes() for file in out.iterdir()} == before
+    assert content(out) == before
     assert before["metrics.jsonl"] == b"of other\n"
     assert log.records[-1].levelname == "WARNING"
     assert f"run driver (process {driver.pid} on " in log.records[-1].message
+
+
+def content(out: Path) -> dict[str, bytes]:
+    """Return the files of a folder, but for a lease that means nothing any more."""
+    found = [file for file in out.iterdir() if not file.match("*.part") and file.name != ".lease-000001.json"]
+    return {file.name: file.read_bytes() for file in found}
 
 
 def stopped(pid: int) -> bool:
@@ -732,7 +683,7 @@ def stopped(pid: int) -> bool:
 
 
 def test_a_process_that_was_killed_is_not_waited_for(tmp_path: Path) -> None:
-    with start(DRIVER, tmp_path / "run") as driver:
+    with start(DRIVER, tmp_path / "run", "driver") as driver:
         wait_for(lambda: (tmp_path / "run" / "model.json").exists(), "its first step", process=driver)
         driver.kill()
     taken(tmp_path / "run", "next", **on_this_machine(os.getpid()))
