@@ -24,6 +24,7 @@ from sparksgd.cli.logs import LogFormat, log_to, new_run_id, open_console
 from sparksgd.config import Config
 from sparksgd.errors import ConfigError
 from sparksgd.runs.asked import IfExists
+from sparksgd.runs.lease import IfRunning
 from sparksgd.runs.replay import read_replay
 from sparksgd.storage import location
 from sparksgd.training.interrupts import end_in_order
@@ -55,6 +56,11 @@ def parser() -> argparse.ArgumentParser:
         help="whether to go on from the last checkpoint of a run that ended early, or with fewer epochs.  "
         "auto (the default): if --out holds such a run of this; must (--resume alone): refuse if it does "
         "not; never: begin anew; or another folder, whose run goes on in --out",
+    )  # fmt: skip
+    result.add_argument(
+        "--if-running", choices=get_args(IfRunning), default="refuse",
+        help="what to do if another run writes to --out.  refuse (the default): end with status 2; wait: for "
+        "its end",
     )  # fmt: skip
     result.add_argument(
         "--log-format",
@@ -99,6 +105,7 @@ def main(argv: Sequence[str]) -> int:
             replay=replay,
             if_exists=args.if_exists,
             resume=args.resume,
+            if_running=args.if_running,
         )
 
     return exit_status(work)

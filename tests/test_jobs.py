@@ -6,6 +6,7 @@ Most run as functions in the tests' own process and session; what depends on a p
 from __future__ import annotations
 
 import ast
+import errno
 import importlib.util
 import io
 import json
@@ -18,6 +19,7 @@ import subprocess
 import sys
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 
@@ -30,7 +32,10 @@ import torch
 from holds import Hold  # tests/hosts
 
 from sparksgd.models import LeNet
+from sparksgd.runs.holder import Holder
+from sparksgd.runs.lease import Lease
 from sparksgd.runs.model import load_model
+from sparksgd.storage import location
 
 ROOT = Path(__file__).parent.parent
 SUMMARY_KEYS = {
@@ -285,6 +290,50 @@ def test_a_finished_run_is_not_trained_again_nor_taken_for_another(digits, refer
     assert "error: --out" in refused.stdout
     assert "optimizer.lr is 0.01, but was 0.02" in refused.stdout
     assert (out / "summary.json").stat().st_mtime_ns == before
+
+
+def test_a_finished_run_is_not_trained_again_in_a_folder_that_can_only_be_read(
+    digits, reference, tmp_path, monkeypatch
+):
+    def create(*_):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    out = tmp_path / "run"
+    shutil.copytree(reference, out)
+    monkeypatch.setattr("sparksgd.storage.LocalLocation.create", create)
+    again = train(digits, out, engine="inline")
+    assert (again.returncode, "nothing to do" in again.stdout) == (0, True), again.stdout
+    (out / "summary.json").unlink()
+    refused = train(digits, out, engine="inline")
+    assert refused.returncode == 2
+    assert f"error: --out is {out}, which cannot be written: Read-only file system" in refused.stdout
+
+
+def test_a_folder_that_another_run_writes_to_is_refused(digits, tmp_path):
+    with Lease(location(tmp_path), Holder.here("first"), renew_s=0.01).held():
+        refused = train(digits, tmp_path, engine="inline")
+    assert refused.returncode == 2
+    assert f"error: --out is {tmp_path}, but run first (process {os.getpid()} on " in refused.stdout
+    assert "wait for its end, name another folder, or pass --if-running wait" in refused.stdout
+    assert location(tmp_path).files() == []
+
+
+def test_a_job_may_wait_for_another_run_and_then_judges_what_is_there(
+    digits, reference, tmp_path, monkeypatch
+):
+    first, out = Lease(location(tmp_path / "run"), Holder.here("first")), tmp_path / "run"
+    first.take()
+
+    def finishes(_):
+        if not (out / "summary.json").exists():
+            shutil.copytree(reference, out, dirs_exist_ok=True, ignore=shutil.ignore_patterns(".lease-*"))
+            first.release()
+
+    monkeypatch.setattr("sparksgd.runs.folder.Lease", partial(Lease, sleep=finishes))
+    waited = run_job("train.py", *arguments(digits, out, engine="inline"), "--if-running", "wait")
+    assert waited.returncode == 0, waited.stdout
+    assert "waiting for the end of run first" in waited.stdout
+    assert "nothing to do" in waited.stdout
 
 
 def test_a_run_that_is_killed_leaves_a_model_and_the_steps_that_made_it(digits, tmp_path):

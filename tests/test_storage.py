@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import time
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,8 @@ from sparksgd.storage import (
     local_copy,
     location,
     register_uris,
+    remove_parts,
+    replacing,
 )
 
 
@@ -135,3 +139,150 @@ def test_a_pattern_names_files(tmp_path: Path) -> None:
 def test_what_is_here_is_read_where_it_is(tmp_path: Path) -> None:
     with local_copy(tmp_path.as_uri()) as path:
         assert path == str(tmp_path)
+
+
+def test_a_file_is_created_by_one_writer_alone(tmp_path: Path) -> None:
+    file = location(tmp_path) / "deep" / "file"
+    assert file.create(b"one")
+    assert not file.create(b"two")
+    assert file.read_bytes() == b"one"
+    assert [file.name for file in (tmp_path / "deep").iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize("number", [errno.EPERM, errno.ENOTSUP, errno.ENOSYS])
+def test_where_there_are_no_hard_links_it_is_created_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    def link(*_: object) -> None:
+        raise OSError(number, "no links here")
+
+    monkeypatch.setattr("os.link", link)
+    test_a_file_is_created_by_one_writer_alone(tmp_path)
+
+
+def test_a_link_that_was_made_though_its_answer_was_lost_counts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    link = os.link
+
+    def twice(*paths: Path) -> None:
+        link(*paths)
+        link(*paths)
+
+    monkeypatch.setattr("os.link", twice)
+    assert location(tmp_path / "file").create(b"one")
+    monkeypatch.setattr("os.link", link)
+    assert not location(tmp_path / "file").create(b"two")
+
+
+def test_a_folder_that_cannot_be_made_is_an_error_for_who_creates(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(FileExistsError):
+        location(tmp_path / "file" / "inside").create(b"")
+    with pytest.raises(NotADirectoryError):
+        location(tmp_path / "file").names()
+
+
+def test_names_are_those_of_all_files_and_folders(tmp_path: Path) -> None:
+    assert location(tmp_path / "nothing").names() == []
+    for name in (".hidden", "_file", "file"):
+        (tmp_path / name).touch()
+    (tmp_path / "folder").mkdir()
+    assert sorted(location(tmp_path).names()) == [".hidden", "_file", "file", "folder"]
+
+
+def test_two_writers_of_one_file_do_not_meet_and_the_last_one_is_read(tmp_path: Path) -> None:
+    with replacing(tmp_path / "file") as one, replacing(tmp_path / "file") as two:
+        one.write_bytes(b"one")
+        two.write_bytes(b"two")
+    assert (tmp_path / "file").read_bytes() == b"one"
+    assert [file.name for file in tmp_path.iterdir()] == ["file"]
+
+
+def test_what_killed_writers_left_is_removed_after_a_day_or_when_somebody_says_so(tmp_path: Path) -> None:
+    left = [".file.0123abcd.part", ".file.00000000.part", ".other.0123abcd.part"]
+    others = [".file.part", ".file.0123abcd.part.txt", "..lease-1.json.0123abcd.part", "file.0123abcd.part"]
+    for name in (*left, *others):
+        (tmp_path / name).touch()
+    two_days_ago = time.time() - 2 * 86_400
+    for name in (left[0], left[2]):
+        os.utime(tmp_path / name, (two_days_ago, two_days_ago))
+    location(tmp_path / "file").write_bytes(b"")
+    assert sorted(file.name for file in tmp_path.iterdir()) == sorted(["file", left[1], left[2], *others])
+    remove_parts(location(tmp_path))
+    assert sorted(file.name for file in tmp_path.iterdir()) == sorted(["file", *others])
+    remove_parts(location(tmp_path / "nothing"))
+
+
+def test_lines_begin_a_new_file_which_who_wrote_to_the_old_one_does_not_reach(tmp_path: Path) -> None:
+    file = location(tmp_path) / "run" / "lines"
+    old, new = file.lines(), file.lines()
+    new.write("new\n")
+    old.write("old\n")
+    assert file.read_bytes() == b"new\n"  # at once
+    new.flush()
+    old.close()
+    new.close()
+    assert file.read_bytes() == b"new\n"
+
+
+def test_every_change_of_a_guarded_place_and_in_it_is_checked_before(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"before")
+    allowed = True
+
+    def check() -> None:
+        if not allowed:
+            raise PermissionError(errno.EACCES, "not any more")
+
+    place = location(tmp_path).guarded(check)
+    assert place == location(tmp_path)
+    file, lines = place / "folder" / ".." / "file", (place / "lines").lines()
+    file.write_bytes(b"allowed")
+    lines.write("allowed\n")
+    allowed = False
+    for change in (
+        lambda: file.write_bytes(b""),
+        lambda: file.put(Path(__file__)),
+        lambda: (place / "new" / "file").create(b""),
+        lambda: (place / "new" / "lines").lines(),
+        lambda: lines.write("\n"),
+        file.remove,
+    ):
+        with pytest.raises(PermissionError):
+            change()
+    lines.flush()
+    lines.close()
+    assert file.read_bytes() == b"allowed"
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["file", "folder", "lines"]
+    assert (tmp_path / "lines").read_text() == "allowed\n"
+
+
+def test_a_check_that_fails_when_the_file_is_prepared_leaves_nothing(tmp_path: Path) -> None:
+    checks = iter([None, PermissionError(errno.EACCES, "not any more")])
+
+    def check() -> None:
+        error = next(checks)
+        if error is not None:
+            raise error
+
+    with pytest.raises(PermissionError):
+        (location(tmp_path).guarded(check) / "file").write_bytes(b"")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_lines_that_are_copied_are_checked_when_they_are(tmp_path: Path) -> None:
+    allowed = True
+
+    def check() -> None:
+        if not allowed:
+            raise PermissionError(errno.EACCES, "not any more")
+
+    now = [0.0]
+    lines = SpooledLines(location(tmp_path / "lines").guarded(check), clock=lambda: now[0])
+    lines.write("first\n")
+    now[0], allowed = 10.0, False
+    with pytest.raises(PermissionError):
+        lines.flush()
+    with pytest.raises(PermissionError):
+        lines.close()
+    assert (tmp_path / "lines").read_text() == ""

@@ -35,6 +35,7 @@ from rich.table import Table
 
 from sparksgd.cli.command_line import exit_status, parser_of
 from sparksgd.errors import ConfigError
+from sparksgd.storage import replacing
 
 __all__ = [
     "base_python",
@@ -346,13 +347,9 @@ def _made(folder: Path) -> Path:
 @contextmanager
 def _put_in_place(out: Path) -> Iterator[Path]:
     """Yield a file to write, and move it to its place when it is complete."""
-    part = _made(out.parent) / f".{out.name}.part"
-    try:
+    with replacing(_made(out.parent) / out.name) as part:
         yield part
         part.chmod(0o644)  # venv-pack's file can only be read by the builder
-        part.replace(out)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 @contextmanager

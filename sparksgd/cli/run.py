@@ -15,6 +15,7 @@ from sparksgd.runs.asked import Asked, IfExists
 from sparksgd.runs.earlier import earlier_run
 from sparksgd.runs.fingerprints import fingerprints_of
 from sparksgd.runs.folder import RunFolder
+from sparksgd.runs.lease import IfRunning
 from sparksgd.runs.model import load_model
 from sparksgd.solvers.rules import completed
 from sparksgd.storage import location
@@ -36,6 +37,7 @@ def run(
     replay: Replay | None = None,
     if_exists: IfExists = "skip",
     resume: str = "auto",
+    if_running: IfRunning = "refuse",
 ) -> None:
     """Train as a configuration says, on its Parquet, and write the run's folder.
 
@@ -47,6 +49,7 @@ def run(
         replay: an earlier run, to be repeated.
         if_exists: what to do if the folder holds a finished run, or another one, see runs/earlier.py.
         resume: whether the run goes on from a checkpoint: auto, never, must, or the folder of a run.
+        if_running: what to do if another run writes to the folder, see `RunFolder.held`.
 
     Raises:
         SparkSGDError: see errors.py.
@@ -72,48 +75,48 @@ def run(
 
         start_up = StartUp(submitted_at_s())
     folder = location(out)
-    fingerprints = fingerprints_of(config, replay)
-    found = earlier_run(
-        folder, Asked(config=config, fingerprints=fingerprints, if_exists=if_exists, resume=resume)
-    )
-    if found.is_done:
-        return
-    if found.archives:
-        log.info("--out %s held another run: it is in %s now", out, folder.moved_aside())
-    run_folder = RunFolder(folder, fingerprints, run_id, called="--out")
-    run_folder.require_writable()
-    observers, checkpoints = (run_folder, terminal), run_folder.checkpoints(config, found)
-    if on_spark:
-        from sparksgd.spark.session import job_session
-        from sparksgd.spark.train import train
+    run_folder = RunFolder(folder, run_id=run_id, called="--out")
+    with run_folder.held(if_running):
+        run_folder.fingerprints = fingerprints_of(config, replay)  # files may change while we wait
+        asked = Asked(config=config, fingerprints=run_folder.fingerprints, if_exists=if_exists, resume=resume)
+        found = earlier_run(folder, asked)
+        if found.is_done:
+            return
+        run_folder.require_writable()
+        if found.archives:
+            run_folder.move_aside()
+        observers, checkpoints = (run_folder, terminal), run_folder.checkpoints(config, found)
+        if on_spark:
+            from sparksgd.spark.session import job_session
+            from sparksgd.spark.train import train
 
-        name, patience_s = f"sparksgd {folder.name} {run_id}", config.engine.slots_timeout_s
-        with job_session(name, config.train, patience_s) as session:
-            start_up.reached("submit")
-            train(
-                session,
+            name, patience_s = f"sparksgd {folder.name} {run_id}", config.engine.slots_timeout_s
+            with job_session(name, config.train, patience_s) as session:
+                start_up.reached("submit")
+                train(
+                    session,
+                    config,
+                    rows,
+                    test,
+                    observers=observers,
+                    replay=replay,
+                    run_id=run_id,
+                    start_up=start_up,
+                    checkpoints=checkpoints,
+                    kinds=kinds,
+                )
+        else:
+            from sparksgd.training.in_process import train_in_process
+
+            train_in_process(
                 config,
                 rows,
                 test,
                 observers=observers,
                 replay=replay,
-                run_id=run_id,
                 start_up=start_up,
                 checkpoints=checkpoints,
-                kinds=kinds,
             )
-    else:
-        from sparksgd.training.in_process import train_in_process
-
-        train_in_process(
-            config,
-            rows,
-            test,
-            observers=observers,
-            replay=replay,
-            start_up=start_up,
-            checkpoints=checkpoints,
-        )
 
 
 def run_evaluation(folder: str, data: str, trust: Sequence[str] = (), *, strict: bool = False) -> None:

@@ -11,6 +11,8 @@ summary.json         the run in one table
 
 During a run, model/ has the weights of some seconds ago, in weights-STEP.pt.  model.json names this file, so
 that the two always match, even if the run is killed.
+
+One run at a time writes to a folder: it holds the lease of it, in .lease-NUMBER.json (see `lease.py`).
 """
 
 from __future__ import annotations
@@ -33,11 +35,13 @@ from sparksgd.engines.trace import TraceEvent, event_line, first_line
 from sparksgd.errors import ClusterError, ConfigError, DataError
 from sparksgd.runs.checkpoints import CheckpointFolder
 from sparksgd.runs.earlier import Found
+from sparksgd.runs.holder import Holder
 from sparksgd.runs.json_files import finite, write_json
+from sparksgd.runs.lease import IfRunning, Lease, remove_leases
 from sparksgd.runs.model import check_saved, constants_beside, save_model
 from sparksgd.runs.names import CHECKPOINTS, METRICS, MODEL, RUN, RUN_BEFORE, SUMMARY, TRACE, WEIGHTS
 from sparksgd.solvers.protocol import Need
-from sparksgd.storage import Location, Throttle, location, unanswered
+from sparksgd.storage import Location, Throttle, location, remove_parts, unanswered
 from sparksgd.training.state import EvaluationReport, Observer, Training
 
 __all__ = ["RunFolder", "summary"]
@@ -93,7 +97,7 @@ def summary(training: Training, wall_s: float) -> dict[str, Any]:
 
 
 class RunFolder(Observer):
-    """Observes a run and writes its folder.
+    """Observes a run and writes its folder; holds its lease during the run, or as long as `held` says.
 
     Args:
         folder: created if it does not exist; the files of an earlier run in it are replaced.
@@ -110,7 +114,7 @@ class RunFolder(Observer):
         called: str = "out",
     ) -> None:
         self.folder, self._called = location(folder), called
-        self._fingerprints = dict(fingerprints or {})
+        self.fingerprints = dict(fingerprints or {})
         self.run_id = run_id or uuid.uuid4().hex[:12]
         self._started = time.perf_counter()
         self._metrics: _Growing | None = None
@@ -121,24 +125,58 @@ class RunFolder(Observer):
         self._events = self._deal = 0
         self._saves = Throttle(_SECONDS_BETWEEN_SAVES, _SAVING_SHARE)
         self._weights: str | None = None
+        self._is_held = False
+        self._unwritable: OSError | None = None
+        self._run = ExitStack()
+
+    @contextmanager
+    def held(self, if_running: IfRunning = "refuse") -> Iterator[None]:
+        """Let no other run write to the folder during the block.
+
+        A folder that cannot be written is refused by `require_writable` alone: a finished run can be read in
+        it.
+
+        Args:
+            if_running: what to do if another run holds it: "wait" for its end, or "refuse".
+
+        Raises:
+            ConfigError: another run holds it.
+        """
+        lease, place = Lease(self.folder, Holder.here(self.run_id), called=self._called), self.folder
+        with ExitStack() as stack:
+            try:
+                stack.enter_context(lease.held(if_running))
+                for folder in (place, place / "model", place / CHECKPOINTS):
+                    remove_parts(folder)
+                self.folder = place.guarded(lease.check)
+            except OSError as error:
+                self._unwritable = error
+            self._is_held = True
+            try:
+                yield
+            finally:
+                self.folder, self._is_held, self._unwritable = place, False, None
 
     def require_writable(self) -> None:
-        """Refuse, before hours of training, a folder that its results could not go to.
+        """Refuse, before hours of training, a folder that its results could not go to; it must be held.
 
         Raises:
             ConfigError: nothing can be written there.
             ClusterError: its file system does not answer.
         """
-        trial = self.folder / f".{uuid.uuid4().hex}"
-        try:
-            trial.write_bytes(b"")
-            trial.remove()
-        except OSError as error:
+        error = self._unwritable
+        if error is not None:
             refusal = ConfigError(
                 f"{self._called} is {self.folder}, which cannot be written: {error.strerror}; name another "
                 f"folder"
             )
             raise unanswered(error, refusal) from error
+
+    def move_aside(self) -> None:
+        """Rename what is there to NAME.1, or the first number that is free; the folder stays held."""
+        aside = self.folder.moved_aside()
+        remove_leases(location(aside))  # they came along
+        log.info("%s %s held another run: it is in %s now", self._called, self.folder, aside)
 
     def checkpoints(self, config: Config, found: Found) -> CheckpointFolder:
         """Return where the run's checkpoints go, and the one that it goes on from.
@@ -147,7 +185,7 @@ class RunFolder(Observer):
             config: of the run.
             found: what its folder, or another, holds of it.
         """
-        about = {"run_id": self.run_id, "config": config.to_dict(), "fingerprints": self._fingerprints}
+        about = {"run_id": self.run_id, "config": config.to_dict(), "fingerprints": self.fingerprints}
         self._origin = found.origin
         self._checkpoints = CheckpointFolder(self.folder / CHECKPOINTS, about, found.starts, found.last_step)
         return self._checkpoints
@@ -164,9 +202,13 @@ class RunFolder(Observer):
 
     def started(self, training: Training) -> None:
         """Remove the files of an earlier run, or go on with them, and begin metrics.jsonl."""
-        with self._told():
+        with ExitStack() as unless_begun, self._told():
+            if not self._is_held:
+                unless_begun.enter_context(self.held())
+                self.require_writable()
             kept = {name: self._kept(name, about) for name, about in self._recalled.items()}
             self._begin(training, kept)
+            self._run = unless_begun.pop_all()
 
     def _kept(self, name: str, about: Mapping[str, Any]) -> bytes:
         """Return the part of a file that belongs to the checkpoint.
@@ -199,7 +241,7 @@ class RunFolder(Observer):
             "run_id": self.run_id,
             "config": training.config.to_dict(),
             "data_digest": training.rows.data_digest,
-            "fingerprints": self._fingerprints,
+            "fingerprints": self.fingerprints,
             "model_name": training.model_name,
         }
         write_json(self.folder / RUN, about)
@@ -259,7 +301,7 @@ class RunFolder(Observer):
     def ended(self, training: Training) -> None:
         """Write the model, as the last good step left it, and the summary."""
         about = {"run_id": self.run_id} | summary(training, time.perf_counter() - self._started)
-        with self._told():
+        with self._run, self._told():
             try:
                 with ExitStack() as each:  # if one cannot be written, the others still are
                     for lines in (self._trace, self._metrics):

@@ -10,8 +10,8 @@ from __future__ import annotations
 import errno
 import os
 import tempfile
-import uuid
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,13 +19,14 @@ from typing import Any
 from py4j.protocol import Py4JError, Py4JJavaError
 from pyspark import SparkContext
 
-from sparksgd.storage import HIDDEN, FileStatus, Lines, SpooledLines, require_at_most
+from sparksgd.storage import HIDDEN, FileStatus, Lines, SpooledLines, part_of, require_at_most, unchecked
 
 __all__ = ["HadoopLocation", "hadoop_configuration"]
 
 _ERRNO = {
     "java.io.FileNotFoundException": errno.ENOENT,
     "java.nio.file.NoSuchFileException": errno.ENOENT,
+    "org.apache.hadoop.fs.FileAlreadyExistsException": errno.EEXIST,
     "org.apache.hadoop.security.AccessControlException": errno.EACCES,
     "java.nio.file.AccessDeniedException": errno.EACCES,
     "java.net.ConnectException": errno.ECONNREFUSED,
@@ -37,6 +38,9 @@ _ERRNO = {
 _WHOLE_AT_ONCE = frozenset(("s3a", "s3", "s3n", "gs", "oss", "cosn", "wasb", "wasbs"))
 """Object stores: a file appears only when it is complete, and to rename it means to copy it."""
 
+_SECONDS_TO_SETTLE = 1.0
+"""How long a file that was created is left alone before it counts, where two writers could create it."""
+
 _file_systems: dict[tuple[str, str], Any] = {}
 """By scheme and authority."""
 
@@ -46,10 +50,12 @@ class HadoopLocation:
 
     Args:
         uri: its scheme names the file system: hdfs:, s3a:, abfss:, dbfs: ...
+        check: called before each change, see `guarded`.
     """
 
-    def __init__(self, uri: str) -> None:
+    def __init__(self, uri: str, check: Callable[[], None] = unchecked) -> None:
         self._uri = uri.rstrip("/") if uri.rstrip("/").rpartition(":")[2] else uri
+        self._check = check
 
     def __str__(self) -> str:
         return self._uri
@@ -61,7 +67,7 @@ class HadoopLocation:
 
     def __truediv__(self, name: str, /) -> HadoopLocation:
         """Return what lies in it under a relative path."""
-        return HadoopLocation(self._inside(name))
+        return HadoopLocation(self._inside(name), self._check)
 
     def exists(self) -> bool:
         """Return whether it is there."""
@@ -86,21 +92,53 @@ class HadoopLocation:
             spool.flush()
             self.put(Path(spool.name))
 
+    def create(self, data: bytes) -> bool:
+        """Write the file if it is not there, and its folder if need be; return whether this call did.
+
+        HDFS decides between two writers.  Elsewhere both may write, as on S3A, which looks before it writes:
+        the second replaces the first.  So the file is read again after a second: whose content is there has
+        written it.  If the second was slower still, the first one finds its content gone later.
+        """
+        self._check()
+        try:
+            with self._errors():
+                if self._scheme == "hdfs":
+                    with tempfile.NamedTemporaryFile(prefix="sparksgd-") as spool, self._part() as part:
+                        Path(spool.name).write_bytes(data)
+                        self._files.copyFromLocalFile(False, True, _java_path(f"file:{spool.name}"), part)
+                        return bool(self._files.rename(part, self._path))  # False if it is there
+                stream = self._files.create(self._path, False)
+                try:
+                    stream.write(data)
+                finally:
+                    stream.close()
+        except FileExistsError:
+            return False
+        time.sleep(_SECONDS_TO_SETTLE)
+        return self.read_bytes() == data
+
     def put(self, file: Path) -> None:
         """Write the file as a copy of one on this machine, whole or not at all."""
-        folder, _, name = self._uri.rpartition("/")
+        self._check()
         with self._errors():
             here = _java_path(f"file:{file.absolute()}")
-            if str(self._path.toUri().getScheme()) in _WHOLE_AT_ONCE:
+            if self._scheme in _WHOLE_AT_ONCE:
                 self._files.copyFromLocalFile(False, True, here, self._path)
                 return
-            part = _java_path(f"{folder}/.{name}.{uuid.uuid4().hex[:8]}.part")
-            try:
+            with self._part() as part:
                 self._files.copyFromLocalFile(False, True, here, part)
+                self._check()  # to copy may have taken long
                 self._rename(part)
-            except BaseException:
-                self._files.delete(part, False)
-                raise
+
+    @contextmanager
+    def _part(self) -> Iterator[Any]:
+        """Yield a path beside it where this writer alone prepares the file; remove what is left there."""
+        folder, _, name = self._uri.rpartition("/")
+        part = _java_path(f"{folder}/{part_of(Path(name))}")
+        try:
+            yield part
+        finally:
+            self._files.delete(part, False)
 
     def lines(self, kept: bytes = b"") -> Lines:
         """Begin a new file, which grows line by line after what is kept of an earlier one."""
@@ -108,6 +146,7 @@ class HadoopLocation:
 
     def remove(self) -> None:
         """Remove the file, if it is there."""
+        self._check()
         with self._errors():
             self._files.delete(self._path, False)
 
@@ -144,6 +183,7 @@ class HadoopLocation:
 
     def moved_aside(self) -> str:
         """Rename the folder to NAME.1, or the first number that is free; return where it is now."""
+        self._check()
         with self._errors():
             number = 1
             while self._files.exists(_java_path(f"{self._uri}.{number}")):
@@ -153,12 +193,28 @@ class HadoopLocation:
                 raise OSError(errno.EIO, "the file system did not rename it", self._uri)
             return aside
 
+    def names(self) -> list[str]:
+        """Return the names of all that lies in the folder, hidden or not; none if there is no folder."""
+        try:
+            with self._errors():
+                return [str(status.getPath().getName()) for status in self._files.listStatus(self._path)]
+        except FileNotFoundError:
+            return []
+
+    def guarded(self, check: Callable[[], None]) -> HadoopLocation:
+        """Return the same place; each change of it, or in it, calls `check` before, which may raise."""
+        return HadoopLocation(self._uri, check)
+
     def _inside(self, name: str) -> str:
         return self._uri + name if self._uri.endswith("/") else f"{self._uri}/{name}"  # the root ends with it
 
     @property
     def _path(self) -> Any:
         return _java_path(self._uri)
+
+    @property
+    def _scheme(self) -> str:
+        return str(self._path.toUri().getScheme())
 
     @property
     def _files(self) -> Any:
@@ -177,7 +233,7 @@ class HadoopLocation:
     def _rename(self, part: Any) -> None:
         """Move a file to its place, replacing what is there; in one step if the file system can."""
         files, fs = self._files, _jvm().org.apache.hadoop.fs
-        if str(self._path.toUri().getScheme()) == "hdfs":
+        if self._scheme == "hdfs":
             assert SparkContext._gateway is not None
             overwrite = SparkContext._gateway.new_array(getattr(fs, "Options$Rename"), 1)
             overwrite[0] = getattr(fs, "Options$Rename").OVERWRITE

@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -67,7 +68,7 @@ def train(
         observers: objects that watch the run, each an `Observer`.
         out: a folder, path or URI, for the run's files: metrics.jsonl, summary.json, and the model in
             model/, which `load_model` reads. It is created if it does not exist; the files of an earlier
-            run in it are replaced. None: no files.
+            run in it are replaced, and one that still runs is refused. None: no files.
         replay: an earlier run of the same configuration, to be repeated, as `read_replay` returns it.
         resume_from: the folder of a run of the same configuration, rows and code that ended early, or with
             fewer epochs: training goes on from its last checkpoint, to the same bits as a run that was never
@@ -124,34 +125,39 @@ def train(
     kinds = allowed_engines(config, replay)
     on_spark = kinds[0].on_spark
     lead_to_hadoop()
-    folder, checkpoints = _files(config, out, resume_from, checkpoint_dir, replay)
-    observers = observers if folder is None else (folder, *observers)
-    if isinstance(rows, str) and (test is None or isinstance(test, str)) and not on_spark:
-        from sparksgd.training.in_process import train_in_process
+    folder, checkpoints_of = _files(config, out, resume_from, checkpoint_dir, replay)
+    with ExitStack() as run:
+        if folder is not None:
+            run.enter_context(folder.held())
+            folder.require_writable()
+            observers = (folder, *observers)
+        checkpoints = checkpoints_of()
+        if isinstance(rows, str) and (test is None or isinstance(test, str)) and not on_spark:
+            from sparksgd.training.in_process import train_in_process
 
-        return train_in_process(
+            return train_in_process(
+                config,
+                rows,
+                test,
+                module=module,
+                observers=observers,
+                replay=replay,
+                checkpoints=checkpoints,
+            )
+        from sparksgd.spark.train import train as train_in_session
+
+        return train_in_session(
+            _session(config, rows, test),
             config,
             rows,
             test,
             module=module,
             observers=observers,
             replay=replay,
+            run_id=None if folder is None else folder.run_id,
+            kinds=kinds,
             checkpoints=checkpoints,
         )
-    from sparksgd.spark.train import train as train_in_session
-
-    return train_in_session(
-        _session(config, rows, test),
-        config,
-        rows,
-        test,
-        module=module,
-        observers=observers,
-        replay=replay,
-        run_id=None if folder is None else folder.run_id,
-        kinds=kinds,
-        checkpoints=checkpoints,
-    )
 
 
 def _configured(config: object) -> Config:
@@ -206,8 +212,13 @@ def _with_paths(config: Config, rows: DataFrame | str, test: DataFrame | str | N
 
 def _files(
     config: Config, out: object, resume_from: object, checkpoint_dir: object, replay: Replay | None
-) -> tuple[RunFolder | None, CheckpointStore | None]:
-    """Return what writes the run's folder, and its checkpoints; refuse missing files and unusable folders."""
+) -> tuple[RunFolder | None, Callable[[], CheckpointStore | None]]:
+    """Return what writes the run's folder, and what finds its checkpoints once that is held.
+
+    Raises:
+        ConfigError: an argument names no folder, or does not go with another.
+        DataError: a file is missing.
+    """
     from sparksgd.runs.checkpoints import CheckpointFolders
     from sparksgd.runs.earlier import Found, resumable
     from sparksgd.runs.fingerprints import fingerprints_of
@@ -219,21 +230,23 @@ def _files(
     if "resume_from" in given and ("out" not in given or "checkpoint_dir" in given):
         other = "checkpoint_dir is given, too" if "checkpoint_dir" in given else "out is None"
         raise ConfigError(
-            f"resume_from is {str(resume_from)!r}, but {other}: pass out=, where the run's own "
-            f"checkpoints go, which may be the same folder, and no checkpoint_dir="
+            f"resume_from is {str(resume_from)!r}, but {other}: pass out=, where the run's own checkpoints "
+            f"go, which may be the same folder, and no checkpoint_dir="
         )
     if given:
         _refuse_unwritable_keys(config)
-    found = Found()
-    if "resume_from" in given:
-        found = resumable(location(given["resume_from"]), config, fingerprints, "resume_from")
-    folder, checkpoints = None, None
-    if "out" in given:
-        folder = RunFolder(given["out"], fingerprints)
-        folder.require_writable()
-        checkpoints = folder.checkpoints(config, found)
-    if "checkpoint_dir" in given:
-        return folder, CheckpointFolders(location(given["checkpoint_dir"]), config, fingerprints)
+    folder = RunFolder(given["out"], fingerprints) if "out" in given else None
+
+    def checkpoints() -> CheckpointStore | None:
+        if "checkpoint_dir" in given:
+            return CheckpointFolders(location(given["checkpoint_dir"]), config, fingerprints)
+        if folder is None:
+            return None
+        found = Found()
+        if "resume_from" in given:
+            found = resumable(location(given["resume_from"]), config, fingerprints, "resume_from")
+        return folder.checkpoints(config, found)
+
     return folder, checkpoints
 
 

@@ -19,10 +19,15 @@ from manifests import change_manifest
 from sparksgd.config import Config
 from sparksgd.data.local_files import ParquetRows
 from sparksgd.engines.inline import InlineEngine
-from sparksgd.errors import ClusterError, DataError, NotFinite
+from sparksgd.engines.protocol import StepReport
+from sparksgd.errors import ClusterError, ConfigError, DataError, NotFinite
 from sparksgd.runs.folder import RunFolder
+from sparksgd.runs.holder import Holder
+from sparksgd.runs.lease import Lease
 from sparksgd.runs.model import load_model
+from sparksgd.storage import location
 from sparksgd.training.loop import train
+from sparksgd.training.state import Observer, Training
 
 
 @pytest.fixture(scope="module")
@@ -197,3 +202,118 @@ def test_the_summary_counts_epochs_by_turns(trained: Path, tmp_path: Path) -> No
     )
     found = json.loads((tmp_path / "summary.json").read_text())
     assert (found["epochs"], found["turns"], found["steps"]) == (3.0, 12, 6)
+
+
+# One run at a time
+
+
+def run(trained: Path, *observers: Observer, **settings: Any) -> None:
+    """Train a linear regression of 8 rows, 2 in a step."""
+    one_shard = {"num_shards": 1, "rows_per_step": 2}
+    train(
+        Config.from_dict({"loss": {"name": "squared_error"}, "train": one_shard | settings}),
+        rows=ParquetRows(str(trained.parent / "rows.parquet")),
+        test=None,
+        make_engine=InlineEngine,
+        module=torch.nn.Linear(1, 1),
+        observers=observers,
+    )
+
+
+class AtStep(Observer):
+    """Does something after a step."""
+
+    def __init__(self, step: int, deed: Callable[[], object]) -> None:
+        self._step, self._deed = step, deed
+
+    def stepped(self, training: Training, report: StepReport) -> None:
+        if report.step == self._step:
+            self._deed()
+
+
+def lease_of(folder: Path) -> dict[str, Any]:
+    (file,) = folder.glob(".lease-*.json")
+    return dict(json.loads(file.read_text()))
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {str(file): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+def test_a_run_holds_its_folder_while_it_runs_and_releases_it_then(trained: Path, tmp_path: Path) -> None:
+    during: list[dict[str, Any]] = []
+    folder = RunFolder(tmp_path, run_id="mine")
+    run(trained, folder, AtStep(2, lambda: during.append(lease_of(tmp_path))))
+    assert [(one["holder"]["run_id"], one["released"]) for one in during] == [("mine", False)]
+    assert lease_of(tmp_path)["released"]
+    run(trained, RunFolder(tmp_path))
+    assert lease_of(tmp_path)["released"]
+
+
+def test_a_folder_that_another_run_writes_to_is_refused(trained: Path, tmp_path: Path) -> None:
+    says = r"^out is .*, but run first \(process \d+ on .*\) writes to it"
+    first = Lease(location(tmp_path), Holder.here("first"), renew_s=0.01)
+    with first.held(), pytest.raises(ConfigError, match=says):
+        run(trained, RunFolder(tmp_path))
+    assert location(tmp_path).files() == []
+    assert lease_of(tmp_path)["holder"]["run_id"] == "first"
+
+
+def test_a_run_that_ends_by_an_error_releases_its_folder(trained: Path, tmp_path: Path) -> None:
+    def fail() -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(trained, RunFolder(tmp_path), AtStep(2, fail))
+    assert lease_of(tmp_path)["released"]
+    assert json.loads((tmp_path / "summary.json").read_text())["status"] == "KeyboardInterrupt"
+
+
+def test_a_run_that_cannot_begin_its_files_releases_its_folder(trained: Path, tmp_path: Path) -> None:
+    (tmp_path / "summary.json").mkdir()
+    with pytest.raises(ClusterError, match="cannot be written"):
+        run(trained, RunFolder(tmp_path))
+    assert lease_of(tmp_path)["released"]
+
+
+def test_a_run_whose_folder_another_one_took_ends_with_an_error_and_changes_nothing_more(
+    trained: Path, tmp_path: Path
+) -> None:
+    after: list[dict[str, bytes]] = []
+
+    def take() -> None:
+        Lease(location(tmp_path), Holder.here("other"), wait_s=0.0).take()
+        after.append(content(tmp_path))
+
+    says = r"but run other \(process \d+ on .*\) holds it now\. This run, mine, was stopped"
+    with pytest.raises(ClusterError, match=says):
+        run(trained, AtStep(2, take), RunFolder(tmp_path, run_id="mine"), epochs=3)
+    assert [content(tmp_path)] == after
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 1
+    assert not (tmp_path / "summary.json").exists()
+
+
+def test_what_a_killed_writer_left_is_removed(trained: Path, tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    for name in (".run.json.0123abcd.part", "model/.weights-7.pt.0123abcd.part"):
+        (tmp_path / name).touch()
+    run(trained, RunFolder(tmp_path))
+    assert list(tmp_path.rglob("*.part")) == []
+
+
+def test_a_folder_that_cannot_be_written_is_refused_when_it_is_to_be_written(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def create(*_: Any) -> bool:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr("sparksgd.storage.LocalLocation.create", create)
+    folder = RunFolder(tmp_path, called="--out")
+    says = r"^--out is .*, which cannot be written: Read-only file system"
+    with folder.held(), pytest.raises(ConfigError, match=says):  # a finished run could be read in it
+        folder.require_writable()
+    with pytest.raises(ConfigError, match="Read-only file system"):
+        run(trained, RunFolder(tmp_path))
+    monkeypatch.undo()
+    run(trained, folder)
+    assert lease_of(tmp_path)["released"]

@@ -5,6 +5,7 @@ Its `file:` stands for all here; tests/cluster/ has HDFS.
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,8 @@ from pathlib import Path
 import pytest
 
 from sparksgd.errors import ClusterError, DataError
+from sparksgd.runs.holder import Holder
+from sparksgd.runs.lease import Lease
 from sparksgd.spark.hadoop_files import HadoopLocation
 from sparksgd.storage import LocalLocation, Location, fingerprint, local_copy, location, unanswered
 
@@ -135,3 +138,74 @@ def test_a_copy_holds_what_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert fingerprint((tmp_path / "in").as_uri())
     with pytest.raises(FileNotFoundError), local_copy((tmp_path / "nothing").as_uri()):
         pass
+
+
+def test_a_file_is_created_by_one_writer_alone(
+    at: Callable[[Path], Location], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sparksgd.spark.hadoop_files._SECONDS_TO_SETTLE", 0.0)
+    file = at(tmp_path) / "new folder" / "file"
+    assert at(tmp_path / "new folder").names() == []
+    assert file.create(b"one")
+    assert not file.create(b"two")
+    assert file.read_bytes() == b"one"
+    assert "file" in at(tmp_path / "new folder").names()
+
+
+@pytest.mark.usefixtures("spark")
+def test_where_two_writers_can_create_one_file_it_is_of_the_second(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = HadoopLocation(f"file:{tmp_path}/file")
+
+    def settle(seconds: float) -> None:
+        assert seconds == 1.0
+        file.write_bytes(b"two")
+
+    monkeypatch.setattr("time.sleep", settle)
+    assert not file.create(b"one")
+    assert file.read_bytes() == b"two"
+
+
+def test_every_change_of_a_guarded_place_and_in_it_is_checked_before(
+    at: Callable[[Path], Location], tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_bytes(b"before")
+
+    def check() -> None:
+        raise PermissionError(errno.EACCES, "not any more")
+
+    file = at(tmp_path).guarded(check) / "file"
+    for change in (
+        lambda: file.write_bytes(b""),
+        lambda: file.put(Path(__file__)),
+        lambda: file.create(b""),
+        file.lines,
+        file.remove,
+    ):
+        with pytest.raises(PermissionError):
+            change()
+    assert file.read_bytes() == b"before"
+    assert [file.name for file in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_lease_is_taken_renewed_lost_and_released_alike_everywhere(
+    at: Callable[[Path], Location], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sparksgd.spark.hadoop_files._SECONDS_TO_SETTLE", 0.0)
+    place = at(tmp_path / "run")
+    one, two = Lease(place, Holder.here("one")), Lease(place, Holder.here("two"), wait_s=0.0)
+    one.take()
+    one.renew()
+    one.check()
+    two.take()
+    (place.guarded(two.check) / "run.json").write_bytes(b"of two")
+    monkeypatch.setattr(one, "_due_s", 0.0)
+    with pytest.raises(ClusterError, match="run two"):
+        (place.guarded(one.check) / "run.json").write_bytes(b"of one")
+    two.release()
+    one.take()
+    assert (place / "run.json").read_bytes() == b"of two"
+    assert sorted(name for name in place.names() if name.endswith(".json")) == [
+        ".lease-000003.json", "run.json",
+    ]  # fmt: skip

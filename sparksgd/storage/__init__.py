@@ -4,7 +4,8 @@
     file:/data/lenet      this machine
     hdfs: s3a: abfss: ... what is registered here for URIs; in a job, spark/hadoop_files.py
 
-A file is written whole or not at all, so that no reader ever sees half of it.
+A file is written whole or not at all, so that no reader ever sees half of it: its writer prepares it under a
+name of its own, .NAME.12345678.part, and moves it to its place.
 """
 
 from __future__ import annotations
@@ -13,25 +14,26 @@ import errno
 import glob
 import hashlib
 import itertools
-import math
 import os
 import re
 import shutil
 import stat
 import tempfile
 import time
+import uuid
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Protocol
+from typing import Protocol, Self
 
 from sparksgd.errors import ClusterError, ConfigError, SparkSGDError
+from sparksgd.storage.lines import Lines, LocalLines, SpooledLines, Throttle
 
 __all__ = [
-    "HIDDEN", "FileStatus", "Lines", "LocalLocation", "Location", "SpooledLines", "Throttle", "fingerprint",
-    "has_scheme", "local_copy", "location", "register_uris", "replacing", "require_at_most",
-    "require_regular", "unanswered",
+    "HIDDEN", "FileStatus", "Lines", "LocalLines", "LocalLocation", "Location", "SpooledLines", "Throttle",
+    "fingerprint", "has_scheme", "local_copy", "location", "part_of", "register_uris", "remove_parts",
+    "replacing", "require_at_most", "require_regular", "unanswered", "unchecked",
 ]  # fmt: skip
 
 _NOT_REGULAR = "it is not a regular file: it is a pipe, a socket or a device"
@@ -39,10 +41,14 @@ _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):")
 HIDDEN = ("_", ".")
 """How the names of files begin that hold no data."""
 
+_PART = re.compile(r"\.[^.].*\.[0-9a-f]{8}\.part")
+"""Names of what `replacing` writes, except of files that are hidden themselves."""
+
+_NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
+"""What a file system raises that has no hard links."""
+
 _UNANSWERED = (errno.ECONNREFUSED, errno.EHOSTUNREACH, errno.ETIMEDOUT)
-_SECONDS_BETWEEN_COPIES = 5.0
-_COPYING_SHARE = 0.05
-"""Copying a growing file may take this share of the time."""
+_SECONDS_OF_A_DAY = 86_400.0
 
 
 @dataclass(frozen=True, order=True)
@@ -54,26 +60,6 @@ class FileStatus:
 
     size_bytes: int
     modified_ms: int
-
-
-class Lines(Protocol):
-    """A text file that grows line by line."""
-
-    def write(self, text: str) -> object:
-        """Append whole lines."""
-        ...
-
-    def flush(self) -> object:
-        """Let others read what was written; the lines of the last seconds may be missing."""
-        ...
-
-    def flush_all(self) -> object:
-        """Let others read everything that was written so far."""
-        ...
-
-    def close(self) -> None:
-        """Let others read everything."""
-        ...
 
 
 class Location(Protocol):
@@ -107,6 +93,14 @@ class Location(Protocol):
         """Write the file, whole or not at all, and its folder if need be."""
         ...
 
+    def create(self, data: bytes) -> bool:
+        """Write the file if it is not there, and its folder if need be; return whether this call did.
+
+        Of several writers at the same moment one gets True, if the file system can decide that.  No two of
+        them may have the same data.
+        """
+        ...
+
     def put(self, file: Path) -> None:
         """Write the file as a copy of one of this machine, whole or not at all."""
         ...
@@ -136,6 +130,14 @@ class Location(Protocol):
 
     def moved_aside(self) -> str:
         """Rename the folder to NAME.1, or the first number that is free; return where it is now."""
+        ...
+
+    def names(self) -> list[str]:
+        """Return the names of all that lies in the folder, hidden or not; none if there is no folder."""
+        ...
+
+    def guarded(self, check: Callable[[], None]) -> Self:
+        """Return the same place; each change of it, or in it, calls `check` before, which may raise."""
         ...
 
 
@@ -191,11 +193,16 @@ def _local_path(path: str | Path) -> Path | None:
     return Path("/" + text[scheme.end() :].lstrip("/"))  # as Hadoop does: %20 is not a space
 
 
+def unchecked() -> None:
+    """Let a change happen."""
+
+
 @dataclass(frozen=True)
 class LocalLocation:
     """A file or folder of this machine."""
 
     path: Path
+    check: Callable[[], None] = field(default=unchecked, compare=False, repr=False)
 
     def __str__(self) -> str:
         return str(self.path)
@@ -207,7 +214,7 @@ class LocalLocation:
 
     def __truediv__(self, name: str, /) -> LocalLocation:
         """Return what lies in it under a relative path."""
-        return LocalLocation(self.path / name)
+        return LocalLocation(self.path / name, self.check)
 
     def exists(self) -> bool:
         """Return whether it is there."""
@@ -224,23 +231,63 @@ class LocalLocation:
 
     def write_bytes(self, data: bytes) -> None:
         """Write the file, whole or not at all, and its folder if need be."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(self.path) as part:
+        with self._replacing() as part:
             part.write_bytes(data)
+
+    def create(self, data: bytes) -> bool:
+        """Write the file if it is not there, and its folder if need be; return whether this call did."""
+        self.check()
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        part = part_of(self.path)
+        try:
+            part.write_bytes(data)
+            os.link(part, self.path)
+            return True
+        except FileExistsError:
+            with suppress(FileNotFoundError):
+                return part.samefile(self.path)  # NFS may ask twice for one link
+            return False
+        except OSError as error:
+            if error.errno not in _NO_LINKS:
+                raise
+            return self._create_without_links(data)
+        finally:
+            part.unlink(missing_ok=True)
+
+    def _create_without_links(self, data: bytes) -> bool:
+        """Do the same where a reader may see an empty file for a moment."""
+        try:
+            file = self.path.open("xb")
+        except FileExistsError:
+            return False
+        with ExitStack() as unless_written, file:
+            unless_written.callback(self.path.unlink)
+            file.write(data)
+            file.flush()
+            unless_written.pop_all()
+        return True
 
     def put(self, file: Path) -> None:
         """Write the file as a copy of one of this machine, whole or not at all."""
+        with self._replacing() as part:
+            shutil.copyfile(file, part)
+
+    @contextmanager
+    def _replacing(self) -> Iterator[Path]:
+        self.check()
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(self.path) as part:
-            shutil.copyfile(file, part)
+            yield part
+            self.check()  # to write may have taken long
 
     def lines(self, kept: bytes = b"") -> Lines:
         """Begin a new file, which grows line by line after what is kept of an earlier one."""
-        self.write_bytes(kept)
-        return _LocalLines(self.path)
+        self.write_bytes(kept)  # as a file of its own: who still writes to the old one must not write to it
+        return LocalLines(self.path.open("a", encoding="utf-8", buffering=1), self.check)
 
     def remove(self) -> None:
         """Remove the file, if it is there."""
+        self.check()
         self.path.unlink(missing_ok=True)
 
     def files(self) -> list[FileStatus]:
@@ -270,6 +317,7 @@ class LocalLocation:
 
     def moved_aside(self) -> str:
         """Rename the folder to NAME.1, or the first number that is free; return where it is now."""
+        self.check()
         here = self.path.resolve()
         for number in itertools.count(1):
             aside = here.with_name(f"{here.name}.{number}")
@@ -278,26 +326,16 @@ class LocalLocation:
         here.rename(aside)
         return str(aside)
 
+    def names(self) -> list[str]:
+        """Return the names of all that lies in the folder, hidden or not; none if there is no folder."""
+        try:
+            return os.listdir(self.path)  # noqa: PTH208  # pathlib would take twice the time
+        except FileNotFoundError:
+            return []
 
-class _LocalLines:
-    """Lines of a file of this machine; each is there as soon as it is written."""
-
-    def __init__(self, path: Path) -> None:
-        self._file = path.open("a", encoding="utf-8", buffering=1)
-
-    def write(self, text: str) -> None:
-        """Append whole lines."""
-        self._file.write(text)
-
-    def flush(self) -> None:
-        """Let others read what was written."""
-        self._file.flush()
-
-    flush_all = flush
-
-    def close(self) -> None:
-        """Let others read everything."""
-        self._file.close()
+    def guarded(self, check: Callable[[], None]) -> LocalLocation:
+        """Return the same place; each change of it, or in it, calls `check` before, which may raise."""
+        return LocalLocation(self.path, check)
 
 
 def _without_waiting(path: str, flags: int) -> int:
@@ -330,90 +368,38 @@ def _matching(pattern: Path) -> list[Path]:
     return [path for path in map(Path, found) if not path.name.startswith(HIDDEN)]
 
 
-class Throttle:
-    """Says when to do something again that takes time.
-
-    Args:
-        pause_s: the least time between two times.
-        share: the largest share of all time that it may take.
-        clock: returns seconds.
-    """
-
-    def __init__(self, pause_s: float, share: float, clock: Callable[[], float] = time.monotonic) -> None:
-        self._pause_s, self._share, self._clock = pause_s, share, clock
-        self._due_s = -math.inf
-
-    def is_due(self) -> bool:
-        """Return whether it is time again."""
-        return self._clock() >= self._due_s
-
-    @contextmanager
-    def done(self) -> Iterator[None]:
-        """Do it in the block."""
-        started_s = self._clock()
-        try:
-            yield
-        finally:
-            ended_s = self._clock()
-            self._due_s = ended_s + max(self._pause_s, (ended_s - started_s) / self._share)
-
-
-class SpooledLines:
-    """Lines for a place where files cannot grow: they are kept here, and copied there every few seconds.
-
-    If a run is killed, the lines of its last seconds are missing there.  A long file takes longer to copy, so
-    it is copied less often.
-
-    Args:
-        target: where the file goes.
-        kept: what it begins with.
-        clock: returns seconds.
-    """
-
-    def __init__(
-        self, target: Location, kept: bytes = b"", clock: Callable[[], float] = time.monotonic
-    ) -> None:
-        self._target = target
-        self._copies = Throttle(_SECONDS_BETWEEN_COPIES, _COPYING_SHARE, clock)
-        self._spool: IO[str] = tempfile.NamedTemporaryFile("w", encoding="utf-8", prefix="sparksgd-")  # noqa: SIM115  # closed in close()
-        self._spool.write(kept.decode())
-        self._copy()
-
-    def write(self, text: str) -> None:
-        """Append whole lines."""
-        self._spool.write(text)
-
-    def flush(self) -> None:
-        """Copy what is not there yet, if it is time to."""
-        if self._copies.is_due():
-            self._copy()
-
-    def flush_all(self) -> None:
-        """Copy what is not there yet, now."""
-        self._copy()
-
-    def close(self) -> None:
-        """Copy what is not there yet."""
-        try:
-            self._copy()
-        finally:
-            self._spool.close()
-
-    def _copy(self) -> None:
-        with self._copies.done():
-            self._spool.flush()
-            self._target.put(Path(self._spool.name))
-
-
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`, and move it there if all goes well."""
-    part = path.with_name(f".{path.name}.part")
+    _remove_old_parts(path)
+    part = part_of(path)
     try:
         yield part
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)
+
+
+def part_of(path: Path) -> Path:
+    """Return a path beside another one, where one writer alone may prepare the file."""
+    return path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.part")
+
+
+def _remove_old_parts(path: Path) -> None:
+    """Remove what writers of a file left that were killed a day ago, or before."""
+    with suppress(OSError):
+        for name in os.listdir(path.parent):  # noqa: PTH208  # pathlib would take twice the time
+            if name.startswith(f".{path.name}.") and _PART.fullmatch(name):
+                left = path.with_name(name)
+                if time.time() - left.stat().st_mtime > _SECONDS_OF_A_DAY:
+                    left.unlink()
+
+
+def remove_parts(folder: Location) -> None:
+    """Remove what killed writers left in a folder; nobody else may write to it."""
+    for name in folder.names():
+        if _PART.fullmatch(name):
+            (folder / name).remove()
 
 
 def unanswered(error: OSError, refusal: SparkSGDError) -> SparkSGDError:
