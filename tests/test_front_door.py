@@ -131,9 +131,19 @@ def test_a_name_that_it_does_not_have_is_an_attribute_error():
 
 def test_the_signature_of_train_is_what_users_need_and_no_more():
     parameters = inspect.signature(sparksgd.train).parameters
-    assert list(parameters) == ["config", "rows", "test", "module", "observers", "out", "replay"]
+    assert list(parameters) == [
+        "config",
+        "rows",
+        "test",
+        "module",
+        "observers",
+        "out",
+        "replay",
+        "resume_from",
+        "checkpoint_dir",
+    ]
     assert [name for name, p in parameters.items() if p.kind is p.KEYWORD_ONLY] == [
-        "module", "observers", "out", "replay"
+        "module", "observers", "out", "replay", "resume_from", "checkpoint_dir"
     ]  # fmt: skip
     documented = sparksgd.train.__doc__ or ""
     assert all(f"        {name}: " in documented for name in parameters)
