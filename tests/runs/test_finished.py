@@ -79,6 +79,9 @@ def test_changed_code_is_another_run(out: Path) -> None:
         is_done(location(out), config, FILES | {"model.name": "6"}, "skip")
 
 
+NO_FILES = ("data.train=none", "data.test=none")
+
+
 def test_code_that_the_code_imports_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "theirs_here.py").write_text("import theirs_beside\n")
     config = Config.load(
