@@ -385,6 +385,7 @@ def test_evaluate_refuses_code_that_was_changed_if_it_is_told_to_be_strict(digit
     refused = run_job("evaluate.py", *words, "--trust", "own_nets", "--strict")
     assert refused.returncode == 2
     assert "the code of model.name = 'own_nets:Net' is not that of the training" in refused.stdout
+    assert "and strict was asked for" in refused.stdout
 
 
 @pytest.mark.parametrize("job", sorted(path.name for path in (ROOT / "jobs").glob("*.py")))

@@ -114,14 +114,22 @@ def test_a_loss_of_one_s_own_needs_trust_also_beside_a_module_given(model: Path)
     assert loaded.loss is torch.nn.functional.l1_loss
 
 
+@pytest.mark.parametrize("key", ["model", "loss"])
 def test_a_trusted_package_lends_nobody_else_s_code(
-    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: str
 ) -> None:
     (tmp_path / "lending.py").write_text("from os import system\n")
     monkeypatch.syspath_prepend(tmp_path)
-    change_manifest(model, lambda about: about.update(model={"name": "lending:system", "arguments": {}}))
-    with pytest.raises(DataError, match=r"model.name is 'lending:system', but that is code of posix"):
-        load_model(model, trust=["lending"])
+    lent = {"model": {"name": "lending:system", "arguments": {}}, "loss": "lending:system"}
+    change_manifest(model, lambda about: about.update({key: lent[key]}))
+    with pytest.raises(DataError, match=rf"{key}\.name is 'lending:system', but that is code of posix"):
+        load_model(model, trust=["lending", "scaled"])
+
+
+def test_nothing_is_read_before_it_is_known_whom_the_caller_trusts(model: Path) -> None:
+    (model / "weights.pt").unlink()
+    with pytest.raises(DataError, match="scaled is not trusted"):
+        load_model(model)
 
 
 def test_trust_is_a_list(model: Path) -> None:
