@@ -334,14 +334,14 @@ class Config:
                 raise ConfigError(f"{section} is {shown(table)}, but is a section: write [{section}]")
             table[key] = value
         config = cls.from_dict(tables)
-        for key, value in config.experiment().items():
-            require_storable(key, value)
+        config.require_storable("and write a date in quotes")
         return config
 
     def to_dict(self) -> dict[str, dict[str, Any]]:
         """Return nested tables of all keys that are set: the inverse of `from_dict`."""
         tables = {}
-        for section, values in dataclasses.asdict(self).items():
+        for section, of_section in vars(self).items():
+            values = dict(vars(of_section))
             arguments = values.pop("arguments", {})
             tables[section] = as_toml({k: v for k, v in values.items() if v is not None} | arguments)
         return tables
@@ -355,6 +355,18 @@ class Config:
             for key, value in values.items()
             if scopes.get(f"{section}.{key}", "experiment") == "experiment"
         }
+
+    def require_storable(self, otherwise: str) -> None:
+        """Refuse a value that a run's folder cannot hold: Python code, and TOML's dates, may give such.
+
+        Args:
+            otherwise: what else one may do, for the error.
+
+        Raises:
+            ConfigError: with the key and the value.
+        """
+        for key, value in self.experiment().items():
+            require_storable(key, value, otherwise)
 
     @classmethod
     def keys(cls) -> dict[str, tuple[str, Any]]:

@@ -6,7 +6,6 @@ before torch is imported, and the inline engine needs no Spark.
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 from collections.abc import Mapping, Sequence
@@ -199,14 +198,7 @@ def _run_folder(config: Config, out: object, replay: Replay | None) -> RunFolder
         from sparksgd.spark.session import refuse_lost_output
 
         refuse_lost_output(str(out), "out")
-    for key, value in config.experiment().items():
-        try:
-            json.dumps(value)
-        except (TypeError, ValueError) as error:
-            raise ConfigError(
-                f"{key} is {described_value(value)}, which cannot be written to the run's folder: use plain "
-                f"numbers, texts and lists, or leave out= away"
-            ) from error
+    config.require_storable("or leave out= away")
     folder = RunFolder(out, fingerprints)
     folder.require_writable()
     return folder
