@@ -278,6 +278,9 @@ class Config:
             and 0 < ports.start < ports.stop <= 65_536
         ):
             raise ConfigError(f"engine.ports is {shown(self.engine.ports)}, but must be like 40000-40099")
+        for key, path in (("data.train", self.data.train), ("data.test", self.data.test)):
+            if path is not None and not path.strip():
+                raise ConfigError(f"{key} is {path!r}, but must name a file or folder of Parquet")
         if not self.data.features:
             raise ConfigError("data.features names no column: name one, or several")
         if len(set(self.data.features)) < len(self.data.features):
