@@ -166,6 +166,8 @@ def test_a_configuration_survives_being_written_down() -> None:
         (["train.num_shards=0"], ["train.num_shards is 0", "must be at least 1"]),
         (["engine.num_workers=0"], ["engine.num_workers is 0", "must be at least 1"]),
         (["data.max_bad_rows=-1"], ["data.max_bad_rows is -1", "must be at least 0"]),
+        (["data.train="], ["data.train is '', but must name a file or folder"]),
+        (["data.test='  '"], ["data.test is '  ', but must name a file or folder"]),
         (["data.features=[]"], ["data.features names no column"]),
         (["data.features=[1, 2]"], ["data.features is [1, 2]", "a name or a list of names"]),
         (["data.label=3"], ["data.label is 3", "must be a text"]),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import threading
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -109,8 +110,8 @@ def itself() -> list[Any]:
 odd = st.sampled_from(
     [None, True, 0, 1, -1, 2**63, 2**64, 10**5000, -(10**5000), 0.0, -0.0, 1e308, float("inf"), float("nan"),
      "", "x", "a\0b", "\udcff", "x" * 5000, b"x", 1j, [], (), {}, {1: 2}, {"a": {"\udcff": 1}}, itself(),
-     [[1], (2,)], datetime.date(2020, 1, 1), object, len, [float("nan")], [10**5000], {"name": 1},
-     "local_sgd", "lenet"]
+     [[1], (2,)], datetime.date(2020, 1, 1), object, threading.Lock(), [float("nan")], [10**5000],
+     {"name": 1}, "local_sgd", "lenet"]
 )  # fmt: skip
 names = st.sampled_from(
     ["name", "arguments", "epochs", "features", "lr", "a b", "a.b", "", "\udcff", "k" * 5000, "barrier",

@@ -304,6 +304,9 @@ class Config:
             and 0 < ports.start < ports.stop <= 65_536
         ):
             raise ConfigError(f"engine.ports is {shown(self.engine.ports)}, but must be like 40000-40099")
+        for key, path in (("data.train", self.data.train), ("data.test", self.data.test)):
+            if path is not None and not path.strip():
+                raise ConfigError(f"{key} is {path!r}, but must name a file or folder of Parquet")
         if not self.data.features:
             raise ConfigError("data.features names no column: name one, or several")
         if len(set(self.data.features)) < len(self.data.features):
@@ -360,14 +363,14 @@ class Config:
                 raise ConfigError(f"{section} is {shown(table)}, but is a section: write [{section}]")
             table[key] = value
         config = cls.from_dict(tables)
-        for key, value in config.experiment().items():
-            require_storable(key, value)
+        config.require_storable("and write a date in quotes")
         return config
 
     def to_dict(self) -> dict[str, dict[str, Any]]:
         """Return nested tables of all keys that are set: the inverse of `from_dict`."""
         tables = {}
-        for section, values in dataclasses.asdict(self).items():
+        for section, of_section in vars(self).items():
+            values = dict(vars(of_section))
             arguments = values.pop("arguments", {})
             tables[section] = as_toml({k: v for k, v in values.items() if v is not None} | arguments)
         return tables
@@ -381,6 +384,18 @@ class Config:
             for key, value in values.items()
             if scopes.get(f"{section}.{key}", "experiment") == "experiment"
         }
+
+    def require_storable(self, otherwise: str) -> None:
+        """Refuse a value that a run's folder cannot hold: Python code, and TOML's dates, may give such.
+
+        Args:
+            otherwise: what else one may do, for the error.
+
+        Raises:
+            ConfigError: with the key and the value.
+        """
+        for key, value in self.experiment().items():
+            require_storable(key, value, otherwise)
 
     @classmethod
     def keys(cls) -> dict[str, tuple[str, Any]]:

@@ -6,6 +6,7 @@ A value that passes can be written to a run's folder, read again, and compared w
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import tomllib
 import types
@@ -182,18 +183,24 @@ def require_text(value: Any, what: str) -> None:
         raise ConfigError(f"{what} is {shown(value)}, {flaw}")
 
 
-def require_storable(key: str, value: Any) -> None:
+def require_storable(key: str, value: Any, otherwise: str) -> None:
     """Refuse a value that a run's folder cannot hold.
+
+    Args:
+        key: its name, for the error.
+        value: of that key, checked already.
+        otherwise: what else one may do.
 
     Raises:
         ConfigError: with the key and the value.
     """
-    for part in _parts(key, value):
-        if part is not None and type(part) not in (bool, int, float, str, list, tuple, dict):
-            raise ConfigError(
-                f"{key} is {shown(value)}, which cannot be written to the run's folder: use numbers, texts, "
-                f"lists and tables; write a date in quotes"
-            )
+    try:
+        json.dumps(value)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(
+            f"{key} is {shown(value)}, which cannot be written to the run's folder: use numbers, texts and "
+            f"lists, {otherwise}"
+        ) from error
 
 
 def as_toml(value: Any) -> Any:

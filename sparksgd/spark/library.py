@@ -6,7 +6,6 @@ before torch is imported, and the inline engine needs no Spark.
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -234,7 +233,7 @@ def _files(
             f"go, which may be the same folder, and no checkpoint_dir="
         )
     if given:
-        _refuse_unwritable_keys(config)
+        config.require_storable("or leave out= and checkpoint_dir= away")
     folder = RunFolder(given["out"], fingerprints) if "out" in given else None
 
     def checkpoints() -> CheckpointStore | None:
@@ -258,17 +257,6 @@ def _folder_named(name: str, folder: object) -> str:
 
         refuse_lost_output(str(folder), name)
     return str(folder)
-
-
-def _refuse_unwritable_keys(config: Config) -> None:
-    for key, value in config.experiment().items():
-        try:
-            json.dumps(value)
-        except (TypeError, ValueError) as error:
-            raise ConfigError(
-                f"{key} is {described_value(value)}, which cannot be written to the run's folder: use plain "
-                f"numbers, texts and lists, or leave out= and checkpoint_dir= away"
-            ) from error
 
 
 def _session(config: Config, rows: DataFrame | str, test: DataFrame | str | None) -> SparkSession:

@@ -59,6 +59,16 @@ def arriving(version: int, seconds: dict[int, float]) -> dict:
     return {"kind": "step", "version": version, "timing": {"arrivals": arrivals}}
 
 
+@pytest.mark.parametrize(
+    ("worker", "arrived_s"), [(0, float("nan")), (0, 1e400), (0, "soon"), (0, None), ([], 1.0), ("a", 1.0)]
+)
+def test_a_time_that_is_none_is_refused(tmp_path: Path, worker: object, arrived_s: object) -> None:
+    steps = [arriving(version, {0: 1.0, 1: 1.0}) for version in range(10)]
+    steps[3]["timing"]["arrivals"][0] |= {"worker": worker, "arrived_s": arrived_s}
+    with pytest.raises(DataError, match=r"metrics\.jsonl holds no steps of a run: "):
+        read_arrivals(record(tmp_path, steps))
+
+
 def test_late_arrivals_count_for_the_step_that_asked(tmp_path: Path) -> None:
     lines = [arriving(version, {0: 0.1, 1: 0.2}) for version in range(12)]
     (last,) = lines[0]["timing"]["arrivals"][1:]

@@ -106,6 +106,17 @@ def test_no_file_takes_more_memory_than_a_valid_one_needs(
         tracemalloc.stop()
 
 
+def test_of_a_plain_file_of_the_wrong_size_nothing_is_kept(tmp_path: Path) -> None:
+    path = written(tmp_path, idx_header((MANY,)) + bytes(MANY - 1))
+    tracemalloc.start()
+    try:
+        with pytest.raises(DataError, match="truncated: its header promises 8 "):
+            read_idx(path)
+        assert tracemalloc.get_traced_memory()[1] < MANY / 4
+    finally:
+        tracemalloc.stop()
+
+
 @pytest.mark.parametrize(
     ("shape", "reason"),
     [
