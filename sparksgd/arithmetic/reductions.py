@@ -14,6 +14,7 @@ from typing import Any, TypeVar, cast
 import numpy as np
 import torch
 from torch import nn
+from torch.autograd.graph import increment_version
 from torch.nn.utils import parametrize
 from torch.utils.hooks import RemovableHandle
 
@@ -24,6 +25,7 @@ __all__ = ["HOOKS", "reduced", "reducing", "slots"]
 T = TypeVar("T")
 Reduced = tuple[Any, ...]
 
+_MOST_VERSIONS = 100_000
 HOOKS = ("_backward_hooks", "_post_accumulate_grad_hooks")
 
 
@@ -113,6 +115,7 @@ def _reduced_tensor(tensor: torch.Tensor) -> Reduced | None:
             tensor.is_leaf and tensor.requires_grad,
             tensor.is_conj(),
             tensor.is_neg(),
+            tensor._version if isinstance(tensor, nn.Parameter) else 0,
         )
     hooks = [getattr(tensor, name) if tensor.is_leaf else None for name in HOOKS]
     attributes = {**tensor.__dict__}
@@ -143,6 +146,7 @@ def _tensor_of(
     requires_grad: bool,
     is_conj: bool,
     is_neg: bool,
+    version: int = 0,
 ) -> torch.Tensor:
     with torch.no_grad():
         tensor = torch.empty(0, dtype=dtype, device="cpu").set_(storage, offset, size, stride)
@@ -150,9 +154,14 @@ def _tensor_of(
             torch._C._set_conj(tensor, True)
         if is_neg:
             torch._C._set_neg(tensor, True)
-    if kind is not torch.Tensor:
-        return torch.Tensor._make_subclass(kind, tensor, requires_grad)
-    return tensor.requires_grad_(requires_grad)
+    if kind is torch.Tensor:
+        return tensor.requires_grad_(requires_grad)
+    made = torch.Tensor._make_subclass(kind, tensor, requires_grad)
+    for _ in range(
+        min(version, _MOST_VERSIONS) - made._version
+    ):  # its module may have noted which one it saw
+        increment_version(made)
+    return made
 
 
 def _set_tensor_state(tensor: torch.Tensor, state: tuple[dict[str, Any], list[Any]]) -> None:

@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import nn
+from torch.autograd.graph import increment_version
 
 from sparksgd.arithmetic.changes import (
     PARAMETERS,
@@ -101,6 +102,7 @@ class Standing:
                 or type.
         """
         assert self._stands is not None, "at() comes first"
+        self._count_version()
         made = Piece()
         try:
             yield made
@@ -127,6 +129,7 @@ class Standing:
             ModelError: a submodule or parameter was made, removed or replaced.
         """
         assert self._stands is not None, "at() comes first"
+        self._count_version()
         try:
             yield
             self._structure.restore_buffers()
@@ -135,6 +138,11 @@ class Standing:
             self._structure.restore()
             self._stand_again()
             self._constants.restore()
+
+    def _count_version(self) -> None:
+        """Let each parameter say that it has changed: torch does not know who writes its bytes."""
+        for parameter in self._trainable:
+            increment_version(parameter)
 
     def _moved(self) -> list[int]:
         """Return which parameters have other memory than before forward."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import os
 import sys
 import types
 from collections.abc import Callable, Iterator, Mapping
@@ -278,6 +279,10 @@ class _Visited:
         elif isinstance(value, type):
             if _is_users(value.__module__):
                 self.kinds[value] = None
+        elif value is os:
+            if "environ" in names and (id(vars(os)), "environ") not in self._told:
+                self._told.add((id(vars(os)), "environ"))
+                self._names.append(("os.environ", vars(os), "environ"))
         elif isinstance(value, types.ModuleType):
             inner = vars(value)
             if inner is not namespace and _is_users(value.__name__):

@@ -19,18 +19,25 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["HIGH", "LOW", "MIDDLE", "MOST_DRAWS", "Chance"]
+__all__ = ["BETWEEN", "HIGH", "LOW", "MIDDLE", "MOST_DRAWS", "Chance"]
 
 MOST_DRAWS = 20_000
 """That are steady in a block: a loop that waits for another number must end."""
 
 MIDDLE, LOW, HIGH = range(3)
 """Which noise: ordinary numbers, small ones, great ones.  A mask that one of them drops shows at another."""
+BETWEEN = range(3, 7)
+"""Others between them, for branches that a drawn number decides."""
 
 _RandomState, _Generator, _Random = np.random.RandomState, np.random.Generator, random.Random
 _default_rng = np.random.default_rng
-_SEEDS = {_RandomState: (89, 170, 179), _Generator: (235, 326, 249), _Random: (50, 396, 244)}
-"""Their first numbers in [0, 1) are near 0.5, 0.05 and 0.95; the first ones of {0, 1} are 1, 0 and 1."""
+_SEEDS = {
+    _RandomState: (89, 170, 179, 86, 164, 30, 563),
+    _Generator: (235, 326, 249, 355, 942, 107, 76),
+    _Random: (50, 396, 244, 39, 47, 421, 6),
+}
+"""By level.  Their first numbers in [0, 1) are near 0.5, 0.05, 0.95, 0.2, 0.35, 0.65 and 0.8; the first ones
+of {0, 1} are 1, 0 and 1; and of up to six whole numbers each comes first at some level."""
 
 _PLACES = {
     0: "random random_sample ranf sample tomaxint standard_normal standard_exponential standard_cauchy",

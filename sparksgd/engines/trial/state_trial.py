@@ -90,6 +90,7 @@ def _refuse_memory(
     """Refuse a module that computes a piece otherwise, or leaves other values, after another one."""
     fresh, used = (_Tried(module, loss, schema, dtype) for _ in range(2))
     used.compute(before, seed=1)  # so that what it draws and keeps is another than it would be anew
+    fresh.pass_over()
     used.take_tensors(fresh)
     found = []
     for one in (used, fresh):
@@ -150,6 +151,11 @@ class _Tried:
             if losses.requires_grad:  # else the trial's steps say what is wrong
                 back_propagate(losses, 1.0)
         return losses.detach().numpy().tobytes(), gradient.tobytes()
+
+    def pass_over(self) -> None:
+        """Let the versions of parameters be as after a piece."""
+        with self._flat.standing.piece():
+            pass
 
     def digest(self, path: str) -> str:
         """Return a digest of what an attribute is now; the module's own parts have paths of their own."""
