@@ -72,6 +72,8 @@ class Standing:
         self._places = [_place(home) for home in self._homes]
         self._number = {id(parameter): number for number, parameter in enumerate(self._trainable)}
         self._last: dict[int, Copy] = {}  # those that are channels last now, by number
+        self.moves_versions = True
+        """Whether forward sees other versions of the parameters in each piece."""
 
     def at(self, point: npt.NDArray[np.floating]) -> None:
         """Give the module the parameters of a point, float[P]: pieces start from there until the next call.
@@ -141,7 +143,7 @@ class Standing:
 
     def _count_version(self) -> None:
         """Let each parameter say that it has changed: torch does not know who writes its bytes."""
-        for parameter in self._trainable:
+        for parameter in self._trainable if self.moves_versions else ():
             increment_version(parameter)
 
     def _moved(self) -> list[int]:

@@ -2,17 +2,20 @@
 
 A piece X may leave attributes changed.  They are harmless if the next piece Y is computed to the same bits,
 and leaves the same values, whether X ran before it or not: the last activation, a cache of masks, a weight
-that a hook computes anew.  Between X and Y the parameters move, as in training, so that a cache of what
-depends on them is found out, too.  All else is refused: a counter, a list that grows, a maximum so far; and
-what an evaluation reads, because each evaluation, and the saved model, starts from the first state.
+that a hook computes anew.  A dictionary may have more keys after X, of a cache by length, unless X was Y.
+Between X and Y the parameters move, as in training, so that a cache of what depends on them is found out,
+too; so is a memory of rows, by rows that are made up of X.  All else is refused: a counter, a list that
+grows, a maximum so far; and what an evaluation reads, because each evaluation, and the saved model, starts
+from the first state.
 """
 
 from __future__ import annotations
 
 import hashlib
 import pickle
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -29,6 +32,7 @@ from sparksgd.engines.forward import back_propagate, forward
 from sparksgd.engines.held import is_plain, refusal
 from sparksgd.engines.hidden_state import pickled, state_of
 from sparksgd.engines.modes import evaluating
+from sparksgd.engines.trial.rows import crossed
 from sparksgd.engines.watch import Watch
 from sparksgd.errors import ModelError, UserCodeError
 from sparksgd.losses import Loss
@@ -71,11 +75,38 @@ def harmless_state(
                 )
         if not changed:
             return frozenset()
+        _refuse_what_was_kept(module, loss, schema, dtype, changed, pieces[0])
+        grows = False
         for one, other in (pieces, pieces[::-1]):
-            _refuse_memory(module, loss, schema, dtype, changed, one, other)
+            grows |= _refuse_memory(module, loss, schema, dtype, changed, one, other)
+        if grows:
+            if _refuse_memory(module, loss, schema, dtype, changed, pieces[0], pieces[0]):
+                raise refusal(" or ".join(changed))
+            with suppress(UserCodeError):  # it need not bear rows that are made up
+                made_up = crossed(records, schema)
+                _refuse_memory(module, loss, schema, dtype, changed, pieces[0], made_up)
         with settings.blamed("the module or its loss, in evaluation,"):
             _refuse_reading(lambda: _Tried(module, loss, schema, dtype), changed, *pieces)
     return frozenset(changed)
+
+
+def _refuse_what_was_kept(
+    module: nn.Module,
+    loss: Loss,
+    schema: RowSchema,
+    dtype: torch.dtype,
+    changed: list[str],
+    piece: npt.NDArray[Any],
+) -> None:
+    """Refuse a module that computes otherwise where parameters are as old as when it was made."""
+    found = []
+    for is_new in (True, False):
+        one = _Tried(module, loss, schema, dtype)
+        one.let_parameters_be(is_new=is_new)
+        found.append(one.compute(piece))
+        one.watch.restore()
+    if found[0] != found[1]:
+        raise refusal(" or ".join(changed))
 
 
 def _refuse_memory(
@@ -86,8 +117,12 @@ def _refuse_memory(
     changed: list[str],
     before: npt.NDArray[Any],
     piece: npt.NDArray[Any],
-) -> None:
-    """Refuse a module that computes a piece otherwise, or leaves other values, after another one."""
+) -> bool:
+    """Refuse a module that computes a piece otherwise, or leaves other values, after another one.
+
+    Returns:
+        Whether a dictionary has more keys after both pieces.
+    """
     fresh, used = (_Tried(module, loss, schema, dtype) for _ in range(2))
     used.compute(before, seed=1)  # so that what it draws and keeps is another than it would be anew
     fresh.pass_over()
@@ -96,14 +131,15 @@ def _refuse_memory(
     for one in (used, fresh):
         one.move_parameters()
         bits = one.compute(piece)
-        found.append((bits, [one.digest(path) for path in changed]))
+        found.append((bits, [one.leaves(path) for path in changed]))
         one.watch.restore()
     (bits, values), (fresh_bits, fresh_values) = found
     for path, value, other in zip(changed, values, fresh_values, strict=True):
-        if value != other:
+        if not _has_all_of(value, other):
             raise refusal(path)
     if bits != fresh_bits:
         raise refusal(" or ".join(changed))
+    return any(len(value) > len(other) for value, other in zip(values, fresh_values, strict=True))
 
 
 def _refuse_reading(
@@ -152,14 +188,22 @@ class _Tried:
                 back_propagate(losses, 1.0)
         return losses.detach().numpy().tobytes(), gradient.tobytes()
 
+    def let_parameters_be(self, *, is_new: bool) -> None:
+        """Let forward see by their versions that parameters are new, or not."""
+        self._flat.standing.moves_versions = is_new
+
     def pass_over(self) -> None:
         """Let the versions of parameters be as after a piece."""
         with self._flat.standing.piece():
             pass
 
-    def digest(self, path: str) -> str:
-        """Return a digest of what an attribute is now; the module's own parts have paths of their own."""
-        return _sha256(_leaves(self.watch.value(path), {id(part) for part in self._flat.module.modules()}))
+    def leaves(self, path: str) -> _Leaves:
+        """Return what an attribute is now; the module's own parts have paths of their own."""
+        found: _Leaves = defaultdict(list)
+        own = {id(part) for part in self._flat.module.modules()}
+        for place, leaf in _leaves(self.watch.value(path), own, ""):
+            found[place].append(leaf if isinstance(leaf, tuple) else hashlib.sha256(leaf).digest())
+        return found
 
     def compute_elsewhere(self, records: npt.NDArray[Any], *, far: bool) -> None:
         """Compute a gradient at other parameters; far: such that masks of what is great are others, too."""
@@ -221,33 +265,56 @@ def _sha256(values: Any) -> str:
     return digest.hexdigest()
 
 
-def _leaves(value: object, seen: set[int]) -> Iterator[bytes]:
-    """Yield bytes that tell two objects apart by their values."""
+_Leaves = dict[str, list[bytes | tuple[str, ...]]]
+"""By place: digests of values, and the keys of dictionaries, in their order."""
+
+
+def _has_all_of(one: _Leaves, other: _Leaves) -> bool:
+    """Return whether values are the same, but for more keys in dictionaries of the first."""
+    return all(
+        len(one.get(place, ())) == len(leaves) and all(map(_is_same, one[place], leaves))
+        for place, leaves in other.items()
+    )
+
+
+def _is_same(leaf: bytes | tuple[str, ...], other: bytes | tuple[str, ...]) -> bool:
+    if isinstance(leaf, tuple) and isinstance(other, tuple):
+        return tuple(key for key in leaf if key in set(other)) == other
+    return leaf == other
+
+
+def _leaves(value: object, seen: set[int], place: str) -> Iterator[tuple[str, bytes | tuple[str, ...]]]:
+    """Yield what tells two objects apart by their values, each with its place."""
     if isinstance(value, torch.Tensor):
         if value.is_nested:
-            yield from (leaf for part in value.unbind() for leaf in _leaves(part, seen))
+            for number, component in enumerate(value.unbind()):
+                yield from _leaves(component, seen, f"{place}[{number}]")
             return
-        yield f"{value.dtype} {tuple(value.shape)}".encode()
+        yield place, f"{value.dtype} {tuple(value.shape)}".encode()
         if value.is_meta:
             return
-        yield value.detach().to_dense().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+        yield place, value.detach().to_dense().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
         return
     if id(value) in seen:
         return
     seen.add(id(value))
     if (state := state_of(value)) is not None:
-        yield pickled(state[0]())
+        yield place, pickled(state[0]())
         return
     inner = list(parts(value))
     if isinstance(value, dict | list | set | deque):
         inner += [(f".{name}", part) for name, part in getattr(value, "__dict__", {}).items()]
-    yield type(value).__qualname__.encode()
+    names = tuple(name for name, _ in inner)
+    yield place, type(value).__qualname__.encode()
+    if isinstance(value, dict):
+        yield place, names
     if inner:
+        if not isinstance(value, dict):
+            yield place, "\n".join(names).encode()
         for name, part in inner:
-            yield name.encode()
-            yield from _leaves(part, seen)
-    else:
+            yield from _leaves(part, seen, place + name)
+    elif not isinstance(value, dict):
         try:
-            yield pickle.dumps(value)
+            yield place, pickle.dumps(value)
         except Exception:
-            yield repr(type(value)).encode()
+            yield place, repr(type(value)).encode()
