@@ -111,6 +111,7 @@ def around(roots: list[object], seen: Seen) -> list[Held]:
             watched.add(kind)
             found += _of_class(kind, functions, seen)
         for function in visited.follow():
+            seen.followed.append(function)
             found += _of_function(function, seen)
         for path, namespace, name in visited.names():
             inner = [] if (held := held_of(path, namespace[name], seen)) is None else [held]

@@ -62,6 +62,11 @@ def counts(core: Any, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     return y
 
 
+def reads_its_count(core: Any, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    core.t += 1
+    return y if core.t < 10_000 else 2 * y
+
+
 def appends(core: Any, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     core.seen.append(float(x.sum()))
     return y
@@ -231,7 +236,7 @@ def noted_in_a_closure() -> Callable[..., Any]:
 
 
 KEEPS = {
-    "a counter": (sets(t=0), counts, "core.t"),
+    "a counter": (sets(t=0), reads_its_count, "core.t"),
     "a mean of floats": (sets(mean=0.0), averages, "core.mean"),
     "a list": (sets(seen=[]), appends, "core.seen"),
     "a deque": (sets(seen=deque(maxlen=3)), appends, "core.seen"),
@@ -501,6 +506,7 @@ def caches_in_a_helper(core: Any, x: torch.Tensor, y: torch.Tensor) -> torch.Ten
 
 
 HARMLESS = {
+    "a counter that nothing reads": (sets(t=0), counts),
     "a cache by a length that differs": (sets(tables={}), caches_by_length),
     "a cache of a helper": (lambda core: setattr(core, "helper", Tables()), caches_in_a_helper),
     "a weight that is cached by its version": (sets(seen=-1), caches_by_version),

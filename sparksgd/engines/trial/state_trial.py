@@ -12,6 +12,7 @@ from the first state.
 from __future__ import annotations
 
 import hashlib
+import logging
 import pickle
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterator
@@ -33,11 +34,17 @@ from sparksgd.engines.held import is_plain, refusal
 from sparksgd.engines.hidden_state import pickled, state_of
 from sparksgd.engines.modes import evaluating
 from sparksgd.engines.trial.rows import crossed
+from sparksgd.engines.trial.unread import is_only_counted
 from sparksgd.engines.watch import Watch
 from sparksgd.errors import ModelError, UserCodeError
 from sparksgd.losses import Loss
 
 __all__ = ["harmless_state"]
+
+log = logging.getLogger("sparksgd")
+
+_FAR = 1_000_003
+"""Where a counter is set, to see that nothing depends on it."""
 
 
 def harmless_state(
@@ -75,16 +82,18 @@ def harmless_state(
                 )
         if not changed:
             return frozenset()
-        _refuse_what_was_kept(module, loss, schema, dtype, changed, pieces[0])
+        counters = [path for path in changed if _is_unread(path, first)]
+        _refuse_what_was_kept(module, loss, schema, dtype, changed, counters, pieces[0])
+        values = [path for path in changed if path not in counters]
         grows = False
         for one, other in (pieces, pieces[::-1]):
-            grows |= _refuse_memory(module, loss, schema, dtype, changed, one, other)
+            grows |= _refuse_memory(module, loss, schema, dtype, values, one, other)
         if grows:
-            if _refuse_memory(module, loss, schema, dtype, changed, pieces[0], pieces[0]):
-                raise refusal(" or ".join(changed))
+            if _refuse_memory(module, loss, schema, dtype, values, pieces[0], pieces[0]):
+                raise refusal(" or ".join(values))
             with suppress(UserCodeError):  # it need not bear rows that are made up
                 made_up = crossed(records, schema)
-                _refuse_memory(module, loss, schema, dtype, changed, pieces[0], made_up)
+                _refuse_memory(module, loss, schema, dtype, values, pieces[0], made_up)
         with settings.blamed("the module or its loss, in evaluation,"):
             _refuse_reading(lambda: _Tried(module, loss, schema, dtype), changed, *pieces)
     return frozenset(changed)
@@ -96,17 +105,30 @@ def _refuse_what_was_kept(
     schema: RowSchema,
     dtype: torch.dtype,
     changed: list[str],
+    counters: list[str],
     piece: npt.NDArray[Any],
 ) -> None:
-    """Refuse a module that computes otherwise where parameters are as old as when it was made."""
+    """Refuse a module that computes otherwise where it has counted far, or has seen the parameters before."""
     found = []
     for is_new in (True, False):
         one = _Tried(module, loss, schema, dtype)
         one.let_parameters_be(is_new=is_new)
+        for path in counters if is_new else ():
+            one.watch.set_number(path, _FAR)
         found.append(one.compute(piece))
         one.watch.restore()
     if found[0] != found[1]:
         raise refusal(" or ".join(changed))
+
+
+def _is_unread(path: str, tried: _Tried) -> bool:
+    """Return whether an attribute is a number that is counted on, but never read."""
+    if tried.watch.number(path) is None:
+        return False
+    if not is_only_counted(path.rpartition(".")[2], tried.watch.functions):
+        return False
+    log.info("nothing reads %s, which counts: it stays as it was", path)
+    return True
 
 
 def _refuse_memory(
