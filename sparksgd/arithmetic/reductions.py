@@ -5,7 +5,9 @@ One set of reducers serves copies in this process and pickles for others (see co
 
 from __future__ import annotations
 
+import importlib
 import random
+import sys
 import types
 import weakref
 from collections.abc import Callable, Iterator, Mapping
@@ -47,6 +49,8 @@ def reduced(value: Any) -> Reduced | None:
         return types.MappingProxyType, (dict(value),)
     if isinstance(value, torch.finfo | torch.iinfo):
         return type(value), (getattr(torch, value.dtype),)
+    if isinstance(value, torch.jit.ScriptFunction):
+        return _reduced_scripted(value)
     if type(value) is weakref.ref and value.__callback__ is None:
         return _weak_reference, (value(),)
     return None
@@ -236,6 +240,23 @@ def _set_parametrized_state(module: nn.Module, state: Any) -> None:
 
 def _bound(function: Callable[..., Any], to: object) -> types.MethodType:
     return types.MethodType(function, to)
+
+
+def _reduced_scripted(value: Any) -> Reduced | None:
+    """Return how a scripted function is made again: found by its name, or scripted from what has the name."""
+    written = getattr(value, "_torchdynamo_inline", None)  # as torch.jit.script leaves it
+    if not isinstance(written, types.FunctionType) or written.__module__ == "__main__":
+        return None
+    named = getattr(sys.modules.get(written.__module__), written.__qualname__, None)
+    if named is value:
+        return _named, (written.__module__, written.__qualname__)
+    if named is written and torch.jit.script(written).qualified_name == value.qualified_name:  # not traced
+        return torch.jit.script, (written,)
+    return None
+
+
+def _named(module: str, name: str) -> Any:
+    return getattr(importlib.import_module(module), name)
 
 
 def _weak_reference(target: object) -> weakref.ref[Any]:

@@ -127,7 +127,7 @@ def state_names(config: OptimizerConfig, settings: Settings) -> tuple[tuple[str,
 
 
 def _optimizer_kind(config: OptimizerConfig) -> Any:
-    return class_named("optimizer.name", config.name, torch.optim, Optimizer)
+    return class_named("optimizer.name", config.name, torch.optim, Optimizer, _EXAMPLE)
 
 
 # The trial
@@ -427,9 +427,21 @@ def _are_same(one: Sequence[torch.Tensor], other: Sequence[torch.Tensor]) -> boo
 
 # Classes by name
 
+_EXAMPLE = (
+    "class Mine(torch.optim.AdamW): def __init__(self, params, lr): "
+    "super().__init__(params, lr=lr, betas=(0.9, 0.95))"
+)
 
-def class_named(key: str, name: str, home: Any, base: type[Any]) -> Any:
+
+def class_named(key: str, name: str, home: Any, base: type[Any], example: str) -> Any:
     """Return the class that a configuration value names: one of torch's module `home`, or the user's own.
+
+    Args:
+        key: of the configuration.
+        name: its value.
+        home: of torch's own.
+        base: what it must be derived from.
+        example: of a class, for who names a function.
 
     Raises:
         ConfigError: there is none, or it is not derived from `base`.
@@ -440,9 +452,17 @@ def class_named(key: str, name: str, home: Any, base: type[Any]) -> Any:
         if inspect.isclass(kind) and issubclass(kind, base) and kind is not base
     }
     kind = resolve(key, name, ours)
-    if not (inspect.isclass(kind) and issubclass(kind, base)):
-        raise ConfigError(f"{key} is {name!r}, which is not a {base.__module__}.{base.__name__}")
-    return kind
+    if inspect.isclass(kind) and issubclass(kind, base):
+        return kind
+    named = f"{base.__module__}.{base.__name__}"
+    if inspect.isclass(kind) or not callable(kind):
+        raise ConfigError(f"{key} is {name!r}, which is not a {named}")
+    word = kind.__name__ if inspect.isroutine(kind) else type(kind).__name__
+    raise ConfigError(
+        f"{key} is {name!r}, which is a function, but must be a class derived from {named}, because workers "
+        f"and resumed runs make another one and give it the state. Let a class do in __init__ what {word} "
+        f"does: {example}"
+    )
 
 
 @contextmanager
