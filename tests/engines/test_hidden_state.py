@@ -17,7 +17,7 @@ from collections import ChainMap, Counter, OrderedDict, UserDict, defaultdict, d
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from os import environ
+from os import environ as table_of_names
 from typing import Any, ClassVar
 
 import numpy as np
@@ -392,8 +392,8 @@ class ByOs(Linear):
 
 class ByName(Linear):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        environ[NAME] = environ.get(NAME, "") + "."
-        return self.inner(x) + (len(environ[NAME]) > LATE)
+        table_of_names[NAME] = table_of_names.get(NAME, "") + "."
+        return self.inner(x) + (len(table_of_names[NAME]) > LATE)
 
 
 class SetsOnce(Linear):
@@ -402,10 +402,12 @@ class SetsOnce(Linear):
         return self.inner(x) * int(os.environ[NAME])
 
 
-@pytest.mark.parametrize("kind", [ByOs, ByName])
-def test_the_environment_is_state_too(kind: type[nn.Module], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("kind", "path"), [(ByOs, "os.environ"), (ByName, "table_of_names")])
+def test_the_environment_is_state_too(
+    kind: type[nn.Module], path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("SPARKSGD_OTHER", "as it was")
-    refused(kind(), "environ changes as the module trains")
+    refused(kind(), f"{path} changes as the module trains")
     assert NAME not in os.environ
     tried(SetsOnce())
     assert NAME not in os.environ
