@@ -90,7 +90,8 @@ def _by_memory(probe: Probe, module: nn.Module, loss: Loss) -> str | None:
             module.train(modes[0][1])  # takes out again what an own eval() merged
             for part, training in modes:
                 part.training = training
-        return measured(output, losses, gradient_of(own), seen, None)
+        gradient = losses.new_empty(0) if evaluates else gradient_of(own)
+        return measured(output, losses, gradient, seen, None)
 
     for evaluates in (False, True):
         here = probe.evaluated(rows) if evaluates else probe.plain(rows)

@@ -23,7 +23,7 @@ from sparksgd.engines.trial.measured import Measured
 from sparksgd.engines.trial.probe import Probe
 from sparksgd.errors import ModelError, UserCodeError
 
-__all__ = ["mixing", "refuse_sums_of_rows", "suspects"]
+__all__ = ["FIRST_COMPARED", "LAST_COMPARED", "mixing", "refuse_sums_of_rows", "suspects"]
 
 _Split = tuple[Sequence[int], Sequence[Sequence[int]]]
 _SPLITS: tuple[_Split, ...] = (
@@ -32,6 +32,8 @@ _SPLITS: tuple[_Split, ...] = (
     ([0, 1, 2, 3], ([0], [1, 2, 3])),
 )
 """Rows, and the parts to compare them with."""
+FIRST_COMPARED, LAST_COMPARED = _SPLITS[0][0], _SPLITS[-1][0]
+"""Which rows the first way compares, and which the last, by itself after steps."""
 _CROSSED: _Split = ([0, 1, 2, 3, 8, 9, 10, 11], ([0, 1, 2, 3], [8, 9, 10, 11]))
 """Rows, and those that are made up of them: each of these has a fellow in each column."""
 
@@ -85,7 +87,7 @@ def _in_all_ways(probe: Probe, splits: int, *, evaluates: bool) -> str | None:
     if splits == len(_SPLITS):
         with suppress(UserCodeError):  # it need not bear rows that are made up
             found = found or _mixing(probe, [_CROSSED], MIDDLE)
-        for level in (LOW, HIGH, *(BETWEEN if probe.graded else ())) if probe.draws else ():
+        for level in (HIGH, *((LOW, *BETWEEN) if probe.graded else ())) if probe.draws else ():
             with suppress(UserCodeError):  # it need not bear any number
                 found = found or _mixing(probe, _SPLITS[-1:], level)
     if not evaluates or found is not None:

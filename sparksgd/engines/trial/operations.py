@@ -38,8 +38,8 @@ _EXACT = (
 """Operations that copy numbers, beside views."""
 _LEFT_AS_THEY_ARE = ("_scaled_dot_product", "_flash_attention", "_efficient_attention")
 """Operations that count as random, though they draw nothing on a CPU."""
-_MASKS = ("native_dropout", "bernoulli", "rrelu", "randperm", *_LEFT_AS_THEY_ARE)
-"""Operations that keep or drop, or give the same at most levels."""
+_MASKS = ("native_dropout", "bernoulli", "randperm", *_LEFT_AS_THEY_ARE)
+"""Operations that drop at HIGH, and give the same at all other levels."""
 
 
 class Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leaves it untyped
@@ -58,7 +58,7 @@ class Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch l
         self.draws = 0
         """How many operations drew random numbers."""
         self.graded = False
-        """Whether one of them is no mask: it gives other numbers at each level of chance."""
+        """Whether one of them is no mask, and gives other numbers at each level of chance."""
         self.widened = False
         """Whether one got or gave wider numbers than it asked for."""
         self.met: dict[int, torch.Tensor] = {}

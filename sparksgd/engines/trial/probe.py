@@ -27,9 +27,9 @@ from sparksgd.data.schema import RowSchema
 from sparksgd.engines.forward import back_propagate, forward
 from sparksgd.engines.modes import evaluating
 from sparksgd.engines.trial.chance import MIDDLE, Chance
-from sparksgd.engines.trial.measured import Measured, distance, measured, sum_of
+from sparksgd.engines.trial.measured import Measured, distance, excess, measured
 from sparksgd.engines.trial.operations import Operations
-from sparksgd.engines.trial.rows import DIFFERENT_ROWS, FIRST_ROWS
+from sparksgd.engines.trial.rows import FIRST_ROWS
 from sparksgd.errors import ModelError, UserCodeError
 from sparksgd.losses import Loss
 
@@ -132,7 +132,7 @@ class Probe:
         return self.drawn(compute, seed, level)
 
     def losses(self, rows: Sequence[int]) -> Measured:
-        """Return the losses of rows alone, which takes less memory; the gradient is 0.
+        """Return the losses of rows alone, which takes less memory; the gradient is empty.
 
         Args:
             rows: which; up to as many as a piece has.
@@ -141,7 +141,7 @@ class Probe:
         def compute(seen: Operations) -> Measured:
             with torch.no_grad(), self.flat.standing.piece():
                 output, losses = self.forward(self.flat.module, self._loss, rows)
-            return measured(output, losses, torch.zeros_like(self.flat.parameters), seen, None)
+            return measured(output, losses, self.flat.parameters.new_empty(0), seen, None)
 
         return self.drawn(compute, 0, MIDDLE)
 
@@ -189,7 +189,11 @@ class Probe:
         self._plain.clear()
 
     def move(
-        self, parameters: torch.Tensor | None = None, constants: Mapping[str, Words] | None = None
+        self,
+        parameters: torch.Tensor | None = None,
+        constants: Mapping[str, Words] | None = None,
+        *,
+        rows: Sequence[int],
     ) -> None:
         """Go to weights near some parameters, float[P]; None: near the first ones.
 
@@ -199,6 +203,7 @@ class Probe:
         Args:
             parameters: near which.
             constants: the bytes of frozen parameters and buffers; others are as at first.
+            rows: that are to be compared.
         """
         if constants is not None:
             self.flat.load_constants(constants)
@@ -212,7 +217,7 @@ class Probe:
                 values.add_(away, alpha=2 * _MOVED * (size + _MOVED))
         self._go_to(moved)
         try:
-            is_finite = self.plain(range(DIFFERENT_ROWS)).is_finite
+            is_finite = self.plain(rows).is_finite
         except UserCodeError:  # a scale is negative there, or a matrix is singular
             is_finite = False
         if not is_finite:
@@ -330,7 +335,7 @@ class Probe:
 
         def compute(seen: Operations) -> Measured:
             output, losses = self.forward(self.flat.module, self._loss, rows)
-            return measured(output, losses, torch.zeros_like(self.flat.parameters), seen, None)
+            return measured(output, losses, self.flat.parameters.new_empty(0), seen, None)
 
         try:
             with evaluating(self.flat):
@@ -360,7 +365,7 @@ class Probe:
             worst = int((error - limit).argmax())
             if error[worst] > limit[worst]:
                 return f"the loss of row {worst + 1} is {together.losses[worst]:.9g} and {losses[worst]:.9g}"
-        error = sum_of(apart) - together.gradient
+        error = excess(apart, together)
         size = float(together.gradient.norm())
         if float(error.norm()) <= floor * size:
             return None

@@ -48,7 +48,12 @@ _FAR = 1_000_003
 
 
 def harmless_state(
-    module: nn.Module, loss: Loss, schema: RowSchema, records: npt.NDArray[Any], dtype: torch.dtype
+    module: nn.Module,
+    loss: Loss,
+    schema: RowSchema,
+    records: npt.NDArray[Any],
+    dtype: torch.dtype,
+    made: tuple[nn.Module, Loss] | None = None,
 ) -> frozenset[str]:
     """Return the paths of the attributes that a piece may leave changed.
 
@@ -58,6 +63,7 @@ def harmless_state(
         schema: of a record.
         records: some rows, [B].
         dtype: the type of the parameters.
+        made: copies of module and loss, which are as before afterwards; None: others are made.
 
     Raises:
         ModelError: something else changes, or a setting of torch or numpy does; or a part cannot be copied.
@@ -66,13 +72,13 @@ def harmless_state(
     rows = max(2, len(records) // 2)
     pieces = np.resize(records, 2 * rows).reshape(2, rows)
     with generators_kept(), HeldSettings() as settings:
-        first = _Tried(module, loss, schema, dtype)
+        first = _Tried(module, loss, schema, dtype, made)
         try:
             with settings.blamed("the module or its loss"):
                 first.compute(pieces[0])
             changed = first.watch.changed()
         finally:
-            first.watch.restore()  # also what all copies share: globals, attributes of classes
+            first.put_back()  # also what all copies share: globals, attributes of classes
         for path in graphs:
             if path not in changed:
                 raise ModelError(
@@ -195,9 +201,17 @@ def _refuse_reading(
 class _Tried:
     """Copies of a module and a loss that are tried."""
 
-    def __init__(self, module: nn.Module, loss: Loss, schema: RowSchema, dtype: torch.dtype) -> None:
-        tried, self._loss = copied((module, loss), {"": module, "loss": loss})
+    def __init__(
+        self,
+        module: nn.Module,
+        loss: Loss,
+        schema: RowSchema,
+        dtype: torch.dtype,
+        made: tuple[nn.Module, Loss] | None = None,
+    ) -> None:
+        tried, self._loss = made or copied((module, loss), {"": module, "loss": loss})
         self._flat, self._schema = FlatModule(tried, dtype), schema
+        self._buffers = self._flat.statistics(), self._flat.counters()
         self._flat.standing.at(self._flat.parameters.numpy())
         self.watch = Watch(tried, self._loss, original=module)
 
@@ -209,6 +223,11 @@ class _Tried:
             if losses.requires_grad:  # else the trial's steps say what is wrong
                 back_propagate(losses, 1.0)
         return losses.detach().numpy().tobytes(), gradient.tobytes()
+
+    def put_back(self) -> None:
+        """Let all be as it was before a piece."""
+        self.watch.restore()
+        self._flat.load_buffers(*self._buffers)
 
     def let_parameters_be(self, *, is_new: bool) -> None:
         """Let forward see by their versions that parameters are new, or not."""

@@ -34,7 +34,13 @@ from sparksgd.engines.trial.lasting_modes import refuse_lasting_modes
 from sparksgd.engines.trial.later import STEPS_LATER, Later
 from sparksgd.engines.trial.layouts import channels_last_differs, refuse_other_memory
 from sparksgd.engines.trial.lazy import has_lazy_parts, take_shapes
-from sparksgd.engines.trial.mixing import mixing, refuse_sums_of_rows, suspects
+from sparksgd.engines.trial.mixing import (
+    FIRST_COMPARED,
+    LAST_COMPARED,
+    mixing,
+    refuse_sums_of_rows,
+    suspects,
+)
 from sparksgd.engines.trial.outside import Outside, refuse_later_moves
 from sparksgd.engines.trial.ownership import Owned, left_alone, refuse_shared_memory
 from sparksgd.engines.trial.pieces import Piece
@@ -93,9 +99,8 @@ def try_out(module: nn.Module, records: npt.NDArray[Any], use: Use) -> Found:
         left_alone(module, use.loss) as changing,
         thread_count(use.threads),
     ):
-        harmless = harmless_state(
-            module, use.loss, use.schema, labelled_0(few, use.schema, classifies=use.classifies), use.dtype
-        )
+        labelled = labelled_0(few, use.schema, classifies=use.classifies)
+        harmless = harmless_state(module, use.loss, use.schema, labelled, use.dtype, copies[0])
         changing |= harmless
         trial = _Trial(module, copies, records, few, use, harmless)
         found = trial.run()
@@ -176,7 +181,7 @@ class _Trial:
                 label[:] = np.where((values >= 0) & (values < classes), values, 0)
         labels[1][:DIFFERENT_ROWS] = varied(labels[1], first)[:DIFFERENT_ROWS]
         tried[DIFFERENT_ROWS:FIRST_ROWS] = crossed(tried, use.schema)
-        probe.move()
+        probe.move(rows=FIRST_COMPARED)
         probe.refuse_what_does_not_repeat()
         refuse_other_memory(probe, *self._copies.pop())
         if use.has_pieces:
@@ -221,10 +226,10 @@ class _Trial:
     def _refuse_later_mixing(self, probe: Probe, later: Later) -> None:
         """Refuse rows that mix after some steps: at other weights, or once forward has counted them."""
         evaluates = self._use.evaluates and later.has_changes
-        probe.move(later.parameters, later.constants())
+        probe.move(later.parameters, later.constants(), rows=LAST_COMPARED)
         self._refuse_mixing(mixing(probe, splits=1, evaluates=evaluates))
         for steps in STEPS_LATER if later.counters else ():
-            probe.move(later.parameters, later.constants(steps))
+            probe.move(later.parameters, later.constants(steps), rows=LAST_COMPARED)
             with suppress(UserCodeError):  # a table may have no place for so many steps
                 found = mixing(probe, splits=1, evaluates=evaluates)
                 counted = " and ".join(later.counters)
