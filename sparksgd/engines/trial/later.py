@@ -34,8 +34,11 @@ class Later:
         self._noted: list[dict[str, torch.Tensor]] = []
 
     def note(self) -> None:
-        """Note what forward has changed, after each step."""
+        """Note what forward has changed, after each step; of what is no counter, the last values alone."""
         changed = self._flat.changed_constants()
+        for noted in self._noted[-1:]:
+            for name in [name for name, tensor in noted.items() if not _counts(tensor)]:
+                del noted[name]
         self._noted.append(
             {name: tensor.detach().clone() for name, tensor in self._flat.constants() if name in changed}
         )
@@ -73,7 +76,9 @@ class Later:
     def _growth(self) -> dict[str, torch.Tensor]:
         found = {}
         for name, last in self._noted[-1].items() if self._noted else ():
-            values = [noted[name].double() for noted in self._noted if name in noted and _counts(last)]
+            if not _counts(last):
+                continue
+            values = [noted[name].double() for noted in self._noted if name in noted]
             steps = [later - earlier for earlier, later in pairwise(values)]
             if len(steps) > 1 and steps[0].any() and all(torch.allclose(steps[0], step) for step in steps):
                 found[name] = steps[0]
