@@ -192,11 +192,13 @@ def _named(stands_for: Mapping[int, tuple[object, object]]) -> Iterator[tuple[di
         is_plain = type(module) is types.ModuleType  # others may have no weak references
         if not isinstance(names, dict) or (is_plain and _without.get(module) == len(names)):
             continue
-        found = [
-            (name, stands_for[id(value)][1])
-            for name, value in list(names.items())
-            if id(value) in stands_for and stands_for[id(value)][0] is value
-        ]
+        found = []
+        if not stands_for.keys().isdisjoint(map(id, list(names.values()))):
+            found = [
+                (name, stands_for[id(value)][1])
+                for name, value in list(names.items())
+                if id(value) in stands_for and stands_for[id(value)][0] is value
+            ]
         yield from ((names, name, steady) for name, steady in found)
         if is_plain and not found and "-packages" in str(names.get("__file__")):
             _without[module] = len(names)

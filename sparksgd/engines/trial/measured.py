@@ -66,9 +66,9 @@ def gradient_of(parameters: Sequence[nn.Parameter]) -> torch.Tensor:
     return torch.cat([gradient.detach().reshape(-1) for gradient in gradients])
 
 
-def excess(parts: Sequence[Measured], whole: Measured) -> torch.Tensor:
+def excess(parts: Sequence[Measured], whole: Measured, out: torch.Tensor | None = None) -> torch.Tensor:
     """Return by how much the gradients of parts add up to more than that of the whole, float[P]."""
-    found = parts[0].gradient - whole.gradient
+    found = torch.sub(parts[0].gradient, whole.gradient, out=out)
     for part in parts[1:]:
         found += part.gradient
     return found

@@ -89,6 +89,7 @@ class Probe:
         self.graded = False
         """Whether what was drawn is more than masks, see `Operations.graded`."""
         self._first = self.flat.parameters.clone()
+        self._scratch = torch.empty_like(self._first)
         self.whole_piece = list(range(FIRST_ROWS, len(records)))
         self.piece = self.whole_piece[:_GRADIENT_ROWS]
         self._plain: dict[tuple[int, ...], Measured] = {}  # what was measured at these weights
@@ -365,7 +366,7 @@ class Probe:
             worst = int((error - limit).argmax())
             if error[worst] > limit[worst]:
                 return f"the loss of row {worst + 1} is {together.losses[worst]:.9g} and {losses[worst]:.9g}"
-        error = excess(apart, together)
+        error = excess(apart, together, self._scratch[: len(together.gradient)])
         size = float(together.gradient.norm())
         if float(error.norm()) <= floor * size:
             return None
