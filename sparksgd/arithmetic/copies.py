@@ -10,6 +10,7 @@ are kept:
     parametrized modules   a class of their own, as torch gives them
     bound methods, functions with closures, weak references   they refer to the copy
     classes, modules of Python, functions without closures    themselves; pickled: by name, or by value
+    functions that torch.jit has scripted                     themselves; pickled: scripted again
 
 What cannot be copied is refused with the path of the attribute.
 """
@@ -40,7 +41,9 @@ _COPIED = frozenset((dict, list, tuple, set, OrderedDict, torch.Tensor, nn.Param
 """With `_SCALARS` the types of most of what a module holds, which are made again; not their subclasses."""
 _TABLES = frozenset((list, dict, set, deque, OrderedDict, Counter))
 _MANY = 100
-_ATOMS = (type, types.ModuleType, types.CodeType, torch.dtype, torch.device, torch.layout)
+_ATOMS = (
+    type, types.ModuleType, types.CodeType, torch.dtype, torch.device, torch.layout, torch.jit.ScriptFunction,
+)  # fmt: skip
 
 
 def copied(value: T, named: Mapping[str, object] | None = None) -> T:
@@ -300,7 +303,12 @@ def _refusal(value: object, name: str, attempt: Callable[[Any], object], error: 
         else:
             break
     kind = type(culprit)
-    if isinstance(culprit, torch.jit.ScriptModule | torch.jit.ScriptFunction | torch.ScriptModule):
+    if isinstance(culprit, torch.jit.ScriptFunction):
+        return ModelError(
+            f"{path.lstrip('.')} was traced by torch.jit, or scripted where no name leads to it, and cannot "
+            "be copied to workers: script a function of a file that workers import"
+        )
+    if isinstance(culprit, torch.jit.ScriptModule | torch.ScriptModule):
         return ModelError(
             f"{path.removesuffix('._c').lstrip('.') or 'the module'} is scripted by torch.jit, and cannot be "
             f"copied to workers: give the module as it was before torch.jit.script"

@@ -5,7 +5,9 @@ One set of reducers serves copies in this process and pickles for others (see co
 
 from __future__ import annotations
 
+import importlib
 import random
+import sys
 import types
 import weakref
 from collections.abc import Callable, Iterator, Mapping
@@ -14,6 +16,7 @@ from typing import Any, TypeVar, cast
 import numpy as np
 import torch
 from torch import nn
+from torch.autograd.graph import increment_version
 from torch.nn.utils import parametrize
 from torch.utils.hooks import RemovableHandle
 
@@ -24,6 +27,7 @@ __all__ = ["HOOKS", "reduced", "reducing", "slots"]
 T = TypeVar("T")
 Reduced = tuple[Any, ...]
 
+_MOST_VERSIONS = 100_000
 HOOKS = ("_backward_hooks", "_post_accumulate_grad_hooks")
 
 
@@ -45,6 +49,8 @@ def reduced(value: Any) -> Reduced | None:
         return types.MappingProxyType, (dict(value),)
     if isinstance(value, torch.finfo | torch.iinfo):
         return type(value), (getattr(torch, value.dtype),)
+    if isinstance(value, torch.jit.ScriptFunction):
+        return _reduced_scripted(value)
     if type(value) is weakref.ref and value.__callback__ is None:
         return _weak_reference, (value(),)
     return None
@@ -113,6 +119,7 @@ def _reduced_tensor(tensor: torch.Tensor) -> Reduced | None:
             tensor.is_leaf and tensor.requires_grad,
             tensor.is_conj(),
             tensor.is_neg(),
+            tensor._version if isinstance(tensor, nn.Parameter) else 0,
         )
     hooks = [getattr(tensor, name) if tensor.is_leaf else None for name in HOOKS]
     attributes = {**tensor.__dict__}
@@ -143,6 +150,7 @@ def _tensor_of(
     requires_grad: bool,
     is_conj: bool,
     is_neg: bool,
+    version: int = 0,
 ) -> torch.Tensor:
     with torch.no_grad():
         tensor = torch.empty(0, dtype=dtype, device="cpu").set_(storage, offset, size, stride)
@@ -150,9 +158,14 @@ def _tensor_of(
             torch._C._set_conj(tensor, True)
         if is_neg:
             torch._C._set_neg(tensor, True)
-    if kind is not torch.Tensor:
-        return torch.Tensor._make_subclass(kind, tensor, requires_grad)
-    return tensor.requires_grad_(requires_grad)
+    if kind is torch.Tensor:
+        return tensor.requires_grad_(requires_grad)
+    made = torch.Tensor._make_subclass(kind, tensor, requires_grad)
+    for _ in range(
+        min(version, _MOST_VERSIONS) - made._version
+    ):  # its module may have noted which one it saw
+        increment_version(made)
+    return made
 
 
 def _set_tensor_state(tensor: torch.Tensor, state: tuple[dict[str, Any], list[Any]]) -> None:
@@ -227,6 +240,23 @@ def _set_parametrized_state(module: nn.Module, state: Any) -> None:
 
 def _bound(function: Callable[..., Any], to: object) -> types.MethodType:
     return types.MethodType(function, to)
+
+
+def _reduced_scripted(value: Any) -> Reduced | None:
+    """Return how a scripted function is made again: found by its name, or scripted from what has the name."""
+    written = getattr(value, "_torchdynamo_inline", None)  # as torch.jit.script leaves it
+    if not isinstance(written, types.FunctionType) or written.__module__ == "__main__":
+        return None
+    named = getattr(sys.modules.get(written.__module__), written.__qualname__, None)
+    if named is value:
+        return _named, (written.__module__, written.__qualname__)
+    if named is written and torch.jit.script(written).qualified_name == value.qualified_name:  # not traced
+        return torch.jit.script, (written,)
+    return None
+
+
+def _named(module: str, name: str) -> Any:
+    return getattr(importlib.import_module(module), name)
 
 
 def _weak_reference(target: object) -> weakref.ref[Any]:

@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import nn
+from torch.autograd.graph import increment_version
 
 from sparksgd.arithmetic.changes import (
     PARAMETERS,
@@ -71,6 +72,8 @@ class Standing:
         self._places = [_place(home) for home in self._homes]
         self._number = {id(parameter): number for number, parameter in enumerate(self._trainable)}
         self._last: dict[int, Copy] = {}  # those that are channels last now, by number
+        self.moves_versions = True
+        """Whether forward sees other versions of the parameters in each piece."""
 
     def at(self, point: npt.NDArray[np.floating]) -> None:
         """Give the module the parameters of a point, float[P]: pieces start from there until the next call.
@@ -101,6 +104,7 @@ class Standing:
                 or type.
         """
         assert self._stands is not None, "at() comes first"
+        self._count_version()
         made = Piece()
         try:
             yield made
@@ -127,6 +131,7 @@ class Standing:
             ModelError: a submodule or parameter was made, removed or replaced.
         """
         assert self._stands is not None, "at() comes first"
+        self._count_version()
         try:
             yield
             self._structure.restore_buffers()
@@ -135,6 +140,11 @@ class Standing:
             self._structure.restore()
             self._stand_again()
             self._constants.restore()
+
+    def _count_version(self) -> None:
+        """Let each parameter say that it has changed: torch does not know who writes its bytes."""
+        for parameter in self._trainable if self.moves_versions else ():
+            increment_version(parameter)
 
     def _moved(self) -> list[int]:
         """Return which parameters have other memory than before forward."""

@@ -111,6 +111,8 @@ class Seen(set[int]):
         super().__init__(ids)
         self.kinds: dict[type, None] = {}
         self.functions: list[types.FunctionType] = []
+        self.followed: list[types.FunctionType] = []
+        """Those whose names were looked up, with what they call."""
 
 
 def held_of(path: str, value: Any, seen: Seen) -> Held | None:

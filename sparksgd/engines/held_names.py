@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dis
 import enum
+import os
 import sys
 import types
 from collections.abc import Callable, Iterator, Mapping
@@ -110,6 +112,7 @@ def around(roots: list[object], seen: Seen) -> list[Held]:
             watched.add(kind)
             found += _of_class(kind, functions, seen)
         for function in visited.follow():
+            seen.followed.append(function)
             found += _of_function(function, seen)
         for path, namespace, name in visited.names():
             inner = [] if (held := held_of(path, namespace[name], seen)) is None else [held]
@@ -265,6 +268,8 @@ class _Visited:
             if isinstance(wrapped := getattr(function, "__wrapped__", None), types.FunctionType):
                 self._waiting.append(wrapped)
             names = list(dict.fromkeys(_names_of(function.__code__)))
+            if "environ" in names and _writes_items(function.__code__):
+                self._tell("os.environ", vars(os), "environ")
             for name in names:
                 self._look(function.__globals__, name, names)
         return met
@@ -285,10 +290,14 @@ class _Visited:
                     if one in inner and (id(inner), one) not in self._told:
                         self._look(inner, one, names)
         elif name in namespace and _is_data(name, value) and (id(namespace), name) not in self._told:
-            self._told.add((id(namespace), name))
-            self._names.append((f"the global variable {name}", namespace, name))
+            self._tell(f"the global variable {name}", namespace, name)
             if isinstance(wrapped := getattr(value, "__wrapped__", None), types.FunctionType):
                 self._waiting.append(wrapped)
+
+    def _tell(self, path: str, namespace: dict[str, Any], name: str) -> None:
+        if (id(namespace), name) not in self._told:
+            self._told.add((id(namespace), name))
+            self._names.append((path, namespace, name))
 
     def names(self) -> list[tuple[str, dict[str, Any], str]]:
         """Return globals that the functions use and that were not returned before: path, namespace, name."""
@@ -306,6 +315,17 @@ def _is_users(module: object) -> bool:
         return False
     file = getattr(sys.modules.get(str(module)), "__file__", None) or ""
     return "site-packages" not in file and "dist-packages" not in file
+
+
+def _writes_items(code: types.CodeType) -> bool:
+    """Return whether code sets or removes items of something."""
+    for one in dis.get_instructions(code):
+        if one.opname in ("STORE_SUBSCR", "DELETE_SUBSCR") or one.argval in _WRITERS:
+            return True
+    return any(_writes_items(inner) for inner in code.co_consts if isinstance(inner, types.CodeType))
+
+
+_WRITERS = ("setdefault", "update", "pop", "popitem", "clear", "__setitem__", "__delitem__")
 
 
 def _names_of(code: types.CodeType) -> Iterator[str]:

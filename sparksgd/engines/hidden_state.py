@@ -1,16 +1,17 @@
-"""The state of objects that hide it from Python: generators, iterators, buffers of C, context variables."""
+"""The state of objects that hide it from Python: generators, iterators, buffers of C, the environment."""
 
 from __future__ import annotations
 
 import contextvars
 import gc
+import os
 import pickle
 import queue
 import random
 import threading
 import types
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from functools import lru_cache, partial
 from typing import Any
 
@@ -59,7 +60,17 @@ def state_of(value: Any) -> tuple[Callable[[], Any], Callable[[Any], object] | N
         return lambda: dict(vars(value)), None
     if isinstance(value, queue.SimpleQueue):
         return value.qsize, None
+    if value is os.environ:
+        return lambda: sorted(value.items()), partial(_set_to, value)
     return None
+
+
+def _set_to(table: MutableMapping[str, str], items: list[tuple[str, str]]) -> None:
+    """Give a table these items; what is right already is not touched, because other threads may read it."""
+    before = dict(items)
+    for name in table.keys() - before.keys():
+        del table[name]
+    table.update({name: text for name, text in items if table.get(name) != text})
 
 
 def _place(generator: types.GeneratorType[Any, Any, Any]) -> tuple[int, str] | None:

@@ -56,6 +56,8 @@ class Watch:
         inner += of_tensors([*module.named_parameters(), *module.named_buffers()], seen)
         inner += around([module, loss], seen)
         self._inner = inner
+        self.functions = seen.followed
+        """The functions around, as far as they are the user's."""
         self._outer = [one for table in self._tables for one in table.inner]
         self._same = [(vars(table.module), table.values) for table in self._tables]
 
@@ -112,6 +114,22 @@ class Watch:
                 inside = [held.now() for held in self._outer if held.path == path]
                 return vars(table.module).get(name), inside
         return None
+
+    def number(self, path: str) -> float | None:
+        """Return an attribute that is a number; None if it is none."""
+        for table in self._tables:
+            before, _, name = path.rpartition(".")
+            value = vars(table.module).get(name) if before == table.path else None
+            if isinstance(value, int | float) and not isinstance(value, bool):
+                return value
+        return None
+
+    def set_number(self, path: str, value: float) -> None:
+        """Set an attribute that is a number."""
+        before, _, name = path.rpartition(".")
+        for table in self._tables:
+            if before == table.path:
+                vars(table.module)[name] = value
 
     def _is_same(self) -> bool:
         try:

@@ -25,13 +25,23 @@ from torch import nn
 from torch.optim import Optimizer
 
 from sparksgd.arithmetic.generators import generators_seeded
+from sparksgd.arithmetic.settings import HeldSettings
 from sparksgd.config import OptimizerConfig
 from sparksgd.errors import ConfigError
 from sparksgd.imports import users_code
 from sparksgd.solvers.carrying import CannotCarry, own_attributes, packed, replace_attributes, unpacked
 from sparksgd.solvers.protocol import Settings, Touched, Vector
 
-__all__ = ["ELEMENTWISE", "FlatOptimizer", "Parameters", "in_shapes", "is_of_torch", "means", "seeded"]
+__all__ = [
+    "ELEMENTWISE",
+    "FlatOptimizer",
+    "Parameters",
+    "hooks_of",
+    "in_shapes",
+    "is_of_torch",
+    "means",
+    "seeded",
+]
 
 # They update each element by itself.  So one vector of all parameters gives the same bits as many tensors,
 # and so do strips of the vector.  A test checks this for each of them.
@@ -89,6 +99,7 @@ class FlatOptimizer:
         self._views: list[nn.Parameter] = []  # one for each parameter, once they are needed
         self._given = _identities(optimizer)
         self._attributes = [dict(vars(parameter)) for parameter in parameters.trainable]
+        self._hooks = hooks_of(parameters)
 
     @property
     def group(self) -> dict[str, Any]:
@@ -130,7 +141,8 @@ class FlatOptimizer:
         Raises:
             UserCodeError: the optimiser or the schedule raised.
             ConfigError: it put other parameters into its groups, made one of another shape or type, or
-                changed an attribute of one.
+                changed an attribute of one, or its hooks.
+            ModelError: it changed a setting of torch or numpy.
         """
         if self.is_elementwise:
             if touched is not None and not self._views:
@@ -145,12 +157,22 @@ class FlatOptimizer:
             self._refuse_other_parameters()
             self._refuse_frozen()
             self._refuse_attributes()
+            self.refuse_hooks(self._hooks)
 
     def _make_step(self, seed: int, then: Callable[[], object] | None) -> None:
-        with users_code("the optimiser"), seeded(type(self.optimizer), seed):
-            self.optimizer.step()
-        if then is not None:
-            then()
+        with self._settings_kept():
+            with users_code("the optimiser"), seeded(type(self.optimizer), seed):
+                self.optimizer.step()
+            if then is not None:
+                then()
+
+    @contextmanager
+    def _settings_kept(self) -> Iterator[None]:
+        if all(is_of_torch(type(one)) for one in (self.optimizer, *self.schedules)):
+            yield
+            return
+        with HeldSettings() as settings, settings.blamed(f"the optimiser {self._name}"):
+            yield
 
     @property
     def _name(self) -> str:
@@ -180,6 +202,20 @@ class FlatOptimizer:
                         f"which workers would not see, and no other process would get: keep it in "
                         f"self.state[parameter]"
                     )
+
+    def refuse_hooks(self, before: list[list[int]]) -> None:
+        """Refuse hooks on parameters that are not as before.
+
+        Raises:
+            ConfigError: with the parameter's number.
+        """
+        for number, (known, now) in enumerate(zip(before, hooks_of(self.parameters), strict=True)):
+            if known != now:
+                raise ConfigError(
+                    f"the optimiser {self._name} changed the hooks of parameter {number}, but gradients are "
+                    f"computed by workers, which have hooks of their own: register them on the module before "
+                    f"the training, or change p.grad in step()"
+                )
 
     def _refuse_other_parameters(self) -> None:
         if _identities(self.optimizer) != self._given:
@@ -367,6 +403,14 @@ def in_shapes(
             if number in made:
                 value.copy_(made[number])
             parameter.data, parameter.grad = value, part
+
+
+def hooks_of(parameters: Parameters) -> list[list[int]]:
+    """Return the numbers of each parameter's hooks."""
+    return [
+        [*(one._backward_hooks or ()), *(one._post_accumulate_grad_hooks or ())]
+        for one in parameters.trainable
+    ]
 
 
 def _shaped(parameters: Parameters, vector: torch.Tensor) -> list[torch.Tensor]:

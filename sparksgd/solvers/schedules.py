@@ -130,8 +130,14 @@ def own_schedule(config: ScheduleConfig) -> bool:
         return True
 
 
+_EXAMPLE = (
+    "class WarmUp(torch.optim.lr_scheduler.LambdaLR): def __init__(self, optimizer, steps): "
+    "super().__init__(optimizer, lambda step: min(1.0, (step + 1) / steps))"
+)
+
+
 def _kind(name: str) -> Any:
-    return class_named("schedule.name", name, lr_scheduler, lr_scheduler.LRScheduler)
+    return class_named("schedule.name", name, lr_scheduler, lr_scheduler.LRScheduler, _EXAMPLE)
 
 
 def make_schedule(
@@ -207,9 +213,12 @@ def _try_schedule(optimizer: FlatOptimizer, kind: Any, config: ScheduleConfig, *
         ConfigError: it cannot be held or carried.
     """
     if is_of_torch(kind):
-        group = {name: value for name, value in optimizer.group.items() if name != "params"}
-        trial = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0, momentum=0.9)
-        trial.param_groups[0].update(copy.deepcopy(group) | {"momentum": 0.9, "nesterov": False})
+        groups = optimizer.optimizer.param_groups
+        alike = [{"params": [nn.Parameter(torch.zeros(1))]} for _ in groups]
+        trial = torch.optim.SGD(alike, lr=1.0, momentum=0.9)
+        for own, group in zip(trial.param_groups, groups, strict=True):
+            kept = {name: value for name, value in group.items() if name != "params"}
+            own.update(copy.deepcopy(kept) | {"momentum": 0.9, "nesterov": False})
         schedule = _made(trial, kind, config, 0, blind=blind)
         trial.step()
         schedule.move(1)

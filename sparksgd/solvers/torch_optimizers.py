@@ -4,17 +4,11 @@ An optimiser of the user's own, and one of torch that looks at whole tensors, is
 dimensions of the module's, or on ones like these where they have attributes: held as it will be, against
 itself held as a plain loop would.  So the trial finds tensors that share memory with a parameter that is
 rebound, state that no attribute holds, and numbers that no seed decides.
-
-torch wraps the methods of its optimisers.  The wrapper imports torch._dynamo, the compiler, only to switch it
-off, which costs a second and 75 MB in every process.  After `without_compiler()` the method is called without
-the wrapper, as long as nothing else in the process has imported the compiler.
 """
 
 from __future__ import annotations
 
-import functools
 import inspect
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -38,6 +32,7 @@ from sparksgd.solvers.flat_optimizer import (
     HAS,
     FlatOptimizer,
     Parameters,
+    hooks_of,
     in_shapes,
     is_of_torch,
     seeded,
@@ -57,7 +52,7 @@ __all__ = [
     "refusing",
     "small",
     "state_names",
-    "without_compiler",
+    "treats_sparse_alike",
 ]
 
 
@@ -101,8 +96,11 @@ def another_optimizer(
     with seeded(kind, seed32(seed, "optimizer")):
         if kind in ELEMENTWISE and not shaped:
             return FlatOptimizer(parameters, kind([parameters.whole], **config.arguments), config)
+        hooks = hooks_of(parameters)
         with in_shapes(parameters, f"the optimiser {kind.__name__}"):
-            return FlatOptimizer(parameters, kind(parameters.trainable, **config.arguments), config)
+            made = FlatOptimizer(parameters, kind(parameters.trainable, **config.arguments), config)
+        made.refuse_hooks(hooks)
+        return made
 
 
 def own_optimizer(config: OptimizerConfig) -> bool:
@@ -129,7 +127,7 @@ def state_names(config: OptimizerConfig, settings: Settings) -> tuple[tuple[str,
 
 
 def _optimizer_kind(config: OptimizerConfig) -> Any:
-    return class_named("optimizer.name", config.name, torch.optim, Optimizer)
+    return class_named("optimizer.name", config.name, torch.optim, Optimizer, _EXAMPLE)
 
 
 # The trial
@@ -271,6 +269,12 @@ class Tried:
     schedule: Callable[[Optimizer, FlatOptimizer | None], Scheduled] | None = None
     """Makes the schedule of an optimiser, which may be held."""
 
+    sparse: Mapping[int, int] = field(default_factory=dict)
+    """The numbers of tensors whose gradients have rows without a value, with their sparse dimensions."""
+
+    is_sparse: bool = False
+    """Whether these gradients are sparse tensors, in a plain loop."""
+
     def in_torch(self, touched: list[bool] | None = None) -> list[torch.Tensor]:
         """Make the steps of a plain loop; in one of them, only these parameters have a gradient."""
         kind, parameters = _optimizer_kind(self.config), _free(self.models)
@@ -286,13 +290,36 @@ class Tried:
                 optimizer.zero_grad()  # it may be the user's own, and change something
             for number, parameter in enumerate(parameters):
                 has_gradient = mask is None or mask[number]
-                parameter.grad = _wave(parameter.shape, 10 * step + number) if has_gradient else None
+                parameter.grad = self._gradient(number, step, parameter.shape) if has_gradient else None
             with seeded(kind, step), users_code("its step()"):
                 optimizer.step()
             if schedule is not None:
                 schedule.move(step + 1)
             found += _made_by(optimizer, torch.cat([one.detach().reshape(-1) for one in parameters]))
         return found
+
+    def _gradient(self, number: int, step: int, shape: torch.Size) -> torch.Tensor:
+        """Return the gradient of a tensor in a step."""
+        gradient = _wave(shape, 10 * step + number)
+        if number not in self.sparse:
+            return gradient
+        gradient[step % shape[0]] = 0
+        return _in_two_parts(gradient, self.sparse[number]) if self.is_sparse else gradient
+
+    def longer(self, steps: int) -> tuple[FlatOptimizer, Iterator[None]]:
+        """Return an optimiser as held here, and what makes its next step each time it is asked."""
+        _, optimizer, schedule = self._held(None)
+
+        def course() -> Iterator[None]:
+            for step in range(steps):
+                gradient = torch.cat(
+                    [self._gradient(n, step, like.shape).reshape(-1) for n, like in enumerate(self.models)]
+                )
+                then = None if schedule is None else partial(schedule.move, step + 1)
+                optimizer.step(optimizer.new_gradient().copy_(gradient), None, step, then)
+                yield
+
+        return optimizer, course()
 
     def as_held(self, touched: list[bool] | None = None, *, moves: bool) -> list[torch.Tensor]:
         """Make the same steps as held here; if it moves, another one takes over in the middle."""
@@ -309,7 +336,7 @@ class Tried:
             mask: Touched = np.array(touched) if touched and step == _STATE_AFTER else None
             gradient = optimizer.new_gradient()
             for number, (part, model) in enumerate(zip(parameters.parts, self.models, strict=True)):
-                gradient[part] = _wave(model.shape, 10 * step + number).reshape(-1)
+                gradient[part] = self._gradient(number, step, model.shape).reshape(-1)
             then = None if schedule is None else partial(schedule.move, step + 1)
             optimizer.step(gradient, mask, step, then)
             found += _made_by(optimizer.optimizer, parameters.parameters.clone())
@@ -359,6 +386,39 @@ def _wave(shape: torch.Size, phase: int) -> torch.Tensor:
     return torch.sin(torch.arange(shape.numel()) * 1.7 + phase).view(shape)
 
 
+def _in_two_parts(gradient: torch.Tensor, dimensions: int) -> torch.Tensor:
+    """Return a gradient as a sparse one that has each row twice, as a layer gives it for words that recur."""
+    once = gradient.to_sparse(dimensions)
+    indices, values = once.indices(), once.values()
+    return torch.sparse_coo_tensor(
+        torch.cat([indices, indices], 1),
+        torch.cat([values * 0.25, values * 0.75]),
+        gradient.shape,
+        check_invariants=False,
+    )
+
+
+def treats_sparse_alike(
+    parameters: Sequence[nn.Parameter], config: OptimizerConfig, sparse: Mapping[int, int]
+) -> bool:
+    """Return whether an optimiser makes the same steps with sparse gradients as with dense ones.
+
+    One that raises on sparse ones is no other: it would in plain torch, too.
+
+    Args:
+        parameters: that it moves.
+        config: which optimiser.
+        sparse: the numbers of the parameters that have sparse gradients, with their sparse dimensions.
+    """
+    tried, _ = in_plain_torch(Tried(config, small(parameters)), parameters)
+    tried = replace(tried, sparse=sparse)
+    try:
+        found = replace(tried, is_sparse=True).in_torch()
+    except Exception:
+        return True
+    return _are_same(found, tried.in_torch())
+
+
 def _are_same(one: Sequence[torch.Tensor], other: Sequence[torch.Tensor]) -> bool:
     """Compare to rounding: matrix products depend on where in memory a tensor begins."""
     pairs = zip(one, other, strict=True)
@@ -367,9 +427,21 @@ def _are_same(one: Sequence[torch.Tensor], other: Sequence[torch.Tensor]) -> boo
 
 # Classes by name
 
+_EXAMPLE = (
+    "class Mine(torch.optim.AdamW): def __init__(self, params, lr): "
+    "super().__init__(params, lr=lr, betas=(0.9, 0.95))"
+)
 
-def class_named(key: str, name: str, home: Any, base: type[Any]) -> Any:
+
+def class_named(key: str, name: str, home: Any, base: type[Any], example: str) -> Any:
     """Return the class that a configuration value names: one of torch's module `home`, or the user's own.
+
+    Args:
+        key: of the configuration.
+        name: its value.
+        home: of torch's own.
+        base: what it must be derived from.
+        example: of a class, for who names a function.
 
     Raises:
         ConfigError: there is none, or it is not derived from `base`.
@@ -380,9 +452,17 @@ def class_named(key: str, name: str, home: Any, base: type[Any]) -> Any:
         if inspect.isclass(kind) and issubclass(kind, base) and kind is not base
     }
     kind = resolve(key, name, ours)
-    if not (inspect.isclass(kind) and issubclass(kind, base)):
-        raise ConfigError(f"{key} is {shown(name)}, which is not a {base.__module__}.{base.__name__}")
-    return kind
+    if inspect.isclass(kind) and issubclass(kind, base):
+        return kind
+    named = f"{base.__module__}.{base.__name__}"
+    if inspect.isclass(kind) or not callable(kind):
+        raise ConfigError(f"{key} is {shown(name)}, which is not a {named}")
+    word = kind.__name__ if inspect.isroutine(kind) else type(kind).__name__
+    raise ConfigError(
+        f"{key} is {shown(name)}, which is a function, but must be a class derived from {named}, because workers "
+        f"and resumed runs make another one and give it the state. Let a class do in __init__ what {word} "
+        f"does: {example}"
+    )
 
 
 @contextmanager
@@ -404,58 +484,3 @@ def refusing(section: str, name: str, kind: Any, arguments: Mapping[str, Any]) -
             f"{section}.name is {shown(name)}, which does not take {shown(dict(arguments))}: "
             f"{type(error).__name__}: {error}"
         ) from error
-
-
-_COMPILER = "torch._dynamo"
-_DISABLED = "__dynamo_disable"  # where torch._disable_dynamo keeps the wrapped function
-
-
-def without_compiler() -> None:
-    """Let the optimisers of this process work without torch's compiler, as long as it is not loaded.
-
-    This changes classes of torch for the whole process.  So only the start of a process calls it.  If a torch
-    version wraps its methods in another way, nothing changes, except that methods take longer.
-    """
-    if _COMPILER in sys.modules:
-        return
-    for method in vars(Optimizer).values():
-        if _wrapper_of(method) == "inner":  # of torch._disable_dynamo
-            _put_off(method)
-    for base in vars(torch.optim).values():
-        step: Any = vars(base).get("step") if inspect.isclass(base) else None
-        if _wrapper_of(step) == "_use_grad":  # of torch.optim.optimizer._use_grad_for_differentiable
-            base.step = _put_off_step(step)  # as torch does itself, for its hooks
-
-
-def _wrapper_of(method: Any) -> str | None:
-    """Return the name of the function that wraps a method."""
-    return method.__code__.co_name if hasattr(method, "__wrapped__") and hasattr(method, "__code__") else None
-
-
-def _put_off(method: Any) -> None:
-    """Make a wrapper call its function directly, until the compiler is loaded."""
-    wrapped = method.__wrapped__
-    if hasattr(wrapped, _DISABLED):
-        return
-
-    def by_itself(*args: Any, **kwargs: Any) -> Any:
-        if _COMPILER not in sys.modules:
-            return wrapped(*args, **kwargs)
-        vars(wrapped).pop(_DISABLED, None)
-        return method(*args, **kwargs)
-
-    setattr(wrapped, _DISABLED, by_itself)
-
-
-def _put_off_step(step: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a step that does what the wrapper does, without the compiler."""
-    inner = step.__wrapped__  # type: ignore[attr-defined]  # as functools.wraps leaves it
-
-    @functools.wraps(step)
-    def by_itself(self: Optimizer, *args: Any, **kwargs: Any) -> Any:
-        if _COMPILER in sys.modules:
-            return step(self, *args, **kwargs)
-        with torch.set_grad_enabled(self.defaults["differentiable"]):
-            return inner(self, *args, **kwargs)
-
-    return by_itself

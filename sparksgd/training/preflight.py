@@ -33,7 +33,8 @@ from sparksgd.losses import CLASSIFIERS, Loss, binary_cross_entropy, loss_named
 from sparksgd.solvers.protocol import Need, RoundSolver
 from sparksgd.solvers.rules import Experiment, described, make_solver, needs_of, settings_of
 from sparksgd.solvers.schedules import own_schedule
-from sparksgd.solvers.torch_optimizers import own_optimizer, without_compiler
+from sparksgd.solvers.torch_optimizers import own_optimizer
+from sparksgd.solvers.without_compiler import without_compiler
 from sparksgd.training.rebuilding import Sample, check_rebuilding
 from sparksgd.training.replay import Replay
 from sparksgd.training.saved_state import check_saving

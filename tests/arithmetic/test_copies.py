@@ -444,6 +444,41 @@ class Words:
         return Words, (list(self.words),)
 
 
+@torch.jit.script
+def scripted_at_once(x: torch.Tensor) -> torch.Tensor:
+    return x * torch.sigmoid(x)
+
+
+def to_be_scripted(x: torch.Tensor) -> torch.Tensor:
+    return x * 2
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_scripted_functions_are_found_or_scripted_again(way: str) -> None:
+    module = nn.Linear(4, 3)
+    module.act, module.twice = scripted_at_once, torch.jit.script(to_be_scripted)
+    copy_of_it = WAYS[way](module)
+    x = torch.arange(3.0)
+    assert copy_of_it.act is scripted_at_once
+    assert torch.equal(copy_of_it.twice(x), 2 * x)
+    assert isinstance(copy_of_it.twice, torch.jit.ScriptFunction)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: torch.jit.trace(to_be_scripted, torch.ones(2)),
+        lambda: torch.jit.CompilationUnit("def f(x):\n    return x * 2\n").f,
+    ],
+)
+def test_those_without_a_name_stay_in_their_process(make: Callable[[], Any]) -> None:
+    module = nn.Linear(4, 3)
+    module.act = make()
+    assert copied(module).act is module.act
+    with pytest.raises(ModelError, match=r"^act was traced by torch\.jit, or scripted where no name leads"):
+        WAYS["pickled"](module)
+
+
 def test_tables_that_are_made_for_pickle_are_told_apart() -> None:
     module = nn.Identity()
     module.bags = [Words([f"{bag} {number}" for number in range(150)]) for bag in range(20)]

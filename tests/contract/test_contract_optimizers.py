@@ -59,6 +59,16 @@ def test_a_schedule_sets_the_rates_that_it_sets_in_one_process(data: Data, name:
     assert verdict.is_right, str(verdict)
 
 
+@pytest.mark.parametrize("name", list(contract_optimizers.OF_GROUPS))
+def test_a_schedule_takes_a_value_for_each_group(data: Data, name: str) -> None:
+    recipe = Recipe(
+        optimizer=contract_optimizers.OPTIMIZERS["groups of its own"],
+        schedule=contract_optimizers.OF_GROUPS[name],
+    )
+    verdict = compared(contract_kinds.Heads, recipe, data, 4, 1e-10)
+    assert verdict.is_right, str(verdict)
+
+
 @pytest.mark.parametrize("optimizer", ["SGD, momentum and decay", "Adam", "rebinds data"])
 @pytest.mark.parametrize("name", list(contract_optimizers.LOOKING))
 def test_a_schedule_sees_and_changes_what_it_does_in_one_process(

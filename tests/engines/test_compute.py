@@ -29,7 +29,7 @@ from sparksgd.errors import ModelError, NotFinite, ShardMissing, UserCodeError
 from sparksgd.losses import cross_entropy, squared_error
 from sparksgd.solvers.protocol import Answer, Halves, Message
 from sparksgd.solvers.synchronous import SendGradients
-from sparksgd.solvers.torch_optimizers import without_compiler
+from sparksgd.solvers.without_compiler import without_compiler
 
 Row = tuple[Any, ...]  # the features, then the label
 

@@ -7,6 +7,7 @@ import contextvars
 import enum
 import io
 import itertools
+import os
 import queue
 import random
 import threading
@@ -16,6 +17,7 @@ from collections import ChainMap, Counter, OrderedDict, UserDict, defaultdict, d
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache, partial
+from os import environ as table_of_names
 from typing import Any, ClassVar
 
 import numpy as np
@@ -378,6 +380,40 @@ def test_a_bytearray_and_slots_return_to_what_they_were() -> None:
     assert (held[1].count, held[2].count) == (0, 0)
 
 
+NAME = "SPARKSGD_TRIED"
+
+
+class ByOs(Linear):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        number = int(os.environ.get(NAME, "0"))
+        os.environ[NAME] = str(number + 1)
+        return self.inner(x) + (number > LATE)
+
+
+class ByName(Linear):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        table_of_names[NAME] = table_of_names.get(NAME, "") + "."
+        return self.inner(x) + (len(table_of_names[NAME]) > LATE)
+
+
+class SetsOnce(Linear):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        os.environ[NAME] = "1"
+        return self.inner(x) * int(os.environ[NAME])
+
+
+@pytest.mark.parametrize(("kind", "path"), [(ByOs, "os.environ"), (ByName, "table_of_names")])
+def test_the_environment_is_state_too(
+    kind: type[nn.Module], path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SPARKSGD_OTHER", "as it was")
+    refused(kind(), f"{path} changes as the module trains")
+    assert NAME not in os.environ
+    tried(SetsOnce())
+    assert NAME not in os.environ
+    assert os.environ["SPARKSGD_OTHER"] == "as it was"
+
+
 # Optimisers and schedules: their attributes are carried, what is outside is not
 
 
@@ -432,6 +468,35 @@ def test_what_an_optimiser_or_a_schedule_moves_outside_is_refused(kept: Any, kin
 @pytest.mark.parametrize("kind", [CountsByClosure, CountsOnItsClass])
 def test_so_is_what_its_class_and_its_functions_hold(kind: type) -> None:
     refused(Linear(), kind.__name__, "keep it in an attribute of self", optimizer=named(kind))
+
+
+class MovesLate(torch.optim.SGD):
+    """It keeps its own count, and moves what is outside from the tenth step on."""
+
+    def __init__(self, params: Any, lr: float = 0.1) -> None:
+        super().__init__(params, lr=lr)
+        self.steps = 0
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        super().step()
+        self.steps += 1
+        if self.steps > 10:
+            GLOBAL.number()
+
+
+class MovedLate(LRScheduler):
+    def get_lr(self) -> list[float]:  # type: ignore[override]
+        if self.last_epoch > 10:
+            GLOBAL.number()
+        return list(self.base_lrs)
+
+
+def test_so_is_what_they_move_after_some_steps_only(kept: Any) -> None:
+    words = "GLOBAL changes as the optimiser or the schedule makes a step"
+    kept("an object")
+    refused(Linear(), words, optimizer=named(MovesLate))
+    kept("an object")
+    refused(Linear(), words, schedule=ScheduleConfig(name=f"{__name__}:MovedLate"))
 
 
 class ByModule(LRScheduler):

@@ -62,6 +62,11 @@ def counts(core: Any, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     return y
 
 
+def reads_its_count(core: Any, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    core.t += 1
+    return y if core.t < 10_000 else 2 * y
+
+
 def appends(core: Any, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     core.seen.append(float(x.sum()))
     return y
@@ -176,6 +181,39 @@ class Slotted:
         self.total = 0.0
 
 
+def longest(x: torch.Tensor) -> int:
+    return int(10 * x.abs().sum())
+
+
+def counts_by_length(core: Any, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    core.seen[longest(x)] = core.seen.get(longest(x), 0) + 1
+    return y
+
+
+def sums_by_length(core: Any, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    core.seen[longest(x)] = core.seen.get(longest(x), 0) + x.sum()
+    return y + 0 * core.seen[longest(x)]
+
+
+def remembers_rows(core: Any, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """Adds what was noted of an earlier row with the same third number."""
+    noted = [core.seen.setdefault(float(row[2]), row.sum()) for row in x]
+    return y + torch.stack(noted)[:, None]
+
+
+def remembers_outputs(core: Any, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    noted = [core.seen.setdefault(tuple(row.tolist()), out.detach()) for row, out in zip(x, y, strict=True)]
+    return y + torch.stack(noted)
+
+
+def keeps_the_last_tables(core: Any, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    core.seen[longest(x)] = torch.ones(longest(x))
+    if len(core.seen) > 1:
+        core.seen.pop(next(iter(core.seen)))
+        return 2 * y
+    return y
+
+
 def counts_in_slots(core: Any, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     core.slotted.total += 1
     return y
@@ -198,7 +236,7 @@ def noted_in_a_closure() -> Callable[..., Any]:
 
 
 KEEPS = {
-    "a counter": (sets(t=0), counts, "core.t"),
+    "a counter": (sets(t=0), reads_its_count, "core.t"),
     "a mean of floats": (sets(mean=0.0), averages, "core.mean"),
     "a list": (sets(seen=[]), appends, "core.seen"),
     "a deque": (sets(seen=deque(maxlen=3)), appends, "core.seen"),
@@ -225,6 +263,11 @@ KEEPS = {
         "core.total",
     ),
     "an object in a list in a dictionary": (sets(seen={"of": [Total()]}), notes_deeply, "core.seen"),
+    "counts by a length": (sets(seen={}), counts_by_length, "core.seen"),
+    "sums by a length": (sets(seen={}), sums_by_length, "core.seen"),
+    "a memory of rows by a number": (sets(seen={}), remembers_rows, "core.seen"),
+    "a memory of outputs by the row": (sets(seen={}), remembers_outputs, "core.seen"),
+    "tables that push each other out": (sets(seen={}), keeps_the_last_tables, "core.seen"),
     "an object with slots": (sets(slotted=Slotted()), counts_in_slots, "core.slotted"),
     "a tensor": (sets(total=torch.zeros(())), sums, "core.total"),
     "an array": (sets(total=np.zeros(2)), sums, "core.total"),
@@ -436,7 +479,37 @@ def caches_globally(core: Any, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor
     return y + (x * MASKS[x.shape[1]]).sum(1, keepdim=True)
 
 
+def caches_by_version(core: Any, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    weight = core.linear.weight
+    if weight._version != core.seen:
+        core.cached, core.seen = torch.tanh(weight), weight._version
+    return y + x @ core.cached.T
+
+
+def caches_by_length(core: Any, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """Look up a table whose length is that of the longest row: it differs from piece to piece."""
+    if longest(x) not in core.tables:
+        core.tables[longest(x)] = torch.arange(longest(x) + 1) / 10
+    return y * (1 + core.tables[longest(x)][(x.abs() > 0.8).sum(1)][:, None])
+
+
+class Tables:
+    """Keeps tables, as a helper that is no module does."""
+
+    def __init__(self) -> None:
+        self.kept: dict[str, dict[int, torch.Tensor]] = {"ramps": {}}
+
+
+def caches_in_a_helper(core: Any, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    table = core.helper.kept["ramps"].setdefault(longest(x), torch.linspace(0, 1, longest(x) + 1))
+    return y + table[0]
+
+
 HARMLESS = {
+    "a counter that nothing reads": (sets(t=0), counts),
+    "a cache by a length that differs": (sets(tables={}), caches_by_length),
+    "a cache of a helper": (lambda core: setattr(core, "helper", Tables()), caches_in_a_helper),
+    "a weight that is cached by its version": (sets(seen=-1), caches_by_version),
     "a global cache": (sets(), caches_globally),
     "the last activation": (sets(last=None), keeps_activation),
     "a new attribute": (sets(), keeps_activation),
@@ -482,6 +555,17 @@ def test_what_no_piece_reads_from_another_trains_as_in_one_process(tmp_path: Pat
     assert one.flat.parameters_sha256() == two.flat.parameters_sha256()
     expected = by_plain_torch(tmp_path, net(begin, use), 5)
     assert one.flat.parameters.tolist() == pytest.approx(expected, rel=1e-4, abs=1e-5)
+    in_parts = train_here(tmp_path, module=net(begin, use), train=all_rows | {"rows_per_backward": 5})
+    assert in_parts.flat.parameters.tolist() == pytest.approx(expected, rel=1e-4, abs=1e-5)
+
+
+def cached_at_first(core: Any) -> None:
+    core.cached, core.seen = torch.tanh(core.linear.weight.detach()), core.linear.weight._version
+
+
+def test_a_weight_that_was_cached_before_the_training_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"core\.cached or core\.seen changes as the module trains"):
+        train_here(tmp_path, module=net(cached_at_first, caches_by_version))
 
 
 def test_the_caller_s_module_keeps_its_own_attributes(tmp_path: Path) -> None:

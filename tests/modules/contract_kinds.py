@@ -553,6 +553,74 @@ def state_hooked() -> nn.Module:
     return net
 
 
+@torch.jit.script
+def swish(x: torch.Tensor) -> torch.Tensor:
+    return x * torch.sigmoid(x)
+
+
+class Scripted(Net):
+    """A scripted function as an attribute."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.swish = swish
+
+    def act(self, x):
+        return self.swish(x)
+
+
+class ByLength(Net):
+    """Tables in a dictionary, by a length that differs from piece to piece."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tables: dict[int, torch.Tensor] = {}
+
+    def forward(self, features):
+        lengths = (features.abs() > 0.8).sum(1)
+        longest = int(10 * features.abs().sum())
+        if longest not in self.tables:
+            self.tables[longest] = torch.arange(longest + 1) / 100
+        return super().forward(features) + self.tables[longest][lengths][:, None]
+
+
+class CachedByVersion(Net):
+    """It computes what it makes of a weight anew where the version of this moves."""
+
+    seen = -1
+
+    def forward(self, features):
+        weight = self.hidden.weight
+        if weight._version != self.seen:
+            self.seen, self.cached = weight._version, torch.tanh(weight)
+        return self.output(torch.tanh(F.linear(features.to(weight.dtype), self.cached)))
+
+
+class CountsCalls(Net):
+    """It counts its calls and rows, for nobody."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls, self.rows = 0, 0
+
+    def forward(self, features):
+        self.calls += 1
+        self.rows += len(features)
+        return super().forward(features)
+
+
+class SparseWords(Net):
+    """Words of a dictionary, whose gradients are sparse."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words = nn.Embedding(20, WIDTH, sparse=True)
+
+    def forward(self, features):
+        words = self.words((10 * features.abs()).long().clamp(max=19)).sum(1)
+        return super().forward(features) + self.output(words)
+
+
 ORDINARY: dict[str, Callable[[], nn.Module]] = {
     "plain": Net,
     "a layer used twice": SameTwice,
@@ -595,6 +663,11 @@ ORDINARY: dict[str, Callable[[], nn.Module]] = {
     "a cache of evaluation": CachedInEvaluation,
     "parameters() gives some": OnlySome,
     "hooks on state_dict": state_hooked,
+    "scripted functions": Scripted,
+    "a cache of tables by length": ByLength,
+    "a weight cached by its version": CachedByVersion,
+    "a counter that nothing reads": CountsCalls,
+    "an embedding with sparse gradients": SparseWords,
 }
 """They train as on one process, and may not be refused."""
 

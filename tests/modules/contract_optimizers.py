@@ -448,6 +448,13 @@ SCHEDULES: dict[str, dict[str, Any]] = {
 }
 """Schedules over SGD with momentum."""
 
+OF_GROUPS: dict[str, dict[str, Any]] = {
+    "OneCycleLR": _of_torch("OneCycleLR", max_lr=[0.1, 0.03], total_steps=4),
+    "CyclicLR": _of_torch("CyclicLR", base_lr=[0.01, 0.02], max_lr=[0.1, 0.05], step_size_up=2),
+    "CosineAnnealingLR": _of_torch("CosineAnnealingLR", T_max=4),
+}
+"""Schedules over an optimiser that makes two groups."""
+
 LOOKING: dict[str, dict[str, Any]] = {
     kind.__name__: {"name": f"{HOME}:{kind.__name__}"}
     for kind in (

@@ -23,7 +23,7 @@ from sparksgd.arithmetic.generators import generators_seeded
 from sparksgd.arithmetic.seeds import seed32
 from sparksgd.config import Config, OptimizerConfig, ScheduleConfig
 from sparksgd.data.local_files import ParquetRows
-from sparksgd.errors import ConfigError, UpdateNotFinite, UserCodeError
+from sparksgd.errors import ConfigError, ModelError, UpdateNotFinite, UserCodeError
 from sparksgd.solvers.protocol import Message
 from sparksgd.solvers.rules import Experiment
 from sparksgd.solvers.schedules import Rates
@@ -455,6 +455,84 @@ class ReplacesLater(torch.optim.SGD):
 def test_what_shows_after_the_trial_is_told_at_that_step(rows: ParquetRows) -> None:
     with pytest.raises(ConfigError, match="ReplacesLater put other objects into param_groups"):
         trained(configured({}, named(ReplacesLater)), rows)
+
+
+def config_of(kind: type) -> OptimizerConfig:
+    return OptimizerConfig(name=f"{__name__}:{kind.__name__}", arguments={"lr": 0.03})
+
+
+class ChangesLate(torch.optim.SGD):
+    """From the 80th step on it does something that no other process would see."""
+
+    steps = 0
+
+    def change(self, parameter: nn.Parameter) -> None:
+        raise NotImplementedError
+
+    def step(self, closure: None = None) -> None:
+        super().step()
+        self.steps += 1
+        if self.steps == 80:
+            self.change(self.param_groups[0]["params"][0])
+
+
+class FreezesLate(ChangesLate):
+    def change(self, parameter: nn.Parameter) -> None:
+        parameter.requires_grad_(False)
+
+
+class HooksLate(ChangesLate):
+    def change(self, parameter: nn.Parameter) -> None:
+        parameter.register_hook(lambda gradient: 2 * gradient)
+
+
+class AttributesLate(ChangesLate):
+    def change(self, parameter: nn.Parameter) -> None:
+        parameter.seen = True  # type: ignore[attr-defined]
+
+
+class SetsThreadsLate(ChangesLate):
+    def change(self, parameter: nn.Parameter) -> None:
+        torch.set_num_threads(torch.get_num_threads() + 1)
+
+
+class SetsTypeLate(ChangesLate):
+    def change(self, parameter: nn.Parameter) -> None:
+        torch.set_default_dtype(torch.float64)
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        (FreezesLate, "set requires_grad of parameter 0 to False"),
+        (HooksLate, "changed the hooks of parameter 0, but gradients are computed by workers"),
+        (AttributesLate, "changed the attribute 'seen' of parameter 0"),
+        (SetsThreadsLate, "changed torch.set_num_threads and left it so"),
+        (SetsTypeLate, "changed torch.set_default_dtype and left it so"),
+    ],
+)
+def test_what_an_optimiser_changes_late_is_told_at_that_step(kind: Any, words: str) -> None:
+    flat = FlatModule(nn.Linear(3, 1))
+    optimizer = another_optimizer(flat, config_of(kind))
+    for step in range(79):
+        optimizer.step(optimizer.new_gradient().fill_(1), None, step)
+    with pytest.raises((ConfigError, ModelError)) as refused:
+        optimizer.step(optimizer.new_gradient().fill_(1), None, 79)
+    assert words in str(refused.value)
+    assert kind.__name__ in str(refused.value)
+    assert torch.get_default_dtype() == torch.float32
+
+
+class HooksAtOnce(torch.optim.SGD):
+    def __init__(self, params: Any, lr: float) -> None:
+        super().__init__(params, lr=lr)
+        for p in self.param_groups[0]["params"]:
+            p.register_hook(lambda gradient: 2 * gradient)
+
+
+def test_an_optimiser_that_hooks_parameters_when_it_is_made_is_refused() -> None:
+    with pytest.raises(ConfigError, match="HooksAtOnce changed the hooks of parameter 0"):
+        make_optimizer(FlatModule(nn.Linear(3, 1)), config_of(HooksAtOnce))
 
 
 class Fragile(torch.optim.SGD):

@@ -389,6 +389,14 @@ def test_the_rate_counts_in_the_step_that_reports_it() -> None:
 # Refusals
 
 
+def make_optimizer(params: Any, lr: float = 0.1) -> torch.optim.Optimizer:
+    return torch.optim.SGD(params, lr=lr)
+
+
+def make_schedule(optimizer: torch.optim.Optimizer) -> Any:
+    return torch.optim.lr_scheduler.StepLR(optimizer, 2)
+
+
 @pytest.mark.parametrize(
     ("name", "arguments", "phrases"),
     [
@@ -400,6 +408,16 @@ def test_the_rate_counts_in_the_step_that_reports_it() -> None:
         ("SGD", {"lr": "fast"}, ["does not take {'lr': 'fast'}"]),
         ("SGD", {"fused": True}, ["optimizer.fused is true", "other bits", "leave it out"]),
         ("LBFGS", {}, ["optimizer.name is 'LBFGS'", "use another"]),
+        (
+            f"{__name__}:make_optimizer",
+            {},
+            [
+                "which is a function",
+                "Let a class do in __init__ what make_optimizer does",
+                "class Mine(torch",
+            ],
+        ),
+        (f"{__name__}:pytest", {}, ["which is not a torch.optim.optimizer.Optimizer"]),
     ],
 )
 def test_an_optimiser_that_cannot_serve_is_refused(
@@ -423,6 +441,14 @@ def test_an_optimiser_that_cannot_serve_is_refused(
         ),
         ("ReduceLROnPlateau", {}, ["'ReduceLROnPlateau'", "from the step alone", "CosineAnnealingLR"]),
         (None, {"step_size": 1}, ["schedule.step_size is set, but schedule.name is not"]),
+        (
+            f"{__name__}:make_schedule",
+            {},
+            [
+                "which is a function, but must be a class derived from",
+                "Let a class do in __init__ what make_schedule does: class WarmUp(",
+            ],
+        ),
     ],
 )
 def test_a_schedule_that_cannot_serve_is_refused(

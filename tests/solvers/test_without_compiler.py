@@ -14,7 +14,7 @@ NAMES = [kind.__name__ for kind in flat_optimizer.ELEMENTWISE]
 PROGRAM = """
 import sys
 import torch
-from sparksgd.solvers.torch_optimizers import without_compiler
+from sparksgd.solvers.without_compiler import without_compiler
 
 {before}
 without_compiler()

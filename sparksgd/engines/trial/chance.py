@@ -19,18 +19,25 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["HIGH", "LOW", "MIDDLE", "MOST_DRAWS", "Chance"]
+__all__ = ["BETWEEN", "HIGH", "LOW", "MIDDLE", "MOST_DRAWS", "Chance"]
 
 MOST_DRAWS = 20_000
 """That are steady in a block: a loop that waits for another number must end."""
 
 MIDDLE, LOW, HIGH = range(3)
 """Which noise: ordinary numbers, small ones, great ones.  A mask that one of them drops shows at another."""
+BETWEEN = range(3, 7)
+"""Others between them, for branches that a drawn number decides."""
 
 _RandomState, _Generator, _Random = np.random.RandomState, np.random.Generator, random.Random
 _default_rng = np.random.default_rng
-_SEEDS = {_RandomState: (89, 170, 179), _Generator: (235, 326, 249), _Random: (50, 396, 244)}
-"""Their first numbers in [0, 1) are near 0.5, 0.05 and 0.95; the first ones of {0, 1} are 1, 0 and 1."""
+_SEEDS = {
+    _RandomState: (89, 170, 179, 86, 164, 30, 563),
+    _Generator: (235, 326, 249, 355, 942, 107, 76),
+    _Random: (50, 396, 244, 39, 47, 421, 6),
+}
+"""By level.  Their first numbers in [0, 1) are near 0.5, 0.05, 0.95, 0.2, 0.35, 0.65 and 0.8; the first ones
+of {0, 1} are 1, 0 and 1; and of up to six whole numbers each comes first at some level."""
 
 _PLACES = {
     0: "random random_sample ranf sample tomaxint standard_normal standard_exponential standard_cauchy",
@@ -185,11 +192,13 @@ def _named(stands_for: Mapping[int, tuple[object, object]]) -> Iterator[tuple[di
         is_plain = type(module) is types.ModuleType  # others may have no weak references
         if not isinstance(names, dict) or (is_plain and _without.get(module) == len(names)):
             continue
-        found = [
-            (name, stands_for[id(value)][1])
-            for name, value in list(names.items())
-            if id(value) in stands_for and stands_for[id(value)][0] is value
-        ]
+        found = []
+        if not stands_for.keys().isdisjoint(map(id, list(names.values()))):
+            found = [
+                (name, stands_for[id(value)][1])
+                for name, value in list(names.items())
+                if id(value) in stands_for and stands_for[id(value)][0] is value
+            ]
         yield from ((names, name, steady) for name, steady in found)
         if is_plain and not found and "-packages" in str(names.get("__file__")):
             _without[module] = len(names)

@@ -6,6 +6,7 @@ from functools import partial
 
 import torch
 from torch import nn
+from torch.autograd.graph import increment_version
 
 from sparksgd.arithmetic.constants import Constants
 from sparksgd.engines.forward import back_propagate
@@ -78,6 +79,7 @@ def _by_memory(probe: Probe, module: nn.Module, loss: Loss) -> str | None:
         for parameter, home, values in zip(own, homes, probe.flat.trainable, strict=True):
             parameter.data, parameter.grad = home, None
             home.copy_(values.detach())  # forward may have changed it
+            increment_version(parameter)
         constants.restore()
         if evaluates:
             module.eval()
@@ -88,7 +90,8 @@ def _by_memory(probe: Probe, module: nn.Module, loss: Loss) -> str | None:
             module.train(modes[0][1])  # takes out again what an own eval() merged
             for part, training in modes:
                 part.training = training
-        return measured(output, losses, gradient_of(own), seen, None)
+        gradient = losses.new_empty(0) if evaluates else gradient_of(own)
+        return measured(output, losses, gradient, seen, None)
 
     for evaluates in (False, True):
         here = probe.evaluated(rows) if evaluates else probe.plain(rows)

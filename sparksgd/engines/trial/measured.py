@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from torch import nn
 from sparksgd.arithmetic.changes import Changes
 from sparksgd.engines.trial.operations import Operations
 
-__all__ = ["Measured", "distance", "gradient_of", "measured", "sum_of"]
+__all__ = ["Measured", "distance", "excess", "gradient_of", "measured"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +30,7 @@ class Measured:
     """float64[B]."""
 
     gradient: torch.Tensor
-    """Of their sum, [P]."""
+    """Of their sum, [P]; empty where it was not computed."""
 
     epsilon: float
     """The rounding error of its least precise operation."""
@@ -40,7 +41,7 @@ class Measured:
     changes: Changes | None
     """What forward made of parameters and constants."""
 
-    @property
+    @cached_property
     def is_finite(self) -> bool:
         """Whether all losses and gradients are finite."""
         return bool(torch.isfinite(self.losses.sum() + self.gradient.sum()))
@@ -65,19 +66,20 @@ def gradient_of(parameters: Sequence[nn.Parameter]) -> torch.Tensor:
     return torch.cat([gradient.detach().reshape(-1) for gradient in gradients])
 
 
-def sum_of(parts: Sequence[Measured]) -> torch.Tensor:
-    total = parts[0].gradient.clone()
+def excess(parts: Sequence[Measured], whole: Measured, out: torch.Tensor | None = None) -> torch.Tensor:
+    """Return by how much the gradients of parts add up to more than that of the whole, float[P]."""
+    found = torch.sub(parts[0].gradient, whole.gradient, out=out)
     for part in parts[1:]:
-        total += part.gradient
-    return total
+        found += part.gradient
+    return found
 
 
 def distance(one: Measured, parts: Sequence[Measured]) -> float:
     """Return how far losses and gradient are from each other, relative to their greatest and to its norm."""
     found = 0.0
     losses = torch.cat([part.losses for part in parts])
-    for here, there in ((one.losses, losses), (one.gradient, sum_of(parts))):
-        size = float(here.norm())
-        if here.shape == there.shape and size:
-            found = max(found, float((here - there).norm()) / size)
+    if losses.shape == one.losses.shape and one.losses.any():
+        found = float((losses - one.losses).norm() / one.losses.norm())
+    if one.gradient.any():
+        found = max(found, float(excess(parts, one).norm() / one.gradient.norm()))
     return found

@@ -18,12 +18,12 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from sparksgd.arithmetic.changes import equal_changes, unite
 from sparksgd.arithmetic.copies import copied
-from sparksgd.engines.trial.chance import HIGH, LOW, MIDDLE
+from sparksgd.engines.trial.chance import BETWEEN, HIGH, LOW, MIDDLE
 from sparksgd.engines.trial.measured import Measured
 from sparksgd.engines.trial.probe import Probe
 from sparksgd.errors import ModelError, UserCodeError
 
-__all__ = ["mixing", "refuse_sums_of_rows", "suspects"]
+__all__ = ["FIRST_COMPARED", "LAST_COMPARED", "mixing", "refuse_sums_of_rows", "suspects"]
 
 _Split = tuple[Sequence[int], Sequence[Sequence[int]]]
 _SPLITS: tuple[_Split, ...] = (
@@ -32,6 +32,10 @@ _SPLITS: tuple[_Split, ...] = (
     ([0, 1, 2, 3], ([0], [1, 2, 3])),
 )
 """Rows, and the parts to compare them with."""
+FIRST_COMPARED, LAST_COMPARED = _SPLITS[0][0], _SPLITS[-1][0]
+"""Which rows the first way compares, and which the last, by itself after steps."""
+_CROSSED: _Split = ([0, 1, 2, 3, 8, 9, 10, 11], ([0, 1, 2, 3], [8, 9, 10, 11]))
+"""Rows, and those that are made up of them: each of these has a fellow in each column."""
 
 _MOST_WIDE = 10_000_000
 """Most parameters of a module that is computed in float64, which takes the memory of twenty copies."""
@@ -80,10 +84,15 @@ def _ways(probe: Probe, splits: int) -> Sequence[_Split]:
 
 def _in_all_ways(probe: Probe, splits: int, *, evaluates: bool) -> str | None:
     found = _mixing(probe, _ways(probe, splits), MIDDLE)
-    for level in (LOW, HIGH) if probe.draws and splits == len(_SPLITS) else ():
-        with suppress(UserCodeError):  # it need not bear any number
-            found = found or _mixing(probe, _SPLITS[-1:], level)
-    return _mixing_in_evaluation(probe, _SPLITS[0]) if evaluates and found is None else found
+    if splits == len(_SPLITS):
+        with suppress(UserCodeError):  # it need not bear rows that are made up
+            found = found or _mixing(probe, [_CROSSED], MIDDLE)
+        for level in (HIGH, *((LOW, *BETWEEN) if probe.graded else ())) if probe.draws else ():
+            with suppress(UserCodeError):  # it need not bear any number
+                found = found or _mixing(probe, _SPLITS[-1:], level)
+    if not evaluates or found is not None:
+        return found
+    return _mixing_in_evaluation(probe, _SPLITS[0]) or _mixing_in_evaluation(probe, _CROSSED)
 
 
 def _mixing_of_many(probe: Probe, *, evaluates: bool) -> str | None:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sparksgd.engines.trial.chance import HIGH, MOST_DRAWS
+from sparksgd.engines.trial.chance import BETWEEN, HIGH, MOST_DRAWS
 
 __all__ = ["Operations", "storage_of"]
 
@@ -38,6 +38,8 @@ _EXACT = (
 """Operations that copy numbers, beside views."""
 _LEFT_AS_THEY_ARE = ("_scaled_dot_product", "_flash_attention", "_efficient_attention")
 """Operations that count as random, though they draw nothing on a CPU."""
+_MASKS = ("native_dropout", "bernoulli", "randperm", *_LEFT_AS_THEY_ARE)
+"""Operations that drop at HIGH, and give the same at all other levels."""
 
 
 class Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leaves it untyped
@@ -55,6 +57,8 @@ class Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch l
         self._steady, self._wide = steady, wide
         self.draws = 0
         """How many operations drew random numbers."""
+        self.graded = False
+        """Whether one of them is no mask, and gives other numbers at each level of chance."""
         self.widened = False
         """Whether one got or gave wider numbers than it asked for."""
         self.met: dict[int, torch.Tensor] = {}
@@ -81,6 +85,7 @@ class Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch l
             self.widened |= args is not given[0] or kwargs is not given[1]
         if self._steady is not None and _is_random(func) and _is_global(kwargs.get("generator")):
             self.draws += 1
+            self.graded |= not func._schema.name.partition("::")[2].startswith(_MASKS)
             if self.draws > MOST_DRAWS:
                 result = func(*args, **kwargs)
             else:
@@ -182,7 +187,7 @@ def _without_chance(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any],
         return values * scale, torch.ones_like(values, dtype=torch.bool)
     if name.startswith("rrelu_with_noise"):
         values, noise, lower, upper = args[:4]
-        slope = ((float(lower) + float(upper)) / 2, float(lower), float(upper))[level]
+        slope = float(lower) + (float(upper) - float(lower)) * _SLOPE[level]
         noise.copy_(torch.where(values > 0, 1.0, slope))
         return values * noise
     if name == "normal" and any(isinstance(value, torch.Tensor) for value in args[:2]):
@@ -203,9 +208,10 @@ def _without_chance(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any],
     return result.fill_(constant(level, *args))
 
 
-_NORMAL = (0.5, -1.5, 1.5)
-_UNIFORM = (0.5, 0.05, 0.95)
-_POSITIVE = (1.0, 1.0, 3.0)
+_NORMAL = (0.5, -1.5, 1.5, -0.84, -0.39, 0.39, 0.84)
+_UNIFORM = (0.5, 0.05, 0.95, 0.2, 0.35, 0.65, 0.8)
+_SLOPE = (0.5, 0.0, 1.0, *_UNIFORM[3:])
+_POSITIVE = (1.0, 1.0, 3.0, 0.2, 0.4, 1.5, 2.0)
 
 
 def _positive(level: int, *args: Any) -> float:
@@ -221,8 +227,11 @@ def _standard_uniform(level: int, *args: Any) -> float:
 
 
 def _whole(level: int, *args: Any) -> float:
-    """Return what randint(low, high, size) or randint(high, size) may give: the least, or the greatest."""
+    """Return what randint(low, high, size) or randint(high, size) may give, by the level."""
     numbers = [value for value in args if isinstance(value, int)]
+    if level in BETWEEN and numbers:
+        low, high = numbers[:2] if len(numbers) > 1 else (0, numbers[0])
+        return float(low + int((high - low) * _UNIFORM[level]))
     if level == HIGH and numbers:
         return float(numbers[min(1, len(numbers) - 1)] - 1)
     return float(numbers[0]) if len(numbers) > 1 else 0.0
@@ -230,7 +239,7 @@ def _whole(level: int, *args: Any) -> float:
 
 def _category(level: int, weights: torch.Tensor, *rest: Any) -> float:
     last = weights.shape[-1] - 1
-    return float((last - last // 2, 0, last)[level])
+    return float((last - last // 2, 0, last, *(round(last * at) for at in _UNIFORM[3:]))[level])
 
 
 _CONSTANTS: dict[str, Callable[..., float]] = {

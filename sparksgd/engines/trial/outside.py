@@ -7,19 +7,25 @@ close over are not.  And the module that the caller gave is not the one that tra
 from __future__ import annotations
 
 import types
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 
 from torch import nn
+from torch.optim import Optimizer
 
+from sparksgd.config import OptimizerConfig, ScheduleConfig
 from sparksgd.engines.held import Held, Seen, held_of
 from sparksgd.engines.held_names import around
 from sparksgd.engines.trial.operations import Operations
 from sparksgd.engines.trial.ownership import Owned
-from sparksgd.errors import ModelError
+from sparksgd.errors import ModelError, UserCodeError
 from sparksgd.solvers.flat_optimizer import FlatOptimizer, is_of_torch
+from sparksgd.solvers.schedules import Schedule, make_schedule, own_schedule
+from sparksgd.solvers.torch_optimizers import Tried, own_optimizer, small
 
-__all__ = ["Outside"]
+__all__ = ["Outside", "refuse_later_moves"]
+
+_LATER_STEPS = 60
 
 
 class Outside:
@@ -74,6 +80,49 @@ class Outside:
                 f"{one.path} changes as the optimiser or the schedule makes a step, but no other process "
                 "would get it: keep it in an attribute of self"
             )
+
+
+def refuse_later_moves(
+    parameters: Sequence[nn.Parameter],
+    config: OptimizerConfig,
+    schedule: ScheduleConfig,
+    module: nn.Module,
+    owned: Owned,
+) -> None:
+    """Refuse what an optimiser or a schedule of the user's own moves outside after some steps only.
+
+    They make more steps on small tensors.
+
+    Args:
+        parameters: what these are like.
+        config: which optimiser.
+        schedule: which schedule.
+        module: the caller's.
+        owned: its tensors.
+
+    Raises:
+        ModelError: something outside changed.
+        ConfigError: they did what each step refuses.
+    """
+    if not (own_optimizer(config) or own_schedule(schedule)):
+        return
+
+    def made(_: Optimizer, held: FlatOptimizer | None) -> Schedule:
+        assert held is not None
+        one = make_schedule(held, schedule, 0, is_tried=True)
+        assert one is not None
+        return one
+
+    tried = Tried(config, small(parameters), None if schedule.name is None else made)
+    try:
+        optimizer, steps = tried.longer(_LATER_STEPS)
+    except Exception:  # small tensors do not suit it
+        return
+    outside = Outside(optimizer, module, owned)
+    with suppress(UserCodeError):  # it ends, or needs what was left out
+        for _ in range(_LATER_STEPS):
+            with outside.watched():
+                next(steps)
 
 
 def _of_the_caller(what: str) -> str:

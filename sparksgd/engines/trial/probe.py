@@ -10,7 +10,7 @@ Legend: B rows, P parameters.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -19,17 +19,17 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from sparksgd.arithmetic.changes import equal_changes
+from sparksgd.arithmetic.changes import Words, equal_changes
 from sparksgd.arithmetic.copies import copied
 from sparksgd.arithmetic.flat import FlatModule
 from sparksgd.arithmetic.generators import seed_generators
 from sparksgd.data.schema import RowSchema
 from sparksgd.engines.forward import back_propagate, forward
 from sparksgd.engines.modes import evaluating
-from sparksgd.engines.trial.chance import HIGH, LOW, MIDDLE, Chance
-from sparksgd.engines.trial.measured import Measured, distance, measured, sum_of
+from sparksgd.engines.trial.chance import MIDDLE, Chance
+from sparksgd.engines.trial.measured import Measured, distance, excess, measured
 from sparksgd.engines.trial.operations import Operations
-from sparksgd.engines.trial.rows import DIFFERENT_ROWS
+from sparksgd.engines.trial.rows import FIRST_ROWS
 from sparksgd.errors import ModelError, UserCodeError
 from sparksgd.losses import Loss
 
@@ -58,7 +58,8 @@ class Probe:
         module: a copy of the user's; it is changed.
         loss: one value per row.
         schema: of a record.
-        records: rows that differ, [DIFFERENT_ROWS]; after them as many as a piece has.
+        records: rows that differ, those that are made up of them, [FIRST_ROWS] in all; after them as many as
+            a piece has.
         dtype: type of the parameters.
         has_pieces: whether a step has several pieces, in which forward could leave different values.
         twin_of: of what it is a copy in float64.
@@ -85,8 +86,11 @@ class Probe:
         self.has_pieces, self._is_wide = has_pieces, twin_of is not None
         self._chance: Chance = Chance() if twin_of is None else twin_of._chance
         self.draws = False
+        self.graded = False
+        """Whether what was drawn is more than masks, see `Operations.graded`."""
         self._first = self.flat.parameters.clone()
-        self.whole_piece = list(range(DIFFERENT_ROWS, len(records)))
+        self._scratch = torch.empty_like(self._first)
+        self.whole_piece = list(range(FIRST_ROWS, len(records)))
         self.piece = self.whole_piece[:_GRADIENT_ROWS]
         self._plain: dict[tuple[int, ...], Measured] = {}  # what was measured at these weights
         self._watches: bool | None = None  # operations, which takes half of the time; None: not decided
@@ -129,7 +133,7 @@ class Probe:
         return self.drawn(compute, seed, level)
 
     def losses(self, rows: Sequence[int]) -> Measured:
-        """Return the losses of rows alone, which takes less memory; the gradient is 0.
+        """Return the losses of rows alone, which takes less memory; the gradient is empty.
 
         Args:
             rows: which; up to as many as a piece has.
@@ -138,7 +142,7 @@ class Probe:
         def compute(seen: Operations) -> Measured:
             with torch.no_grad(), self.flat.standing.piece():
                 output, losses = self.forward(self.flat.module, self._loss, rows)
-            return measured(output, losses, torch.zeros_like(self.flat.parameters), seen, None)
+            return measured(output, losses, self.flat.parameters.new_empty(0), seen, None)
 
         return self.drawn(compute, 0, MIDDLE)
 
@@ -150,7 +154,7 @@ class Probe:
             seed: of the generators.
             level: of chance.
         """
-        watches = self._watches is not False or level in (LOW, HIGH)
+        watches = self._watches is not False or level not in (None, MIDDLE)
         seed_generators(_FIRST_SEED + seed)
         before = torch.default_generator.get_state()
         seen = Operations(steady=level, wide=self._is_wide)
@@ -167,6 +171,7 @@ class Probe:
         if self._watches is None:
             self._watches, self._dtypes = not seen.is_ordinary, seen.dtypes
         self.draws = self.draws or seen.draws > 0 or self._chance.was_drawn
+        self.graded = self.graded or seen.graded or self._chance.was_drawn
         return made
 
     def is_sure(self) -> bool:
@@ -184,12 +189,25 @@ class Probe:
         """Measure anew what was measured at these weights."""
         self._plain.clear()
 
-    def move(self, parameters: torch.Tensor | None = None) -> None:
+    def move(
+        self,
+        parameters: torch.Tensor | None = None,
+        constants: Mapping[str, Words] | None = None,
+        *,
+        rows: Sequence[int],
+    ) -> None:
         """Go to weights near some parameters, float[P]; None: near the first ones.
 
         Where losses are not finite there, or forward raises, nothing could be compared: then it goes to these
         parameters.
+
+        Args:
+            parameters: near which.
+            constants: the bytes of frozen parameters and buffers; others are as at first.
+            rows: that are to be compared.
         """
+        if constants is not None:
+            self.flat.load_constants(constants)
         start = self._first if parameters is None else parameters
         chance = torch.Generator().manual_seed(16)
         noise = torch.rand(start.shape, generator=chance, dtype=self.flat.dtype).sub_(0.5)
@@ -200,7 +218,7 @@ class Probe:
                 values.add_(away, alpha=2 * _MOVED * (size + _MOVED))
         self._go_to(moved)
         try:
-            is_finite = self.plain(range(DIFFERENT_ROWS)).is_finite
+            is_finite = self.plain(rows).is_finite
         except UserCodeError:  # a scale is negative there, or a matrix is singular
             is_finite = False
         if not is_finite:
@@ -318,7 +336,7 @@ class Probe:
 
         def compute(seen: Operations) -> Measured:
             output, losses = self.forward(self.flat.module, self._loss, rows)
-            return measured(output, losses, torch.zeros_like(self.flat.parameters), seen, None)
+            return measured(output, losses, self.flat.parameters.new_empty(0), seen, None)
 
         try:
             with evaluating(self.flat):
@@ -348,7 +366,7 @@ class Probe:
             worst = int((error - limit).argmax())
             if error[worst] > limit[worst]:
                 return f"the loss of row {worst + 1} is {together.losses[worst]:.9g} and {losses[worst]:.9g}"
-        error = sum_of(apart) - together.gradient
+        error = excess(apart, together, self._scratch[: len(together.gradient)])
         size = float(together.gradient.norm())
         if float(error.norm()) <= floor * size:
             return None

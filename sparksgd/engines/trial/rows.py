@@ -1,4 +1,4 @@
-"""The rows that the trial computes: few, that differ, with labels of all classes.
+"""The rows that the trial computes: few, that differ, with labels of all classes; and some that are made up.
 
 Legend: B rows.
 """
@@ -13,9 +13,11 @@ import torch
 
 from sparksgd.data.schema import RowSchema
 
-__all__ = ["DIFFERENT_ROWS", "distinct", "labelled_0", "varied"]
+__all__ = ["CROSSED_ROWS", "DIFFERENT_ROWS", "FIRST_ROWS", "crossed", "distinct", "labelled_0", "varied"]
 
 DIFFERENT_ROWS = 8
+CROSSED_ROWS = 4
+FIRST_ROWS = DIFFERENT_ROWS + CROSSED_ROWS
 
 
 def varied(label: npt.NDArray[Any], output: object) -> npt.NDArray[Any]:
@@ -54,4 +56,25 @@ def distinct(records: npt.NDArray[Any], schema: RowSchema) -> npt.NDArray[Any]:
                 column[number] = values + 0.1 * size * chance.standard_normal(values.shape)
             elif values.ndim:
                 column[number] = chance.permutation(values)
+    return rows
+
+
+def crossed(records: npt.NDArray[Any], schema: RowSchema) -> npt.NDArray[Any]:
+    """Return rows that are equal to others in each single column, and differ elsewhere, [CROSSED_ROWS].
+
+    Two records exchange some of their values: so for any column, each of the two new rows has there what one
+    of the records has.  The first pair exchanges single numbers, the second one every other column.
+
+    Args:
+        records: at least as many, that differ.
+        schema: of a record.
+    """
+    rows = records[:CROSSED_ROWS].copy()
+    chance = np.random.default_rng(17)
+    columns = [*schema.feature_arrays(rows).values(), schema.label_array(rows)]
+    for number, column in enumerate(columns):
+        shape = column.shape[1:]
+        for first, leaves in ((0, chance.random(shape) < 0.5), (2, np.full(shape, number % 2 == 0))):
+            one, other = column[first].copy(), column[first + 1].copy()
+            column[first], column[first + 1] = np.where(leaves, one, other), np.where(leaves, other, one)
     return rows

@@ -2,17 +2,21 @@
 
 A piece X may leave attributes changed.  They are harmless if the next piece Y is computed to the same bits,
 and leaves the same values, whether X ran before it or not: the last activation, a cache of masks, a weight
-that a hook computes anew.  Between X and Y the parameters move, as in training, so that a cache of what
-depends on them is found out, too.  All else is refused: a counter, a list that grows, a maximum so far; and
-what an evaluation reads, because each evaluation, and the saved model, starts from the first state.
+that a hook computes anew.  A dictionary may have more keys after X, of a cache by length, unless X was Y.
+Between X and Y the parameters move, as in training, so that a cache of what depends on them is found out,
+too; so is a memory of rows, by rows that are made up of X.  All else is refused: a counter, a list that
+grows, a maximum so far; and what an evaluation reads, because each evaluation, and the saved model, starts
+from the first state.
 """
 
 from __future__ import annotations
 
 import hashlib
+import logging
 import pickle
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -29,15 +33,27 @@ from sparksgd.engines.forward import back_propagate, forward
 from sparksgd.engines.held import is_plain, refusal
 from sparksgd.engines.hidden_state import pickled, state_of
 from sparksgd.engines.modes import evaluating
+from sparksgd.engines.trial.rows import crossed
+from sparksgd.engines.trial.unread import is_only_counted
 from sparksgd.engines.watch import Watch
 from sparksgd.errors import ModelError, UserCodeError
 from sparksgd.losses import Loss
 
 __all__ = ["harmless_state"]
 
+log = logging.getLogger("sparksgd")
+
+_FAR = 1_000_003
+"""Where a counter is set, to see that nothing depends on it."""
+
 
 def harmless_state(
-    module: nn.Module, loss: Loss, schema: RowSchema, records: npt.NDArray[Any], dtype: torch.dtype
+    module: nn.Module,
+    loss: Loss,
+    schema: RowSchema,
+    records: npt.NDArray[Any],
+    dtype: torch.dtype,
+    made: tuple[nn.Module, Loss] | None = None,
 ) -> frozenset[str]:
     """Return the paths of the attributes that a piece may leave changed.
 
@@ -47,6 +63,7 @@ def harmless_state(
         schema: of a record.
         records: some rows, [B].
         dtype: the type of the parameters.
+        made: copies of module and loss, which are as before afterwards; None: others are made.
 
     Raises:
         ModelError: something else changes, or a setting of torch or numpy does; or a part cannot be copied.
@@ -55,13 +72,13 @@ def harmless_state(
     rows = max(2, len(records) // 2)
     pieces = np.resize(records, 2 * rows).reshape(2, rows)
     with generators_kept(), HeldSettings() as settings:
-        first = _Tried(module, loss, schema, dtype)
+        first = _Tried(module, loss, schema, dtype, made)
         try:
             with settings.blamed("the module or its loss"):
                 first.compute(pieces[0])
             changed = first.watch.changed()
         finally:
-            first.watch.restore()  # also what all copies share: globals, attributes of classes
+            first.put_back()  # also what all copies share: globals, attributes of classes
         for path in graphs:
             if path not in changed:
                 raise ModelError(
@@ -71,11 +88,53 @@ def harmless_state(
                 )
         if not changed:
             return frozenset()
+        counters = [path for path in changed if _is_unread(path, first)]
+        _refuse_what_was_kept(module, loss, schema, dtype, changed, counters, pieces[0])
+        values = [path for path in changed if path not in counters]
+        grows = False
         for one, other in (pieces, pieces[::-1]):
-            _refuse_memory(module, loss, schema, dtype, changed, one, other)
+            grows |= _refuse_memory(module, loss, schema, dtype, values, one, other)
+        if grows:
+            if _refuse_memory(module, loss, schema, dtype, values, pieces[0], pieces[0]):
+                raise refusal(" or ".join(values))
+            with suppress(UserCodeError):  # it need not bear rows that are made up
+                made_up = crossed(records, schema)
+                _refuse_memory(module, loss, schema, dtype, values, pieces[0], made_up)
         with settings.blamed("the module or its loss, in evaluation,"):
             _refuse_reading(lambda: _Tried(module, loss, schema, dtype), changed, *pieces)
     return frozenset(changed)
+
+
+def _refuse_what_was_kept(
+    module: nn.Module,
+    loss: Loss,
+    schema: RowSchema,
+    dtype: torch.dtype,
+    changed: list[str],
+    counters: list[str],
+    piece: npt.NDArray[Any],
+) -> None:
+    """Refuse a module that computes otherwise where it has counted far, or has seen the parameters before."""
+    found = []
+    for is_new in (True, False):
+        one = _Tried(module, loss, schema, dtype)
+        one.let_parameters_be(is_new=is_new)
+        for path in counters if is_new else ():
+            one.watch.set_number(path, _FAR)
+        found.append(one.compute(piece))
+        one.watch.restore()
+    if found[0] != found[1]:
+        raise refusal(" or ".join(changed))
+
+
+def _is_unread(path: str, tried: _Tried) -> bool:
+    """Return whether an attribute is a number that is counted on, but never read."""
+    if tried.watch.number(path) is None:
+        return False
+    if not is_only_counted(path.rpartition(".")[2], tried.watch.functions):
+        return False
+    log.info("nothing reads %s, which counts: it stays as it was", path)
+    return True
 
 
 def _refuse_memory(
@@ -86,23 +145,29 @@ def _refuse_memory(
     changed: list[str],
     before: npt.NDArray[Any],
     piece: npt.NDArray[Any],
-) -> None:
-    """Refuse a module that computes a piece otherwise, or leaves other values, after another one."""
+) -> bool:
+    """Refuse a module that computes a piece otherwise, or leaves other values, after another one.
+
+    Returns:
+        Whether a dictionary has more keys after both pieces.
+    """
     fresh, used = (_Tried(module, loss, schema, dtype) for _ in range(2))
     used.compute(before, seed=1)  # so that what it draws and keeps is another than it would be anew
+    fresh.pass_over()
     used.take_tensors(fresh)
     found = []
     for one in (used, fresh):
         one.move_parameters()
         bits = one.compute(piece)
-        found.append((bits, [one.digest(path) for path in changed]))
+        found.append((bits, [one.leaves(path) for path in changed]))
         one.watch.restore()
     (bits, values), (fresh_bits, fresh_values) = found
     for path, value, other in zip(changed, values, fresh_values, strict=True):
-        if value != other:
+        if not _has_all_of(value, other):
             raise refusal(path)
     if bits != fresh_bits:
         raise refusal(" or ".join(changed))
+    return any(len(value) > len(other) for value, other in zip(values, fresh_values, strict=True))
 
 
 def _refuse_reading(
@@ -136,9 +201,17 @@ def _refuse_reading(
 class _Tried:
     """Copies of a module and a loss that are tried."""
 
-    def __init__(self, module: nn.Module, loss: Loss, schema: RowSchema, dtype: torch.dtype) -> None:
-        tried, self._loss = copied((module, loss), {"": module, "loss": loss})
+    def __init__(
+        self,
+        module: nn.Module,
+        loss: Loss,
+        schema: RowSchema,
+        dtype: torch.dtype,
+        made: tuple[nn.Module, Loss] | None = None,
+    ) -> None:
+        tried, self._loss = made or copied((module, loss), {"": module, "loss": loss})
         self._flat, self._schema = FlatModule(tried, dtype), schema
+        self._buffers = self._flat.statistics(), self._flat.counters()
         self._flat.standing.at(self._flat.parameters.numpy())
         self.watch = Watch(tried, self._loss, original=module)
 
@@ -151,9 +224,27 @@ class _Tried:
                 back_propagate(losses, 1.0)
         return losses.detach().numpy().tobytes(), gradient.tobytes()
 
-    def digest(self, path: str) -> str:
-        """Return a digest of what an attribute is now; the module's own parts have paths of their own."""
-        return _sha256(_leaves(self.watch.value(path), {id(part) for part in self._flat.module.modules()}))
+    def put_back(self) -> None:
+        """Let all be as it was before a piece."""
+        self.watch.restore()
+        self._flat.load_buffers(*self._buffers)
+
+    def let_parameters_be(self, *, is_new: bool) -> None:
+        """Let forward see by their versions that parameters are new, or not."""
+        self._flat.standing.moves_versions = is_new
+
+    def pass_over(self) -> None:
+        """Let the versions of parameters be as after a piece."""
+        with self._flat.standing.piece():
+            pass
+
+    def leaves(self, path: str) -> _Leaves:
+        """Return what an attribute is now; the module's own parts have paths of their own."""
+        found: _Leaves = defaultdict(list)
+        own = {id(part) for part in self._flat.module.modules()}
+        for place, leaf in _leaves(self.watch.value(path), own, ""):
+            found[place].append(leaf if isinstance(leaf, tuple) else hashlib.sha256(leaf).digest())
+        return found
 
     def compute_elsewhere(self, records: npt.NDArray[Any], *, far: bool) -> None:
         """Compute a gradient at other parameters; far: such that masks of what is great are others, too."""
@@ -215,33 +306,56 @@ def _sha256(values: Any) -> str:
     return digest.hexdigest()
 
 
-def _leaves(value: object, seen: set[int]) -> Iterator[bytes]:
-    """Yield bytes that tell two objects apart by their values."""
+_Leaves = dict[str, list[bytes | tuple[str, ...]]]
+"""By place: digests of values, and the keys of dictionaries, in their order."""
+
+
+def _has_all_of(one: _Leaves, other: _Leaves) -> bool:
+    """Return whether values are the same, but for more keys in dictionaries of the first."""
+    return all(
+        len(one.get(place, ())) == len(leaves) and all(map(_is_same, one[place], leaves))
+        for place, leaves in other.items()
+    )
+
+
+def _is_same(leaf: bytes | tuple[str, ...], other: bytes | tuple[str, ...]) -> bool:
+    if isinstance(leaf, tuple) and isinstance(other, tuple):
+        return tuple(key for key in leaf if key in set(other)) == other
+    return leaf == other
+
+
+def _leaves(value: object, seen: set[int], place: str) -> Iterator[tuple[str, bytes | tuple[str, ...]]]:
+    """Yield what tells two objects apart by their values, each with its place."""
     if isinstance(value, torch.Tensor):
         if value.is_nested:
-            yield from (leaf for part in value.unbind() for leaf in _leaves(part, seen))
+            for number, component in enumerate(value.unbind()):
+                yield from _leaves(component, seen, f"{place}[{number}]")
             return
-        yield f"{value.dtype} {tuple(value.shape)}".encode()
+        yield place, f"{value.dtype} {tuple(value.shape)}".encode()
         if value.is_meta:
             return
-        yield value.detach().to_dense().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+        yield place, value.detach().to_dense().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
         return
     if id(value) in seen:
         return
     seen.add(id(value))
     if (state := state_of(value)) is not None:
-        yield pickled(state[0]())
+        yield place, pickled(state[0]())
         return
     inner = list(parts(value))
     if isinstance(value, dict | list | set | deque):
         inner += [(f".{name}", part) for name, part in getattr(value, "__dict__", {}).items()]
-    yield type(value).__qualname__.encode()
+    names = tuple(name for name, _ in inner)
+    yield place, type(value).__qualname__.encode()
+    if isinstance(value, dict):
+        yield place, names
     if inner:
+        if not isinstance(value, dict):
+            yield place, "\n".join(names).encode()
         for name, part in inner:
-            yield name.encode()
-            yield from _leaves(part, seen)
-    else:
+            yield from _leaves(part, seen, place + name)
+    elif not isinstance(value, dict):
         try:
-            yield pickle.dumps(value)
+            yield place, pickle.dumps(value)
         except Exception:
-            yield repr(type(value)).encode()
+            yield place, repr(type(value)).encode()

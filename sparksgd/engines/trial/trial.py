@@ -14,8 +14,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any
 
@@ -24,41 +23,44 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-from sparksgd.arithmetic.changes import Changes, unite
 from sparksgd.arithmetic.copies import copied
 from sparksgd.arithmetic.flat import FlatModule, has_convolutions, mixes_rows, mixes_rows_of_evaluations
 from sparksgd.arithmetic.generators import seed_generators
 from sparksgd.arithmetic.numerics import thread_count
 from sparksgd.arithmetic.seeds import seed32
-from sparksgd.config import OptimizerConfig, ScheduleConfig
-from sparksgd.data.schema import RowSchema
-from sparksgd.engines.forward import (
-    EVALUATION_ROWS,
-    TRIAL_ROWS,
-    back_propagate,
-    forward,
-    gradient_shift,
-    predictions,
-)
-from sparksgd.engines.modes import evaluating
+from sparksgd.engines.forward import EVALUATION_ROWS, TRIAL_ROWS, forward
 from sparksgd.engines.trial.hooks import hook_that_is_not_linear
-from sparksgd.engines.trial.lasting_modes import changed_names, refuse_lasting_modes, values_of
+from sparksgd.engines.trial.lasting_modes import refuse_lasting_modes
+from sparksgd.engines.trial.later import STEPS_LATER, Later
 from sparksgd.engines.trial.layouts import channels_last_differs, refuse_other_memory
 from sparksgd.engines.trial.lazy import has_lazy_parts, take_shapes
-from sparksgd.engines.trial.leaves import Leaves
-from sparksgd.engines.trial.mixing import mixing, refuse_sums_of_rows, suspects
-from sparksgd.engines.trial.operations import Operations
-from sparksgd.engines.trial.outside import Outside
+from sparksgd.engines.trial.mixing import (
+    FIRST_COMPARED,
+    LAST_COMPARED,
+    mixing,
+    refuse_sums_of_rows,
+    suspects,
+)
+from sparksgd.engines.trial.outside import Outside, refuse_later_moves
 from sparksgd.engines.trial.ownership import Owned, left_alone, refuse_shared_memory
+from sparksgd.engines.trial.pieces import Piece
 from sparksgd.engines.trial.probe import MANY_ROWS, TRIED_ROWS, Probe
-from sparksgd.engines.trial.rows import DIFFERENT_ROWS, distinct, labelled_0, varied
+from sparksgd.engines.trial.rows import (
+    CROSSED_ROWS,
+    DIFFERENT_ROWS,
+    FIRST_ROWS,
+    crossed,
+    distinct,
+    labelled_0,
+    varied,
+)
 from sparksgd.engines.trial.sight import refuse_at_sight
 from sparksgd.engines.trial.state_trial import harmless_state
-from sparksgd.engines.watch import Watch
+from sparksgd.engines.trial.use import Found, Use
 from sparksgd.errors import ModelError, UserCodeError
 from sparksgd.losses import Loss
 from sparksgd.solvers.schedules import make_schedule, own_schedule
-from sparksgd.solvers.torch_optimizers import make_optimizer
+from sparksgd.solvers.torch_optimizers import make_optimizer, own_optimizer, treats_sparse_alike
 
 __all__ = ["Found", "Use", "try_out"]
 
@@ -67,67 +69,6 @@ log = logging.getLogger("sparksgd")
 _STEPS = 4
 _FEW_ROWS = 8
 """Of the other steps."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Use:
-    """How a module will be used."""
-
-    loss: Loss
-    """One value per row."""
-
-    schema: RowSchema
-    """Of a record."""
-
-    dtype: torch.dtype = torch.float32
-    """Type of the parameters."""
-
-    classifies: bool = False
-    """Whether labels are classes.  Those out of range are tried as 0: they are bad rows, found later."""
-
-    piece_rows: int = TRIED_ROWS
-    """Rows of a backward pass."""
-
-    evaluates: bool = True
-    """Whether there are test rows."""
-
-    has_pieces: bool = True
-    """Whether a step has several pieces."""
-
-    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    """Which class of torch.optim, and its arguments."""
-
-    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
-    """Which class of torch.optim.lr_scheduler, and its arguments."""
-
-    rows_mix: bool = False
-    """See ModelConfig.rows_mix."""
-
-    seed: int = 0
-    """Of the experiment."""
-
-    threads: int = 1
-    """How many threads torch uses."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Found:
-    """What a trial found."""
-
-    output: tuple[int, ...] = ()
-    """The shape of the output, [B, ...]."""
-
-    channels_last: bool = False
-    """See Plan.channels_last."""
-
-    harmless: frozenset[str] = frozenset()
-    """See Plan.harmless."""
-
-    float16: bool = False
-    """See Plan.float16."""
-
-    optimiser_bytes: int = 0
-    """Bytes of what the optimiser keeps after some steps."""
 
 
 def try_out(module: nn.Module, records: npt.NDArray[Any], use: Use) -> Found:
@@ -158,9 +99,8 @@ def try_out(module: nn.Module, records: npt.NDArray[Any], use: Use) -> Found:
         left_alone(module, use.loss) as changing,
         thread_count(use.threads),
     ):
-        harmless = harmless_state(
-            module, use.loss, use.schema, labelled_0(few, use.schema, classifies=use.classifies), use.dtype
-        )
+        labelled = labelled_0(few, use.schema, classifies=use.classifies)
+        harmless = harmless_state(module, use.loss, use.schema, labelled, use.dtype, copies[0])
         changing |= harmless
         trial = _Trial(module, copies, records, few, use, harmless)
         found = trial.run()
@@ -225,7 +165,8 @@ class _Trial:
         """Try everything; see the module's docstring."""
         use = self._use
         piece = min(use.piece_rows, MANY_ROWS)
-        tried = np.concatenate([self._few, self._rows(piece if piece > DIFFERENT_ROWS else 0, 0)])
+        whole = self._rows(piece if piece > DIFFERENT_ROWS else 0, 0)
+        tried = np.concatenate([self._few, self._few[:CROSSED_ROWS], whole])
         labels = [use.schema.label_array(records) for records in (self._records, tried)]
         wanted = [label.copy() for label in labels]
         if use.classifies:
@@ -239,7 +180,8 @@ class _Trial:
             for label, values in zip(labels, wanted, strict=True):
                 label[:] = np.where((values >= 0) & (values < classes), values, 0)
         labels[1][:DIFFERENT_ROWS] = varied(labels[1], first)[:DIFFERENT_ROWS]
-        probe.move()
+        tried[DIFFERENT_ROWS:FIRST_ROWS] = crossed(tried, use.schema)
+        probe.move(rows=FIRST_COMPARED)
         probe.refuse_what_does_not_repeat()
         refuse_other_memory(probe, *self._copies.pop())
         if use.has_pieces:
@@ -253,11 +195,9 @@ class _Trial:
         self._refuse_scaling(probe.scaling())  # first: what clips depends on the other rows, too
         if not use.rows_mix:
             self._refuse_mixing(mixing(probe, evaluates=use.evaluates))
-        after = self._steps(first.shape, channels_last=channels_last, float16=measured.float16)
-        if after is not None:
-            probe.move(after)
-            if not use.rows_mix:
-                self._refuse_mixing(mixing(probe, splits=1))
+        later = self._steps(first.shape, channels_last=channels_last, float16=measured.float16)
+        if later is not None and not use.rows_mix:
+            self._refuse_later_mixing(probe, later)
         if plainly is not None:
             self.remarks.append(f"convolutions are computed channels first, which takes longer: {plainly}")
         elif channels_last:
@@ -283,6 +223,18 @@ class _Trial:
                 "then results depend on train.num_shards"
             )
 
+    def _refuse_later_mixing(self, probe: Probe, later: Later) -> None:
+        """Refuse rows that mix after some steps: at other weights, or once forward has counted them."""
+        evaluates = self._use.evaluates and later.has_changes
+        probe.move(later.parameters, later.constants(), rows=LAST_COMPARED)
+        self._refuse_mixing(mixing(probe, splits=1, evaluates=evaluates))
+        for steps in STEPS_LATER if later.counters else ():
+            probe.move(later.parameters, later.constants(steps), rows=LAST_COMPARED)
+            with suppress(UserCodeError):  # a table may have no place for so many steps
+                found = mixing(probe, splits=1, evaluates=evaluates)
+                counted = " and ".join(later.counters)
+                self._refuse_mixing(found and f"where {counted} is as after {steps:,} steps, {found}")
+
     def _refuse_scaling(self, found: str | None) -> None:
         if found is not None:
             raise ModelError(
@@ -291,19 +243,19 @@ class _Trial:
                 "the gradient"
             )
 
-    def _steps(self, output: torch.Size, *, channels_last: bool, float16: bool) -> torch.Tensor | None:
-        """Make steps with updates, and evaluate between them; return the parameters, float[P], if finite."""
+    def _steps(self, output: torch.Size, *, channels_last: bool, float16: bool) -> Later | None:
+        """Make steps with updates, and evaluate between them; return what they made, if it is finite."""
         use = self._use
         module, loss = self._copies[1]
         flat = FlatModule(module, use.dtype)
-        piece = _Piece(
+        piece = Piece(
             flat, loss, use, self._owned, self._harmless, self._dtypes,
             channels_last=channels_last, float16=float16,
         )  # fmt: skip
         seed_generators(seed32(use.seed, "trial"))
         optimizer = make_optimizer(flat, use.optimizer, use.seed, shaped=own_schedule(use.schedule))
         schedule = make_schedule(optimizer, use.schedule, 0, use.seed)
-        outside = Outside(optimizer, self._module, self._owned)
+        outside, later = Outside(optimizer, self._module, self._owned), Later(flat)
         moves = min(_STEPS, (schedule and schedule.limit) or _STEPS)
         least = 2 if mixes_rows(flat.module) else 1  # `check_pieces` tells of a batch-norm with one row
         most = max(least, min(use.piece_rows, TRIAL_ROWS))
@@ -325,6 +277,7 @@ class _Trial:
             if use.has_pieces:
                 piece.gradient(self._rows(few, step + rows))  # other rows: forward may change by them
             piece.take_changes()
+            later.note()
             steps += 1
             then = partial(schedule.move, steps) if schedule is not None and steps < moves else None
             with outside.watched():
@@ -334,6 +287,8 @@ class _Trial:
             piece.begin()
             piece.gradient(self._rows(1, _STEPS))
         names = [n for n, p in nn.Module.named_parameters(flat.module) if any(p is t for t in flat.trainable)]
+        refuse_later_moves(flat.trainable, use.optimizer, use.schedule, self._module, self._owned)
+        self._refuse_sparse(names, flat, piece)
         self.untouched = [name for name, was in zip(names, piece.touched, strict=True) if not was]
         if len(self.untouched) == len(names):
             raise ModelError(
@@ -345,131 +300,27 @@ class _Trial:
             f"{len(names) - len(self.untouched)} of {len(names)} parameters get a gradient; "
             + ("rows may mix, as model.rows_mix says" if use.rows_mix else "rows do not mix")
         )
-        return flat.parameters if _are_finite(flat.parameters) else None
+        return later if _are_finite(flat.parameters) else None
+
+    def _refuse_sparse(self, names: list[str], flat: FlatModule, piece: Piece) -> None:
+        config = self._use.optimizer
+        if not piece.sparse or not own_optimizer(config):
+            return
+        if not treats_sparse_alike(flat.trainable, config, piece.sparse):
+            raise ModelError(
+                f"the gradient of {names[min(piece.sparse)]!r} is sparse, and the optimiser {config.name} "
+                "makes other steps with sparse gradients than with dense ones. But gradients are summed as "
+                "dense vectors here: set sparse=False, or let the optimiser treat both alike"
+            )
 
     def _rows(self, number: int, first: int) -> npt.NDArray[Any]:
         """Return some records, [number], others for another `first`."""
         return np.resize(np.roll(self._records, -first, axis=0), number)
 
 
-class _Piece:
-    """Computes pieces on a copy, and looks at all that they do.
-
-    Args:
-        flat: the copy.
-        loss: one value per row.
-        use: how the module will be used.
-        owned: what the copy must not touch.
-        harmless: see Plan.harmless.
-        dtypes: takes the half types that are seen.
-        channels_last: in which layout to compute.
-        float16: whether to scale gradients.
-    """
-
-    def __init__(
-        self, flat: FlatModule, loss: Loss, use: Use, owned: Owned, harmless: frozenset[str],
-        dtypes: set[torch.dtype], *, channels_last: bool, float16: bool,
-    ) -> None:  # fmt: skip
-        self._flat, self._loss, self._use, self._owned, self._dtypes = flat, loss, use, owned, dtypes
-        self._channels_last, self._float16 = channels_last, float16
-        self._leaves = Leaves(flat.module, loss, owned)
-        self._watch = Watch(flat.module, loss, harmless)
-        self.touched = [False] * len(flat.trainable)
-        self._changes: Changes | None = None
-        self._buffers = flat.statistics(), flat.counters()
-
-    def begin(self) -> None:
-        """Begin a step at the copy's parameters: its pieces start from there."""
-        self._flat.standing.at(self._flat.parameters.numpy())
-        self._buffers = self._flat.statistics(), self._flat.counters()
-        self._changes = None
-
-    def take_changes(self) -> None:
-        """Let what forward made of parameters and constants be theirs.
-
-        Raises:
-            ModelError: pieces left different values in an element.
-        """
-        self._flat.apply(self._changes)
-
-    def gradient(self, records: npt.NDArray[Any]) -> torch.Tensor:
-        """Return the mean gradient of some rows, float[P].
-
-        Raises:
-            ModelError: the piece did what it must not do.
-        """
-        shift = gradient_shift(len(records)) if self._float16 else 0
-        self._flat.load_buffers(*self._buffers)  # as each piece of a step does
-        with self._computing(len(records)), self._flat.new_gradient(shift=shift) as gradient:
-            with self._flat.standing.piece() as made:
-                _, losses = forward(self._flat.module, self._loss, self._use.schema, records)
-                self._leaves.check(losses)
-                back_propagate(losses, 2.0**-shift)
-            self._changes = unite(self._changes, made.changes)
-            for number, parameter in enumerate(self._flat.trainable):
-                self.touched[number] |= parameter.grad is not None
-        self._watch.require_unchanged()
-        return torch.from_numpy(gradient).div_(len(records))
-
-    def evaluate(self, records: npt.NDArray[Any], trained: torch.Size) -> None:
-        """Evaluate some rows, and refuse what evaluations after an epoch could not use."""
-        rows = len(records)
-        try:
-            with evaluating(self._flat), self._computing(rows):
-                before = values_of(self._flat.module, buffers_alone=True)
-                output, _ = forward(self._flat.module, self._loss, self._use.schema, records)
-                changed = changed_names(before, self._flat.module)
-        except UserCodeError as error:
-            raise UserCodeError(f"in evaluation mode, with {_counted(rows)}: {error}") from error
-        except ModelError as error:
-            raise ModelError(f"in evaluation mode, with {_counted(rows)}: {error}") from error
-        self._watch.restore()
-        constants = {name for name, _ in self._flat.constants()} if self._use.evaluates else set()
-        for name in [name for name in changed if name in constants]:
-            raise ModelError(
-                f"forward changes {name} in evaluation, but an evaluation leaves no trace: any worker may "
-                "make it. Change it in training only: if self.training"
-            )
-        form = tuple(output.shape) if isinstance(output, torch.Tensor) else type(output).__name__
-        if (
-            not isinstance(output, torch.Tensor)
-            or not output.ndim
-            or len(output) != rows
-            or (self._use.classifies and output.shape[1:] != trained[1:])
-        ):
-            raise ModelError(
-                f"in evaluation mode the module gives {form} for {_counted(rows)}, but "
-                f"{(rows, *trained[1:])} in training: give the same form in both modes"
-            )
-        if self._use.classifies:
-            predictions(output)
-
-    @contextmanager
-    def _computing(self, rows: int) -> Iterator[None]:
-        """Watch what the block computes, in the layout of the run."""
-        with Operations(self._owned.storages) as seen, ExitStack() as layout:
-            if self._channels_last:
-                layout.enter_context(self._flat.channels_last())
-            try:
-                yield
-            except UserCodeError as error:
-                self._owned.refuse(seen.met)  # more to the point
-                if rows == 1:
-                    raise UserCodeError(
-                        f"with a single row, which a small piece or the end of an evaluation may be: {error}"
-                    ) from error
-                raise
-        self._owned.refuse(seen.met)
-        self._dtypes |= seen.dtypes
-
-
 def _are_finite(values: torch.Tensor) -> bool:
     # A sum is made sooner; finite numbers, too, may have one that is not.
     return bool(torch.isfinite(values.sum())) or bool(torch.isfinite(values).all())
-
-
-def _counted(rows: int) -> str:
-    return "one row" if rows == 1 else f"{rows} rows"
 
 
 def _output_of(module: nn.Module, records: npt.NDArray[Any], use: Use) -> object:

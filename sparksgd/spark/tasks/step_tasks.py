@@ -21,7 +21,7 @@ from sparksgd.errors import ClusterError
 from sparksgd.peers.mesh import Meeting
 from sparksgd.peers.replica import Replica, Segment, SegmentAnswer
 from sparksgd.solvers.protocol import Answer, SolverState
-from sparksgd.solvers.torch_optimizers import without_compiler
+from sparksgd.solvers.without_compiler import without_compiler
 from sparksgd.spark.tasks.worker_exit import leave_quietly
 
 if TYPE_CHECKING:

@@ -16,6 +16,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from sparksgd.engines.trial.chance import HIGH, MIDDLE
 from sparksgd.engines.trial.operations import Operations
 from sparksgd.losses import cross_entropy, squared_error
 from tests.engines.trials import Around, refused, rows, tried
@@ -403,6 +404,101 @@ def test_rows_that_mix_in_large_evaluations_alone_are_refused() -> None:
 
     refused(With(many), "rows together", data=rows(64), piece_rows=60, evaluates=True)
     assert tried(With(many), data=rows(64), piece_rows=16, evaluates=True)
+
+
+def grouped(x: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+    """Subtract from each row the mean of those with an equal key."""
+    same = (key[:, None] == key[None, :]).to(x.dtype)
+    return x - same @ x / same.sum(1, keepdim=True)
+
+
+class OfTwo(nn.Module):
+    """Two features; rows with an equal first one share a mean."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.down = nn.Linear(3, 1)
+
+    def forward(self, user: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        return self.down(grouped(values.float(), user.sum(1)))
+
+
+def by_label(output: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
+    losses = F.cross_entropy(output, label, reduction="none")
+    return losses + grouped(losses[:, None], label)[:, 0]
+
+
+GROUPED = {
+    "by a number": (lambda: With(lambda x: grouped(x, x[:, 4])), {}),
+    "by a whole number": (lambda: With(lambda x: grouped(x, x[:, 1].long())), {}),
+    "in evaluation": (
+        lambda: With(lambda x: x if torch.is_grad_enabled() else grouped(x, x[:, 2])),
+        {"evaluates": True},
+    ),
+    "by a feature": (OfTwo, {"data": rows(dtype="int64", width=3, names="user values")}),
+    "by a label": (
+        lambda: nn.Linear(6, 12),
+        {"loss": by_label, "data": rows(label="int64"), "classifies": True},
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", GROUPED)
+def test_rows_that_mix_with_those_of_an_equal_column_are_refused(kind: str) -> None:
+    make, use = GROUPED[kind]
+    refused(make(), "depends on the other rows of its piece", **use)
+
+
+class Ordered(Around):
+    """It takes rows in ascending order alone."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if (x.diff(dim=1) < 0).any():
+            raise ValueError("descending")
+        return self.inner(x)
+
+
+def test_rows_that_cannot_be_made_up_are_no_false_alarm() -> None:
+    records, schema = rows()
+    records["x"].sort(1)
+    assert tried(Ordered(), data=(records, schema)).output == (4, 1)
+
+
+def branching(draw: Callable[[], Any], low: float, high: float) -> Callable[[torch.Tensor], torch.Tensor]:
+    return lambda x: x - x.mean(0) if low <= draw() < high else x
+
+
+BRANCHES = {
+    "half of all": branching(lambda: torch.rand(()), 0, 0.5),
+    "a fifth of numpy's": branching(lambda: np.random.rand(), 0.25, 0.45),
+    "a fifth of Python's": branching(lambda: random.random(), 0.6, 0.78),
+    "a fifth of torch's": branching(lambda: torch.rand(1), 0.75, 0.9),
+    **{f"{n} of six of torch's": branching(lambda: torch.randint(6, ()), n, n + 1) for n in range(6)},
+    **{f"{n} of six of numpy's": branching(lambda: np.random.randint(6), n, n + 1) for n in range(6)},
+    **{f"{n} of six of Python's": branching(lambda: random.randrange(6), n, n + 1) for n in range(6)},
+    "near the mean": branching(lambda: torch.randn(()), 0.2, 0.6),
+    "without Python": lambda x: x - x.mean(0) * ((torch.rand(()) - 0.35).abs() < 0.05),
+}
+
+
+@pytest.mark.parametrize("kind", BRANCHES)
+def test_rows_that_mix_by_chance_are_refused(kind: str) -> None:
+    refused(With(BRANCHES[kind]), "depends on the other rows of its piece")
+
+
+def test_masks_need_no_other_levels(monkeypatch) -> None:
+    levels = set()
+
+    class Counted(Operations):
+        def __init__(self, *args: Any, steady: int | None = None, **kwargs: Any) -> None:
+            levels.add(steady)
+            super().__init__(*args, steady=steady, **kwargs)
+
+    monkeypatch.setattr("sparksgd.engines.trial.probe.Operations", Counted)
+    tried(nn.Sequential(nn.Dropout(), nn.Linear(6, 4), nn.AlphaDropout(), Around(4)))
+    assert levels == {None, MIDDLE, HIGH}
+    tried(With(lambda x: x + torch.randn_like(x)))
+    assert levels == {None, *range(7)}
 
 
 def test_a_permutation_of_numpy_s_mixes() -> None:
