@@ -20,6 +20,9 @@ _MOST_CHARACTERS = 16_000_000
 _ALONE = ("torch",)
 """Packages of which only the named module is read: their version says more, and they are large."""
 
+_OURS = "sparksgd"
+"""It may lie beside the user's code, or be installed."""
+
 _INSTALLED = ("site-packages", "dist-packages")
 
 
@@ -88,7 +91,7 @@ class _Sources:
                 around = self._spec(parent)
                 folders = list(around.submodule_search_locations or ()) if around else []
             else:
-                folders = [self._folder] if self._folder else []
+                folders = [self._folder] if self._folder and name != _OURS else []
             self._specs[name] = _found_in(folders, name)
         return self._specs[name]
 

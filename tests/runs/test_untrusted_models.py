@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import logging
 import os
+import pickle
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -349,6 +351,22 @@ def test_a_saved_value_takes_the_place_of_no_code(model: Path, path: str) -> Non
         entry = write_checked(location(model), "constants.pt", values)
         change_manifest(model, put("constants", value=vars(entry)))
         with pytest.raises(DataError, match=r"is no value of the module|the module has no"):
+            load_model(model, trust=["scaled"])
+
+
+def test_a_saved_list_is_plain(model: Path) -> None:
+    for value, says in (
+        ({1, 2}, "KeyError"),
+        ([b"x", partial(print)], "is no plain value"),
+        (print, "no plain"),
+    ):
+        pickled = torch.frombuffer(bytearray(pickle.dumps(value, 4)), dtype=torch.uint8)
+        values = torch.load(model / "constants.pt", weights_only=True)
+        entry = write_checked(
+            location(model), "constants.pt", values | {"scale": {"plain": True, "bytes": pickled}}
+        )
+        change_manifest(model, put("constants", value=vars(entry)))
+        with pytest.raises(DataError, match=says):
             load_model(model, trust=["scaled"])
 
 
