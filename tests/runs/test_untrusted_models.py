@@ -260,6 +260,7 @@ def put(*path: Any, value: Any) -> Change:
         (put("features", 0, "dtype", value="object"), "dtype is 'object', but must be one of uint8, int64"),
         (put("features", 0, "dtype", value=["uint8"]), "dtype is a list, but must be one of"),
         (put("features", 0, "name", value=5), r"features\[0\]\.name is 5, but must be a text"),
+        (put("features", 0, "name", value="\ud800"), r"features\[0\]\.name is '\\ud800', but must be a text"),
         (put("features", 0, "name", value="y"), "features and label name 'y' twice"),
         (put("features", 0, "more", value=1), r"features\[0\] has the unknown field 'more'"),
         (put("features", 0, value=None), r"features\[0\] is None, but must be a table"),
@@ -431,7 +432,7 @@ def loaded_or_refused(found: Path, given: bool = False) -> SavedModel | None:
         return None
 
 
-EACH = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+EACH = settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 @EACH
