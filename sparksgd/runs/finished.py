@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from sparksgd.config import Config
 from sparksgd.errors import ConfigError, DataError
-from sparksgd.imports.sources import code_digest
+from sparksgd.imports.sources import code_digests
 from sparksgd.runs.json_files import read_about_run, read_json
 from sparksgd.runs.names import MODEL, SUMMARY
 from sparksgd.solvers.rules import completed
@@ -53,8 +53,7 @@ def fingerprints_of(config: Config, replay: Replay | None = None) -> dict[str, s
         "optimizer.name": config.optimizer.name,
         "schedule.name": config.schedule.name,
     }
-    digests = {key: code_digest(name) for key, name in code.items()}
-    found |= {key: digest for key, digest in digests.items() if digest is not None}
+    found |= code_digests(code)
     if replay is not None:
         found["replay"] = replay.fingerprint()
     return found

@@ -25,7 +25,6 @@ from sparksgd.config import ModelConfig
 from sparksgd.data.schema import FEATURE_DTYPES, LABEL_DTYPES, MOST_RECORD_BYTES, Feature, RowSchema
 from sparksgd.errors import DataError
 from sparksgd.imports import out_of_memory_told
-from sparksgd.imports.sources import code_digest
 from sparksgd.runs.checked_files import FileEntry, check_name, is_sha256, shown
 from sparksgd.runs.json_files import read_json, write_json
 from sparksgd.runs.names import MANIFEST
@@ -97,7 +96,6 @@ def describe(training: Training, weights: FileEntry, constants: FileEntry | None
         constants: the file of what is in no state_dict, if there is any.
     """
     schema, config = training.plan.schema, training.config
-    code = {"model.name": code_digest(training.model_name), "loss.name": code_digest(config.loss.name)}
     return {
         "format": FORMAT,
         "weights": asdict(weights),
@@ -109,7 +107,7 @@ def describe(training: Training, weights: FileEntry, constants: FileEntry | None
         "features": [asdict(feature) for feature in schema.features],
         "label": {"name": schema.label, "dtype": schema.label_dtype, "classes": schema.classes},
         "loss": config.loss.name,
-        "code": {key: digest for key, digest in code.items() if digest is not None},
+        "code": dict(training.code),
         "version": training.version,
         "parameters_sha256": training.flat.parameters_sha256(),
         "buffers_sha256": training.flat.buffers_sha256(),

@@ -9,7 +9,7 @@ import pickle
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -41,7 +41,7 @@ def nobody_is_trusted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("SPARKSGD_TRUST", raising=False)
 
 
-def trained(folder: Path, **tables: Any) -> Path:
+def trained(folder: Path, observers: Sequence[sparksgd.Observer] = (), **tables: Any) -> Path:
     """Train a small module of two features, and return the folder of its model."""
     folder.mkdir(parents=True, exist_ok=True)
     x = np.linspace(-1, 1, 16).reshape(8, 2)
@@ -55,7 +55,7 @@ def trained(folder: Path, **tables: Any) -> Path:
         "train": {"rows_per_step": 4, "num_shards": 1, "seed": 7},
         "engine": {"name": "inline"},
     }
-    sparksgd.train(config | tables, str(folder / "rows.parquet"), out=folder / "run")
+    sparksgd.train(config | tables, str(folder / "rows.parquet"), out=folder / "run", observers=observers)
     return folder / "run" / "model"
 
 
@@ -177,6 +177,24 @@ def test_code_that_was_changed_since_is_told_and_refused_if_one_asks(
     assert f"the code of {key} = 'measured." in said
     assert "is not that of the training: it was changed, or is another package of the same name" in said
     with pytest.raises(DataError, match=rf"the code of {key} = .*, and strict was asked for"):
+        load_model(found, trust=["measured"], strict=True)
+
+
+class Editing(sparksgd.Observer):
+    """Changes a file while the run goes on."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def started(self, training: Any) -> None:
+        self.file.write_text(self.file.read_text() + "# changed\n")
+
+
+def test_code_that_was_changed_while_it_ran_is_another_one(own: tuple[Path, Path], tmp_path: Path) -> None:
+    package, _ = own
+    model = {"name": "measured.nets:net"}
+    found = trained(tmp_path / "again", [Editing(package / "parts.py")], model=model)
+    with pytest.raises(DataError, match="is not that of the training"):
         load_model(found, trust=["measured"], strict=True)
 
 
