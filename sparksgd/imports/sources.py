@@ -8,17 +8,20 @@ import importlib.util
 import pkgutil
 import sys
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 
-__all__ = ["code_digest"]
+__all__ = ["code_digest", "code_digests"]
 
 _MOST_CHARACTERS = 16_000_000
 """A package that has more source is followed no further."""
 
 _ALONE = ("torch",)
 """Packages of which only the named module is read: their version says more, and they are large."""
+
+_OURS = "sparksgd"
+"""It may lie beside the user's code, or be installed."""
 
 _INSTALLED = ("site-packages", "dist-packages")
 
@@ -45,6 +48,16 @@ def code_digest(name: str | None) -> str | None:
         return _Sources(module).digest()
     except Exception:  # of a strange finder, a loader or a path; `resolve` will say why
         return None
+
+
+def code_digests(names: Mapping[str, str | None]) -> dict[str, str]:
+    """Return the digests of code by the keys that name it; names of ours have none.
+
+    Args:
+        names: {key: name} of a configuration.
+    """
+    digests = {key: code_digest(name) for key, name in names.items()}
+    return {key: digest for key, digest in digests.items() if digest is not None}
 
 
 class _Sources:
@@ -88,7 +101,7 @@ class _Sources:
                 around = self._spec(parent)
                 folders = list(around.submodule_search_locations or ()) if around else []
             else:
-                folders = [self._folder] if self._folder else []
+                folders = [self._folder] if self._folder and name != _OURS else []
             self._specs[name] = _found_in(folders, name)
         return self._specs[name]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from sparksgd.config import Config
 from sparksgd.errors import DataError
-from sparksgd.imports.sources import code_digest
+from sparksgd.imports.sources import code_digests
 from sparksgd.storage import fingerprint, unanswered
 from sparksgd.training.replay import Replay
 
@@ -38,8 +38,7 @@ def fingerprints_of(config: Config, replay: Replay | None = None) -> dict[str, s
         "optimizer.name": config.optimizer.name,
         "schedule.name": config.schedule.name,
     }
-    digests = {key: code_digest(name) for key, name in code.items()}
-    found |= {key: digest for key, digest in digests.items() if digest is not None}
+    found |= code_digests(code)
     if replay is not None:
         found["replay"] = replay.fingerprint()
     return found

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 from sparksgd.config import ModelConfig
 from sparksgd.data.schema import FEATURE_DTYPES, LABEL_DTYPES, MOST_RECORD_BYTES, Feature, RowSchema
 from sparksgd.errors import DataError
-from sparksgd.imports.sources import code_digest
+from sparksgd.imports import out_of_memory_told
 from sparksgd.runs.checked_files import FileEntry, check_name, is_sha256, shown
 from sparksgd.runs.json_files import read_json, write_json
 from sparksgd.runs.names import MANIFEST
@@ -96,7 +96,6 @@ def describe(training: Training, weights: FileEntry, constants: FileEntry | None
         constants: the file of what is in no state_dict, if there is any.
     """
     schema, config = training.plan.schema, training.config
-    code = {"model.name": code_digest(training.model_name), "loss.name": code_digest(config.loss.name)}
     return {
         "format": FORMAT,
         "weights": asdict(weights),
@@ -108,7 +107,7 @@ def describe(training: Training, weights: FileEntry, constants: FileEntry | None
         "features": [asdict(feature) for feature in schema.features],
         "label": {"name": schema.label, "dtype": schema.label_dtype, "classes": schema.classes},
         "loss": config.loss.name,
-        "code": {key: digest for key, digest in code.items() if digest is not None},
+        "code": dict(training.code),
         "version": training.version,
         "parameters_sha256": training.flat.parameters_sha256(),
         "buffers_sha256": training.flat.buffers_sha256(),
@@ -129,7 +128,8 @@ def read_manifest(folder: Location) -> Manifest:
     """
     where = f"{folder}/{MANIFEST}"
     try:
-        about = read_json(folder / MANIFEST)
+        with out_of_memory_told(f"reading {where}"):
+            about = read_json(folder / MANIFEST)
     except OSError as error:
         refusal = DataError(f"{where} cannot be read: {error.strerror}. Name the folder model/ of a run")
         raise unanswered(error, refusal) from error
@@ -181,11 +181,12 @@ def _read(fields: _Fields, number: int, described: dict[str, Any]) -> Manifest:
 
 
 def _file(fields: _Fields, key: str, is_old: bool) -> Any:
-    value = fields.take(key, lambda v: v is not None or key == "constants", "a file", None)
+    """Return the entry of a file, or its name before format 5; None if there is none."""
+    may_miss = key == "constants"
+    default = None if may_miss and is_old else ...  # 2 had no such key
+    value = fields.take(key, lambda v: may_miss or v is not None, "a file", default)
     if value is None:
-        if key == "constants":
-            return None
-        raise DataError(f"{fields.where}: {key} is missing")
+        return None
     if not is_old:
         return FileEntry.of(value, f"{fields.where}: {key}")
     check_name(value, f"{fields.where}: {key}")
@@ -204,7 +205,7 @@ def _schema(fields: _Fields) -> RowSchema:
     for number, values in enumerate(fields.take("features", lambda v: isinstance(v, list) and v, "a list")):
         each = _Fields(values, fields.where, f"features[{number}]")
         feature = Feature(
-            name=each.take("name", lambda v: isinstance(v, str), "a text"),
+            name=each.take("name", _is_text, "a text"),
             dtype=each.take("dtype", lambda v: v in FEATURE_DTYPES, f"one of {', '.join(FEATURE_DTYPES)}"),
             length=each.take(
                 "length",
@@ -217,7 +218,7 @@ def _schema(fields: _Fields) -> RowSchema:
     label = fields.table("label")
     schema = RowSchema(
         features=tuple(features),
-        label=label.take("name", lambda v: isinstance(v, str), "a text"),
+        label=label.take("name", _is_text, "a text"),
         label_dtype=label.take("dtype", lambda v: v in LABEL_DTYPES, f"one of {', '.join(LABEL_DTYPES)}"),
         classes=label.take(
             "classes",
@@ -283,6 +284,11 @@ class _Fields:
 
 def _is_whole(least: int, most: int) -> Callable[[Any], bool]:
     return lambda value: type(value) is int and least <= value <= most
+
+
+def _is_text(value: Any) -> bool:
+    """Return whether a value is a text that can be written anywhere: JSON may hold halves of characters."""
+    return isinstance(value, str) and not any("\ud800" <= letter <= "\udfff" for letter in value)
 
 
 def _is_of_texts(value: Any) -> bool:

@@ -459,9 +459,9 @@ def class_named(key: str, name: str, home: Any, base: type[Any], example: str) -
         raise ConfigError(f"{key} is {shown(name)}, which is not a {named}")
     word = kind.__name__ if inspect.isroutine(kind) else type(kind).__name__
     raise ConfigError(
-        f"{key} is {shown(name)}, which is a function, but must be a class derived from {named}, because workers "
-        f"and resumed runs make another one and give it the state. Let a class do in __init__ what {word} "
-        f"does: {example}"
+        f"{key} is {shown(name)}, which is a function, but must be a class derived from {named}, because "
+        f"workers and resumed runs make another one and give it the state. Let a class do in __init__ what "
+        f"{word} does: {example}"
     )
 
 

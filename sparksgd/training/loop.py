@@ -26,6 +26,7 @@ from sparksgd.engines.modes import begin_training
 from sparksgd.engines.protocol import Engine, MakeEngine, StepReport
 from sparksgd.errors import NotFinite, UpdateNotFinite
 from sparksgd.imports import out_of_memory_told
+from sparksgd.imports.sources import code_digests
 from sparksgd.solvers.protocol import RoundSolver
 from sparksgd.solvers.rules import completed, make_solver
 from sparksgd.training.checkpoint import RunIdentity, go_on
@@ -90,6 +91,7 @@ def train(
     model_name = config.model.name if module is None else None
     if replay is not None:
         replay.check_code()
+    code = code_digests({"model.name": model_name, "loss.name": config.loss.name})
     if module is None:
         module = build_module(config.model, config.train.seed)
     begin_training(module)
@@ -132,6 +134,7 @@ def train(
             start_up=start_up,
             sample=checked.sample,
             drawn=checked.drawn,
+            code=code,
         )
         warn_of_differences(training.numerics)
         keeper = None

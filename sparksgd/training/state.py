@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -135,6 +135,9 @@ class Training:
 
     drawn: frozenset[str]
     """Paths of the plain values that are others when the module is built again."""
+
+    code: Mapping[str, str]
+    """Digests of the user's code as it was when the run began, by the keys that name it."""
 
     start_up: StartUp
     """How the time before the first step was spent."""

@@ -30,6 +30,10 @@ _MOST_PICKLED_BYTES = 64 << 20
 _FREE_BYTES = 1 << 20
 """What small files may ask for beyond their own size."""
 
+_FREE_CONTAINERS = 1 << 18
+_FREE_VALUES = 1 << 24
+"""As many may a small file hold, if a list holds another one many times."""
+
 _DEEPEST = 100
 
 _ITEM_BYTES = {
@@ -288,20 +292,21 @@ def check_tree(values: Collection[object], size_bytes: int) -> None:
         DataError: they are nested too deeply, or too many.
     """
     waiting: list[tuple[Any, int]] = [(values, 0)]
-    left = size_bytes + _FREE_BYTES
+    containers, held = size_bytes + _FREE_CONTAINERS, size_bytes + _FREE_VALUES
     while waiting:
         value, depth = waiting.pop()
         if isinstance(value, torch.Tensor):
             if value.device.type != "cpu":
                 raise DataError(f"a tensor of it is on {value.device}")
             continue
-        inner = [*value.keys(), *value.values()] if isinstance(value, Mapping) else list(value)
-        left -= len(inner)
-        if left < 0:
+        inner = [*value.keys(), *value.values()] if isinstance(value, dict) else value
+        containers, held = containers - 1, held - len(inner)
+        if containers < 0 or held < 0:
             raise DataError("its lists hold each other so often that they are far more than the file")
         if depth > _DEEPEST:
             raise DataError(f"its values are nested more than {_DEEPEST} deep")
-        waiting += [(each, depth + 1) for each in inner if isinstance(each, _LOOKED_INTO)]
+        if any(issubclass(kind, _LOOKED_INTO) for kind in set(map(type, inner))):  # a long list has few types
+            waiting += [(each, depth + 1) for each in inner if isinstance(each, _LOOKED_INTO)]
 
 
-_LOOKED_INTO = (Mapping, list, tuple, set, frozenset, torch.Tensor)
+_LOOKED_INTO = (dict, list, tuple, set, frozenset, torch.Tensor)

@@ -118,6 +118,15 @@ def test_what_is_installed_beside_is_not_followed(tmp_path: Path, monkeypatch: p
     assert code_digest("nets.model:Net") != before
 
 
+def test_sparksgd_beside_is_not_followed(folder: Path) -> None:
+    (folder / "sparksgd").mkdir()
+    (folder / "sparksgd/__init__.py").write_text("")
+    (folder / "lonely.py").write_text("import sparksgd\n")
+    before = code_digest("lonely:sparksgd")
+    (folder / "sparksgd/__init__.py").write_text("CHANGED = 1\n")
+    assert code_digest("lonely:sparksgd") == before is not None
+
+
 def test_a_file_that_is_no_python_counts_but_leads_nowhere(folder: Path) -> None:
     before = code_digest("nets.model:Net")
     (folder / "nets/late.py").write_text("import lonely; this is no Python\n")

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import logging
 import os
+import pickle
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +41,7 @@ def nobody_is_trusted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("SPARKSGD_TRUST", raising=False)
 
 
-def trained(folder: Path, **tables: Any) -> Path:
+def trained(folder: Path, observers: Sequence[sparksgd.Observer] = (), **tables: Any) -> Path:
     """Train a small module of two features, and return the folder of its model."""
     folder.mkdir(parents=True, exist_ok=True)
     x = np.linspace(-1, 1, 16).reshape(8, 2)
@@ -53,7 +55,7 @@ def trained(folder: Path, **tables: Any) -> Path:
         "train": {"rows_per_step": 4, "num_shards": 1, "seed": 7},
         "engine": {"name": "inline"},
     }
-    sparksgd.train(config | tables, str(folder / "rows.parquet"), out=folder / "run")
+    sparksgd.train(config | tables, str(folder / "rows.parquet"), out=folder / "run", observers=observers)
     return folder / "run" / "model"
 
 
@@ -178,6 +180,24 @@ def test_code_that_was_changed_since_is_told_and_refused_if_one_asks(
         load_model(found, trust=["measured"], strict=True)
 
 
+class Editing(sparksgd.Observer):
+    """Changes a file while the run goes on."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def started(self, training: Any) -> None:
+        self.file.write_text(self.file.read_text() + "# changed\n")
+
+
+def test_code_that_was_changed_while_it_ran_is_another_one(own: tuple[Path, Path], tmp_path: Path) -> None:
+    package, _ = own
+    model = {"name": "measured.nets:net"}
+    found = trained(tmp_path / "again", [Editing(package / "parts.py")], model=model)
+    with pytest.raises(DataError, match="is not that of the training"):
+        load_model(found, trust=["measured"], strict=True)
+
+
 def test_the_code_of_a_module_that_is_given_is_not_compared(own: tuple[Path, Path]) -> None:
     package, found = own
     (package / "parts.py").unlink()
@@ -258,6 +278,7 @@ def put(*path: Any, value: Any) -> Change:
         (put("features", 0, "dtype", value="object"), "dtype is 'object', but must be one of uint8, int64"),
         (put("features", 0, "dtype", value=["uint8"]), "dtype is a list, but must be one of"),
         (put("features", 0, "name", value=5), r"features\[0\]\.name is 5, but must be a text"),
+        (put("features", 0, "name", value="\ud800"), r"features\[0\]\.name is '\\ud800', but must be a text"),
         (put("features", 0, "name", value="y"), "features and label name 'y' twice"),
         (put("features", 0, "more", value=1), r"features\[0\] has the unknown field 'more'"),
         (put("features", 0, value=None), r"features\[0\] is None, but must be a table"),
@@ -352,6 +373,22 @@ def test_a_saved_value_takes_the_place_of_no_code(model: Path, path: str) -> Non
             load_model(model, trust=["scaled"])
 
 
+def test_a_saved_list_is_plain(model: Path) -> None:
+    for value, says in (
+        ({1, 2}, "KeyError"),
+        ([b"x", partial(print)], "is no plain value"),
+        (print, "no plain"),
+    ):
+        pickled = torch.frombuffer(bytearray(pickle.dumps(value, 4)), dtype=torch.uint8)
+        values = torch.load(model / "constants.pt", weights_only=True)
+        entry = write_checked(
+            location(model), "constants.pt", values | {"scale": {"plain": True, "bytes": pickled}}
+        )
+        change_manifest(model, put("constants", value=vars(entry)))
+        with pytest.raises(DataError, match=says):
+            load_model(model, trust=["scaled"])
+
+
 # Earlier formats
 
 
@@ -413,7 +450,7 @@ def loaded_or_refused(found: Path, given: bool = False) -> SavedModel | None:
         return None
 
 
-EACH = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+EACH = settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 @EACH

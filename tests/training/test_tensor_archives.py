@@ -254,7 +254,10 @@ def test_lists_that_hold_each_other_are_refused() -> None:
     itself.append(itself)
     with pytest.raises(DataError, match="nested more than 100 deep"):
         check_tree(itself, 1000)
+    with pytest.raises(DataError, match="hold each other so often"):
+        check_tree([[0] * 100_000] * 200, 1000)
     check_tree([[1, {"a": (2, 3)}]] * 1000, 1000)
+    check_tree([[0] * 10_000] * 200, 1000)
 
 
 @pytest.mark.parametrize("values", [[1], 5, None, {1: 2}, {"a": torch.ones(1, device="meta")}])

@@ -80,7 +80,8 @@ def test_an_instruction_set_is_refused_if_one_host_does_not_have_it() -> None:
         require_fit([better, replace(GOOD, host="host2")], "0.1.0", "avx512")
 
 
-def test_this_python_is_fit_for_itself() -> None:
+def test_this_python_is_fit_for_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)  # or .venv would count as unpacked here
     (answer,) = environment_tasks.look(NEEDED, "ATEN_CPU_CAPABILITY", True, True, [3])
     assert answer["executable"] == sys.executable
     assert answer["unpacked"] is None
