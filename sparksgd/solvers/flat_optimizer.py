@@ -96,6 +96,8 @@ class FlatOptimizer:
         """Whether it is held as one vector, of which strips give the same bits."""
         self.schedules: list[object] = []
         """What moves it, and is carried by itself."""
+        self.watched: Callable[[], AbstractContextManager[object]] = nullcontext
+        """What each step is made in: it may look at what the optimiser must leave alone."""
         self._views: list[nn.Parameter] = []  # one for each parameter, once they are needed
         self._given = _identities(optimizer)
         self._attributes = [dict(vars(parameter)) for parameter in parameters.trainable]
@@ -160,7 +162,7 @@ class FlatOptimizer:
             self.refuse_hooks(self._hooks)
 
     def _make_step(self, seed: int, then: Callable[[], object] | None) -> None:
-        with self._settings_kept():
+        with self.watched(), self._settings_kept():
             with users_code("the optimiser"), seeded(type(self.optimizer), seed):
                 self.optimizer.step()
             if then is not None:

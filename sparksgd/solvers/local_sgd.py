@@ -305,6 +305,11 @@ class LocalSGD:
         self._answer: Answer | None = None
 
     @property
+    def optimizers(self) -> Sequence[FlatOptimizer]:
+        """Return the optimisers that make its steps: that of the synchronous ones."""
+        return [] if self._inner is None else [self._inner]
+
+    @property
     def version(self) -> int:
         """Steps so far."""
         return self._centre.version

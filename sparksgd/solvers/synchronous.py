@@ -20,6 +20,7 @@ from sparksgd.arithmetic.seeds import seed32
 from sparksgd.config import Config
 from sparksgd.errors import ConfigError
 from sparksgd.solvers.centre import Centre, step_along
+from sparksgd.solvers.flat_optimizer import FlatOptimizer
 from sparksgd.solvers.protocol import (
     Answer,
     Gradient,
@@ -166,6 +167,11 @@ class SynchronousSolver:
         )
         self.remarks = remarks_on(self._schedule, experiment.moves)
         self._answer: Answer | None = None
+
+    @property
+    def optimizers(self) -> Sequence[FlatOptimizer]:
+        """Return the optimisers that make its steps."""
+        return [self._optimizer]
 
     @property
     def version(self) -> int:

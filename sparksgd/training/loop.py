@@ -24,6 +24,7 @@ from sparksgd.data.source import RowSource
 from sparksgd.engines.compute import Plan
 from sparksgd.engines.modes import begin_training
 from sparksgd.engines.protocol import Engine, MakeEngine, StepReport
+from sparksgd.engines.trial.outside import watch_steps
 from sparksgd.errors import NotFinite, UpdateNotFinite
 from sparksgd.imports import out_of_memory_told
 from sparksgd.imports.sources import code_digests
@@ -160,6 +161,7 @@ def _identity(config: Config, checked: Checked, total_turns: int) -> RunIdentity
 def _solver(config: Config, flat: FlatModule, checked: Checked, replay: Replay | None) -> RoundSolver:
     took_part = None if replay is None else replay.took_part
     solver = make_solver(config, flat, checked.experiment, took_part)
+    watch_steps(getattr(solver, "optimizers", ()))  # a rule may have none
     for remark in solver.remarks:
         log.warning(remark)
     return solver

@@ -18,6 +18,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from os import environ as table_of_names
+from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -26,9 +27,14 @@ import torch
 from torch import nn
 from torch.distributions import Categorical, Normal
 from torch.optim.lr_scheduler import LRScheduler
+from two_workers import train_here
 
+from sparksgd.arithmetic.flat import FlatModule
 from sparksgd.config import OptimizerConfig, ScheduleConfig
+from sparksgd.engines.trial.outside import watch_steps
 from sparksgd.engines.watch import Watch
+from sparksgd.errors import ModelError
+from sparksgd.solvers.torch_optimizers import another_optimizer
 from tests.engines.trials import refused, tried
 
 LATE = 10_000
@@ -497,6 +503,38 @@ def test_so_is_what_they_move_after_some_steps_only(kept: Any) -> None:
     refused(Linear(), words, optimizer=named(MovesLate))
     kept("an object")
     refused(Linear(), words, schedule=ScheduleConfig(name=f"{__name__}:MovedLate"))
+
+
+class MovesVeryLate(torch.optim.SGD):
+    """The trial does not see it."""
+
+    def __init__(self, params: Any, lr: float = 0.1) -> None:
+        super().__init__(params, lr=lr)
+        self.steps = 0
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        super().step()
+        self.steps += 1
+        if self.steps == 70:
+            GLOBAL.number()
+
+
+def test_what_one_moves_after_the_trial_is_refused_at_that_step(kept: Any, tmp_path: Path) -> None:
+    kept("an object")
+    optimizer = {"name": f"{__name__}:MovesVeryLate", "lr": 0.01}
+    with pytest.raises(ModelError, match="GLOBAL changes as the optimiser or the schedule makes a step"):
+        train_here(tmp_path, module=nn.Linear(4, 1), optimizer=optimizer, train={"epochs": 20})
+
+
+def test_what_others_move_between_its_steps_is_their_business(kept: Any) -> None:
+    kept("an object")
+    optimizer = another_optimizer(FlatModule(nn.Linear(4, 1)), named(MovesVeryLate))
+    watch_steps([optimizer])
+    for step in range(69):
+        GLOBAL.number()
+        optimizer.step(optimizer.new_gradient().fill_(1), None, step)
+    with pytest.raises(ModelError, match="GLOBAL changes as the optimiser or the schedule makes a step"):
+        optimizer.step(optimizer.new_gradient().fill_(1), None, 69)
 
 
 class ByModule(LRScheduler):

@@ -206,6 +206,21 @@ def remembers_outputs(core: Any, x: torch.Tensor, y: torch.Tensor) -> torch.Tens
     return y + torch.stack(noted)
 
 
+def joins_rows(core: Any, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    core.seen = torch.cat([core.seen, x])
+    return y
+
+
+def joins_rows_in_front(core: Any, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    core.seen = torch.cat([x, core.seen])
+    return y
+
+
+def ends_with_the_last(core: Any, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    core.seen = torch.cat([torch.ones(longest(x)), core.seen[-1:] + 1])
+    return y
+
+
 def keeps_the_last_tables(core: Any, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     core.seen[longest(x)] = torch.ones(longest(x))
     if len(core.seen) > 1:
@@ -267,6 +282,13 @@ KEEPS = {
     "sums by a length": (sets(seen={}), sums_by_length, "core.seen"),
     "a memory of rows by a number": (sets(seen={}), remembers_rows, "core.seen"),
     "a memory of outputs by the row": (sets(seen={}), remembers_outputs, "core.seen"),
+    "a tensor of all rows so far": (sets(seen=torch.zeros(0, 4)), joins_rows, "core.seen"),
+    "a tensor of all rows so far, last ones first": (
+        sets(seen=torch.zeros(0, 4)),
+        joins_rows_in_front,
+        "core.seen",
+    ),
+    "a table that ends with the last length": (sets(seen=torch.ones(1)), ends_with_the_last, "core.seen"),
     "tables that push each other out": (sets(seen={}), keeps_the_last_tables, "core.seen"),
     "an object with slots": (sets(slotted=Slotted()), counts_in_slots, "core.slotted"),
     "a tensor": (sets(total=torch.zeros(())), sums, "core.total"),
@@ -493,6 +515,12 @@ def caches_by_length(core: Any, x: torch.Tensor, y: torch.Tensor) -> torch.Tenso
     return y * (1 + core.tables[longest(x)][(x.abs() > 0.8).sum(1)][:, None])
 
 
+def grows_a_table(core: Any, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    if core.table is None or longest(x) >= len(core.table):
+        core.table = torch.arange(longest(x) + 1) / 10
+    return y * (1 + core.table[(x.abs() > 0.8).sum(1)][:, None])
+
+
 class Tables:
     """Keeps tables, as a helper that is no module does."""
 
@@ -508,6 +536,7 @@ def caches_in_a_helper(core: Any, x: torch.Tensor, y: torch.Tensor) -> torch.Ten
 HARMLESS = {
     "a counter that nothing reads": (sets(t=0), counts),
     "a cache by a length that differs": (sets(tables={}), caches_by_length),
+    "a table that grows": (sets(table=None), grows_a_table),
     "a cache of a helper": (lambda core: setattr(core, "helper", Tables()), caches_in_a_helper),
     "a weight that is cached by its version": (sets(seen=-1), caches_by_version),
     "a global cache": (sets(), caches_globally),

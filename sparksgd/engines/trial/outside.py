@@ -23,7 +23,7 @@ from sparksgd.solvers.flat_optimizer import FlatOptimizer, is_of_torch
 from sparksgd.solvers.schedules import Schedule, make_schedule, own_schedule
 from sparksgd.solvers.torch_optimizers import Tried, own_optimizer, small
 
-__all__ = ["Outside", "refuse_later_moves"]
+__all__ = ["Outside", "refuse_later_moves", "watch_steps"]
 
 _LATER_STEPS = 60
 
@@ -42,18 +42,7 @@ class Outside:
 
     def __init__(self, optimizer: FlatOptimizer, module: nn.Module, owned: Owned) -> None:
         self._owned = owned
-        both = [one for one in (optimizer.optimizer, *optimizer.schedules) if not is_of_torch(type(one))]
-        held = optimizer.parameters
-        anchors = [optimizer.optimizer, *optimizer.schedules, optimizer.optimizer.state, *held.trainable]
-        seen = Seen(id(one) for one in (*anchors, held.whole, *optimizer.optimizer.param_groups))
-        self._held: list[Held] = []
-        for owner in both:
-            for name, value in vars(owner).items():
-                path = f"what {type(owner).__name__}.{name} closes over"
-                one = held_of(path, value, seen)
-                if one is not None and isinstance(value, types.FunctionType):
-                    self._held.append(one)
-        self._held += around(list(both), seen)
+        self._held, seen = _around(optimizer)
         if {id(module), *map(id, module.parameters())} & seen:
             raise ModelError(_of_the_caller(f"the {type(module).__name__}, by a global or a class,"))
 
@@ -76,10 +65,64 @@ class Outside:
         for tensor in seen.met.values():
             raise ModelError(_of_the_caller(f"{self._owned.name_of(tensor) or 'a tensor'!r} of the module"))
         for one in changed:
-            raise ModelError(
-                f"{one.path} changes as the optimiser or the schedule makes a step, but no other process "
-                "would get it: keep it in an attribute of self"
-            )
+            raise _moved(one)
+
+
+def _around(optimizer: FlatOptimizer) -> tuple[list[Held], Seen]:
+    """Return what is outside an optimiser and its schedule, and all that was looked at."""
+    both = [one for one in (optimizer.optimizer, *optimizer.schedules) if not is_of_torch(type(one))]
+    held = optimizer.parameters
+    anchors = [optimizer.optimizer, *optimizer.schedules, optimizer.optimizer.state, *held.trainable]
+    seen = Seen(id(one) for one in (*anchors, held.whole, *optimizer.optimizer.param_groups))
+    found: list[Held] = []
+    for owner in both:
+        for name, value in vars(owner).items():
+            path = f"what {type(owner).__name__}.{name} closes over"
+            one = held_of(path, value, seen)
+            if one is not None and isinstance(value, types.FunctionType):
+                found.append(one)
+    found += around(list(both), seen)
+    return found, seen
+
+
+def watch_steps(optimizers: Sequence[FlatOptimizer]) -> None:
+    """Let optimisers refuse, at each step from now on, what they or their schedules move outside."""
+    for optimizer in optimizers:
+        if not all(is_of_torch(type(one)) for one in (optimizer.optimizer, *optimizer.schedules)):
+            optimizer.watched = _Steps(optimizer).watched
+
+
+class _Steps:
+    """The steps of a run.
+
+    Args:
+        optimizer: with its schedule.
+    """
+
+    def __init__(self, optimizer: FlatOptimizer) -> None:
+        self._optimizer = optimizer
+        self._held, _ = _around(optimizer)
+
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        """Watch the block, which makes a step.
+
+        Raises:
+            ModelError: something outside changed.
+        """
+        if any(one.is_changed() for one in self._held):  # others may do so between steps
+            self._held, _ = _around(self._optimizer)
+        yield
+        for one in self._held:
+            if one.is_changed():
+                raise _moved(one)
+
+
+def _moved(one: Held) -> ModelError:
+    return ModelError(
+        f"{one.path} changes as the optimiser or the schedule makes a step, but no other process would get "
+        "it: keep it in an attribute of self"
+    )
 
 
 def refuse_later_moves(

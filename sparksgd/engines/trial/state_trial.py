@@ -2,7 +2,8 @@
 
 A piece X may leave attributes changed.  They are harmless if the next piece Y is computed to the same bits,
 and leaves the same values, whether X ran before it or not: the last activation, a cache of masks, a weight
-that a hook computes anew.  A dictionary may have more keys after X, of a cache by length, unless X was Y.
+that a hook computes anew.  A dictionary may have more keys after X, and a table may be longer, of a cache by
+length, unless X was Y.
 Between X and Y the parameters move, as in training, so that a cache of what depends on them is found out,
 too; so is a memory of rows, by rows that are made up of X.  All else is refused: a counter, a list that
 grows, a maximum so far; and what an evaluation reads, because each evaluation, and the saved model, starts
@@ -29,6 +30,7 @@ from sparksgd.arithmetic.flat import FlatModule
 from sparksgd.arithmetic.generators import generators_kept, seed_generators
 from sparksgd.arithmetic.settings import HeldSettings
 from sparksgd.data.schema import RowSchema
+from sparksgd.engines.bytes_of import same_bytes
 from sparksgd.engines.forward import back_propagate, forward
 from sparksgd.engines.held import is_plain, refusal
 from sparksgd.engines.hidden_state import pickled, state_of
@@ -149,7 +151,7 @@ def _refuse_memory(
     """Refuse a module that computes a piece otherwise, or leaves other values, after another one.
 
     Returns:
-        Whether a dictionary has more keys after both pieces.
+        Whether a dictionary has more keys after both pieces, or a table is longer.
     """
     fresh, used = (_Tried(module, loss, schema, dtype) for _ in range(2))
     used.compute(before, seed=1)  # so that what it draws and keeps is another than it would be anew
@@ -167,7 +169,7 @@ def _refuse_memory(
             raise refusal(path)
     if bits != fresh_bits:
         raise refusal(" or ".join(changed))
-    return any(len(value) > len(other) for value, other in zip(values, fresh_values, strict=True))
+    return any(_has_more(value, other) for value, other in zip(values, fresh_values, strict=True))
 
 
 def _refuse_reading(
@@ -243,7 +245,7 @@ class _Tried:
         found: _Leaves = defaultdict(list)
         own = {id(part) for part in self._flat.module.modules()}
         for place, leaf in _leaves(self.watch.value(path), own, ""):
-            found[place].append(leaf if isinstance(leaf, tuple) else hashlib.sha256(leaf).digest())
+            found[place].append(hashlib.sha256(leaf).digest() if isinstance(leaf, bytes) else leaf)
         return found
 
     def compute_elsewhere(self, records: npt.NDArray[Any], *, far: bool) -> None:
@@ -306,35 +308,49 @@ def _sha256(values: Any) -> str:
     return digest.hexdigest()
 
 
-_Leaves = dict[str, list[bytes | tuple[str, ...]]]
-"""By place: digests of values, and the keys of dictionaries, in their order."""
+_Leaf = bytes | tuple[str, ...] | torch.Tensor
+_Leaves = dict[str, list[_Leaf]]
+"""By place: digests of values, the keys of dictionaries, in their order, and copies of tensors."""
 
 
 def _has_all_of(one: _Leaves, other: _Leaves) -> bool:
-    """Return whether values are the same, but for more keys in dictionaries of the first."""
+    """Return whether values are the same, but for more keys and longer tables of the first."""
     return all(
         len(one.get(place, ())) == len(leaves) and all(map(_is_same, one[place], leaves))
         for place, leaves in other.items()
     )
 
 
-def _is_same(leaf: bytes | tuple[str, ...], other: bytes | tuple[str, ...]) -> bool:
+def _is_same(leaf: _Leaf, other: _Leaf) -> bool:
     if isinstance(leaf, tuple) and isinstance(other, tuple):
         return tuple(key for key in leaf if key in set(other)) == other
-    return leaf == other
+    if isinstance(leaf, torch.Tensor) and isinstance(other, torch.Tensor):
+        if leaf.dtype != other.dtype or leaf.ndim != other.ndim:
+            return False
+        return same_bytes(leaf[tuple(slice(size) for size in other.shape)], other)
+    return type(leaf) is type(other) and leaf == other
 
 
-def _leaves(value: object, seen: set[int], place: str) -> Iterator[tuple[str, bytes | tuple[str, ...]]]:
+def _has_more(one: _Leaves, other: _Leaves) -> bool:
+    """Return whether values that are the same in part have more in the first."""
+    return len(one) > len(other) or any(
+        isinstance(mine, torch.Tensor) and isinstance(leaf, torch.Tensor) and mine.shape != leaf.shape
+        for place, leaves in other.items()
+        for mine, leaf in zip(one[place], leaves, strict=True)
+    )
+
+
+def _leaves(value: object, seen: set[int], place: str) -> Iterator[tuple[str, _Leaf]]:
     """Yield what tells two objects apart by their values, each with its place."""
     if isinstance(value, torch.Tensor):
         if value.is_nested:
             for number, component in enumerate(value.unbind()):
                 yield from _leaves(component, seen, f"{place}[{number}]")
             return
-        yield place, f"{value.dtype} {tuple(value.shape)}".encode()
         if value.is_meta:
-            return
-        yield place, value.detach().to_dense().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+            yield place, f"{value.dtype} {tuple(value.shape)}".encode()
+        else:
+            yield place, value.detach().to_dense().clone()
         return
     if id(value) in seen:
         return
