@@ -300,16 +300,18 @@ def test_a_run_that_is_killed_at_any_write_goes_on(jobs: Jobs, whole: dict[str, 
 # What is damaged, or of something else
 
 
+@pytest.mark.parametrize("flips", [20, pytest.param(200, marks=pytest.mark.soak)])
 def test_each_flipped_bit_is_noticed(
-    jobs: Jobs, whole: dict[str, Any], caplog: pytest.LogCaptureFixture
+    jobs: Jobs, whole: dict[str, Any], caplog: pytest.LogCaptureFixture, flips: int
 ) -> None:
     two = SHORT | {"checkpoint": {"every_steps": 1, "keep": 2}}
-    jobs.stopped_at("flipped", 3, two)
-    folder, chance = jobs.folder / "flipped", random.Random(7)
+    out = f"flipped {flips}"
+    jobs.stopped_at(out, 3, two)
+    folder, chance = jobs.folder / out, random.Random(flips)
     newest = manifests(location(folder / "checkpoints"))[0].name
     files = [*(folder / "checkpoints").glob(f"{newest}*"), folder / "metrics.jsonl"]
     before = {file: file.read_bytes() for file in (folder).rglob("*") if file.is_file()}
-    for _ in range(60):
+    for _ in range(flips):
         file = chance.choice(files)
         size = before[file].index(b'"step": 4') - 50 if file.suffix == ".jsonl" else len(before[file])
         bit = chance.randrange(8 * size)  # the line of step 4 is written again
@@ -324,9 +326,9 @@ def test_each_flipped_bit_is_noticed(
         caplog.clear()
         if file.name == "metrics.jsonl":
             with pytest.raises(DataError, match=r"metrics.jsonl is damaged"):
-                jobs.run("flipped", two)
+                jobs.run(out, two)
             continue
-        again = jobs.run("flipped", two)
+        again = jobs.run(out, two)
         assert "left out" in caplog.text, (file, bit)
         assert again["resumed"][-1]["step"] == 2
         assert again["parameters_sha256"] == whole["parameters_sha256"]
