@@ -246,7 +246,7 @@ SIGTERM = (signal.SIGTERM, "spark-submit", 143, {"Terminated", "Cancelled"})
     ("sent", "to", "status", "says", "engine"),
     [
         pytest.param(*CTRL_C, "allreduce", id="Ctrl-C, allreduce"),
-        pytest.param(*SIGTERM, "tree", id="SIGTERM, tree"),
+        pytest.param(*SIGTERM, "tree", id="SIGTERM, tree", marks=pytest.mark.soak),
         pytest.param(*CTRL_C, "tree", id="Ctrl-C, tree", marks=pytest.mark.soak),
         pytest.param(*SIGTERM, "allreduce", id="SIGTERM, allreduce", marks=pytest.mark.soak),
     ],
@@ -277,6 +277,23 @@ def test_a_signal_ends_a_run_in_a_line_and_leaves_its_model_but_no_other_file(
     assert summary["steps"] in (4, 5)  # whole segments, or all steps before that which was held
     assert not list(shards.rglob("sparksgd-*"))
     load_model(tmp_path / "run" / "model", trust=["holding"])
+
+
+def test_sigterm_ends_a_run_without_spark_and_the_same_command_goes_on_from_there(digits, tmp_path):
+    out, hold = tmp_path / "run", Hold(folder=tmp_path / "hold", at=6)
+    words = arguments(digits, out, "train.steps=8", engine="inline", model=hold.settings)
+    command = [sys.executable, str(ROOT / "jobs" / "train.py"), *words]
+    with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True) as process:
+        hold.wait(process=process)
+        process.terminate()
+        _, said = process.communicate(timeout=100)
+    assert (process.returncode, "Traceback" in said) == (143, False), said
+    assert json.loads((out / "summary.json").read_text())["status"] == "Terminated"
+    hold.go()
+    again = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=100, check=True)
+    assert "resumed from step 5 of" in again.stderr
+    assert "0 steps were lost" in again.stderr
+    assert [line["step"] for line in metrics(out) if line["kind"] == "step"] == [1, 2, 3, 4, 5, 6, 7, 8]
 
 
 def test_a_finished_run_is_not_trained_again_nor_taken_for_another(digits, reference, tmp_path):
