@@ -72,7 +72,7 @@ def believed(module: str, name: str, find: Callable[[str, str], Any]) -> Any:
     packages = _packages.get()
     if packages is None or (module, name) in _PLAIN:
         return find(module, name)
-    if module.partition(".")[0] not in packages | {"torch", "numpy"}:
+    if not _is_of(module, packages | {"torch", "numpy"}):
         raise NotBelieved(_untrusted(module, name, packages))
     found = find(module, name)
     _refuse_untrusted(found, module, name, packages)
@@ -84,7 +84,7 @@ def only_classes_of(packages: frozenset[str]) -> Iterator[None]:
     """In the block, let `believed` find nothing but plain values, tensors, and objects of some packages.
 
     Args:
-        packages: top-level packages, or modules.
+        packages: names of packages or modules, with dots if they are within others.
     """
     token = _packages.set(packages)
     try:
@@ -133,8 +133,12 @@ def _refuse_untrusted(found: object, module: str, name: str, packages: frozenset
     if isinstance(found, _TORCH_VALUES) or (isinstance(found, type) and issubclass(found, _TORCH_CLASSES)):
         return
     home = getattr(found, "__module__", None) or ""  # mymodels.os.system is not of mymodels
-    if home.partition(".")[0] not in packages:
+    if not _is_of(home, packages):
         raise NotBelieved(_untrusted(module, name, packages))
+
+
+def _is_of(module: str, packages: frozenset[str]) -> bool:
+    return any(module == package or module.startswith(f"{package}.") for package in packages)
 
 
 def _untrusted(module: str, name: str, packages: frozenset[str]) -> str:

@@ -15,12 +15,13 @@ import logging
 import re
 import uuid
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from typing import Any, Self
 
 from sparksgd.config import Config
-from sparksgd.errors import ConfigError, DataError
+from sparksgd.errors import ConfigError, DataError, SparkSGDError
 from sparksgd.runs.checked_files import FileEntry, read_checked, write_checked
 from sparksgd.runs.json_files import finite, read_json, write_json
 from sparksgd.storage import Location, unanswered
@@ -144,16 +145,27 @@ def manifests(folder: Location) -> list[Manifest]:
 
     Raises:
         OSError: the folder cannot be read.
+        DataError: there are some, but all are damaged, or of another version.
         ClusterError: its file system does not answer.
     """
     found = []
-    for file in folder.names_of("checkpoint-*.json"):
-        if name := _MANIFEST.fullmatch(file):
-            try:
-                found.append(Manifest.read(folder, name[1]))
-            except DataError as error:
-                log.warning("a checkpoint is left out: %s", error)
+    files = map(_MANIFEST.fullmatch, folder.names_of("checkpoint-*.json"))
+    names = [file[1] for file in files if file is not None]
+    for name in names:
+        try:
+            found.append(Manifest.read(folder, name))
+        except DataError as error:
+            log.warning("a checkpoint is left out: %s", error)
+    if names and not found:
+        raise _none_whole(folder)
     return sorted(found, key=lambda one: (one.step, one.values["written_at"]), reverse=True)
+
+
+def _none_whole(folder: Location) -> DataError:
+    return DataError(
+        f"{folder} has no whole checkpoint: look at the warnings above; restore its files, or train anew "
+        f"with --resume never"
+    )
 
 
 class CheckpointFolder:
@@ -190,16 +202,15 @@ class CheckpointFolder:
         if not self._starts:
             return None
         _refuse_other_rows(self._starts[0], run)
-        self._written = [one for one in reversed(self._starts) if one.folder == self.folder]
-        for manifest in self._starts:
+        for number, manifest in enumerate(self._starts):
             try:
                 checkpoint = manifest.checkpoint()
             except DataError as error:
                 log.warning("the checkpoint of step %d is left out: %s", manifest.step, error)
-                if manifest in self._written:
-                    self._remove(manifest)
                 continue
             _refuse_other_end(manifest, run)
+            older = [one for one in self._starts[number:] if one.folder == self.folder]
+            self._written = older[::-1]
             lost = max(0, self._last_step - manifest.step)
             log.info(
                 "resumed from step %d of %s, %d steps were lost",
@@ -212,39 +223,46 @@ class CheckpointFolder:
                 checkpoint=checkpoint,
                 resumed=Resumed(step=manifest.step, lost_steps=lost, written_at=written_at),
             )
-        raise DataError(
-            f"{self._starts[0].folder} has no whole checkpoint: look at the warnings above; restore its "
-            f"files, or train anew with --resume never"
-        )
+        raise _none_whole(self._starts[0].folder)
 
     def write(self, checkpoint: Checkpoint) -> str:
         """Write a checkpoint, and remove those that are not kept; return its name."""
         assert self._run is not None, "begin comes first"
         name = f"checkpoint-{checkpoint.step:08d}-{uuid.uuid4().hex[:8]}"
+        try:
+            values = self._write_parts(name, checkpoint, self._run)
+            write_json(self.folder / f"{name}.json", values | {"sha256": _digest(values)})
+        except Exception:
+            for part in checkpoint.parts:  # or a full disk would get fuller with every attempt
+                with suppress(OSError, SparkSGDError):
+                    (self.folder / _file_of(name, part)).remove()
+            raise
+        self._written.append(Manifest.read(self.folder, name))
+        for manifest in self._superseded():
+            self._remove(manifest)
+        return name
+
+    def _write_parts(self, name: str, checkpoint: Checkpoint, run: RunIdentity) -> dict[str, Any]:
+        """Write the parts of a checkpoint; return what its manifest must say."""
         entries = {
-            part: write_checked(self.folder, f"{name}.{part}.pt", of.values)
+            part: write_checked(self.folder, _file_of(name, part), of.values)
             for part, of in checkpoint.parts.items()
         }
-        values = {
+        return {
             "format": _FORMAT,
             "step": checkpoint.step,
             "turns": checkpoint.turns,
-            "total_turns": self._run.total_turns,
-            "turns_per_epoch": self._run.turns_per_epoch,
+            "total_turns": run.total_turns,
+            "turns_per_epoch": run.turns_per_epoch,
             "test_loss": None if checkpoint.test_loss is None else finite(checkpoint.test_loss),
             "written_at": datetime.now(UTC).isoformat(timespec="milliseconds"),
             **self._about,
-            "data_digest": self._run.data_digest,
+            "data_digest": run.data_digest,
             "parts": {
                 part: {"version": checkpoint.parts[part].version, **asdict(entry)}
                 for part, entry in entries.items()
             },
         }
-        write_json(self.folder / f"{name}.json", values | {"sha256": _digest(values)})
-        self._written.append(Manifest.read(self.folder, name))
-        for manifest in self._superseded():
-            self._remove(manifest)
-        return name
 
     def read(self, name: str) -> Checkpoint:
         """Read a checkpoint as a later run would."""
@@ -299,9 +317,7 @@ class CheckpointFolders:
         folder = self._folder / _digest(identity)[:16]
         about = {"run_id": folder.name, "config": self._config.to_dict(), "fingerprints": self._fingerprints}
         self._own = CheckpointFolder(folder, about, manifests(folder))
-        start = self._own.begin(run)
-        self._own.clear()
-        return start
+        return self._own.begin(run)
 
     def write(self, checkpoint: Checkpoint) -> str:
         """Write a checkpoint, and remove those that are not kept; return its name."""
@@ -319,6 +335,11 @@ class CheckpointFolders:
     def _of_run(self) -> CheckpointFolder:
         assert self._own is not None, "begin comes first"
         return self._own
+
+
+def _file_of(name: str, part: str) -> str:
+    """Return the name of the file of a part."""
+    return f"{name}.{part}.pt"
 
 
 def _refuse_other_rows(manifest: Manifest, run: RunIdentity) -> None:

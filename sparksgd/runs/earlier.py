@@ -123,7 +123,7 @@ def _looked(out: Location, asked: Asked, *, goes_on: bool) -> Found:
     except (ValueError, LookupError, TypeError, AttributeError, ConfigError) as error:
         why = f"{type(error).__name__}: {shortened(str(error), 400)}"
         return _kept(out, asked, f"something that is not a run of this version ({why})")
-    with_checkpoints = _manifests(out)
+    with_checkpoints = _manifests(out) if goes_on else []
     if about is None and not with_checkpoints:
         if strays:
             return _kept(out, asked, f"{' and '.join(strays)}, but no {RUN}: that is no run of this version")

@@ -14,6 +14,7 @@ from __future__ import annotations
 import logging
 import pickle
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -22,6 +23,7 @@ from sparksgd.arithmetic.flat import Weights
 from sparksgd.arithmetic.numerics import Numerics
 from sparksgd.config import Config
 from sparksgd.errors import DataError, ModelError, SparkSGDError
+from sparksgd.imports.trust import trusted
 from sparksgd.solvers.protocol import RoundSolver, SolverState
 from sparksgd.training.composition import other_structure, structure
 from sparksgd.training.encoding import as_plain, of_plain
@@ -84,7 +86,25 @@ class Checkpoint:
         Raises:
             DataError: the part is of another version.
         """
-        return int(self.values("run")["deal"])
+        with self.fitting():
+            return int(self.values("run")["deal"])
+
+    @contextmanager
+    def fitting(self) -> Iterator[None]:
+        """Turn what is raised in the block by values that do not fit this run into an error of ours."""
+        try:
+            yield
+        except SparkSGDError:
+            raise
+        except NotBelieved as error:
+            raise DataError(
+                f"the checkpoint of step {self.step} is not believed: {error}. If you know whose code "
+                f"this is, name its package in SPARKSGD_TRUST"
+            ) from error
+        except _NOT_OURS as error:
+            raise DataError(
+                f"the checkpoint of step {self.step} does not fit this run: {type(error).__name__}: {error}"
+            ) from error
 
     def values(self, name: str) -> dict[str, Any]:
         """Return the values of a part, as they were given to `taken`.
@@ -143,6 +163,17 @@ def go_on(training: Training, solver: RoundSolver, observers: Sequence[Observer]
         DataError: it is not whole, or of another version.
     """
     checkpoint = start.checkpoint
+    with checkpoint.fitting():
+        _load(checkpoint, training, solver)
+        training.resumed.append(start.resumed)
+        _note_other_numerics(training, checkpoint.values("run")["numerics"])
+        remembered = checkpoint.values("observers")
+        for name, observer in _named(observers):
+            if name in remembered:
+                observer.recall(remembered[name])
+
+
+def _load(checkpoint: Checkpoint, training: Training, solver: RoundSolver) -> None:
     run, state = checkpoint.values("run"), checkpoint.values("solver")
     different = other_structure(training.module, run["structure"])
     size = training.flat.parameters.numel()
@@ -154,25 +185,10 @@ def go_on(training: Training, solver: RoundSolver, observers: Sequence[Observer]
             f"the checkpoint of step {checkpoint.step} is of another module: {different}. Pass the module "
             f"that it is of, or start anew"
         )
-    try:
-        with only_classes_of(_packages(training.config)):
-            solver.load_state(_solver_state(state))
-        _load_run(training, run)
-    except SparkSGDError:
-        raise
-    except NotBelieved as error:
-        raise DataError(f"the checkpoint of step {checkpoint.step} is not believed: {error}") from error
-    except _NOT_OURS as error:
-        raise DataError(
-            f"the checkpoint of step {checkpoint.step} does not fit this run: {type(error).__name__}: {error}"
-        ) from error
+    with only_classes_of(_packages(training.config)):
+        solver.load_state(_solver_state(state))
+    _load_run(training, run)
     training.version, training.turns = solver.version, solver.turns
-    training.resumed.append(start.resumed)
-    _note_other_numerics(training, run["numerics"])
-    remembered = checkpoint.values("observers")
-    for name, observer in _named(observers):
-        if name in remembered:
-            observer.recall(remembered[name])
 
 
 def check_state(checkpoint: Checkpoint, config: Config) -> None:
@@ -273,9 +289,10 @@ def _note_other_numerics(training: Training, saved: Sequence[Mapping[str, Any]])
 
 
 def _packages(config: Config) -> frozenset[str]:
-    """Return the packages of the user's own optimiser and schedule."""
+    """Return the packages of the user's own optimiser and schedule, and those that are trusted anyway."""
     names = (config.optimizer.name, config.schedule.name or "")
-    return frozenset(name.partition(":")[0].partition(".")[0] for name in names if ":" in name)
+    named = {name.partition(":")[0].partition(".")[0] for name in names if ":" in name}
+    return trusted(named, where="a checkpoint").packages
 
 
 def _named(observers: Sequence[Observer]) -> Iterator[tuple[str, Observer]]:

@@ -108,7 +108,7 @@ class Checkpointing:
             ClusterError: the place belongs to another run now.
         """
         is_named = any(solver.turns % every == 0 for every in self._every_turns)
-        self._collect(wait=is_named)
+        self._collect(wait=is_named and self._share >= 1)  # else the wait would take more than its share
         if self._writing is not None or not (is_named or self._is_due(training)):
             return
         if self._clock() - self._ended_s >= self._least_pause_s:

@@ -334,12 +334,34 @@ def test_each_flipped_bit_is_noticed(
         assert again["parameters_sha256"] == whole["parameters_sha256"]
 
 
-def test_where_no_checkpoint_is_whole_the_run_is_refused(jobs: Jobs) -> None:
-    jobs.stopped_at("none whole", 3, SHORT)
-    for file in (jobs.folder / "none whole" / "checkpoints").glob("*.solver.pt"):
-        file.write_bytes(file.read_bytes()[:-1])
+@pytest.mark.parametrize("damaged", ["*.solver.pt", "*.json"])
+def test_where_no_checkpoint_is_whole_the_run_is_refused_and_all_is_kept(jobs: Jobs, damaged: str) -> None:
+    out = f"none whole, {damaged[2:]}"
+    jobs.stopped_at(out, 3, SHORT | {"checkpoint": {"every_steps": 1, "keep": 2}})
+    for file in (jobs.folder / out / "checkpoints").glob(damaged):
+        file.write_bytes(file.read_bytes()[:-9])
+    before = sorted((jobs.folder / out).rglob("*"))
     with pytest.raises(DataError, match=r"has no whole checkpoint.*--resume never"):
-        jobs.run("none whole", SHORT)
+        jobs.run(out, SHORT)
+    assert {file.name for file in before} <= {file.name for file in (jobs.folder / out).rglob("*")}
+    assert jobs.run(out, SHORT, resume="never")["steps"] == 4
+
+
+def test_a_checkpoint_that_cannot_be_written_is_said_and_leaves_nothing(
+    jobs: Jobs, whole: dict[str, Any], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    write = LocalLocation.write_bytes
+
+    def full(where: LocalLocation, data: bytes) -> None:
+        if where.path.name.endswith((".run.pt", ".observers.pt")):
+            raise OSError(28, "No space left on device", str(where))
+        write(where, data)
+
+    monkeypatch.setattr(LocalLocation, "write_bytes", full)
+    summary = jobs.run("full", SHORT)
+    assert summary["parameters_sha256"] == whole["parameters_sha256"]
+    assert "no checkpoint can be written now, but training goes on: No space left on device" in caplog.text
+    assert list((jobs.folder / "full" / "checkpoints").iterdir()) == []
 
 
 def test_without_its_metrics_a_run_goes_on_and_says_so(jobs: Jobs, caplog: pytest.LogCaptureFixture) -> None:
