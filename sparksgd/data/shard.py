@@ -71,6 +71,11 @@ def stored(record: np.dtype[Any]) -> np.dtype[Any]:
     return np.dtype([("record", record), ("checksum", "<u4")])
 
 
+def _for_us_alone(path: str, flags: int) -> int:
+    """Open a file that other users cannot read."""
+    return os.open(path, flags, 0o600)
+
+
 class ShardWriter:
     """Writes the file of a shard, under a unique name: two attempts never write the same file.
 
@@ -83,7 +88,7 @@ class ShardWriter:
         folder.mkdir(parents=True, exist_ok=True)
         self._shard = shard
         self._path = folder / f"shard-{shard:05d}-{uuid.uuid4().hex[:8]}.records"
-        self._file = self._path.open("wb", _WRITE_BYTES)
+        self._file = open(self._path, "wb", _WRITE_BYTES, opener=_for_us_alone)  # noqa: SIM115  # closed in close()
         self._start = _start_of(self._path)
         self._digest = blake2b(digest_size=16)
         self._rows = 0

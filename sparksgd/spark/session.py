@@ -8,7 +8,7 @@ import os
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -35,6 +35,7 @@ __all__ = [
     "check_session",
     "job_session",
     "refuse_lost_output",
+    "refuse_plain_shards",
     "start_session",
     "submitted_at_s",
 ]
@@ -303,6 +304,24 @@ def submitted_at_s() -> float:
     started_ms = jvm.java.lang.management.ManagementFactory.getRuntimeMXBean().getStartTime()
     submitted_ms = SparkConf().get("spark.app.submitTime", None) or started_ms
     return min(int(started_ms), int(submitted_ms)) / 1000
+
+
+def refuse_plain_shards(get: Callable[[str, str], str | None]) -> None:
+    """Refuse a session that must keep nothing readable on disks: the files of shards are not encrypted.
+
+    Args:
+        get: returns the value of one of Spark's settings, or a default.
+
+    Raises:
+        ConfigError: Spark encrypts what it writes to local disks.
+    """
+    key = "spark.io.encryption.enabled"
+    if str(get(key, "false")).lower() == "true":
+        raise ConfigError(
+            f"{key} is true, so Spark encrypts what it writes to local disks, but the files of shards there "
+            f"are not encrypted: let spark.local.dir (on YARN yarn.nodemanager.local-dirs) be on encrypted "
+            f"disks, and pass --conf {key}=false for this job"
+        )
 
 
 def check_session(session: SparkSession, train: TrainConfig) -> list[Setting]:

@@ -26,7 +26,7 @@ from sparksgd.spark.cluster.memory import require_memory, warn_of_slow_results
 from sparksgd.spark.cluster.slots import WorkerDemand
 from sparksgd.spark.engines.base import SparkEngine
 from sparksgd.spark.frame_rows import DataFrameRows, read_parquet
-from sparksgd.spark.session import check_session
+from sparksgd.spark.session import check_session, refuse_plain_shards
 from sparksgd.training.checkpointing import CheckpointStore
 from sparksgd.training.loop import train as train_anywhere
 from sparksgd.training.preflight import allowed_engines, needs_in
@@ -90,6 +90,7 @@ def train(
     cluster.settle()
     start_up.reached("containers")
     check_session(session, config.train)
+    refuse_plain_shards(session.sparkContext.getConf().get)
     make_engine = _OnCluster(cluster, config.engine, kinds)
     make_engine.check()
     with cluster.job_group():

@@ -9,6 +9,7 @@ import os
 import pickle
 import shutil
 import socket
+import stat
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -79,6 +80,10 @@ def test_a_descriptor_says_where_a_shard_lies_and_what_it_holds(tmp_path: Path) 
     assert Path(shard.path).stat().st_size == 4 * LINE
     assert shard.row_digest == (0 + 1 + 2 + 3, 0 + 1 + 2 + 3)  # the sums of the last hashes' halves
     assert pickle.loads(pickle.dumps(shard)) == shard
+
+
+def test_other_users_cannot_read_a_shard(thousand: Descriptor) -> None:
+    assert stat.S_IMODE(Path(thousand.path).stat().st_mode) == 0o600
 
 
 def test_a_shard_without_rows_is_an_empty_file(tmp_path: Path) -> None:
