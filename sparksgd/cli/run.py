@@ -12,9 +12,11 @@ from sparksgd.cli.terminal import Terminal, scores_tables
 from sparksgd.config import Config, EngineConfig, TrainConfig
 from sparksgd.errors import ConfigError
 from sparksgd.runs.asked import Asked, IfExists
+from sparksgd.runs.attempts import ends_noted
 from sparksgd.runs.earlier import earlier_run
 from sparksgd.runs.fingerprints import fingerprints_of
 from sparksgd.runs.folder import RunFolder
+from sparksgd.runs.holder import Holder
 from sparksgd.runs.lease import IfRunning
 from sparksgd.runs.model import load_model
 from sparksgd.solvers.rules import completed
@@ -76,7 +78,8 @@ def run(
         start_up = StartUp(submitted_at_s())
     folder = location(out)
     run_folder = RunFolder(folder, run_id=run_id, called="--out")
-    with run_folder.held(if_running):
+    holder = Holder.here(run_id)
+    with run_folder.held(if_running), ends_noted(run_folder.folder, holder):
         run_folder.fingerprints = fingerprints_of(config, replay)  # files may change while we wait
         asked = Asked(config=config, fingerprints=run_folder.fingerprints, if_exists=if_exists, resume=resume)
         found = earlier_run(folder, asked)

@@ -157,6 +157,23 @@ def test_an_application_that_is_killed_leaves_its_last_model_and_no_process(chec
     assert about["version"] >= 1
 
 
+def test_a_killed_application_master_is_followed_by_an_attempt_that_goes_on(checkout, hold):
+    out = "/models/master-killed"
+    words = held_on_yarn(checkout, hold, out, "checkpoint.every_steps=5", mode="cluster")
+    with checkout.started(*words, name="master-killed") as run:
+        application = wait_until_held(hold, run)
+        (master,) = processes_of(
+            "deploy.yarn.ApplicationMaster", application, "-Dspark.yarn.app.container.log.dir"
+        )
+        hold.go()  # the workers of the first attempt may still be there when the second begins
+        os.kill(master, signal.SIGKILL)
+        assert run.wait() == 0, run.said
+    summary = checkout.summary(out)
+    assert [resumed["step"] for resumed in summary["resumed"]] == [10]
+    assert summary["parameters_sha256"] == checkout.reference(*HELD, *hold.settings)["parameters_sha256"]
+    assert checkout.steps(out) == summary["steps"]
+
+
 def test_sigterm_to_the_driver_writes_the_last_model_to_hdfs(checkout, hold):
     out = "/models/terminated"
     with checkout.started(*held_on_yarn(checkout, hold, out), name="terminated") as run:
