@@ -170,6 +170,7 @@ def _tensor_of(
 
 def _set_tensor_state(tensor: torch.Tensor, state: tuple[dict[str, Any], list[Any]]) -> None:
     attributes, hooks = state
+    assert isinstance(tensor, torch.Tensor)  # and no class, whose attributes all its objects would get
     for name, value in attributes.items():
         setattr(tensor, name, value)
     for name, held in zip(HOOKS, hooks, strict=True):

@@ -106,9 +106,10 @@ def _table(training: Training) -> Table:
             table.add_row("test accuracy", f"[bold green]{last.accuracy:.4f}[/]  of {last.rows:,} rows")
         table.add_row("test loss", f"{last.loss:.4f}")
     times = training.step_times
-    table.add_row(
-        "trained", f"{times.rows:,} rows in {len(times):,} steps, {times.rows_per_second:,.0f} rows/s"
-    )
+    speed = "" if times.rows_per_second is None else f", {times.rows_per_second:,.0f} rows/s"
+    table.add_row("trained", f"{times.rows:,} rows in {len(times):,} steps{speed}")
+    if training.resumed:
+        table.add_row("resumed", f"from step {training.resumed[-1].step:,}")
     if training.turns != training.version:
         table.add_row("solver", f"{training.config.solver.name}, {training.turns:,} turns of each shard")
     workers = len(training.numerics) - 1
@@ -116,8 +117,8 @@ def _table(training: Training) -> Table:
                             f"{training.config.train.num_shards} shards")  # fmt: skip
     if training.participation.by_worker():
         table.add_row("steps ran as", training.mode)
-    parts = [f"{name} {1e3 * seconds:.1f}" for name, seconds in times.medians_s().items()]
-    table.add_row("median step", "  ".join(parts) + "  ms")
+    if parts := [f"{name} {1e3 * seconds:.1f}" for name, seconds in times.medians_s().items()]:
+        table.add_row("median step", "  ".join(parts) + "  ms")
     if training.sent_bytes:
         table.add_row("sent", f"{decimal(round(training.sent_bytes_per_worker_step))} per worker and step")
     mended = training.recovery

@@ -16,7 +16,7 @@ import re
 import uuid
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from typing import Any, Self
 
@@ -164,7 +164,7 @@ def manifests(folder: Location) -> list[Manifest]:
 def _none_whole(folder: Location) -> DataError:
     return DataError(
         f"{folder} has no whole checkpoint: look at the warnings above; restore its files, or train anew "
-        f"with --resume never"
+        f"with --if-exists overwrite"
     )
 
 
@@ -189,6 +189,7 @@ class CheckpointFolder:
         self._starts, self._last_step = starts, last_step
         self._run: RunIdentity | None = None
         self._written: list[Manifest] = []
+        self._has_written = False
         self._keep = about["config"]["checkpoint"]["keep"]
 
     def begin(self, run: RunIdentity) -> Start | None:
@@ -209,8 +210,9 @@ class CheckpointFolder:
                 log.warning("the checkpoint of step %d is left out: %s", manifest.step, error)
                 continue
             _refuse_other_end(manifest, run)
-            older = [one for one in self._starts[number:] if one.folder == self.folder]
-            self._written = older[::-1]
+            here = set(self.folder.names_of("checkpoint-*.json"))  # whatever the folder was called
+            older = [one for one in self._starts[number:] if f"{one.name}.json" in here]
+            self._written = [replace(one, folder=self.folder) for one in older[::-1]]
             lost = max(0, self._last_step - manifest.step)
             log.info(
                 "resumed from step %d of %s, %d steps were lost",
@@ -230,25 +232,32 @@ class CheckpointFolder:
         assert self._run is not None, "begin comes first"
         name = f"checkpoint-{checkpoint.step:08d}-{uuid.uuid4().hex[:8]}"
         try:
-            values = self._write_parts(name, checkpoint, self._run)
+            values, entries = self._write_parts(name, checkpoint, self._run)
             write_json(self.folder / f"{name}.json", values | {"sha256": _digest(values)})
         except Exception:
             for part in checkpoint.parts:  # or a full disk would get fuller with every attempt
                 with suppress(OSError, SparkSGDError):
                     (self.folder / _file_of(name, part)).remove()
             raise
-        self._written.append(Manifest.read(self.folder, name))
-        for manifest in self._superseded():
-            self._remove(manifest)
+        versions = {part: of.version for part, of in checkpoint.parts.items()}
+        manifest = Manifest(folder=self.folder, name=name, values=values, entries=entries, versions=versions)
+        self._written.append(manifest)
+        for superseded in self._superseded():
+            self._remove(superseded)
+        if self._starts and not self._has_written:
+            self.clear()  # those that could not be read; there is a newer one now
+        self._has_written = True
         return name
 
-    def _write_parts(self, name: str, checkpoint: Checkpoint, run: RunIdentity) -> dict[str, Any]:
-        """Write the parts of a checkpoint; return what its manifest must say."""
+    def _write_parts(
+        self, name: str, checkpoint: Checkpoint, run: RunIdentity
+    ) -> tuple[dict[str, Any], dict[str, FileEntry]]:
+        """Write the parts of a checkpoint; return what its manifest must say, and the files."""
         entries = {
             part: write_checked(self.folder, _file_of(name, part), of.values)
             for part, of in checkpoint.parts.items()
         }
-        return {
+        values = {
             "format": _FORMAT,
             "step": checkpoint.step,
             "turns": checkpoint.turns,
@@ -263,6 +272,7 @@ class CheckpointFolder:
                 for part, entry in entries.items()
             },
         }
+        return values, entries
 
     def read(self, name: str) -> Checkpoint:
         """Read a checkpoint as a later run would."""
@@ -274,7 +284,7 @@ class CheckpointFolder:
             self._remove(manifest)
 
     def clear(self) -> None:
-        """Remove the checkpoints of earlier runs, and what killed ones began to write."""
+        """Remove all checkpoints but those of this run, and what killed ones began to write."""
         kept = {manifest.name for manifest in self._written}
         files = self.folder.names_of("checkpoint-*")
         for file in sorted(files, key=lambda file: not file.endswith(".json")):  # manifests first
@@ -313,7 +323,13 @@ class CheckpointFolders:
         """Return the checkpoint that the run goes on from; None: it begins anew."""
         shaping = {key: value for key, value in run.experiment.items() if key not in FREE | PATHS}
         files = {key: digest for key, digest in self._fingerprints.items() if key not in FREE}
-        identity = {"experiment": shaping, "files": files, "data_digest": run.data_digest}
+        identity = {
+            "experiment": shaping,
+            "files": files,
+            "data_digest": run.data_digest,
+            "module": run.module,
+            "parameters": run.parameters,
+        }
         folder = self._folder / _digest(identity)[:16]
         about = {"run_id": folder.name, "config": self._config.to_dict(), "fingerprints": self._fingerprints}
         self._own = CheckpointFolder(folder, about, manifests(folder))
@@ -347,7 +363,7 @@ def _refuse_other_rows(manifest: Manifest, run: RunIdentity) -> None:
         raise DataError(
             f"the rows are not those of the run to go on with: their digest is {run.data_digest}, but was "
             f"{manifest.values['data_digest']} in {manifest.folder}. Give it those rows, name another "
-            f"folder, or train anew with --resume never"
+            f"folder, or train anew with --if-exists overwrite"
         )
 
 
@@ -357,7 +373,7 @@ def _refuse_other_end(manifest: Manifest, run: RunIdentity) -> None:
     if run.total_turns < made:
         raise ConfigError(
             f"train.epochs and train.steps ask for {run.total_turns} turns, but {manifest.folder} has "
-            f"made {made}: ask for more, or train anew with --resume never"
+            f"made {made}: ask for more, or train anew with --if-exists overwrite"
         )
     was_cut = made == then and made % run.turns_per_epoch and made < run.total_turns
     rule = run.experiment.get("solver.name")

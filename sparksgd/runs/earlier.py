@@ -15,13 +15,14 @@ neither going on nor done; --resume FOLDER goes on from the checkpoints of anoth
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from sparksgd.config import Config
-from sparksgd.errors import ConfigError
+from sparksgd.errors import ConfigError, DataError
 from sparksgd.imports import shortened, shown
 from sparksgd.runs.asked import Asked
 from sparksgd.runs.checkpoints import FREE, PATHS, Manifest, manifests
@@ -31,7 +32,7 @@ from sparksgd.runs.names import CHECKPOINTS, METRICS, MODEL, RUN, SUMMARY, TRACE
 from sparksgd.solvers.rules import completed
 from sparksgd.storage import Location, location, unanswered
 
-__all__ = ["Found", "earlier_run", "resumable"]
+__all__ = ["Found", "earlier_run", "further", "resumable"]
 
 log = logging.getLogger("sparksgd")
 
@@ -66,8 +67,8 @@ def earlier_run(out: Location, asked: Asked) -> Found:
         ClusterError: its file system does not answer.
     """
     if asked.resume not in ("auto", "never", "must"):
-        found = _looked(out, asked, goes_on=False)
-        return found if found.is_done else _from_elsewhere(asked, found)
+        found = _looked(out, asked, goes_on=True)
+        return found if found.is_done else _from_elsewhere(out, asked, found)
     found = _looked(out, asked, goes_on=asked.resume != "never")
     if asked.resume == "must" and not (found.is_done or found.starts):
         raise ConfigError(
@@ -106,9 +107,21 @@ def resumable(folder: Location, config: Config, fingerprints: Mapping[str, str],
     return Found(starts=with_checkpoints, origin=folder, last_step=_last_step(folder))
 
 
-def _from_elsewhere(asked: Asked, found: Found) -> Found:
+def further(one: Found, other: Found) -> Found:
+    """Return which of two runs of the same has made more steps: a job that is submitted again goes on with
+    its own."""
+    made = [found.starts[0].step if found.starts else -1 for found in (one, other)]
+    return one if made[0] >= made[1] else other
+
+
+def _from_elsewhere(out: Location, asked: Asked, found: Found) -> Found:
     start = resumable(location(asked.resume), asked.config, asked.fingerprints, "--resume")
-    return replace(start, archives=found.archives)
+    if found.archives and (out / CHECKPOINTS / f"{start.starts[0].name}.json").exists():
+        raise ConfigError(
+            f"--resume {asked.resume} is --out itself, which --if-exists archive would move away: name "
+            f"another --out, or leave --resume out"
+        )
+    return replace(further(found, start), archives=found.archives)
 
 
 def _looked(out: Location, asked: Asked, *, goes_on: bool) -> Found:
@@ -123,7 +136,10 @@ def _looked(out: Location, asked: Asked, *, goes_on: bool) -> Found:
     except (ValueError, LookupError, TypeError, AttributeError, ConfigError) as error:
         why = f"{type(error).__name__}: {shortened(str(error), 400)}"
         return _kept(out, asked, f"something that is not a run of this version ({why})")
-    with_checkpoints = _manifests(out) if goes_on else []
+    try:
+        with_checkpoints = _manifests(out) if goes_on else []
+    except DataError as error:
+        return _kept(out, asked, f"a run whose checkpoints cannot be read ({error})")
     if about is None and not with_checkpoints:
         if strays:
             return _kept(out, asked, f"{' and '.join(strays)}, but no {RUN}: that is no run of this version")
@@ -223,7 +239,10 @@ def _has_model(out: Location, summary: Any) -> bool:
         weights = model["weights"]
         name = weights if isinstance(weights, str) else str(weights["name"])  # a name alone before format 5
         is_of_end = bool(summary["parameters_sha256"] == model["parameters_sha256"])
-        return is_of_end and (out / "model" / name).exists()
+        if isinstance(weights, str):
+            return is_of_end and (out / "model" / name).exists()
+        data = (out / "model" / name).read_bytes(weights["size_bytes"])
+        return is_of_end and hashlib.sha256(data).hexdigest() == weights["sha256"]
     except (OSError, ValueError, LookupError, TypeError):
         return False
 

@@ -25,7 +25,7 @@ import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -119,13 +119,14 @@ class RunFolder(Observer):
         self._started = time.perf_counter()
         self._metrics: _Growing | None = None
         self._trace: _Growing | None = None
-        self._recalled: dict[str, Any] = {}
+        self._recalled: dict[str, _Kept] = {}
         self._origin: Location | None = None
         self._checkpoints: CheckpointFolder | None = None
         self._events = self._deal = 0
         self._saves = Throttle(_SECONDS_BETWEEN_SAVES, _SAVING_SHARE)
         self._weights: str | None = None
         self._is_held = False
+        self._lease: Lease
         self._unwritable: OSError | None = None
         self._run = ExitStack()
 
@@ -143,6 +144,7 @@ class RunFolder(Observer):
             ConfigError: another run holds it.
         """
         lease, place = Lease(self.folder, Holder.here(self.run_id), called=self._called), self.folder
+        self._lease = lease
         with ExitStack() as stack:
             try:
                 stack.enter_context(lease.held(if_running))
@@ -175,6 +177,7 @@ class RunFolder(Observer):
     def move_aside(self) -> None:
         """Rename what is there to NAME.1, or the first number that is free; the folder stays held."""
         aside = self.folder.moved_aside()
+        self._lease.take_along()
         remove_leases(location(aside))  # they came along
         log.info("%s %s held another run: it is in %s now", self._called, self.folder, aside)
 
@@ -198,7 +201,11 @@ class RunFolder(Observer):
 
     def recall(self, memory: dict[str, Any]) -> None:
         """Let the files go on where they were."""
-        self._recalled, self._events, self._deal = memory["files"], memory["events"], memory["deal"]
+        files = {name: memory["files"][name] for name in (METRICS, TRACE) if name in memory["files"]}
+        self._recalled = {
+            name: _Kept(bytes=file["bytes"], sha256=file["sha256"]) for name, file in files.items()
+        }
+        self._events, self._deal = int(memory["events"]), int(memory["deal"])
 
     def started(self, training: Training) -> None:
         """Remove the files of an earlier run, or go on with them, and begin metrics.jsonl."""
@@ -210,7 +217,7 @@ class RunFolder(Observer):
             self._begin(training, kept)
             self._run = unless_begun.pop_all()
 
-    def _kept(self, name: str, about: Mapping[str, Any]) -> bytes:
+    def _kept(self, name: str, about: _Kept) -> bytes:
         """Return the part of a file that belongs to the checkpoint.
 
         Raises:
@@ -218,13 +225,13 @@ class RunFolder(Observer):
         """
         file = (self._origin or self.folder) / name
         try:
-            kept = file.read_bytes()[: about["bytes"]]
+            kept = file.read_bytes()[: about.bytes]
         except FileNotFoundError:
             log.warning("%s is not there: it begins after the checkpoint's step", file)
             return b""
-        if (len(kept), hashlib.sha256(kept).hexdigest()) != (about["bytes"], about["sha256"]):
+        if (len(kept), hashlib.sha256(kept).hexdigest()) != (about.bytes, about.sha256):
             raise DataError(
-                f"{file} is damaged: its first {about['bytes']:,} bytes are not those that the run wrote "
+                f"{file} is damaged: its first {about.bytes:,} bytes are not those that the run wrote "
                 f"before its checkpoint. Restore it, or move it away: then the run goes on without those "
                 f"lines"
             )
@@ -233,7 +240,7 @@ class RunFolder(Observer):
     def _begin(self, training: Training, kept: Mapping[str, bytes]) -> None:
         for name in (SUMMARY, RUN_BEFORE) if training.resumed else (SUMMARY, MODEL, TRACE, RUN_BEFORE):
             (self.folder / name).remove()
-        if self._checkpoints is not None:
+        if self._checkpoints is not None and not training.resumed:
             self._checkpoints.clear()
         if not training.resumed:
             self._remove_weights()
@@ -374,6 +381,18 @@ class RunFolder(Observer):
     def _lines(self) -> _Growing:
         assert self._metrics is not None
         return self._metrics
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Kept:
+    """How much of a file belongs to a checkpoint, and its digest."""
+
+    bytes: int
+    sha256: str
+
+    def __post_init__(self) -> None:
+        if type(self.bytes) is not int or self.bytes < 0 or type(self.sha256) is not str:
+            raise ValueError(f"{self} is no beginning of a file")
 
 
 class _Growing:

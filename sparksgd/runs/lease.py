@@ -277,6 +277,15 @@ class Lease:
             if self._number and self._lost is None:
                 self._write(replace(self._record, renewals=self._record.renewals + 1))
 
+    def take_along(self) -> None:
+        """Write the lease into the empty place of a folder that its holder has just moved away.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        with self._writing:
+            (self._folder / _name(self._number)).create(self._data)
+
     def release(self) -> None:
         """Let others take the folder; if it was lost, do nothing."""
         if not self._writing.acquire(timeout=_LONGEST_ANSWER_S):

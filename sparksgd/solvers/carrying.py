@@ -41,7 +41,8 @@ def own_attributes(owner: Any) -> dict[str, Any]:
     return {
         name: value
         for name, value in vars(owner).items()
-        if not name.startswith(("_optimizer_", "_zero_grad_profile_name")) and name != "step"
+        if name not in ("_zero_grad_profile_name", "step")
+        and not (name.startswith("_optimizer_") and name.endswith("_hooks"))
     }
 
 

@@ -9,14 +9,14 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sparksgd.arithmetic import instruction_set
 from sparksgd.config import Config
-from sparksgd.errors import ConfigError
+from sparksgd.errors import ConfigError, DataError
 from sparksgd.spark.given_rows import described_value, frame_or_path
 from sparksgd.spark.uris import lead_to_hadoop
 from sparksgd.storage import location
@@ -219,9 +219,10 @@ def _files(
         DataError: a file is missing.
     """
     from sparksgd.runs.checkpoints import CheckpointFolders
-    from sparksgd.runs.earlier import Found, resumable
+    from sparksgd.runs.earlier import Found, further, resumable
     from sparksgd.runs.fingerprints import fingerprints_of
     from sparksgd.runs.folder import RunFolder
+    from sparksgd.runs.names import CHECKPOINTS
 
     fingerprints = fingerprints_of(config, replay)
     places = {"out": out, "resume_from": resume_from, "checkpoint_dir": checkpoint_dir}
@@ -244,6 +245,10 @@ def _files(
         found = Found()
         if "resume_from" in given:
             found = resumable(location(given["resume_from"]), config, fingerprints, "resume_from")
+            own = location(given["out"])
+            if (own / CHECKPOINTS).names():  # of this very run, which was killed and goes on
+                with suppress(ConfigError, DataError):
+                    found = further(resumable(own, config, fingerprints, "out"), found)
         return folder.checkpoints(config, found)
 
     return folder, checkpoints

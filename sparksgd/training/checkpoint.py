@@ -11,6 +11,7 @@ texts and containers, see encoding.py.
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import pickle
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,8 +19,11 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
+import torch
+
 from sparksgd.arithmetic.believed import NotBelieved, check_believed, only_classes_of
-from sparksgd.arithmetic.flat import Weights
+from sparksgd.arithmetic.changes import bits
+from sparksgd.arithmetic.flat import FlatModule, Weights
 from sparksgd.arithmetic.numerics import Numerics
 from sparksgd.config import Config
 from sparksgd.errors import DataError, ModelError, SparkSGDError
@@ -27,16 +31,17 @@ from sparksgd.imports.trust import trusted
 from sparksgd.solvers.protocol import RoundSolver, SolverState
 from sparksgd.training.composition import other_structure, structure
 from sparksgd.training.encoding import as_plain, of_plain
+from sparksgd.training.plain_values import plain_values
 from sparksgd.training.state import EvaluationReport, NumericsChange, Observer, Resumed, Training
 
-__all__ = ["Checkpoint", "Part", "RunIdentity", "Start", "check_state", "go_on", "taken"]
+__all__ = ["Checkpoint", "Part", "RunIdentity", "Start", "check_state", "go_on", "taken", "unreplaced_digest"]
 
 log = logging.getLogger("sparksgd")
 
 _VERSIONS = {"solver": 1, "run": 1, "observers": 1}
 _NOT_OURS = (
-    LookupError, TypeError, ValueError, AttributeError, RuntimeError, EOFError, ImportError,
-    pickle.UnpicklingError,
+    LookupError, TypeError, ValueError, AttributeError, RuntimeError, EOFError, ImportError, ArithmeticError,
+    AssertionError, pickle.UnpicklingError,
 )  # fmt: skip
 
 
@@ -66,6 +71,13 @@ class RunIdentity:
 
     turns_per_epoch: int
     """Turns of one pass over the rows."""
+
+    module: str | None = None
+    """Digest of what no checkpoint replaces in a module that was given in Python; None for one that is built
+    from its name."""
+
+    parameters: str | None = None
+    """Digest of such a module's first parameters."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -185,10 +197,30 @@ def _load(checkpoint: Checkpoint, training: Training, solver: RoundSolver) -> No
             f"the checkpoint of step {checkpoint.step} is of another module: {different}. Pass the module "
             f"that it is of, or start anew"
         )
+    if run["unreplaced"] != training.unreplaced:
+        raise ModelError(
+            f"the checkpoint of step {checkpoint.step} is of another module: a number or a text that it "
+            f"keeps is another now, such as the rate of a dropout, or a tensor that is not trained. Pass "
+            f"the module as it was built then, or start anew"
+        )
     with only_classes_of(_packages(training.config)):
         solver.load_state(_solver_state(state))
+    if (solver.version, solver.turns) != (checkpoint.step, checkpoint.turns):
+        raise ValueError("its parts are of different steps")
     _load_run(training, run)
     training.version, training.turns = solver.version, solver.turns
+
+
+def unreplaced_digest(flat: FlatModule) -> str:
+    """Return the digest of what no checkpoint replaces in a module: numbers, texts, and constant tensors."""
+    digest = hashlib.sha256()
+    for held in plain_values(flat.module):
+        digest.update(f"{held.path}={held.value!r}\n".encode())
+    for name, tensor in sorted(flat.constants()):
+        dense = tensor.detach() if tensor.layout is torch.strided else tensor.detach().to_dense()
+        digest.update(f"{name} {dense.dtype} {tuple(dense.shape)}\n".encode())
+        digest.update(bits(dense).data)
+    return digest.hexdigest()
 
 
 def check_state(checkpoint: Checkpoint, config: Config) -> None:
@@ -242,7 +274,13 @@ def _of_run(training: Training) -> dict[str, Any]:
         "settled_turns": training.settled_turns,
         "resumed": [asdict(resumed) for resumed in training.resumed],
         "decided": _decided(training),
+        "unreplaced": training.unreplaced,
+        "test_digest": _test_digest(training),
     }
+
+
+def _test_digest(training: Training) -> str | None:
+    return None if training.test_rows is None else training.test_rows.data_digest
 
 
 def _decided(training: Training) -> dict[str, bool]:
@@ -258,14 +296,18 @@ def _load_run(training: Training, run: Mapping[str, Any]) -> None:
             f"began: its values before the training are others; build it as it was built then"
         )
     training.participation.recall(run["participation"])
-    training.evaluations[:] = [EvaluationReport(**report) for report in run["evaluations"]]
+    if run["test_digest"] == _test_digest(training):
+        training.evaluations[:] = [EvaluationReport(**report) for report in run["evaluations"]]
     training.numerics_changes[:] = [
         NumericsChange(step=change["step"], worker=change["worker"], numerics=Numerics(**change["numerics"]))
         for change in run["numerics_changes"]
     ]
     for name, count in run["recovery"].items():
         setattr(training.recovery, name, getattr(training.recovery, name) + count)
-    training.sent_bytes, training.settled_turns = run["sent_bytes"], run["settled_turns"]
+    training.sent_bytes, training.settled_turns = int(run["sent_bytes"]), int(run["settled_turns"])
+    if run["test_digest"] != _test_digest(training) and training.settled_turns:
+        log.warning("the test rows are others than those of the run so far: its evaluations are left out")
+        training.settled_turns -= 1  # if there was one of this step, it is made again
     training.resumed[:] = [Resumed(**resumed) for resumed in run["resumed"]]
 
 

@@ -12,13 +12,15 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, suppress
+from errno import EIO
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 
+from sparksgd.arithmetic.believed import NotBelieved
 from sparksgd.config import CheckpointConfig, Config
-from sparksgd.errors import TrainingError
+from sparksgd.errors import ClusterError, ModelError, SparkSGDError, TrainingError
 from sparksgd.solvers.protocol import RoundSolver
 from sparksgd.training.checkpoint import Checkpoint, RunIdentity, Start, check_state, taken
 from sparksgd.training.state import Observer, Training
@@ -94,7 +96,7 @@ class Checkpointing:
         self._ended_s = self._clock()  # of the last one
         self._took_s = self._least_pause_s = 0.0  # the pause keeps the share
         self._last_turns: int | None = None
-        self._has_said = self._is_tried = False
+        self._has_said = self._is_tried = self._is_off = False
 
     def next_turn(self, turns: int) -> int | None:
         """Return the turn, after these, at whose end one is due; None: no turn is named."""
@@ -104,24 +106,25 @@ class Checkpointing:
         """Take a checkpoint if one is due.
 
         Raises:
-            TrainingError: the first one was not read back as it was written.
             ClusterError: the place belongs to another run now.
         """
         is_named = any(solver.turns % every == 0 for every in self._every_turns)
         self._collect(wait=is_named and self._share >= 1)  # else the wait would take more than its share
-        if self._writing is not None or not (is_named or self._is_due(training)):
+        if self._is_off or self._writing is not None or not (is_named or self._is_due(training)):
             return
         if self._clock() - self._ended_s >= self._least_pause_s:
             self._take(training, solver, observers)
-        else:
+        elif is_named or self._least_pause_s > self._config.every_s:
             self._say_seldom()
 
     def end(self, training: Training, solver: RoundSolver, observers: Sequence[Observer]) -> None:
         """Take a last checkpoint, where the run stands now, and wait until it is written."""
         self._collect(wait=True)
-        if solver.turns != self._last_turns:
+        if solver.turns != self._last_turns and not self._is_off:
             self._take(training, solver, observers)
             self._collect(wait=True)
+        if training.error is not None and self._last_turns == solver.turns and not self._is_off:
+            log.info("a later run can go on from step %d", solver.version)
 
     def close(self) -> None:
         """Wait for what is being written."""
@@ -153,23 +156,33 @@ class Checkpointing:
         return took_s
 
     def _read_back(self, name: str, checkpoint: Checkpoint, config: Config) -> None:
+        """Read the first checkpoint as a later run would.
+
+        Raises:
+            TrainingError: no run could go on from it.
+            OSError: it cannot be read now.
+        """
         try:
             again = self._store.read(name)
-            check_state(again, config)
-            different = _difference(checkpoint, again)
-        except Exception as error:
+        except SparkSGDError as error:
             with suppress(OSError):
                 self._store.remove(name)
-            raise TrainingError(
-                f"the checkpoint of step {checkpoint.step} cannot be read again: {type(error).__name__}: "
-                f"{error}. So no run could go on from it: let the optimiser and the schedule keep numbers, "
-                f"texts and tensors alone"
-            ) from error
+            said = f"the checkpoint of step {checkpoint.step} was not read again: {error}"
+            if isinstance(error, ClusterError) or isinstance(error.__cause__, OSError):
+                raise OSError(EIO, said) from error
+            raise TrainingError(said) from error
+        try:
+            check_state(again, config)
+            different = _difference(checkpoint, again)
+        except NotBelieved as error:
+            different = (
+                f"state: {error}; let it keep numbers, texts and tensors alone, or name the package in "
+                f"SPARKSGD_TRUST"
+            )
         if different is not None:
             self._store.remove(name)
             raise TrainingError(
-                f"the checkpoint of step {checkpoint.step} was read again with another {different}: no run "
-                f"could go on from it to the same bits"
+                f"the checkpoint of step {checkpoint.step} was read again with another {different}"
             )
 
     def _collect(self, *, wait: bool) -> None:
@@ -180,6 +193,10 @@ class Checkpointing:
         self._writing = None
         try:
             took_s = self._copied_s + writing.result()
+        except (ModelError, TrainingError) as error:
+            self._is_off = True
+            log.warning("this run has no checkpoints, and cannot go on if it is killed: %s", error)
+            return
         except OSError as error:
             log.warning("no checkpoint can be written now, but training goes on: %s", error.strerror or error)
             took_s, self._last_turns = self._copied_s, None

@@ -59,7 +59,7 @@ def of_plain(saved: Any) -> Any:
     if isinstance(saved, dict):
         if _ARRAY <= saved.keys() <= _ARRAY | {"scalar"}:
             return array_of(saved)[()] if "scalar" in saved else array_of(saved)
-        if saved.keys() == _RAW:
+        if saved.keys() == _RAW and isinstance(saved["raw"], torch.Tensor):
             return saved["raw"].numpy().tobytes()
         if type(saved) is dict:
             return {key: of_plain(inner) for key, inner in saved.items()}

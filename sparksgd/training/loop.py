@@ -30,7 +30,7 @@ from sparksgd.imports import out_of_memory_told
 from sparksgd.imports.sources import code_digests
 from sparksgd.solvers.protocol import RoundSolver
 from sparksgd.solvers.rules import completed, make_solver
-from sparksgd.training.checkpoint import RunIdentity, go_on
+from sparksgd.training.checkpoint import RunIdentity, go_on, unreplaced_digest
 from sparksgd.training.checkpointing import Checkpointing, CheckpointStore
 from sparksgd.training.deals import Deals, dealt
 from sparksgd.training.modules import build_module
@@ -104,7 +104,16 @@ def train(
     solver = _solver(config, flat, checked, replay)
     make_engine.check_memory(sizes_of(config, flat, checked, solver), config.train.num_shards)
     total_turns = _total_turns(checked, solver, replay)
-    start = None if checkpoints is None else checkpoints.begin(_identity(config, checked, total_turns))
+    if checkpoints is not None and solver.halves.keep_state:
+        log.warning(
+            "this run has no checkpoints, and cannot go on if it is killed: its shards keep the states "
+            "of their optimisers (solver.inner_state)"
+        )
+        checkpoints = None
+    start = unreplaced = None
+    if checkpoints is not None:
+        identity = _identity(config, checked, total_turns, flat if model_name is None else None)
+        start, unreplaced = checkpoints.begin(identity), identity.module
     with ExitStack() as stack:
         first_deal = 0 if start is None else start.checkpoint.deal
         deals = stack.enter_context(Deals(rows, checked.schema, config, checked.rows, first_deal))
@@ -136,6 +145,7 @@ def train(
             sample=checked.sample,
             drawn=checked.drawn,
             code=code,
+            unreplaced=unreplaced,
         )
         warn_of_differences(training.numerics)
         keeper = None
@@ -149,8 +159,11 @@ def train(
         return training
 
 
-def _identity(config: Config, checked: Checked, total_turns: int) -> RunIdentity:
+def _identity(config: Config, checked: Checked, total_turns: int, given: FlatModule | None) -> RunIdentity:
+    """Return what a run is, with a module that was given in Python."""
     return RunIdentity(
+        module=None if given is None else unreplaced_digest(given),
+        parameters=None if given is None else given.parameters_sha256(),
         experiment=config.experiment(),
         data_digest=checked.rows.data_digest,
         total_turns=total_turns,

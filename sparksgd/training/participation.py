@@ -48,7 +48,9 @@ class Participation:
 
     def starved(self) -> dict[int, float]:
         """Return the starved shards of this epoch so far, and in which share of its steps each took part."""
-        steps_made = max(1, self._epoch_steps)
+        if not self._epoch_steps:
+            return {}  # the run ended between the end of an epoch and its checkpoint
+        steps_made = self._epoch_steps
         shares = {shard: steps / steps_made for shard, steps in enumerate(self._epoch_of_shard)}
         return {shard: share for shard, share in shares.items() if share < _LEAST_SHARE}
 

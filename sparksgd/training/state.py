@@ -63,7 +63,7 @@ class Resumed:
     """When the checkpoint was written, in ISO 8601."""
 
 
-@dataclass(kw_only=True)
+@dataclass(kw_only=True, repr=False)
 class Training:
     """A run, and how far it is."""
 
@@ -106,6 +106,9 @@ class Training:
     settled_turns: int = 0
     """The turns after which evaluation and the end of an epoch are done."""
 
+    unreplaced: str | None = None
+    """Digest of what no checkpoint replaces in a module that was given in Python, as it was at first."""
+
     step_times: StepTimes = field(default_factory=StepTimes)
     """How long the steps took."""
 
@@ -147,6 +150,9 @@ class Training:
 
     error: BaseException | None = None
     """What ended the run early."""
+
+    def __repr__(self) -> str:
+        return f"<Training: {self.version} steps, {self.turns} of {self.total_turns} turns>"
 
     @property
     def is_finished(self) -> bool:

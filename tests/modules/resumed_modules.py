@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import string
 from typing import Any
 
 import torch
@@ -64,6 +65,14 @@ class Slow(torch.optim.Adam):
             slow.lerp_(p.detach(), 0.5)
             if self.note.steps % 7 == 0:
                 p.data.copy_(slow)
+
+
+class Foreign(torch.optim.SGD):
+    """Keeps an object of a package that is neither its own nor torch's."""
+
+    def __init__(self, params: Any, lr: float = 0.01) -> None:
+        super().__init__(params, lr=lr)
+        self.note = string.Template("$x")
 
 
 class Steps(torch.optim.lr_scheduler.LRScheduler):

@@ -25,7 +25,7 @@ from sparksgd.cli.run import run
 from sparksgd.cli.terminal import Terminal
 from sparksgd.config import Config
 from sparksgd.engines.inline import InlineEngine
-from sparksgd.errors import ConfigError, DataError, ModelError, SparkSGDError, TrainingError
+from sparksgd.errors import ConfigError, DataError, ModelError, SparkSGDError
 from sparksgd.runs.checkpoints import manifests
 from sparksgd.storage import LocalLocation, location
 from sparksgd.training import checkpointing
@@ -227,6 +227,47 @@ def test_a_run_of_another_folder_goes_on(jobs: Jobs) -> None:
     assert metrics(jobs.folder / "here") == metrics(jobs.folder / "at once")
 
 
+def test_a_job_that_goes_on_elsewhere_goes_on_with_its_own_when_it_is_submitted_again(jobs: Jobs) -> None:
+    jobs.stopped_at("begun", 2, EVERY_STEP)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(InlineEngine, "evaluate", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            jobs.run("moved", EVERY_STEP, resume=str(jobs.folder / "begun"))
+    again = jobs.run("moved", EVERY_STEP, resume=str(jobs.folder / "begun"))
+    assert [resumed["step"] for resumed in again["resumed"]] == [2, 5]
+    assert metrics(jobs.folder / "moved") == metrics(jobs.folder / "never interrupted")
+
+
+def interrupt(*_: Any) -> None:
+    raise KeyboardInterrupt
+
+
+def test_a_folder_may_be_called_otherwise(jobs: Jobs, monkeypatch: pytest.MonkeyPatch) -> None:
+    jobs.stopped_at("spelled", 3, EVERY_STEP)
+    (jobs.folder / "link").symlink_to(jobs.folder / "spelled")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(InlineEngine, "advance", interrupt)  # at once: nothing new is written
+        with pytest.raises(KeyboardInterrupt):
+            jobs.run("spelled", EVERY_STEP, resume=str(jobs.folder / "link"))
+    assert [each.step for each in manifests(location(jobs.folder / "spelled" / "checkpoints"))][-1] == 1
+    assert jobs.run("spelled", EVERY_STEP)["resumed"][-1]["step"] == 3
+
+
+def test_where_no_step_is_left_the_job_says_so_in_a_table(jobs: Jobs) -> None:
+    jobs.run("at its end", SHORT)
+    shown = io.StringIO()
+    terminal = Terminal(Console(file=shown), tables=True)
+    config = Config.from_dict(jobs.config(SHORT))
+    run(
+        config,
+        str(jobs.folder / "copied"),
+        run_id="c",
+        terminal=terminal,
+        resume=str(jobs.folder / "at its end"),
+    )
+    assert "0 rows in 0 steps" in shown.getvalue()
+
+
 def test_the_last_ones_and_the_best_are_kept(jobs: Jobs) -> None:
     summary = jobs.run(
         "kept", {"checkpoint": {"every_steps": 1, "keep": 3}, "train": {"rows_per_step": 50, "epochs": 3}}
@@ -341,7 +382,7 @@ def test_where_no_checkpoint_is_whole_the_run_is_refused_and_all_is_kept(jobs: J
     for file in (jobs.folder / out / "checkpoints").glob(damaged):
         file.write_bytes(file.read_bytes()[:-9])
     before = {file.name for file in (jobs.folder / out / "checkpoints").iterdir()}
-    with pytest.raises(DataError, match=r"has no whole checkpoint.*--resume never"):
+    with pytest.raises(SparkSGDError, match=r"has no whole checkpoint.*--if-exists overwrite"):
         jobs.run(out, SHORT)
     assert {file.name for file in (jobs.folder / out / "checkpoints").iterdir()} == before
     assert jobs.run(out, SHORT, resume="never")["steps"] == 4
@@ -441,6 +482,48 @@ def test_many_runs_have_their_checkpoints_in_one_folder(jobs: Jobs, tmp_path: Pa
     assert digests[0] == digests[2] != digests[1]
 
 
+def test_other_modules_have_checkpoints_of_their_own(jobs: Jobs, tmp_path: Path) -> None:
+    rows, config = str(jobs.folder / "rows.parquet"), jobs.config({"train": {"epochs": 1}})
+
+    def train(seed: int = 1, dropout: float = 0.1, frozen: float = 1.0, **where: Any) -> Training:
+        torch.manual_seed(seed)
+        module = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Dropout(dropout), torch.nn.Linear(4, 2))
+        module[0].bias.requires_grad_(False).fill_(frozen)
+        return sparksgd.train(config, rows, module=module, **where)
+
+    kinds: list[dict[str, Any]] = [{}, {"seed": 2}, {"dropout": 0.5}, {"frozen": 5.0}]
+    for kind in [*kinds, {}]:
+        found, alone = train(**kind, checkpoint_dir=tmp_path / "many"), train(**kind)
+        assert found.flat.parameters_sha256() == alone.flat.parameters_sha256()
+    assert len(list((tmp_path / "many").iterdir())) == len(kinds)
+    train(out=tmp_path / "one")
+    assert train(
+        seed=2, out=tmp_path / "two", resume_from=tmp_path / "one"
+    ).resumed  # its weights are replaced
+    for kind in kinds[2:]:
+        with pytest.raises(ModelError, match="is of another module: a number or a text that it keeps"):
+            train(**kind, out=tmp_path / "three", resume_from=tmp_path / "one")
+
+
+def test_other_test_rows_are_evaluated_where_no_step_is_left(jobs: Jobs, tmp_path: Path) -> None:
+    rows, config = str(jobs.folder / "rows.parquet"), jobs.config({"train": {"epochs": 1}})
+    others = str(tmp_path / "others.parquet")
+    pq.write_table(pq.read_table(rows).slice(10, 40), others)
+    first = sparksgd.train(config, rows, rows, checkpoint_dir=tmp_path / "c")
+    again = sparksgd.train(config, rows, others, checkpoint_dir=tmp_path / "c")
+    assert ([e.rows for e in first.evaluations], [e.rows for e in again.evaluations]) == ([100], [40])
+    assert len(again.step_times) == 0
+
+
+def test_local_sgd_that_keeps_the_states_of_shards_has_no_checkpoints_and_says_so(
+    jobs: Jobs, caplog: pytest.LogCaptureFixture
+) -> None:
+    keeps = {"solver": {"name": "local_sgd", "turns_per_round": 3, "inner_state": "keep"}}
+    jobs.run("keeps", EVERY_STEP, keeps, {"optimizer": {"name": "SGD", "lr": 0.05, "momentum": 0.9}})
+    assert "this run has no checkpoints, and cannot go on if it is killed: its shards keep" in caplog.text
+    assert not (jobs.folder / "keeps" / "checkpoints").exists()
+
+
 def test_an_observer_remembers(jobs: Jobs, tmp_path: Path) -> None:
     rows = str(jobs.folder / "rows.parquet")
 
@@ -483,6 +566,12 @@ class Evil:
         b"ctorch.hub\nload\n(S'a'\ntR.",
         b"cbuiltins\ngetattr\n.",
         b"ctorch\nload\n(S'/dev/zero'\ntR.",
+        b"cresumed_modules\nwith_norm\n(tR.",
+        b"cnumpy.f2py.__main__\nmain\n.",
+        b"ctorch.fx._lazy_graph_module\n_LazyGraphModule\n.",
+        b"ctorch.nn\nIdentity\n(tR.",
+        b"csparksgd.arithmetic.reductions\n_set_module_state\n.",
+        b"csparksgd.arithmetic.reductions\n_set_tensor_state\n(ctorch\nTensor\n((dS'x'\nI1\ns(lttR.",
     ],
     ids=[
         "builtin",
@@ -493,6 +582,12 @@ class Evil:
         "torch.hub",
         "getattr",
         "load",
+        "a function of the package",
+        "an import that runs",
+        "a module that runs its source",
+        "a module of torch",
+        "what calls __setstate__",
+        "attributes of a class",
     ],
 )
 def test_what_an_own_optimiser_kept_runs_nothing(
@@ -505,7 +600,7 @@ def test_what_an_own_optimiser_kept_runs_nothing(
     names = [each.name for each in manifests(location(jobs.folder / "attacked" / "checkpoints"))]
     copied_until(jobs.folder / "attacked", jobs.folder / out, names)
     replace_attributes(jobs.folder / out / "checkpoints", content)
-    with pytest.raises(SparkSGDError, match=r"neither plain nor of|does not fit this run"):
+    with pytest.raises(SparkSGDError, match=r"neither plain nor a class of|does not fit this run"):
         jobs.run(out, SHORT, kind)
     assert "somebody got in" not in "".join(capfd.readouterr())
 
@@ -525,8 +620,8 @@ def replace_attributes(checkpoints: Path, content: bytes) -> None:
     forge(manifest, parts=parts)
 
 
-def test_a_state_that_cannot_be_read_again_ends_the_run_at_its_first_checkpoint(
-    jobs: Jobs, monkeypatch: pytest.MonkeyPatch
+def test_a_state_that_cannot_be_read_again_is_said_at_the_first_checkpoint(
+    jobs: Jobs, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     from sparksgd.solvers.synchronous import SynchronousSolver
 
@@ -538,8 +633,21 @@ def test_a_state_that_cannot_be_read_again_ends_the_run_at_its_first_checkpoint(
         return found
 
     monkeypatch.setattr(SynchronousSolver, "state", strange)
-    with pytest.raises((TrainingError, ModelError), match="checkpoint"):
-        jobs.run("unreadable", EVERY_STEP)
+    assert jobs.run("unreadable", EVERY_STEP)["status"] == "finished"
+    assert caplog.text.count("this run has no checkpoints, and cannot go on if it is killed: ") == 1
+    assert list((jobs.folder / "unreadable" / "checkpoints").glob("*.json")) == []
+
+
+def test_an_object_of_another_package_is_named_at_the_first_checkpoint(
+    jobs: Jobs, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    kind = {"optimizer": {"name": "resumed_modules:Foreign", "lr": 0.01}}
+    jobs.run("foreign", SHORT, kind)
+    assert "it names string.Template, which is neither plain nor a class of resumed_modules" in caplog.text
+    assert "SPARKSGD_TRUST" in caplog.text
+    monkeypatch.setenv("SPARKSGD_TRUST", "string")
+    jobs.stopped_at("trusted", 2, SHORT, kind)
+    assert jobs.run("trusted", SHORT, kind)["resumed"][0]["step"] == 2
 
 
 @pytest.fixture(autouse=True)
