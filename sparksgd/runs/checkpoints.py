@@ -375,7 +375,7 @@ def _refuse_other_end(manifest: Manifest, run: RunIdentity) -> None:
             f"train.epochs and train.steps ask for {run.total_turns} turns, but {manifest.folder} has "
             f"made {made}: ask for more, or train anew with --if-exists overwrite"
         )
-    was_cut = made == then and made % run.turns_per_epoch and made < run.total_turns
+    was_cut = made == then and made < run.total_turns and made % run.turns_per_epoch % _round_of(run)
     rule = run.experiment.get("solver.name")
     if was_cut and rule != "synchronous":
         raise ConfigError(
@@ -383,6 +383,14 @@ def _refuse_other_end(manifest: Manifest, run: RunIdentity) -> None:
             f"that goes on from there would have other bits than one that was never stopped. Train anew "
             f"with --resume never"
         )
+
+
+def _round_of(run: RunIdentity) -> int:
+    """Return how many turns a round has; where synchronous steps come first, no round ends but with an
+    epoch."""
+    if run.experiment.get("solver.synchronous_steps", 0):
+        return run.turns_per_epoch
+    return int(run.experiment.get("solver.turns_per_round", run.turns_per_epoch))
 
 
 def _digest(values: Mapping[str, Any]) -> str:

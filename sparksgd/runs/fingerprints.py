@@ -3,10 +3,12 @@ run."""
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from sparksgd.config import Config
 from sparksgd.errors import DataError
 from sparksgd.imports.sources import code_digests
-from sparksgd.storage import fingerprint, unanswered
+from sparksgd.storage import fingerprint, has_scheme, unanswered
 from sparksgd.training.replay import Replay
 
 __all__ = ["fingerprints_of"]
@@ -30,7 +32,9 @@ def fingerprints_of(config: Config, replay: Replay | None = None) -> dict[str, s
     try:
         found = {key: fingerprint(path) for key, path in data.items() if path is not None}
     except OSError as error:
-        refusal = DataError(f"cannot read {error.filename} as Parquet: {error.strerror}")
+        path = str(error.filename)
+        where = "" if has_scheme(path) or Path(path).is_absolute() else f", seen from {Path.cwd()}"
+        refusal = DataError(f"cannot read {path} as Parquet: {error.strerror}{where}")
         raise unanswered(error, refusal) from error
     code = {
         "model.name": config.model.name,

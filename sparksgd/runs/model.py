@@ -187,6 +187,8 @@ def _check_code(
             continue
         if then is None:
             told = f"{folder}/{MANIFEST} has no digest of the code of {key} = {name!r}"
+        elif now is None:
+            told = f"the code of {key} = {name!r} is not found here"
         else:
             told = (
                 f"the code of {key} = {name!r} is not that of the training: it was changed, or is another "
@@ -194,8 +196,8 @@ def _check_code(
             )
         if strict:
             raise DataError(
-                f"{told}, and strict was asked for: put the code of the training first on PYTHONPATH, or "
-                f"load without strict if it is known to do the same"
+                f"{folder}: {told}, and strict was asked for: put the code of the training first on "
+                f"PYTHONPATH, or load without strict if it is known to do the same"
             )
         if then is not None:
             log.warning("%s: %s", folder, told)

@@ -434,6 +434,15 @@ def test_a_round_that_was_cut_short_at_the_end_does_not_go_on(jobs: Jobs) -> Non
         jobs.run("cut short", kind, {"train": {"steps": 9}})
 
 
+def test_a_round_that_was_whole_at_the_end_goes_on(jobs: Jobs) -> None:
+    whole_rounds = {"solver": {"name": "local_sgd", "turns_per_round": 2, "inner_state": "drop"}}
+    jobs.run("whole rounds", whole_rounds, {"train": {"steps": 4}})
+    again = jobs.run("whole rounds", whole_rounds, {"train": {"steps": 9}})
+    assert again["resumed"][0]["step"] == 2
+    alone = jobs.run("whole rounds at once", whole_rounds, {"train": {"steps": 9}})
+    assert again["parameters_sha256"] == alone["parameters_sha256"]
+
+
 def forge(manifest: Path, **changes: Any) -> None:
     """Change a manifest, with a digest that fits."""
     from sparksgd.runs.checkpoints import _digest
