@@ -32,7 +32,7 @@ from sparksgd.runs.names import CHECKPOINTS, METRICS, MODEL, RUN, SUMMARY, TRACE
 from sparksgd.solvers.rules import completed
 from sparksgd.storage import Location, location, unanswered
 
-__all__ = ["Found", "earlier_run", "further", "resumable"]
+__all__ = ["Found", "earlier_run", "resumable", "with_more_steps"]
 
 log = logging.getLogger("sparksgd")
 
@@ -67,9 +67,9 @@ def earlier_run(out: Location, asked: Asked) -> Found:
         ClusterError: its file system does not answer.
     """
     if asked.resume not in ("auto", "never", "must"):
-        found = _looked(out, asked, goes_on=True)
+        found = _own_run(out, asked, goes_on=True)
         return found if found.is_done else _from_elsewhere(out, asked, found)
-    found = _looked(out, asked, goes_on=asked.resume != "never")
+    found = _own_run(out, asked, goes_on=asked.resume != "never")
     if asked.resume == "must" and not (found.is_done or found.starts):
         raise ConfigError(
             f"--resume must, but --out {out} holds no run of this with a checkpoint: name its folder, or "
@@ -107,7 +107,7 @@ def resumable(folder: Location, config: Config, fingerprints: Mapping[str, str],
     return Found(starts=with_checkpoints, origin=folder, last_step=_last_step(folder))
 
 
-def further(one: Found, other: Found) -> Found:
+def with_more_steps(one: Found, other: Found) -> Found:
     """Return which of two runs of the same has made more steps: a job that is submitted again goes on with
     its own."""
     made = [found.starts[0].step if found.starts else -1 for found in (one, other)]
@@ -115,16 +115,18 @@ def further(one: Found, other: Found) -> Found:
 
 
 def _from_elsewhere(out: Location, asked: Asked, found: Found) -> Found:
+    """Return what follows where --resume names a folder."""
     start = resumable(location(asked.resume), asked.config, asked.fingerprints, "--resume")
     if found.archives and (out / CHECKPOINTS / f"{start.starts[0].name}.json").exists():
         raise ConfigError(
             f"--resume {asked.resume} is --out itself, which --if-exists archive would move away: name "
             f"another --out, or leave --resume out"
         )
-    return replace(further(found, start), archives=found.archives)
+    return replace(with_more_steps(found, start), archives=found.archives)
 
 
-def _looked(out: Location, asked: Asked, *, goes_on: bool) -> Found:
+def _own_run(out: Location, asked: Asked, *, goes_on: bool) -> Found:
+    """Return what follows from what --out itself holds."""
     if asked.if_exists == "overwrite":
         return Found()
     try:
@@ -159,15 +161,15 @@ def _looked(out: Location, asked: Asked, *, goes_on: bool) -> Found:
         )  # fmt: skip
         return Found(is_done=True)
     newest = with_checkpoints[0].values if with_checkpoints else then
-    free = (_LATER_END if is_finished else FREE) if goes_on and with_checkpoints else frozenset()
+    free = (_LATER_END if is_finished else FREE) if with_checkpoints else frozenset()
     different = _differences(newest, asked.config, asked.fingerprints, free=free)
     if different:
         what = "a finished run" if is_finished else f"a run that ended early ({_status(summary)})"
         return _kept(out, asked, f"{what}, but not of this: {'; '.join(different)}")
-    return _next(out, summary, with_checkpoints if goes_on else [], goes_on=goes_on)
+    return _going_on(out, summary, with_checkpoints, goes_on=goes_on)
 
 
-def _next(out: Location, summary: Any, starts: Sequence[Manifest], *, goes_on: bool) -> Found:
+def _going_on(out: Location, summary: Any, starts: Sequence[Manifest], *, goes_on: bool) -> Found:
     """Return that a run of this goes on, or that it begins anew, and say why."""
     if starts:
         return Found(starts=starts, origin=out, last_step=_last_step(out))

@@ -219,7 +219,7 @@ def _files(
         DataError: a file is missing.
     """
     from sparksgd.runs.checkpoints import CheckpointFolders
-    from sparksgd.runs.earlier import Found, further, resumable
+    from sparksgd.runs.earlier import Found, resumable, with_more_steps
     from sparksgd.runs.fingerprints import fingerprints_of
     from sparksgd.runs.folder import RunFolder
     from sparksgd.runs.names import CHECKPOINTS
@@ -248,7 +248,7 @@ def _files(
             own = location(given["out"])
             if (own / CHECKPOINTS).names():  # of this very run, which was killed and goes on
                 with suppress(ConfigError, DataError):
-                    found = further(resumable(own, config, fingerprints, "out"), found)
+                    found = with_more_steps(resumable(own, config, fingerprints, "out"), found)
         return folder.checkpoints(config, found)
 
     return folder, checkpoints
