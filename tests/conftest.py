@@ -6,7 +6,10 @@ import os
 import re
 import signal
 import sys
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -65,3 +68,28 @@ def _shared_session(item: pytest.Item) -> str:
     """Return the name of the session that a test shares, or nothing."""
     shared = item.get_closest_marker("session")
     return "" if shared is None else " ".join([*shared.args, *(f"{k}={v}" for k, v in shared.kwargs.items())])
+
+
+class _AtOnce(ThreadPoolExecutor):
+    """Gives nothing back before it is done."""
+
+    def submit(self, call: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        future = super().submit(call, *args, **kwargs)
+        wait([future])
+        return future
+
+
+@pytest.fixture
+def written_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a checkpoint be written before the next step begins."""
+    from sparksgd.training import checkpointing  # imports torch
+
+    monkeypatch.setattr(checkpointing, "ThreadPoolExecutor", _AtOnce)
+
+
+@pytest.fixture
+def every_checkpoint(monkeypatch: pytest.MonkeyPatch, written_at_once: None) -> None:
+    """Let checkpoints take all the time that they like, so that none is left out."""
+    from sparksgd.training import checkpointing
+
+    monkeypatch.setattr(checkpointing, "SHARE", 1e9)

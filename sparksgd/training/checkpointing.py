@@ -75,7 +75,6 @@ class Checkpointing:
         config: when they are due.
         store: where they go.
         turns_per_epoch: turns of one pass over the rows.
-        share: the part of the time that they may take.
         clock: returns seconds.
     """
 
@@ -84,10 +83,9 @@ class Checkpointing:
         config: CheckpointConfig,
         store: CheckpointStore,
         turns_per_epoch: int,
-        share: float | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._config, self._store, self._share, self._clock = config, store, share or SHARE, clock
+        self._config, self._store, self._clock = config, store, clock
         every_epochs = None if config.every_epochs is None else config.every_epochs * turns_per_epoch
         self._every_turns = [every for every in (config.every_steps, every_epochs) if every is not None]
         self._behind = ThreadPoolExecutor(1, "sparksgd-checkpoint")
@@ -109,7 +107,7 @@ class Checkpointing:
             ClusterError: the place belongs to another run now.
         """
         is_named = any(solver.turns % every == 0 for every in self._every_turns)
-        self._collect(wait=is_named and self._share >= 1)  # else the wait would take more than its share
+        self._collect(wait=False)
         if self._is_off or self._writing is not None or not (is_named or self._is_due(training)):
             return
         if self._clock() - self._ended_s >= self._least_pause_s:
@@ -201,7 +199,7 @@ class Checkpointing:
             log.warning("no checkpoint can be written now, but training goes on: %s", error.strerror or error)
             took_s, self._last_turns = self._copied_s, None
         self._ended_s = self._clock()
-        self._took_s, self._least_pause_s = took_s, took_s * (1 / self._share - 1)
+        self._took_s, self._least_pause_s = took_s, took_s * (1 / SHARE - 1)
 
     def _say_seldom(self) -> None:
         """Say once that checkpoints are written less often than they are asked for."""
@@ -211,8 +209,8 @@ class Checkpointing:
                 "a checkpoint takes %.1f s, and all of them may take %.0f %% of the time: so there is "
                 "one every %.0f s, less often than [checkpoint] asks for",
                 self._took_s,
-                100 * self._share,
-                self._took_s / self._share,
+                100 * SHARE,
+                self._took_s / SHARE,
             )
 
 

@@ -28,8 +28,9 @@ from sparksgd.engines.inline import InlineEngine
 from sparksgd.errors import ConfigError, DataError, ModelError, SparkSGDError
 from sparksgd.runs.checkpoints import manifests
 from sparksgd.storage import LocalLocation, location
-from sparksgd.training import checkpointing
 from sparksgd.training.state import Observer, Training
+
+pytestmark = pytest.mark.usefixtures("every_checkpoint")
 
 EVERY_STEP = {"checkpoint": {"every_steps": 1, "keep": 1000}}
 
@@ -120,12 +121,6 @@ def jobs(tmp_path_factory: pytest.TempPathFactory) -> Jobs:
     label = (x[:, 0] + x[:, 1] > 0).astype("i8")
     pq.write_table(pa.table({"features": x.tolist(), "label": label}), folder / "rows.parquet")
     return Jobs(folder)
-
-
-@pytest.fixture(autouse=True)
-def as_often_as_asked(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let checkpoints take all the time that they like, so that none is left out."""
-    monkeypatch.setattr(checkpointing, "SHARE", 1e9)
 
 
 def metrics(out: Path) -> list[dict[str, Any]]:

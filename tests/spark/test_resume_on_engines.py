@@ -13,11 +13,10 @@ from sparksgd.engines.inline import InlineEngine
 from sparksgd.runs.checkpoints import manifests
 from sparksgd.runs.replay import read_replay
 from sparksgd.storage import location
-from sparksgd.training import checkpointing
 from sparksgd.training.loop import train as train_inline
 from sparksgd.training.state import Observer
 
-pytestmark = pytest.mark.session("local[5]")
+pytestmark = [pytest.mark.session("local[5]"), pytest.mark.usefixtures("every_checkpoint")]
 
 NORM = ("model.name=users_modules:NormNet", "optimizer.momentum=0.9", "train.epochs=3")
 PLACES = {
@@ -40,11 +39,6 @@ class Stops(Observer):
     def stepped(self, training, report):
         if report.step == self.step:
             raise KeyboardInterrupt
-
-
-@pytest.fixture(autouse=True)
-def as_often_as_asked(monkeypatch):
-    monkeypatch.setattr(checkpointing, "SHARE", 1e9)
 
 
 def resumed(spark, small, config, place, folder, origin):

@@ -1,0 +1,125 @@
+"""Checkpoints are taken when they are due, and take a small part of the time."""
+
+from __future__ import annotations
+
+import logging
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from sparksgd.config import CheckpointConfig
+from sparksgd.training import checkpointing
+from sparksgd.training.checkpoint import Checkpoint
+from sparksgd.training.checkpointing import SHARE, Checkpointing
+
+pytestmark = pytest.mark.usefixtures("written_at_once")
+
+
+class Run:
+    """A run of steps that take a second each, and whose checkpoints take some seconds to be written."""
+
+    def __init__(self, writing_s: float, config: CheckpointConfig, epoch: int = 1000) -> None:
+        self.now_s, self.written, self.fails = 0.0, [], False
+        self._writing_s, self._checkpoints = writing_s, {}
+        self.solver = SimpleNamespace(turns=0, version=0)
+        self.training = SimpleNamespace(evaluations=[], is_evaluated=False, config=None, error=None)
+        self.keeper = Checkpointing(config, self, epoch, clock=lambda: self.now_s)
+
+    def write(self, checkpoint: Checkpoint) -> str:
+        self.now_s += self._writing_s
+        if self.fails:
+            raise OSError(28, "No space left on device")
+        self.written.append(checkpoint.step)
+        self._checkpoints[str(checkpoint.step)] = checkpoint
+        return str(checkpoint.step)
+
+    def read(self, name: str) -> Checkpoint:
+        return self._checkpoints[name]
+
+    def remove(self, name: str) -> None:
+        del self._checkpoints[name]
+
+    def make(self, steps: int) -> None:
+        for _ in range(steps):
+            self.now_s += 1
+            self.solver.turns = self.solver.version = self.solver.turns + 1
+            self.keeper.offer(self.training, self.solver, ())
+
+    def evaluated(self, loss: float) -> None:
+        self.training.evaluations.append(SimpleNamespace(loss=loss))
+        self.training.is_evaluated = True
+        self.make(1)
+        self.training.is_evaluated = False
+
+
+@pytest.fixture(autouse=True)
+def taken_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    def taken(training: Any, solver: Any, observers: Any) -> Checkpoint:
+        return Checkpoint(step=solver.version, turns=solver.turns, parts={})
+
+    monkeypatch.setattr(checkpointing, "taken", taken)
+    monkeypatch.setattr(checkpointing, "check_state", lambda checkpoint, config: None)
+
+
+def test_one_is_taken_every_so_many_seconds():
+    run = Run(0.0, CheckpointConfig(every_s=10))
+    run.make(35)
+    assert run.written == [10, 21, 32], "they count from the step that finds the last one written"
+
+
+def test_one_is_taken_at_the_steps_that_are_named():
+    run = Run(0.0, CheckpointConfig(every_s=1e6, every_steps=4, every_epochs=1), epoch=10)
+    assert [run.keeper.next_turn(turns) for turns in (0, 3, 4, 8, 10)] == [4, 4, 8, 10, 12]
+    run.make(21)
+    assert run.written == [4, 8, 10, 12, 16, 20]
+
+
+@pytest.mark.parametrize("writing_s", [0.5, 2.0, 7.0])
+def test_they_take_their_share_of_the_time_at_most(writing_s: float, caplog: pytest.LogCaptureFixture):
+    run = Run(writing_s, CheckpointConfig(every_s=1e6, every_steps=1))
+    with caplog.at_level(logging.WARNING, "sparksgd"):
+        run.make(2000)
+    assert len(run.written) > 2
+    pauses = [after - before for before, after in zip(run.written, run.written[1:], strict=False)]
+    assert all(writing_s <= SHARE * (pause + writing_s) for pause in pauses)
+    assert max(pauses) <= writing_s / SHARE + 2, "they are taken as often as their share allows"
+    said = [record for record in caplog.records if "less often" in record.getMessage()]
+    assert len(said) == 1, "it is said once"
+
+
+def test_one_is_taken_where_the_evaluation_was_the_best():
+    run = Run(0.0, CheckpointConfig(every_s=1e6))
+    for loss in (3.0, 2.0, 2.5, 1.0):
+        run.make(2)
+        run.evaluated(loss)
+    assert run.written == [3, 6, 12]
+
+
+def test_training_goes_on_when_none_can_be_written_and_the_next_is_tried(caplog: pytest.LogCaptureFixture):
+    run = Run(0.0, CheckpointConfig(every_s=1e6, every_steps=5))
+    run.fails = True
+    with caplog.at_level(logging.WARNING, "sparksgd"):
+        run.make(6)
+    assert "no checkpoint can be written now, but training goes on: No space left" in caplog.text
+    run.fails = False
+    run.make(6)
+    assert run.written == [10]
+
+
+def test_the_last_step_has_one_and_not_two():
+    run = Run(0.0, CheckpointConfig(every_s=1e6, every_steps=5))
+    run.make(7)
+    run.keeper.end(run.training, run.solver, ())
+    run.keeper.end(run.training, run.solver, ())
+    assert run.written == [5, 7]
+
+
+def test_a_first_one_that_is_read_with_other_values_is_the_last(caplog: pytest.LogCaptureFixture):
+    run = Run(0.0, CheckpointConfig(every_s=1e6, every_steps=5))
+    run.read = lambda name: Checkpoint(step=4, turns=4, parts={})
+    with caplog.at_level(logging.WARNING, "sparksgd"):
+        run.make(12)
+    assert run.written == [5]
+    assert not run._checkpoints, "it does not stay"
+    assert "was read again with another step" in caplog.text
