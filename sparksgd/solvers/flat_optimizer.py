@@ -385,15 +385,13 @@ def in_shapes(
         ConfigError: the block made a parameter of another shape or type.
     """
     trainable = parameters.trainable
-    values = [
-        parameter.data if _is_same_memory(parameter.data, value) else value
-        for parameter, value in zip(trainable, _shaped(parameters, parameters.parameters), strict=True)
-    ]
-    gradients = _shaped(parameters, parameters.gradient)
-    for number, parameter in enumerate(trainable):
+    places = list(zip(trainable, parameters.parts, strict=True))
+    values = [_in_place(parameters.parameters, place, one.data, one.shape) for one, place in places]
+    gradients = [_in_place(parameters.gradient, place, one.grad, one.shape) for one, place in places]
+    for number, (parameter, place) in enumerate(places):
         has_gradient = gradient is not None and (touched is None or touched[number])
-        part = gradient[parameters.parts[number]] if gradient is not None and has_gradient else None
-        parameter.grad = None if part is None else part.view(parameter.shape)
+        own = gradient[place] if gradient is not None and has_gradient else None
+        parameter.grad = None if own is None else own.view(parameter.shape)
     made: dict[int, torch.Tensor] = {}
     try:
         yield
@@ -415,10 +413,16 @@ def hooks_of(parameters: Parameters) -> list[list[int]]:
     ]
 
 
-def _shaped(parameters: Parameters, vector: torch.Tensor) -> list[torch.Tensor]:
-    """Return each parameter's part of a vector, [P], in the parameter's shape."""
-    pairs = zip(parameters.parts, parameters.trainable, strict=True)
-    return [vector[part].view(parameter.shape) for part, parameter in pairs]
+def _in_place(
+    vector: torch.Tensor, place: slice, held: torch.Tensor | None, shape: torch.Size
+) -> torch.Tensor:
+    """Return a parameter's part of a vector, in its shape: what is held, if it is that."""
+    if held is not None and held.layout is torch.strided:
+        address = vector.data_ptr() + place.start * vector.element_size()
+        is_plain = held.shape == shape and held.is_contiguous() and held.dtype == vector.dtype
+        if is_plain and held.data_ptr() == address:
+            return held
+    return vector[place].view(shape)
 
 
 def _same_form(who: str, number: int, made: torch.Tensor, value: torch.Tensor) -> torch.Tensor:

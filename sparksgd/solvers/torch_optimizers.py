@@ -306,18 +306,16 @@ class Tried:
         gradient[step % shape[0]] = 0
         return _in_two_parts(gradient, self.sparse[number]) if self.is_sparse else gradient
 
-    def longer(self, steps: int) -> tuple[FlatOptimizer, Iterator[None]]:
-        """Return an optimiser as held here, and what makes its next step each time it is asked."""
+    def longer(self, steps: int) -> tuple[FlatOptimizer, Iterator[Callable[[], None]]]:
+        """Return an optimiser as held here, and what makes each of its next steps; gradients are dense."""
         _, optimizer, schedule = self._held(None)
 
-        def course() -> Iterator[None]:
+        def course() -> Iterator[Callable[[], None]]:
+            points = torch.cat([_points(like.shape, number) for number, like in enumerate(self.models)])
             for step in range(steps):
-                gradient = torch.cat(
-                    [self._gradient(n, step, like.shape).reshape(-1) for n, like in enumerate(self.models)]
-                )
+                gradient = optimizer.new_gradient().copy_(torch.sin(points + 10 * step))
                 then = None if schedule is None else partial(schedule.move, step + 1)
-                optimizer.step(optimizer.new_gradient().copy_(gradient), None, step, then)
-                yield
+                yield partial(optimizer.step, gradient, None, step, then)
 
         return optimizer, course()
 
@@ -383,7 +381,11 @@ def _free(models: Sequence[Like]) -> list[nn.Parameter]:
 
 def _wave(shape: torch.Size, phase: int) -> torch.Tensor:
     """Return values between -1 and 1 that are not alike."""
-    return torch.sin(torch.arange(shape.numel()) * 1.7 + phase).view(shape)
+    return torch.sin(_points(shape, phase)).view(shape)
+
+
+def _points(shape: torch.Size, phase: int) -> torch.Tensor:
+    return torch.arange(shape.numel()) * 1.7 + phase
 
 
 def _in_two_parts(gradient: torch.Tensor, dimensions: int) -> torch.Tensor:

@@ -163,9 +163,9 @@ def refuse_later_moves(
         return
     outside = Outside(optimizer, module, owned)
     with suppress(UserCodeError):  # it ends, or needs what was left out
-        for _ in range(_LATER_STEPS):
+        for make_step in steps:
             with outside.watched():
-                next(steps)
+                make_step()
 
 
 def _of_the_caller(what: str) -> str:
