@@ -22,6 +22,9 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 # Otherwise another Spark or Python would be used instead of those in .venv.
 unexport SPARK_HOME SPARK_CONF_DIR PYSPARK_PYTHON PYSPARK_DRIVER_PYTHON
 
+# Otherwise each of the many processes would compile our files, and the tests, anew.
+unexport PYTHONDONTWRITEBYTECODE
+
 # Only if the archive exists: given a missing one, Java would not even use the archive of its own classes.
 classes = $$([ ! -e '$(CLASSES)' ] || echo '-XX:SharedArchiveFile="$(CURDIR)/$(CLASSES)"')
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import re
 import signal
@@ -37,6 +38,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker("jvm")
             _put_in_group(item, _shared_session(item) or "own")
     items.sort(key=_turn)
+
+
+def pytest_collection_finish() -> None:
+    """Keep what torch and the collected tests are made of out of all later collections of garbage."""
+    gc.freeze()
 
 
 def _put_in_group(item: pytest.Item, session: str) -> None:

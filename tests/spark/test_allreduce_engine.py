@@ -99,7 +99,8 @@ def test_every_number_of_workers_ends_at_the_digest_of_the_reference(spark, smal
 
 
 # Of both layers the last is a bucket by itself.
-OVERLAPPING = ("engine.overlap=always", "model.width=66000", "optimizer.lr=0.001")
+WIDE = ("model.width=66000", "optimizer.lr=0.001", "train.rows_per_step=16")
+OVERLAPPING = ("engine.overlap=always", *WIDE)
 
 
 @pytest.mark.session("local[5]")
@@ -133,7 +134,7 @@ def test_gradients_that_go_out_while_others_are_computed_change_no_bit(spark, sm
 )
 def test_sums_begin_early_once_they_have_taken_long(spark, small, caplog, monkeypatch, shards, overlap, said):
     monkeypatch.setattr("sparksgd.spark.engines.allreduce._OVERLAP_PAYS_S", 0.0)
-    settings = ("train.steps=12", "model.width=66000", "optimizer.lr=0.001")
+    settings = ("train.steps=12", *WIDE)
     config = configured(*ALLREDUCE, *settings, f"train.num_shards={shards}", f"engine.overlap={overlap}")
     with caplog.at_level(logging.INFO, "sparksgd"):
         training = train(spark, config, spark.read.parquet(small))
