@@ -140,8 +140,9 @@ _PLAIN = frozenset(
         "numpy.random._philox": "Philox",
         "numpy.random._sfc64": "SFC64",
         "sparksgd.arithmetic.generators": "global_generator",
-        "sparksgd.arithmetic.reductions": "_identity _set_tensor_state _storage_of _tensor_of",
-        "sparksgd.solvers.carrying": "_bare",
+        "sparksgd.arithmetic.reductions": "_bound _identity _set_tensor_state _storage_of "
+        "_tensor_of _weak_reference",
+        "sparksgd.solvers.carrying": "_bare _cell _fill_cell _fill_function _function _method",
         "torch": "Generator Size Tensor device finfo iinfo",
         "torch._C": "Generator",
         "torch.nn.parameter": "Buffer Parameter",

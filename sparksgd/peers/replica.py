@@ -27,6 +27,7 @@ from sparksgd.arithmetic.numerics import Numerics, thread_count
 from sparksgd.data.shard import Descriptor
 from sparksgd.engines.compute import Computer
 from sparksgd.engines.replies import with_place
+from sparksgd.engines.trial.outside import watch_steps
 from sparksgd.errors import (
     ClusterError,
     PeerLost,
@@ -218,6 +219,7 @@ class Replica:
         flat.load(state.weights)
         solver = segment.make_replica(FlatStrip(flat, strip) if segment.by_strips else flat)
         solver.load_state(state.strip(strip) if segment.by_strips else state)
+        watch_steps(getattr(solver, "optimizers", ()))  # a rule may have none
         return solver
 
     def _step(

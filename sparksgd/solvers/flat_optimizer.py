@@ -29,7 +29,7 @@ from sparksgd.arithmetic.settings import HeldSettings
 from sparksgd.config import OptimizerConfig
 from sparksgd.errors import ConfigError
 from sparksgd.imports import users_code
-from sparksgd.solvers.carrying import CannotCarry, own_attributes, packed, replace_attributes, unpacked
+from sparksgd.solvers.carrying import CannotCarry, Carrier
 from sparksgd.solvers.protocol import Settings, Touched, Vector
 
 __all__ = [
@@ -95,13 +95,24 @@ class FlatOptimizer:
         self.is_elementwise = type(optimizer) in ELEMENTWISE and held[0] is parameters.whole
         """Whether it is held as one vector, of which strips give the same bits."""
         self.schedules: list[object] = []
-        """What moves it, and is carried by itself."""
+        """Schedules of the user's own that move it; they are carried with it."""
+        self.arguments = {f"optimizer.{key}": value for key, value in config.arguments.items()}
+        """What it and they were made with: others that are made alike have the same objects."""
+        self._carrier = Carrier()
+        if not self.is_elementwise:
+            self._carrier.add(optimizer)
         self.watched: Callable[[], AbstractContextManager[object]] = nullcontext
         """What each step is made in: it may look at what the optimiser must leave alone."""
         self._views: list[nn.Parameter] = []  # one for each parameter, once they are needed
         self._given = _identities(optimizer)
         self._attributes = [dict(vars(parameter)) for parameter in parameters.trainable]
         self._hooks = hooks_of(parameters)
+
+    def add(self, schedule: object, arguments: Mapping[str, Any]) -> None:
+        """Carry a schedule that was just made with these arguments, and moves it."""
+        self.schedules.append(schedule)
+        self.arguments |= {f"schedule.{key}": value for key, value in arguments.items()}
+        self._carrier.add(schedule)
 
     @property
     def group(self) -> dict[str, Any]:
@@ -170,11 +181,16 @@ class FlatOptimizer:
 
     @contextmanager
     def _settings_kept(self) -> Iterator[None]:
-        if all(is_of_torch(type(one)) for one in (self.optimizer, *self.schedules)):
+        if not self.runs_own_code:
             yield
             return
         with HeldSettings() as settings, settings.blamed(f"the optimiser {self._name}"):
             yield
+
+    @property
+    def runs_own_code(self) -> bool:
+        """Return whether a step runs code of the user's."""
+        return bool(self.schedules) or not is_of_torch(type(self.optimizer))
 
     @property
     def _name(self) -> str:
@@ -291,7 +307,7 @@ class FlatOptimizer:
     def load_state(self, vectors: Mapping[str, Vector], rest: Mapping[str, Any]) -> None:
         """Continue from the state of another optimiser that was made alike; everything is copied."""
         if not self.is_elementwise:
-            self._unpack(rest["attributes"])
+            self._carrier.unpack(rest["attributes"], self._anchors, self.parameters.parameters)
             return
         if rest["divided"]:
             self._hold_views()
@@ -320,18 +336,13 @@ class FlatOptimizer:
 
     def _packed(self) -> bytes:
         try:
-            return packed(own_attributes(self.optimizer), self._anchors, self.parameters.parameters)
+            return self._carrier.packed(self._anchors, self.parameters.parameters)
         except CannotCarry as error:
             raise ConfigError(
-                f"the optimiser {type(self.optimizer).__name__} keeps an attribute that cannot be copied to "
-                f"another process: {error}: make it of numbers, tensors and containers, or give its class "
-                f"__getstate__ and __setstate__"
+                f"the optimiser {self._name} keeps an attribute that cannot be copied to another process: "
+                f"{error}: make it of numbers, tensors and containers, or give its class __getstate__ and "
+                f"__setstate__"
             ) from error
-
-    def _unpack(self, data: bytes) -> None:
-        before = own_attributes(self.optimizer)
-        found = unpacked(data, before, self._anchors, self.parameters.parameters)
-        replace_attributes(self.optimizer, before, found)
 
     # Its mean with others
 

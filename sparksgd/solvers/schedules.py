@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -18,12 +18,13 @@ from torch import nn
 from torch.optim import Optimizer, lr_scheduler
 
 from sparksgd.arithmetic.flat import FlatParameters
+from sparksgd.arithmetic.generators import generators_seeded
 from sparksgd.arithmetic.seeds import seed32
 from sparksgd.config import OptimizerConfig, ScheduleConfig
 from sparksgd.errors import ConfigError
 from sparksgd.imports import users_code
-from sparksgd.solvers.carrying import CannotCarry, own_attributes, packed, replace_attributes, unpacked
-from sparksgd.solvers.flat_optimizer import FlatOptimizer, in_shapes, is_of_torch, seeded
+from sparksgd.solvers.carrying import CannotCarry, Carrier, holds_code
+from sparksgd.solvers.flat_optimizer import FlatOptimizer, in_shapes, is_of_torch
 from sparksgd.solvers.protocol import Settings
 from sparksgd.solvers.torch_optimizers import (
     Tried,
@@ -45,7 +46,9 @@ class Schedule:
         schedule: of `optimizer`.
         optimizer: whose groups it changes.
         seed: of the run.
-        held: what holds the optimiser, where the schedule may look at the parameters.
+        held: what holds the optimiser, where the schedule may look at the parameters; it carries it then.
+        arguments: that it was made with.
+        is_own: whether it runs code of the user's.
         blind: whether it may look at no parameter.
     """
 
@@ -54,14 +57,19 @@ class Schedule:
         schedule: lr_scheduler.LRScheduler,
         optimizer: Optimizer,
         seed: int,
-        held: FlatOptimizer | None = None,
+        held: FlatOptimizer | None,
+        arguments: Mapping[str, Any],
         *,
-        blind: bool = False,
+        is_own: bool,
+        blind: bool,
     ) -> None:
         self._schedule, self._optimizer, self._seed, self._held = schedule, optimizer, seed, held
-        self._blind = blind
+        self._is_own, self._blind = is_own, blind
+        self._carrier = Carrier()
         if held is not None:
-            held.schedules.append(schedule)
+            held.add(schedule, arguments)
+        elif is_own:
+            self._carrier.add(schedule)
 
     @property
     def limit(self) -> int | None:
@@ -79,19 +87,21 @@ class Schedule:
             ConfigError: it is blind, but looks at a parameter.
         """
         seed, blind = seed32(self._seed, "schedule", turn), self._blind
-        with users_code("the schedule"), seeded(type(self._schedule), seed), _sight(self._optimizer, blind):
+        with users_code("the schedule"), _seeded(seed, self._is_own), _sight(self._optimizer, blind):
             self._schedule.step()
 
     def state(self) -> dict[str, Any]:
-        """Return where it is; a view.
+        """Return where it is, beside what its optimiser carries; a view.
 
         Raises:
             ConfigError: an attribute cannot be copied.
         """
-        if is_of_torch(type(self._schedule)):
+        if not self._is_own:
             return self._schedule.state_dict()
+        if self._held is not None:
+            return {}
         try:
-            return {"attributes": packed(own_attributes(self._schedule), self._anchors, self._memory)}
+            return {"attributes": self._carrier.packed(self._anchors)}
         except CannotCarry as error:
             raise ConfigError(
                 f"the schedule {type(self._schedule).__name__} keeps an attribute that cannot be copied to "
@@ -100,34 +110,35 @@ class Schedule:
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Continue from the state of another one; it is copied."""
-        if is_of_torch(type(self._schedule)):
+        if not self._is_own:
             self._schedule.load_state_dict(copy.deepcopy(dict(state)))
-            return
-        before = own_attributes(self._schedule)
-        found = unpacked(state["attributes"], before, self._anchors, self._memory)
-        replace_attributes(self._schedule, before, found)
+        elif self._held is None:
+            self._carrier.unpack(state["attributes"], self._anchors)
 
     @property
     def _anchors(self) -> list[object]:
         groups = self._optimizer.param_groups
-        trainable = [] if self._held is None else self._held.parameters.trainable
-        return [self._schedule, self._optimizer, self._optimizer.state, groups, *groups, *trainable]
+        return [self._schedule, self._optimizer, self._optimizer.state, groups, *groups]
 
-    @property
-    def _memory(self) -> torch.Tensor | None:
-        return None if self._held is None else self._held.parameters.parameters
+
+def _seeded(seed: int, is_own: bool) -> AbstractContextManager[None]:
+    return generators_seeded(seed) if is_own else nullcontext()
 
 
 def own_schedule(config: ScheduleConfig) -> bool:
-    """Return whether a schedule is the user's own, which may look at parameters and gradients.
+    """Return whether a schedule runs code of the user's, which may look at parameters and gradients.
 
     Raises:
         ConfigError: no schedule has that name, or it does not take these arguments.
     """
-    if config.name is None or is_of_torch(kind := _kind(config.name)):
+    if config.name is None or not _is_own(kind := _kind(config.name), config):
         return False
     with refusing("schedule", config.name, kind, config.arguments):
         return True
+
+
+def _is_own(kind: type[Any], config: ScheduleConfig) -> bool:
+    return not is_of_torch(kind) or holds_code(config.arguments)
 
 
 _EXAMPLE = (
@@ -180,7 +191,7 @@ def make_schedule(
     with refusing("schedule", config.name, kind, config.arguments):
         if not is_tried:
             _try_schedule(optimizer, kind, config, blind=blind)
-        held = None if is_of_torch(kind) else optimizer
+        held = optimizer if _is_own(kind, config) else None
         made = _made(optimizer.optimizer, kind, config, seed, held, blind=blind)
     if made.limit is not None and made.limit < moves:
         raise ConfigError(
@@ -199,11 +210,13 @@ def _made(
     *,
     blind: bool,
 ) -> Schedule:
-    blind = blind and not is_of_torch(kind)
+    is_own = _is_own(kind, config)
+    blind = blind and is_own
     held = None if blind else held
     shaped = nullcontext() if held is None else in_shapes(held.parameters, f"the schedule {kind.__name__}")
-    with seeded(kind, seed32(seed, "schedule")), shaped, _sight(optimizer, blind):
-        return Schedule(kind(optimizer, **config.arguments), optimizer, seed, held, blind=blind)
+    with _seeded(seed32(seed, "schedule"), is_own), shaped, _sight(optimizer, blind):
+        made = kind(optimizer, **config.arguments)
+        return Schedule(made, optimizer, seed, held, config.arguments, is_own=is_own, blind=blind)
 
 
 def _try_schedule(optimizer: FlatOptimizer, kind: Any, config: ScheduleConfig, *, blind: bool) -> None:
@@ -212,7 +225,7 @@ def _try_schedule(optimizer: FlatOptimizer, kind: Any, config: ScheduleConfig, *
     Raises:
         ConfigError: it cannot be held or carried.
     """
-    if is_of_torch(kind):
+    if not _is_own(kind, config):
         groups = optimizer.optimizer.param_groups
         alike = [{"params": [nn.Parameter(torch.zeros(1))]} for _ in groups]
         trial = torch.optim.SGD(alike, lr=1.0, momentum=0.9)

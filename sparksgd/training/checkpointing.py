@@ -20,7 +20,7 @@ import torch
 
 from sparksgd.arithmetic.believed import NotBelieved
 from sparksgd.config import CheckpointConfig, Config
-from sparksgd.errors import ClusterError, ModelError, SparkSGDError, TrainingError
+from sparksgd.errors import ClusterError, ConfigError, ModelError, SparkSGDError, TrainingError
 from sparksgd.solvers.protocol import RoundSolver
 from sparksgd.training.checkpoint import Checkpoint, RunIdentity, Start, check_state, taken
 from sparksgd.training.state import Observer, Training
@@ -138,7 +138,11 @@ class Checkpointing:
 
     def _take(self, training: Training, solver: RoundSolver, observers: Sequence[Observer]) -> None:
         began_s = self._clock()
-        checkpoint = taken(training, solver, observers)
+        try:
+            checkpoint = taken(training, solver, observers)
+        except ConfigError as error:  # an own optimiser keeps what no other process could have
+            self._give_up(error)
+            return
         self._copied_s = self._clock() - began_s
         self._last_turns = solver.turns
         self._writing = self._behind.submit(self._write, checkpoint, training.config)
@@ -146,14 +150,21 @@ class Checkpointing:
     def _write(self, checkpoint: Checkpoint, config: Config) -> float:
         """Write a checkpoint; return how long that took, without what is done for the first one alone."""
         began_s = self._clock()
+        try:
+            check_state(checkpoint, config)
+        except NotBelieved as error:
+            raise TrainingError(
+                f"the checkpoint of step {checkpoint.step} could not be read again: {error}; let it keep "
+                f"numbers, texts and tensors alone, or name the package in SPARKSGD_TRUST"
+            ) from error
         name = self._store.write(checkpoint)
         took_s = self._clock() - began_s
         if not self._is_tried:
-            self._read_back(name, checkpoint, config)
+            self._read_back(name, checkpoint)
             self._is_tried = True
         return took_s
 
-    def _read_back(self, name: str, checkpoint: Checkpoint, config: Config) -> None:
+    def _read_back(self, name: str, checkpoint: Checkpoint) -> None:
         """Read the first checkpoint as a later run would.
 
         Raises:
@@ -169,14 +180,7 @@ class Checkpointing:
             if isinstance(error, ClusterError) or isinstance(error.__cause__, OSError):
                 raise OSError(EIO, said) from error
             raise TrainingError(said) from error
-        try:
-            check_state(again, config)
-            different = _difference(checkpoint, again)
-        except NotBelieved as error:
-            different = (
-                f"state: {error}; let it keep numbers, texts and tensors alone, or name the package in "
-                f"SPARKSGD_TRUST"
-            )
+        different = _difference(checkpoint, again)
         if different is not None:
             self._store.remove(name)
             raise TrainingError(
@@ -192,14 +196,20 @@ class Checkpointing:
         try:
             took_s = self._copied_s + writing.result()
         except (ModelError, TrainingError) as error:
-            self._is_off = True
-            log.warning("this run has no checkpoints, and cannot go on if it is killed: %s", error)
+            self._give_up(error)
             return
         except OSError as error:
             log.warning("no checkpoint can be written now, but training goes on: %s", error.strerror or error)
             took_s, self._last_turns = self._copied_s, None
         self._ended_s = self._clock()
         self._took_s, self._least_pause_s = took_s, took_s * (1 / SHARE - 1)
+
+    def _give_up(self, error: SparkSGDError) -> None:
+        self._is_off = True
+        if not self._is_tried:
+            log.warning("this run has no checkpoints, and cannot go on if it is killed: %s", error)
+        else:
+            log.warning("this run has no checkpoint from now on, and goes on from the last one: %s", error)
 
     def _say_seldom(self) -> None:
         """Say once that checkpoints are written less often than they are asked for."""

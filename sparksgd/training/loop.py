@@ -232,15 +232,20 @@ def _loop(
 ) -> None:
     turns_per_epoch, total = training.plan.sampling.turns_per_epoch, training.total_turns
     every = training.config.train.eval_every or turns_per_epoch
+    told: int | None = solver.version  # all observers know of it; None: some do not know of an evaluation yet
 
     def settle() -> None:
         """Do what is due after these turns; a run that goes on does what was left undone before it ended."""
+        nonlocal told
         finished, begun = solver.turns >= total, training.settled_turns
         is_due = evaluates and (finished or solver.turns // every > begun // every)
         if is_due and not training.is_evaluated:
             evaluation = _evaluated(training, engine, solver)
+            told = None
+            training.evaluations.append(evaluation)
             for observer in observers:
                 observer.evaluated(training, evaluation)
+            told = solver.version
         if finished or solver.turns % turns_per_epoch == 0:
             deals.end_epoch(training, engine, replay)
         training.settled_turns = solver.turns
@@ -249,7 +254,6 @@ def _loop(
 
     for observer in observers:
         observer.started(training)
-    reported = solver.version
     try:
         if solver.turns > training.settled_turns:
             settle()
@@ -266,7 +270,7 @@ def _loop(
                 training.participation.add(report)
                 for observer in observers:
                     observer.stepped(training, report)
-            reported = solver.version
+            told = solver.version
             settle()
         if replay is not None:
             check_end(training, replay)
@@ -280,7 +284,7 @@ def _loop(
         with ExitStack() as all_of_them:  # even if one of them fails
             for observer in reversed(observers):
                 all_of_them.callback(observer.ended, training)
-            if keeper is not None and solver.is_whole and solver.version == reported:
+            if keeper is not None and solver.is_whole and solver.version == told:
                 all_of_them.callback(keeper.end, training, solver, observers)
 
 
@@ -325,5 +329,4 @@ def _evaluated(training: Training, engine: Engine, solver: RoundSolver) -> Evalu
     )
     if not math.isfinite(report.loss):
         log.warning("the test loss after step %d is %s: the module is unusable", report.step, report.loss)
-    training.evaluations.append(report)
     return report

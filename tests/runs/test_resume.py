@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import logging
 import pickle
 import random
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import carried_kinds
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -28,6 +31,7 @@ from sparksgd.engines.inline import InlineEngine
 from sparksgd.errors import ConfigError, DataError, ModelError, SparkSGDError
 from sparksgd.runs.checkpoints import manifests
 from sparksgd.storage import LocalLocation, location
+from sparksgd.training.checkpointing import Checkpointing
 from sparksgd.training.state import Observer, Training
 
 pytestmark = pytest.mark.usefixtures("every_checkpoint")
@@ -139,15 +143,26 @@ def uninterrupted(jobs: Jobs) -> list[dict[str, Any]]:
 # The same bits
 
 
-@pytest.mark.parametrize("kind", KINDS)
+CARRIED = {
+    f"carried: {kind}": {
+        section: {"name": f"carried_kinds:{named.__name__}"} | rate[section]
+        for section, named in classes.items()
+    }
+    for rate in [{"optimizer": {"lr": 0.02}, "schedule": {}}]
+    for kind, classes in carried_kinds.RIGHT.items()
+}
+
+
+@pytest.mark.parametrize("kind", [*KINDS, *(pytest.param(kind, marks=pytest.mark.soak) for kind in CARRIED)])
 def test_a_run_goes_on_from_any_of_its_checkpoints_to_the_same_bits(jobs: Jobs, kind: str) -> None:
-    whole = jobs.run(f"whole {kind}", KINDS[kind], EVERY_STEP)
+    tables = (KINDS | CARRIED)[kind]
+    whole = jobs.run(f"whole {kind}", tables, EVERY_STEP)
     made = manifests(location(jobs.folder / f"whole {kind}" / "checkpoints"))
     assert len(made) == whole["steps"] >= 5
     for number, manifest in enumerate(made):
         out = f"{kind} from {manifest.step}"
         copied_until(jobs.folder / f"whole {kind}", jobs.folder / out, [each.name for each in made[number:]])
-        again = jobs.run(out, KINDS[kind], EVERY_STEP)
+        again = jobs.run(out, tables, EVERY_STEP)
         assert again["resumed"][-1]["step"] == manifest.step
         assert again["parameters_sha256"] == whole["parameters_sha256"], manifest.step
         assert again["buffers_sha256"] == whole["buffers_sha256"]
@@ -192,6 +207,78 @@ def test_a_run_that_was_interrupted_while_it_told_of_a_step_makes_that_again(job
     again = jobs.run("told")
     assert (again["resumed"][0]["step"], again["resumed"][0]["lost_steps"]) == (3, 1)
     assert metrics(jobs.folder / "told") == uninterrupted(jobs)
+
+
+class Interruption:
+    """Raises KeyboardInterrupt at the n-th line that runs, in some files, while it is on."""
+
+    FILES = ("loop.py", "folder.py", "lines.py", "checkpointing.py", "terminal.py")
+
+    def __init__(self, number: int) -> None:
+        self.left, self.place = number, ""
+
+    def on(self) -> None:
+        frame: Any = sys._getframe(1)
+        while frame is not None:
+            frame.f_trace = self._trace if frame.f_code.co_filename.endswith(self.FILES) else None
+            frame = frame.f_back
+        sys.settrace(self._trace)
+
+    def off(self) -> None:
+        sys.settrace(None)
+
+    def _trace(self, frame: Any, event: str, _: Any) -> Any:
+        if not frame.f_code.co_filename.endswith(self.FILES):
+            return None
+        if event == "line":
+            self.left -= 1
+            if self.left < 0:
+                self.off()
+                self.place = f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}"
+                raise KeyboardInterrupt
+        return self._trace
+
+
+@pytest.mark.parametrize("stride", [31, pytest.param(1, marks=pytest.mark.soak)])
+def test_an_evaluation_has_one_line_wherever_the_run_is_interrupted(jobs: Jobs, stride: int) -> None:
+    """From the evaluation's result to the next step."""
+    tables = SHORT | {
+        "train": SHORT["train"] | {"eval_every": 2},
+        "checkpoint": {"every_steps": 2, "keep": 9},
+    }
+    reference = f"evaluated, {stride}"
+    whole, evaluate, places = jobs.run(reference, tables), InlineEngine.evaluate, []
+    for number in itertools.count(0, stride):
+        out, interruption = f"interrupted at line {number}, {stride}", Interruption(number)
+
+        def evaluated(self: InlineEngine, solver: Any, it: Interruption = interruption) -> Any:
+            found = evaluate(self, solver)
+            if solver.version == 2:
+                it.on()
+            return found
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(InlineEngine, "evaluate", evaluated)
+            patch.setattr(InlineEngine, "advance", before(interruption.off, InlineEngine.advance))
+            patch.setattr(Checkpointing, "end", before(interruption.off, Checkpointing.end))
+            try:
+                jobs.run(out, tables)
+            except KeyboardInterrupt:
+                places.append(interruption.place)
+        if not interruption.place:
+            break
+        again = jobs.run(out, tables)
+        assert again["parameters_sha256"] == whole["parameters_sha256"], interruption.place
+        assert metrics(jobs.folder / out) == metrics(jobs.folder / reference), interruption.place
+    assert {place.partition(":")[0] for place in places} >= {"loop.py", "folder.py"}
+
+
+def before(first: Callable[[], None], then: Callable[..., Any]) -> Callable[..., Any]:
+    def both(*given: Any) -> Any:
+        first()
+        return then(*given)
+
+    return both
 
 
 def test_a_step_that_was_cut_off_is_in_no_checkpoint(jobs: Jobs, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -648,6 +735,18 @@ def test_a_state_that_cannot_be_read_again_is_said_at_the_first_checkpoint(
     assert jobs.run("unreadable", EVERY_STEP)["status"] == "finished"
     assert caplog.text.count("this run has no checkpoints, and cannot go on if it is killed: ") == 1
     assert list((jobs.folder / "unreadable" / "checkpoints").glob("*.json")) == []
+
+
+def test_a_state_that_cannot_be_carried_any_more_is_said_and_training_goes_on(
+    jobs: Jobs, caplog: pytest.LogCaptureFixture
+) -> None:
+    kind = {"optimizer": {"name": "carried_kinds:MadeInStep", "lr": 0.01}}
+    whole = jobs.run("carried no more", EVERY_STEP, kind)
+    assert (
+        "this run has no checkpoint from now on, and goes on from the last one: the optimiser" in caplog.text
+    )
+    kept = [each.step for each in manifests(location(jobs.folder / "carried no more" / "checkpoints"))]
+    assert (whole["steps"], max(kept)) == (10, carried_kinds.LATE - 1)
 
 
 def test_an_object_of_another_package_is_named_at_the_first_checkpoint(

@@ -348,17 +348,6 @@ class CountsInAGlobal(torch.optim.SGD):
             p.mul_(1 - 0.01 * (next(_STEPS) % 1000))
 
 
-class CountsInAClosure(torch.optim.SGD):
-    def __init__(self, params: Any, lr: float) -> None:
-        super().__init__(params, lr=lr)
-        count = itertools.count(1)
-        self.next_rate = lambda: lr / next(count)
-
-    def step(self, closure: None = None) -> None:
-        self.param_groups[0]["lr"] = self.next_rate()
-        super().step()
-
-
 class DrawsFromTheSystem(torch.optim.SGD):
     def __init__(self, params: Any, lr: float) -> None:
         super().__init__(params, lr=lr)
@@ -401,7 +390,6 @@ REFUSED = [
     (KeepsMemoryOfRebound, "shares memory with a parameter that it rebinds; let it keep p.detach().clone()"),
     (HoldsALock, "guard (TypeError: cannot pickle '_thread.lock' object)"),
     (CountsInAGlobal, "two that are made alike give different parameters"),
-    (CountsInAClosure, "it does not go on to the same parameters in another process"),
     (DrawsFromTheSystem, "two that are made alike give different parameters"),
     (ReplacesParameters, 'let its step change the parameters in group["params"]'),
     (

@@ -1,12 +1,12 @@
 """What an optimiser or a schedule of the user's own reaches outside its attributes: it must stay as it is.
 
-Its attributes are carried to other processes.  Globals, attributes of classes and functions, and what these
-close over are not.  And the module that the caller gave is not the one that trains.
+Its attributes are carried to other processes, with what functions among them close over.  Globals, attributes
+of classes and of functions with a name, and the arguments that it was made with are not.  And the module that
+the caller gave is not the one that trains.
 """
 
 from __future__ import annotations
 
-import types
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 
@@ -68,27 +68,35 @@ class Outside:
             raise _moved(one)
 
 
-def _around(optimizer: FlatOptimizer) -> tuple[list[Held], Seen]:
-    """Return what is outside an optimiser and its schedule, and all that was looked at."""
-    both = [one for one in (optimizer.optimizer, *optimizer.schedules) if not is_of_torch(type(one))]
+def _around(optimizer: FlatOptimizer) -> tuple[list[Held], set[int]]:
+    """Return what is outside an optimiser and its schedule, and all that was looked at.
+
+    What is both outside and in an attribute is outside: another process would have two of it.
+    """
+    own = list(optimizer.schedules)
+    if not is_of_torch(type(optimizer.optimizer)):
+        own.append(optimizer.optimizer)
     held = optimizer.parameters
     anchors = [optimizer.optimizer, *optimizer.schedules, optimizer.optimizer.state, *held.trainable]
-    seen = Seen(id(one) for one in (*anchors, held.whole, *optimizer.optimizer.param_groups))
-    found: list[Held] = []
-    for owner in both:
-        for name, value in vars(owner).items():
-            path = f"what {type(owner).__name__}.{name} closes over"
-            one = held_of(path, value, seen)
-            if one is not None and isinstance(value, types.FunctionType):
-                found.append(one)
-    found += around(list(both), seen)
-    return found, seen
+    ids = [id(one) for one in (*anchors, held.whole, *optimizer.optimizer.param_groups)]
+    inside, seen = Seen(ids), Seen(ids)
+    for owner in own:
+        held_of(type(owner).__name__, dict(vars(owner)), inside)
+    seen.kinds |= inside.kinds
+    found = [held_of(path, value, seen) for path, value in optimizer.arguments.items()]
+    for number, parameter in enumerate(held.trainable):
+        for name, value in vars(parameter).items():
+            found.append(held_of(f"the attribute {name!r} of parameter {number}", value, seen))
+    seen.functions += inside.functions
+    seen |= {id(one) for one in inside.functions if "<" in one.__qualname__}  # they are carried
+    moved = [one for one in found if one is not None] + around(own, seen)
+    return moved, seen | inside
 
 
 def watch_steps(optimizers: Sequence[FlatOptimizer]) -> None:
     """Let optimisers refuse, at each step from now on, what they or their schedules move outside."""
     for optimizer in optimizers:
-        if not all(is_of_torch(type(one)) for one in (optimizer.optimizer, *optimizer.schedules)):
+        if optimizer.runs_own_code:
             optimizer.watched = _Steps(optimizer).watched
 
 
