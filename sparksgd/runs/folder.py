@@ -224,16 +224,23 @@ class RunFolder(Observer):
             DataError: it holds something else.
         """
         file = (self._origin or self.folder) / name
+        way_out = "Restore it, or move it away: then the run goes on without those lines"
+        if name == TRACE:  # the run could not be replayed, nor could its end be checked
+            way_out = "Restore it, or train anew (--resume never)"
         try:
             kept = file.read_bytes()[: about.bytes]
-        except FileNotFoundError:
+        except FileNotFoundError as error:
+            if name == TRACE:
+                raise DataError(
+                    f"{file} is not there, but says who took part in the steps before the checkpoint: "
+                    f"without it nobody could replay the run. {way_out}"
+                ) from error
             log.warning("%s is not there: it begins after the checkpoint's step", file)
             return b""
         if (len(kept), hashlib.sha256(kept).hexdigest()) != (about.bytes, about.sha256):
             raise DataError(
                 f"{file} is damaged: its first {about.bytes:,} bytes are not those that the run wrote "
-                f"before its checkpoint. Restore it, or move it away: then the run goes on without those "
-                f"lines"
+                f"before its checkpoint. {way_out}"
             )
         return kept
 

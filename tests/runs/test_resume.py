@@ -8,6 +8,8 @@ import json
 import logging
 import pickle
 import random
+import re
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -501,6 +503,52 @@ def test_without_its_metrics_a_run_goes_on_and_says_so(jobs: Jobs, caplog: pytes
     jobs.run("without lines", SHORT)
     assert "metrics.jsonl is not there: it begins after the checkpoint's step" in caplog.text
     assert [line["step"] for line in metrics(jobs.folder / "without lines")] == [3, 4, 4]
+
+
+REMOVED = {
+    "run.json": "resumed from step 2",
+    "summary.json": "resumed from step 2",
+    "model/model.json": "resumed from step 2",
+    "model/weights.pt": "resumed from step 2",
+    "metrics.jsonl": "metrics.jsonl is not there: it begins after",
+    "checkpoints/*.json": "without a checkpoint: training anew",
+    "checkpoints/*.run.pt": "has no whole checkpoint",
+    "checkpoints/*.solver.pt": "has no whole checkpoint",
+    "checkpoints/*.observers.pt": "has no whole checkpoint",
+}
+REFUSALS = ("has no whole checkpoint", "something that is not a run of this version", "is damaged")
+EMPTIED = REMOVED | {
+    "run.json": "something that is not a run of this version",
+    "summary.json": "something that is not a run of this version",
+    "metrics.jsonl": "is damaged",
+    "checkpoints/*.json": "has no whole checkpoint",
+}
+
+
+@pytest.mark.parametrize(
+    ("deed", "name", "words"),
+    [("removed", *each) for each in REMOVED.items()] + [("emptied", *each) for each in EMPTIED.items()],
+)
+def test_a_file_that_was_removed_or_emptied_by_hand_is_named_or_written_anew(
+    jobs: Jobs, whole: dict[str, Any], caplog: pytest.LogCaptureFixture, deed: str, name: str, words: str
+) -> None:
+    if not (jobs.folder / "by hand").exists():
+        jobs.stopped_at("by hand", 2, SHORT)
+    out = jobs.folder / f"{deed} {name.replace('/', ' ').replace('*', 'all')}"
+    shutil.copytree(jobs.folder / "by hand", out)
+    for file in out.glob(name):
+        file.unlink() if deed == "removed" else file.write_bytes(b"")
+    caplog.clear()
+    if words in REFUSALS:
+        with pytest.raises(SparkSGDError, match=rf"{re.escape(str(out))}.*{words}"):
+            jobs.run(out.name, SHORT)
+        return
+    again = jobs.run(out.name, SHORT)
+    assert words in caplog.text
+    assert again["parameters_sha256"] == whole["parameters_sha256"]
+    sparksgd.load_model(out / "model", trust=["torch"])
+    if name != "metrics.jsonl":
+        assert metrics(out) == metrics(jobs.folder / "reference")
 
 
 def test_rows_that_changed_behind_the_same_file_are_refused(jobs: Jobs) -> None:

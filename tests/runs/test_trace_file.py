@@ -11,6 +11,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from torch import nn
 
 from sparksgd.config import Config
@@ -19,9 +20,13 @@ from sparksgd.engines.inline import InlineEngine
 from sparksgd.engines.protocol import StepReport
 from sparksgd.engines.trace import TraceEvent, event_line, first_line, read_trace
 from sparksgd.errors import DataError
+from sparksgd.runs.checkpoints import manifests
+from sparksgd.runs.earlier import Found
 from sparksgd.runs.folder import RunFolder
 from sparksgd.runs.replay import read_replay
 from sparksgd.solvers.protocol import Need
+from sparksgd.storage import location
+from sparksgd.training import checkpointing
 from sparksgd.training.loop import train
 from sparksgd.training.state import Training
 
@@ -64,7 +69,11 @@ def nothing(report: StepReport) -> list[TraceEvent]:
 
 
 def run(
-    folder: Path, events_of: Callable[[StepReport], Sequence[TraceEvent]] = starts_and_pushes, epochs: int = 2
+    folder: Path,
+    events_of: Callable[[StepReport], Sequence[TraceEvent]] = starts_and_pushes,
+    epochs: int = 2,
+    kind: type[MadeUp] = MadeUp,
+    found: Found | None = None,
 ) -> Path:
     """Make a run of three steps an epoch, and return its folder."""
     rows = [{"features": [float(x)], "label": 2.0 * x} for x in range(12)]
@@ -73,16 +82,25 @@ def run(
         {
             "loss": {"name": "squared_error"},
             "optimizer": {"lr": 1e-3},
-            "train": {"num_shards": 3, "rows_per_step": 4, "epochs": epochs},
+            "train": {"num_shards": 3, "rows_per_step": 4, "epochs": epochs, "seed": 1},
+            "checkpoint": {"every_steps": 1},
         }
     )
     out = folder / "out"
     source = ParquetRows(str(folder / "rows.parquet"))
+    made = kind(out, events_of)
+    torch.manual_seed(1)
     train(
-        config, rows=source, test=None, make_engine=InlineEngine, module=nn.Linear(1, 1),
-        observers=[MadeUp(out, events_of)],
+        config, rows=source, test=None, make_engine=InlineEngine, module=nn.Linear(1, 1), observers=[made],
+        checkpoints=None if found is None else made.checkpoints(config, found),
     )  # fmt: skip
     return out
+
+
+def goes_on(folder: Path) -> Path:
+    (manifest, *_) = starts = manifests(location(folder / "out" / "checkpoints"))
+    assert manifest.step == 4
+    return run(folder, found=Found(starts=starts, origin=location(folder / "out")))
 
 
 def traced(out: Path) -> list[TraceEvent]:
@@ -93,6 +111,22 @@ def traced(out: Path) -> list[TraceEvent]:
 
 def change(file: Path, change: Callable[[list[str]], list[str]]) -> None:
     file.write_text("".join(change(file.read_text().splitlines(keepends=True))))
+
+
+def stopped(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Make a run that is interrupted after its fourth step."""
+    monkeypatch.setattr(checkpointing, "SHARE", 1e9)
+
+    class Stops(MadeUp):
+        def stepped(self, training: Training, report: StepReport) -> None:
+            super().stepped(training, report)
+            if report.step == 5:
+                raise KeyboardInterrupt
+
+    Stops.__qualname__ = MadeUp.__qualname__  # a checkpoint knows it by its name
+    with pytest.raises(KeyboardInterrupt):
+        run(folder, kind=Stops, found=Found())
+    return folder / "out"
 
 
 # Written
@@ -149,6 +183,38 @@ def test_each_step_can_be_read_as_soon_as_it_was_made(tmp_path: Path) -> None:
 
     run(tmp_path, look)
     assert found == [0, 1, 2, 3, 4]
+
+
+# Gone on with
+
+
+def test_a_run_that_goes_on_has_the_trace_of_one_that_was_never_stopped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "whole").mkdir()
+    whole = run(tmp_path / "whole").joinpath("trace.jsonl").read_text()
+    out = stopped(tmp_path, monkeypatch)
+    goes_on(tmp_path)
+    assert (out / "trace.jsonl").read_text() == whole
+
+
+@pytest.mark.parametrize(
+    ("deed", "words"),
+    [
+        (Path.unlink, "is not there, but says who took part"),
+        (lambda file: file.write_bytes(b""), "is damaged"),
+        (lambda file: file.write_bytes(file.read_bytes()[:40]), "is damaged"),
+    ],
+    ids=["removed", "emptied", "cut off"],
+)
+def test_without_its_trace_a_run_does_not_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, deed: Callable[[Path], object], words: str
+) -> None:
+    out = stopped(tmp_path, monkeypatch)
+    deed(out / "trace.jsonl")
+    with pytest.raises(DataError, match=rf"trace.jsonl {words}.*Restore it, or train anew") as refused:
+        goes_on(tmp_path)
+    assert "move it away" not in str(refused.value)
 
 
 # Read
