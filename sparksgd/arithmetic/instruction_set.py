@@ -15,7 +15,7 @@ from pathlib import Path
 
 from sparksgd.errors import ConfigError
 
-__all__ = ["HELD_BY", "Machine", "pin", "refuse", "variables"]
+__all__ = ["HELD_BY", "Machine", "best_of", "pin", "refuse", "variables"]
 
 HELD_BY = "ATEN_CPU_CAPABILITY"
 """The environment variable that tells torch's own kernels what to use."""
@@ -99,12 +99,17 @@ def refuse(instruction_set: str | None, machines: Iterable[Machine], called: str
     for machine in machines:
         lacking = machine.lacks(instruction_set)
         if lacking:
-            best = next(name for name in _FLAGS if not any(one.lacks(name) for one in machines))
             raise ConfigError(
                 f"{called} is {instruction_set!r}, but the CPU of {machine.name}"
                 f" ({machine.architecture}) has no {', '.join(lacking)}: torch would die by an illegal "
-                f"instruction. Set it to {best!r}, or leave it out"
+                f"instruction. Set it to {best_of(machines)!r}, or leave it out"
             )
+
+
+def best_of(machines: Iterable[Machine]) -> str:
+    """Return the best instruction set that all of these machines have."""
+    machines = list(machines)
+    return next(name for name in _FLAGS if not any(machine.lacks(name) for machine in machines))
 
 
 def variables(instruction_set: str | None) -> Mapping[str, str]:

@@ -26,20 +26,26 @@ def new_run_id() -> str:
     return uuid.uuid4().hex[:12]
 
 
-def open_console() -> Console:
-    """Return standard error, or the terminal behind it: spark-submit puts a pipe between the two."""
+def open_console(*, output: bool = False) -> Console:
+    """Return standard error, or the terminal behind it: spark-submit puts a pipe between the two.
+
+    Args:
+        output: whether standard output is meant instead.
+    """
+    stream, number = (sys.stdout, 1) if output else (sys.stderr, 2)
     try:
-        behind = Path(f"/proc/{os.getppid()}/fd/2").readlink()
+        behind = Path(f"/proc/{os.getppid()}/fd/{number}").readlink()
     except OSError:
         behind = Path()
     submitted = "PYSPARK_GATEWAY_PORT" in os.environ
-    if sys.stderr.isatty() or not submitted or not str(behind).startswith(("/dev/pts/", "/dev/tty")):
-        return Console(stderr=True, force_terminal=sys.stderr.isatty())  # even if FORCE_COLOR is set
+    if stream.isatty() or not submitted or not str(behind).startswith(("/dev/pts/", "/dev/tty")):
+        # even if FORCE_COLOR is set
+        return Console(stderr=not output, force_terminal=stream.isatty())
     try:
         terminal = behind.open("w", encoding="utf-8")
         width = os.get_terminal_size(terminal.fileno()).columns or None  # 0 if nobody set it
     except OSError:
-        return Console(stderr=True, force_terminal=False)  # another user's terminal, after su or sudo
+        return Console(stderr=not output, force_terminal=False)  # another user's terminal, after su or sudo
     return Console(file=terminal, force_terminal=True, width=width)
 
 

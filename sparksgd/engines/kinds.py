@@ -13,7 +13,17 @@ from sparksgd.errors import ConfigError
 from sparksgd.imports import did_you_mean, shown
 from sparksgd.solvers.protocol import Need
 
-__all__ = ["ALLREDUCE", "INLINE", "KINDS", "STAGES", "TREE", "EngineKind", "candidates", "refuse_uncarried"]
+__all__ = [
+    "ALLREDUCE",
+    "INLINE",
+    "KINDS",
+    "STAGES",
+    "TREE",
+    "EngineKind",
+    "candidates",
+    "first_of_each_name",
+    "refuse_uncarried",
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,6 +120,14 @@ def candidates(config: EngineConfig, needs: Iterable[Need], solver: str) -> list
     if not able:
         refuse_uncarried(min(named, key=lambda kind: len(wanted - kind.carries)), wanted, solver)
     return able
+
+
+def first_of_each_name(kinds: Iterable[EngineKind]) -> list[EngineKind]:
+    """Return of each engine's modes the first one, which a run takes."""
+    found: dict[str, EngineKind] = {}
+    for kind in kinds:
+        found.setdefault(kind.name, kind)
+    return list(found.values())
 
 
 def refuse_uncarried(kind: EngineKind, needs: frozenset[Need], solver: str) -> None:

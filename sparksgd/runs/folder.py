@@ -32,7 +32,7 @@ from typing import Any
 from sparksgd.config import Config
 from sparksgd.engines.protocol import StepReport
 from sparksgd.engines.trace import TraceEvent, event_line, first_line
-from sparksgd.errors import ClusterError, ConfigError, DataError
+from sparksgd.errors import ClusterError, ConfigError, DataError, SparkSGDError
 from sparksgd.runs.checkpoints import CheckpointFolder
 from sparksgd.runs.earlier import Found
 from sparksgd.runs.holder import Holder
@@ -44,7 +44,7 @@ from sparksgd.solvers.protocol import Need
 from sparksgd.storage import Location, Throttle, location, remove_parts, unanswered
 from sparksgd.training.state import EvaluationReport, Observer, Training
 
-__all__ = ["RunFolder", "summary"]
+__all__ = ["RunFolder", "summary", "unwritable"]
 
 log = logging.getLogger("sparksgd")
 
@@ -94,6 +94,20 @@ def summary(training: Training, wall_s: float) -> dict[str, Any]:
         **({"resumed": [asdict(each) for each in training.resumed]} if training.resumed else {}),
         "arrivals": training.participation.by_worker(),
     }
+
+
+def unwritable(folder: Location, error: OSError, called: str) -> SparkSGDError:
+    """Return the error of a folder that results could not go to.
+
+    Args:
+        folder: which.
+        error: what its file system said.
+        called: how errors call the folder.
+    """
+    refusal = ConfigError(
+        f"{called} is {folder}, which cannot be written: {error.strerror}; name another folder"
+    )
+    return unanswered(error, refusal)
 
 
 class RunFolder(Observer):
@@ -168,11 +182,7 @@ class RunFolder(Observer):
         """
         error = self._unwritable
         if error is not None:
-            refusal = ConfigError(
-                f"{self._called} is {self.folder}, which cannot be written: {error.strerror}; name another "
-                f"folder"
-            )
-            raise unanswered(error, refusal) from error
+            raise unwritable(self.folder, error, self._called) from error
 
     def move_aside(self) -> None:
         """Rename what is there to NAME.1, or the first number that is free; the folder stays held."""

@@ -48,11 +48,19 @@ from sparksgd.spark.cluster.cluster import Cluster
 from sparksgd.spark.cluster.jobs import spark_job
 from sparksgd.spark.cluster.placement import worker_of_partition
 from sparksgd.spark.cluster.shards import SparkShards
-from sparksgd.spark.tasks import row_tasks
+from sparksgd.spark.tasks import environment_tasks, row_tasks
 from sparksgd.spark.uris import lead_to_hadoop
 from sparksgd.storage import has_scheme
 
-__all__ = ["DataFrameRows", "first_rows", "read_parquet", "selected", "without_vectors"]
+__all__ = [
+    "DataFrameRows",
+    "disk_bytes",
+    "first_rows",
+    "read_parquet",
+    "require_disk",
+    "selected",
+    "without_vectors",
+]
 
 log = logging.getLogger("sparksgd")
 
@@ -301,29 +309,50 @@ class DataFrameRows:
 
     def _announce(self, schema: RowSchema, expected: RowReport) -> None:
         """Log what will be written and where, and refuse what cannot fit."""
-        size = expected.rows * stored(schema.record).itemsize
-        passing = expected.rows * (schema.record.itemsize + _ROW_OVERHEAD_BYTES)
-        way = "a shuffle" if self._placement == "hashed" else "a sort"
+        size, passing = disk_bytes(schema, expected.rows)
         with spark_job(self._cluster.context, "looking for free space"):
-            free_bytes = dict(self._cluster.visit(row_tasks.free_bytes))
-        free = sum(free_bytes.values())
+            free_bytes = dict(self._cluster.visit(environment_tasks.free_bytes))
         log.info(
             "writing %s of shards, after %s of %s, to Spark's local directories; free there: %s",
             decimal(size),
-            way,
+            _way(self._placement),
             decimal(passing),
             ", ".join(f"{decimal(v)} on {disk.rpartition(':')[0]}" for disk, v in free_bytes.items()),
         )
-        if size + passing > free:
-            raise ClusterError(
-                f"the shards need {decimal(size)} of local disk, and {way} before them "
-                f"{decimal(passing)}, but {decimal(free)} are free: give spark.local.dir more"
-            )
+        require_disk(size, passing, sum(free_bytes.values()), self._placement)
 
     @contextmanager
     def _job(self, doing: str) -> Iterator[None]:
         with spark_job(self._cluster.context, doing), self._cluster.job_watch.over(1):
             yield
+
+
+def disk_bytes(schema: RowSchema, rows: int) -> tuple[int, int]:
+    """Return what shards of these rows take on the executors' disks, and what passes there before them."""
+    return rows * stored(schema.record).itemsize, rows * (schema.record.itemsize + _ROW_OVERHEAD_BYTES)
+
+
+def require_disk(size: int, passing: int, free: int, placement: str) -> None:
+    """Refuse shards that do not fit on the executors' disks.
+
+    Args:
+        size: bytes of the shards.
+        passing: bytes of the shuffle or sort before them.
+        free: bytes that are free there.
+        placement: hashed, by a shuffle, or in_place, by a sort.
+
+    Raises:
+        ClusterError: with the arithmetic.
+    """
+    if size + passing > free:
+        raise ClusterError(
+            f"the shards need {decimal(size)} of local disk, and {_way(placement)} before them "
+            f"{decimal(passing)}, but {decimal(free)} are free: give spark.local.dir more"
+        )
+
+
+def _way(placement: str) -> str:
+    return "a shuffle" if placement == "hashed" else "a sort"
 
 
 def _quoted(column: str) -> str:

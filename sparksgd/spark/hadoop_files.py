@@ -145,7 +145,7 @@ class HadoopLocation:
         return SpooledLines(self, kept)
 
     def remove(self) -> None:
-        """Remove the file, if it is there."""
+        """Remove the file, or the empty folder, if it is there."""
         self._check()
         with self._errors():
             self._files.delete(self._path, False)

@@ -31,6 +31,7 @@ from sparksgd.storage import has_scheme, location
 
 __all__ = [
     "SETTINGS",
+    "UNIX_SOCKETS",
     "Setting",
     "check_session",
     "job_session",
@@ -38,6 +39,7 @@ __all__ = [
     "refuse_plain_shards",
     "start_session",
     "submitted_at_s",
+    "wanted_settings",
 ]
 
 log = logging.getLogger("sparksgd")
@@ -63,9 +65,11 @@ class Setting:
     """Whether another value is as bad as none."""
 
 
+UNIX_SOCKETS = "spark.python.unix.domain.socket.enabled"
+
 SETTINGS = (
     Setting(
-        key="spark.python.unix.domain.socket.enabled",
+        key=UNIX_SOCKETS,
         value="true",
         cost="about 40 ms per step: TCP delays between the JVM and its Python workers",
         since=(4, 1),
@@ -115,7 +119,8 @@ SETTINGS = (
 )
 
 
-def _wanted(train: TrainConfig) -> list[Setting]:
+def wanted_settings(train: TrainConfig) -> list[Setting]:
+    """Return the settings above that this Spark has, and those that hold executors to an instruction set."""
     version = tuple(int(part) for part in spark_version.split(".")[:2])
     pins = instruction_set.variables(train.instruction_set).items()
     return [
@@ -151,7 +156,7 @@ def _settings_of_session(app_name: str, train: TrainConfig) -> SparkConf:
     conf = SparkConf()
     if str(conf.get("spark.app.name", ".py")).endswith(".py"):  # spark-submit's name for a job without a name
         conf.setAppName(app_name)
-    for setting in _wanted(train):
+    for setting in wanted_settings(train):
         conf.setIfMissing(setting.key, setting.value)
     conf.setIfMissing("spark.task.cpus", str(train.threads))
     conf.setIfMissing("spark.ui.showConsoleProgress", "false")
@@ -328,7 +333,7 @@ def check_session(session: SparkSession, train: TrainConfig) -> list[Setting]:
     """Log, and return, the settings that the user's session lacks, and what each costs."""
     conf = session.sparkContext.getConf()
     lacking = []
-    for setting in _wanted(train):
+    for setting in wanted_settings(train):
         value = conf.get(setting.key, None)
         if value is None or (setting.exact and value.lower() != setting.value):
             lacking.append(setting)

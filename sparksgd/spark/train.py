@@ -13,7 +13,7 @@ from sparksgd.arithmetic import instruction_set
 from sparksgd.config import Config, EngineConfig
 from sparksgd.data.source import Shards
 from sparksgd.engines.compute import Plan
-from sparksgd.engines.kinds import ALLREDUCE, EngineKind, candidates
+from sparksgd.engines.kinds import ALLREDUCE, EngineKind, candidates, first_of_each_name
 from sparksgd.engines.memory import RunSizes, Takes
 from sparksgd.engines.protocol import Engine
 from sparksgd.errors import ClusterError, ConfigError, OutOfMemory, SparkSGDError
@@ -155,10 +155,7 @@ class _OnCluster:
 
     def __init__(self, cluster: Cluster, config: EngineConfig, kinds: Iterable[EngineKind]) -> None:
         self._cluster, self._config = cluster, config
-        first_of: dict[str, EngineKind] = {}
-        for kind in kinds:
-            first_of.setdefault(kind.name, kind)
-        self.kinds = list(first_of.values())
+        self.kinds = first_of_each_name(kinds)
         self._takes: dict[EngineKind, Takes] = {}
         self._too_large: str | None = None
 

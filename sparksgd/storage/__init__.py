@@ -110,7 +110,7 @@ class Location(Protocol):
         ...
 
     def remove(self) -> None:
-        """Remove the file, if it is there."""
+        """Remove the file, or the empty folder, if it is there."""
         ...
 
     def files(self) -> list[FileStatus]:
@@ -286,9 +286,12 @@ class LocalLocation:
         return LocalLines(self.path.open("a", encoding="utf-8", buffering=1), self.check)
 
     def remove(self) -> None:
-        """Remove the file, if it is there."""
+        """Remove the file, or the empty folder, if it is there."""
         self.check()
-        self.path.unlink(missing_ok=True)
+        if self.path.is_dir() and not self.path.is_symlink():
+            self.path.rmdir()
+        else:
+            self.path.unlink(missing_ok=True)
 
     def files(self) -> list[FileStatus]:
         """Return the file, all files of the folder, or all that a pattern matches, in order."""

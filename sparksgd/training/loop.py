@@ -102,7 +102,9 @@ def train(
     )  # fmt: skip
     flat = FlatModule(module, probe.dtype)
     solver = _solver(config, flat, checked, replay)
-    make_engine.check_memory(sizes_of(config, flat, checked, solver), config.train.num_shards)
+    evaluates = checked.test_rows is not None
+    sizes = sizes_of(config, flat, solver, checked.schema, checked.optimiser_bytes, evaluates=evaluates)
+    make_engine.check_memory(sizes, config.train.num_shards)
     total_turns = _total_turns(checked, solver, replay)
     if checkpoints is not None and solver.halves.keep_state:
         log.warning(

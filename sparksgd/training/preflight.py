@@ -49,6 +49,7 @@ __all__ = [
     "check_solver",
     "needs_in",
     "sizes_of",
+    "tried_sizes",
     "warn_of_differences",
 ]
 
@@ -130,7 +131,7 @@ def check(
     loss = loss_named(config.loss.name)
     needs = needs_in(config, replay)
     check_engine(config, kinds, needs)
-    require_for_trial(sum(p.nbytes for p in module.parameters() if p.requires_grad and not is_lazy(p)))
+    _require_for_trial(module)
     schema, found, records = _tried(config, module, loss, rows, dtype, evaluates=test is not None)
     check_solver(config, replay, module, dtype)
     check_saving(module)
@@ -162,22 +163,52 @@ def check(
     )
 
 
-def sizes_of(config: Config, flat: FlatModule, checked: Checked, solver: RoundSolver) -> RunSizes:
+def sizes_of(
+    config: Config,
+    flat: FlatModule,
+    solver: RoundSolver,
+    schema: RowSchema,
+    optimiser_bytes: int,
+    *,
+    evaluates: bool,
+) -> RunSizes:
     """Return what a run is made of, in bytes, before its rows are dealt."""
     halves, train = solver.halves, config.train
     piece = math.ceil(train.rows_per_step / train.num_shards)
     return RunSizes(
         weights=flat.parameters.nbytes,
         constants=sum(tensor.numel() * tensor.element_size() for _, tensor in flat.constants()),
-        optimiser=checked.optimiser_bytes,
+        optimiser=optimiser_bytes,
         message_vectors=halves.vectors,
         has_local_models=halves.have_local_models,
         keeps_shards=halves.keep_state,
-        record=checked.schema.record.itemsize,
+        record=schema.record.itemsize,
         piece_rows=min(piece, train.rows_per_backward or piece),
-        evaluates=checked.test_rows is not None,
+        evaluates=evaluates,
         by_strips=solver.by_strips,
     )
+
+
+def tried_sizes(config: Config, module: nn.Module, rows: RowSource) -> tuple[RunSizes, RowSchema]:
+    """Return what a run is made of, and the schema of a row; only the first rows are read.
+
+    Args:
+        config: what would be trained.
+        module: the module.
+        rows: rows to train on.
+
+    Raises:
+        SparkSGDError: these rows, or the module, would be refused.
+    """
+    without_compiler()  # before this process makes its first optimiser
+    _require_for_trial(module)
+    evaluates = config.data.test is not None
+    schema, found, _ = _tried(
+        config, module, loss_named(config.loss.name), rows, torch.float32, evaluates=evaluates
+    )
+    flat = FlatModule(module, torch.float32)
+    solver = make_solver(config, flat, _experiment(config, 1, 0))
+    return sizes_of(config, flat, solver, schema, found.optimiser_bytes, evaluates=evaluates), schema
 
 
 def check_solver(
@@ -313,6 +344,10 @@ def warn_of_differences(numerics: Sequence[Numerics]) -> None:
                 index,
                 "; ".join(different),
             )
+
+
+def _require_for_trial(module: nn.Module) -> None:
+    require_for_trial(sum(p.nbytes for p in module.parameters() if p.requires_grad and not is_lazy(p)))
 
 
 def _tried(

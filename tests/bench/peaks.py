@@ -98,7 +98,7 @@ def main() -> None:
     from sparksgd.training.state import Observer, Training
 
     builder = SparkSession.builder.master(options.master).config("spark.ui.enabled", "false")
-    for setting in sessions._wanted(TrainConfig()):
+    for setting in sessions.wanted_settings(TrainConfig()):
         builder = builder.config(setting.key, setting.value)
     settings = {
         "spark.driver.maxResultSize": "8g",

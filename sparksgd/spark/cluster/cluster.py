@@ -156,6 +156,12 @@ class Cluster:
         with self.job_watch.over(1):
             return self.context.parallelize(range(slots), slots).mapPartitions(task).collect()
 
+    def survey(self, packages: Sequence[str]) -> list[dict[str, Any]]:
+        """Return what executors say of their Python and their machine, see `environment_tasks.survey`."""
+        task = partial(by_value(environment_tasks.survey), NEEDED, HELD_BY, packages)
+        with spark_job(self.context, "looking at the executors"):
+            return self.visit(task)
+
     def check_executors(self, instruction_set: str | None = None) -> list[tuple[float, float]]:
         """Refuse executors whose Python cannot train; warn of needless copies of an environment.
 

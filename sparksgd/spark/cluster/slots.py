@@ -88,13 +88,29 @@ class Slots:
             ClusterError: barrier-mode jobs cannot run here.
             ConfigError: a worker would use more cores than its task has.
         """
-        threads = self._demand.threads
+        self.check_barrier()
+        self.check_threads()
+
+    def check_barrier(self) -> None:
+        """Refuse a run in barrier mode, where executors come and go.
+
+        Raises:
+            ClusterError: dynamic allocation is on.
+        """
         if self.are_elastic and self._demand.barrier:
             raise ClusterError(
                 "spark.dynamicAllocation.enabled is true, but Spark runs no barrier-mode job then: "
                 "submit with --conf spark.dynamicAllocation.enabled=false and a fixed number of executors, "
                 "or set engine.barrier=false (tree engine, ordinary stages)"
             )
+
+    def check_threads(self) -> None:
+        """Refuse workers that would use more cores than Spark gives to their tasks.
+
+        Raises:
+            ConfigError: with the setting.
+        """
+        threads = self._demand.threads
         task_cpus = int(self._context.getConf().get("spark.task.cpus", "1") or 1)
         if threads > task_cpus:
             raise ConfigError(

@@ -44,7 +44,7 @@ from sparksgd.spark.cluster.cluster import Cluster
 from sparksgd.spark.engines.base import SparkEngine, destroy
 from sparksgd.spark.tasks import step_tasks
 
-__all__ = ["AllReduceEngine", "encrypts", "next_length"]
+__all__ = ["AllReduceEngine", "encrypts", "next_length", "rendezvous_of"]
 
 log = logging.getLogger("sparksgd")
 
@@ -87,7 +87,7 @@ class AllReduceEngine(SparkEngine):
             and plan.halves.send_gradients
         )
         self._overlaps = self._can_overlap and config.overlap == "always"
-        self._rendezvous = _rendezvous(cluster, config)
+        self._rendezvous = rendezvous_of(cluster, config, cluster.num_workers)
         self._strangers = StrangersLog()
 
     @staticmethod
@@ -98,7 +98,7 @@ class AllReduceEngine(SparkEngine):
             ClusterError: no port is free.
             ConfigError: the package for encryption is not installed.
         """
-        rendezvous = _rendezvous(cluster, config)
+        rendezvous = rendezvous_of(cluster, config, cluster.num_workers)
         try:
             rendezvous.start()
         finally:
@@ -308,11 +308,11 @@ def next_length(turns: int, turn_s: float, overhead_s: float) -> int:
     return max(1, min(int(wanted_s / turn_s), _GROWTH * turns))
 
 
-def _rendezvous(cluster: Cluster, config: EngineConfig) -> Rendezvous:
-    """Return the rendezvous of a run's workers."""
+def rendezvous_of(cluster: Cluster, config: EngineConfig, num_workers: int) -> Rendezvous:
+    """Return where so many workers of a run meet."""
     return Rendezvous(
         run=secrets.token_bytes(8),
-        num_workers=cluster.num_workers,
+        num_workers=num_workers,
         credentials=Credentials.new(encrypt=encrypts(cluster, config)),
         host=cluster.driver_host,
         listen_on=cluster.driver_bind_address,

@@ -1,4 +1,4 @@
-"""What an executor's Python says of itself: what it lacks, its CPU, and the environment that it runs from.
+"""What an executor says of itself: what its Python lacks, its CPU, disks and memory, and its environment.
 
 An executor may lack sparksgd.  So this module travels by value: it imports the standard library alone, and
 its answers are plain values.
@@ -7,16 +7,21 @@ its answers are plain values.
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
 import importlib.util
 import os
 import platform
+import shutil
 import socket
 import sys
+import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-__all__ = ["look"]
+__all__ = ["free_bytes", "local_folders", "look", "nothing", "survey"]
+
+_PARENTS = 4
 
 
 def look(
@@ -43,6 +48,67 @@ def look(
         "cpuinfo": _lines_of_flags() if asks_cpu or held else "",
         "unpacked": _unpacked() if walks else None,
     }
+
+
+def survey(
+    names: Iterable[str], held_by: str, packages: Iterable[str], partition: Iterable[int]
+) -> Iterator[dict[str, Any]]:
+    """Yield what `look` says, and the facts of the executor around it.
+
+    Args:
+        names: as for `look`.
+        held_by: as for `look`.
+        packages: whose versions are wanted; none of them is imported.
+        partition: nothing of use.
+    """
+    (python,) = look(names, held_by, True, False, partition)
+    yield {
+        "python": python,
+        "executor": _executor(),
+        "python_version": platform.python_version(),
+        "versions": {name: _version(name) for name in packages},
+        "cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "free_bytes": dict(free_bytes(())),
+    }
+
+
+def local_folders() -> list[str]:
+    """Return this executor's local directories of Spark."""
+    return os.environ.get("SPARK_LOCAL_DIRS", tempfile.gettempdir()).split(",")
+
+
+def free_bytes(_: Iterable[int]) -> Iterator[tuple[str, int]]:
+    """Task: yield each disk with local directories of this executor, and its free bytes."""
+    for folder in local_folders():
+        yield f"{socket.gethostname()}:{Path(folder).stat().st_dev}", shutil.disk_usage(folder).free
+
+
+def nothing(partition: Iterable[int]) -> Iterator[int]:
+    """Yield nothing: the task of an empty job."""
+    list(partition)
+    return iter(())
+
+
+def _executor() -> int:
+    """Return the process of the JVM that this worker belongs to; between them may be Python's daemon."""
+    process = os.getppid()
+    for _ in range(_PARENTS):
+        try:
+            name, _, rest = Path(f"/proc/{process}/stat").read_text().rpartition(")")
+        except OSError:
+            break
+        if name.endswith("(java"):
+            return process
+        process = int(rest.split()[1])
+    return os.getppid()
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def _is_there(name: str) -> bool:

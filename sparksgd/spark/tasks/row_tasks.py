@@ -6,10 +6,8 @@ No pyspark and no torch at module level: executors import this before either.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import socket
-import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, replace
@@ -21,6 +19,7 @@ import pyarrow as pa
 
 from sparksgd.data.schema import RowReport, Rows, RowSchema, read_rows
 from sparksgd.data.shard import Descriptor, ShardWriter, deal_folder
+from sparksgd.spark.tasks.environment_tasks import local_folders
 from sparksgd.spark.tasks.worker_exit import leave_quietly
 
 if TYPE_CHECKING:
@@ -28,7 +27,6 @@ if TYPE_CHECKING:
 
 __all__ = [
     "descriptors",
-    "free_bytes",
     "inspect",
     "keyed",
     "numbered",
@@ -53,12 +51,6 @@ def inspect(
     if num_shards is None:
         report.shard_digests[_this_partition()] = report.digest
     yield texts("report", [json.dumps(report.to_json())])
-
-
-def free_bytes(_: Iterable[int]) -> Iterator[tuple[str, int]]:
-    """Task: yield each disk with local directories of this executor, and its free bytes."""
-    for folder in _local_folders():
-        yield f"{socket.gethostname()}:{Path(folder).stat().st_dev}", shutil.disk_usage(folder).free
 
 
 def keyed(
@@ -88,7 +80,7 @@ def write(
         batches: (shard, key, record).
     """
     leave_quietly()
-    partition, folders = _this_partition(), _local_folders()
+    partition, folders = _this_partition(), local_folders()
     owned = range(1) if shards_of_partition is None else shards_of_partition[partition]
     with ExitStack() as writers:
         writer_of = {
@@ -123,7 +115,7 @@ def numbered(partition: int, rows: Iterable[Row]) -> Iterator[Descriptor]:
 
 def remove_deal(deal_id: str, folders: list[str], _: Iterable[int]) -> Iterator[str]:
     """Task: remove all files of a deal from this host, also those of lost executors."""
-    for folder in {*map(Path, folders), *(deal_folder(local, deal_id) for local in _local_folders())}:
+    for folder in {*map(Path, folders), *(deal_folder(local, deal_id) for local in local_folders())}:
         shutil.rmtree(folder, ignore_errors=True)
     yield socket.gethostname()
 
@@ -148,11 +140,6 @@ def _this_partition() -> int:
     context = TaskContext.get()
     assert context is not None
     return context.partitionId()
-
-
-def _local_folders() -> list[str]:
-    """Return this executor's local directories of Spark."""
-    return os.environ.get("SPARK_LOCAL_DIRS", tempfile.gettempdir()).split(",")
 
 
 def _packed(records: np.ndarray[Any, Any]) -> np.ndarray[Any, np.dtype[np.uint8]]:

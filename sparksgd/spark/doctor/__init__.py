@@ -1,0 +1,1 @@
+"""Whether a cluster can train: looks at it, and what they find."""

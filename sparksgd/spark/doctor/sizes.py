@@ -1,0 +1,188 @@
+"""Whether the cluster has the memory, and the disk, that the configuration's run would take.
+
+    module, first rows ── trial ── sizes of the run ── memory of every process, disk of its shards
+
+Without data.train, the rows are those of MNIST if the model is LeNet; of other models nothing can be said.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from pyspark.sql import SparkSession
+from rich.filesize import decimal
+
+from sparksgd.config import Config
+from sparksgd.data.schema import RowSchema
+from sparksgd.engines.kinds import ALLREDUCE, EngineKind
+from sparksgd.engines.memory import RunSizes, Takes, total
+from sparksgd.errors import SparkSGDError
+from sparksgd.spark.cluster.cluster import Cluster
+from sparksgd.spark.cluster.memory import Limits, places_of, require_memory, warn_of_slow_results
+from sparksgd.spark.doctor.findings import Finding, broken, good, poor
+from sparksgd.spark.doctor.machines import Executor, free_on_disks, listed_disks
+from sparksgd.spark.frame_rows import DataFrameRows, disk_bytes, read_parquet, require_disk
+from sparksgd.training.modules import build_module
+from sparksgd.training.preflight import tried_sizes
+
+__all__ = ["Model", "has_rows", "judge_disk", "judge_hosts_memory", "judge_memory", "measured_model"]
+
+_MADE_UP_ROWS = 60_000
+_FEW = 64
+_MADE_UP = ("cast(repeat('0', 784) as binary)", "id % 10")  # an image, and its label
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model:
+    """What a configuration would train, and on how much."""
+
+    sizes: RunSizes
+    schema: RowSchema
+    rows: int
+    parameters: int
+    rows_from: str
+    """Where the rows are, for a line."""
+
+
+def has_rows(config: Config) -> bool:
+    """Return whether rows are known to try the module with."""
+    return config.data.train is not None or config.model.name == "lenet"
+
+
+def measured_model(session: SparkSession, config: Config, cluster: Cluster) -> Model:
+    """Try the module on the first rows, and count all of them.
+
+    Args:
+        session: reads the rows.
+        config: what would be trained.
+        cluster: where they are read.
+
+    Raises:
+        SparkSGDError: the rows, or the module, would be refused.
+    """
+    module = build_module(config.model, config.train.seed)
+    if config.data.train is not None:
+        frame, rows_from = read_parquet(session, config.data.train), config.data.train
+        rows = frame.count()
+    else:
+        config = replace(config, data=replace(config.data, features=config.data.features[:1], id=None))
+        columns = zip(_MADE_UP, (config.data.features[0], config.data.label), strict=True)
+        frame = session.range(_FEW).selectExpr(*(f"{made} as `{name}`" for made, name in columns))
+        rows, rows_from = _MADE_UP_ROWS, "as many as MNIST's"
+    sizes, schema = tried_sizes(config, module, DataFrameRows(frame, cluster))
+    parameters = sum(p.numel() for p in module.parameters() if p.requires_grad)
+    return Model(sizes=sizes, schema=schema, rows=rows, parameters=parameters, rows_from=rows_from)
+
+
+def judge_memory(
+    cluster: Cluster,
+    kinds: Sequence[EngineKind],
+    model: Model,
+    num_shards: int,
+) -> Iterator[Finding]:
+    """Yield for each engine whether the session has the memory, and whether its results travel directly.
+
+    Args:
+        cluster: where the run would compute.
+        kinds: the engines that the configuration allows.
+        model: what it trains.
+        num_shards: S.
+    """
+    limits = Limits.of(cluster)
+    for kind in kinds:
+        try:
+            needed = require_memory(cluster, kind, model.sizes, num_shards)
+        except SparkSGDError as error:
+            yield broken("memory", error, "a larger driver, or larger executors")
+            continue
+        yield good("memory", f"{kind.name}: {_listed(needed, limits)}")
+        if kind is not ALLREDUCE:
+            warn_of_slow_results(cluster, needed.largest_result)
+
+
+def _listed(needed: Takes, limits: Limits) -> str:
+    """Return what the processes take of what they have."""
+    workers = total(needed.worker_python)
+    parts = [
+        f"driver {decimal(total(needed.driver_python))} of {decimal(limits.driver)}",
+        f"its heap {decimal(total(needed.driver_heap))} of {decimal(limits.driver_heap)}",
+    ]
+    if limits.executor_heap is not None:
+        heap = decimal(total(needed.executor_heap))
+        parts.append(f"an executor's heap {heap} of {decimal(limits.executor_heap)}")
+    parts.append(f"a worker {decimal(workers)}")
+    parts.append(f"a task's result {decimal(needed.largest_result)}")
+    return ", ".join(parts)
+
+
+def judge_hosts_memory(
+    cluster: Cluster, kind: EngineKind, model: Model, num_shards: int, found: Sequence[Executor]
+) -> Finding | None:
+    """Return whether a machine has the memory of all its executors, where no container bounds them.
+
+    Args:
+        cluster: where the run would compute.
+        kind: the engine.
+        model: what it trains.
+        num_shards: S.
+        found: the executors.
+
+    Returns:
+        None where containers bound it, which `judge_memory` has asked.
+    """
+    limits = Limits.of(cluster)
+    if limits.executor is not None:
+        return None
+    places = places_of(cluster, kind, num_shards)
+    needed = require_memory(cluster, kind, model.sizes, num_shards)
+    each = places.workers_per_executor * total(needed.worker_python) + total(needed.executor_heap)
+    executors = Counter(host for host, _ in {(one.host, one.process) for one in found})
+    memory = {one.host: one.memory_bytes for one in found}
+    return judge_machines({host: (count * each, memory[host]) for host, count in executors.items()})
+
+
+def judge_machines(of_host: dict[str, tuple[int, int]]) -> Finding:
+    """Return whether machines have what their executors take.
+
+    Args:
+        of_host: of each host the bytes that are needed, and those that it has.
+    """
+    short = {host: pair for host, pair in of_host.items() if pair[0] > pair[1]}
+    if short:
+        told = "; ".join(f"{host}: {decimal(a)} of {decimal(b)}" for host, (a, b) in sorted(short.items()))
+        return poor(
+            "executors' hosts",
+            f"workers and executors take more than the machine has: {told}",
+            "fewer --executor-cores, or engine.num_workers: nothing bounds their memory, so the kernel kills",
+        )
+    host, (needed, has) = max(of_host.items(), key=lambda item: item[1][0] / item[1][1])
+    return good(
+        "executors' hosts", f"workers and executors take {decimal(needed)} of {decimal(has)} on {host}"
+    )
+
+
+def judge_disk(
+    schema: RowSchema, rows: int, rows_from: str, placement: str, found: Sequence[Executor]
+) -> Finding:
+    """Return whether the shards fit on the executors' disks.
+
+    Args:
+        schema: of a row.
+        rows: how many.
+        rows_from: where they are.
+        placement: hashed or in_place.
+        found: the executors.
+    """
+    free = free_on_disks(found)
+    size, passing = disk_bytes(schema, rows)
+    try:
+        require_disk(size, passing, sum(free.values()), placement)
+    except SparkSGDError as error:
+        return broken("disk", error, "give spark.local.dir more")
+    return good(
+        "disk",
+        f"shards take {decimal(size)}, and {decimal(passing)} pass before them ({rows:,} rows, {rows_from}); "
+        f"free: {listed_disks(free)}",
+    )
