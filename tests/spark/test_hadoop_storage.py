@@ -41,6 +41,18 @@ def test_a_file_is_written_read_replaced_and_removed(at: Callable[[Path], Locati
     assert not file.exists()
 
 
+def test_a_folder_is_removed_once_it_is_empty(at: Callable[[Path], Location], tmp_path: Path) -> None:
+    folder = at(tmp_path) / "folder"
+    (folder / "file").write_bytes(b"kept")
+    with pytest.raises(OSError, match="not empty"):
+        folder.remove()
+    assert (folder / "file").read_bytes() == b"kept"
+    (folder / "file").remove()
+    folder.remove()
+    folder.remove()
+    assert not folder.exists()
+
+
 def test_only_a_regular_file_of_the_right_length_is_read_as_one(
     at: Callable[[Path], Location], tmp_path: Path
 ) -> None:

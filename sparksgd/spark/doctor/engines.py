@@ -23,7 +23,6 @@ __all__ = ["ENGINES", "Steps", "name_of"]
 _STEPS = 3
 _ROWS_OF_SHARD = 4  # in a step
 _MOST_WORKERS = 8
-_PATIENCE_S = 10.0
 _COLUMNS = ("array(float(id) / 100, float(id % 3))", "id % 2")
 
 
@@ -36,12 +35,14 @@ class Steps:
         config: has the settings that shape bits or connections: threads, instruction set, ports.
         workers: how many the run would have.
         run_id: the group of the jobs.
+        patience_s: how long a worker, or a step, may be waited for.
     """
 
     session: SparkSession
     config: Config
     workers: int
     run_id: str
+    patience_s: float
     _digest: str | None = None
 
     def look(self, kind: EngineKind) -> Iterator[Finding]:
@@ -111,9 +112,9 @@ class Steps:
             name=kind.name,
             num_workers=min(self.workers, shards),
             barrier=kind is not STAGES,
-            slots_timeout_s=_PATIENCE_S,
-            step_timeout_s=_PATIENCE_S,
-            peer_timeout_s=_PATIENCE_S,
+            slots_timeout_s=self.patience_s,
+            step_timeout_s=self.patience_s,
+            peer_timeout_s=self.patience_s,
             max_attempts=1,
             encrypt=self.config.engine.encrypt,
             ports=self.config.engine.ports,

@@ -60,9 +60,9 @@ from sparksgd.spark.train import demand_of
 
 __all__ = ["Examination", "Group"]
 
-_PATIENCE_S = 20.0
-_SHORT_S = 15.0
-_LONG_S = 30.0
+_SHORT, _LONG, _LONGEST = 1 / 4, 1 / 2, 2 / 3  # of the time for all looks, one may take
+_PATIENCE = 1 / 3  # of it, for slots
+_OF_STEP = 1 / 6  # of it, for a worker, or a step
 _JAVA = "reflect('java.lang.System', 'getProperty', 'java.version')"
 _REFUSING = ("threads", "encryption", "their Python")
 """Findings of failures with which no run starts on this cluster."""
@@ -106,9 +106,10 @@ class Examination:
     ) -> None:
         self._session, self._config, self._kinds = session, config, kinds
         self._out, self._is_submitted, self._say = out, is_submitted, say
-        self._demand = replace(demand_of(config), slots_timeout_s=_PATIENCE_S)
+        self._demand = replace(demand_of(config), slots_timeout_s=_PATIENCE * within_s)
         self._cluster = Cluster(session, self._demand)
         self._context, self._run_id = self._cluster.context, self._cluster.run_id
+        self._within_s = within_s
         self._looks = Looks(within_s, lambda: cancel_jobs(self._context, self._run_id))
         self._workers = 0  # until they are settled
         self._refused_by: str | None = None
@@ -122,18 +123,18 @@ class Examination:
         keep_names(self._cluster.jvm)
         try:
             yield Group(title="Driver", findings=make("driver", self._driver))
-            slots = [*make("dynamic allocation", self._limits), *make("slots", self._settle, 2 * _PATIENCE_S)]
+            slots = [*make("dynamic allocation", self._limits), *make("slots", self._settle, _LONGEST)]
             yield Group(title="Slots", findings=slots)
             waits = make("locality wait", self._locality)
             told = [*make("settings", self._settings), *make("settings", self._wanted, is_told=True), *waits]
             yield Group(title="Settings", findings=told)
-            executors = [*make("executors", self._survey, _LONG_S), *make("Java", self._java, _LONG_S)]
+            executors = [*make("executors", self._survey, _LONG), *make("Java", self._java, _LONG)]
             yield Group(title="Executors", findings=executors)
-            sizes = [*make("model", self._measure_model, _LONG_S), *make("memory", self._fit)]
+            sizes = [*make("model", self._measure_model, _LONG), *make("memory", self._fit)]
             yield Group(title="Model", findings=sizes)
-            links = [*make("network", self._links, _LONG_S), *make("empty job", self._empty_job)]
+            links = [*make("network", self._links, _LONG), *make("empty job", self._empty_job)]
             yield Group(title="Network", findings=links)
-            yield Group(title="Output", findings=make("--out", self._store, _LONG_S))
+            yield Group(title="Output", findings=make("--out", self._store, _LONG))
             yield Group(title="Three steps", findings=self._three_steps())
         finally:
             self._cluster.job_watch.close()
@@ -153,17 +154,15 @@ class Examination:
             "links": [] if network is None else network.facts(),
         }
 
-    def _make(
-        self, name: str, look: Look, limit_s: float = _SHORT_S, *, is_told: bool = False
-    ) -> list[Finding]:
-        """Make a look, whose Spark jobs are in the examination's group."""
+    def _make(self, name: str, look: Look, share: float = _SHORT, *, is_told: bool = False) -> list[Finding]:
+        """Make a look, which may take a share of the time; its Spark jobs are in the examination's group."""
 
         def in_group() -> Iterator[Finding]:
             self._context.setJobGroup(self._run_id, "sparksgd doctor")
             yield from look()
 
         self._say(name)
-        findings = self._looks.make(name, in_group, limit_s, is_told=is_told)
+        findings = self._looks.make(name, in_group, share * self._within_s, is_told=is_told)
         for finding in findings:
             if finding.status == "fail" and finding.name in _REFUSING:
                 self._refused_by = self._refused_by or finding.name
@@ -208,7 +207,7 @@ class Examination:
 
     def _locality(self) -> Iterator[Finding]:
         with no_locality_wait(self._context._jsc.sc()):
-            yield good("locality wait", "0 while a run goes on, so that its tasks start together")
+            yield good("locality wait", "0 during a run, so that its tasks start together")
 
     def _survey(self) -> Iterator[Finding]:
         train = self._config.train
@@ -245,8 +244,9 @@ class Examination:
             yield unseen("model", _EXECUTORS_LACK)
             return
         model = self._model = measured_model(self._session, self._config, self._cluster)
-        tried = f"{self._config.model.name}, {model.parameters:,} parameters; tried on some rows"
-        yield good("model", f"{tried}, of {model.rows_from}")
+        yield good(
+            "model", f"{self._config.model.name}, {model.parameters:,} parameters, tried on {model.rows_from}"
+        )
 
     def _fit(self) -> Iterator[Finding]:
         model, shards = self._model, self._config.train.num_shards
@@ -258,7 +258,7 @@ class Examination:
             hosts = judge_hosts_memory(self._cluster, self._kinds[0], model, shards, self._executors)
             yield from [] if hosts is None else [hosts]
             placement = self._config.data.placement
-            yield judge_disk(model.schema, model.rows, model.rows_from, placement, self._executors)
+            yield judge_disk(model.schema, model.rows, placement, self._executors)
 
     def _links(self) -> Iterator[Finding]:
         if self._refused_by == "their Python":
@@ -282,13 +282,19 @@ class Examination:
                 f"a run is refused here: see {self._refused_by}" if self._workers else "there are no workers"
             )
             return [unseen("training", why)]
-        steps = Steps(session=self._session, config=self._config, workers=self._workers, run_id=self._run_id)
+        steps = Steps(
+            session=self._session,
+            config=self._config,
+            workers=self._workers,
+            run_id=self._run_id,
+            patience_s=max(1.0, _OF_STEP * self._within_s),
+        )
         findings, no_barrier = list[Finding](), "Spark runs no barrier-mode job with dynamic allocation"
         for kind in ENGINES:
             if kind.barrier and self._cluster.is_elastic:
                 findings.append(unseen(name_of(kind), no_barrier))
             else:
-                findings += self._make(name_of(kind), partial(steps.look, kind), _LONG_S)
+                findings += self._make(name_of(kind), partial(steps.look, kind), _LONG)
         return findings
 
     def _store(self) -> Iterator[Finding]:
@@ -298,7 +304,7 @@ class Examination:
         if self._is_submitted:
             refuse_lost_output(self._out, "--out")
         sizes = None if self._model is None else self._model.sizes
-        yield from look_at_store(self._out, 0 if sizes is None else sizes.weights + sizes.optimiser)
+        yield from look_at_store(self._out, None if sizes is None else sizes.weights + sizes.optimiser)
 
 
 def _own_versions() -> dict[str, str | None]:

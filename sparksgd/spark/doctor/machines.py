@@ -137,7 +137,6 @@ def judge_executors(
         told = "; ".join(f"{count} x {kind}" for kind, count in kinds.most_common())
         yield poor("their Python", f"{which} have different packages: {told}", _SAME)
     elif not refused:
-        (kind,) = kinds
         others = [
             f"{name} {one.versions[name] or 'none'}, but {version} at the driver"
             for name, version in versions.items()
@@ -147,7 +146,7 @@ def judge_executors(
         if others:
             yield poor("their Python", f"{which}: {'; '.join(others)}", _SAME)
         else:
-            yield good("their Python", f"{which}: {kind}")
+            yield good("their Python", f"{which}, with the driver's packages")
     if len(processes) < executors:
         yield poor(
             "their Python",

@@ -82,7 +82,7 @@ def judge_settings(get: Get) -> Iterator[Finding]:
     except SparkSGDError as error:
         yield broken("encryption", error, "--conf spark.io.encryption.enabled=false")
     else:
-        yield good("encryption", "spark.io.encryption.enabled is false, as shard files need it")
+        yield good("encryption", "off: the files of shards could not be")
 
 
 def judge_session(session: SparkSession, config: Config) -> Iterator[Finding]:

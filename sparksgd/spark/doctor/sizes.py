@@ -70,7 +70,7 @@ def measured_model(session: SparkSession, config: Config, cluster: Cluster) -> M
         config = replace(config, data=replace(config.data, features=config.data.features[:1], id=None))
         columns = zip(_MADE_UP, (config.data.features[0], config.data.label), strict=True)
         frame = session.range(_FEW).selectExpr(*(f"{made} as `{name}`" for made, name in columns))
-        rows, rows_from = _MADE_UP_ROWS, "as many as MNIST's"
+        rows, rows_from = _MADE_UP_ROWS, "rows made up like MNIST's"
     sizes, schema = tried_sizes(config, module, DataFrameRows(frame, cluster))
     parameters = sum(p.numel() for p in module.parameters() if p.requires_grad)
     return Model(sizes=sizes, schema=schema, rows=rows, parameters=parameters, rows_from=rows_from)
@@ -163,15 +163,12 @@ def judge_machines(of_host: dict[str, tuple[int, int]]) -> Finding:
     )
 
 
-def judge_disk(
-    schema: RowSchema, rows: int, rows_from: str, placement: str, found: Sequence[Executor]
-) -> Finding:
+def judge_disk(schema: RowSchema, rows: int, placement: str, found: Sequence[Executor]) -> Finding:
     """Return whether the shards fit on the executors' disks.
 
     Args:
         schema: of a row.
         rows: how many.
-        rows_from: where they are.
         placement: hashed or in_place.
         found: the executors.
     """
@@ -183,6 +180,6 @@ def judge_disk(
         return broken("disk", error, "give spark.local.dir more")
     return good(
         "disk",
-        f"shards take {decimal(size)}, and {decimal(passing)} pass before them ({rows:,} rows, {rows_from}); "
+        f"{decimal(size)} for shards of {rows:,} rows, and {decimal(passing)} for the way there; "
         f"free: {listed_disks(free)}",
     )

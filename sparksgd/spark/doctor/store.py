@@ -21,26 +21,27 @@ from sparksgd.training.checkpoint import Checkpoint, Part, RunIdentity
 __all__ = ["look_at_store"]
 
 _MOST_BYTES = 64 << 20
+_UNKNOWN_BYTES = 1 << 20
 _FLOAT = 4
 
 
-def look_at_store(out: str, state_bytes: int) -> Iterator[Finding]:
+def look_at_store(out: str, state_bytes: int | None) -> Iterator[Finding]:
     """Write, read and remove a checkpoint in a folder of its own below the output folder.
 
     Args:
         out: the folder of a run, a path or URI.
-        state_bytes: of what a checkpoint of the run would have; 64 MiB of it are written at most.
+        state_bytes: of what a checkpoint of the run would have; 64 MiB of it are written at most; None:
+            not known, and 1 MiB is written.
     """
     place, started = location(out), time.perf_counter()
-    made = [folder for folder in place.with_parents() if not folder.exists()]
     folder = place / f"doctor-{uuid.uuid4().hex[:8]}"
-    values = torch.rand(max(1, min(state_bytes, _MOST_BYTES) // _FLOAT))
+    values = torch.rand(-(-min(state_bytes or _UNKNOWN_BYTES, _MOST_BYTES) // _FLOAT))
     with ExitStack() as stack:
-        for one in reversed(made):
-            stack.callback(_removed, one)
-        stack.callback(_removed, folder)
-        checkpoints = _checkpoints(folder)
         try:
+            for one in reversed([folder for folder in place.with_parents() if not folder.exists()]):
+                stack.callback(_removed, one)
+            stack.callback(_removed, folder)
+            checkpoints = _checkpoints(folder)
             name = checkpoints.write(
                 Checkpoint(step=0, turns=0, parts={"solver": Part(version=1, values={"parameters": values})})
             )
@@ -60,10 +61,8 @@ def look_at_store(out: str, state_bytes: int) -> Iterator[Finding]:
             "--out", f"{place} keeps what is removed: {', '.join(left)}", "name a folder you may delete in"
         )
     else:
-        yield good(
-            "--out",
-            f"a checkpoint of {size} written in {written_s:.2f} s, read in {read_s:.2f} s, removed: {place}",
-        )
+        times = f"written in {written_s:.2f} s, read in {read_s:.2f} s, and removed"
+        yield good("--out", f"a checkpoint of {size} {times}: {place}")
 
 
 def _checkpoints(folder: Location) -> CheckpointFolder:
