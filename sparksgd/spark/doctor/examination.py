@@ -22,8 +22,7 @@ from sparksgd.engines.kinds import EngineKind, first_of_each_name
 from sparksgd.errors import SparkSGDError
 from sparksgd.spark.cluster.cluster import Cluster
 from sparksgd.spark.cluster.environments import own_version
-from sparksgd.spark.cluster.jobs import cancel_jobs, cleanup, keep_names, no_locality_wait, spark_job
-from sparksgd.spark.cluster.placement import is_local
+from sparksgd.spark.cluster.jobs import cancel_jobs, cleanup, keep_names, no_locality_wait
 from sparksgd.spark.cluster.slots import Slots, WorkerDemand
 from sparksgd.spark.doctor.engines import ENGINES, Steps, name_of
 from sparksgd.spark.doctor.findings import Finding, broken, good, unseen
@@ -63,9 +62,9 @@ __all__ = ["Examination", "Group"]
 _SHORT, _LONG, _LONGEST = 1 / 4, 1 / 2, 2 / 3  # of the time for all looks, one may take
 _PATIENCE = 1 / 3  # of it, for slots
 _OF_STEP = 1 / 6  # of it, for a worker, or a step
-_JAVA = "reflect('java.lang.System', 'getProperty', 'java.version')"
-_REFUSING = ("threads", "encryption", "their Python")
-"""Findings of failures with which no run starts on this cluster."""
+_PYTHON = frozenset({"executors", "their Python"})
+_REFUSING = frozenset({"threads", "encryption"}) | _PYTHON
+"""Names of findings; if one of these fails, no run starts on this cluster."""
 
 _EXECUTORS_LACK = "the executors' Python cannot train, see there"
 
@@ -112,7 +111,7 @@ class Examination:
         self._within_s = within_s
         self._looks = Looks(within_s, lambda: cancel_jobs(self._context, self._run_id))
         self._workers = 0  # until they are settled
-        self._refused_by: str | None = None
+        self._refused_by: list[str] = []
         self._executors: list[Executor] = []
         self._model: Model | None = None
         self._network: Network | None = None
@@ -128,8 +127,7 @@ class Examination:
             waits = make("locality wait", self._locality)
             told = [*make("settings", self._settings), *make("settings", self._wanted, is_told=True), *waits]
             yield Group(title="Settings", findings=told)
-            executors = [*make("executors", self._survey, _LONG), *make("Java", self._java, _LONG)]
-            yield Group(title="Executors", findings=executors)
+            yield Group(title="Executors", findings=make("executors", self._survey, _LONG))
             sizes = [*make("model", self._measure_model, _LONG), *make("memory", self._fit)]
             yield Group(title="Model", findings=sizes)
             links = [*make("network", self._links, _LONG), *make("empty job", self._empty_job)]
@@ -143,7 +141,7 @@ class Examination:
         """Return what was measured, as plain values, for programs."""
         model, network = self._model, self._network
         executors = {(one.host, one.process): one for one in self._executors}
-        facts = ("process", "python_version", "versions", "cpus", "memory_bytes", "free_bytes")
+        facts = ("process", "java", "python_version", "versions", "cpus", "memory_bytes", "free_bytes")
         return {
             "executors": [
                 {"host": host, "python": one.python.executable} | {name: getattr(one, name) for name in facts}
@@ -163,9 +161,8 @@ class Examination:
 
         self._say(name)
         findings = self._looks.make(name, in_group, share * self._within_s, is_told=is_told)
-        for finding in findings:
-            if finding.status == "fail" and finding.name in _REFUSING:
-                self._refused_by = self._refused_by or finding.name
+        failing = [finding.name for finding in findings if finding.status == "fail"]
+        self._refused_by += [name for name in failing if name in _REFUSING]
         return findings
 
     # The looks
@@ -222,26 +219,14 @@ class Examination:
             versions=_own_versions(),
             instruction_set=train.instruction_set,
         )
+        yield judge_java(str(self._cluster.jvm.java.lang.System.getProperty("java.version")), self._executors)
         yield judge_instruction_sets(Machine.here(), self._executors, train.instruction_set)
         each = -(-self._cluster.slots() // max(1, len(self._cluster.places())))
         yield judge_cores(self._executors, each, train.threads)
 
-    def _java(self) -> Iterator[Finding]:
-        driver = str(self._cluster.jvm.java.lang.System.getProperty("java.version"))
-        if is_local(self._context):
-            yield judge_java(driver, [driver])
-            return
-        slots = max(1, self._cluster.slots())
-        with spark_job(self._context, "looking at Java"), self._cluster.job_watch.over(1):
-            rows = self._session.range(0, slots, 1, slots).selectExpr(_JAVA).collect()
-        yield judge_java(driver, sorted({str(row[0]) for row in rows}))
-
     def _measure_model(self) -> Iterator[Finding]:
         if not has_rows(self._config):
             yield unseen("model", "its rows are not known: name them, --set data.train=PATH")
-            return
-        if self._refused_by == "their Python" and self._config.data.train is not None:
-            yield unseen("model", _EXECUTORS_LACK)
             return
         model = self._model = measured_model(self._session, self._config, self._cluster)
         yield good(
@@ -261,7 +246,7 @@ class Examination:
             yield judge_disk(model.schema, model.rows, placement, self._executors)
 
     def _links(self) -> Iterator[Finding]:
-        if self._refused_by == "their Python":
+        if _PYTHON.intersection(self._refused_by):
             yield unseen("network", _EXECUTORS_LACK)
             return
         if self._workers > 1:
@@ -277,11 +262,11 @@ class Examination:
             yield judge_empty_job(empty_job_s(self._cluster, tasks), tasks)
 
     def _three_steps(self) -> list[Finding]:
-        if self._refused_by is not None or not self._workers:
-            why = (
-                f"a run is refused here: see {self._refused_by}" if self._workers else "there are no workers"
-            )
-            return [unseen("training", why)]
+        if not self._workers:
+            return [unseen("training", "there are no workers")]
+        if self._refused_by:
+            why = ", ".join(dict.fromkeys(self._refused_by))
+            return [unseen("training", f"a run is refused here: see {why}")]
         steps = Steps(
             session=self._session,
             config=self._config,

@@ -14,7 +14,7 @@ from rich.filesize import decimal
 from sparksgd.arithmetic.instruction_set import Machine, best_of
 from sparksgd.errors import SparkSGDError
 from sparksgd.spark.cluster.environments import ExecutorPython, require_fit
-from sparksgd.spark.doctor.findings import Finding, bad, broken, good, poor
+from sparksgd.spark.doctor.findings import Finding, bad, broken, good, poor, unseen
 
 __all__ = [
     "PACKAGES",
@@ -45,6 +45,9 @@ class Executor:
     process: int
     """Of its JVM, on its host."""
 
+    java: str | None
+    """Its version, as 17.0.2; None: not known."""
+
     python_version: str
 
     versions: Mapping[str, str | None]
@@ -62,8 +65,7 @@ class Executor:
     @classmethod
     def of(cls, answer: Mapping[str, Any]) -> Self:
         """Return an answer of `environment_tasks.survey`."""
-        fields = {key: value for key, value in answer.items() if key not in ("python", "executor")}
-        return cls(python=ExecutorPython(**answer["python"]), process=answer["executor"], **fields)
+        return cls(**{**answer, "python": ExecutorPython(**answer["python"])})
 
     @property
     def host(self) -> str:
@@ -71,21 +73,24 @@ class Executor:
         return self.python.host
 
 
-def judge_java(driver: str, executors: Sequence[str]) -> Finding:
+def judge_java(driver: str, found: Sequence[Executor]) -> Finding:
     """Return what is to be said of Java.
 
     Args:
         driver: its version at the driver, as 17.0.2.
-        executors: its versions on executors, each once.
+        found: the executors.
     """
-    seen = f"{driver} at the driver; executors: {', '.join(sorted(executors))}"
-    found = {version: _major(version) for version in (driver, *executors)}
-    old = sorted(version for version, major in found.items() if major < _OLDEST_JAVA)
+    known = {one.java for one in found if one.java is not None}
+    versions = sorted({driver, *known}, key=_major)
+    old = [version for version in versions if _major(version) < _OLDEST_JAVA]
+    seen = driver if known == {driver} else f"{driver} at the driver; on executors {', '.join(sorted(known))}"
     if old:
         return bad("Java", seen, f"install Java {_OLDEST_JAVA} or newer where it is {', '.join(old)}")
-    if len(set(found.values())) > 1:
+    if not known:
+        return unseen("Java", f"{driver} at the driver; that of executors cannot be read")
+    if len({_major(version) for version in versions}) > 1:
         return poor("Java", seen, "give all hosts the same major version (JAVA_HOME)")
-    return good("Java", driver if set(executors) == {driver} else seen)
+    return good("Java", seen)
 
 
 def _major(version: str) -> int:

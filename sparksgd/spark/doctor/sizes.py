@@ -9,12 +9,18 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 from pyspark.sql import SparkSession
 from rich.filesize import decimal
 
-from sparksgd.config import Config
+from sparksgd.config import Config, DataConfig
+from sparksgd.data.local_files import ParquetRows
 from sparksgd.data.schema import RowSchema
 from sparksgd.engines.kinds import ALLREDUCE, EngineKind
 from sparksgd.engines.memory import RunSizes, Takes, total
@@ -31,7 +37,6 @@ __all__ = ["Model", "has_rows", "judge_disk", "judge_hosts_memory", "judge_memor
 
 _MADE_UP_ROWS = 60_000
 _FEW = 64
-_MADE_UP = ("cast(repeat('0', 784) as binary)", "id % 10")  # an image, and its label
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,14 +71,24 @@ def measured_model(session: SparkSession, config: Config, cluster: Cluster) -> M
     if config.data.train is not None:
         frame, rows_from = read_parquet(session, config.data.train), config.data.train
         rows = frame.count()
+        sizes, schema = tried_sizes(config, module, DataFrameRows(frame, cluster))
     else:
         config = replace(config, data=replace(config.data, features=config.data.features[:1], id=None))
-        columns = zip(_MADE_UP, (config.data.features[0], config.data.label), strict=True)
-        frame = session.range(_FEW).selectExpr(*(f"{made} as `{name}`" for made, name in columns))
         rows, rows_from = _MADE_UP_ROWS, "rows made up like MNIST's"
-    sizes, schema = tried_sizes(config, module, DataFrameRows(frame, cluster))
+        with _made_up(config.data) as made:
+            sizes, schema = tried_sizes(config, module, made)
     parameters = sum(p.numel() for p in module.parameters() if p.requires_grad)
     return Model(sizes=sizes, schema=schema, rows=rows, parameters=parameters, rows_from=rows_from)
+
+
+@contextmanager
+def _made_up(data: DataConfig) -> Iterator[ParquetRows]:
+    """Yield some rows of the size of MNIST's."""
+    columns = {data.features[0]: [bytes(784)] * _FEW, data.label: [row % 10 for row in range(_FEW)]}
+    with TemporaryDirectory(prefix="sparksgd-doctor-") as folder:
+        path = Path(folder, "rows.parquet")
+        pq.write_table(pa.table(columns), path)
+        yield ParquetRows(str(path))
 
 
 def judge_memory(

@@ -11,6 +11,7 @@ import importlib.metadata
 import importlib.util
 import os
 import platform
+import re
 import shutil
 import socket
 import sys
@@ -64,7 +65,8 @@ def survey(
     (python,) = look(names, held_by, True, False, partition)
     yield {
         "python": python,
-        "executor": _executor(),
+        "process": (process := _executor()),
+        "java": _java(process),
         "python_version": platform.python_version(),
         "versions": {name: _version(name) for name in packages},
         "cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
@@ -102,6 +104,17 @@ def _executor() -> int:
             return process
         process = int(rest.split()[1])
     return os.getppid()
+
+
+def _java(process: int) -> str | None:
+    """Return the version of the Java that a process runs; None if its files cannot be read."""
+    try:
+        home = Path(f"/proc/{process}/exe").resolve(strict=True).parents[1]
+        release = (home / "release").read_text(errors="replace")
+    except (OSError, IndexError):
+        return None
+    found = re.search(r'^JAVA_VERSION="(.+)"', release, re.MULTILINE)
+    return found and found[1]
 
 
 def _version(package: str) -> str | None:

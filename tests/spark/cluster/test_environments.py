@@ -7,8 +7,10 @@ import pickle
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from pyspark import cloudpickle
@@ -96,14 +98,15 @@ def test_a_folder_of_a_modules_name_is_no_module(tmp_path: Path, monkeypatch: py
     assert answer["missing"] == ("onlyafolder", "nowhere")
 
 
-def test_the_look_runs_where_sparksgd_and_all_that_it_needs_are_absent(tmp_path: Path) -> None:
-    (tmp_path / "task").write_bytes(cloudpickle.dumps(by_value(environment_tasks.look)))
+@pytest.mark.parametrize("task", [environment_tasks.look, environment_tasks.survey])
+def test_a_look_runs_where_sparksgd_and_all_that_it_needs_are_absent(task: Any, tmp_path: Path) -> None:
+    more = [True, True] if task is environment_tasks.look else [("torch",)]
+    (tmp_path / "task").write_bytes(cloudpickle.dumps(partial(by_value(task), NEEDED, "X", *more)))
     code = (
         "import pickle, sys\n"
         "sys.path.append(sys.argv[2])  # of cloudpickle alone\n"
         "look = pickle.load(open(sys.argv[1], 'rb'))\n"
-        "answers = list(look(('numpy', 'pyarrow', 'torch', 'sparksgd'), 'X', True, True, [0]))\n"
-        "sys.stdout.buffer.write(pickle.dumps(answers))\n"
+        "sys.stdout.buffer.write(pickle.dumps(list(look([0]))))\n"
     )
     (tmp_path / "pyspark").mkdir()
     (tmp_path / "pyspark" / "__init__.py").write_text("")
@@ -113,6 +116,11 @@ def test_the_look_runs_where_sparksgd_and_all_that_it_needs_are_absent(tmp_path:
         capture_output=True, check=True, cwd=tmp_path, env={"PATH": os.environ["PATH"]},
     )  # fmt: skip
     (answer,) = pickle.loads(done.stdout)
+    if task is environment_tasks.survey:
+        assert answer["versions"] == {"torch": None}
+        assert answer["cpus"] >= 1
+        assert all(free > 0 for free in answer["free_bytes"].values())
+        answer = answer["python"]
     assert answer["missing"] == ("numpy", "pyarrow", "torch", "sparksgd")
     assert answer["version"] is None
 
