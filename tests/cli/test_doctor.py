@@ -1,0 +1,42 @@
+"""The doctor's screen: every word of every finding is on it, at any width."""
+
+from __future__ import annotations
+
+import io
+
+import pytest
+from rich.console import Console
+
+from sparksgd.cli.doctor import screen
+from sparksgd.spark.doctor.examination import Group
+from sparksgd.spark.doctor.findings import bad, good, poor, unseen
+
+GROUPS = [
+    Group(
+        title="Slots", findings=[good("slots", "2, for 2 workers"), unseen("threads", "there are no workers")]
+    ),
+    Group(
+        title="Executors",
+        findings=[
+            bad("their Python", "the executors' Python on node1 lacks torch " * 3, "`make dist` " * 12),
+            poor("cores", "[bold]8 threads[/bold] on 4 cores", "fewer"),
+            poor("disk", "/a/very/long/" + "path/" * 40, "another"),
+        ],
+    ),
+]
+
+
+@pytest.mark.parametrize("width", [60, 80, 120])
+def test_a_line_for_each_finding_and_its_fix_below(width):
+    console = Console(file=io.StringIO(), width=width)
+    console.print(screen(GROUPS))
+    lines = console.file.getvalue().splitlines()
+    assert all(len(line) <= width for line in lines)
+    begins = [line.split()[0] for line in lines if line[:4].strip()]
+    assert begins == ["pass", "skip", "fail", "warn", "warn"]
+    words = "".join(console.file.getvalue().split())
+    for group in GROUPS:
+        for finding in group.findings:
+            assert "".join(finding.seen.split()) in words
+            assert "".join(finding.fix.split()) in words
+    assert words.count("fix") == 3
