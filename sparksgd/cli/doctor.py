@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
@@ -18,11 +18,11 @@ from rich.text import Text
 from sparksgd.config import Config
 from sparksgd.errors import ClusterError, ConfigError
 from sparksgd.solvers.rules import completed
-from sparksgd.spark.cluster.environments import own_version
-from sparksgd.spark.doctor.examination import Examination, Group
-from sparksgd.spark.doctor.findings import Finding, broken
-from sparksgd.spark.session import job_session
 from sparksgd.training.preflight import allowed_engines
+
+if TYPE_CHECKING:
+    from sparksgd.spark.doctor.examination import Group
+    from sparksgd.spark.doctor.findings import Finding
 
 __all__ = ["examine", "screen"]
 
@@ -47,6 +47,11 @@ def examine(
     Raises:
         ConfigError: the configuration is refused, or needs no cluster.
     """
+    from sparksgd.spark.cluster.environments import own_version
+    from sparksgd.spark.doctor.examination import Examination, Group
+    from sparksgd.spark.doctor.findings import broken
+    from sparksgd.spark.session import job_session
+
     config = completed(config)
     kinds = allowed_engines(config)
     if not kinds[0].on_spark:
