@@ -51,7 +51,7 @@ def test_where_a_run_would_train_nothing_fails_and_nothing_is_left(tmp_path, cap
     document = json.loads(capfd.readouterr().out)
     findings = [Finding(**{k: v for k, v in one.items() if k != "group"}) for one in document["findings"]]
     assert (status, of_status("fail", findings)) == (0, {})
-    assert of_status("skip", findings) == {}
+    assert of_status("skip", findings).keys() <= {"Unix sockets"}  # Spark 3.5 has none
     assert of_status("pass", findings).keys() >= {
         "driver", "Java", "dynamic allocation", "threads", "slots", "speculation", "worker reuse",
         "encryption", "settings", "locality wait", "their Python", "instruction set", "model", "memory",
@@ -99,11 +99,14 @@ def test_with_dynamic_allocation_only_ordinary_stages_are_tried(spark, setting):
 
 
 @pytest.mark.soak
-def test_memory_and_threads_that_are_not_there_fail(spark):
-    findings = examined(spark, "model.maps=[64, 128]", "model.hidden=60000", "train.threads=2")
+def test_memory_and_threads_that_are_not_there_fail(spark, setting):
+    setting("spark.driver.maxResultSize", "1m")
+    findings = examined(spark, "model.hidden=2000", "train.threads=2")
     failing = of_status("fail", findings)
     assert failing.keys() == {"threads", "memory"}
-    assert "--driver-memory" in failing["memory"].fix
+    assert "spark.driver.maxResultSize is 1.0 MB, but the run takes" in failing["memory"].seen
+    assert "--conf spark.driver.maxResultSize=256m" in failing["memory"].fix
+    assert failing["threads"].fix.endswith("--conf spark.task.cpus=2")
     assert of_status("skip", findings)["training"].seen == "a run is refused here: see threads"
 
 

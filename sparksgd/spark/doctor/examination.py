@@ -18,7 +18,7 @@ from pyspark.sql import SparkSession
 
 from sparksgd.arithmetic.instruction_set import Machine
 from sparksgd.config import Config
-from sparksgd.engines.kinds import EngineKind, first_of_each_name
+from sparksgd.engines.kinds import ALLREDUCE, EngineKind, first_of_each_name
 from sparksgd.errors import SparkSGDError
 from sparksgd.spark.cluster.cluster import Cluster
 from sparksgd.spark.cluster.environments import own_version
@@ -66,6 +66,7 @@ _PYTHON = frozenset({"executors", "their Python"})
 _REFUSING = frozenset({"threads", "encryption"}) | _PYTHON
 """Names of findings; if one of these fails, no run starts on this cluster."""
 
+_NO_WORKERS = "there are no workers"
 _EXECUTORS_LACK = "the executors' Python cannot train, see there"
 
 Look = Callable[[], Iterable[Finding]]
@@ -236,7 +237,7 @@ class Examination:
     def _fit(self) -> Iterator[Finding]:
         model, shards = self._model, self._config.train.num_shards
         if model is None or not self._workers:
-            yield unseen("memory", "the model was not measured" if model is None else "there are no workers")
+            yield unseen("memory", "the model was not measured" if model is None else _NO_WORKERS)
             return
         yield from judge_memory(self._cluster, first_of_each_name(self._kinds), model, shards)
         if self._executors:
@@ -246,24 +247,34 @@ class Examination:
             yield judge_disk(model.schema, model.rows, placement, self._executors)
 
     def _links(self) -> Iterator[Finding]:
-        if _PYTHON.intersection(self._refused_by):
-            yield unseen("network", _EXECUTORS_LACK)
+        if not self._workers or _PYTHON.intersection(self._refused_by):
+            yield unseen("network", _EXECUTORS_LACK if self._workers else _NO_WORKERS)
             return
+        engine, is_needed = self._config.engine, self._kinds[0] is self._kinds[-1] is ALLREDUCE
         if self._workers > 1:
-            AllReduceEngine.check(self._cluster, self._config.engine)
+            try:
+                AllReduceEngine.check(self._cluster, engine)
+            except SparkSGDError as error:
+                refused = broken("network", error, "see engine.ports")
+                yield refused if is_needed else replace(refused, status="warn")
+                return
+        patience_s = min(engine.peer_timeout_s, max(1.0, _OF_STEP * self._within_s))
         with no_locality_wait(self._context._jsc.sc()):
-            self._network = measured_network(self._cluster, self._config.engine)
+            network = measured_network(self._cluster, replace(engine, peer_timeout_s=patience_s))
         gradient_bytes = None if self._model is None else self._model.sizes.weights
-        yield from judge_network(self._network, gradient_bytes, self._workers)
+        yield from judge_network(network, gradient_bytes, self._workers, is_needed=is_needed)
+        self._network = network
 
     def _empty_job(self) -> Iterator[Finding]:
-        tasks = max(1, self._workers)
+        if not self._workers or "executors" in self._refused_by:
+            yield unseen("empty job", _EXECUTORS_LACK if self._workers else _NO_WORKERS)
+            return
         with self._cluster.job_watch.over(1):
-            yield judge_empty_job(empty_job_s(self._cluster, tasks), tasks)
+            yield judge_empty_job(empty_job_s(self._cluster, self._workers), self._workers)
 
     def _three_steps(self) -> list[Finding]:
         if not self._workers:
-            return [unseen("training", "there are no workers")]
+            return [unseen("training", _NO_WORKERS)]
         if self._refused_by:
             why = ", ".join(dict.fromkeys(self._refused_by))
             return [unseen("training", f"a run is refused here: see {why}")]
@@ -278,6 +289,8 @@ class Examination:
         for kind in ENGINES:
             if kind.barrier and self._cluster.is_elastic:
                 findings.append(unseen(name_of(kind), no_barrier))
+            elif kind is ALLREDUCE and (self._network is None or self._network.failures):
+                findings.append(unseen(name_of(kind), "that workers reach each other was not seen"))
             else:
                 findings += self._make(name_of(kind), partial(steps.look, kind), _LONG)
         return findings

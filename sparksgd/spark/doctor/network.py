@@ -55,6 +55,11 @@ class Network:
     """By each process that took part."""
 
     @property
+    def failures(self) -> list[Measured]:
+        """Return who could not measure."""
+        return [one for one in self.measured if one.failure is not None]
+
+    @property
     def links(self) -> list[Link]:
         """Return what was measured."""
         return [link for one in self.measured for link in one.links]
@@ -125,18 +130,20 @@ def measured_network(cluster: Cluster, config: EngineConfig) -> Network:
     )
 
 
-def judge_network(network: Network, gradient_bytes: int | None, num_workers: int) -> Iterator[Finding]:
+def judge_network(
+    network: Network, gradient_bytes: int | None, num_workers: int, *, is_needed: bool
+) -> Iterator[Finding]:
     """Yield what is to be said of the connections.
 
     Args:
         network: what was measured.
         gradient_bytes: of the model; None: not known.
         num_workers: how many workers a run would have.
+        is_needed: whether workers of the run must reach each other.
     """
-    failed = [one for one in network.measured if one.failure is not None]
-    if failed:
-        first = min(failed, key=lambda one: "cannot reach" not in str(one.failure))
-        yield bad(
+    if network.failures:
+        first = min(network.failures, key=lambda one: "cannot reach" not in str(one.failure))
+        yield (bad if is_needed else poor)(
             "network",
             f"{network.names[first.worker]}: {first.failure}",
             "open the ports of jobs/README.md, Ports, between the nodes and to the driver; or "

@@ -224,7 +224,7 @@ def network(trip_s: float = 1e-4, *speeds: float, failure: PeerLost | None = Non
 
 
 def test_a_good_network_is_two_lines_with_its_figures():
-    between, driver = judge_network(network(1e-4, 5e8), 4_000_000, 2)
+    between, driver = judge_network(network(1e-4, 5e8), 4_000_000, 2, is_needed=True)
     assert (between.status, driver.status) == ("pass", "pass")
     assert between.seen == (
         "2 of 2 executors: round trip 0.10 ms, 1,000 MB/s; a sum of the model's gradients takes 4.0 ms at "
@@ -234,25 +234,27 @@ def test_a_good_network_is_two_lines_with_its_figures():
 
 
 def test_a_slow_host_a_long_way_and_a_model_too_large_for_the_wire_are_told():
-    _, driver = judge_network(network(1e-4, 1e6), None, 2)
+    _, driver = judge_network(network(1e-4, 1e6), None, 2, is_needed=True)
     assert driver.status == "warn"
     assert "slow: the driver to node1 1.0 MB/s" in driver.seen
-    assert [one.status for one in judge_network(network(0.1), None, 2)] == ["warn", "warn"]
-    between, driver = judge_network(network(), 2_000_000_000, 2)
+    assert [one.status for one in judge_network(network(0.1), None, 2, is_needed=True)] == ["warn", "warn"]
+    between, driver = judge_network(network(), 2_000_000_000, 2, is_needed=True)
     assert (between.status, driver.status) == ("warn", "pass")
     assert "local_sgd" in between.fix
 
 
 def test_who_cannot_be_reached_fails():
-    (finding,) = judge_network(network(failure=PeerLost("cannot reach worker 1 at 10.0.0.1:4: no")), None, 2)
+    lost = network(failure=PeerLost("cannot reach worker 1 at 10.0.0.1:4: no"))
+    (finding,) = judge_network(lost, None, 2, is_needed=True)
     assert finding.status == "fail"
+    assert [one.status for one in judge_network(lost, None, 2, is_needed=False)] == ["warn"]
     assert finding.seen == "node2: cannot reach worker 1 at 10.0.0.1:4: no"
     assert "ports" in finding.fix
 
 
 def test_a_network_of_one_is_not_seen():
     alone = Network(executors=1, with_driver=False, encrypted=False, measured=())
-    assert [one.status for one in judge_network(alone, None, 1)] == ["skip", "skip"]
+    assert [one.status for one in judge_network(alone, None, 1, is_needed=True)] == ["skip", "skip"]
 
 
 def test_a_slow_empty_job_is_told():
