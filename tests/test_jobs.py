@@ -17,6 +17,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from functools import partial
@@ -353,11 +354,14 @@ def test_a_job_may_wait_for_another_run_and_then_judges_what_is_there(
     assert "nothing to do" in waited.stdout
 
 
-def test_a_run_that_is_killed_leaves_a_model_and_the_steps_that_made_it(digits, tmp_path):
+def test_a_run_that_is_killed_leaves_a_model_and_the_steps_that_made_it(digits, tmp_path, monkeypatch):
     out, hold = tmp_path / "run", Hold(folder=tmp_path / "hold", at=12)  # after the first evaluation
     words = arguments(digits, out, *LONG, engine="inline", model=hold.settings)
     command = [sys.executable, str(ROOT / "jobs" / "train.py"), *words]
-    process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.DEVNULL)
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    environ = environment(TMPDIR=str(temporary))
+    process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.DEVNULL, env=environ)
     try:
         hold.wait(process=process)
     finally:
@@ -368,6 +372,36 @@ def test_a_run_that_is_killed_leaves_a_model_and_the_steps_that_made_it(digits, 
     assert not about["finished"]
     assert about["version"] <= metrics(out)[-1]["step"]
     assert not (out / "summary.json").exists()
+    assert len(list(temporary.glob("sparksgd-*/shard-*"))) == 8  # of rows to train on, and to evaluate on
+    monkeypatch.setattr(tempfile, "tempdir", str(temporary))
+    next_run = train(digits, tmp_path / "next", "train.steps=1", engine="inline")
+    assert (next_run.returncode, "removed 2 folders that killed runs had left" in next_run.stdout) == (
+        0,
+        True,
+    )
+    assert not list(temporary.iterdir())
+
+
+@pytest.mark.soak
+@pytest.mark.jvm
+def test_shards_of_a_killed_driver_and_its_executors_are_removed_by_the_next_run(digits, tmp_path):
+    hold, local = Hold(folder=tmp_path / "hold", at=6), tmp_path / "local"
+    words = arguments(digits, tmp_path / "run", *LONG, model=hold.settings)
+    environ = environment(SPARK_LOCAL_DIRS=str(local))
+    with subprocess.Popen(
+        submission("train.py", *words), cwd=tmp_path, env=environ, stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL, start_new_session=True,
+    ) as process:  # fmt: skip
+        try:
+            hold.wait(workers=2, process=process)
+        finally:
+            os.killpg(process.pid, signal.SIGKILL)
+    assert len(list(local.rglob("sparksgd-*/shard-*"))) == 8
+    hold.go()  # a worker that outlived the driver ends now
+    again = submission("train.py", *arguments(digits, tmp_path / "next", "train.steps=1"))
+    done = subprocess.run(again, cwd=tmp_path, env=environ, capture_output=True, text=True, check=True)
+    assert "removed 2 folders that killed runs had left" in done.stderr
+    assert not list(local.rglob("sparksgd-*"))
 
 
 def test_jobs_run_code_that_a_folder_names_only_if_they_are_told_to_trust_it(digits, tmp_path):

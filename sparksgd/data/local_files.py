@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import shutil
+import logging
 import socket
 import tempfile
 import zlib
@@ -16,8 +16,11 @@ import pyarrow.dataset as ds
 from sparksgd.data.schema import HASH_BYTES, RowReport, Rows, RowSchema, read_rows
 from sparksgd.data.shard import Descriptor, ShardWriter
 from sparksgd.errors import DataError, ShardMissing
+from sparksgd.storage.scratch import make_scratch, remove_left, remove_scratch
 
 __all__ = ["LocalShards", "ParquetRows"]
+
+log = logging.getLogger("sparksgd")
 
 _BATCH_ROWS = 4096
 
@@ -25,13 +28,13 @@ _BATCH_ROWS = 4096
 class LocalShards:
     """Shards in a temporary folder of this machine."""
 
-    def __init__(self, table: list[Descriptor], folder: str) -> None:
+    def __init__(self, table: list[Descriptor], folder: Path) -> None:
         self.table = table
         self._folder = folder
 
     def close(self) -> None:
         """Remove the files."""
-        shutil.rmtree(self._folder, ignore_errors=True)
+        remove_scratch(self._folder)
 
 
 class ParquetRows:
@@ -102,11 +105,13 @@ class ParquetRows:
         Raises:
             ShardMissing: an unsorted shard is read back other than it was written.
         """
-        folder = tempfile.mkdtemp(prefix="sparksgd-")
+        if left := remove_left():
+            log.info("removed %d folders that killed runs had left in %s", left, tempfile.gettempdir())
+        folder = make_scratch()
         try:
-            return LocalShards(self._written(Path(folder), schema, num_shards, deal), folder)
+            return LocalShards(self._written(folder, schema, num_shards, deal), folder)
         except BaseException:
-            shutil.rmtree(folder, ignore_errors=True)
+            remove_scratch(folder)
             raise
 
     def _written(self, target: Path, schema: RowSchema, num_shards: int, deal: int) -> list[Descriptor]:

@@ -29,6 +29,7 @@ import numpy.typing as npt
 
 from sparksgd.data.schema import HASH_BYTES, add_digests, digest_of
 from sparksgd.errors import ShardMissing
+from sparksgd.storage.scratch import PREFIX
 
 __all__ = ["Descriptor", "ShardWriter", "deal_folder", "read_records", "stored"]
 
@@ -63,7 +64,7 @@ class Descriptor:
 
 def deal_folder(local_folder: str, deal_id: str) -> Path:
     """Return the folder of the shard files of a deal, below one of Spark's local directories."""
-    return Path(local_folder) / f"sparksgd-{deal_id}"
+    return Path(local_folder) / f"{PREFIX}{deal_id}"
 
 
 def stored(record: np.dtype[Any]) -> np.dtype[Any]:

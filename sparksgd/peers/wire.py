@@ -22,7 +22,6 @@ import select
 import socket
 import ssl
 import struct
-import tempfile
 import threading
 import time
 from collections import Counter
@@ -33,6 +32,7 @@ from datetime import UTC, datetime, timedelta
 from functools import partial
 
 from sparksgd.errors import ClusterError, ConfigError, PeerLost, PeerSilent
+from sparksgd.storage.scratch import scratch_folder
 
 __all__ = [
     "HELLO_BYTES",
@@ -91,10 +91,10 @@ class Credentials:
         context.check_hostname = False  # the certificate is the run's, not a host's
         context.verify_mode = ssl.CERT_REQUIRED
         context.load_verify_locations(cadata=self.pem[self.pem.index(b"-----BEGIN CERT") :].decode())
-        with tempfile.NamedTemporaryFile(prefix="sparksgd-") as file:  # ssl reads keys from files only
-            file.write(self.pem)
-            file.flush()
-            context.load_cert_chain(file.name)
+        with scratch_folder() as folder:  # ssl reads keys from files only
+            file = folder / "key"
+            file.write_bytes(self.pem)
+            context.load_cert_chain(file)
         return context
 
 

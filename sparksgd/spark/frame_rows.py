@@ -48,9 +48,11 @@ from sparksgd.spark.cluster.cluster import Cluster
 from sparksgd.spark.cluster.jobs import spark_job
 from sparksgd.spark.cluster.placement import worker_of_partition
 from sparksgd.spark.cluster.shards import SparkShards
-from sparksgd.spark.tasks import environment_tasks, row_tasks
+from sparksgd.spark.tasks import row_tasks
 from sparksgd.spark.uris import lead_to_hadoop
 from sparksgd.storage import has_scheme
+from sparksgd.storage.processes import this_process
+from sparksgd.storage.scratch import remove_left
 
 __all__ = [
     "DataFrameRows",
@@ -291,7 +293,8 @@ class DataFrameRows:
     def _written(
         self, dealt: DataFrame, schema: RowSchema, owned: list[range] | None, deal_id: str
     ) -> RDD[Row]:
-        write = partial(row_tasks.write, deal_id, schema.record.itemsize, owned)
+        of_driver = (this_process(), self._cluster.context.applicationId)
+        write = partial(row_tasks.write, *of_driver, deal_id, schema.record.itemsize, owned)
         return dealt.sortWithinPartitions("shard", "key").mapInArrow(write, "descriptor string").rdd
 
     def _routes(self, num_shards: int) -> list[int]:
@@ -311,7 +314,11 @@ class DataFrameRows:
         """Log what will be written and where, and refuse what cannot fit."""
         size, passing = disk_bytes(schema, expected.rows)
         with spark_job(self._cluster.context, "looking for free space"):
-            free_bytes = dict(self._cluster.visit(environment_tasks.free_bytes))
+            disks = self._cluster.visit(row_tasks.look_at_disks)
+        free_bytes = {disk: free for disk, free, _ in disks}
+        left = remove_left() + sum(count for _, _, count in disks)
+        if left:
+            log.info("removed %d folders that killed runs had left on local disks", left)
         log.info(
             "writing %s of shards, after %s of %s, to Spark's local directories; free there: %s",
             decimal(size),

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import errno
 import os
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,6 +19,7 @@ from py4j.protocol import Py4JError, Py4JJavaError
 from pyspark import SparkContext
 
 from sparksgd.storage import HIDDEN, FileStatus, Lines, SpooledLines, part_of, require_at_most, unchecked
+from sparksgd.storage.scratch import scratch_folder
 
 __all__ = ["HadoopLocation", "hadoop_configuration"]
 
@@ -76,21 +76,21 @@ class HadoopLocation:
 
     def read_bytes(self, most_bytes: int | None = None, /) -> bytes:
         """Return the content of the file; raise OSError for a folder, or a longer file."""
-        with self._errors(), tempfile.TemporaryDirectory(prefix="sparksgd-") as folder:
+        with self._errors(), scratch_folder() as folder:
             status = self._files.getFileStatus(self._path)
             if not status.isFile():
                 raise OSError(errno.EINVAL, "it is not a regular file", self._uri)
             require_at_most(self._uri, int(status.getLen()), most_bytes)
-            copy = Path(folder, "copy")
+            copy = folder / "copy"
             self._files.copyToLocalFile(False, self._path, _java_path(f"file:{copy}"), True)
             return copy.read_bytes()
 
     def write_bytes(self, data: bytes) -> None:
         """Write the file, whole or not at all; create its folder if it does not exist."""
-        with tempfile.NamedTemporaryFile(prefix="sparksgd-") as spool:
-            spool.write(data)
-            spool.flush()
-            self.put(Path(spool.name))
+        with scratch_folder() as folder:
+            spool = folder / "spool"
+            spool.write_bytes(data)
+            self.put(spool)
 
     def create(self, data: bytes) -> bool:
         """Write the file if it is not there, and its folder if need be; return whether this call did.
@@ -103,9 +103,10 @@ class HadoopLocation:
         try:
             with self._errors():
                 if self._scheme == "hdfs":
-                    with tempfile.NamedTemporaryFile(prefix="sparksgd-") as spool, self._part() as part:
-                        Path(spool.name).write_bytes(data)
-                        self._files.copyFromLocalFile(False, True, _java_path(f"file:{spool.name}"), part)
+                    with scratch_folder() as folder, self._part() as part:
+                        spool = folder / "spool"
+                        spool.write_bytes(data)
+                        self._files.copyFromLocalFile(False, True, _java_path(f"file:{spool}"), part)
                         return bool(self._files.rename(part, self._path))  # False if it is there
                 stream = self._files.create(self._path, False)
                 try:

@@ -18,7 +18,6 @@ import os
 import re
 import shutil
 import stat
-import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator
@@ -29,6 +28,7 @@ from typing import Protocol, Self
 
 from sparksgd.errors import ClusterError, ConfigError, SparkSGDError
 from sparksgd.storage.lines import Lines, LocalLines, SpooledLines, Throttle
+from sparksgd.storage.scratch import scratch_folder
 
 __all__ = [
     "HIDDEN", "FileStatus", "Lines", "LocalLines", "LocalLocation", "Location", "SpooledLines", "Throttle",
@@ -431,10 +431,10 @@ def local_copy(path: str) -> Iterator[str]:
     files = source.files()
     if not files:
         raise FileNotFoundError(errno.ENOENT, "no such file or folder", path)
-    with tempfile.TemporaryDirectory(prefix="sparksgd-") as folder:
+    with scratch_folder() as folder:
         single = [file.path for file in files] == [source.name]
         for file in files:
-            copy = Path(folder, file.path)
+            copy = folder / "copy" / file.path
             copy.parent.mkdir(parents=True, exist_ok=True)
             copy.write_bytes((source if single else source / file.path).read_bytes())
-        yield folder
+        yield str(folder / "copy")

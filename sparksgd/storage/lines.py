@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Protocol
+
+from sparksgd.storage.scratch import scratch_folder
 
 __all__ = ["Lines", "LocalLines", "SpooledLines", "Target", "Throttle"]
 
@@ -113,9 +114,13 @@ class SpooledLines:
     ) -> None:
         self._target = target
         self._copies = Throttle(_SECONDS_BETWEEN_COPIES, _COPYING_SHARE, clock)
-        self._spool: IO[str] = tempfile.NamedTemporaryFile("w", encoding="utf-8", prefix="sparksgd-")  # noqa: SIM115  # closed in close()
-        self._spool.write(kept.decode())
-        self._copy()
+        with ExitStack() as unless_begun:
+            folder = unless_begun.enter_context(scratch_folder())
+            self._path = folder / "lines"
+            self._spool = unless_begun.enter_context(self._path.open("w", encoding="utf-8"))
+            self._spool.write(kept.decode())
+            self._copy()
+            self._open = unless_begun.pop_all()
 
     def write(self, text: str) -> None:
         """Append whole lines."""
@@ -135,9 +140,9 @@ class SpooledLines:
         try:
             self._copy()
         finally:
-            self._spool.close()
+            self._open.close()
 
     def _copy(self) -> None:
         with self._copies.done():
             self._spool.flush()
-            self._target.put(Path(self._spool.name))
+            self._target.put(self._path)

@@ -242,6 +242,16 @@ class Hadoop:
                 raise FileNotFoundError(path) from error
             raise
 
+    def kill_name_node(self) -> None:
+        """Kill the NameNode, as if its host were gone."""
+        stop(self._processes["namenode"])
+
+    def restart_name_node(self) -> None:
+        """Start a killed NameNode anew, at the same address; return when it takes writes."""
+        self._write_conf("namenode", fs=self.default_fs)
+        self._start_name_node()
+        self._await_storage()
+
     # how it starts
 
     def _start(self) -> None:
@@ -254,12 +264,7 @@ class Hadoop:
         self._server("resourcemanager", "yarn.server.resourcemanager.ResourceManager")
         if formatting.wait(timeout=60) or not names.exists():
             raise RuntimeError(f"the NameNode cannot be formatted\n{self.log('namenode')}")
-        self._server("namenode", "hdfs.server.namenode.NameNode")
-
-        rpc = self._logged("namenode", r"NameNode RPC up at: \S*:(\d+)")
-        self.default_fs = f"hdfs://127.0.0.1:{rpc}"
-        web = self._logged("namenode", _WEB_PORT)
-        self.namenode_web = f"http://127.0.0.1:{web}"
+        self._start_name_node()
         self._write_conf("datanode", fs=self.default_fs)
         self._server("datanode", "hdfs.server.datanode.DataNode")
 
@@ -273,6 +278,22 @@ class Hadoop:
         for number in range(len(NODE_HOSTS)):
             self._start_node_manager(number)
 
+        self._await_storage()
+        user = getpass.getuser()
+        home = f"/webhdfs/v1/user/{user}?op=MKDIRS&user.name={user}"  # relative paths are below it
+        self._get(self.namenode_web + home, put={})
+        for number in range(len(NODE_HOSTS)):
+            self._await_node_manager(number)
+
+    def _start_name_node(self) -> None:
+        self._server("namenode", "hdfs.server.namenode.NameNode")
+        rpc = self._logged("namenode", r"NameNode RPC up at: \S*:(\d+)")
+        self.default_fs = f"hdfs://127.0.0.1:{rpc}"
+        web = self._logged("namenode", _WEB_PORT)
+        self.namenode_web = f"http://127.0.0.1:{web}"
+
+    def _await_storage(self) -> None:
+        """Return when HDFS takes writes."""
         state = "/jmx?qry=Hadoop:service=NameNode,name=FSNamesystemState"
         self._await(
             "datanode",
@@ -280,11 +301,6 @@ class Hadoop:
         )
         safe = "/jmx?qry=Hadoop:service=NameNode,name=NameNodeInfo"
         self._await("namenode", lambda: not self._get(self.namenode_web + safe)["beans"][0]["Safemode"])
-        user = getpass.getuser()
-        home = f"/webhdfs/v1/user/{user}?op=MKDIRS&user.name={user}"  # relative paths are below it
-        self._get(self.namenode_web + home, put={})
-        for number in range(len(NODE_HOSTS)):
-            self._await_node_manager(number)
 
     def _server(self, name: str, of_class: str, *options: str) -> Process:
         """Start a server, in a folder of its own."""

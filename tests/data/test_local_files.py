@@ -109,7 +109,7 @@ def test_shards_without_rows_are_there_all_the_same(tmp_path: Path) -> None:
 
 def test_closing_removes_every_file(tmp_path: Path, temporary_folder: Path) -> None:
     shards = dealt(parquet(tmp_path / "rows", NUMBERS, [0] * 200), 3)
-    assert sum(path.is_file() for path in temporary_folder.rglob("*")) == 3
+    assert sum(path.is_file() for path in temporary_folder.rglob("*.records")) == 3
     shards.close()
     assert list(temporary_folder.iterdir()) == []
 

@@ -53,10 +53,10 @@ class FlagNet(DropoutNet):
 
     Args:
         folder: where the flags lie.  `kill-executor` kills the executor's JVM, `kill-worker` this
-            process, `kill-always` too and stays, `raise` raises, `exhaust` asks for more memory than there
-            is, `nan` makes a BackwardFlagNet's gradient NaN; `sleep` sleeps until somebody ends it and
-            `stop` stops, which leave the process in a file `asleep` beside the folder: who waits for that
-            file strikes while the step is held.
+            process, `kill-always` too and stays, `kill-daemon` the daemon that forked it, `raise` raises,
+            `exhaust` asks for more memory than there is, `nan` makes a BackwardFlagNet gradient NaN; `sleep`
+            sleeps until somebody ends it and `stop` stops, which leave the process in a file `asleep` beside
+            the folder: who waits for that file strikes while the step is held.
         width: of the hidden layer.
     """
 
@@ -86,6 +86,8 @@ class FlagNet(DropoutNet):
                 jvm = next(int(line.split()[1]) for line in status.splitlines() if line.startswith("PPid"))
                 os.kill(jvm, signal.SIGKILL)
                 time.sleep(60)  # the executor is gone; this process follows it
+            elif name == "kill-daemon":
+                os.kill(os.getppid(), signal.SIGKILL)
             elif name in ("kill-worker", "kill-always"):
                 os.kill(os.getpid(), signal.SIGKILL)
             elif name == "raise":

@@ -89,8 +89,8 @@ def test_a_process_of_another_table_is_not_judged_by_this_one(ended: int, other:
 def test_where_there_is_no_proc_a_process_lives_as_long_as_its_number(
     ended: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("sparksgd.runs.holder._read", lambda file: None)
-    monkeypatch.setattr("sparksgd.runs.holder._link", lambda file: None)
+    monkeypatch.setattr("sparksgd.storage.processes._read", lambda file: None)
+    monkeypatch.setattr("sparksgd.storage.processes._link", lambda file: None)
     here = Holder.here("here")
     assert (here.started, here.boot_id, here.pid_namespace) == (None, None, None)
     assert here.end_seen_from(here) is None

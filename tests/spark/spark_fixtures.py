@@ -8,6 +8,7 @@ asks `session_for`, and comes last.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,9 +26,9 @@ def local_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("spark")
 
 
-@pytest.fixture(scope="session")
-def session_for(local_dir: Path) -> Iterator[Callable[..., SparkSession]]:
-    """Return a function: the session of a master and settings, the last one if they are the same."""
+@contextmanager
+def sessions(local_dir: Path) -> Iterator[Callable[..., SparkSession]]:
+    """Give a function: the session of a master and settings, the last one if they are the same."""
     from pyspark import SparkConf, SparkContext
 
     from sparksgd.config import TrainConfig
@@ -57,8 +58,17 @@ def session_for(local_dir: Path) -> Iterator[Callable[..., SparkSession]]:
         if SparkContext._active_spark_context is not None:
             SparkContext._active_spark_context.stop()
 
-    yield session
-    stop()
+    try:
+        yield session
+    finally:
+        stop()
+
+
+@pytest.fixture(scope="session")
+def session_for(local_dir: Path) -> Iterator[Callable[..., SparkSession]]:
+    """Return the function of `sessions`."""
+    with sessions(local_dir) as session:
+        yield session
 
 
 @pytest.fixture

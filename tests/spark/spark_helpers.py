@@ -87,6 +87,13 @@ def memory_bytes(pid: int, of: str) -> int:
     return int(found[1]) * 1024 if found else 0
 
 
+def flip_bit(file: Path) -> None:
+    """Flip a bit in the middle of a file."""
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 16
+    file.write_bytes(content)
+
+
 def write_rows(folder: Path, rows: int, files: int = 1, seed: int = 0, repeated: int = 0) -> str:
     """Write uint8[16] features with learnable labels 0..3, in any number of files, and any order."""
     source = np.random.default_rng(1)

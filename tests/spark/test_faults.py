@@ -18,6 +18,7 @@ from spark_helpers import (
     AtStep,
     configured,
     executor_pids,
+    flip_bit,
     read_files_apart,
     striking,
     undisturbed,
@@ -175,9 +176,7 @@ def test_a_flipped_bit_in_a_shard_file_is_noticed_and_the_shard_written_again(
         files = sorted(local_dir.rglob("sparksgd-*/shard-*"), key=lambda file: file.stat().st_size)
         assert len(files) == 4  # two of few test rows, and two of many training rows
         struck.append(files[0 if which == "test" else 3])
-        content = bytearray(struck[0].read_bytes())
-        content[len(content) // 2] ^= 16
-        struck[0].write_bytes(content)
+        flip_bit(struck[0])
 
     with caplog.at_level(logging.WARNING, "sparksgd"):
         training = train(

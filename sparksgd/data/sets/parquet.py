@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import math
 import shutil
-import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +24,7 @@ from sparksgd.data.sets.report import Report
 from sparksgd.data.sets.sources import fetch, read_folder
 from sparksgd.errors import DataError
 from sparksgd.storage import LocalLocation, Location, location, replacing
+from sparksgd.storage.scratch import scratch_folder
 
 __all__ = ["is_complete", "prepare", "write_split"]
 
@@ -64,16 +64,16 @@ def prepare(
 
 def _prepare_elsewhere(dataset: Dataset, out: Location, source: Path | None, report: Report) -> None:
     """Prepare in a folder on this machine, starting from a copy of `out`, and copy new files to `out`."""
-    with tempfile.TemporaryDirectory(prefix="sparksgd-") as folder:
+    with scratch_folder() as folder:
         before = {}
         for name in _FILES:
             if (out / name).exists():
-                Path(folder, name).write_bytes((out / name).read_bytes())
-                before[name] = Path(folder, name).stat().st_ino
-        _prepare(dataset, Path(folder), source, report)
+                (folder / name).write_bytes((out / name).read_bytes())
+                before[name] = (folder / name).stat().st_ino
+        _prepare(dataset, folder, source, report)
         for name in _FILES:
-            if Path(folder, name).stat().st_ino != before.get(name):
-                (out / name).put(Path(folder, name))
+            if (folder / name).stat().st_ino != before.get(name):
+                (out / name).put(folder / name)
                 report.say(f"{out / name} is written")
 
 

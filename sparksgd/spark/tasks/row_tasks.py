@@ -6,6 +6,7 @@ No pyspark and no torch at module level: executors import this before either.
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import socket
 from collections.abc import Iterable, Iterator
@@ -19,8 +20,10 @@ import pyarrow as pa
 
 from sparksgd.data.schema import RowReport, Rows, RowSchema, read_rows
 from sparksgd.data.shard import Descriptor, ShardWriter, deal_folder
-from sparksgd.spark.tasks.environment_tasks import local_folders
+from sparksgd.spark.tasks.environment_tasks import free_bytes, local_folders
 from sparksgd.spark.tasks.worker_exit import leave_quietly
+from sparksgd.storage.processes import Process
+from sparksgd.storage.scratch import PREFIX, claim, remove_left
 
 if TYPE_CHECKING:
     from pyspark.sql import Row
@@ -29,6 +32,7 @@ __all__ = [
     "descriptors",
     "inspect",
     "keyed",
+    "look_at_disks",
     "numbered",
     "remove",
     "remove_deal",
@@ -36,6 +40,9 @@ __all__ = [
     "texts",
     "write",
 ]
+
+_OF_SPARK = re.compile(r"(blockmgr|executor|spark)-[0-9a-f-]{36}")
+"""How Spark names its local directories."""
 
 
 def inspect(
@@ -53,6 +60,17 @@ def inspect(
     yield texts("report", [json.dumps(report.to_json())])
 
 
+def look_at_disks(_: Iterable[int]) -> Iterator[tuple[str, int, int]]:
+    """Task: remove what killed runs left on the disks of this executor's local directories.
+
+    Yield each directory's disk, its free bytes, and how many folders were removed.
+    """
+    remove_left()
+    left = [remove_left(_ours_beside(Path(folder))) for folder in local_folders()]
+    for (disk, free), removed in zip(free_bytes(()), left, strict=True):
+        yield disk, free, removed
+
+
 def keyed(
     schema: RowSchema, num_shards: int, deal: int, batches: Iterable[pa.RecordBatch]
 ) -> Iterator[pa.RecordBatch]:
@@ -66,6 +84,8 @@ def keyed(
 
 
 def write(
+    driver: Process,
+    application: str,
     deal_id: str,
     record_bytes: int,
     shards_of_partition: list[range] | None,
@@ -74,6 +94,8 @@ def write(
     """Task: write a partition's shards from rows sorted by shard and key; yield their descriptors.
 
     Args:
+        driver: needs the shards.
+        application: Spark's name of it.
         deal_id: names the folder.
         record_bytes: size of a record.
         shards_of_partition: the shards of each partition; None: only shard 0, to be renumbered later.
@@ -82,12 +104,12 @@ def write(
     leave_quietly()
     partition, folders = _this_partition(), local_folders()
     owned = range(1) if shards_of_partition is None else shards_of_partition[partition]
+    folder_of = {shard: deal_folder(folders[(partition + shard) % len(folders)], deal_id) for shard in owned}
+    for folder in set(folder_of.values()):
+        claim(folder, driver, application)
     with ExitStack() as writers:
         writer_of = {
-            shard: writers.enter_context(
-                ShardWriter(deal_folder(folders[(partition + shard) % len(folders)], deal_id), shard)
-            )
-            for shard in owned
+            shard: writers.enter_context(ShardWriter(folder, shard)) for shard, folder in folder_of.items()
         }
         for batch in batches:
             numbers = batch.column("shard").to_numpy()
@@ -140,6 +162,19 @@ def _this_partition() -> int:
     context = TaskContext.get()
     assert context is not None
     return context.partitionId()
+
+
+def _ours_beside(local_folder: Path) -> Iterator[Path]:
+    """Yield what may be of ours in the local directories of this executor, and of others beside it.
+
+    They are blockmgr-UUID, also in spark-UUID or in spark-UUID/executor-UUID.  What is on YARN is in a folder
+    of the application, which YARN removes.
+    """
+    root = local_folder
+    while _OF_SPARK.fullmatch(root.name):
+        root = root.parent
+    for above in ("", "blockmgr-*/", "spark-*/blockmgr-*/", "spark-*/executor-*/blockmgr-*/"):
+        yield from root.glob(f"{above}{PREFIX}*")
 
 
 def _packed(records: np.ndarray[Any, Any]) -> np.ndarray[Any, np.dtype[np.uint8]]:

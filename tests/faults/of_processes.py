@@ -1,0 +1,136 @@
+"""Faults of a session's own processes and files: executors, workers, daemons, shard files."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from functools import partial
+from pathlib import Path
+
+from experiment import AT, Trainings
+from failing import FailingTasks
+from spark_fixtures import sessions
+from spark_helpers import LOCAL_CLUSTER, executor_pids, flip_bit, striking, with_descendants, write_rows
+from table import Fault, Outcome, Place
+
+from sparksgd.training.state import Probe
+
+__all__ = ["place"]
+
+_STOPPED_S = 10.0
+_FAILING_SHARE = 0.05
+_MANY_STEPS = 500
+
+
+class _Here(Trainings):
+    """Trainings in a session of two executors.
+
+    Args:
+        local: Spark's local directory.
+    """
+
+    def __init__(self, local: Path, *given: object) -> None:
+        super().__init__(*given)  # type: ignore[arg-type]  # passed on
+        self.local = local
+
+    def shard_files(self) -> list[Path]:
+        return sorted(self.local.rglob("sparksgd-*/shard-*"))
+
+
+def _by_flag(name: str) -> Callable[[_Here, str], Outcome]:
+    return lambda here, engine: here.struck(engine, here.flag(name))
+
+
+def _kill_all(here: _Here, engine: str) -> Outcome:
+    def kill() -> None:
+        for executor in executor_pids():
+            os.kill(executor, signal.SIGKILL)
+
+    return here.struck(engine, here.flag("sleep"), beside=striking(here.asleep.exists, kill))
+
+
+def _stop(here: _Here, engine: str) -> Outcome:
+    stopped: list[int] = []
+
+    def send(sent: signal.Signals) -> None:
+        for process in stopped:
+            with suppress(ProcessLookupError):
+                os.kill(process, sent)
+
+    def wake() -> None:
+        time.sleep(_STOPPED_S)  # that long is the fault
+        send(signal.SIGCONT)
+
+    waking = threading.Thread(target=wake)
+
+    def stop(_: object) -> None:
+        stopped.extend(sorted(with_descendants(executor_pids()[:1])))
+        send(signal.SIGSTOP)
+        waking.start()
+
+    try:
+        return here.struck(engine, stop)
+    finally:
+        if waking.ident is not None:
+            waking.join()
+
+
+def _delete(here: _Here, engine: str) -> Outcome:
+    def delete(_: object) -> None:
+        for folder in {file.parent for file in here.shard_files()}:
+            shutil.rmtree(folder)
+
+    return here.struck(engine, delete)
+
+
+def _flip(here: _Here, engine: str) -> Outcome:
+    return here.struck(engine, lambda _: flip_bit(here.shard_files()[0]))
+
+
+def _fail(here: _Here, engine: str) -> Outcome:
+    turns = 4 if engine == "allreduce" else 1
+    settings = (f"train.steps={_MANY_STEPS}", "train.epochs=100")
+    probe = Probe(before_gradients=FailingTasks(_FAILING_SHARE, turns))
+    return here.struck(engine, lambda _: None, settings, probe=probe)
+
+
+@contextmanager
+def _opened(folder: Path) -> Iterator[_Here]:
+    rows = write_rows(folder / "rows", 1003)
+    with sessions(folder / "local") as session_for:
+        yield _Here(folder / "local", session_for(LOCAL_CLUSTER), rows, folder)
+
+
+_IN = f"in step {AT + 1}"
+_FAULTS = (
+    Fault(name="executor", killed=f"its JVM, {_IN}", strike=_by_flag("kill-executor")),
+    Fault(name="Python worker", killed=f"one of two, {_IN}", strike=_by_flag("kill-worker")),
+    Fault(name="daemon", killed=f"pyspark.daemon of an executor, {_IN}", strike=_by_flag("kill-daemon")),
+    Fault(name="all executors", killed=f"both JVMs at once, {_IN}", strike=_kill_all),
+    Fault(
+        name="executor that stands still",
+        killed=f"SIGSTOP to a JVM and its workers, for {_STOPPED_S:.0f} s after step {AT}",
+        strike=_stop,
+    ),
+    Fault(name="shard files deleted", killed=f"all of them, after step {AT}", strike=_delete),
+    Fault(name="flipped bit", killed=f"in a shard file, after step {AT}", strike=_flip),
+    Fault(
+        name="tasks that fail by chance",
+        killed=f"the worker of each task with probability {_FAILING_SHARE}, for {_MANY_STEPS} steps",
+        strike=_fail,
+    ),
+)
+
+
+def place(folder: Path) -> Place:
+    """Return the place of these faults.
+
+    Args:
+        folder: for its files; it is made.
+    """
+    return Place(name="two executors of one session", opened=partial(_opened, folder), faults=_FAULTS)
