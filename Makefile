@@ -49,7 +49,7 @@ define check-java
 endef
 
 .DEFAULT_GOAL := help
-.PHONY: help install warm run test-quick test test-all soak test-spark35 test-cluster hadoop-jars check fix bench dist clean
+.PHONY: help install warm run test-quick test test-all soak test-spark35 test-cluster hadoop-jars check fix bench goodput faults dist clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -136,6 +136,14 @@ fix: $(READY) ## Format, and fix what ruff can fix
 bench: $(READY) $(CLASSES) data/mnist/train.parquet ## Measure both engines against what you would use instead -> benchmark.json
 	$(check-java)
 	@SPARK_SUBMIT_OPTS="$$SPARK_SUBMIT_OPTS $(classes)" $(BIN)/python tests/bench/run.py --data data/mnist
+
+goodput: $(READY) data/mnist/train.parquet ## Measure what is left of the speed where things are killed -> goodput.json (40 minutes)
+	$(check-java)
+	@$(BIN)/python tests/bench/goodput.py --data data/mnist
+
+faults: $(READY) ## Strike trainings with 17 kinds of faults -> tests/FAULTS.md; ARGS='--only WORD...' runs some
+	$(check-java)
+	@$(BIN)/python tests/faults/run.py $(ARGS)
 
 dist: $(WHEEL) dist/sparksgd.zip dist/environment.tar.gz ## Build a wheel, and what travels to clusters: sparksgd.zip and environment.tar.gz
 

@@ -146,7 +146,7 @@ def main(argv: list[str]) -> int:
     options = _options(argv)
     size = QUICK if options.quick else FULL
     console = Console()
-    with _train_parquet(options.data) as (path, data):
+    with train_parquet(options.data) as (path, data):
         task = Task(
             data=str(path),
             num_workers=NUM_WORKERS,
@@ -340,7 +340,7 @@ def _memory(task: Task, size: Size, console: Console) -> dict[str, Any]:
 
 
 @contextmanager
-def _train_parquet(folder: Path | None) -> Iterator[tuple[Path, str]]:
+def train_parquet(folder: Path | None) -> Iterator[tuple[Path, str]]:
     """Give a Parquet file of training rows, and say what it is."""
     if folder is not None:
         path = folder.resolve() / "train.parquet"

@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 
 import servers
-from experiment import AT, Trainings
+from experiment import AT, QUICK_EXECUTORS, Trainings
 from spark_fixtures import sessions
 from spark_helpers import striking, with_descendants, write_rows
 from submissions import Submissions
@@ -20,7 +20,9 @@ from table import Fault, Outcome, Place
 __all__ = ["place"]
 
 _HOSTS = ("127.0.0.2", "127.0.0.3", "127.0.0.4")
-_EXECUTORS = {"spark.executor.memory": "600m", "spark.executor.cores": "1", "spark.cores.max": "2"}
+_EXECUTORS = {
+    "spark.executor.memory": "600m", "spark.executor.cores": "1", "spark.cores.max": "2", **QUICK_EXECUTORS,
+}  # fmt: skip
 
 
 class _Cluster:

@@ -12,7 +12,7 @@ from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 
-from experiment import AT, Trainings
+from experiment import AT, QUICK_EXECUTORS, Trainings
 from failing import FailingTasks
 from spark_fixtures import sessions
 from spark_helpers import LOCAL_CLUSTER, executor_pids, flip_bit, striking, with_descendants, write_rows
@@ -103,7 +103,7 @@ def _fail(here: _Here, engine: str) -> Outcome:
 def _opened(folder: Path) -> Iterator[_Here]:
     rows = write_rows(folder / "rows", 1003)
     with sessions(folder / "local") as session_for:
-        yield _Here(folder / "local", session_for(LOCAL_CLUSTER), rows, folder)
+        yield _Here(folder / "local", session_for(LOCAL_CLUSTER, **QUICK_EXECUTORS), rows, folder)
 
 
 _IN = f"in step {AT + 1}"

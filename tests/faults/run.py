@@ -1,6 +1,8 @@
 """Strikes trainings with faults, one after the other, and writes the table of what came of them.
 
-    python tests/faults/run.py [--only WORD] [--out FILE]
+    python tests/faults/run.py [--only WORD...] [--out FILE]
+
+--only strikes with some faults, and leaves the other rows of the file as they are.
 
 Each run is struck at a step.  It must end at the bits of an undisturbed run, or be refused in the words that
 the table shows.  "Seconds lost" are its wall time less the median of undisturbed runs of the same session.
@@ -20,7 +22,7 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
-from table import Fault, NotHere, Outcome, Place, Row, markdown
+from table import Fault, NotHere, Outcome, Place, Row, updated
 
 TESTS = Path(__file__).resolve().parent.parent
 
@@ -41,22 +43,29 @@ def main(argv: Sequence[str]) -> int:
     with tempfile.TemporaryDirectory(prefix="faults-") as temporary:
         for module in (of_processes, of_disks, of_hosts, of_hadoop):
             place = module.place(Path(temporary, module.__name__))
-            faults = [fault for fault in place.faults if options.only in f"{fault.name}, {fault.killed}"]
+            faults = [
+                fault
+                for fault in place.faults
+                if any(word in f"{fault.name}, {fault.killed}" for word in options.only)
+            ]
             if faults:
                 print(f"{place.name}:", flush=True)
-                rows += _struck(place, faults)
-    text = _page(rows, time.perf_counter() - started_s)
-    options.out.write_text(text)
-    print(f"written to {options.out}")
+                rows += _struck(place, faults, options.out)
+    print(f"{len(rows)} rows in {(time.perf_counter() - started_s) / 60:.0f} minutes; see {options.out}")
     wrong = [row for row in rows if not row.outcome.is_right]
     for row in wrong:
         print(f"NOT AS IT SHOULD BE: {row}", file=sys.stderr)
     return 1 if wrong or not rows else 0
 
 
-def _struck(place: Place, faults: Sequence[Fault]) -> list[Row]:
-    """Strike with these faults; return the rows."""
-    rows = []
+def _struck(place: Place, faults: Sequence[Fault], page: Path) -> list[Row]:
+    """Strike with these faults; write each row to the page, and return all."""
+    rows: list[Row] = []
+
+    def write(fault: Fault, engine: str, outcome: Outcome) -> None:
+        rows.append(Row(fault=fault, engine=engine, outcome=outcome, when=_version()))
+        page.write_text(updated(page.read_text() if page.exists() else "", rows[-1]))
+
     try:
         with place.opened() as here:
             for fault in faults:
@@ -67,37 +76,31 @@ def _struck(place: Place, faults: Sequence[Fault]) -> list[Row]:
                     except Exception as error:
                         traceback.print_exc()
                         found = Outcome(result=f"{type(error).__name__}: {error}", is_right=False)
+                    write(fault, engine, found)
                     took_s = time.perf_counter() - started_s
-                    rows.append(Row(fault=fault, engine=engine, outcome=found))
                     print(f"  {rows[-1]} {took_s:.0f} s", flush=True)
     except NotHere as why:
-        rows = [
-            Row(
-                fault=fault,
-                engine=", ".join(fault.engines),
-                outcome=Outcome(result=f"not run: {why}", is_right=True),
-            )
-            for fault in faults
-        ]
+        for fault in faults:
+            for engine in fault.engines:
+                write(fault, engine, Outcome(result=f"not run: {why}", is_right=True))
     return rows
 
 
 def _options(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument(
-        "--only", default="", metavar="WORD", help="faults in whose first columns this stands"
+        "--only", nargs="+", default=[""], metavar="WORD", help="faults in whose first columns this stands"
     )
     parser.add_argument("--out", type=Path, default=TESTS / "FAULTS.md", metavar="FILE")
     return parser.parse_args(argv)
 
 
-def _page(rows: Sequence[Row], took_s: float) -> str:
+def _version() -> str:
+    """Return the date, and the version of this checkout."""
     version = subprocess.run(
         ["git", "describe", "--always", "--dirty"], cwd=TESTS, capture_output=True, text=True, check=False
     ).stdout.strip()
-    when = datetime.now(UTC).strftime("%Y-%m-%d")
-    said = f"Written by `make faults` on {when}, of version {version}, in {took_s / 60:.0f} minutes."
-    return "\n".join(["# What faults cost", "", said, "", *markdown(rows), ""])
+    return f"{datetime.now(UTC).strftime('%Y-%m-%d')}, {version}"
 
 
 def _look_around() -> None:
@@ -105,6 +108,7 @@ def _look_around() -> None:
     folders = [str(TESTS / name) for name in ("modules", "hosts", "cluster", "spark")]
     sys.path[:0] = folders
     os.environ.setdefault("SPARK_LOCAL_IP", "127.0.0.1")
+    os.environ.setdefault("SPARK_SUBMIT_OPTS", "-XX:TieredStopAtLevel=1 -XX:+UseSerialGC")
     os.environ["PYSPARK_PYTHON"] = sys.executable
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [folders[0], os.environ.get("PYTHONPATH")]))
 
