@@ -212,6 +212,55 @@ def test_spools_are_in_a_folder_that_says_whose_it_is(temporary: Path) -> None:
     assert not list(temporary.glob("sparksgd-*"))
 
 
+FULL = OSError(28, "No space left on device")
+
+
+def test_lines_wait_for_space_where_the_temporary_folder_is_full(temporary: Path) -> None:
+    copies: list[bytes] = []
+
+    class Place:
+        def put(self, file: Path) -> None:
+            copies.append(file.read_bytes())
+
+    class Disk:
+        """Takes four bytes, then it is full, until `free`."""
+
+        def __init__(self, file: Any) -> None:
+            self.file, self.free_bytes = file, 4
+
+        def write(self, data: bytearray) -> int:
+            if not self.free_bytes:
+                raise FULL
+            count = self.file.write(data[: self.free_bytes])
+            self.free_bytes -= count
+            return count
+
+    lines = SpooledLines(Place(), b"first\n")
+    lines._spool = disk = Disk(lines._spool)
+    for text in ("second\n", "third\n"):
+        lines.write(text)
+        with pytest.raises(
+            OSError, match=f"No space left on device in the temporary folder {temporary}; set"
+        ):
+            lines.flush_all()
+    disk.free_bytes = 100
+    lines.write("fourth\n")
+    lines.close()
+    assert copies == [b"first\n", b"first\nsecond\nthird\nfourth\n"]
+    assert not list(temporary.iterdir())
+
+
+def test_a_full_temporary_folder_is_named(monkeypatch: pytest.MonkeyPatch, temporary: Path) -> None:
+    def full(*_: Any, **options: Any) -> str:
+        raise FULL
+
+    monkeypatch.setattr(tempfile, "mkdtemp", full)
+    with pytest.raises(
+        OSError, match=f"No space left on device in the temporary folder {temporary}; set TMPDIR"
+    ):
+        make_scratch()
+
+
 def test_a_folder_is_gone_after_its_block_whatever_is_in_it(temporary: Path) -> None:
     with scratch_folder() as folder:
         (folder / "link").symlink_to(tempfile.gettempdir())

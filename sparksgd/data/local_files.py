@@ -7,6 +7,7 @@ import socket
 import tempfile
 import zlib
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +16,8 @@ import pyarrow.dataset as ds
 
 from sparksgd.data.schema import HASH_BYTES, RowReport, Rows, RowSchema, read_rows
 from sparksgd.data.shard import Descriptor, ShardWriter
-from sparksgd.errors import DataError, ShardMissing
-from sparksgd.storage.scratch import make_scratch, remove_left, remove_scratch
+from sparksgd.errors import ClusterError, DataError, ShardMissing
+from sparksgd.storage.scratch import in_temporary_folder, make_scratch, remove_left, remove_scratch
 
 __all__ = ["LocalShards", "ParquetRows"]
 
@@ -104,15 +105,19 @@ class ParquetRows:
 
         Raises:
             ShardMissing: an unsorted shard is read back other than it was written.
+            ClusterError: the disk is full, or cannot be written.
         """
         if left := remove_left():
             log.info("removed %d folders that killed runs had left in %s", left, tempfile.gettempdir())
-        folder = make_scratch()
         try:
-            return LocalShards(self._written(folder, schema, num_shards, deal), folder)
-        except BaseException:
-            remove_scratch(folder)
-            raise
+            folder = make_scratch()
+            with in_temporary_folder(), ExitStack() as unless_written:
+                unless_written.callback(remove_scratch, folder)
+                shards = LocalShards(self._written(folder, schema, num_shards, deal), folder)
+                unless_written.pop_all()
+                return shards
+        except OSError as error:
+            raise ClusterError(f"the shards cannot be written: {error.strerror}") from error
 
     def _written(self, target: Path, schema: RowSchema, num_shards: int, deal: int) -> list[Descriptor]:
         unsorted = [target / f"unsorted-{shard}" for shard in range(num_shards)]

@@ -19,7 +19,7 @@ from py4j.protocol import Py4JError, Py4JJavaError
 from pyspark import SparkContext
 
 from sparksgd.storage import HIDDEN, FileStatus, Lines, SpooledLines, part_of, require_at_most, unchecked
-from sparksgd.storage.scratch import scratch_folder
+from sparksgd.storage.scratch import in_temporary_folder, scratch_folder
 
 __all__ = ["HadoopLocation", "hadoop_configuration"]
 
@@ -88,9 +88,7 @@ class HadoopLocation:
     def write_bytes(self, data: bytes) -> None:
         """Write the file, whole or not at all; create its folder if it does not exist."""
         with scratch_folder() as folder:
-            spool = folder / "spool"
-            spool.write_bytes(data)
-            self.put(spool)
+            self.put(_spooled(folder, data))
 
     def create(self, data: bytes) -> bool:
         """Write the file if it is not there, and its folder if need be; return whether this call did.
@@ -104,8 +102,7 @@ class HadoopLocation:
             with self._errors():
                 if self._scheme == "hdfs":
                     with scratch_folder() as folder, self._part() as part:
-                        spool = folder / "spool"
-                        spool.write_bytes(data)
+                        spool = _spooled(folder, data)
                         self._files.copyFromLocalFile(False, True, _java_path(f"file:{spool}"), part)
                         return bool(self._files.rename(part, self._path))  # False if it is there
                 stream = self._files.create(self._path, False)
@@ -258,6 +255,14 @@ class HadoopLocation:
             raise OSError(number, reason, self._uri) from error
         except Py4JError as error:
             raise OSError(errno.EIO, f"the driver's JVM does not answer: {error}", self._uri) from error
+
+
+def _spooled(folder: Path, data: bytes) -> Path:
+    """Write data to a file of this machine; return it."""
+    with in_temporary_folder():
+        spool = folder / "spool"
+        spool.write_bytes(data)
+        return spool
 
 
 def _is_hidden(name: str) -> bool:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Protocol
 
-from sparksgd.storage.scratch import scratch_folder
+from sparksgd.storage.scratch import in_temporary_folder, scratch_folder
 
 __all__ = ["Lines", "LocalLines", "SpooledLines", "Target", "Throttle"]
 
@@ -114,17 +114,17 @@ class SpooledLines:
     ) -> None:
         self._target = target
         self._copies = Throttle(_SECONDS_BETWEEN_COPIES, _COPYING_SHARE, clock)
+        self._unwritten = bytearray(kept)
         with ExitStack() as unless_begun:
-            folder = unless_begun.enter_context(scratch_folder())
-            self._path = folder / "lines"
-            self._spool = unless_begun.enter_context(self._path.open("w", encoding="utf-8"))
-            self._spool.write(kept.decode())
+            self._path = unless_begun.enter_context(scratch_folder()) / "lines"
+            with in_temporary_folder():
+                self._spool = unless_begun.enter_context(self._path.open("wb", 0))
             self._copy()
             self._open = unless_begun.pop_all()
 
     def write(self, text: str) -> None:
         """Append whole lines."""
-        self._spool.write(text)
+        self._unwritten += text.encode()
 
     def flush(self) -> None:
         """Copy what is not there yet, if it is time to."""
@@ -137,12 +137,12 @@ class SpooledLines:
 
     def close(self) -> None:
         """Copy what is not there yet."""
-        try:
+        with self._open:
             self._copy()
-        finally:
-            self._open.close()
 
     def _copy(self) -> None:
         with self._copies.done():
-            self._spool.flush()
+            with in_temporary_folder():
+                while self._unwritten:  # if the disk is full, the rest waits until there is space again
+                    del self._unwritten[: self._spool.write(self._unwritten)]
             self._target.put(self._path)

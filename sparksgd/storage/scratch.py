@@ -30,7 +30,16 @@ from typing import Any
 
 from sparksgd.storage.processes import Process, is_mentioned, starter, this_process
 
-__all__ = ["PREFIX", "Owner", "claim", "make_scratch", "remove_left", "remove_scratch", "scratch_folder"]
+__all__ = [
+    "PREFIX",
+    "Owner",
+    "claim",
+    "in_temporary_folder",
+    "make_scratch",
+    "remove_left",
+    "remove_scratch",
+    "scratch_folder",
+]
 
 PREFIX = "sparksgd-"
 """How the names of these folders begin."""
@@ -59,15 +68,34 @@ class Owner:
         return self.executor.is_gone_seen_from(here) and not is_mentioned(self.application)
 
 
-def make_scratch() -> Path:
-    """Make a folder of this process in the temporary folder; `remove_scratch` removes it."""
-    folder = Path(tempfile.mkdtemp(prefix=PREFIX))
+@contextmanager
+def in_temporary_folder() -> Iterator[None]:
+    """Let an OSError of the block say that it is of the temporary folder.
+
+    Raises:
+        OSError: as the block raises it, with other words.
+    """
     try:
-        _write(folder, Owner(process=this_process()))
-    except BaseException:
-        remove_scratch(folder)
-        raise
-    return folder
+        yield
+    except OSError as error:
+        where = f"in the temporary folder {tempfile.gettempdir()}; set TMPDIR to one on another disk"
+        raise OSError(error.errno, f"{error.strerror} {where}") from error
+
+
+def make_scratch() -> Path:
+    """Make a folder of this process in the temporary folder; `remove_scratch` removes it.
+
+    Raises:
+        OSError: it cannot be made; the words name the temporary folder.
+    """
+    with in_temporary_folder():
+        folder = Path(tempfile.mkdtemp(prefix=PREFIX))
+        try:
+            _write(folder, Owner(process=this_process()))
+        except BaseException:
+            remove_scratch(folder)
+            raise
+        return folder
 
 
 def remove_scratch(folder: Path) -> None:

@@ -14,7 +14,7 @@ import pytest
 from sparksgd.data.local_files import LocalShards, ParquetRows
 from sparksgd.data.schema import Feature, RowSchema
 from sparksgd.data.shard import read_records
-from sparksgd.errors import DataError, ShardMissing
+from sparksgd.errors import ClusterError, DataError, ShardMissing
 
 SCHEMA = RowSchema(features=(Feature(name="x", dtype="float32", length=2),), label="y", label_dtype="int64")
 
@@ -105,6 +105,19 @@ def test_the_digests_of_the_shards_add_up_to_that_of_the_inspection(tmp_path: Pa
 def test_shards_without_rows_are_there_all_the_same(tmp_path: Path) -> None:
     shards = dealt(parquet(tmp_path / "rows", [[1.0, 2.0]] * 3, [0, 0, 0]), 4)
     assert sorted(shard.rows for shard in shards.table) == [0, 0, 0, 3]
+
+
+def test_a_full_disk_is_named_with_what_to_do_and_nothing_is_left(
+    tmp_path: Path, temporary_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("sparksgd.data.local_files.ShardWriter.append", full)
+    said = "the shards cannot be written: No space left on device in the temporary folder"
+    with pytest.raises(ClusterError, match=f"{said} {temporary_folder}; set TMPDIR"):
+        dealt(parquet(tmp_path / "rows", NUMBERS, [0] * 200), 3)
+    assert list(temporary_folder.iterdir()) == []
 
 
 def test_closing_removes_every_file(tmp_path: Path, temporary_folder: Path) -> None:

@@ -22,6 +22,7 @@ from sparksgd.errors import SparkSGDError
 from sparksgd.runs.checkpoints import manifests
 from sparksgd.runs.earlier import Found, resumable
 from sparksgd.runs.folder import RunFolder
+from sparksgd.runs.lease import remove_leases
 from sparksgd.spark.frame_rows import DataFrameRows
 from sparksgd.spark.hadoop_files import HadoopLocation
 from sparksgd.spark.train import train
@@ -125,6 +126,7 @@ class _OnDisk:
         except SparkSGDError as error:
             words.append(f"{said(error)}; mended, and the run went on from its last checkpoint")
             mend()
+            remove_leases(out)  # another process would see that their holder is gone
             found = resumable(out, config, {}, "out")
             training = self.trained(engine, out, [], found)
             if not training.resumed:
