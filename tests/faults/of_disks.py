@@ -30,7 +30,7 @@ from sparksgd.storage import Location, location
 from sparksgd.training import checkpointing
 from sparksgd.training.state import Training
 
-__all__ = ["place"]
+__all__ = ["places"]
 
 _DISK_BYTES = 64 << 20
 _FREED_AT = AT + 6
@@ -260,10 +260,10 @@ _FAULTS = (
 )
 
 
-def place(folder: Path) -> Place:
-    """Return the place of these faults.
+def places(folder: Path) -> list[Place]:
+    """Return the places of these faults.
 
     Args:
-        folder: for its files; it is made.
+        folder: for their files; it is made.
     """
-    return Place(name="small disks", opened=partial(_opened, folder), faults=_FAULTS)
+    return [Place(name="small disks", opened=partial(_opened, folder), faults=_FAULTS)]

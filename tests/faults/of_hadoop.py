@@ -22,7 +22,7 @@ from spark_helpers import write_rows
 from submissions import Submissions
 from table import Fault, NotHere, Outcome, Place
 
-__all__ = ["place"]
+__all__ = ["places"]
 
 _GONE_S = 20.0
 
@@ -113,10 +113,10 @@ _FAULTS = (
 )
 
 
-def place(folder: Path) -> Place:
-    """Return the place of these faults.
+def places(folder: Path) -> list[Place]:
+    """Return the places of these faults.
 
     Args:
-        folder: for its files; it is made.
+        folder: for their files; it is made.
     """
-    return Place(name="Hadoop's servers", opened=partial(_opened, folder), faults=_FAULTS)
+    return [Place(name="Hadoop's servers", opened=partial(_opened, folder), faults=_FAULTS)]

@@ -17,7 +17,7 @@ from spark_helpers import striking, with_descendants, write_rows
 from submissions import Submissions
 from table import Fault, Outcome, Place
 
-__all__ = ["place"]
+__all__ = ["places"]
 
 _HOSTS = ("127.0.0.2", "127.0.0.3", "127.0.0.4")
 _EXECUTORS = {
@@ -94,10 +94,12 @@ _FAULTS = (
 )
 
 
-def place(folder: Path) -> Place:
-    """Return the place of these faults.
+def places(folder: Path) -> list[Place]:
+    """Return the places of these faults.
 
     Args:
-        folder: for its files; it is made.
+        folder: for their files; it is made.
     """
-    return Place(name="a standalone cluster of three hosts", opened=partial(_started, folder), faults=_FAULTS)
+    return [
+        Place(name="a standalone cluster of three hosts", opened=partial(_started, folder), faults=_FAULTS)
+    ]

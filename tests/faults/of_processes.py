@@ -7,10 +7,12 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from experiment import AT, QUICK_EXECUTORS, Trainings
 from failing import FailingTasks
@@ -20,7 +22,7 @@ from table import Fault, Outcome, Place
 
 from sparksgd.training.state import Probe
 
-__all__ = ["place"]
+__all__ = ["places"]
 
 _STOPPED_S = 10.0
 _FAILING_SHARE = 0.05
@@ -34,9 +36,16 @@ class _Here(Trainings):
         local: Spark's local directory.
     """
 
-    def __init__(self, local: Path, *given: object) -> None:
-        super().__init__(*given)  # type: ignore[arg-type]  # passed on
+    def __init__(self, local: Path, *given: Any) -> None:
+        super().__init__(*given)
         self.local = local
+
+    def struck(self, *given: Any, **more: Any) -> Outcome:
+        """Train while a fault strikes; of the run no file may be left, wherever it was."""
+        found, left = super().struck(*given, **more), list(self.local.rglob("sparksgd-*"))
+        if not left:
+            return found
+        return replace(found, result=f"{found.result}; left {len(left)} folders", is_right=False)
 
     def shard_files(self) -> list[Path]:
         return sorted(self.local.rglob("sparksgd-*/shard-*"))
@@ -100,10 +109,10 @@ def _fail(here: _Here, engine: str) -> Outcome:
 
 
 @contextmanager
-def _opened(folder: Path) -> Iterator[_Here]:
+def _opened(folder: Path, master: str, settings: Mapping[str, str]) -> Iterator[_Here]:
     rows = write_rows(folder / "rows", 1003)
     with sessions(folder / "local") as session_for:
-        yield _Here(folder / "local", session_for(LOCAL_CLUSTER, **QUICK_EXECUTORS), rows, folder)
+        yield _Here(folder / "local", session_for(master, **settings), rows, folder)
 
 
 _IN = f"in step {AT + 1}"
@@ -119,6 +128,8 @@ _FAULTS = (
     ),
     Fault(name="shard files deleted", killed=f"all of them, after step {AT}", strike=_delete),
     Fault(name="flipped bit", killed=f"in a shard file, after step {AT}", strike=_flip),
+)
+_FAULTS_OF_TASKS = (
     Fault(
         name="tasks that fail by chance",
         killed=f"the worker of each task with probability {_FAILING_SHARE}, for {_MANY_STEPS} steps",
@@ -127,10 +138,16 @@ _FAULTS = (
 )
 
 
-def place(folder: Path) -> Place:
-    """Return the place of these faults.
+def places(folder: Path) -> list[Place]:
+    """Return the places of these faults.
 
     Args:
-        folder: for its files; it is made.
+        folder: for their files; it is made.
     """
-    return Place(name="two executors of one session", opened=partial(_opened, folder), faults=_FAULTS)
+    settings = QUICK_EXECUTORS | {"spark.python.daemon.module": "pyspark.daemon"}  # as jobs have it
+    executors = partial(_opened, folder / "executors", LOCAL_CLUSTER, settings)
+    tasks = partial(_opened, folder / "tasks", "local[2]", {})
+    return [
+        Place(name="two executors of one session", opened=executors, faults=_FAULTS),
+        Place(name="a session whose workers start at once", opened=tasks, faults=_FAULTS_OF_TASKS),
+    ]

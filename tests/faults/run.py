@@ -42,15 +42,15 @@ def main(argv: Sequence[str]) -> int:
     started_s, rows = time.perf_counter(), []
     with tempfile.TemporaryDirectory(prefix="faults-") as temporary:
         for module in (of_processes, of_disks, of_hosts, of_hadoop):
-            place = module.place(Path(temporary, module.__name__))
-            faults = [
-                fault
-                for fault in place.faults
-                if any(word in f"{fault.name}, {fault.killed}" for word in options.only)
-            ]
-            if faults:
-                print(f"{place.name}:", flush=True)
-                rows += _struck(place, faults, options.out)
+            for place in module.places(Path(temporary, module.__name__)):
+                faults = [
+                    fault
+                    for fault in place.faults
+                    if any(word in f"{fault.name}, {fault.killed}" for word in options.only)
+                ]
+                if faults:
+                    print(f"{place.name}:", flush=True)
+                    rows += _struck(place, faults, options.out)
     print(f"{len(rows)} rows in {(time.perf_counter() - started_s) / 60:.0f} minutes; see {options.out}")
     wrong = [row for row in rows if not row.outcome.is_right]
     for row in wrong:

@@ -38,7 +38,9 @@ pytestmark = pytest.mark.session("local[2]")
 
 @pytest.mark.session(LOCAL_CLUSTER)
 @pytest.mark.soak
-def test_executors_killed_between_steps_and_in_a_step_change_no_bit(spark, small, flags):
+def test_executors_killed_between_steps_and_in_a_step_change_no_bit_and_leave_no_file(
+    spark, small, flags, local_dir
+):
     config = configured("train.steps=20", "model.name=users_modules:FlagNet", f"model.folder={flags}")
     seen = []
 
@@ -62,6 +64,7 @@ def test_executors_killed_between_steps_and_in_a_step_change_no_bit(spark, small
     assert training.recovery.retries > retries
     assert training.recovery.rebuilt_shards >= rebuilt_shards + 2
     assert len(training.step_times) == 20
+    assert not list(local_dir.rglob("sparksgd-*"))
 
 
 @pytest.mark.soak

@@ -52,6 +52,7 @@ class SparkShards:
         self._written = written
         self._rdd: RDD[Descriptor] | None = None
         self._partition_of: dict[int, int] = {}
+        self._folders: set[str] = set()  # those of lost executors, too
         self.table: list[Descriptor] = []
 
     def write(self) -> None:
@@ -133,8 +134,7 @@ class SparkShards:
             return  # and Spark removes its local directories
         try:
             self._cluster.context.setJobDescription("sparksgd: removing shards")
-            folders = sorted({str(Path(shard.path).parent) for shard in self.table})
-            self._remove(partial(row_tasks.remove_deal, self._deal_id, folders), self.table)
+            self._remove(partial(row_tasks.remove_deal, self._deal_id, sorted(self._folders)), self.table)
         except Exception as error:
             if self._cluster.is_stopped():
                 return
@@ -157,6 +157,7 @@ class SparkShards:
         }
         self._rdd = descriptors
         self.table = sorted(chain.from_iterable(partitions), key=lambda shard: shard.shard)
+        self._folders |= {str(Path(shard.path).parent) for shard in self.table}
 
     def _remove(self, task: Callable[[Iterable[int]], Iterator[str]], shards: Sequence[Descriptor]) -> None:
         hosts = set(self._cluster.visit(task))
