@@ -58,11 +58,11 @@ _NOT_USERS = ("torch", "builtins", "typing", "collections", "abc")
 
 
 def is_torchs(name: str) -> bool:
-    """Return whether an attribute is one of those that every module of torch has."""
+    """Return whether an attribute is one of those that every module of torch has, or every lazy one."""
     return name in _TORCHS
 
 
-_TORCHS = frozenset(vars(nn.Module()))
+_TORCHS = frozenset(vars(nn.Module())) | {"_initialize_hook", "_load_hook"}
 
 
 def _within(

@@ -116,6 +116,17 @@ def test_a_module_given_in_python_gets_its_constants_back(tmp_path: Path) -> Non
     assert torch.equal(loaded(X), trained(X))
 
 
+def lazy() -> nn.Module:
+    return nn.Sequential(nn.LazyLinear(5), nn.LazyBatchNorm1d(), nn.ReLU(), nn.LazyLinear(1))
+
+
+def test_lazy_layers_are_built_again_with_the_shapes_that_they_took(tmp_path: Path) -> None:
+    trained = saved(tmp_path, "lazy")
+    loaded = load_model(tmp_path / "run" / "model", trust=[__name__]).module
+    assert torch.equal(loaded(X), trained(X))
+    assert [type(layer) for layer in loaded] == [nn.Linear, nn.BatchNorm1d, nn.ReLU, nn.Linear]
+
+
 def test_a_model_without_constants_has_no_file_of_them(tmp_path: Path) -> None:
     saved(tmp_path, "small")
     about = json.loads((tmp_path / "run" / "model" / "model.json").read_text())
