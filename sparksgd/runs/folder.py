@@ -43,6 +43,7 @@ from sparksgd.runs.names import CHECKPOINTS, METRICS, MODEL, RUN, RUN_BEFORE, SU
 from sparksgd.solvers.protocol import Need
 from sparksgd.storage import Location, Throttle, location, remove_parts, unanswered
 from sparksgd.training.state import EvaluationReport, Observer, Training
+from sparksgd.training.value_rules import TEXT, WHOLE, MapOf, Table
 
 __all__ = ["RunFolder", "summary", "unwritable"]
 
@@ -210,12 +211,19 @@ class RunFolder(Observer):
         return {"files": grown, "events": self._events, "deal": self._deal}
 
     def recall(self, memory: dict[str, Any]) -> None:
-        """Let the files go on where they were."""
-        files = {name: memory["files"][name] for name in (METRICS, TRACE) if name in memory["files"]}
+        """Let the files go on where they were.
+
+        Raises:
+            DataError: it is nothing that `memory` returned.
+        """
+        file = Table({"bytes": WHOLE, "sha256": TEXT})
+        Table({"files": MapOf(TEXT, file), "events": WHOLE, "deal": WHOLE})(memory, "observers.RunFolder")
         self._recalled = {
-            name: _Kept(bytes=file["bytes"], sha256=file["sha256"]) for name, file in files.items()
+            name: _Kept(**memory["files"][name]) for name in (METRICS, TRACE) if name in memory["files"]
         }
-        self._events, self._deal = int(memory["events"]), int(memory["deal"])
+        self._events, self._deal = memory["events"], memory["deal"]
+        if self._events and TRACE not in self._recalled:
+            raise DataError(f"observers.RunFolder counts {self._events} events, but has no {TRACE}")
 
     def started(self, training: Training) -> None:
         """Remove the files of an earlier run, or go on with them, and begin metrics.jsonl."""
@@ -224,6 +232,8 @@ class RunFolder(Observer):
                 unless_begun.enter_context(self.held())
                 self.require_writable()
             kept = {name: self._kept(name, about) for name, about in self._recalled.items()}
+            if training.resumed and METRICS not in kept:
+                log.warning("the checkpoint says nothing of %s: it begins after its step", METRICS)
             self._begin(training, kept)
             self._run = unless_begun.pop_all()
 
@@ -406,10 +416,6 @@ class _Kept:
 
     bytes: int
     sha256: str
-
-    def __post_init__(self) -> None:
-        if type(self.bytes) is not int or self.bytes < 0 or type(self.sha256) is not str:
-            raise ValueError(f"{self} is no beginning of a file")
 
 
 class _Growing:

@@ -19,6 +19,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
+import numpy as np
 import torch
 
 from sparksgd.arithmetic.believed import NotBelieved, check_believed, only_classes_of
@@ -29,10 +30,12 @@ from sparksgd.config import Config
 from sparksgd.errors import DataError, ModelError, SparkSGDError
 from sparksgd.imports.trust import trusted
 from sparksgd.solvers.protocol import RoundSolver, SolverState
+from sparksgd.training.checkpoint_rules import check_run, check_solver
 from sparksgd.training.composition import other_structure, structure
 from sparksgd.training.encoding import as_plain, of_plain
 from sparksgd.training.plain_values import plain_values
 from sparksgd.training.state import EvaluationReport, NumericsChange, Observer, Resumed, Training
+from sparksgd.training.value_rules import whole
 
 __all__ = ["Checkpoint", "Part", "RunIdentity", "Start", "check_state", "go_on", "taken", "unreplaced_digest"]
 
@@ -99,7 +102,9 @@ class Checkpoint:
             DataError: the part is of another version.
         """
         with self.fitting():
-            return int(self.values("run")["deal"])
+            deal = self.values("run")["deal"]
+            whole(0, self.step)(deal, "run.deal")
+            return int(deal)
 
     @contextmanager
     def fitting(self) -> Iterator[None]:
@@ -187,10 +192,11 @@ def go_on(training: Training, solver: RoundSolver, observers: Sequence[Observer]
 
 def _load(checkpoint: Checkpoint, training: Training, solver: RoundSolver) -> None:
     run, state = checkpoint.values("run"), checkpoint.values("solver")
+    check_run(run, training, checkpoint.step, checkpoint.turns)
     different = other_structure(training.module, run["structure"])
     size = training.flat.parameters.numel()
-    if different is None and state["weights"]["parameters"].shape != (size,):
-        saved = state["weights"]["parameters"].size
+    saved = np.size(state.get("weights", {}).get("parameters", ()))
+    if different is None and saved != size:
         different = f"it had {saved:,} trainable parameters, but has {size:,}"
     if different is not None:
         raise ModelError(
@@ -203,10 +209,9 @@ def _load(checkpoint: Checkpoint, training: Training, solver: RoundSolver) -> No
             f"keeps is another now, such as the rate of a dropout, or a tensor that is not trained. Pass "
             f"the module as it was built then, or start anew"
         )
+    check_solver(state, training.flat, solver, checkpoint.step, checkpoint.turns)
     with only_classes_of(_packages(training.config)):
         solver.load_state(_solver_state(state))
-    if (solver.version, solver.turns) != (checkpoint.step, checkpoint.turns):
-        raise ValueError("its parts are of different steps")
     _load_run(training, run)
     training.version, training.turns = solver.version, solver.turns
 

@@ -18,10 +18,10 @@ from typing import Any
 
 import carried_kinds
 import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from resumed_jobs import EVERY_STEP, Jobs, made_jobs
 from resumed_modules import TwoHeads
 from rich.console import Console
 
@@ -37,8 +37,6 @@ from sparksgd.training.checkpointing import Checkpointing
 from sparksgd.training.state import Observer, Training
 
 pytestmark = pytest.mark.usefixtures("every_checkpoint")
-
-EVERY_STEP = {"checkpoint": {"every_steps": 1, "keep": 1000}}
 
 KINDS: dict[str, dict[str, Any]] = {
     "momentum, one cycle": {
@@ -73,60 +71,9 @@ KINDS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Jobs:
-    """Runs jobs on the same rows."""
-
-    folder: Path
-
-    def config(self, *tables: dict[str, dict[str, Any]]) -> dict[str, Any]:
-        rows = str(self.folder / "rows.parquet")
-        found: dict[str, Any] = {
-            "data": {"train": rows, "test": rows},
-            "model": {"name": "torch.nn:Linear", "in_features": 4, "out_features": 2},
-            "optimizer": {"name": "Adam", "lr": 0.01},
-            "engine": {"name": "inline"},
-            "train": {"epochs": 2, "rows_per_step": 20, "num_shards": 4, "seed": 5},
-        }
-        for table in tables:
-            for section, keys in table.items():
-                same = keys.get("name", None) in (None, found.get(section, {}).get("name"))
-                found[section] = (found.get(section, {}) if same else {}) | keys
-        return found
-
-    def run(self, out: str, *tables: dict[str, dict[str, Any]], **how: Any) -> dict[str, Any]:
-        terminal = Terminal(Console(file=io.StringIO()), tables=False)
-        run(
-            Config.from_dict(self.config(*tables)),
-            str(self.folder / out),
-            run_id=out,
-            terminal=terminal,
-            **how,
-        )
-        found: dict[str, Any] = json.loads((self.folder / out / "summary.json").read_text())
-        return found
-
-    def stopped_at(self, out: str, step: int, *tables: dict[str, dict[str, Any]]) -> None:
-        """Run a job that is interrupted while it tells of the step after this one."""
-
-        def stepped(_: Observer, training: Training, report: Any) -> None:
-            if report.step == step + 1:
-                raise KeyboardInterrupt
-
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(Terminal, "stepped", stepped)
-            with pytest.raises(KeyboardInterrupt):
-                self.run(out, *tables)
-
-
 @pytest.fixture(scope="module")
 def jobs(tmp_path_factory: pytest.TempPathFactory) -> Jobs:
-    folder = tmp_path_factory.mktemp("jobs")
-    source = np.random.default_rng(3)
-    x = source.normal(size=(100, 4)).astype("f4")
-    label = (x[:, 0] + x[:, 1] > 0).astype("i8")
-    pq.write_table(pa.table({"features": x.tolist(), "label": label}), folder / "rows.parquet")
-    return Jobs(folder)
+    return made_jobs(tmp_path_factory.mktemp("jobs"))
 
 
 def metrics(out: Path) -> list[dict[str, Any]]:
@@ -214,7 +161,7 @@ def test_a_run_that_was_interrupted_while_it_told_of_a_step_makes_that_again(job
 class Interruption:
     """Raises KeyboardInterrupt at the n-th line that runs, in some files, while it is on."""
 
-    FILES = ("loop.py", "folder.py", "lines.py", "checkpointing.py", "terminal.py")
+    FILES = ("loop.py", "folder.py", "lines.py", "checkpointing.py")
 
     def __init__(self, number: int) -> None:
         self.left, self.place = number, ""
@@ -241,7 +188,7 @@ class Interruption:
         return self._trace
 
 
-@pytest.mark.parametrize("stride", [31, pytest.param(1, marks=pytest.mark.soak)])
+@pytest.mark.parametrize("stride", [11, pytest.param(1, marks=pytest.mark.soak)])
 def test_an_evaluation_has_one_line_wherever_the_run_is_interrupted(jobs: Jobs, stride: int) -> None:
     """From the evaluation's result to the next step."""
     tables = SHORT | {

@@ -1,0 +1,220 @@
+"""What the parts of a checkpoint must be, so that a run of this experiment can go on from them.
+
+Files have digests, but whoever can write them can write digests, too.  So every value is compared with what
+a run has that was just made: types, shapes, keys and bounds.  What an optimiser or a schedule of the user's
+own keeps is bytes here, and believed.py says what these may be.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from sparksgd.arithmetic.changes import bits
+from sparksgd.arithmetic.flat import FlatModule
+from sparksgd.arithmetic.numerics import Numerics
+from sparksgd.engines.protocol import Recovery
+from sparksgd.errors import DataError
+from sparksgd.solvers.protocol import RoundSolver
+from sparksgd.training.state import EvaluationReport, NumericsChange, Resumed, Training
+from sparksgd.training.value_rules import (
+    BOOL,
+    FINITE,
+    TEXT,
+    WHOLE,
+    Array,
+    Like,
+    ListOf,
+    MapOf,
+    Rule,
+    Table,
+    of_fields,
+    optional,
+    whole,
+)
+
+__all__ = ["check_run", "check_solver"]
+
+
+def check_run(run: Mapping[str, Any], training: Training, step: int, turns: int) -> None:
+    """Refuse the part "run" of a checkpoint where a value is none that a run of this can have.
+
+    Args:
+        run: the part.
+        training: the run that is to go on.
+        step: of the checkpoint.
+        turns: that each shard had made.
+
+    Raises:
+        DataError: with the path of the value, and the rule.
+    """
+    steps, counts = whole(0, step), ListOf(whole(0, step), training.config.train.num_shards)
+    participation: dict[str, Rule] = {
+        "steps": steps,
+        "of_shard": counts,
+        "epoch_steps": steps,
+        "epoch_of_shard": counts,
+        "late": MapOf(WHOLE, steps),
+        "answers": MapOf(WHOLE, WHOLE),
+    }
+    rules: dict[str, Rule] = {
+        "structure": MapOf(TEXT, TEXT),
+        "deal": steps,
+        "participation": Table(participation),
+        "evaluations": ListOf(of_fields(EvaluationReport)),
+        "numerics": ListOf(of_fields(Numerics), least=2),
+        "numerics_changes": ListOf(of_fields(NumericsChange)),
+        "recovery": of_fields(Recovery),
+        "sent_bytes": WHOLE,
+        "settled_turns": whole(0, turns),
+        "resumed": ListOf(of_fields(Resumed)),
+        "decided": Table({"channels_last": BOOL, "float16": BOOL}),
+        "unreplaced": optional(TEXT),
+        "test_digest": optional(TEXT),
+    }
+    Table(rules)(run, "run")
+    made = [report["step"] for report in run["evaluations"]]
+    if made != sorted(set(made)) or (made and not 1 <= made[0] <= made[-1] <= step):
+        raise DataError(f"run.evaluations are of steps that do not grow from 1 to {step}")
+
+
+def check_solver(
+    values: Mapping[str, Any], flat: FlatModule, solver: RoundSolver, step: int, turns: int
+) -> None:
+    """Refuse the part "solver" of a checkpoint where a value is none that this solver can have.
+
+    Args:
+        values: the part.
+        flat: the module.
+        solver: as it was made.
+        step: of the checkpoint.
+        turns: that each shard had made.
+
+    Raises:
+        DataError: with the path of the value, and the rule.
+    """
+    made = solver.state()
+    vector, constants = _like(made.weights.parameters), dict(flat.constants())
+
+    def constant(value: Any, path: str) -> None:
+        name = path.removeprefix("solver.weights.constants.")
+        if name not in constants:
+            raise DataError(f"{path} is no frozen parameter or buffer of the module")
+        _like(bits(constants[name]))(value, path)
+
+    weights: dict[str, Rule] = {
+        "version": whole(step, step),
+        "parameters": vector,
+        "statistics": _like(made.weights.statistics),
+        "counters": _like(made.weights.counters),
+        "constants": MapOf(TEXT, constant),
+    }
+    Table(
+        {
+            "weights": Table(weights),
+            "turns": whole(turns, turns),
+            "vectors": MapOf(TEXT, vector),
+            "rest": _of_rest(made.rest, len(flat.parts), turns),
+        }
+    )(values, "solver")
+    for name in made.vectors:
+        if name not in values["vectors"]:
+            raise DataError(f"solver.vectors has no {name}")
+    optimizers = {type(one.optimizer): one.optimizer for one in getattr(solver, "optimizers", ())}
+    for path, state in _elementwise_in(values["rest"], "solver.rest"):
+        _check_names(state, values["vectors"], path)
+        for kind, optimizer in optimizers.items():
+            if optimizer.defaults.keys() <= state["groups"][0].keys():
+                _check_ranges(kind, state["groups"][0], path)
+
+
+def _like(array: np.ndarray[Any, Any]) -> Array:
+    return Array(array.dtype, array.shape)
+
+
+_ELEMENTWISE = {"groups", "divided", "vectors", "numbers"}
+"""The keys of the state of an optimiser that treats each element by itself."""
+
+
+def _of_rest(made: Any, count: int, turns: int, name: str = "") -> Rule:
+    """Return the rule of what a solver keeps beside vectors, from what it keeps at first."""
+    if name == "scalars":
+        return MapOf(TEXT, FINITE)
+    if name == "turn":
+        return whole(0, turns)
+    if name == "moved":
+        return ListOf(TEXT)
+    if isinstance(made, bytes):
+        return _of_bytes
+    if isinstance(made, Mapping) and made.keys() == _ELEMENTWISE:
+        (group,) = made["groups"]
+        number = optional(MapOf(TEXT, _of_number))
+        return Table(
+            {
+                "groups": ListOf(Like(group), 1),
+                "divided": BOOL,
+                "vectors": _either(ListOf(ListOf(TEXT), 1), ListOf(ListOf(TEXT), count)),
+                "numbers": _either(ListOf(number, 1), ListOf(number, count)),
+            }
+        )
+    if isinstance(made, Mapping) and name != "schedule" and name != "group":
+        return Table({key: _of_rest(value, count, turns, key) for key, value in made.items()})
+    return Like(made)
+
+
+def _either(one: ListOf, other: ListOf) -> Rule:
+    def check(value: Any, path: str) -> None:
+        (one if isinstance(value, list | tuple) and len(value) == 1 else other)(value, path)
+
+    return check
+
+
+def _of_bytes(value: Any, path: str) -> None:
+    if type(value) is not bytes:
+        raise DataError(f"{path} is a {type(value).__name__}, but must be bytes")
+
+
+def _of_number(value: Any, path: str) -> None:
+    """Check a number that an optimiser keeps for a parameter, as its count of steps."""
+    if isinstance(value, np.ndarray):
+        Array(value.dtype if value.dtype.kind in "fiu" else np.dtype(np.float32), ())(value, path)
+        value = value.item()
+    if value is not None and type(value) is not bool:
+        FINITE(value, path)
+
+
+def _elementwise_in(value: Any, path: str) -> list[tuple[str, Mapping[str, Any]]]:
+    if not isinstance(value, Mapping):
+        return []
+    if value.keys() == _ELEMENTWISE:
+        return [(path, value)]
+    return [found for key, inner in value.items() for found in _elementwise_in(inner, f"{path}.{key}")]
+
+
+def _check_names(state: Mapping[str, Any], vectors: Mapping[str, Any], path: str) -> None:
+    prefix = "centre." if path.endswith(".centre") else ""
+    is_whole = len(state["vectors"]) == len(state["numbers"]) == 1
+    if (state["divided"] == is_whole and len(state["vectors"]) != 1) or (
+        len(state["vectors"]) != len(state["numbers"])
+    ):
+        raise DataError(f"{path} has not one entry of vectors and of numbers for each tensor")
+    for number, names in enumerate(state["vectors"]):
+        for name in names:
+            if prefix + name not in vectors:
+                raise DataError(f"{path}.vectors[{number}] names {name!r}, which solver.vectors has not")
+
+
+def _check_ranges(kind: type[Optimizer], group: Mapping[str, Any], path: str) -> None:
+    """Let torch check the ranges, as where an optimiser is made; a schedule may set any rate."""
+    known = inspect.signature(kind).parameters
+    arguments = {name: value for name, value in group.items() if name in known and name != "lr"}
+    try:
+        kind([nn.Parameter(torch.zeros(1))], **arguments)
+    except (ValueError, TypeError, RuntimeError) as error:
+        raise DataError(f"{path}.groups[0]: {kind.__name__} does not take it: {error}") from error
