@@ -7,10 +7,8 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -76,26 +74,9 @@ def _shared_session(item: pytest.Item) -> str:
     return "" if shared is None else " ".join([*shared.args, *(f"{k}={v}" for k, v in shared.kwargs.items())])
 
 
-class _AtOnce(ThreadPoolExecutor):
-    """Gives nothing back before it is done."""
+@pytest.fixture(name="every_checkpoint")
+def _every_checkpoint() -> Iterator[None]:
+    from at_once import every_checkpoint
 
-    def submit(self, call: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
-        future = super().submit(call, *args, **kwargs)
-        wait([future])
-        return future
-
-
-@pytest.fixture
-def written_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let a checkpoint be written before the next step begins."""
-    from sparksgd.training import checkpointing  # imports torch
-
-    monkeypatch.setattr(checkpointing, "ThreadPoolExecutor", _AtOnce)
-
-
-@pytest.fixture
-def every_checkpoint(monkeypatch: pytest.MonkeyPatch, written_at_once: None) -> None:
-    """Let checkpoints take all the time that they like, so that none is left out."""
-    from sparksgd.training import checkpointing
-
-    monkeypatch.setattr(checkpointing, "SHARE", 1e9)
+    with every_checkpoint():
+        yield

@@ -38,18 +38,19 @@ def exit_status(work: Callable[[], object], *, interrupted: str = "interrupted")
     """
     atexit.register(gc.freeze)  # the last garbage collections would take half a second
     lead_to_hadoop()
+    where = ""
     try:
         work()
     except SparkSGDError as error:
         if ended_by() is None:
             _say(f"error: {error}")
             return error.exit_code
-    except KeyboardInterrupt:
-        pass
+    except KeyboardInterrupt as error:
+        where = f" {error}" if str(error) else ""
     else:
         return 0
     terminated = ended_by() == signal.SIGTERM
-    _say("terminated" if terminated else interrupted)
+    _say(("terminated" if terminated else interrupted) + where)
     return 128 + (signal.SIGTERM if terminated else signal.SIGINT)
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 from rich.console import Console
 
@@ -79,7 +80,11 @@ def run(
     folder = location(out)
     run_folder = RunFolder(folder, run_id=run_id, called="--out")
     holder = Holder.here(run_id)
-    with run_folder.held(if_running), ends_noted(run_folder.folder, holder):
+    with (
+        run_folder.held(if_running),
+        ends_noted(run_folder.folder, holder),
+        _interruption_told(run_folder),
+    ):
         run_folder.fingerprints = fingerprints_of(config, replay)  # files may change while we wait
         asked = Asked(config=config, fingerprints=run_folder.fingerprints, if_exists=if_exists, resume=resume)
         found = earlier_run(folder, asked)
@@ -120,6 +125,15 @@ def run(
                 start_up=start_up,
                 checkpoints=checkpoints,
             )
+
+
+@contextmanager
+def _interruption_told(run_folder: RunFolder) -> Iterator[None]:
+    """Let an interruption say where the run ended, and what the same command will do."""
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        raise KeyboardInterrupt(run_folder.after_interruption()) from error
 
 
 def run_evaluation(folder: str, data: str, trust: Sequence[str] = (), *, strict: bool = False) -> None:

@@ -144,6 +144,16 @@ class RunFolder(Observer):
         self._lease: Lease
         self._unwritable: OSError | None = None
         self._run = ExitStack()
+        self._steps: int | None = None
+
+    def after_interruption(self) -> str:
+        """Return where the run ended, and what the same command will do."""
+        if self._steps is None:
+            return "before the first step"
+        last = None if self._checkpoints is None else self._checkpoints.last
+        if last is None:
+            return f"at step {self._steps}, and there is no checkpoint: the same command begins anew"
+        return f"at step {self._steps}: the same command goes on from step {last}"
 
     @contextmanager
     def held(self, if_running: IfRunning = "refuse") -> Iterator[None]:
@@ -334,6 +344,7 @@ class RunFolder(Observer):
 
     def ended(self, training: Training) -> None:
         """Write the model, as the last good step left it, and the summary."""
+        self._steps = training.version
         about = {"run_id": self.run_id} | summary(training, time.perf_counter() - self._started)
         with self._run, self._told():
             try:

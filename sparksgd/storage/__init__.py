@@ -90,7 +90,7 @@ class Location(Protocol):
         ...
 
     def write_bytes(self, data: bytes) -> None:
-        """Write the file, whole or not at all, and its folder if need be."""
+        """Write the file, whole or not at all, and its folder if need be; it outlasts a loss of power."""
         ...
 
     def create(self, data: bytes) -> bool:
@@ -275,10 +275,16 @@ class LocalLocation:
     @contextmanager
     def _replacing(self) -> Iterator[Path]:
         self.check()
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+        folder = self.path.parent
+        missing = list(itertools.takewhile(lambda one: not one.exists(), (folder, *folder.parents)))
+        folder.mkdir(parents=True, exist_ok=True)
+        for one in missing:
+            kept_on_disk(one.parent)
         with replacing(self.path) as part:
             yield part
+            kept_on_disk(part)
             self.check()  # to write may have taken long
+        kept_on_disk(folder)
 
     def lines(self, kept: bytes = b"") -> Lines:
         """Begin a new file, which grows line by line after what is kept of an earlier one."""
@@ -381,6 +387,22 @@ def replacing(path: Path) -> Iterator[Path]:
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)
+
+
+def kept_on_disk(path: Path) -> None:
+    """Wait until a file, or the names in a folder, would outlast a loss of power.
+
+    Raises:
+        OSError: the disk failed; nothing where the file system knows no such request.
+    """
+    file = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(file)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
+    finally:
+        os.close(file)
 
 
 def part_of(path: Path) -> Path:

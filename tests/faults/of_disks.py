@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from unittest import mock
 
+from at_once import every_checkpoint
 from experiment import AT, outcome, said
 from mounts import HAS_OWN_MOUNTS
 from spark_fixtures import sessions
@@ -27,7 +28,6 @@ from sparksgd.spark.frame_rows import DataFrameRows
 from sparksgd.spark.hadoop_files import HadoopLocation
 from sparksgd.spark.train import train
 from sparksgd.storage import Location, location
-from sparksgd.training import checkpointing
 from sparksgd.training.state import Training
 
 __all__ = ["places"]
@@ -200,7 +200,7 @@ def _opened(folder: Path) -> Iterator[_OnDisk]:
     if not HAS_OWN_MOUNTS:
         raise NotHere("this user cannot mount a tmpfs, not even in a namespace of its own")
     folder.mkdir()
-    with sessions(folder) as session_for, mock.patch.object(checkpointing, "SHARE", 1e9):
+    with sessions(folder) as session_for, every_checkpoint():
         here = _OnDisk(folder, session_for)
         try:
             yield here

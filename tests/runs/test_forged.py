@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from at_once import every_checkpoint
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from resumed_jobs import EVERY_STEP, Jobs, made_jobs
@@ -33,7 +34,7 @@ from sparksgd.runs.replay import read_replay
 from sparksgd.solvers.protocol import Message, RoundSolver
 from sparksgd.solvers.rules import completed
 from sparksgd.storage import location
-from sparksgd.training import checkpointing, loop
+from sparksgd.training import loop
 from sparksgd.training.checkpoint import Checkpoint, RunIdentity, Start, go_on
 from sparksgd.training.state import Resumed, Training
 
@@ -218,8 +219,7 @@ def step(solver: RoundSolver, flat: FlatModule) -> None:
 
 @pytest.fixture(scope="module")
 def jobs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Jobs]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(checkpointing, "SHARE", 1e9)
+    with every_checkpoint():
         yield made_jobs(tmp_path_factory.mktemp("forged"))
 
 

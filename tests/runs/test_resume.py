@@ -6,6 +6,7 @@ import io
 import itertools
 import json
 import logging
+import os
 import pickle
 import random
 import re
@@ -142,7 +143,7 @@ def test_a_run_that_was_interrupted_loses_nothing(
 
     with monkeypatch.context() as patch:
         patch.setattr(InlineEngine, where, interrupted)
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(KeyboardInterrupt, match=r"^at step 5: the same command goes on from step 5$"):
             jobs.run(f"interrupted in {where}")
     again = jobs.run(f"interrupted in {where}")
     assert "resumed from step 5 of 20" in caplog.text
@@ -290,6 +291,45 @@ def test_a_folder_may_be_called_otherwise(jobs: Jobs, monkeypatch: pytest.Monkey
             jobs.run("spelled", EVERY_STEP, resume=str(jobs.folder / "link"))
     assert [each.step for each in manifests(location(jobs.folder / "spelled" / "checkpoints"))][-1] == 1
     assert jobs.run("spelled", EVERY_STEP)["resumed"][-1]["step"] == 3
+
+
+def test_an_interruption_says_where_the_run_ended_and_what_comes(jobs: Jobs) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(InlineEngine, "advance", interrupt)
+        with pytest.raises(KeyboardInterrupt, match="at step 0: the same command goes on from step 0"):
+            jobs.run("interrupted at once")
+        patch.setattr(InlineEngine, "open", interrupt)
+        with pytest.raises(KeyboardInterrupt, match="before the first step"):
+            jobs.run("interrupted before")
+
+
+def test_all_of_a_checkpoint_is_on_the_disk_before_its_manifest(
+    jobs: Jobs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each file, then its name, in this order: metrics, parts, manifest; older ones go last."""
+    synced, fsync, unlink = [], os.fsync, Path.unlink
+
+    def watched(file: int) -> None:
+        synced.append(Path(os.readlink(f"/proc/self/fd/{file}")).name)  # noqa: PTH115  # it is no path
+        fsync(file)
+
+    def removed(path: Path, **how: Any) -> None:
+        if path.name.startswith("checkpoint-") and path.exists():
+            synced.append(f"removed {path.name}")
+        unlink(path, **how)
+
+    jobs.stopped_at("on the disk", 1, SHORT)
+    monkeypatch.setattr(os, "fsync", watched)
+    monkeypatch.setattr(Path, "unlink", removed)
+    jobs.stopped_at("on the disk", 2, SHORT)
+    told = [re.sub(r"checkpoint-0+(\d)-\w{8}", r"\1", name) for name in synced]
+    told = [re.sub(r"^\.(.*)\.\w{8}\.part$", r"\1", name) for name in told]
+    told = [name for name in told if re.match(r"\d|checkpoints|metrics|removed", name)]  # not the model
+    first = told.index("2.solver.pt")
+    assert told[first - 1] == "metrics.jsonl"
+    parts = ["2.solver.pt", "2.run.pt", "2.observers.pt", "2.json"]
+    expected = [one for part in parts for one in (part, "checkpoints")]
+    assert told[first : first + 9] == [*expected, "removed 1.json"]
 
 
 def test_where_no_step_is_left_the_job_says_so_in_a_table(jobs: Jobs) -> None:

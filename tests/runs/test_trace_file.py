@@ -26,7 +26,6 @@ from sparksgd.runs.folder import RunFolder
 from sparksgd.runs.replay import read_replay
 from sparksgd.solvers.protocol import Need
 from sparksgd.storage import location
-from sparksgd.training import checkpointing
 from sparksgd.training.loop import train
 from sparksgd.training.state import Training
 
@@ -113,9 +112,8 @@ def change(file: Path, change: Callable[[list[str]], list[str]]) -> None:
     file.write_text("".join(change(file.read_text().splitlines(keepends=True))))
 
 
-def stopped(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def stopped(folder: Path) -> Path:
     """Make a run that is interrupted after its fourth step."""
-    monkeypatch.setattr(checkpointing, "SHARE", 1e9)
 
     class Stops(MadeUp):
         def stepped(self, training: Training, report: StepReport) -> None:
@@ -124,7 +122,7 @@ def stopped(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
                 raise KeyboardInterrupt
 
     Stops.__qualname__ = MadeUp.__qualname__  # a checkpoint knows it by its name
-    with pytest.raises(KeyboardInterrupt):
+    with every_checkpoint(), pytest.raises(KeyboardInterrupt):
         run(folder, kind=Stops, found=Found())
     return folder / "out"
 
@@ -188,12 +186,10 @@ def test_each_step_can_be_read_as_soon_as_it_was_made(tmp_path: Path) -> None:
 # Gone on with
 
 
-def test_a_run_that_goes_on_has_the_trace_of_one_that_was_never_stopped(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_that_goes_on_has_the_trace_of_one_that_was_never_stopped(tmp_path: Path) -> None:
     (tmp_path / "whole").mkdir()
     whole = run(tmp_path / "whole").joinpath("trace.jsonl").read_text()
-    out = stopped(tmp_path, monkeypatch)
+    out = stopped(tmp_path)
     goes_on(tmp_path)
     assert (out / "trace.jsonl").read_text() == whole
 
@@ -208,9 +204,9 @@ def test_a_run_that_goes_on_has_the_trace_of_one_that_was_never_stopped(
     ids=["removed", "emptied", "cut off"],
 )
 def test_without_its_trace_a_run_does_not_go_on(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, deed: Callable[[Path], object], words: str
+    tmp_path: Path, deed: Callable[[Path], object], words: str
 ) -> None:
-    out = stopped(tmp_path, monkeypatch)
+    out = stopped(tmp_path)
     deed(out / "trace.jsonl")
     with pytest.raises(DataError, match=rf"trace.jsonl {words}.*Restore it, or train anew") as refused:
         goes_on(tmp_path)

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from at_once import written_at_once
 
 from sparksgd.config import CheckpointConfig
 from sparksgd.training import checkpointing
 from sparksgd.training.checkpoint import Checkpoint
 from sparksgd.training.checkpointing import SHARE, Checkpointing
-
-pytestmark = pytest.mark.usefixtures("written_at_once")
 
 
 class Run:
@@ -54,12 +54,14 @@ class Run:
 
 
 @pytest.fixture(autouse=True)
-def taken_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def at_once(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     def taken(training: Any, solver: Any, observers: Any) -> Checkpoint:
         return Checkpoint(step=solver.version, turns=solver.turns, parts={})
 
     monkeypatch.setattr(checkpointing, "taken", taken)
     monkeypatch.setattr(checkpointing, "check_state", lambda checkpoint, config: None)
+    with written_at_once():
+        yield
 
 
 def test_one_is_taken_every_so_many_seconds():
