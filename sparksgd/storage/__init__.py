@@ -279,12 +279,12 @@ class LocalLocation:
         missing = list(itertools.takewhile(lambda one: not one.exists(), (folder, *folder.parents)))
         folder.mkdir(parents=True, exist_ok=True)
         for one in missing:
-            kept_on_disk(one.parent)
+            _kept_on_disk(one.parent)
         with replacing(self.path) as part:
             yield part
-            kept_on_disk(part)
+            _kept_on_disk(part)
             self.check()  # to write may have taken long
-        kept_on_disk(folder)
+        _kept_on_disk(folder)
 
     def lines(self, kept: bytes = b"") -> Lines:
         """Begin a new file, which grows line by line after what is kept of an earlier one."""
@@ -389,7 +389,7 @@ def replacing(path: Path) -> Iterator[Path]:
         part.unlink(missing_ok=True)
 
 
-def kept_on_disk(path: Path) -> None:
+def _kept_on_disk(path: Path) -> None:
     """Wait until a file, or the names in a folder, would outlast a loss of power.
 
     Raises:

@@ -43,7 +43,7 @@ __all__ = [
     "whole",
 ]
 
-MOST = 2**62
+_MOST = 2**62
 
 Rule = Callable[[Any, str], None]
 
@@ -66,7 +66,7 @@ class _Plain:
             raise _refused(value, path, self.words)
 
 
-def is_whole(value: object, least: int = 0, most: int = MOST) -> bool:
+def is_whole(value: object, least: int = 0, most: int = _MOST) -> bool:
     """Return whether a value is a whole number within these bounds; True and False are none."""
     return type(value) is int and least <= value <= most
 
@@ -77,7 +77,7 @@ def whole(least: int, most: int) -> Rule:
 
 
 def _is_number(value: object) -> bool:
-    return type(value) is float or is_whole(value, -MOST)
+    return type(value) is float or is_whole(value, -_MOST)
 
 
 WHOLE: Rule = _Plain(is_whole, "a whole number from 0")
