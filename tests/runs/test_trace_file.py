@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from at_once import every_checkpoint
 from torch import nn
 
 from sparksgd.config import Config
