@@ -72,30 +72,24 @@ class Submissions:
         name, hold = f"struck-{engine}", Hold(folder=self.folder / f"hold-{engine}", at=AT + 1)
         command, log = self._command(engine, name, hold), self.folder / f"{name}.log"
         started_s = time.perf_counter()
-        process = self._start(command, log)
-        try:
+
+        def meanwhile(process: Process) -> None:
             hold.wait(workers=2, process=process, log=log)
             strike(process, log)
             hold.go()
-            status = process.wait(timeout=280)
-        finally:
-            _end(process)
-        words = []
+
+        status, told = self._run(command, log, meanwhile), log
         if is_resumed:
-            log = log.with_suffix(".again.log")
-            again = self._start(command, log)
-            try:
-                status = again.wait(timeout=280)
-            finally:
-                _end(again)
-        text = log.read_text(errors="replace")
-        words += re.findall(r"resumed from step \d+ of|\d+ steps were lost", text)
+            told = self.folder / f"{name}-again.log"
+            status = self._run(command, told)
         lost_s = time.perf_counter() - started_s - calm_s
+        text = told.read_text(errors="replace")
         if status:
-            told = re.findall(r"error: .*", text) or [text[-200:]]
-            return Outcome(result=f"status {status}: {told[-1]}", is_right=False)
+            errors = re.findall(r"error: .*", text) or [text[-200:]]
+            return Outcome(result=f"status {status}: {errors[-1]}", is_right=False)
         right = self._digest(name) == reference and self._steps(name) == _STEPS
-        words = ["same bits" if right else "OTHER BITS, or other lines of metrics", *words]
+        words = ["same bits" if right else "OTHER BITS, or other lines of metrics"]
+        words += re.findall(r"resumed from step \d+|\d+ steps were lost", text)
         return Outcome(result="; ".join(words), is_right=right, lost_s=lost_s)
 
     def _undisturbed(self, engine: str) -> tuple[float, str]:
@@ -108,11 +102,7 @@ class Submissions:
                 command, log = self._command(engine, name, hold), self.folder / f"{name}.log"
                 hold.go()
                 started_s = time.perf_counter()
-                process = self._start(command, log)
-                try:
-                    status = process.wait(timeout=280)
-                finally:
-                    _end(process)
+                status = self._run(command, log)
                 took_s.append(time.perf_counter() - started_s)
                 if status:
                     raise RuntimeError(f"an undisturbed run ended with {status}: {log.read_text()[-3000:]}")
@@ -131,12 +121,19 @@ class Submissions:
         job = [str(_ROOT / "jobs" / "train.py"), *sets, "--out", f"{self._out}/{name}"]
         return [submit, *self._spark, *job]
 
-    def _start(self, command: list[str], log: Path) -> Process:
+    def _run(self, command: list[str], log: Path, meanwhile: Callable[[Process], None] | None = None) -> int:
+        """Submit a job; return its status, or the signal that ended it, below 0."""
         with log.open("w") as opened:
-            return subprocess.Popen(
+            process = subprocess.Popen(
                 command, cwd=self.folder, env=dict(self._environment), stdin=subprocess.DEVNULL,
                 stdout=opened, stderr=subprocess.STDOUT, start_new_session=True,
             )  # fmt: skip
+        try:
+            if meanwhile is not None:
+                meanwhile(process)
+            return process.wait(timeout=280)
+        finally:
+            _end(process)
 
     def _digest(self, name: str) -> str:
         return json.loads(self._read(f"{self._out}/{name}/summary.json"))["parameters_sha256"]
