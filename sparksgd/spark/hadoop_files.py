@@ -143,10 +143,14 @@ class HadoopLocation:
         return SpooledLines(self, kept)
 
     def remove(self) -> None:
-        """Remove the file, or the empty folder, if it is there."""
+        """Remove the file, if it is there."""
         self._check()
         with self._errors():
             self._files.delete(self._path, False)
+
+    def remove_folder(self) -> None:
+        """Remove the folder, if it is there; raise OSError if something is in it."""
+        self.remove()  # not what is in it, either
 
     def files(self) -> list[FileStatus]:
         """Return the file, all files of the folder, or all that a pattern matches, in order."""

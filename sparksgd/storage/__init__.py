@@ -110,7 +110,11 @@ class Location(Protocol):
         ...
 
     def remove(self) -> None:
-        """Remove the file, or the empty folder, if it is there."""
+        """Remove the file, if it is there."""
+        ...
+
+    def remove_folder(self) -> None:
+        """Remove the folder, if it is there; raise OSError if something is in it."""
         ...
 
     def files(self) -> list[FileStatus]:
@@ -292,12 +296,15 @@ class LocalLocation:
         return LocalLines(self.path.open("a", encoding="utf-8", buffering=1), self.check)
 
     def remove(self) -> None:
-        """Remove the file, or the empty folder, if it is there."""
+        """Remove the file, if it is there."""
         self.check()
-        if self.path.is_dir() and not self.path.is_symlink():
+        self.path.unlink(missing_ok=True)
+
+    def remove_folder(self) -> None:
+        """Remove the folder, if it is there; raise OSError if something is in it."""
+        self.check()
+        with suppress(FileNotFoundError):
             self.path.rmdir()
-        else:
-            self.path.unlink(missing_ok=True)
 
     def files(self) -> list[FileStatus]:
         """Return the file, all files of the folder, or all that a pattern matches, in order."""

@@ -45,11 +45,11 @@ def test_a_folder_is_removed_once_it_is_empty(at: Callable[[Path], Location], tm
     folder = at(tmp_path) / "folder"
     (folder / "file").write_bytes(b"kept")
     with pytest.raises(OSError, match="not empty"):
-        folder.remove()
+        folder.remove_folder()
     assert (folder / "file").read_bytes() == b"kept"
     (folder / "file").remove()
-    folder.remove()
-    folder.remove()
+    folder.remove_folder()
+    folder.remove_folder()
     assert not folder.exists()
 
 

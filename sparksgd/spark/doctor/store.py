@@ -75,4 +75,4 @@ def _checkpoints(folder: Location) -> CheckpointFolder:
 def _removed(folder: Location) -> None:
     """Remove a folder if it is empty; what cannot be removed was told before."""
     with suppress(OSError, SparkSGDError):
-        folder.remove()
+        folder.remove_folder()
