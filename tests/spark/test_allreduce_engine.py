@@ -69,7 +69,7 @@ EXPERIMENTS = {
 
 LENET, ADAM, CLIPPING, WHOLE_TENSORS, HEADS, OWN = EXPERIMENTS
 QUICK = {
-    (LENET, 2), (LENET, 5), (ADAM, 1), (ADAM, 3), (CLIPPING, 4), (WHOLE_TENSORS, 0), (WHOLE_TENSORS, 2),
+    (LENET, 5), (ADAM, 1), (ADAM, 3), (CLIPPING, 4), (WHOLE_TENSORS, 0), (WHOLE_TENSORS, 2),
     (HEADS, 5), (OWN, 3),
 }  # fmt: skip
 """Every experiment and every place are among them."""
