@@ -1,6 +1,6 @@
 """Modules drawn at random, with losses, optimisers and schedules: as plain torch at each step, or refused.
 
-A number of examples in SPARKSGD_EXAMPLES replaces the 200 of `make test`: half of them on one shard, half on
+A number of examples in SPARKSGD_EXAMPLES replaces the 300 of `make test`: half of them on one shard, half on
 four.  They are the same in every run.
 """
 
@@ -50,7 +50,7 @@ def require_right_or_refused(sentence: Sentence, num_shards: int, verdict: Verdi
 @pytest.mark.parametrize("part", range(PARTS))
 @pytest.mark.parametrize("num_shards", [1, 4])
 def test_modules_of_the_grammar_are_right_or_refused(data: Data, num_shards: int, part: int) -> None:
-    count = int(os.environ.get("SPARKSGD_EXAMPLES", "200")) // 2 // PARTS
+    count = int(os.environ.get("SPARKSGD_EXAMPLES", "300")) // 2 // PARTS
     check_examples(data, count, num_shards, part)
 
 

@@ -22,8 +22,6 @@ ROWS, FEATURES, PAGE = 90, 24, 20
 PLACES = [("tree", True, 1), ("tree", True, 3), ("tree", False, 3), ("allreduce", True, 3)]
 """Engine, whether in barrier mode, workers: ordinary stages are the tree without it."""
 
-OF_SEVERAL = [place for place in PLACES if place[2] > 1]
-
 ALL_PLACES = [*PLACES, ("tree", False, 1), ("allreduce", True, 1)]
 
 PAGES = range(len(contract_composites.pages(contract_composites.NETS, PAGE)))
@@ -84,7 +82,7 @@ def losses(training) -> list[float]:
 
 
 def test_a_composite_of_twenty_nets_ends_at_the_same_bits_on_each_engine(spark, rows):
-    assert [*different_places(spark, rows, TWENTY, ADAMW, OF_SEVERAL)] == []
+    assert [*different_places(spark, rows, TWENTY, ADAMW, PLACES)] == []
 
 
 @pytest.mark.soak
