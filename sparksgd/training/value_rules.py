@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 import typing
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from types import NoneType, UnionType
 from typing import Any
 
@@ -169,8 +169,6 @@ class Like:
     """
 
     made: Any
-    is_open: bool = field(default=False)
-    """Whether lists may have other lengths."""
 
     def __call__(self, value: Any, path: str) -> None:
         made = self.made
@@ -179,10 +177,10 @@ class Like:
         elif isinstance(made, int | float):
             (FINITE if math.isfinite(made) else NUMBER)(value, path)
         elif isinstance(made, dict):
-            if not isinstance(value, dict) or (not self.is_open and value.keys() != made.keys()):
+            if not isinstance(value, dict) or value.keys() != made.keys():
                 raise _refused(value, path, f"a table of {', '.join(map(str, made))}")
             for key, one in value.items():
-                Like(made[key] if key in made else next(iter(made.values()), None))(one, f"{path}.{key}")
+                Like(made[key])(one, f"{path}.{key}")
         elif isinstance(made, list | tuple):
             if type(value) is not type(made) or len(value) != len(made):
                 raise _refused(value, path, f"a {type(made).__name__} of {len(made)} values")
