@@ -52,7 +52,9 @@ def look_at_store(out: str, state_bytes: int | None) -> Iterator[Finding]:
             checkpoints.remove(name)
             left = folder.names()
         except OSError as error:
-            raise unwritable(place, error, "--out") from error
+            told, _, advice = str(unwritable(place, error, "--out")).partition("; ")
+            yield bad("--out", told, advice)
+            return
     size = decimal(values.nbytes)
     if not torch.equal(read, values):
         yield bad("--out", f"{place} gave back another checkpoint than was written", "name another folder")

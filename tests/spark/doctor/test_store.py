@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 
-from sparksgd.errors import ConfigError
 from sparksgd.runs.checkpoints import CheckpointFolder
 from sparksgd.spark.doctor.store import look_at_store
 from sparksgd.training.checkpoint import Checkpoint
@@ -30,12 +29,12 @@ def test_a_run_that_is_there_stays_as_it_is(tmp_path):
     assert list(tmp_path.iterdir()) == [kept.parent]
 
 
-def test_a_folder_that_cannot_be_written_is_refused_with_a_runs_words(tmp_path):
+def test_a_folder_that_cannot_be_written_fails_with_a_runs_words(tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(
-        ConfigError, match=r"--out is .*/file/run, which cannot be written: Not a directory; "
-    ):
-        list(look_at_store(str(tmp_path / "file" / "run"), 4))
+    out = tmp_path / "file" / "run"
+    (finding,) = look_at_store(str(out), 4)
+    assert (finding.status, finding.fix) == ("fail", "name another folder")
+    assert finding.seen == f"--out is {out}, which cannot be written: Not a directory"
     assert [file.name for file in tmp_path.iterdir()] == ["file"]
 
 
