@@ -44,6 +44,7 @@ def of_status(status: str, findings: Sequence[Finding]) -> dict[str, Finding]:
     return {finding.name: finding for finding in findings if finding.status == status}
 
 
+@pytest.mark.soak
 @pytest.mark.usefixtures("spark")
 def test_where_a_run_would_train_nothing_fails_and_nothing_is_left(tmp_path, capfd):
     before = logging.getLogger("sparksgd").handlers[:]
