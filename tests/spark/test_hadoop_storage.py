@@ -9,6 +9,7 @@ import errno
 import os
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -174,7 +175,7 @@ def test_where_two_writers_can_create_one_file_it_is_of_the_second(
         assert seconds == 1.0
         file.write_bytes(b"two")
 
-    monkeypatch.setattr("time.sleep", settle)
+    monkeypatch.setattr("sparksgd.spark.hadoop_files.time", SimpleNamespace(sleep=settle))
     assert not file.create(b"one")
     assert file.read_bytes() == b"two"
 
