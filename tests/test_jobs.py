@@ -405,8 +405,11 @@ def test_shards_of_a_killed_driver_and_its_executors_are_removed_by_the_next_run
     assert len(list(local.rglob("sparksgd-*/shard-*"))) == 8
     hold.go()  # a worker that outlived the driver ends now
     again = submission("train.py", *arguments(digits, tmp_path / "next", "train.steps=1"))
-    done = subprocess.run(again, cwd=tmp_path, env=environ, capture_output=True, text=True, check=True)
-    assert "removed 2 folders that killed runs had left" in done.stderr
+    done = subprocess.run(
+        again, cwd=tmp_path, env=environ, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        check=True,
+    )  # fmt: skip
+    assert "removed 2 folders that killed runs had left" in done.stdout
     assert not list(local.rglob("sparksgd-*"))
 
 

@@ -28,7 +28,6 @@ __all__ = ["examine", "screen"]
 
 _STYLES = {"pass": "green", "warn": "bold yellow", "fail": "bold red", "skip": "dim"}
 _NO_SESSION = "see Spark's own log lines"
-_PATIENCE_S = 60.0
 
 
 def examine(
@@ -64,7 +63,7 @@ def examine(
                 shown.update(f"looking at {name}")
 
         try:
-            with job_session("sparksgd doctor", config.train, _PATIENCE_S) as session:
+            with job_session("sparksgd doctor", config.train, config.engine.slots_timeout_s) as session:
                 context = session.sparkContext
                 about = {"master": str(context.master), "application": str(context.applicationId)}
                 examination = Examination(
