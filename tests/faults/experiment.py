@@ -40,7 +40,7 @@ def outcome(training: Training, reference: str, lost_s: float) -> Outcome:
     right, recovery = training.flat.parameters_sha256() == reference, training.recovery
     words = ["same bits" if right else "OTHER BITS"]
     if recovery.retries:
-        words.append(f"{recovery.retries} steps or segments tried again")
+        words.append(f"steps or segments tried again: {recovery.retries}")
     if recovery.rebuilt_shards:
         words.append(f"{recovery.rebuilt_shards} shards written again")
     return Outcome(result="; ".join(words), is_right=right, lost_s=lost_s)

@@ -82,7 +82,7 @@ def judge_settings(get: Get) -> Iterator[Finding]:
     except SparkSGDError as error:
         yield broken("encryption", error, "--conf spark.io.encryption.enabled=false")
     else:
-        yield good("encryption", "off: the files of shards could not be")
+        yield good("encryption", "off, as shard files need it: they are never encrypted")
 
 
 def judge_session(session: SparkSession, config: Config) -> Iterator[Finding]:
