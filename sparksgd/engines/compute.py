@@ -26,6 +26,7 @@ from sparksgd.arithmetic.copies import copied
 from sparksgd.arithmetic.flat import FlatModule, TakePart, Weights
 from sparksgd.arithmetic.generators import generators_kept, seed_generators
 from sparksgd.arithmetic.numerics import Numerics, thread_count
+from sparksgd.arithmetic.scripted import forget_optimised
 from sparksgd.arithmetic.seeds import seed32
 from sparksgd.arithmetic.settings import HeldSettings, Settings
 from sparksgd.data.sampling import Sampling
@@ -114,6 +115,7 @@ class Computer:
         module, self.loss = copied((plan.module, plan.loss), {"": plan.module, "loss": plan.loss})
         self.flat = FlatModule(module, plan.dtype)
         self._watch = Watch(module, self.loss, plan.harmless)
+        forget_optimised(self._watch.scripted)
         self._settings = HeldSettings(plan.settings)
         self.numerics = Numerics.here(plan.threads)
         self._orders: dict[int, tuple[int, npt.NDArray[np.uint32]]] = {}

@@ -13,9 +13,9 @@ import torch
 from torch import nn
 
 from sparksgd.arithmetic.flat import mixes_rows_of_evaluations
+from sparksgd.arithmetic.scripted import users_torch_code
 from sparksgd.data.schema import RowSchema
 from sparksgd.errors import ModelError
-from sparksgd.imports import users_code
 from sparksgd.losses import Loss
 
 __all__ = [
@@ -55,7 +55,7 @@ def back_propagate(losses: torch.Tensor, scale: float = 1.0) -> float:
         UserCodeError: the module or the loss raised.
     """
     total = losses.sum()
-    with users_code("the module or its loss"):
+    with users_torch_code("the module or its loss"):
         (total if scale == 1 else total * scale).backward()  # type: ignore[no-untyped-call]  # torch's own
     return float(total.detach())
 
@@ -87,11 +87,11 @@ def forward(
     if dtype == torch.float64:
         features = {n: f.to(dtype) if f.is_floating_point() else f for n, f in features.items()}
     label = _tensor(schema.label_array(records))
-    with users_code("the module or its loss"):
+    with users_torch_code("the module or its loss"):
         output = module(*features.values()) if len(features) == 1 else module(**features)
     if not isinstance(output, torch.Tensor):
         raise ModelError(f"the module gives a {type(output).__name__}, but must give one tensor")
-    with users_code("the module or its loss"):
+    with users_torch_code("the module or its loss"):
         losses = loss(output, label)
     if not isinstance(losses, torch.Tensor) or losses.shape != (len(records),):
         shape = tuple(losses.shape) if isinstance(losses, torch.Tensor) else type(losses).__name__

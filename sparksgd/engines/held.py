@@ -34,6 +34,7 @@ from torch import nn
 
 from sparksgd.arithmetic.copies import parts
 from sparksgd.arithmetic.reductions import slots
+from sparksgd.arithmetic.scripted import SCRIPTED
 from sparksgd.engines.bytes_of import components, copy_of, same_bytes
 from sparksgd.engines.hidden_state import CACHE, cached_in, hides_state, pickled, reduced, state_of
 from sparksgd.errors import ModelError
@@ -113,6 +114,7 @@ class Seen(set[int]):
         self.functions: list[types.FunctionType] = []
         self.followed: list[types.FunctionType] = []
         """Those whose names were looked up, with what they call."""
+        self.scripted: list[Any] = []
 
 
 def held_of(path: str, value: Any, seen: Seen) -> Held | None:
@@ -122,6 +124,8 @@ def held_of(path: str, value: Any, seen: Seen) -> Held | None:
     if isinstance(value, _IMMUTABLE) or id(value) in seen:
         return None
     seen.add(id(value))
+    if isinstance(value, SCRIPTED):
+        seen.scripted.append(value)
     if isinstance(value, torch.Tensor | np.ndarray | bytearray):
         return _held_bytes(path, value, seen)
     if is_plain(value):

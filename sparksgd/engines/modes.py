@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from sparksgd.arithmetic.flat import FlatModule
-from sparksgd.imports import users_code
+from sparksgd.arithmetic.scripted import users_torch_code
 
 __all__ = ["begin_training", "evaluating", "overrides_modes"]
 
@@ -36,7 +36,7 @@ def begin_training(module: nn.Module) -> None:
     if not overrides_modes(module):
         return
     modes, trains = [(part, part.training) for part in module.modules()], module.training
-    with users_code("the module's train()"):
+    with users_torch_code("the module's train()"):
         module.train(trains)
     for part, training in modes:
         part.training = training and (part.training or not trains)
@@ -62,13 +62,13 @@ def evaluating(flat: FlatModule) -> Iterator[None]:
     try:
         with flat.standing.unchanged():
             try:
-                with users_code("the module's eval()"):
+                with users_torch_code("the module's eval()"):
                     module.eval()
                 with torch.no_grad():  # inference_mode would spoil what a module caches
                     yield
             finally:
                 if calls_train:
-                    with users_code("the module's train()"):
+                    with users_torch_code("the module's train()"):
                         module.train(modes[0][1])
     finally:
         for part, training in modes:

@@ -58,6 +58,8 @@ class Watch:
         self._inner = inner
         self.functions = seen.followed
         """The functions around, as far as they are the user's."""
+        self.scripted = seen.scripted
+        """What torch.jit has made, as far as the module, the loss or those functions name it."""
         self._outer = [one for table in self._tables for one in table.inner]
         self._same = [(vars(table.module), table.values) for table in self._tables]
 

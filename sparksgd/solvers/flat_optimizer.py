@@ -25,10 +25,10 @@ from torch import nn
 from torch.optim import Optimizer
 
 from sparksgd.arithmetic.generators import generators_seeded
+from sparksgd.arithmetic.scripted import users_torch_code
 from sparksgd.arithmetic.settings import HeldSettings
 from sparksgd.config import OptimizerConfig
 from sparksgd.errors import ConfigError
-from sparksgd.imports import users_code
 from sparksgd.solvers.carrying import CannotCarry, Carrier
 from sparksgd.solvers.protocol import Settings, Touched, Vector
 
@@ -174,7 +174,7 @@ class FlatOptimizer:
 
     def _make_step(self, seed: int, then: Callable[[], object] | None) -> None:
         with self.watched(), self._settings_kept():
-            with users_code("the optimiser"), seeded(type(self.optimizer), seed):
+            with users_torch_code("the optimiser"), seeded(type(self.optimizer), seed):
                 self.optimizer.step()
             if then is not None:
                 then()

@@ -19,10 +19,10 @@ from torch.optim import Optimizer, lr_scheduler
 
 from sparksgd.arithmetic.flat import FlatParameters
 from sparksgd.arithmetic.generators import generators_seeded
+from sparksgd.arithmetic.scripted import users_torch_code
 from sparksgd.arithmetic.seeds import seed32
 from sparksgd.config import OptimizerConfig, ScheduleConfig
 from sparksgd.errors import ConfigError
-from sparksgd.imports import users_code
 from sparksgd.solvers.carrying import CannotCarry, Carrier, holds_code
 from sparksgd.solvers.flat_optimizer import FlatOptimizer, in_shapes, is_of_torch
 from sparksgd.solvers.protocol import Settings
@@ -87,7 +87,7 @@ class Schedule:
             ConfigError: it is blind, but looks at a parameter.
         """
         seed, blind = seed32(self._seed, "schedule", turn), self._blind
-        with users_code("the schedule"), _seeded(seed, self._is_own), _sight(self._optimizer, blind):
+        with users_torch_code("the schedule"), _seeded(seed, self._is_own), _sight(self._optimizer, blind):
             self._schedule.step()
 
     def state(self) -> dict[str, Any]:

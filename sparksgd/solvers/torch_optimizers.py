@@ -23,10 +23,11 @@ from torch.optim import optimizer as optimizer_hooks
 
 from sparksgd.arithmetic.copies import copied
 from sparksgd.arithmetic.flat import FlatParameters
+from sparksgd.arithmetic.scripted import users_torch_code
 from sparksgd.arithmetic.seeds import seed32
 from sparksgd.config import OptimizerConfig
 from sparksgd.errors import ConfigError, UserCodeError
-from sparksgd.imports import did_you_mean, resolve, shown, users_code
+from sparksgd.imports import did_you_mean, resolve, shown
 from sparksgd.solvers.flat_optimizer import (
     ELEMENTWISE,
     HAS,
@@ -286,12 +287,12 @@ class Tried:
         found = []
         for step in range(_TRIED_STEPS):
             mask = touched if step == _STATE_AFTER else None
-            with users_code("its zero_grad()"):
+            with users_torch_code("its zero_grad()"):
                 optimizer.zero_grad()  # it may be the user's own, and change something
             for number, parameter in enumerate(parameters):
                 has_gradient = mask is None or mask[number]
                 parameter.grad = self._gradient(number, step, parameter.shape) if has_gradient else None
-            with seeded(kind, step), users_code("its step()"):
+            with seeded(kind, step), users_torch_code("its step()"):
                 optimizer.step()
             if schedule is not None:
                 schedule.move(step + 1)

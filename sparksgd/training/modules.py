@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from sparksgd.arithmetic.generators import generators_seeded
+from sparksgd.arithmetic.scripted import as_written
 from sparksgd.arithmetic.seeds import seed32
 from sparksgd.config import ModelConfig
 from sparksgd.errors import ConfigError, ModelError
@@ -28,7 +29,7 @@ def build_module(config: ModelConfig, seed: int, trust: Trust | None = None) -> 
     """
     factory = resolve("model.name", config.name, MODELS, trust)
     try:
-        with generators_seeded(seed32(seed, "module")):
+        with as_written(), generators_seeded(seed32(seed, "module")):
             module = factory(**config.arguments)
     except Exception as error:
         raise ConfigError(

@@ -24,13 +24,14 @@ from sparksgd.arithmetic.changes import bits
 from sparksgd.arithmetic.copies import copied, parts
 from sparksgd.arithmetic.generators import generators_seeded
 from sparksgd.arithmetic.numerics import thread_count
+from sparksgd.arithmetic.scripted import users_torch_code
 from sparksgd.arithmetic.seeds import seed32
 from sparksgd.config import Config
 from sparksgd.data.schema import RowSchema
 from sparksgd.engines.forward import forward
 from sparksgd.engines.held import is_opaque
 from sparksgd.errors import ModelError, SparkSGDError
-from sparksgd.imports import shown, users_code
+from sparksgd.imports import shown
 from sparksgd.training.composition import Told, first_difference, name_of, other_structure, structure
 from sparksgd.training.modules import build_module
 from sparksgd.training.plain_values import is_plain, is_torchs
@@ -169,7 +170,7 @@ def _outputs(module: nn.Module, sample: Sample) -> bytes | SparkSGDError:
     """Return the bytes of a module's outputs in evaluation mode, or the error that it raised."""
     seed = seed32(0, "rebuilding")
     try:
-        with users_code("the module's eval()"):
+        with users_torch_code("the module's eval()"):
             module.eval()
         with torch.no_grad(), thread_count(sample.threads), generators_seeded(seed):
             output, _ = forward(module, _no_loss, sample.schema, sample.records, sample.dtype)

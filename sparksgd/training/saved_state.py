@@ -19,8 +19,9 @@ from torch import nn
 
 from sparksgd.arithmetic.changes import bits
 from sparksgd.arithmetic.copies import copied, parts
+from sparksgd.arithmetic.scripted import users_torch_code
 from sparksgd.errors import ModelError
-from sparksgd.imports import shown, users_code
+from sparksgd.imports import shown
 from sparksgd.training.encoding import array_as_plain, array_of
 from sparksgd.training.plain_values import is_plain, is_torchs, plain_values
 from sparksgd.training.tensor_archives import BoundedUnpickler, check_archive, check_tree, check_values
@@ -56,7 +57,7 @@ def saved_state(module: nn.Module, drawn: frozenset[str] = frozenset()) -> Saved
         module: the module.
         drawn: paths of the plain values that are others when the module is built again.
     """
-    with users_code("state_dict() of the module"):
+    with users_torch_code("state_dict() of the module"):
         state = dict(module.state_dict())
     known = {_place(value) for value in state.values() if isinstance(value, torch.Tensor)}
     constants: dict[str, Any] = {}

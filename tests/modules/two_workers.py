@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from sparksgd.engines.compute import Computer
 from sparksgd.engines.inline import InlineEngine
 from sparksgd.losses import squared_error
 from sparksgd.training.loop import train
-from sparksgd.training.state import Training
+from sparksgd.training.state import Observer, Training
 
 
 class _Computers:
@@ -80,6 +80,7 @@ def train_here(
     *,
     module: nn.Module | None = None,
     tested: bool = False,
+    observers: Sequence[Observer] = (),
     **sections: Any,
 ) -> Training:
     """Train on 48 rows in 4 shards, 12 rows a step."""
@@ -99,6 +100,7 @@ def train_here(
         test=rows if tested else None,
         make_engine=Inline(lambda *given: WorkersHere(num_workers, *given)),
         module=module,
+        observers=observers,
     )
 
 

@@ -12,10 +12,10 @@ import torch
 from torch import nn
 
 from sparksgd.arithmetic.copies import copied
+from sparksgd.arithmetic.scripted import users_torch_code
 from sparksgd.engines.modes import overrides_modes
 from sparksgd.engines.watch import Watch
 from sparksgd.errors import ModelError
-from sparksgd.imports import users_code
 from sparksgd.losses import Loss
 
 __all__ = ["changed_names", "refuse_lasting_modes", "values_of"]
@@ -40,7 +40,7 @@ def refuse_lasting_modes(module: nn.Module, loss: Loss, harmless: frozenset[str]
     before, modes = values_of(module), [(part, part.training) for part in module.modules()]
     watch: Watch | None = None
     for _ in range(_CYCLES):
-        with users_code("the module's eval() or train()"):
+        with users_torch_code("the module's eval() or train()"):
             module.eval()
             module.train(modes[0][1])
         for part, training in modes:

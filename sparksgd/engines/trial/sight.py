@@ -7,9 +7,9 @@ import inspect
 import torch
 from torch import nn
 
+from sparksgd.arithmetic.scripted import users_torch_code
 from sparksgd.data.schema import RowSchema
 from sparksgd.errors import ModelError
-from sparksgd.imports import users_code
 from sparksgd.losses import Loss
 
 __all__ = ["refuse_at_sight"]
@@ -57,7 +57,7 @@ def refuse_at_sight(module: nn.Module, loss: Loss, schema: RowSchema) -> None:
                 f"parameter {name!r} has a post-accumulate-grad hook, which would run for each piece, not "
                 "for each step: use register_hook, or do it in the optimiser"
             )
-    with users_code("parameters()"):
+    with users_torch_code("parameters()"):
         given = list(module.parameters())
     for parameter in given:
         if id(parameter) not in ours:

@@ -19,6 +19,7 @@ from torch import nn
 
 from sparksgd.arithmetic.generators import generators_seeded
 from sparksgd.arithmetic.numerics import thread_count
+from sparksgd.arithmetic.scripted import forget_optimised
 from sparksgd.arithmetic.seeds import seed32
 from sparksgd.data.schema import RowReport, RowSchema
 from sparksgd.engines.forward import evaluated_parts, forward, predictions
@@ -78,6 +79,7 @@ def score(shipped: Broadcast[bytes], batches: Iterable[pa.RecordBatch]) -> Itera
 
 
 def _scores(plan: ScoringPlan, batches: Iterable[pa.RecordBatch]) -> PartialScores:
+    forget_optimised()
     schema = plan.schema
     report, total = RowReport(), 0.0
     confusion = np.zeros((schema.classes or 0,) * 2, np.int64)

@@ -1,0 +1,67 @@
+"""Functions of torch.jit compute as they are written, and not as its optimiser makes them after some calls.
+
+The optimiser waits for the second call of a function in a process, and then fuses operations and
+differentiates them by formulas of its own: other bits.  A driver that has called a function often, and a
+worker that is new, would differ.  So all of the user's code that uses torch runs without the optimiser, and
+what it has made in a process before is forgotten.
+
+The switch is one of the thread's.  It does not reach functions that are optimised already.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from sparksgd.imports import users_code
+
+__all__ = ["SCRIPTED", "as_written", "forget_optimised", "users_torch_code"]
+
+SCRIPTED = (torch.jit.ScriptFunction, torch.jit.ScriptModule)
+"""What torch.jit makes."""
+
+
+def forget_optimised(others: Iterable[Any] = ()) -> None:
+    """Forget what the optimiser made of functions: the next call of each compiles it anew.
+
+    Args:
+        others: each one of `SCRIPTED`, besides those that `torch.jit.script` has made of a Python function,
+            which are known: traced ones, and those of a text.
+    """
+    unit: Any = torch.jit._state._python_cu
+    functions = list(unit.get_functions())
+    for one in others:
+        if isinstance(one, torch.jit.ScriptFunction):
+            functions.append(one)
+        else:
+            functions += [one._c._get_method(name) for name in one._c._method_names()]
+    for function in functions:
+        function._debug_flush_compilation_cache()
+
+
+@contextmanager
+def as_written() -> Iterator[None]:
+    """In the block, let the functions of torch.jit that are not optimised yet stay so."""
+    before = torch._C._get_graph_executor_optimize()
+    torch._C._set_graph_executor_optimize(False)
+    try:
+        yield
+    finally:
+        torch._C._set_graph_executor_optimize(before)
+
+
+@contextmanager
+def users_torch_code(what: str) -> Iterator[None]:
+    """Run the user's code in the block `as_written`; what it raises becomes a UserCodeError.
+
+    Args:
+        what: which of the user's code runs in the block, for the error.
+
+    Raises:
+        UserCodeError: the block raised; see `users_code`.
+    """
+    with as_written(), users_code(what):
+        yield
