@@ -23,6 +23,7 @@ from sparksgd.arithmetic.settings import driver_settings
 from sparksgd.config import Config
 from sparksgd.data.source import RowSource
 from sparksgd.engines.compute import Plan
+from sparksgd.engines.freed_memory import freed_memory_kept
 from sparksgd.engines.modes import begin_training
 from sparksgd.engines.protocol import Engine, MakeEngine, StepReport
 from sparksgd.engines.trial.outside import watch_steps
@@ -156,7 +157,7 @@ def train(
         if checkpoints is not None:
             keeper = Checkpointing(config.checkpoint, checkpoints, checked.experiment.turns_per_epoch)
             stack.callback(keeper.close)
-        with thread_count(config.train.threads), as_written():
+        with thread_count(config.train.threads), as_written(), freed_memory_kept():
             if start is not None:
                 go_on(training, solver, observers, start)
             _loop(training, engine, solver, observers, deals, replay, keeper, evaluates=test is not None)

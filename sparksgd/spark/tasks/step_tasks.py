@@ -16,6 +16,7 @@ from sparksgd.arithmetic.flat import Weights
 from sparksgd.arithmetic.numerics import Numerics
 from sparksgd.data.shard import Descriptor
 from sparksgd.engines.compute import Computer
+from sparksgd.engines.freed_memory import keep_freed_memory
 from sparksgd.engines.replies import Reply
 from sparksgd.errors import ClusterError
 from sparksgd.peers.mesh import Meeting
@@ -41,6 +42,7 @@ class ShippedPlan:
         """The process's computer, kept as long as Spark keeps the broadcast."""
         leave_quietly()
         without_compiler()
+        keep_freed_memory()
         computer = Computer(pickle.loads(self._pickled))
         gc.collect()
         gc.freeze()  # PySpark's daemon collects after every task: over all of torch, 20 to 60 ms

@@ -1,0 +1,62 @@
+"""Memory that a step has freed is kept for the next one, instead of being given back to the system.
+
+A forward and backward pass allocates and frees the same blocks at every step.  By default, glibc gives the
+free end of its heap back, and the next step pays for it with page faults: some 2,000 for LeNet and 64 rows,
+which is a fifth of the step on a virtual machine.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
+from typing import Any
+
+__all__ = ["freed_memory_kept", "keep_freed_memory"]
+
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
+_LARGEST_HEAP_BLOCK = 32 << 20  # glibc refuses a greater one; above it each block has pages of its own
+_NO_LIMIT = (1 << 31) - 1  # mallopt takes an int
+
+_users = 0
+_lock = threading.Lock()
+
+
+def keep_freed_memory() -> None:
+    """Keep what this process frees for as long as it lives.  Where the C library is not glibc, do nothing."""
+    _set_thresholds(_NO_LIMIT)
+
+
+@contextmanager
+def freed_memory_kept() -> Iterator[None]:
+    """Keep what this process frees in the block, and then give it back.
+
+    What the thresholds were cannot be asked for.  Afterwards they are what glibc itself makes of them in a
+    process that has once freed a block of 32 MiB.
+    """
+    global _users
+    with _lock:
+        _users += 1
+        _set_thresholds(_NO_LIMIT)
+    try:
+        yield
+    finally:
+        with _lock:
+            _users -= 1
+            if not _users:
+                _set_thresholds(2 * _LARGEST_HEAP_BLOCK)
+                _of_glibc("malloc_trim")(0)
+
+
+def _set_thresholds(trim_bytes: int) -> None:
+    _of_glibc("mallopt")(_M_MMAP_THRESHOLD, _LARGEST_HEAP_BLOCK)
+    _of_glibc("mallopt")(_M_TRIM_THRESHOLD, trim_bytes)
+
+
+@cache
+def _of_glibc(name: str) -> Callable[..., Any]:
+    """Return a function of glibc; in its absence, one that does nothing."""
+    found: Callable[..., Any] | None = getattr(ctypes.CDLL(None), name, None)
+    return found or (lambda *arguments: None)
