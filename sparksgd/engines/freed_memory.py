@@ -17,8 +17,8 @@ from typing import Any
 __all__ = ["freed_memory_kept", "keep_freed_memory"]
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
-_LARGEST_HEAP_BLOCK = 32 << 20  # glibc refuses a greater one; above it each block has pages of its own
 _NO_LIMIT = (1 << 31) - 1  # mallopt takes an int
+_LARGEST_BY_ITSELF = 32 << 20  # above it, glibc by itself gives each block pages of its own
 
 _users = 0
 _lock = threading.Lock()
@@ -26,7 +26,7 @@ _lock = threading.Lock()
 
 def keep_freed_memory() -> None:
     """Keep what this process frees for as long as it lives.  Where the C library is not glibc, do nothing."""
-    _set_thresholds(_NO_LIMIT)
+    _set_thresholds(_NO_LIMIT, _NO_LIMIT)
 
 
 @contextmanager
@@ -39,19 +39,21 @@ def freed_memory_kept() -> Iterator[None]:
     global _users
     with _lock:
         _users += 1
-        _set_thresholds(_NO_LIMIT)
+        _set_thresholds(_NO_LIMIT, _NO_LIMIT)
     try:
         yield
     finally:
         with _lock:
             _users -= 1
             if not _users:
-                _set_thresholds(2 * _LARGEST_HEAP_BLOCK)
+                _set_thresholds(_LARGEST_BY_ITSELF, 2 * _LARGEST_BY_ITSELF)
                 _of_glibc("malloc_trim")(0)
 
 
-def _set_thresholds(trim_bytes: int) -> None:
-    _of_glibc("mallopt")(_M_MMAP_THRESHOLD, _LARGEST_HEAP_BLOCK)
+def _set_thresholds(mmap_bytes: int, trim_bytes: int) -> None:
+    """Set from what size on a block has pages of its own, and how much may be free at the end of the heap."""
+    if not _of_glibc("mallopt")(_M_MMAP_THRESHOLD, mmap_bytes):  # old versions take no greater one than this
+        _of_glibc("mallopt")(_M_MMAP_THRESHOLD, _LARGEST_BY_ITSELF)
     _of_glibc("mallopt")(_M_TRIM_THRESHOLD, trim_bytes)
 
 

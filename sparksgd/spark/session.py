@@ -92,16 +92,6 @@ SETTINGS = (
         cost="15 s of silence when an executor is lost just before a step",
     ),
     Setting(
-        key="spark.executorEnv.MALLOC_MMAP_THRESHOLD_",
-        value=str(1 << 30),
-        cost="about a tenth of a step: glibc maps large tensors anew, page by page, at every step",
-    ),
-    Setting(
-        key="spark.executorEnv.MALLOC_TRIM_THRESHOLD_",
-        value=str(512 << 20),
-        cost="the same, by giving the memory of large tensors back after every step",
-    ),
-    Setting(
         key="spark.ui.retainedJobs",
         value="200",
         cost="driver memory that grows with the steps, up to 1000 jobs",

@@ -20,14 +20,13 @@ from measuring import Task
 from pyspark.find_spark_home import _find_spark_home
 from turns import TURNS, TurnsOf
 
-from sparksgd.spark.session import SETTINGS
-
 __all__ = ["ArmFailed", "job_s", "run_arm", "run_in_turns"]
 
 _LAST_LINES = 40
 _JAVA = "SPARK_SUBMIT_OPTS"
-_MALLOC = {  # of sparksgd's workers, and so of every arm but those of a plain session
-    setting.key.rpartition(".")[2]: setting.value for setting in SETTINGS if "MALLOC" in setting.key
+_MALLOC = {  # sparksgd's workers set these themselves; so the other arms have them, but those of a plain session
+    "MALLOC_MMAP_THRESHOLD_": str(1 << 30),
+    "MALLOC_TRIM_THRESHOLD_": str(512 << 20),
 }
 ROOT = Path(__file__).parent.parent.parent
 

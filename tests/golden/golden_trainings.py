@@ -63,6 +63,7 @@ def session() -> SparkSession:
         .config("spark.ui.enabled", "false")
         .config("spark.log.level", "ERROR")
         .config("spark.ui.showConsoleProgress", "false")
+        .config("spark.python.daemon.module", "daemon_with_torch")
         .getOrCreate()
     )
 

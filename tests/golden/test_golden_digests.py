@@ -45,7 +45,7 @@ def digests(*words: str) -> dict[str, Any]:
         env=os.environ
         | instruction_set.variables("avx2")
         | {
-            "PYTHONPATH": os.pathsep.join([str(HERE), str(HERE.parents[1])]),
+            "PYTHONPATH": os.pathsep.join(map(str, (HERE, HERE.parent / "modules", HERE.parents[1]))),
             "PYSPARK_PYTHON": sys.executable,
         },
         capture_output=True,
