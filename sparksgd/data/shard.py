@@ -19,6 +19,7 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from hashlib import blake2b
 from itertools import pairwise
 from pathlib import Path
@@ -90,7 +91,7 @@ class ShardWriter:
         self._shard = shard
         self._path = folder / f"shard-{shard:05d}-{uuid.uuid4().hex[:8]}.records"
         self._file = open(self._path, "wb", _WRITE_BYTES, opener=_for_us_alone)  # noqa: SIM115  # closed in close()
-        self._start = _start_of(self._path)
+        self._start = _start_of(str(self._path))
         self._digest = blake2b(digest_size=16)
         self._rows = 0
         self._repeats = 0
@@ -186,7 +187,7 @@ def read_records(
                     raise _missing(shard, "it was cut off while it was read")
                 done += count_read
     starts = range(0, len(data), width)
-    begun_with = _start_of(Path(shard.path))
+    begun_with = _start_of(shard.path)
     numbers = rows if isinstance(rows, range) else rows.tolist()
     for row, start, written in zip(numbers, starts, lines["checksum"].tolist(), strict=True):
         if _checksum(data[start : start + record.itemsize], begun_with, row) != written:
@@ -194,9 +195,10 @@ def read_records(
     return lines["record"]
 
 
-def _start_of(file: Path) -> int:
+@lru_cache(maxsize=256)  # by steps, a process reads the same few files
+def _start_of(file: str) -> int:
     """Return what the checksums of a file begin with.  Its name is unique: it has random digits."""
-    return zlib.crc32(file.name.encode())
+    return zlib.crc32(Path(file).name.encode())
 
 
 def _checksum(record: Any, start: int, row: int) -> int:

@@ -5,9 +5,11 @@ Legend: B rows, C classes.
 
 from __future__ import annotations
 
+from functools import cache
 from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import numpy.typing as npt
 import torch
 from torch import nn
@@ -124,6 +126,12 @@ def predictions(output: torch.Tensor) -> torch.Tensor:
 
 def _tensor(values: npt.NDArray[Any]) -> torch.Tensor:
     """Copy an array into torch's own memory, because the bits depend on the alignment."""
-    tensor = torch.empty(values.shape, dtype=getattr(torch, values.dtype.name))
+    tensor = torch.empty(values.shape, dtype=_torch_type(values.dtype))
     tensor.numpy()[...] = values
     return tensor
+
+
+@cache
+def _torch_type(dtype: np.dtype[Any]) -> torch.dtype:
+    found: torch.dtype = getattr(torch, dtype.name)
+    return found
