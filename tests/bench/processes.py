@@ -24,7 +24,7 @@ __all__ = ["ArmFailed", "job_s", "run_arm", "run_in_turns"]
 
 _LAST_LINES = 40
 _JAVA = "SPARK_SUBMIT_OPTS"
-_MALLOC = {  # sparksgd's workers set these themselves; so the other arms have them, but those of a plain session
+_MALLOC = {  # as sparksgd's workers set them: for the other arms, but those of a plain session
     "MALLOC_MMAP_THRESHOLD_": str(1 << 30),
     "MALLOC_TRIM_THRESHOLD_": str(512 << 20),
 }
