@@ -4,127 +4,20 @@ from __future__ import annotations
 
 import copy
 import logging
-import pickle
-import socket
-from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from shard_jobs import ROWS, Job, bits, noisy_job, slope, the_sum
 from torch import nn
 from torch.nn import functional as F
 
-from sparksgd.arithmetic.flat import FlatModule, Weights
 from sparksgd.arithmetic.seeds import seed32
-from sparksgd.data.sampling import Sampling
-from sparksgd.data.schema import Feature, RowSchema
-from sparksgd.data.shard import Descriptor, ShardWriter, read_records
-from sparksgd.engines.compute import Computer, Plan
-from sparksgd.engines.replies import Evaluation, Reply
-from sparksgd.engines.trial.trial import Use, try_out
-from sparksgd.errors import ModelError, NotFinite, ShardMissing, UserCodeError
-from sparksgd.losses import cross_entropy, squared_error
-from sparksgd.solvers.protocol import Answer, Halves, Message
-from sparksgd.solvers.synchronous import SendGradients
-from sparksgd.solvers.without_compiler import without_compiler
-
-Row = tuple[Any, ...]  # the features, then the label
-
-
-class Job:
-    """Rows written to shards, and a plan to compute on them."""
-
-    def __init__(
-        self,
-        folder: Path,
-        module: nn.Module,
-        shards: Sequence[Sequence[Row]],
-        *,
-        loss: Callable[..., Any] = squared_error,
-        rows_per_step: int = 1000,
-        seed: int = 0,
-        threads: int = 1,
-        rows_per_backward: int | None = None,
-    ) -> None:
-        example = next(rows[0] for rows in shards if rows)
-        schema = RowSchema(
-            features=tuple(
-                Feature(name=name, dtype="float32", length=len(value) if isinstance(value, tuple) else None)
-                for name, value in zip("abc", example[:-1], strict=False)
-            ),
-            label="y",
-            label_dtype="int64" if loss is cross_entropy else "float32",
-            classes=3 if loss is cross_entropy else None,
-        )
-        self.table = [written(folder, schema, number, rows) for number, rows in enumerate(shards)]
-        self.plan = Plan(
-            module=module,
-            loss=loss,
-            schema=schema,
-            sampling=Sampling(shard_rows=tuple(map(len, shards)), rows_per_step=rows_per_step, seed=seed),
-            halves=Halves(make=SendGradients),
-            threads=threads,
-            rows_per_backward=rows_per_backward,
-        )
-        self.weights: Weights = FlatModule(copy.deepcopy(module)).weights(0)
-
-    def computer(self) -> Computer:
-        return Computer(self.plan)
-
-    def gradients(self, shards: Sequence[int] | None = None, step: int = 0, worker: int = 0) -> Reply:
-        asked = self.table if shards is None else [self.table[number] for number in shards]
-        return self.computer().round(worker, asked, self.answer(step))
-
-    def answer(self, turn: int) -> Answer:
-        return Answer(weights=self.weights, turn=turn)
-
-    def evaluation(self) -> Evaluation:
-        answer = self.computer().evaluations(0, self.table, self.weights)
-        assert answer.failure is None
-        total = answer.total()
-        assert isinstance(total, Evaluation)
-        return total
-
-    def tried(self, rows: int | None = None) -> tuple[torch.Size, bool]:
-        records = read_records(self.table[0], range(self.table[0].rows), self.plan.schema.record)[:rows]
-        plan = self.plan
-        without_compiler()
-        use = Use(loss=plan.loss, schema=plan.schema, dtype=plan.dtype, classifies=plan.loss is cross_entropy)
-        found = try_out(plan.module, records, use)
-        return found.output, found.channels_last
-
-
-def written(folder: Path, schema: RowSchema, number: int, rows: Sequence[Row]) -> Descriptor:
-    records = np.array([tuple(row) for row in rows], schema.record)
-    with ShardWriter(folder, number) as writer:
-        keys = np.zeros((len(rows), 32), np.uint8)
-        writer.append(keys, records.view(np.uint8).reshape(len(rows), schema.record.itemsize))
-        return writer.close()
-
-
-def the_sum(answer: Reply) -> Message:
-    assert answer.failure is None
-    total = answer.total()
-    assert isinstance(total, Message)
-    return total
-
-
-def slope(value: float = 0.0) -> nn.Linear:
-    """y = value x."""
-    module = nn.Linear(1, 1, bias=False)
-    module.weight.data.fill_(value)
-    return module
-
-
-def bits(sum_: Any) -> bytes:
-    return sum_.vectors["gradient"].tobytes() + sum_.statistics.tobytes() + np.float64(sum_.loss).tobytes()
-
-
-ROWS = [((1.0,), 3.0), ((1.0,), 6.0), ((2.0,), 0.0)]
-
+from sparksgd.engines.replies import Evaluation
+from sparksgd.errors import NotFinite, UserCodeError
+from sparksgd.losses import cross_entropy
 
 # Gradients
 
@@ -260,25 +153,36 @@ def test_torch_runs_as_many_threads_as_planned_and_then_as_many_as_before(
         torch.set_num_threads(before)
 
 
-# Randomness
+class Convolved(nn.Module):
+    """Two convolutions of 4 x 4 images of one channel, and what a user may do with what they make."""
 
-
-class Noisy(nn.Module):
-    """y = sum(dropout(w)), with the weights beside a batch-norm: it hears of every other row."""
-
-    def __init__(self, width: int = 4) -> None:
+    def __init__(self, *, views: bool) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.linspace(-1, 1, width))
-        self.norm = nn.BatchNorm1d(width)
+        self.layers = nn.Sequential(nn.Conv2d(1, 3, 2), nn.ReLU(), nn.Conv2d(3, 2, 2))
+        self.views = views
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return (F.dropout(self.norm(x), 0.5, self.training) * self.weight).sum(1)
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        made = self.layers(image.view(-1, 1, 4, 4))
+        return (made.view(-1, 8) if self.views else made.flatten(1)).sum(1)
 
 
-def noisy_job(folder: Path, **options: Any) -> Job:
-    drawn = np.random.default_rng(0)
-    rows = [(tuple(drawn.standard_normal(4)), drawn.standard_normal()) for _ in range(36)]
-    return Job(folder, Noisy(), [rows[:10], rows[10:24], rows[24:]], rows_per_step=12, **options)
+@pytest.mark.parametrize("views", [True, False])
+def test_convolutions_are_computed_channels_last_where_the_module_takes_it(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, views: bool
+) -> None:
+    image = tuple(number / 16 for number in range(16))
+    job = Job(tmp_path, Convolved(views=views), [[(image, 1.0)] * 3])
+    with caplog.at_level(logging.INFO, "sparksgd"):
+        assert job.tried() == ((4,), not views)
+    assert ("computed channels first" in caplog.text) == views
+    plain = the_sum(job.gradients())
+    job.plan = replace(job.plan, channels_last=not views)
+    again = the_sum(job.gradients())
+    np.testing.assert_allclose(again.vectors["gradient"], plain.vectors["gradient"], rtol=1e-4)
+    assert job.evaluation().rows == 3
+
+
+# Randomness
 
 
 def test_dropout_is_drawn_from_seed_shard_and_step(tmp_path: Path) -> None:
@@ -377,197 +281,3 @@ def test_an_evaluation_reads_every_row_of_a_long_shard(tmp_path: Path) -> None:
     assert total == Evaluation(
         loss=float(sum((row % 7) ** 2 for row in range(1300))), correct=None, rows=1300
     )
-
-
-# Failures are values
-
-
-def test_a_loss_that_is_not_finite_names_step_shard_and_rows(tmp_path: Path) -> None:
-    def root(output: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
-        return output.reshape(len(label)) + label.sqrt()
-
-    job = Job(
-        tmp_path, slope(), [ROWS, [((1.0,), 4.0), ((1.0,), -1.0), ((1.0,), 9.0), ((1.0,), -2.0)]], loss=root
-    )
-    failure = job.gradients(worker=3).failure
-    assert isinstance(failure, NotFinite)
-    assert str(failure) == (
-        f"the loss of turn 1 is nan in shard 1, rows 1, 3\n  in turn 1, on worker 3 at {socket.gethostname()}"
-    )
-
-
-def test_a_gradient_that_is_not_finite_is_told_from_the_loss(tmp_path: Path) -> None:
-    class Root(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.weight = nn.Parameter(torch.zeros(1))
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return self.weight.sqrt() * x  # 0, with an infinite slope
-
-    def itself(output: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
-        return output.reshape(len(label))
-
-    failure = Job(tmp_path, Root(), [ROWS], loss=itself).gradients().failure
-    assert isinstance(failure, NotFinite)
-    assert "the gradient of turn 1 is NaN or infinite in shard 0, rows 0, 1, 2, though the loss is 0" in str(
-        failure
-    )
-
-
-def test_many_bad_rows_are_not_all_listed(tmp_path: Path) -> None:
-    failure = Job(tmp_path, slope(float("nan")), [[((1.0,), 1.0)] * 20]).gradients().failure
-    assert "rows 0, 1, 2, 3, 4, 5, 6, 7 and 12 more\n" in str(failure)
-
-
-def picky(output: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
-    raise KeyError("no such label")
-
-
-def test_what_the_user_s_code_raised_comes_back_with_its_traceback(tmp_path: Path) -> None:
-    answer = Job(tmp_path, slope(), [ROWS, ROWS], loss=picky).gradients(worker=1)
-    failure = pickle.loads(pickle.dumps(answer.failure))
-    assert isinstance(failure, UserCodeError)
-    for phrase in ("the module or its loss raised KeyError: 'no such label'", "in picky", "test_compute.py"):
-        assert phrase in str(failure)
-    assert str(failure).endswith(f"in turn 1, on worker 1 at {socket.gethostname()}")
-
-
-def test_a_file_that_is_gone_is_a_missing_shard_not_an_error_of_training(tmp_path: Path) -> None:
-    job = Job(tmp_path, slope(), [ROWS, ROWS])
-    Path(job.table[1].path).unlink()
-    failure = job.gradients().failure
-    assert isinstance(failure, ShardMissing)
-    assert failure.shards == (1,)
-    assert isinstance(job.computer().evaluations(0, job.table, job.weights).failure, ShardMissing)
-
-
-def test_of_two_failures_the_one_that_cannot_be_mended_is_kept(tmp_path: Path) -> None:
-    missing, wrong = ShardMissing("gone", (0,)), UserCodeError("wrong")
-    for left, right in [(missing, wrong), (wrong, missing), (None, wrong), (wrong, None)]:
-        answer = Reply(leaves=2, partials={(0, 1): None}, failure=left)
-        answer += Reply(leaves=2, partials={(1, 2): None}, failure=right)
-        assert (answer.failure, answer.partials) == (wrong, {})
-
-
-def test_a_failure_leaves_no_shard_in_the_input_or_spark_would_drop_the_worker(tmp_path: Path) -> None:
-    job = Job(tmp_path, slope(), [ROWS, ROWS], loss=picky)
-    shards = iter(job.table)
-    assert job.computer().round(0, shards, job.answer(0)).failure is not None
-    assert next(shards, None) is None
-
-
-def test_two_missing_shards_are_both_told(tmp_path: Path) -> None:
-    answer = Reply(leaves=2, failure=ShardMissing("gone", (0,)))
-    answer += Reply(leaves=2, failure=ShardMissing("gone", (1,)))
-    assert isinstance(answer.failure, ShardMissing)
-    assert answer.failure.shards == (0, 1)
-
-
-# What is refused before the first step
-
-
-class Summing(nn.Module):
-    """Adds up what it sees, in a buffer."""
-
-    def __init__(self, in_place: bool) -> None:
-        super().__init__()
-        self.inner = slope()
-        self.in_place = in_place
-        self.register_buffer("seen", torch.zeros(1))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if self.in_place:
-            self.seen += x.sum()
-        else:
-            self.seen = self.seen + x.sum()
-        return self.inner(x)
-
-
-@pytest.mark.parametrize("in_place", [True, False])
-def test_a_buffer_that_changes_with_the_rows_is_refused(tmp_path: Path, in_place: bool) -> None:
-    job = Job(tmp_path, Summing(in_place), [ROWS])
-    with pytest.raises(ModelError, match=r"forward changes seen, .* element 0 becomes [\d.]+ and [\d.]+\."):
-        job.tried()
-
-
-def test_a_batch_norm_s_buffers_may_change(tmp_path: Path) -> None:
-    job = noisy_job(tmp_path)
-    assert job.tried(rows=1) == ((4,), False)  # the other rows are variants of the one
-
-
-@pytest.mark.parametrize(
-    ("loss", "shape"),
-    [
-        (lambda output, label: output.sum(), "()"),
-        (lambda output, label: output, "(4, 1)"),
-        (lambda output, label: (output - label).square(), "(4, 4)"),
-        (lambda output, label: 0.5, "float"),
-    ],
-    ids=["a mean", "a column", "a square", "a number"],
-)
-def test_a_loss_without_one_value_per_row_is_refused(
-    tmp_path: Path, loss: Callable[..., Any], shape: str
-) -> None:
-    job = Job(tmp_path, slope(), [ROWS], loss=loss)
-    with pytest.raises(ModelError) as refused:
-        job.tried()
-    assert str(refused.value).startswith(
-        f"the loss gave {shape} for 4 rows, but must give one value per row, (4,)"
-    )
-
-
-def test_a_loss_on_another_device_is_refused(tmp_path: Path) -> None:
-    job = Job(tmp_path, slope(), [ROWS], loss=lambda output, label: output[:, 0].to("meta"))
-    with pytest.raises(ModelError, match="the loss is on meta, but only the CPU is supported"):
-        job.tried()
-
-
-def test_a_module_that_gives_no_tensor_is_refused(tmp_path: Path) -> None:
-    class Pair(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.inner = slope()
-
-        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, int]:
-            return self.inner(x), 1
-
-    def first(output: tuple[torch.Tensor, int], label: torch.Tensor) -> torch.Tensor:
-        return squared_error(output[0], label)
-
-    with pytest.raises(ModelError, match="the module gives a tuple, but must give one tensor"):
-        Job(tmp_path, Pair(), [ROWS], loss=first).tried()
-
-
-def test_a_loss_that_raises_is_the_user_s_error(tmp_path: Path) -> None:
-    with pytest.raises(UserCodeError, match="the module or its loss raised KeyError: 'no such label'"):
-        Job(tmp_path, slope(), [ROWS], loss=picky).tried()
-
-
-class Convolved(nn.Module):
-    """Two convolutions of 4 x 4 images of one channel, and what a user may do with what they make."""
-
-    def __init__(self, *, views: bool) -> None:
-        super().__init__()
-        self.layers = nn.Sequential(nn.Conv2d(1, 3, 2), nn.ReLU(), nn.Conv2d(3, 2, 2))
-        self.views = views
-
-    def forward(self, image: torch.Tensor) -> torch.Tensor:
-        made = self.layers(image.view(-1, 1, 4, 4))
-        return (made.view(-1, 8) if self.views else made.flatten(1)).sum(1)
-
-
-@pytest.mark.parametrize("views", [True, False])
-def test_convolutions_are_computed_channels_last_where_the_module_takes_it(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, views: bool
-) -> None:
-    image = tuple(number / 16 for number in range(16))
-    job = Job(tmp_path, Convolved(views=views), [[(image, 1.0)] * 3])
-    with caplog.at_level(logging.INFO, "sparksgd"):
-        assert job.tried() == ((4,), not views)
-    assert ("computed channels first" in caplog.text) == views
-    plain = the_sum(job.gradients())
-    job.plan = replace(job.plan, channels_last=not views)
-    again = the_sum(job.gradients())
-    np.testing.assert_allclose(again.vectors["gradient"], plain.vectors["gradient"], rtol=1e-4)
-    assert job.evaluation().rows == 3
