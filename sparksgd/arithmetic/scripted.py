@@ -2,8 +2,8 @@
 
 The optimiser waits for the second call of a function in a process, and then fuses operations and
 differentiates them by formulas of its own: other bits.  A driver that has called a function often, and a
-worker that is new, would differ.  So all of the user's code that uses torch runs without the optimiser, and
-what it has made in a process before is forgotten.
+worker that is new, would differ.  So all of the user's code that uses torch runs without the optimiser (see
+imports/torch_code.py), and what it has made in a process before is forgotten.
 
 The switch is one of the thread's.  It does not reach functions that are optimised already.
 """
@@ -16,9 +16,7 @@ from typing import Any
 
 import torch
 
-from sparksgd.imports import users_code
-
-__all__ = ["SCRIPTED", "as_written", "forget_optimised", "users_torch_code"]
+__all__ = ["SCRIPTED", "as_written", "forget_optimised"]
 
 SCRIPTED = (torch.jit.ScriptFunction, torch.jit.ScriptModule)
 """What torch.jit makes."""
@@ -51,17 +49,3 @@ def as_written() -> Iterator[None]:
         yield
     finally:
         torch._C._set_graph_executor_optimize(before)
-
-
-@contextmanager
-def users_torch_code(what: str) -> Iterator[None]:
-    """Run the user's code in the block `as_written`; what it raises becomes a UserCodeError.
-
-    Args:
-        what: which of the user's code runs in the block, for the error.
-
-    Raises:
-        UserCodeError: the block raised; see `users_code`.
-    """
-    with as_written(), users_code(what):
-        yield

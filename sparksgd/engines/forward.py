@@ -15,9 +15,9 @@ import torch
 from torch import nn
 
 from sparksgd.arithmetic.flat import mixes_rows_of_evaluations
-from sparksgd.arithmetic.scripted import users_torch_code
 from sparksgd.data.schema import RowSchema
 from sparksgd.errors import ModelError
+from sparksgd.imports.torch_code import users_torch_code
 from sparksgd.losses import Loss
 
 __all__ = [

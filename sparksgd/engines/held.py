@@ -121,6 +121,8 @@ def held_of(path: str, value: Any, seen: Seen) -> Held | None:
     """Return what can tell whether an object changed inside; None: it cannot change, or another one tells."""
     if isinstance(value, type):
         seen.kinds[value] = None
+    elif isinstance(value, enum.Enum):
+        seen.kinds[type(value)] = None
     if isinstance(value, _IMMUTABLE) or id(value) in seen:
         return None
     seen.add(id(value))

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from sparksgd.arithmetic.flat import FlatModule
-from sparksgd.arithmetic.scripted import users_torch_code
+from sparksgd.imports.torch_code import users_torch_code
 
 __all__ = ["begin_training", "evaluating", "overrides_modes"]
 

@@ -25,10 +25,10 @@ from torch import nn
 from torch.optim import Optimizer
 
 from sparksgd.arithmetic.generators import generators_seeded
-from sparksgd.arithmetic.scripted import users_torch_code
 from sparksgd.arithmetic.settings import HeldSettings
 from sparksgd.config import OptimizerConfig
 from sparksgd.errors import ConfigError
+from sparksgd.imports.torch_code import users_torch_code
 from sparksgd.solvers.carrying import CannotCarry, Carrier
 from sparksgd.solvers.protocol import Settings, Touched, Vector
 

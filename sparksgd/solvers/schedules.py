@@ -19,10 +19,10 @@ from torch.optim import Optimizer, lr_scheduler
 
 from sparksgd.arithmetic.flat import FlatParameters
 from sparksgd.arithmetic.generators import generators_seeded
-from sparksgd.arithmetic.scripted import users_torch_code
 from sparksgd.arithmetic.seeds import seed32
 from sparksgd.config import OptimizerConfig, ScheduleConfig
 from sparksgd.errors import ConfigError
+from sparksgd.imports.torch_code import users_torch_code
 from sparksgd.solvers.carrying import CannotCarry, Carrier, holds_code
 from sparksgd.solvers.flat_optimizer import FlatOptimizer, in_shapes, is_of_torch
 from sparksgd.solvers.protocol import Settings

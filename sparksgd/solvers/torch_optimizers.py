@@ -23,11 +23,11 @@ from torch.optim import optimizer as optimizer_hooks
 
 from sparksgd.arithmetic.copies import copied
 from sparksgd.arithmetic.flat import FlatParameters
-from sparksgd.arithmetic.scripted import users_torch_code
 from sparksgd.arithmetic.seeds import seed32
 from sparksgd.config import OptimizerConfig
 from sparksgd.errors import ConfigError, UserCodeError
 from sparksgd.imports import did_you_mean, resolve, shown
+from sparksgd.imports.torch_code import users_torch_code
 from sparksgd.solvers.flat_optimizer import (
     ELEMENTWISE,
     HAS,

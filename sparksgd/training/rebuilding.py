@@ -24,7 +24,6 @@ from sparksgd.arithmetic.changes import bits
 from sparksgd.arithmetic.copies import copied, parts
 from sparksgd.arithmetic.generators import generators_seeded
 from sparksgd.arithmetic.numerics import thread_count
-from sparksgd.arithmetic.scripted import users_torch_code
 from sparksgd.arithmetic.seeds import seed32
 from sparksgd.config import Config
 from sparksgd.data.schema import RowSchema
@@ -32,6 +31,7 @@ from sparksgd.engines.forward import forward
 from sparksgd.engines.held import is_opaque
 from sparksgd.errors import ModelError, SparkSGDError
 from sparksgd.imports import shown
+from sparksgd.imports.torch_code import users_torch_code
 from sparksgd.training.composition import Told, first_difference, name_of, other_structure, structure
 from sparksgd.training.modules import build_module
 from sparksgd.training.plain_values import is_plain, is_torchs

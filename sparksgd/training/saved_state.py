@@ -19,9 +19,9 @@ from torch import nn
 
 from sparksgd.arithmetic.changes import bits
 from sparksgd.arithmetic.copies import copied, parts
-from sparksgd.arithmetic.scripted import users_torch_code
 from sparksgd.errors import ModelError
 from sparksgd.imports import shown
+from sparksgd.imports.torch_code import users_torch_code
 from sparksgd.training.encoding import array_as_plain, array_of
 from sparksgd.training.plain_values import is_plain, is_torchs, plain_values
 from sparksgd.training.tensor_archives import BoundedUnpickler, check_archive, check_tree, check_values

@@ -12,10 +12,10 @@ import torch
 from torch import nn
 
 from sparksgd.arithmetic.copies import copied
-from sparksgd.arithmetic.scripted import users_torch_code
 from sparksgd.engines.modes import overrides_modes
 from sparksgd.engines.watch import Watch
 from sparksgd.errors import ModelError
+from sparksgd.imports.torch_code import users_torch_code
 from sparksgd.losses import Loss
 
 __all__ = ["changed_names", "refuse_lasting_modes", "values_of"]

@@ -7,9 +7,9 @@ import inspect
 import torch
 from torch import nn
 
-from sparksgd.arithmetic.scripted import users_torch_code
 from sparksgd.data.schema import RowSchema
 from sparksgd.errors import ModelError
+from sparksgd.imports.torch_code import users_torch_code
 from sparksgd.losses import Loss
 
 __all__ = ["refuse_at_sight"]
