@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import socket
 import time
-from collections.abc import Callable, Iterable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -120,6 +120,17 @@ class Computer:
         self.numerics = Numerics.here(plan.threads)
         self._orders: dict[int, tuple[int, npt.NDArray[np.uint32]]] = {}
         self._halves: dict[int | None, WorkerHalf[Answer]] = {}
+        self._keeps_generators: Callable[[], AbstractContextManager[object]] = generators_kept
+
+    @contextmanager
+    def many_rounds(self) -> Iterator[None]:
+        """Keep the process's global generators once for all rounds in the block, instead of once for each."""
+        with generators_kept():
+            self._keeps_generators = nullcontext
+            try:
+                yield
+            finally:
+                self._keeps_generators = generators_kept
 
     def round(
         self,
@@ -191,7 +202,7 @@ class Computer:
             with (
                 out_of_memory_told("a worker's Python"),
                 thread_count(self.plan.threads),
-                generators_kept(),
+                self._keeps_generators(),
                 self._settings,
             ):
                 for shard in remaining:

@@ -175,6 +175,7 @@ class Replica:
         try:
             with (
                 thread_count(self._computer.plan.threads),
+                self._computer.many_rounds(),
                 AllReduce(self._mesh, segment.owned, self._flat, overlaps=segment.overlaps) as allreduce,
             ):
                 if load is not None:
