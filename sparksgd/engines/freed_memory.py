@@ -17,29 +17,34 @@ from typing import Any
 __all__ = ["freed_memory_kept", "keep_freed_memory"]
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
-_NO_LIMIT = (1 << 31) - 1  # mallopt takes an int
-_LARGEST_BY_ITSELF = 32 << 20  # above it, glibc by itself gives each block pages of its own
+_LARGEST_BY_ITSELF = 32 << 20  # a block above it always has pages of its own, if glibc decides
+_LARGEST_OF_WORKERS = 1 << 30
+_MOST_KEPT = 512 << 20
 
 _users = 0
 _lock = threading.Lock()
 
 
 def keep_freed_memory() -> None:
-    """Keep what this process frees for as long as it lives.  Where the C library is not glibc, do nothing."""
-    _set_thresholds(_NO_LIMIT, _NO_LIMIT)
+    """Keep what this process frees for as long as it lives, up to 512 MiB at the end of its heap.
+
+    Where the C library is not glibc, do nothing.
+    """
+    _set_thresholds(_LARGEST_OF_WORKERS, _MOST_KEPT)
 
 
 @contextmanager
 def freed_memory_kept() -> Iterator[None]:
-    """Keep what this process frees in the block, and then give it back.
+    """Keep what this process frees in the block, and then give it back: for a process that is not a worker.
 
+    Blocks of more than 32 MiB are given back at once: whole vectors of a large model, few in each step.
     What the thresholds were cannot be asked for.  Afterwards they are what glibc itself makes of them in a
     process that has once freed a block of 32 MiB.
     """
     global _users
     with _lock:
         _users += 1
-        _set_thresholds(_NO_LIMIT, _NO_LIMIT)
+        _set_thresholds(_LARGEST_BY_ITSELF, _MOST_KEPT)
     try:
         yield
     finally:

