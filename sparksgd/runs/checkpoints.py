@@ -19,7 +19,7 @@ import logging
 import re
 import uuid
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from typing import Any, Self
@@ -27,8 +27,10 @@ from typing import Any, Self
 from sparksgd.config import Config
 from sparksgd.errors import ConfigError, DataError, SparkSGDError
 from sparksgd.runs.checked_files import FileEntry, read_checked, write_checked
+from sparksgd.runs.holder import Holder
 from sparksgd.runs.json_files import finite, read_json, write_json
-from sparksgd.storage import Location, unanswered
+from sparksgd.runs.lease import Lease, unwritable
+from sparksgd.storage import Location, remove_parts, unanswered
 from sparksgd.training.checkpoint import Checkpoint, Part, RunIdentity, Start
 from sparksgd.training.state import Resumed
 
@@ -315,8 +317,10 @@ class CheckpointFolder:
             (self.folder / entry.name).remove()
 
 
-class CheckpointFolders:
+class CheckpointFolders(ExitStack):
     """The checkpoints of many runs in one folder; each run has a subfolder, named by what it is of.
+
+    A context manager: from `begin` to the end of its block, no other run writes to that subfolder.
 
     Args:
         folder: of all of them.
@@ -325,11 +329,17 @@ class CheckpointFolders:
     """
 
     def __init__(self, folder: Location, config: Config, fingerprints: Mapping[str, str]) -> None:
+        super().__init__()
         self._folder, self._config, self._fingerprints = folder, config, fingerprints
         self._own: CheckpointFolder | None = None
 
     def begin(self, run: RunIdentity) -> Start | None:
-        """Return the checkpoint that the run goes on from; None: it begins anew."""
+        """Return the checkpoint that the run goes on from; None: it begins anew.
+
+        Raises:
+            ConfigError: another process trains the same, or nothing can be written there.
+            ClusterError: its file system does not answer.
+        """
         shaping = {key: value for key, value in run.experiment.items() if key not in FREE | PATHS}
         files = {key: digest for key, digest in self._fingerprints.items() if key not in FREE}
         identity = {
@@ -340,6 +350,13 @@ class CheckpointFolders:
             "parameters": run.parameters,
         }
         folder = self._folder / _digest(identity)[:16]
+        lease = Lease(folder, Holder.here(folder.name), called="checkpoint_dir")
+        try:
+            self.enter_context(lease.held())
+            remove_parts(folder)
+        except OSError as error:
+            raise unwritable(folder, error, "checkpoint_dir") from error
+        folder = folder.guarded(lease.check)
         about = {"run_id": folder.name, "config": self._config.to_dict(), "fingerprints": self._fingerprints}
         self._own = CheckpointFolder(folder, about, manifests(folder))
         return self._own.begin(run)

@@ -32,20 +32,20 @@ from typing import Any
 from sparksgd.config import Config
 from sparksgd.engines.protocol import StepReport
 from sparksgd.engines.trace import TraceEvent, event_line, first_line
-from sparksgd.errors import ClusterError, ConfigError, DataError, SparkSGDError
+from sparksgd.errors import ClusterError, DataError
 from sparksgd.runs.checkpoints import CheckpointFolder
 from sparksgd.runs.earlier import Found
 from sparksgd.runs.holder import Holder
 from sparksgd.runs.json_files import finite, write_json
-from sparksgd.runs.lease import IfRunning, Lease, remove_leases
+from sparksgd.runs.lease import IfRunning, Lease, remove_leases, unwritable
 from sparksgd.runs.model import check_saved, constants_beside, save_model
 from sparksgd.runs.names import CHECKPOINTS, METRICS, MODEL, RUN, RUN_BEFORE, SUMMARY, TRACE, WEIGHTS
 from sparksgd.solvers.protocol import Need
-from sparksgd.storage import Location, Throttle, location, remove_parts, unanswered
+from sparksgd.storage import Location, Throttle, location, remove_parts
 from sparksgd.training.state import EvaluationReport, Observer, Training
 from sparksgd.training.value_rules import TEXT, WHOLE, MapOf, Table
 
-__all__ = ["RunFolder", "summary", "unwritable"]
+__all__ = ["RunFolder", "summary"]
 
 log = logging.getLogger("sparksgd")
 
@@ -95,20 +95,6 @@ def summary(training: Training, wall_s: float) -> dict[str, Any]:
         **({"resumed": [asdict(each) for each in training.resumed]} if training.resumed else {}),
         "arrivals": training.participation.by_worker(),
     }
-
-
-def unwritable(folder: Location, error: OSError, called: str) -> SparkSGDError:
-    """Return the error of a folder that results could not go to.
-
-    Args:
-        folder: which.
-        error: what its file system said.
-        called: how errors call the folder.
-    """
-    refusal = ConfigError(
-        f"{called} is {folder}, which cannot be written: {error.strerror}; name another folder"
-    )
-    return unanswered(error, refusal)
 
 
 class RunFolder(Observer):

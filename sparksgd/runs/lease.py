@@ -43,11 +43,11 @@ from dataclasses import asdict, dataclass, replace
 from errno import EIO
 from typing import Literal, NoReturn
 
-from sparksgd.errors import ClusterError, ConfigError
+from sparksgd.errors import ClusterError, ConfigError, SparkSGDError
 from sparksgd.runs.holder import Holder
-from sparksgd.storage import LocalLocation, Location, Throttle
+from sparksgd.storage import LocalLocation, Location, Throttle, unanswered
 
-__all__ = ["IfRunning", "Lease", "remove_leases"]
+__all__ = ["IfRunning", "Lease", "remove_leases", "unwritable"]
 
 log = logging.getLogger("sparksgd")
 
@@ -74,6 +74,20 @@ def remove_leases(folder: Location) -> None:
     for name in folder.names():
         if _NAME.fullmatch(name):
             (folder / name).remove()
+
+
+def unwritable(folder: Location, error: OSError, called: str) -> SparkSGDError:
+    """Return the error of a folder that results could not go to.
+
+    Args:
+        folder: which.
+        error: what its file system said.
+        called: how errors call the folder.
+    """
+    refusal = ConfigError(
+        f"{called} is {folder}, which cannot be written: {error.strerror}; name another folder"
+    )
+    return unanswered(error, refusal)
 
 
 @dataclass(frozen=True, kw_only=True)

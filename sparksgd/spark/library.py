@@ -74,7 +74,8 @@ def train(
             stopped. It needs `out`, which may be the same folder.
         checkpoint_dir: a folder for the checkpoints of many runs, as of a cross-validation: each has a
             subfolder, named by its configuration, rows and code. A run that has checkpoints there goes on
-            from the last one; one that is finished there makes no step.
+            from the last one; one that is finished there makes no step. While one trains, the same run
+            elsewhere is refused.
 
     Returns:
         The finished run. Its `module` is trained, `evaluations` has the test loss and accuracy after each
@@ -130,7 +131,7 @@ def train(
             run.enter_context(folder.held())
             folder.require_writable()
             observers = (folder, *observers)
-        checkpoints = checkpoints_of()
+        checkpoints = checkpoints_of(run)
         if isinstance(rows, str) and (test is None or isinstance(test, str)) and not on_spark:
             from sparksgd.training.in_process import train_in_process
 
@@ -211,7 +212,7 @@ def _with_paths(config: Config, rows: DataFrame | str, test: DataFrame | str | N
 
 def _files(
     config: Config, out: object, resume_from: object, checkpoint_dir: object, replay: Replay | None
-) -> tuple[RunFolder | None, Callable[[], CheckpointStore | None]]:
+) -> tuple[RunFolder | None, Callable[[ExitStack], CheckpointStore | None]]:
     """Return what writes the run's folder, and what finds its checkpoints once that is held.
 
     Raises:
@@ -237,9 +238,10 @@ def _files(
         config.require_storable("or leave out= and checkpoint_dir= away")
     folder = RunFolder(given["out"], fingerprints) if "out" in given else None
 
-    def checkpoints() -> CheckpointStore | None:
+    def checkpoints(run: ExitStack) -> CheckpointStore | None:
         if "checkpoint_dir" in given:
-            return CheckpointFolders(location(given["checkpoint_dir"]), config, fingerprints)
+            where = location(given["checkpoint_dir"])
+            return run.enter_context(CheckpointFolders(where, config, fingerprints))
         if folder is None:
             return None
         found = Found()

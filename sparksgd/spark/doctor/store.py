@@ -13,7 +13,7 @@ from rich.filesize import decimal
 from sparksgd.config import Config
 from sparksgd.errors import SparkSGDError
 from sparksgd.runs.checkpoints import CheckpointFolder
-from sparksgd.runs.folder import unwritable
+from sparksgd.runs.lease import unwritable
 from sparksgd.spark.doctor.findings import Finding, bad, good
 from sparksgd.storage import Location, location
 from sparksgd.training.checkpoint import Checkpoint, Part, RunIdentity

@@ -1,0 +1,86 @@
+"""One folder for the checkpoints of many runs: no two processes write to the subfolder of one run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from two_workers import rows_of
+
+import sparksgd
+from sparksgd.errors import ClusterError, ConfigError
+from sparksgd.runs.lease import Lease
+from sparksgd.training.state import Observer, Training
+
+CONFIG = {
+    "model": {"name": "torch.nn:Linear", "in_features": 4, "out_features": 1},
+    "data": {"features": "x", "label": "y"},
+    "loss": {"name": "squared_error"},
+    "engine": {"name": "inline"},
+    "train": {"rows_per_step": 12, "num_shards": 4, "epochs": 2},
+}
+
+
+def trained(folder: Path, observers: tuple[Observer, ...] = (), *, lr: float = 0.05) -> Training:
+    if not (folder / "rows").exists():  # written again, it would be other rows
+        rows_of(folder / "rows")
+    config = CONFIG | {"optimizer": {"lr": lr}}
+    return sparksgd.train(config, folder / "rows", checkpoint_dir=folder / "all", observers=observers)
+
+
+class At(Observer):
+    """Does something after the second step."""
+
+    def __init__(self, deed: Any) -> None:
+        self._deed = deed
+
+    def stepped(self, training: Training, report: Any) -> None:
+        if report.step == 2:
+            self._deed()
+
+
+@pytest.fixture(autouse=True)
+def _short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    defaults = Lease.__init__.__kwdefaults__
+    monkeypatch.setitem(defaults, "renew_s", 0.1)
+    monkeypatch.setitem(defaults, "wait_s", 60.0)
+
+
+def test_the_same_run_at_the_same_time_is_refused(tmp_path: Path) -> None:
+    said = []
+
+    def again() -> None:
+        with pytest.raises(ConfigError) as refused:
+            trained(tmp_path)
+        said.append(str(refused.value))
+
+    whole = trained(tmp_path, (At(again),))
+    (message,) = said
+    assert message.startswith(f"checkpoint_dir is {tmp_path}/all/")
+    assert "writes to it, and renewed its lease just now: wait for its end, or name another folder" in message
+    assert trained(tmp_path).flat.parameters_sha256() == whole.flat.parameters_sha256()
+
+
+def test_another_run_at_the_same_time_has_its_own_place(tmp_path: Path) -> None:
+    trained(tmp_path, (At(lambda: trained(tmp_path, lr=0.01)),))
+    assert len(list((tmp_path / "all").iterdir())) == 2
+
+
+def test_a_run_whose_place_was_taken_writes_nothing_more(tmp_path: Path) -> None:
+    """As one that was stopped for a minute, and woken."""
+
+    def take() -> None:
+        (place,) = (tmp_path / "all").iterdir()
+        (place / ".lease-000009.json").write_bytes((place / ".lease-000001.json").read_bytes())
+
+    with pytest.raises(ClusterError, match="was stopped or cut off for so long that it was taken for dead"):
+        trained(tmp_path, (At(take),))
+    (place,) = (tmp_path / "all").iterdir()
+    assert [file.name for file in place.iterdir() if file.name.startswith("checkpoint")] == []
+
+
+def test_a_place_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "all").write_text("no folder")
+    with pytest.raises(ConfigError, match=r"^checkpoint_dir is .*, which cannot be written: Not a directory"):
+        trained(tmp_path)
