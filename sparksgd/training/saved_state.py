@@ -89,12 +89,33 @@ def load_state(module: nn.Module, saved: SavedState) -> list[str]:
         )
     others = _load_plain(module, {p: v for p, v in saved.constants.items() if _is_of_plain(v)})
     held = dict(values_of(module))
+    registered = _Registered(module)
     for path, value in saved.constants.items():
         if isinstance(value, torch.Tensor):
-            _set_tensor(module, path, held.get(path), value)
+            now = held.get(path)
+            if not isinstance(now, torch.Tensor) or _bits(now) != _bits(value):
+                _set_tensor(module, path, now, value, apart=registered.share_memory_with(now))
         elif not _is_of_plain(value):
             _set_array(module, path, held.get(path), array_of(value))
     return others
+
+
+class _Registered:
+    """The parameters and buffers of a module, whose values are loaded already."""
+
+    def __init__(self, module: nn.Module) -> None:
+        tensors = [*module.parameters(), *module.buffers()]
+        self._storages = [(tensor, _storage(tensor)) for tensor in tensors]
+
+    def share_memory_with(self, held: Any) -> bool:
+        """Return whether one of them, and not this tensor itself, lies in the same memory as a tensor.
+
+        An attribute that is a view of a weight until the first forward, as of torch.nn.utils.spectral_norm:
+        to write to it would overwrite the weight.
+        """
+        if not isinstance(held, torch.Tensor) or (mine := _storage(held)) is None:
+            return False
+        return any(tensor is not held and theirs == mine for tensor, theirs in self._storages)
 
 
 def _load_plain(module: nn.Module, saved: Mapping[str, Any]) -> list[str]:
@@ -240,9 +261,10 @@ def _make_room(module: nn.Module, name: str, value: Any) -> None:
         buffers[last] = value.clone()
 
 
-def _set_tensor(module: nn.Module, path: str, held: Any, value: torch.Tensor) -> None:
+def _set_tensor(module: nn.Module, path: str, held: Any, value: torch.Tensor, *, apart: bool) -> None:
+    """Give a tensor a value: in its memory, or, apart, in memory of its own."""
     fits = isinstance(held, torch.Tensor) and (held.shape, held.dtype) == (value.shape, value.dtype)
-    if fits and held.layout is torch.strided is value.layout:
+    if fits and not apart and held.layout is torch.strided is value.layout:
         with torch.no_grad():
             held.detach().copy_(value)
         return
@@ -321,6 +343,13 @@ def _place(tensor: torch.Tensor) -> tuple[Any, ...]:
     if tensor.layout is not torch.strided:
         return id(tensor), tensor.layout
     return tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride()
+
+
+def _storage(tensor: torch.Tensor) -> int | None:
+    """Return where a tensor's storage begins; None if it has none."""
+    if tensor.layout is not torch.strided or not tensor.numel():
+        return None
+    return tensor.untyped_storage().data_ptr()
 
 
 def _bits(value: Any) -> tuple[Any, ...]:
