@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,14 +26,14 @@ def gate(x: torch.Tensor) -> torch.Tensor:
 
 scripted = torch.jit.script(gate)
 traced = torch.jit.trace(gate, torch.ones(3, 8))
-of_a_text = torch.jit.CompilationUnit(
+unit = torch.jit.CompilationUnit(
     """
 def gate(x):
     y = torch.tanh(x) * torch.sigmoid(x)
     return torch.sin(y) + y.exp() / (1 + y * y)
 """
-).gate
-traced_module = torch.jit.trace(nn.GELU(), torch.ones(3, 8))
+)
+of_a_text = unit.gate
 
 
 class Gated(nn.Module):
@@ -64,6 +65,26 @@ class OfText(Gated):
         return of_a_text(x)
 
 
+class OfUnit(Gated):
+    def gated(self, x: torch.Tensor) -> torch.Tensor:
+        return unit.gate(x)
+
+
+class InAThread(Gated):
+    def gated(self, x: torch.Tensor) -> torch.Tensor:
+        found: list[torch.Tensor] = []
+        thread = threading.Thread(target=lambda: found.append(scripted(x)))
+        thread.start()
+        thread.join()
+        return found[0]
+
+
+class Optimised(Gated):
+    def gated(self, x: torch.Tensor) -> torch.Tensor:
+        with torch.jit.optimized_execution(True):
+            return scripted(x)
+
+
 class ByAttribute(Gated):
     def __init__(self) -> None:
         super().__init__()
@@ -93,13 +114,13 @@ def warm(function: Callable[..., torch.Tensor], arguments: int = 1) -> None:
 
 
 def warm_all() -> None:
-    warm(scripted), warm(traced), warm(of_a_text), warm(scripted_error, 2)
+    warm(scripted), warm(traced), warm(of_a_text), warm(lambda x: unit.gate(x)), warm(scripted_error, 2)
 
 
 @pytest.fixture(autouse=True)
 def cold() -> Any:
     yield
-    forget_optimised([traced, of_a_text, traced_module])
+    forget_optimised([traced, of_a_text, unit])
 
 
 def bits(folder: Path, module: nn.Module, loss: str = "error", **more: Any) -> object:
@@ -133,7 +154,7 @@ def test_the_optimiser_gives_other_bits() -> None:
         assert torch.equal(cold, gradient(scripted))
 
 
-@pytest.mark.parametrize("kind", [ByGlobal, ByAttribute, Traced, OfText])
+@pytest.mark.parametrize("kind", [ByGlobal, ByAttribute, Traced, OfText, OfUnit, InAThread, Optimised])
 def test_a_function_that_was_optimised_before_the_run(tmp_path: Path, kind: type[Gated]) -> None:
     right = bits(tmp_path / "plain", Gated())
     warm_all()
@@ -163,3 +184,4 @@ def test_the_switch_is_as_before(tmp_path: Path) -> None:
         with torch.jit.optimized_execution(setting):
             bits(tmp_path / str(setting), ByGlobal())
             assert torch._C._get_graph_executor_optimize() is setting
+    assert torch._C._jit_set_num_profiled_runs(1) == 1
