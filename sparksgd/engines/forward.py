@@ -89,6 +89,8 @@ def forward(
     if dtype == torch.float64:
         features = {n: f.to(dtype) if f.is_floating_point() else f for n, f in features.items()}
     label = _tensor(schema.label_array(records))
+    if torch.is_autocast_enabled("cpu"):  # around the training: it keeps what it cast of old weights
+        torch.clear_autocast_cache()
     with users_torch_code("the module or its loss"):
         output = module(*features.values()) if len(features) == 1 else module(**features)
     if not isinstance(output, torch.Tensor):
@@ -105,6 +107,8 @@ def forward(
         raise ModelError(
             f"the loss is on {losses.device}, but only the CPU is supported: let forward move nothing"
         )
+    if losses.dtype in (torch.bfloat16, torch.float16):  # as autocast gives them; sums would be rounded
+        losses = losses.float()
     return output, losses
 
 

@@ -13,6 +13,7 @@ import time
 from collections.abc import Sequence
 from contextlib import ExitStack, closing
 
+import torch
 from torch import nn
 
 from sparksgd.arithmetic.copies import copied
@@ -55,6 +56,8 @@ log = logging.getLogger("sparksgd")
 
 
 @out_of_memory_told("the driver's Python")
+@torch.inference_mode(False)
+@torch.enable_grad()
 def train(
     config: Config,
     *,

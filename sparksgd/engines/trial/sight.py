@@ -6,13 +6,16 @@ import inspect
 
 import torch
 from torch import nn
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils._device import DeviceContext
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from sparksgd.data.schema import RowSchema
 from sparksgd.errors import ModelError
 from sparksgd.imports.torch_code import users_torch_code
 from sparksgd.losses import Loss
 
-__all__ = ["refuse_at_sight"]
+__all__ = ["refuse_at_sight", "refuse_contexts"]
 
 
 _GLOBAL_HOOKS = (
@@ -21,6 +24,38 @@ _GLOBAL_HOOKS = (
     "_global_backward_pre_hooks",
     "_global_backward_hooks",
 )
+
+
+def refuse_contexts(module: nn.Module) -> None:
+    """Refuse a training inside a `with` block that changes what torch computes, which workers would not have.
+
+    And a module that was made in such a block, in which no tensor can be trained.
+
+    Raises:
+        ModelError: which one, and what to do.
+    """
+    modes: list[object] = _get_current_function_mode_stack()  # type: ignore[no-untyped-call]  # torch's own
+    modes = [*modes, *_get_current_dispatch_mode_stack()]
+    names = [type(mode).__qualname__ for mode in modes if not _is_of_the_cpu(mode)]
+    if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
+        names.append("torch.autograd.graph.saved_tensors_hooks")
+    for name in names:
+        raise ModelError(
+            f"the training runs inside {name}, which changes what torch computes in this process alone: "
+            f"workers would not have it. Enter it in forward, or call train() outside of it"
+        )
+
+    for name, tensor in [*nn.Module.named_parameters(module), *nn.Module.named_buffers(module)]:
+        if tensor.is_inference():
+            raise ModelError(
+                f"{name} was made in torch.inference_mode, so it cannot be trained: make the module outside "
+                f"of it"
+            )
+
+
+def _is_of_the_cpu(mode: object) -> bool:
+    """Return whether a mode is that of `torch.device("cpu")` or of `torch.set_default_device("cpu")`."""
+    return isinstance(mode, DeviceContext) and mode.device.type == "cpu"
 
 
 def refuse_at_sight(module: nn.Module, loss: Loss, schema: RowSchema) -> None:
