@@ -17,9 +17,43 @@ from rich.console import Console
 from sparksgd.cli.run import run
 from sparksgd.cli.terminal import Terminal
 from sparksgd.config import Config
+from sparksgd.runs.checkpoints import _digest
 from sparksgd.training.state import Observer, Training
 
 EVERY_STEP = {"checkpoint": {"every_steps": 1, "keep": 1000}}
+SHORT = {"train": {"epochs": 1, "rows_per_step": 32}, "checkpoint": {"every_steps": 1, "keep": 1}}
+
+KINDS: dict[str, dict[str, Any]] = {
+    "momentum, one cycle": {
+        "optimizer": {"name": "SGD", "lr": 0.05, "momentum": 0.9, "nesterov": True},
+        "schedule": {"name": "OneCycleLR", "max_lr": 0.1, "total_steps": 10},
+    },
+    "AdamW, norm, dropout, clipping": {
+        "model": {"name": "resumed_modules:with_norm"},
+        "optimizer": {"name": "AdamW", "lr": 0.01},
+        "solver": {"clip_norm": 0.5},
+    },
+    "heads that steps leave out": {
+        "model": {"name": "resumed_modules:TwoHeads"},
+        "optimizer": {"name": "Adam", "lr": 0.02},
+    },
+    "a projection in forward": {
+        "model": {"name": "resumed_modules:Projected"},
+        "optimizer": {"name": "RMSprop", "lr": 0.02},
+        "schedule": {"name": "MultiStepLR", "milestones": [3, 9]},
+    },
+    "optimiser and schedule of one's own": {
+        "optimizer": {"name": "resumed_modules:Slow", "lr": 0.02},
+        "schedule": {"name": "resumed_modules:Steps"},
+    },
+    "local SGD": {
+        "optimizer": {"name": "SGD", "lr": 0.05, "momentum": 0.9},
+        "solver": {
+            "name": "local_sgd", "turns_per_round": 3, "outer_lr": 0.7, "outer_momentum": 0.9,
+            "inner_state": "average", "synchronous_steps": 4,
+        },
+    },
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -75,3 +109,25 @@ def made_jobs(folder: Path) -> Jobs:
     label = (x[:, 0] + x[:, 1] > 0).astype("i8")
     pq.write_table(pa.table({"features": x.tolist(), "label": label}), folder / "rows.parquet")
     return Jobs(folder)
+
+
+def metrics(out: Path) -> list[dict[str, Any]]:
+    """Return the lines of a run's metrics.jsonl, but for how long things took."""
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key != "timing"} for line in lines]
+
+
+def copied_until(run: Path, to: Path, names: list[str]) -> None:
+    """Copy a run's folder as it was when these checkpoints were there."""
+    (to / "checkpoints").mkdir(parents=True)
+    for file in (run / "checkpoints").iterdir():
+        if file.name.partition(".")[0] in names:
+            (to / "checkpoints" / file.name).write_bytes(file.read_bytes())
+    for name in ("metrics.jsonl", "run.json"):
+        (to / name).write_bytes((run / name).read_bytes())
+
+
+def forge(manifest: Path, **changes: Any) -> None:
+    """Change a manifest, with a digest that fits."""
+    values = json.loads(manifest.read_text()) | changes
+    manifest.write_text(json.dumps(values | {"sha256": _digest(values)}))

@@ -40,6 +40,18 @@ class With(Around):
         return self.inner(self.first(x))
 
 
+class Scaled(Around):
+    """Multiplies by a parameter, which it reaches by what a test sets."""
+
+    def __init__(self, reach: Any = None, width: int = 6) -> None:
+        super().__init__(width)
+        self.scale = nn.Parameter(torch.ones(1))
+        self.reach = reach
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.inner(x) * (self.scale if self.reach is None else self.reach())
+
+
 class Words(nn.Module):
     """Sums embeddings of six words."""
 

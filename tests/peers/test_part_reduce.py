@@ -9,7 +9,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from test_mesh import ENDLESS_S, Company
+from company_of_workers import ENDLESS_S, Company
 from torch import nn
 
 from sparksgd.arithmetic.addition_tree import Partials, add_partial

@@ -12,14 +12,12 @@ from contextlib import contextmanager
 
 import numpy as np
 import pytest
+from company_of_workers import ENDLESS_S, HOST
 
 from sparksgd.errors import ClusterError, PeerLost
 from sparksgd.peers import wire
 from sparksgd.peers.wire import Connection, Credentials, Header, Listener, Transfer, connect, exchange
 
-HOST = "127.0.0.1"
-ENDLESS_S = 3600.0
-"""Longer than any test may take: what passes did not wait so long."""
 HEADER = Header(run=b"run-0001", meeting=1, step=7, phase=2)
 
 

@@ -8,18 +8,14 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import torch
-from engine_makers import Inline
 from torch import nn
+from watched_trainings import Watch, configured, net, trained
 
 from sparksgd.arithmetic.flat import FlatModule
 from sparksgd.config import Config
 from sparksgd.data.local_files import ParquetRows
-from sparksgd.data.shard import read_records
-from sparksgd.data.source import Shards
 from sparksgd.engines.compute import Plan
 from sparksgd.engines.inline import InlineEngine
 from sparksgd.errors import ConfigError, NotFinite, UpdateNotFinite
@@ -27,15 +23,6 @@ from sparksgd.solvers.local_sgd import LocalSGD, LocalSGDSettings
 from sparksgd.solvers.protocol import Message
 from sparksgd.solvers.rules import Experiment
 from sparksgd.training.loop import train
-from sparksgd.training.state import Observer, Training
-
-ROWS, SHARDS, EPOCH = 61, 4, 8
-"""61 rows in steps of 8 at most: an epoch of 8 turns, whose pieces are not of one size."""
-
-
-def net() -> nn.Module:
-    torch.manual_seed(5)
-    return nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1))
 
 
 def norm_net() -> nn.Module:
@@ -43,67 +30,8 @@ def norm_net() -> nn.Module:
     return nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 1))
 
 
-@pytest.fixture(scope="module")
-def rows(tmp_path_factory: pytest.TempPathFactory) -> ParquetRows:
-    drawn = np.random.default_rng(2)
-    x = drawn.standard_normal((ROWS, 3))
-    table = pa.table(
-        {"x": pa.array(x.tolist(), pa.list_(pa.float32())), "y": (x @ [1.0, -2.0, 0.5]).tolist()}
-    )
-    file = tmp_path_factory.mktemp("rows") / "rows.parquet"
-    pq.write_table(table, file)
-    return ParquetRows(str(file))
-
-
-def configured(solver: dict[str, Any], optimizer: dict[str, Any] | None = None, **train_keys: Any) -> Config:
-    return Config.from_dict(
-        {
-            "data": {"features": "x", "label": "y"},
-            "loss": {"name": "squared_error"},
-            "optimizer": optimizer or {"name": "SGD", "lr": 0.03},
-            "solver": solver,
-            "train": {"rows_per_step": 8, "num_shards": SHARDS, "epochs": 2, "seed": 3} | train_keys,
-        }
-    )
-
-
 def local(**keys: Any) -> dict[str, Any]:
     return {"name": "local_sgd"} | keys
-
-
-class Watch(Observer):
-    """Keeps the reports and parameters of every step, and when evaluations were made."""
-
-    def __init__(self) -> None:
-        self.turns: list[int] = []
-        self.parameters: list[np.ndarray] = []
-        self.evaluated_at: list[int] = []
-        self.lr: list[float] = []
-
-    def stepped(self, training: Training, report: Any) -> None:
-        self.turns.append(report.turn)
-        self.parameters.append(training.flat.parameters.numpy().copy())
-        self.lr.append(report.lr)
-
-    def evaluated(self, training: Training, report: Any) -> None:
-        self.evaluated_at.append(report.turn)
-
-
-def trained(
-    config: Config, rows: ParquetRows, make: Callable[[], nn.Module] = net, test: ParquetRows | None = None
-) -> tuple[Training, Watch, tuple[Plan, Shards]]:
-    given: list[tuple[Plan, Shards]] = []
-
-    def engine(plan: Plan, shards: Shards, test: Shards | None) -> InlineEngine:
-        records = [read_records(shard, range(shard.rows), plan.schema.record) for shard in shards.table]
-        given.append((plan, records))
-        return InlineEngine(plan, shards, test)
-
-    watch = Watch()
-    training = train(
-        config, rows=rows, test=test, make_engine=Inline(engine), module=make(), observers=[watch]
-    )
-    return training, watch, given[0]
 
 
 def tree_sum(leaves: list[np.ndarray]) -> np.ndarray:

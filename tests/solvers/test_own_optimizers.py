@@ -1,38 +1,27 @@
-"""Optimisers and schedules of the user's own do what they do in plain torch, or are refused by name."""
+"""Optimisers of the user's own do what they do in plain torch, wherever they go on."""
 
 from __future__ import annotations
 
 import itertools
 import pickle
 import random
-import threading
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from test_local_sgd import configured, net, rows, trained
-from test_untouched import steps_of_torch
+from own_optimizers import STEPS, RebindsGrad, TwoGroups, arrived, named, solver_of
 from torch import nn
-from torch.optim.lr_scheduler import LambdaLR, LRScheduler
-from torch.optim.optimizer import register_optimizer_step_post_hook
+from watched_trainings import configured, net, steps_of_torch, trained
 
 from sparksgd.arithmetic.flat import FlatModule
 from sparksgd.arithmetic.generators import generators_seeded
 from sparksgd.arithmetic.seeds import seed32
-from sparksgd.config import Config, OptimizerConfig, ScheduleConfig
+from sparksgd.config import OptimizerConfig
 from sparksgd.data.local_files import ParquetRows
-from sparksgd.errors import ConfigError, ModelError, UpdateNotFinite, UserCodeError
-from sparksgd.solvers.protocol import Message
-from sparksgd.solvers.rules import Experiment
-from sparksgd.solvers.schedules import Rates
-from sparksgd.solvers.synchronous import SynchronousSettings, SynchronousSolver
+from sparksgd.errors import UpdateNotFinite
 from sparksgd.solvers.torch_optimizers import another_optimizer, make_optimizer
-
-__all__ = ["rows"]  # a fixture
-
-STEPS = 6
 
 
 class RebindsData(torch.optim.SGD):
@@ -58,15 +47,6 @@ class SwapsData(torch.optim.SGD):
             data = [p.data for p in alike]
             for p, other in zip(alike, data[1:] + data[:1], strict=True):
                 p.data = other
-
-
-class RebindsGrad(torch.optim.SGD):
-    """p.grad becomes a new tensor."""
-
-    def step(self, closure: None = None) -> None:
-        for p in self.param_groups[0]["params"]:
-            p.grad = p.grad.sign() * 0.1
-        super().step()
 
 
 class ClearsGrads(torch.optim.SGD):
@@ -174,23 +154,10 @@ class OwnGenerator(torch.optim.SGD):
             p.add_(torch.randn(p.shape, generator=self.drawn), alpha=0.01 * self.of_numpy.random())
 
 
-class TwoGroups(torch.optim.SGD):
-    """Matrices decay, vectors do not."""
-
-    def __init__(self, params: Any, lr: float) -> None:
-        params = list(params)
-        matrices = {"params": [p for p in params if p.ndim > 1], "weight_decay": 0.5}
-        super().__init__([matrices, {"params": [p for p in params if p.ndim < 2], "lr": lr / 2}], lr=lr)
-
-
 GOOD = [
     RebindsData, SwapsData, RebindsGrad, ClearsGrads, KeepsGrads, Lookahead, SharesMemory, OddStates,
     Langevin, OwnGenerator, TwoGroups,
 ]  # fmt: skip
-
-
-def named(kind: type) -> dict[str, Any]:
-    return {"name": f"{__name__}:{kind.__name__}", "lr": 0.03}
 
 
 class Seeded:
@@ -220,25 +187,6 @@ def test_a_training_is_a_plain_loop_with_the_optimiser(rows: ParquetRows, kind: 
     assert {p.untyped_storage().data_ptr() for p in training.module.parameters()} == {
         training.flat.parameters.untyped_storage().data_ptr()
     }
-
-
-def solver_of(optimizer: Any, schedule: ScheduleConfig | None = None) -> SynchronousSolver:
-    experiment = Experiment(
-        optimizer=OptimizerConfig(name=f"{__name__}:{optimizer.__name__}", arguments={"lr": 0.03}),
-        schedule=schedule or ScheduleConfig(),
-        num_shards=1,
-        turns_per_epoch=1,
-        total_turns=STEPS,
-        seed=9,
-    )
-    return SynchronousSolver(FlatModule(net()), SynchronousSettings(), experiment)
-
-
-def arrived(step: int, size: int) -> Message:
-    return Message(
-        vectors={"gradient": np.random.default_rng(step).standard_normal(size, np.float32)},
-        statistics=np.empty(0, np.float32), counters=np.empty(0, np.int64), loss=1.0, rows=1,
-    )  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", GOOD)
@@ -275,6 +223,51 @@ def test_what_a_step_that_fails_left_is_taken_back(kind: Any) -> None:
         solver.receive(message)
     assert torch.equal(nn.utils.parameters_to_vector(solver.flat.trainable), before)
     assert torch.equal(solver.flat.parameters, before)
+
+
+class KeepsViews(torch.optim.Optimizer):
+    """It steps through views that it made at its start."""
+
+    def __init__(self, params: Any, lr: float = 0.1) -> None:
+        super().__init__(params, {"lr": lr})
+        self.views = [p.data for group in self.param_groups for p in group["params"]]
+
+    @torch.no_grad()
+    def step(self, closure: object = None) -> None:
+        """Make a step."""
+        found = [p for group in self.param_groups for p in group["params"]]
+        for view, parameter in zip(self.views, found, strict=True):
+            view.sub_(parameter.grad, alpha=self.param_groups[0]["lr"])
+
+
+class OddPlaces(nn.Module):
+    """A parameter of a class of the user's begins at an odd place, and is looked at as pairs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.pairs, self.last = (nn.Parameter(torch.ones(n)) for n in (3, 4, 3))
+
+
+def test_views_of_a_parameter_at_an_odd_place_move_after_a_move() -> None:
+    flat = FlatModule(OddPlaces())
+    config = OptimizerConfig(name=f"{__name__}:KeepsViews", arguments={"lr": 0.1})
+    optimizer = another_optimizer(flat, config)
+    optimizer.load_state(*optimizer.state())
+    optimizer.step(optimizer.new_gradient().fill_(1), None, 0)
+    assert torch.allclose(flat.parameters, torch.full((10,), 0.9))
+
+
+def test_an_optimiser_is_tried_once_for_all_that_a_training_makes_alike(monkeypatch):
+    tried = []
+    monkeypatch.setattr(
+        "sparksgd.solvers.torch_optimizers._try_optimizer",
+        lambda shapes, config: tried.append(config.arguments["lr"]),
+    )
+    for lr, width in ((0.011, 3), (0.011, 3), (0.012, 3), (0.012, 3), (0.012, 2)):
+        make_optimizer(
+            FlatModule(nn.Linear(width, 2)), OptimizerConfig(name="Adafactor", arguments={"lr": lr})
+        )
+    assert tried == [0.011, 0.012, 0.012]
 
 
 # Chance
@@ -316,372 +309,3 @@ def test_shards_draw_different_noise_in_their_own_turns(rows: ParquetRows) -> No
         trained(configured({"name": "local_sgd", "turns_per_round": 4}, named(Langevin), epochs=1), rows)
     in_turns = torch.cat(drawn[-4 * 8 * 4 :: 4])  # of the first parameter, of 4 shards in 8 turns
     assert len(set(in_turns.tolist())) == 32
-
-
-# Refusals
-
-
-class KeepsMemoryOfRebound(torch.optim.SGD):
-    @torch.no_grad()
-    def step(self, closure: None = None) -> None:
-        for group in self.param_groups:
-            for p in group["params"]:
-                last = self.state[p].get("last", p.data)
-                self.state[p]["last"] = p.data
-                p.data = p.data - group["lr"] * p.grad + 0.1 * (p.data - last)
-
-
-class HoldsALock(torch.optim.SGD):
-    def __init__(self, params: Any, lr: float) -> None:
-        super().__init__(params, lr=lr)
-        self.guard = {"inside": threading.Lock()}
-
-
-_STEPS = itertools.count()
-
-
-class CountsInAGlobal(torch.optim.SGD):
-    @torch.no_grad()
-    def step(self, closure: None = None) -> None:
-        super().step()
-        for p in self.param_groups[0]["params"]:
-            p.mul_(1 - 0.01 * (next(_STEPS) % 1000))
-
-
-class DrawsFromTheSystem(torch.optim.SGD):
-    def __init__(self, params: Any, lr: float) -> None:
-        super().__init__(params, lr=lr)
-        self.drawn = np.random.default_rng()
-
-    @torch.no_grad()
-    def step(self, closure: None = None) -> None:
-        super().step()
-        for p in self.param_groups[0]["params"]:
-            p.mul_(float(self.drawn.random()))
-
-
-class ReplacesParameters(torch.optim.SGD):
-    def step(self, closure: None = None) -> None:
-        super().step()
-        group = self.param_groups[0]
-        group["params"] = [nn.Parameter(p.detach().clone()) for p in group["params"]]
-
-
-class ReplacesShapes(torch.optim.SGD):
-    def step(self, closure: None = None) -> None:
-        for p in self.param_groups[0]["params"]:
-            p.data = p.data.reshape(-1)
-
-
-class NeedsClosure(torch.optim.SGD):
-    def step(self, closure: Any) -> float:  # type: ignore[override]
-        return closure()
-
-
-class NoRate(torch.optim.Optimizer):
-    def __init__(self, params: Any, lr: float) -> None:
-        super().__init__(params, {"rate": lr})
-
-    def step(self, closure: None = None) -> None:
-        pass
-
-
-REFUSED = [
-    (KeepsMemoryOfRebound, "shares memory with a parameter that it rebinds; let it keep p.detach().clone()"),
-    (HoldsALock, "guard (TypeError: cannot pickle '_thread.lock' object)"),
-    (CountsInAGlobal, "two that are made alike give different parameters"),
-    (DrawsFromTheSystem, "two that are made alike give different parameters"),
-    (ReplacesParameters, 'let its step change the parameters in group["params"]'),
-    (
-        ReplacesShapes,
-        "of shape (3,) on cpu, but it was torch.float32 of shape (1, 3)",
-    ),
-    (NeedsClosure, "TypeError"),
-    (NoRate, "its parameter groups have no 'lr'"),
-]
-
-
-@pytest.mark.parametrize(("kind", "words"), REFUSED)
-@pytest.mark.parametrize("solver", [{}, {"name": "local_sgd"}], ids=["synchronous", "local"])
-def test_what_cannot_be_right_is_refused_by_name(
-    rows: ParquetRows, kind: Any, words: str, solver: dict[str, Any]
-) -> None:
-    with pytest.raises(ConfigError) as refused:
-        trained(configured(solver, named(kind)), rows)
-    assert words in str(refused.value)
-    assert kind.__name__ in str(refused.value)
-
-
-@pytest.mark.parametrize(
-    ("name", "words"),
-    [
-        ("LBFGS", "evaluates a step many times: use another"),
-        ("SparseAdam", "takes sparse gradients alone, but gradients are summed as dense vectors: use Adam"),
-        ("Muon", "Muon"),
-    ],
-)
-@pytest.mark.parametrize("solver", [{}, {"name": "local_sgd"}], ids=["synchronous", "local"])
-def test_what_torch_s_own_cannot_do_here_is_told_before_rows_are_dealt(
-    rows: ParquetRows, name: str, words: str, solver: dict[str, Any]
-) -> None:
-    with pytest.raises(ConfigError, match=words):
-        trained(configured(solver, {"name": name, "lr": 0.03}), rows)  # net has vectors, which Muon refuses
-
-
-class ReplacesLater(torch.optim.SGD):
-    steps = 0
-
-    def step(self, closure: None = None) -> None:
-        super().step()
-        self.steps += 1
-        if self.steps == 10:
-            raise RuntimeError("ten")
-        if self.steps == 8:
-            self.param_groups[0]["params"] = list(map(nn.Parameter, self.param_groups[0]["params"]))
-
-
-def test_what_shows_after_the_trial_is_told_at_that_step(rows: ParquetRows) -> None:
-    with pytest.raises(ConfigError, match="ReplacesLater put other objects into param_groups"):
-        trained(configured({}, named(ReplacesLater)), rows)
-
-
-def config_of(kind: type) -> OptimizerConfig:
-    return OptimizerConfig(name=f"{__name__}:{kind.__name__}", arguments={"lr": 0.03})
-
-
-class ChangesLate(torch.optim.SGD):
-    """From the 80th step on it does something that no other process would see."""
-
-    steps = 0
-
-    def change(self, parameter: nn.Parameter) -> None:
-        raise NotImplementedError
-
-    def step(self, closure: None = None) -> None:
-        super().step()
-        self.steps += 1
-        if self.steps == 80:
-            self.change(self.param_groups[0]["params"][0])
-
-
-class FreezesLate(ChangesLate):
-    def change(self, parameter: nn.Parameter) -> None:
-        parameter.requires_grad_(False)
-
-
-class HooksLate(ChangesLate):
-    def change(self, parameter: nn.Parameter) -> None:
-        parameter.register_hook(lambda gradient: 2 * gradient)
-
-
-class AttributesLate(ChangesLate):
-    def change(self, parameter: nn.Parameter) -> None:
-        parameter.seen = True  # type: ignore[attr-defined]
-
-
-class SetsThreadsLate(ChangesLate):
-    def change(self, parameter: nn.Parameter) -> None:
-        torch.set_num_threads(torch.get_num_threads() + 1)
-
-
-class SetsTypeLate(ChangesLate):
-    def change(self, parameter: nn.Parameter) -> None:
-        torch.set_default_dtype(torch.float64)
-
-
-@pytest.mark.parametrize(
-    ("kind", "words"),
-    [
-        (FreezesLate, "set requires_grad of parameter 0 to False"),
-        (HooksLate, "changed the hooks of parameter 0, but gradients are computed by workers"),
-        (AttributesLate, "changed the attribute 'seen' of parameter 0"),
-        (SetsThreadsLate, "changed torch.set_num_threads and left it so"),
-        (SetsTypeLate, "changed torch.set_default_dtype and left it so"),
-    ],
-)
-def test_what_an_optimiser_changes_late_is_told_at_that_step(kind: Any, words: str) -> None:
-    flat = FlatModule(nn.Linear(3, 1))
-    optimizer = another_optimizer(flat, config_of(kind))
-    for step in range(79):
-        optimizer.step(optimizer.new_gradient().fill_(1), None, step)
-    with pytest.raises((ConfigError, ModelError)) as refused:
-        optimizer.step(optimizer.new_gradient().fill_(1), None, 79)
-    assert words in str(refused.value)
-    assert kind.__name__ in str(refused.value)
-    assert torch.get_default_dtype() == torch.float32
-
-
-class HooksAtOnce(torch.optim.SGD):
-    def __init__(self, params: Any, lr: float) -> None:
-        super().__init__(params, lr=lr)
-        for p in self.param_groups[0]["params"]:
-            p.register_hook(lambda gradient: 2 * gradient)
-
-
-def test_an_optimiser_that_hooks_parameters_when_it_is_made_is_refused() -> None:
-    with pytest.raises(ConfigError, match="HooksAtOnce changed the hooks of parameter 0"):
-        make_optimizer(FlatModule(nn.Linear(3, 1)), config_of(HooksAtOnce))
-
-
-class Fragile(torch.optim.SGD):
-    """It cannot do without a gradient, in plain torch neither."""
-
-    @torch.no_grad()
-    def step(self, closure: None = None) -> None:
-        for p in self.param_groups[0]["params"]:
-            p.sub_(p.grad.sign(), alpha=0.1)
-
-
-def test_one_that_needs_every_gradient_raises_where_one_is_none() -> None:
-    solver = solver_of(Fragile)
-    size = len(solver.flat.parameters)
-    solver.receive(arrived(0, size))
-    message = arrived(1, size)
-    message.touched = np.array([True, True, True, False])
-    with pytest.raises(UserCodeError, match="the optimiser raised AttributeError: 'NoneType'"):
-        solver.receive(message)
-
-
-# Schedules
-
-
-class WarmUp(LambdaLR):
-    """A schedule of one's own, as they are written: with a lambda."""
-
-    def __init__(self, optimizer: torch.optim.Optimizer, steps: int) -> None:
-        super().__init__(optimizer, lambda turn: min(1.0, (turn + 1) / steps))
-
-
-class Wanders(LRScheduler):
-    """It keeps a walk and a counter, and draws."""
-
-    def __init__(self, optimizer: torch.optim.Optimizer, steps: int) -> None:
-        self.walk: list[float] = []
-        self.count = {"moves": 0}
-        super().__init__(optimizer)
-
-    def get_lr(self) -> list[float]:
-        self.count["moves"] += 1
-        self.walk.append(0.1 * random.random() + 0.01 * np.random.rand() + torch.rand(1).item())
-        return [base * (1 + sum(self.walk)) / self.count["moves"] for base in self.base_lrs]
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"last_epoch": self.last_epoch}
-
-
-class Opened(LRScheduler):
-    def __init__(self, optimizer: torch.optim.Optimizer, steps: int) -> None:
-        self.guard = threading.Lock()
-        super().__init__(optimizer)
-
-    def get_lr(self) -> list[float]:
-        return self.base_lrs
-
-
-def scheduled(kind: Any) -> ScheduleConfig:
-    return ScheduleConfig(name=f"{__name__}:{kind.__name__}", arguments={"steps": 4})
-
-
-@pytest.mark.parametrize("kind", [WarmUp, Wanders])
-def test_a_schedule_goes_on_in_another_solver_and_ahead(kind: Any) -> None:
-    steady, moving = (solver_of(RebindsGrad, scheduled(kind)) for _ in range(2))
-    rates = []
-    for step in range(STEPS):
-        message = arrived(step, len(steady.flat.parameters))
-        rates.append(steady.receive(message).lr)
-        state = pickle.loads(pickle.dumps(moving.state()))
-        moving = moving.make_replica()(FlatModule(net()))
-        moving.load_state(state)
-        assert moving.receive(message).lr == rates[-1]
-    assert len(set(rates)) > 3
-    config = OptimizerConfig(name="SGD", arguments={"lr": 0.03})
-    ahead, behind = (Rates(config, scheduled(kind), 1, STEPS, seed=9) for _ in range(2))
-    assert [settings["lr"] for settings in ahead.ahead(STEPS)] == rates
-    for rate in rates:
-        assert behind.lr == rate
-        behind.move(1)
-
-
-def test_a_schedule_that_cannot_be_copied_is_refused_with_its_attribute() -> None:
-    with pytest.raises(ConfigError, match=r"the schedule Opened keeps an attribute .*guard \(TypeError"):
-        solver_of(RebindsGrad, scheduled(Opened))
-
-
-def test_several_groups_have_no_schedule_in_local_turns(rows: ParquetRows) -> None:
-    local = {"name": "local_sgd", "turns_per_round": 3}
-    assert trained(configured(local, named(TwoGroups)), rows)[0].is_finished
-    config = configured(local, named(TwoGroups))
-    config = Config(**{**vars(config), "schedule": ScheduleConfig(name="LinearLR", arguments={})})
-    with pytest.raises(ConfigError, match="divides the parameters into 2 groups"):
-        trained(config, rows)
-
-
-def test_an_optimiser_is_tried_once_for_all_that_a_training_makes_alike(monkeypatch):
-    tried = []
-    monkeypatch.setattr(
-        "sparksgd.solvers.torch_optimizers._try_optimizer",
-        lambda shapes, config: tried.append(config.arguments["lr"]),
-    )
-    for lr, width in ((0.011, 3), (0.011, 3), (0.012, 3), (0.012, 3), (0.012, 2)):
-        make_optimizer(
-            FlatModule(nn.Linear(width, 2)), OptimizerConfig(name="Adafactor", arguments={"lr": lr})
-        )
-    assert tried == [0.011, 0.012, 0.012]
-
-
-class KeepsViews(torch.optim.Optimizer):
-    """It steps through views that it made at its start."""
-
-    def __init__(self, params: Any, lr: float = 0.1) -> None:
-        super().__init__(params, {"lr": lr})
-        self.views = [p.data for group in self.param_groups for p in group["params"]]
-
-    @torch.no_grad()
-    def step(self, closure: object = None) -> None:
-        """Make a step."""
-        found = [p for group in self.param_groups for p in group["params"]]
-        for view, parameter in zip(self.views, found, strict=True):
-            view.sub_(parameter.grad, alpha=self.param_groups[0]["lr"])
-
-
-class OddPlaces(nn.Module):
-    """A parameter of a class of the user's begins at an odd place, and is looked at as pairs."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.pairs, self.last = (nn.Parameter(torch.ones(n)) for n in (3, 4, 3))
-
-
-def test_views_of_a_parameter_at_an_odd_place_move_after_a_move() -> None:
-    flat = FlatModule(OddPlaces())
-    config = OptimizerConfig(name=f"{__name__}:KeepsViews", arguments={"lr": 0.1})
-    optimizer = another_optimizer(flat, config)
-    optimizer.load_state(*optimizer.state())
-    optimizer.step(optimizer.new_gradient().fill_(1), None, 0)
-    assert torch.allclose(flat.parameters, torch.full((10,), 0.9))
-
-
-class MovesAsItClears(torch.optim.SGD):
-    """Decay in zero_grad."""
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """Clear gradients, and let parameters decay."""
-        super().zero_grad(set_to_none)
-        with torch.no_grad():
-            for parameter in self.param_groups[0]["params"]:
-                parameter.mul_(0.99)
-
-
-def test_an_optimiser_whose_zero_grad_does_more_is_refused() -> None:
-    config = OptimizerConfig(name=f"{__name__}:MovesAsItClears", arguments={"lr": 0.1})
-    with pytest.raises(ConfigError, match="MovesAsItClears"):
-        make_optimizer(FlatModule(nn.Linear(2, 2)), config)
-
-
-def test_a_hook_for_all_optimisers_is_refused() -> None:
-    hook = register_optimizer_step_post_hook(lambda optimizer, args, kwargs: None)
-    try:
-        with pytest.raises(ConfigError, match="a hook for all optimisers"):
-            make_optimizer(FlatModule(nn.Linear(2, 2)), OptimizerConfig(arguments={"lr": 0.1}))
-    finally:
-        hook.remove()

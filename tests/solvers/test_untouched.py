@@ -7,18 +7,15 @@ import pickle
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import torch
-from test_local_sgd import configured, trained
 from torch import nn
+from watched_trainings import configured, steps_of_torch, trained
 
 from sparksgd.arithmetic.flat import FlatModule, FlatStrip
 from sparksgd.arithmetic.ranges import balanced_range
 from sparksgd.config import OptimizerConfig, ScheduleConfig
 from sparksgd.data.local_files import ParquetRows
-from sparksgd.engines.compute import Plan
 from sparksgd.solvers.flat_optimizer import ELEMENTWISE
 from sparksgd.solvers.protocol import Message, SolverState, either
 from sparksgd.solvers.rules import Experiment
@@ -205,50 +202,6 @@ class Skips(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         found: torch.Tensor = self.layers[2](self.layers[0](x).tanh())
         return found
-
-
-@pytest.fixture(scope="module")
-def rows(tmp_path_factory: pytest.TempPathFactory) -> ParquetRows:
-    x = np.random.default_rng(2).standard_normal((61, 3))
-    table = pa.table(
-        {"x": pa.array(x.tolist(), pa.list_(pa.float32())), "y": (x @ [1.0, -2.0, 0.5]).tolist()}
-    )
-    file = tmp_path_factory.mktemp("rows") / "rows.parquet"
-    pq.write_table(table, file)
-    return ParquetRows(str(file))
-
-
-def steps_of_torch(
-    given: tuple[Plan, Any],
-    module: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    shards: range,
-    turns: range,
-    clip_norm: float | None = None,
-) -> tuple[list[np.ndarray], set[tuple[bool, ...]], int]:
-    """Train in a plain loop on the union of the pieces.
-
-    Returns:
-        The parameters after each turn, who was touched in any, and how many rows took part.
-    """
-    plan, records = given
-    found, touched, count = [], set(), 0
-    for turn in turns:
-        union = []
-        for shard in shards:
-            order = plan.sampling.shuffled(shard, plan.sampling.epoch_of(turn))
-            union.append(records[shard][np.sort(order[slice(*plan.sampling.piece_bounds(shard, turn))])])
-        piece = np.concatenate(union)
-        optimizer.zero_grad()
-        output = module(torch.from_numpy(piece["x"].copy()))[:, 0]
-        (output - torch.from_numpy(piece["(label)"].copy())).square().mean().backward()
-        if clip_norm is not None:
-            nn.utils.clip_grad_norm_(module.parameters(), clip_norm)
-        touched.add(tuple(parameter.grad is not None for parameter in module.parameters()))
-        optimizer.step()
-        count += len(piece)
-        found.append(nn.utils.parameters_to_vector(module.parameters()).detach().numpy())
-    return found, touched, count
 
 
 @pytest.mark.parametrize("num_shards", [1, 4])

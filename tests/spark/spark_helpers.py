@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import threading
 from collections.abc import Callable, Iterable, Iterator
@@ -22,6 +23,10 @@ from sparksgd.training.loop import train as train_inline
 from sparksgd.training.state import Observer, Training
 
 LOCAL_CLUSTER = "local-cluster[2,1,1024]"
+ALLREDUCE = ("engine.name=allreduce", "engine.segment_steps=4")
+WIDE = ("model.width=66000", "optimizer.lr=0.001", "train.rows_per_step=16")
+"""Of both layers the last is a bucket by itself."""
+OVERLAPPING = ("engine.overlap=always", *WIDE)
 
 
 @contextmanager
@@ -79,6 +84,12 @@ def with_descendants(pids: Iterable[int]) -> set[int]:
     while more := {pid for pid, parent in parents.items() if parent in family} - family:
         family |= more
     return family & parents.keys()
+
+
+def python_workers() -> set[int]:
+    """Return the Python workers that this process started, and the daemons that forked them."""
+    family = with_descendants([os.getpid()])
+    return {pid for pid in family if b"pyspark.worker" in Path(f"/proc/{pid}/cmdline").read_bytes()}
 
 
 def memory_bytes(pid: int, of: str) -> int:

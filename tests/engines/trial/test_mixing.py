@@ -122,6 +122,17 @@ def test_batch_statistics_by_a_function_are_mixing() -> None:
     refused(With(lambda x: F.batch_norm(x, None, None, training=True)), "depends on the other rows")
 
 
+def weighted_by_class(output: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
+    weights = torch.where(label == 2, 10.0, 1.0)
+    return nn.functional.cross_entropy(output, label, reduction="none") * weights / weights.mean()
+
+
+def test_a_loss_that_looks_at_rare_classes_of_a_sorted_file_is_refused() -> None:
+    records, schema = rows(label="int64")
+    schema.label_array(records)[:] = 0
+    refused(nn.Linear(6, 3), "depends on the other rows", loss=weighted_by_class, data=(records, schema))
+
+
 # Large pieces, and evaluation
 
 FEW_NEVER = {

@@ -1,0 +1,112 @@
+"""A training in Python goes on where it is told to, and observers remember."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from resumed_jobs import KINDS, Jobs
+from resumed_modules import TwoHeads
+
+import sparksgd
+from sparksgd.errors import ConfigError, ModelError
+from sparksgd.training.state import Observer, Training
+
+pytestmark = pytest.mark.usefixtures("every_checkpoint", "log")
+
+
+def test_a_run_in_python_goes_on_where_it_is_told_to(jobs: Jobs, tmp_path: Path) -> None:
+    config, rows = jobs.config(KINDS["heads that steps leave out"]), str(jobs.folder / "rows.parquet")
+
+    class Stops(Observer):
+        def stepped(self, training: Training, report: Any) -> None:
+            if report.step == 7:
+                raise KeyboardInterrupt
+
+    def module() -> torch.nn.Module:
+        torch.manual_seed(1)
+        return TwoHeads()
+
+    whole = sparksgd.train(config, rows, rows, module=module())
+    with pytest.raises(KeyboardInterrupt):
+        sparksgd.train(config, rows, rows, module=module(), out=tmp_path, observers=[Stops()])
+    again = sparksgd.train(config, rows, rows, module=module(), out=tmp_path, resume_from=tmp_path)
+    assert again.resumed[0].step == 5
+    assert again.flat.parameters_sha256() == whole.flat.parameters_sha256()
+    assert [report.step for report in again.evaluations] == [report.step for report in whole.evaluations]
+    with pytest.raises(ModelError, match="is of another module: the module was TwoHeads, but is Linear"):
+        sparksgd.train(config, rows, module=torch.nn.Linear(4, 2), out=tmp_path / "b", resume_from=tmp_path)
+    with pytest.raises(ConfigError, match=r"resume_from is .*, but out is None"):
+        sparksgd.train(config, rows, module=module(), resume_from=tmp_path)
+
+
+def test_many_runs_have_their_checkpoints_in_one_folder(jobs: Jobs, tmp_path: Path) -> None:
+    rows = str(jobs.folder / "rows.parquet")
+    made: list[Training] = []
+    for lr in (0.01, 0.02, 0.01):
+        config = jobs.config({"optimizer": {"name": "Adam", "lr": lr}}, {"train": {"epochs": 1}})
+        made.append(sparksgd.train(config, rows, checkpoint_dir=tmp_path))
+    assert len(list(tmp_path.iterdir())) == 2
+    assert [bool(training.resumed) for training in made] == [False, False, True]
+    digests = [training.flat.parameters_sha256() for training in made]
+    assert digests[0] == digests[2] != digests[1]
+
+
+def test_other_modules_have_checkpoints_of_their_own(jobs: Jobs, tmp_path: Path) -> None:
+    rows, config = str(jobs.folder / "rows.parquet"), jobs.config({"train": {"epochs": 1}})
+
+    def train(seed: int = 1, dropout: float = 0.1, frozen: float = 1.0, **where: Any) -> Training:
+        torch.manual_seed(seed)
+        module = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Dropout(dropout), torch.nn.Linear(4, 2))
+        module[0].bias.requires_grad_(False).fill_(frozen)
+        return sparksgd.train(config, rows, module=module, **where)
+
+    kinds: list[dict[str, Any]] = [{}, {"seed": 2}, {"dropout": 0.5}, {"frozen": 5.0}]
+    for kind in [*kinds, {}]:
+        found, alone = train(**kind, checkpoint_dir=tmp_path / "many"), train(**kind)
+        assert found.flat.parameters_sha256() == alone.flat.parameters_sha256()
+    assert len(list((tmp_path / "many").iterdir())) == len(kinds)
+    train(out=tmp_path / "one")
+    assert train(
+        seed=2, out=tmp_path / "two", resume_from=tmp_path / "one"
+    ).resumed  # its weights are replaced
+    for kind in kinds[2:]:
+        with pytest.raises(ModelError, match="is of another module: a number or a text that it keeps"):
+            train(**kind, out=tmp_path / "three", resume_from=tmp_path / "one")
+
+
+def test_other_test_rows_are_evaluated_where_no_step_is_left(jobs: Jobs, tmp_path: Path) -> None:
+    rows, config = str(jobs.folder / "rows.parquet"), jobs.config({"train": {"epochs": 1}})
+    others = str(tmp_path / "others.parquet")
+    pq.write_table(pq.read_table(rows).slice(10, 40), others)
+    first = sparksgd.train(config, rows, rows, checkpoint_dir=tmp_path / "c")
+    again = sparksgd.train(config, rows, others, checkpoint_dir=tmp_path / "c")
+    assert ([e.rows for e in first.evaluations], [e.rows for e in again.evaluations]) == ([100], [40])
+    assert len(again.step_times) == 0
+
+
+def test_an_observer_remembers(jobs: Jobs, tmp_path: Path) -> None:
+    rows = str(jobs.folder / "rows.parquet")
+
+    class Counts(Observer):
+        def __init__(self) -> None:
+            self.steps, self.best = 0, np.float32(9)
+
+        def memory(self) -> dict[str, Any]:
+            return {"steps": self.steps, "best": self.best}
+
+        def recall(self, memory: dict[str, Any]) -> None:
+            self.steps, self.best = memory["steps"], memory["best"]
+
+        def stepped(self, training: Training, report: Any) -> None:
+            self.steps, self.best = self.steps + 1, min(self.best, np.float32(report.loss))
+
+    for epochs, steps in ((1, 5), (2, 10)):
+        counts, config = Counts(), jobs.config({"train": {"epochs": epochs}})
+        sparksgd.train(config, rows, checkpoint_dir=tmp_path, observers=[counts])
+        assert counts.steps == steps
+        assert type(counts.best) is np.float32
