@@ -124,7 +124,10 @@ class Computer:
 
     @contextmanager
     def many_rounds(self) -> Iterator[None]:
-        """Keep the process's global generators once for all rounds in the block, instead of once for each."""
+        """Keep the process's global generators once for all rounds in the block, instead of once for each.
+
+        No other thread of the process can compute meanwhile: see `generators_kept`.
+        """
         with generators_kept():
             self._keeps_generators = nullcontext
             try:

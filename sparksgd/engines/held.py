@@ -106,7 +106,7 @@ def equal(before: Any, now: Any) -> bool:
 
 
 class Seen(set[int]):
-    """The ids of objects that are looked at, with the classes and functions that were met among them."""
+    """The ids of objects that are looked at; what was met among them: classes, functions, torch.jit's."""
 
     def __init__(self, ids: Iterable[int] = ()) -> None:
         super().__init__(ids)
@@ -115,6 +115,7 @@ class Seen(set[int]):
         self.followed: list[types.FunctionType] = []
         """Those whose names were looked up, with what they call."""
         self.scripted: list[Any] = []
+        """What torch.jit has made; see `forget_optimised`."""
 
 
 def held_of(path: str, value: Any, seen: Seen) -> Held | None:

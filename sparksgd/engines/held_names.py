@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from sparksgd.arithmetic.scripted import SCRIPTED
 from sparksgd.engines.held import ABSENT, OPAQUE, Held, Seen, equal, held_of, is_opaque, refusal
 
 __all__ = ["around", "of_tensors"]
@@ -130,6 +131,8 @@ def _of_class(kind: type, functions: list[types.FunctionType], seen: Seen) -> li
         if isinstance(one, type):
             seen.kinds[one] = None
         inside = one.__func__ if isinstance(one, staticmethod | classmethod) else one
+        if isinstance(inside, SCRIPTED):
+            seen.scripted.append(inside)
         accessors = (one.fget, one.fset) if isinstance(one, property) else (inside,)
         functions += [inside for inside in accessors if isinstance(inside, types.FunctionType)]
     names = [name for name, value in namespace.items() if _is_data(name, value)]

@@ -317,7 +317,7 @@ class CheckpointFolder:
             (self.folder / entry.name).remove()
 
 
-class CheckpointFolders(ExitStack):
+class CheckpointFolders:
     """The checkpoints of many runs in one folder; each run has a subfolder, named by what it is of.
 
     A context manager: from `begin` to the end of its block, no other run writes to that subfolder.
@@ -329,7 +329,7 @@ class CheckpointFolders(ExitStack):
     """
 
     def __init__(self, folder: Location, config: Config, fingerprints: Mapping[str, str]) -> None:
-        super().__init__()
+        self._leases = ExitStack()
         self._folder, self._config, self._fingerprints = folder, config, fingerprints
         self._own: CheckpointFolder | None = None
 
@@ -337,7 +337,8 @@ class CheckpointFolders(ExitStack):
         """Return the checkpoint that the run goes on from; None: it begins anew.
 
         Raises:
-            ConfigError: another process trains the same, or nothing can be written there.
+            ConfigError: another training of the same run holds its subfolder; or the run is not finished,
+                and nothing can be written there.
             ClusterError: its file system does not answer.
         """
         shaping = {key: value for key, value in run.experiment.items() if key not in FREE | PATHS}
@@ -350,16 +351,28 @@ class CheckpointFolders(ExitStack):
             "parameters": run.parameters,
         }
         folder = self._folder / _digest(identity)[:16]
-        lease = Lease(folder, Holder.here(folder.name), called="checkpoint_dir")
+        lease, unwritten = Lease(folder, Holder.here(folder.name), called="checkpoint_dir"), None
         try:
-            self.enter_context(lease.held())
+            self._leases.enter_context(lease.held())
             remove_parts(folder)
+            place = folder.guarded(lease.check)
+        except OSError as error:
+            place, unwritten = folder, error  # a finished run can be read there
+        about = {"run_id": folder.name, "config": self._config.to_dict(), "fingerprints": self._fingerprints}
+        try:
+            self._own = CheckpointFolder(place, about, manifests(place))
         except OSError as error:
             raise unwritable(folder, error, "checkpoint_dir") from error
-        folder = folder.guarded(lease.check)
-        about = {"run_id": folder.name, "config": self._config.to_dict(), "fingerprints": self._fingerprints}
-        self._own = CheckpointFolder(folder, about, manifests(folder))
-        return self._own.begin(run)
+        start = self._own.begin(run)
+        if unwritten is not None and (start is None or start.checkpoint.turns < run.total_turns):
+            raise unwritable(folder, unwritten, "checkpoint_dir") from unwritten
+        return start
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *failed: object) -> None:
+        self._leases.close()
 
     def write(self, checkpoint: Checkpoint) -> str:
         """Write a checkpoint, and remove those that are not kept; return its name."""

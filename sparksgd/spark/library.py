@@ -74,8 +74,8 @@ def train(
             stopped. It needs `out`, which may be the same folder.
         checkpoint_dir: a folder for the checkpoints of many runs, as of a cross-validation: each has a
             subfolder, named by its configuration, rows and code. A run that has checkpoints there goes on
-            from the last one; one that is finished there makes no step. While one trains, the same run
-            elsewhere is refused.
+            from the last one; one that is finished there makes no step. A second training of the same
+            run is refused while the first one still trains.
 
     Returns:
         The finished run. Its `module` is trained, `evaluations` has the test loss and accuracy after each
@@ -238,10 +238,10 @@ def _files(
         config.require_storable("or leave out= and checkpoint_dir= away")
     folder = RunFolder(given["out"], fingerprints) if "out" in given else None
 
-    def checkpoints(run: ExitStack) -> CheckpointStore | None:
+    def checkpoints(until_end: ExitStack) -> CheckpointStore | None:
         if "checkpoint_dir" in given:
             where = location(given["checkpoint_dir"])
-            return run.enter_context(CheckpointFolders(where, config, fingerprints))
+            return until_end.enter_context(CheckpointFolders(where, config, fingerprints))
         if folder is None:
             return None
         found = Found()

@@ -19,7 +19,7 @@ from torch import nn
 from sparksgd.arithmetic.copies import copied
 from sparksgd.arithmetic.flat import FlatModule
 from sparksgd.arithmetic.numerics import Numerics, thread_count
-from sparksgd.arithmetic.scripted import as_written, forget_optimised
+from sparksgd.arithmetic.scripted import optimiser_off
 from sparksgd.arithmetic.settings import driver_settings
 from sparksgd.config import Config
 from sparksgd.data.source import RowSource
@@ -56,6 +56,7 @@ log = logging.getLogger("sparksgd")
 
 
 @out_of_memory_told("the driver's Python")
+@optimiser_off()
 @torch.inference_mode(False)
 @torch.enable_grad()
 def train(
@@ -98,7 +99,6 @@ def train(
     if replay is not None:
         replay.check_code()
     code = code_digests({"model.name": model_name, "loss.name": config.loss.name})
-    forget_optimised()
     if module is None:
         module = build_module(config.model, config.train.seed)
     begin_training(module)
@@ -160,7 +160,7 @@ def train(
         if checkpoints is not None:
             keeper = Checkpointing(config.checkpoint, checkpoints, checked.experiment.turns_per_epoch)
             stack.callback(keeper.close)
-        with thread_count(config.train.threads), as_written(), freed_memory_kept():
+        with thread_count(config.train.threads), freed_memory_kept():
             if start is not None:
                 go_on(training, solver, observers, start)
             _loop(training, engine, solver, observers, deals, replay, keeper, evaluates=test is not None)

@@ -89,33 +89,17 @@ def load_state(module: nn.Module, saved: SavedState) -> list[str]:
         )
     others = _load_plain(module, {p: v for p, v in saved.constants.items() if _is_of_plain(v)})
     held = dict(values_of(module))
-    registered = _Registered(module)
+    loaded = {
+        _storage(held.get(name)) for name in saved.state
+    }  # to write there would overwrite what is loaded
     for path, value in saved.constants.items():
         if isinstance(value, torch.Tensor):
             now = held.get(path)
             if not isinstance(now, torch.Tensor) or _bits(now) != _bits(value):
-                _set_tensor(module, path, now, value, apart=registered.share_memory_with(now))
+                _set_tensor(module, path, now, value, apart=_storage(now) in loaded)
         elif not _is_of_plain(value):
             _set_array(module, path, held.get(path), array_of(value))
     return others
-
-
-class _Registered:
-    """The parameters and buffers of a module, whose values are loaded already."""
-
-    def __init__(self, module: nn.Module) -> None:
-        tensors = [*module.parameters(), *module.buffers()]
-        self._storages = [(tensor, _storage(tensor)) for tensor in tensors]
-
-    def share_memory_with(self, held: Any) -> bool:
-        """Return whether one of them, and not this tensor itself, lies in the same memory as a tensor.
-
-        An attribute that is a view of a weight until the first forward, as of torch.nn.utils.spectral_norm:
-        to write to it would overwrite the weight.
-        """
-        if not isinstance(held, torch.Tensor) or (mine := _storage(held)) is None:
-            return False
-        return any(tensor is not held and theirs == mine for tensor, theirs in self._storages)
 
 
 def _load_plain(module: nn.Module, saved: Mapping[str, Any]) -> list[str]:
@@ -269,7 +253,8 @@ def _set_tensor(module: nn.Module, path: str, held: Any, value: torch.Tensor, *,
             held.detach().copy_(value)
         return
     if path.endswith("]"):
-        raise ModelError(f"the module has no tensor {path} of shape {tuple(value.shape)}, as was saved")
+        what = "in memory of its own" if fits else f"of shape {tuple(value.shape)}"
+        raise ModelError(f"the module has no tensor {path} {what}, as was saved")
     owner, name = _owner(module, path)
     if isinstance(held, nn.Parameter):
         held.data = value
@@ -345,9 +330,9 @@ def _place(tensor: torch.Tensor) -> tuple[Any, ...]:
     return tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride()
 
 
-def _storage(tensor: torch.Tensor) -> int | None:
+def _storage(tensor: object) -> int | None:
     """Return where a tensor's storage begins; None if it has none."""
-    if tensor.layout is not torch.strided or not tensor.numel():
+    if not isinstance(tensor, torch.Tensor) or tensor.layout is not torch.strided or not tensor.numel():
         return None
     return tensor.untyped_storage().data_ptr()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import subprocess
 import sys
@@ -26,8 +27,11 @@ def resident_pages():
 """
 
 
-def counted(program: str) -> list[int]:
-    ran = subprocess.run([sys.executable, "-c", _COUNT + program], capture_output=True, text=True, check=True)
+def counted(program: str, **environment: str) -> list[int]:
+    ran = subprocess.run(
+        [sys.executable, "-c", _COUNT + program], capture_output=True, text=True, check=True,
+        env=os.environ | environment,
+    )  # fmt: skip
     return [int(word) for word in ran.stdout.split()]
 
 
@@ -52,3 +56,9 @@ print(resident_pages() - first)
     assert inside < 20
     assert kept >= 20 * 256
     assert left < kept / 4  # a library that was loaded meanwhile stays
+
+
+def test_thresholds_of_the_environment_hold() -> None:
+    own = {"MALLOC_MMAP_THRESHOLD_": "131072"}
+    (faults,) = counted("keep_freed_memory(); faults(); print(faults())", **own)
+    assert faults > 20 * 256

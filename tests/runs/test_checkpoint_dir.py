@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +79,20 @@ def test_a_run_whose_place_was_taken_writes_nothing_more(tmp_path: Path) -> None
         trained(tmp_path, (At(take),))
     (place,) = (tmp_path / "all").iterdir()
     assert [file.name for file in place.iterdir() if file.name.startswith("checkpoint")] == []
+
+
+def test_a_finished_run_is_read_where_nothing_can_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = trained(tmp_path)
+
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(Lease, "_create", refuse)
+    assert trained(tmp_path).flat.parameters_sha256() == whole.flat.parameters_sha256()
+    with pytest.raises(ConfigError, match=r"^checkpoint_dir is .*, which cannot be written: Read-only"):
+        trained(tmp_path, lr=0.01)
 
 
 def test_a_place_that_cannot_be_written_is_refused(tmp_path: Path) -> None:

@@ -49,11 +49,14 @@ class Begun(nn.Module):
 class Tail(nn.Module):
     """A view of a part of its buffer, which stays one."""
 
-    def __init__(self, scale: float = 1.0) -> None:
+    def __init__(self, scale: float = 1.0, *, persistent: bool = True) -> None:
         super().__init__()
         self.linear = nn.Linear(4, 1)
-        self.register_buffer("scale", torch.full((1, 4), scale))
-        self.tail = self.scale[:, 2:]
+        self.register_buffer("scale", torch.full((1, 4), scale), persistent=persistent)
+        if persistent:
+            self.tail = self.scale[:, 2:]
+        else:
+            self.register_buffer("tail", self.scale[:, 2:], persistent=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.linear(x * self.scale).squeeze(1)
@@ -95,11 +98,12 @@ def test_a_named_module_is_loaded_as_it_was_saved(tmp_path: Path, name: str) -> 
     assert torch.equal(outputs(loaded), outputs(run.module))
 
 
-def test_a_view_of_a_buffer_stays_one(tmp_path: Path) -> None:
+@pytest.mark.parametrize("persistent", [True, False])
+def test_a_view_of_a_buffer_stays_one(tmp_path: Path, persistent: bool) -> None:
     rows_of(tmp_path / "rows")
-    module = Tail(3.0)
+    module = Tail(3.0, persistent=persistent)
     sparksgd.train(CONFIG, tmp_path / "rows", module=module, out=tmp_path / "run")
-    loaded = sparksgd.load_model(tmp_path / "run" / "model", Tail()).module
+    loaded = sparksgd.load_model(tmp_path / "run" / "model", Tail(persistent=persistent)).module
     assert loaded.scale.tolist() == [[3.0] * 4]
     loaded.scale.zero_()
     assert not loaded.tail.any()

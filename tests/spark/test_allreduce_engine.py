@@ -53,10 +53,7 @@ EXPERIMENTS = {
 }
 
 LENET, ADAM, CLIPPING, WHOLE_TENSORS, HEADS, OWN = EXPERIMENTS
-QUICK = {
-    (LENET, 5), (ADAM, 1), (ADAM, 3), (CLIPPING, 4), (WHOLE_TENSORS, 0), (WHOLE_TENSORS, 2),
-    (HEADS, 5), (OWN, 3),
-}  # fmt: skip
+QUICK = {(LENET, 1), (ADAM, 2), (CLIPPING, 4), (WHOLE_TENSORS, 0), (HEADS, 5), (OWN, 3)}
 """Every experiment and every place are among them."""
 
 
@@ -83,6 +80,7 @@ def test_every_number_of_workers_ends_at_the_digest_of_the_reference(spark, smal
         assert 0 <= beside <= 256 * (workers - 1)  # a record of loss, rows, statistics for each other
 
 
+@pytest.mark.soak  # test_same_bits.py has the tree engine's; the sums do not depend on who has which rows
 @pytest.mark.session("local[5]")
 def test_rows_dealt_in_place_reach_the_digest_of_the_tree_engine(spark, tmp_path):
     path = write_rows(tmp_path / "rows", 600, files=6)
@@ -123,7 +121,7 @@ def test_two_runs_at_once_on_the_same_executors_do_not_meet(spark, small):
     ("workers", "settings"),
     [
         (2, ("engine.encrypt=true", "engine.segment_steps=3")),
-        (3, ("optimizer.name=Adam",)),
+        pytest.param(3, ("optimizer.name=Adam",), marks=pytest.mark.soak),
         (2, ("solver.clip_norm=0.5",)),
     ],
     ids=str,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -70,6 +71,40 @@ class OfUnit(Gated):
         return unit.gate(x)
 
 
+def reloaded() -> torch.jit.ScriptModule:
+    """A module with a compilation unit of its own."""
+    stream = io.BytesIO()
+    torch.jit.save(torch.jit.trace(Gate(), torch.ones(3, 8)), stream)
+    stream.seek(0)
+    return torch.jit.load(stream)
+
+
+class Gate(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return gate(x)
+
+
+loaded_module = reloaded()
+loaded = reloaded().forward
+
+
+class OfMethod(Gated):
+    def gated(self, x: torch.Tensor) -> torch.Tensor:
+        return loaded(x)
+
+
+class OfLoadedModule(Gated):
+    def gated(self, x: torch.Tensor) -> torch.Tensor:
+        return loaded_module(x)
+
+
+class OfClass(Gated):
+    function = staticmethod(unit.gate)
+
+    def gated(self, x: torch.Tensor) -> torch.Tensor:
+        return self.function(x)
+
+
 class InAThread(Gated):
     def gated(self, x: torch.Tensor) -> torch.Tensor:
         found: list[torch.Tensor] = []
@@ -114,13 +149,24 @@ def warm(function: Callable[..., torch.Tensor], arguments: int = 1) -> None:
 
 
 def warm_all() -> None:
-    warm(scripted), warm(traced), warm(of_a_text), warm(lambda x: unit.gate(x)), warm(scripted_error, 2)
+    """Let torch optimise all functions of this file."""
+    for function in (
+        scripted,
+        traced,
+        of_a_text,
+        lambda x: unit.gate(x),
+        loaded,
+        loaded_module,
+        OfClass.function,
+    ):
+        warm(function)
+    warm(scripted_error, 2)
 
 
 @pytest.fixture(autouse=True)
 def cold() -> Any:
     yield
-    forget_optimised([traced, of_a_text, unit])
+    forget_optimised([traced, of_a_text, unit, loaded, loaded_module])
 
 
 def bits(folder: Path, module: nn.Module, loss: str = "error", **more: Any) -> object:
@@ -154,7 +200,12 @@ def test_the_optimiser_gives_other_bits() -> None:
         assert torch.equal(cold, gradient(scripted))
 
 
-@pytest.mark.parametrize("kind", [ByGlobal, ByAttribute, Traced, OfText, OfUnit, InAThread, Optimised])
+KINDS = [
+    ByGlobal, ByAttribute, Traced, OfText, OfUnit, OfMethod, OfLoadedModule, OfClass, InAThread, Optimised,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_function_that_was_optimised_before_the_run(tmp_path: Path, kind: type[Gated]) -> None:
     right = bits(tmp_path / "plain", Gated())
     warm_all()
@@ -184,4 +235,17 @@ def test_the_switch_is_as_before(tmp_path: Path) -> None:
         with torch.jit.optimized_execution(setting):
             bits(tmp_path / str(setting), ByGlobal())
             assert torch._C._get_graph_executor_optimize() is setting
-    assert torch._C._jit_set_num_profiled_runs(1) == 1
+
+
+def test_a_process_with_another_executor_trains(tmp_path: Path) -> None:
+    before = torch._C._jit_set_profiling_mode(False)
+    try:
+        function = torch.jit.script(simple)
+        warm(function)
+        bits(tmp_path, Gated())
+    finally:
+        torch._C._jit_set_profiling_mode(before)
+
+
+def simple(x: torch.Tensor) -> torch.Tensor:
+    return x * 2

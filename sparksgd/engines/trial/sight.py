@@ -15,7 +15,7 @@ from sparksgd.errors import ModelError
 from sparksgd.imports.torch_code import users_torch_code
 from sparksgd.losses import Loss
 
-__all__ = ["refuse_at_sight", "refuse_contexts"]
+__all__ = ["refuse_at_sight", "refuse_contexts", "refuse_inference_tensors"]
 
 
 _GLOBAL_HOOKS = (
@@ -26,27 +26,43 @@ _GLOBAL_HOOKS = (
 )
 
 
-def refuse_contexts(module: nn.Module) -> None:
-    """Refuse a training inside a `with` block that changes what torch computes, which workers would not have.
-
-    And a module that was made in such a block, in which no tensor can be trained.
+def refuse_contexts() -> None:
+    """Refuse a training inside a `with` block that may change what torch computes: workers would not have it.
 
     Raises:
         ModelError: which one, and what to do.
     """
     modes: list[object] = _get_current_function_mode_stack()  # type: ignore[no-untyped-call]  # torch's own
-    modes = [*modes, *_get_current_dispatch_mode_stack()]
-    names = [type(mode).__qualname__ for mode in modes if not _is_of_the_cpu(mode)]
-    if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
-        names.append("torch.autograd.graph.saved_tensors_hooks")
-    for name in names:
+    modes = [mode for mode in [*modes, *_get_current_dispatch_mode_stack()] if not _is_of_the_cpu(mode)]
+    if modes and isinstance(modes[0], DeviceContext):
         raise ModelError(
-            f"the training runs inside {name}, which changes what torch computes in this process alone: "
-            f"workers would not have it. Enter it in forward, or call train() outside of it"
+            f"torch's default device is {modes[0].device}, but only the CPU is supported: call "
+            f"torch.set_default_device(None) before, or train outside of `with torch.device(...)`"
+        )
+    names = [f"{type(mode).__module__}.{type(mode).__qualname__}" for mode in modes]
+    if _hooks_of_saved_tensors() is not None:
+        names.append("torch.autograd.graph.saved_tensors_hooks, or save_on_cpu")
+    if names:
+        raise ModelError(
+            f"the training runs inside {names[0]}, which may change what torch computes in this process "
+            f"alone: workers would not have it. Enter it in forward, or train outside of it"
         )
 
+
+def _hooks_of_saved_tensors() -> object:
+    """Return the hooks that all tensors get that are saved for backward; None also before torch 2.8."""
+    top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+    return None if top is None else top(True)
+
+
+def refuse_inference_tensors(module: nn.Module) -> None:
+    """Refuse a module that was made in inference mode.
+
+    Raises:
+        ModelError: one of its tensors, and what to do.
+    """
     for name, tensor in [*nn.Module.named_parameters(module), *nn.Module.named_buffers(module)]:
-        if tensor.is_inference():
+        if not nn.parameter.is_lazy(tensor) and tensor.is_inference():
             raise ModelError(
                 f"{name} was made in torch.inference_mode, so it cannot be trained: make the module outside "
                 f"of it"

@@ -54,7 +54,7 @@ from sparksgd.engines.trial.rows import (
     labelled_0,
     varied,
 )
-from sparksgd.engines.trial.sight import refuse_at_sight, refuse_contexts
+from sparksgd.engines.trial.sight import refuse_at_sight, refuse_contexts, refuse_inference_tensors
 from sparksgd.engines.trial.state_trial import harmless_state
 from sparksgd.engines.trial.use import Found, Use
 from sparksgd.errors import ModelError, UserCodeError
@@ -84,7 +84,8 @@ def try_out(module: nn.Module, records: npt.NDArray[Any], use: Use) -> Found:
         UserCodeError: the module, the loss or the optimiser raised.
     """
     started = time.perf_counter()
-    refuse_contexts(module)
+    refuse_contexts()
+    refuse_inference_tensors(module)
     copies = [_copied(module, use.loss) for _ in range(3)]  # first: it refuses what cannot be copied
     refuse_at_sight(module, use.loss, use.schema)
     few = distinct(records, use.schema)
