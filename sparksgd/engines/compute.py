@@ -8,6 +8,7 @@ Legend: P parameters.
 
 from __future__ import annotations
 
+import math
 import socket
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -292,7 +293,8 @@ class Computer:
                     loss += back_propagate(losses, 2.0**-shift)
                 changes = unite(changes, made.changes)
         self._watch.require_unchanged()
-        if not np.isfinite(gradient.sum()) and not np.isfinite(gradient).all():
+        total = torch.from_numpy(gradient).sum()  # a third of numpy's time
+        if not math.isfinite(total) and not np.isfinite(gradient).all():
             raise NotFinite(
                 f"the gradient of turn {turn + 1} is NaN or infinite in shard {shard.shard}, rows "
                 f"{_listed(rows)}, though the loss is {loss:g}"
