@@ -27,6 +27,19 @@ def _keeps_denormals() -> bool:
     return sys.float_info.min * _QUARTER != 0.0
 
 
+def _matmul_precision() -> str:
+    try:
+        return torch.get_float32_matmul_precision()
+    except RuntimeError:  # it was set by torch.backends, for one of them
+        return _BY_BACKEND
+
+
+def _set_matmul_precision(value: str) -> None:
+    if value != _BY_BACKEND:
+        torch.set_float32_matmul_precision(value)
+
+
+_BY_BACKEND = "by backend"
 _QUARTER = float("0.25")  # no constant, which would be computed when this is compiled
 
 _SETTINGS: tuple[tuple[str, Callable[[], Any], Callable[[Any], object] | None], ...] = (
@@ -43,6 +56,7 @@ _SETTINGS: tuple[tuple[str, Callable[[], Any], Callable[[Any], object] | None], 
         partial(torch.get_autocast_dtype, "cpu"),
         lambda value: torch.set_autocast_dtype("cpu", value),
     ),
+    ("torch.autocast's cache", torch.is_autocast_cache_enabled, torch.set_autocast_cache_enabled),
     (
         "torch.use_deterministic_algorithms",
         torch.get_deterministic_debug_mode,
@@ -50,8 +64,8 @@ _SETTINGS: tuple[tuple[str, Callable[[], Any], Callable[[Any], object] | None], 
     ),
     (
         "torch.set_float32_matmul_precision",
-        torch.get_float32_matmul_precision,
-        torch.set_float32_matmul_precision,
+        _matmul_precision,
+        _set_matmul_precision,
     ),
     ("torch.set_flush_denormal", _keeps_denormals, lambda value: torch.set_flush_denormal(not value)),
     ("torch.backends.mkldnn", torch._C._get_mkldnn_enabled, torch._C._set_mkldnn_enabled),

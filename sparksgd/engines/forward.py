@@ -57,7 +57,8 @@ def back_propagate(losses: torch.Tensor, scale: float = 1.0) -> float:
         UserCodeError: the module or the loss raised.
     """
     total = losses.sum()
-    with users_torch_code("the module or its loss"):
+    # As after autocast in forward: a training inside autocast would else round backward's products, too.
+    with users_torch_code("the module or its loss"), torch.autocast("cpu", enabled=False):
         (total if scale == 1 else total * scale).backward()  # type: ignore[no-untyped-call]  # torch's own
     return float(total.detach())
 

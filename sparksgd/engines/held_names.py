@@ -124,9 +124,6 @@ def around(roots: list[object], seen: Seen) -> list[Held]:
 def _of_class(kind: type, functions: list[types.FunctionType], seen: Seen) -> list[Held]:
     """Return the state of a class; add its methods to the functions."""
     namespace, path = vars(kind), f"the class {kind.__qualname__}"
-    if issubclass(kind, enum.Enum):
-        members = [(f"{path}.{one.name}", vars(one)) for one in kind]
-        return [_Names(at, own, [*own], partial(_set_item, own), [], is_whole=True) for at, own in members]
     for one in namespace.values():
         if isinstance(one, type):
             seen.kinds[one] = None
@@ -136,16 +133,25 @@ def _of_class(kind: type, functions: list[types.FunctionType], seen: Seen) -> li
         accessors = (one.fget, one.fset) if isinstance(one, property) else (inside,)
         functions += [inside for inside in accessors if isinstance(inside, types.FunctionType)]
     names = [name for name, value in namespace.items() if _is_data(name, value)]
-    return [
-        _Names(
-            path,
-            namespace,
-            names,
-            partial(_set_of_class, kind),
-            _inside(path, namespace, names, seen),
-            is_whole=True,
-        )
-    ]
+    if issubclass(kind, enum.Enum):
+        names = [name for name in names if name not in kind.__members__ and not name.startswith("_")]
+    inner, setter = _inside(path, namespace, names, seen), partial(_set_of_class, kind)
+    # An enum's own tables grow, as its flags are combined.
+    whole = not issubclass(kind, enum.Enum)
+    found: list[Held] = [_Names(path, namespace, names, setter, inner, is_whole=whole)]
+    for member in _members(kind):
+        own, at = vars(member), f"{path}.{member.name}"
+        parts_of = _inside(at, own, [*own], seen)
+        found.append(_Names(at, own, [*own], partial(_set_item, own), parts_of, is_whole=True))
+    return found
+
+
+def _members(kind: type) -> list[enum.Enum]:
+    """Return the members of an enum, with the combinations of its flags that were made before."""
+    if not issubclass(kind, enum.Enum):
+        return []
+    made = [*kind.__members__.values(), *kind._value2member_map_.values()]
+    return list({id(one): one for one in made}.values())
 
 
 def _of_function(function: types.FunctionType, seen: Seen) -> Iterator[Held]:

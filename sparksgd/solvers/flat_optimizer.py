@@ -174,7 +174,13 @@ class FlatOptimizer:
 
     def _make_step(self, seed: int, then: Callable[[], object] | None) -> None:
         with self.watched(), self._settings_kept():
-            with users_torch_code("the optimiser"), seeded(type(self.optimizer), seed):
+            with (
+                users_torch_code("the optimiser"),
+                seeded(type(self.optimizer), seed),
+                torch.autocast(
+                    "cpu", enabled=False
+                ),  # a training may run inside autocast, which is forward's
+            ):
                 self.optimizer.step()
             if then is not None:
                 then()

@@ -87,7 +87,12 @@ class Schedule:
             ConfigError: it is blind, but looks at a parameter.
         """
         seed, blind = seed32(self._seed, "schedule", turn), self._blind
-        with users_torch_code("the schedule"), _seeded(seed, self._is_own), _sight(self._optimizer, blind):
+        with (
+            users_torch_code("the schedule"),
+            _seeded(seed, self._is_own),
+            _sight(self._optimizer, blind),
+            torch.autocast("cpu", enabled=False),
+        ):
             self._schedule.step()
 
     def state(self) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import io
 import pickle
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -88,18 +88,33 @@ def load_state(module: nn.Module, saved: SavedState) -> list[str]:
             f"{', '.join(keys.unexpected_keys) or 'nothing'}"
         )
     others = _load_plain(module, {p: v for p, v in saved.constants.items() if _is_of_plain(v)})
-    held = dict(values_of(module))
-    loaded = {
-        _storage(held.get(name)) for name in saved.state
-    }  # to write there would overwrite what is loaded
-    for path, value in saved.constants.items():
-        if isinstance(value, torch.Tensor):
+    constants = {path: value for path, value in saved.constants.items() if not _is_of_plain(value)}
+    loaded = _Memory([value for name, value in values_of(module) if name in saved.state])
+    for is_again in (False, True):  # what was written may have been a view of what was written before it
+        held = dict(values_of(module))
+        for path, saved_value in constants.items():
+            value = saved_value if isinstance(saved_value, torch.Tensor) else array_of(saved_value)
             now = held.get(path)
-            if not isinstance(now, torch.Tensor) or _bits(now) != _bits(value):
-                _set_tensor(module, path, now, value, apart=_storage(now) in loaded)
-        elif not _is_of_plain(value):
-            _set_array(module, path, held.get(path), array_of(value))
+            if now is not None and _bits(now) == _bits(value):
+                continue
+            apart = is_again or loaded.holds(now)  # else it would overwrite what is loaded
+            if isinstance(value, torch.Tensor):
+                _set_tensor(module, path, now, value, apart=apart)
+            else:
+                _set_array(module, path, now, value, apart=apart)
     return others
+
+
+class _Memory:
+    """The storages of some tensors and arrays."""
+
+    def __init__(self, values: Iterable[Any]) -> None:
+        self._ranges = [found for found in map(_extent, values) if found is not None]
+
+    def holds(self, value: Any) -> bool:
+        """Return whether a tensor or an array lies in one of them."""
+        mine = _extent(value)
+        return mine is not None and any(mine.start < r.stop and r.start < mine.stop for r in self._ranges)
 
 
 def _load_plain(module: nn.Module, saved: Mapping[str, Any]) -> list[str]:
@@ -264,8 +279,9 @@ def _set_tensor(module: nn.Module, path: str, held: Any, value: torch.Tensor, *,
         vars(owner)[name] = value
 
 
-def _set_array(module: nn.Module, path: str, held: Any, value: np.ndarray[Any, Any]) -> None:
-    if isinstance(held, np.ndarray) and (held.shape, held.dtype) == (value.shape, value.dtype):
+def _set_array(module: nn.Module, path: str, held: Any, value: np.ndarray[Any, Any], *, apart: bool) -> None:
+    fits = isinstance(held, np.ndarray) and (held.shape, held.dtype) == (value.shape, value.dtype)
+    if fits and not apart:
         held[...] = value
     elif path.endswith("]"):
         raise ModelError(f"the module has no array {path} of shape {value.shape}, as was saved")
@@ -330,11 +346,15 @@ def _place(tensor: torch.Tensor) -> tuple[Any, ...]:
     return tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride()
 
 
-def _storage(tensor: object) -> int | None:
-    """Return where a tensor's storage begins; None if it has none."""
-    if not isinstance(tensor, torch.Tensor) or tensor.layout is not torch.strided or not tensor.numel():
+def _extent(value: Any) -> range | None:
+    """Return the addresses of the memory of a tensor's storage, or of an array; None if there are none."""
+    if isinstance(value, np.ndarray):
+        first, end = np.lib.array_utils.byte_bounds(value)
+        return range(first, end) if value.size else None
+    if not isinstance(value, torch.Tensor) or value.layout is not torch.strided or not value.numel():
         return None
-    return tensor.untyped_storage().data_ptr()
+    storage = value.untyped_storage()
+    return range(storage.data_ptr(), storage.data_ptr() + storage.nbytes())
 
 
 def _bits(value: Any) -> tuple[Any, ...]:

@@ -64,6 +64,30 @@ class ByProperty:
         self._counts[0] = count
 
 
+class Bag(enum.Enum):
+    LIST = [1]  # noqa: RUF012  # that its value can change is the point
+    TABLE = {"n": 1}  # noqa: RUF012
+
+
+class Access(enum.Flag):
+    READ = 1
+    WRITE = 2
+
+
+Access.seen = 0
+
+
+def counts_in_its_value(one: enum.Enum) -> int:
+    one.value["n"] += 1
+    return int(one.value["n"])
+
+
+def gains_in_its_class(one: enum.Enum) -> int:
+    kind: Any = type(one)
+    kind.seen += 1
+    return int(kind.seen)
+
+
 class Colour(enum.Enum):
     RED = 1
 
@@ -205,6 +229,10 @@ KINDS: dict[str, tuple[Callable[[], Any], Callable[[Any], Any]]] = {
     "a dataclass": (InData, gains),
     "a property": (ByProperty, gains),
     "a member of an enum": (lambda: Colour.RED, gains),
+    "the list of a member": (lambda: Bag.LIST, lambda one: one.value.append(1) or len(one.value)),
+    "the table of a member": (lambda: Bag.TABLE, counts_in_its_value),
+    "a combination of flags": (lambda: Access.READ | Access.WRITE, gains),
+    "the class of a member": (lambda: Access.READ, gains_in_its_class),
     "a metaclass": (Meta, gains),
     "a descriptor": (Described, lambda one: one.next),
     "an inner class": (Inner, deepens),

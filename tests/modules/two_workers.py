@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,8 @@ class _Computers:
 
     def __init__(self, computers: list[Computer]) -> None:
         self._computers, self.numerics = computers, computers[0].numerics
+        # As in processes of their own, settings of the driver's thread are not theirs.
+        self._threads = [ThreadPoolExecutor(1) for _ in computers] if len(computers) > 1 else []
 
     def round(self, worker: int, shards: Any, answer: Any, asked: Any) -> Any:
         return self._together(shards, lambda one, number, own: one.round(number, own, answer, asked))
@@ -39,7 +42,11 @@ class _Computers:
         total = None
         for number, one in enumerate(self._computers):
             own = [shard for shard in shards if shard.shard % len(self._computers) == number]
-            reply = ask(one, number, own)
+            reply = (
+                self._threads[number].submit(ask, one, number, own).result()
+                if self._threads
+                else ask(one, number, own)
+            )
             if reply.failure is not None:
                 raise reply.failure
             if total is None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -44,6 +45,44 @@ class Begun(nn.Module):
         if self.first.data_ptr() == self.scale.data_ptr():
             self.first = torch.full((1, 4), 0.5)
         return self.linear(x * self.scale + self.first).squeeze(1)
+
+
+class Viewing(nn.Module):
+    """Attributes that are views when it is made, and have memory of their own once forward has run."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 1)
+        self.register_buffer("scale", torch.ones(1, 4), persistent=kind != "a view of a constant")
+        self.table = torch.ones(1, 4)
+        self.kind, self.first, self.of_numpy = kind, self.table[:, :4], np.ones((1, 4), np.float32)
+        if kind == "a view of a constant":
+            self.first = self.scale[:, :]
+        elif kind == "an array in a buffer":
+            self.of_numpy = self.scale.numpy()
+
+    def part(self) -> Viewing:
+        """Do what the first forward does."""
+        self.first = torch.full((1, 4), 0.5)
+        self.of_numpy = np.full((1, 4), 0.25, np.float32)
+        return self
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.linear(
+            x * self.scale + self.first + self.table + torch.from_numpy(self.of_numpy)
+        ).squeeze(1)
+
+
+VIEWS = ["a view of a constant", "a view of an attribute", "an array in a buffer"]
+
+
+@pytest.mark.parametrize("kind", VIEWS)
+def test_what_was_parted_before_the_training_is_loaded_apart(tmp_path: Path, kind: str) -> None:
+    rows_of(tmp_path / "rows")
+    module = Viewing(kind).part()
+    sparksgd.train(CONFIG, tmp_path / "rows", module=module, out=tmp_path / "run")
+    loaded = sparksgd.load_model(tmp_path / "run" / "model", Viewing(kind)).module
+    assert torch.equal(outputs(loaded), outputs(module))
 
 
 class Tail(nn.Module):

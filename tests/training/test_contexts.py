@@ -54,13 +54,47 @@ def test_losses_of_16_bits_train_as_plain_torch_does(
     assert ours != pytest.approx([v for p in Net().parameters() for v in p.flatten().tolist()], abs=0.05)
 
 
+class PartlySingle(Net):
+    """One of its layers is in 32 bits, also in its backward pass."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        with nullcontext() if self.dtype is None else torch.autocast("cpu", self.dtype):
+            hidden = self.inner(x).tanh()
+            with torch.autocast("cpu", enabled=False):
+                return self.outer(hidden.float()).squeeze(1)
+
+
+class Orthogonal(torch.optim.SGD):
+    """A step along the gradient, made nearly orthogonal by products of matrices."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            for p in group["params"]:
+                direction = p.grad.reshape(len(p), -1)
+                direction = direction / (direction.norm() + 1e-6)
+                direction = 1.5 * direction - 0.5 * (direction @ direction.t()) @ direction
+                p.sub_(group["lr"] * direction.view_as(p))
+
+
 @pytest.mark.parametrize("dtype", BITS_16)
-def test_autocast_around_the_training_is_autocast_in_forward(tmp_path: Path, dtype: torch.dtype) -> None:
-    """Not with what it has cast of the weights of the first step."""
-    inside = train_here(tmp_path / "inside", module=Net(dtype), tested=True)
-    with torch.autocast("cpu", dtype):
-        around = train_here(tmp_path / "around", module=Net(), tested=True)
-    assert bits(around) == bits(inside)
+@pytest.mark.parametrize("kind", [Net, PartlySingle])
+@pytest.mark.parametrize(
+    "sections",
+    [{}, {"optimizer": {"name": f"{__name__}:Orthogonal", "lr": 0.05}}, {"train": {"rows_per_backward": 2}}],
+    ids=["SGD", "an own optimiser", "backward passes of two rows"],
+)
+def test_autocast_around_the_training_is_autocast_in_forward(
+    tmp_path: Path, dtype: torch.dtype, kind: type[Net], sections: dict[str, Any]
+) -> None:
+    """Not with what it has cast of the weights of the first step, nor in backward, on any worker."""
+    inside = train_here(tmp_path / "inside", module=kind(dtype), tested=True, **sections)
+    for workers in (1, 3):
+        for cached in (True, False):
+            with torch.autocast("cpu", dtype, cache_enabled=cached):
+                where = tmp_path / f"around {workers} {cached}"
+                around = train_here(where, workers, module=kind(), tested=True, **sections)
+            assert bits(around) == bits(inside)
 
 
 HARMLESS: dict[str, Callable[[], AbstractContextManager[Any]]] = {

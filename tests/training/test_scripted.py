@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import threading
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -228,6 +229,22 @@ class Calling(Observer):
 def test_an_observer_that_calls_the_function(tmp_path: Path) -> None:
     right = bits(tmp_path / "plain", Gated())
     assert bits(tmp_path / "scripted", ByGlobal(), observers=[Calling()]) == right
+
+
+def test_a_function_that_nobody_names_is_forgotten(tmp_path: Path) -> None:
+    """As one of an installed package, or of an optimiser."""
+    right, hidden = bits(tmp_path / "plain", Gated()), reloaded()
+    HIDDEN.append(weakref.ref(hidden))
+    warm(hidden)
+    assert bits(tmp_path / "scripted", Hidden()) == right
+
+
+HIDDEN: list[Any] = []
+
+
+class Hidden(Gated):
+    def gated(self, x: torch.Tensor) -> torch.Tensor:
+        return HIDDEN[-1]()(x)
 
 
 def test_the_switch_is_as_before(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from sparksgd.arithmetic.flat import Weights
 from sparksgd.arithmetic.numerics import Numerics
+from sparksgd.arithmetic.scripted import forget_all_optimised
 from sparksgd.data.shard import Descriptor
 from sparksgd.engines.compute import Computer
 from sparksgd.engines.freed_memory import keep_freed_memory
@@ -43,6 +44,7 @@ class ShippedPlan:
         leave_quietly()
         without_compiler()
         keep_freed_memory()
+        forget_all_optimised()
         computer = Computer(pickle.loads(self._pickled))
         gc.collect()
         gc.freeze()  # PySpark's daemon collects after every task: over all of torch, 20 to 60 ms
