@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any
 
 from sparksgd.arithmetic import instruction_set
 from sparksgd.config import Config
-from sparksgd.errors import ConfigError, DataError
+from sparksgd.errors import ConfigError, DataError, SparkSGDError
 from sparksgd.spark.given_rows import described_value, frame_or_path
 from sparksgd.spark.uris import lead_to_hadoop
-from sparksgd.storage import location
+from sparksgd.storage import Location, location
 
 if TYPE_CHECKING:
     from pyspark.sql import DataFrame, SparkSession
@@ -245,7 +245,9 @@ def _files(
         if folder is None:
             return None
         found = Found()
-        if "resume_from" in given:
+        if "resume_from" not in given:
+            _tell_of_unfinished(location(given["out"]))
+        else:
             found = resumable(location(given["resume_from"]), config, fingerprints, "resume_from")
             own = location(given["out"])
             if (own / CHECKPOINTS).names():  # of this very run, which was killed and goes on
@@ -254,6 +256,20 @@ def _files(
         return folder.checkpoints(config, found)
 
     return folder, checkpoints
+
+
+def _tell_of_unfinished(folder: Location) -> None:
+    """Warn of a run that could be gone on with, but is replaced."""
+    from sparksgd.runs.checkpoints import manifests
+    from sparksgd.runs.names import CHECKPOINTS
+
+    with suppress(OSError, SparkSGDError):
+        for last in manifests(folder / CHECKPOINTS)[:1]:
+            if last.turns < last.values["total_turns"]:
+                log.warning(
+                    "out is %s, which holds a run that stopped early and could go on from step %d: it is "
+                    "replaced. To go on instead, pass the folder as resume_from=, too", folder, last.step,
+                )  # fmt: skip
 
 
 def _folder_named(name: str, folder: object) -> str:

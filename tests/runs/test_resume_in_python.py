@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from resumed_jobs import KINDS, Jobs
+from resumed_jobs import EVERY_STEP, KINDS, Jobs
 from resumed_modules import TwoHeads
 
 import sparksgd
@@ -42,6 +42,26 @@ def test_a_run_in_python_goes_on_where_it_is_told_to(jobs: Jobs, tmp_path: Path)
         sparksgd.train(config, rows, module=torch.nn.Linear(4, 2), out=tmp_path / "b", resume_from=tmp_path)
     with pytest.raises(ConfigError, match=r"resume_from is .*, but out is None"):
         sparksgd.train(config, rows, module=module(), resume_from=tmp_path)
+
+
+def test_a_run_that_could_go_on_is_replaced_with_a_warning(
+    jobs: Jobs, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows, config = str(jobs.folder / "rows.parquet"), jobs.config(EVERY_STEP, {"train": {"epochs": 2}})
+
+    class Stops(Observer):
+        def stepped(self, training: Training, report: Any) -> None:
+            if report.step == 7:
+                raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        sparksgd.train(config, rows, out=tmp_path, observers=[Stops()])
+    assert "could go on" not in caplog.text
+    sparksgd.train(config, rows, out=tmp_path)
+    assert "could go on from step 6: it is replaced. To go on instead, pass" in caplog.text
+    caplog.clear()
+    sparksgd.train(config, rows, out=tmp_path)
+    assert "could go on" not in caplog.text
 
 
 def test_many_runs_have_their_checkpoints_in_one_folder(jobs: Jobs, tmp_path: Path) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import socket
+import sys
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -99,6 +101,13 @@ def own_version() -> str | None:
     return version
 
 
+def _here(python: ExecutorPython) -> str:
+    """Return what to do if the executors are on this machine, but in another Python than this program."""
+    if python.host != socket.gethostname() or python.executable == sys.executable:
+        return ""
+    return f"set PYSPARK_PYTHON={sys.executable}, which runs this program, before its session starts; or "
+
+
 def require_fit(found: Sequence[ExecutorPython], version: str | None, instruction_set: str | None) -> None:
     """Refuse executors whose Python cannot train.
 
@@ -114,7 +123,7 @@ def require_fit(found: Sequence[ExecutorPython], version: str | None, instructio
         where = f"the executors' Python on {python.host} ({python.executable})"
         foreign = [name for name in python.missing if name != "sparksgd"]
         if foreign:
-            raise ConfigError(f"{where} lacks {' and '.join(foreign)}: {_ARCHIVE}")
+            raise ConfigError(f"{where} lacks {' and '.join(foreign)}: {_here(python)}{_ARCHIVE}")
         if python.missing:
             raise ConfigError(f"{where} lacks sparksgd: {_ZIP}")
         if python.version != version:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import socket
 import subprocess
 import sys
 from dataclasses import replace
@@ -34,6 +35,15 @@ GOOD = ExecutorPython(
     architecture="x86_64", cpuinfo="flags : fma avx2", unpacked=None,
 )  # fmt: skip
 SESSION = SimpleNamespace(applicationId="app-1", _jsc=object(), master="yarn")
+
+
+def test_on_this_machine_the_first_advice_is_to_take_the_python_of_the_program() -> None:
+    here = replace(GOOD, host=socket.gethostname(), missing=("torch",))
+    with pytest.raises(ConfigError) as refused:
+        require_fit([here], "0.1.0", None)
+    first = f"lacks torch: set PYSPARK_PYTHON={sys.executable}, which runs this program, before its session"
+    assert first in str(refused.value)
+    assert "starts; or `make dist` builds" in str(refused.value)
 
 
 @pytest.mark.parametrize(
