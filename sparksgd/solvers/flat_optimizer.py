@@ -177,9 +177,7 @@ class FlatOptimizer:
             with (
                 users_torch_code("the optimiser"),
                 seeded(type(self.optimizer), seed),
-                torch.autocast(
-                    "cpu", enabled=False
-                ),  # a training may run inside autocast, which is forward's
+                torch.autocast("cpu", enabled=False),  # around a training it is for forward
             ):
                 self.optimizer.step()
             if then is not None:

@@ -347,10 +347,10 @@ def _place(tensor: torch.Tensor) -> tuple[Any, ...]:
 
 
 def _extent(value: Any) -> range | None:
-    """Return the addresses of the memory of a tensor's storage, or of an array; None if there are none."""
+    """Return the addresses of a tensor's storage, or of an array's first element; None if there are none."""
     if isinstance(value, np.ndarray):
-        first, end = np.lib.array_utils.byte_bounds(value)
-        return range(first, end) if value.size else None
+        first = value.__array_interface__["data"][0]
+        return range(first, first + value.itemsize) if value.size else None
     if not isinstance(value, torch.Tensor) or value.layout is not torch.strided or not value.numel():
         return None
     storage = value.untyped_storage()
