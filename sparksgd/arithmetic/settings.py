@@ -6,7 +6,7 @@ A module's forward may not: the next piece would be computed by other ones, and 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, Self
@@ -17,14 +17,21 @@ import torch
 from sparksgd.arithmetic.numerics import thread_count
 from sparksgd.errors import ModelError
 
-__all__ = ["HeldSettings", "Settings", "driver_settings", "settings_now"]
+__all__ = [
+    "HeldSettings",
+    "Settings",
+    "changed_settings",
+    "driver_settings",
+    "set_by_the_user",
+    "settings_now",
+]
 
 Settings = tuple[Any, ...]
 """The values, in the order of `_SETTINGS`; it can be pickled."""
 
 
-def _keeps_denormals() -> bool:
-    return sys.float_info.min * _QUARTER != 0.0
+def _flushes_denormals() -> bool:
+    return sys.float_info.min * _QUARTER == 0.0
 
 
 def _matmul_precision() -> str:
@@ -42,46 +49,52 @@ def _set_matmul_precision(value: str) -> None:
 _BY_BACKEND = "by backend"
 _QUARTER = float("0.25")  # no constant, which would be computed when this is compiled
 
-_SETTINGS: tuple[tuple[str, Callable[[], Any], Callable[[Any], object] | None], ...] = (
-    ("torch.set_num_threads", torch.get_num_threads, torch.set_num_threads),
-    ("torch.set_grad_enabled", torch.is_grad_enabled, torch._C._set_grad_enabled),
-    ("torch.set_default_dtype", torch.get_default_dtype, torch.set_default_dtype),
+# Name, what reads it, what sets it, the value that torch begins with; ...: a run may go on with another.
+_SETTINGS: tuple[tuple[str, Callable[[], Any], Callable[[Any], object] | None, Any], ...] = (
+    ("torch.set_num_threads", torch.get_num_threads, torch.set_num_threads, ...),  # train.threads says it
+    ("torch.set_grad_enabled", torch.is_grad_enabled, torch._C._set_grad_enabled, True),
+    ("torch.set_default_dtype", torch.get_default_dtype, torch.set_default_dtype, torch.float32),
     (
         "torch.autocast",
         partial(torch.is_autocast_enabled, "cpu"),
         lambda value: torch.set_autocast_enabled("cpu", value),
+        False,
     ),
     (
         "torch.autocast's dtype",
         partial(torch.get_autocast_dtype, "cpu"),
         lambda value: torch.set_autocast_dtype("cpu", value),
+        torch.bfloat16,
     ),
-    ("torch.autocast's cache", torch.is_autocast_cache_enabled, torch.set_autocast_cache_enabled),
+    ("torch.autocast's cache", torch.is_autocast_cache_enabled, torch.set_autocast_cache_enabled, True),
     (
         "torch.use_deterministic_algorithms",
         torch.get_deterministic_debug_mode,
         torch.set_deterministic_debug_mode,  # use_deterministic_algorithms imports the compiler
+        0,
     ),
     (
         "torch.set_float32_matmul_precision",
         _matmul_precision,
         _set_matmul_precision,
+        "highest",
     ),
-    ("torch.set_flush_denormal", _keeps_denormals, lambda value: torch.set_flush_denormal(not value)),
-    ("torch.backends.mkldnn", torch._C._get_mkldnn_enabled, torch._C._set_mkldnn_enabled),
-    ("torch.backends.nnpack", torch._C._get_nnpack_enabled, torch._C._set_nnpack_enabled),
-    ("sdpa_kernel (flash)", torch._C._get_flash_sdp_enabled, torch._C._set_sdp_use_flash),
-    ("sdpa_kernel (math)", torch._C._get_math_sdp_enabled, torch._C._set_sdp_use_math),
-    ("torch.inference_mode", torch.is_inference_mode_enabled, None),
+    ("torch.set_flush_denormal", _flushes_denormals, torch.set_flush_denormal, False),
+    ("torch.backends.mkldnn", torch._C._get_mkldnn_enabled, torch._C._set_mkldnn_enabled, True),
+    ("torch.backends.nnpack", torch._C._get_nnpack_enabled, torch._C._set_nnpack_enabled, True),
+    ("sdpa_kernel (flash)", torch._C._get_flash_sdp_enabled, torch._C._set_sdp_use_flash, True),
+    ("sdpa_kernel (math)", torch._C._get_math_sdp_enabled, torch._C._set_sdp_use_math, True),
+    ("torch.inference_mode", torch.is_inference_mode_enabled, None, False),
     (
         "torch.set_default_device, or a torch function mode,",
         torch._C._len_torch_function_stack,
         lambda modes: None if modes else torch.set_default_device(None),
+        0,
     ),
-    ("a torch dispatch mode", torch._C._len_torch_dispatch_stack, None),
-    ("numpy.seterr", np.geterr, lambda value: np.seterr(**value)),
+    ("a torch dispatch mode", torch._C._len_torch_dispatch_stack, None, 0),
+    ("numpy.seterr", np.geterr, lambda value: np.seterr(**value), ...),  # it warns or raises, and no more
 )
-_GETTERS = tuple(getter for _, getter, _ in _SETTINGS)
+_GETTERS = tuple(getter for _, getter, _, _ in _SETTINGS)
 
 
 def settings_now() -> Settings:
@@ -99,10 +112,35 @@ def driver_settings(threads: int) -> Settings:
         return settings_now()
 
 
+def set_by_the_user(settings: Settings | None) -> dict[str, str]:
+    """Return {name: value} of the settings that are not as torch begins, and shape a run's bits.
+
+    Args:
+        settings: None: they are as torch begins.
+    """
+    if settings is None:
+        return {}
+    return {
+        name: str(value)
+        for (name, _, _, first), value in zip(_SETTINGS, settings, strict=True)
+        if first is not ... and value != first
+    }
+
+
+def changed_settings(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
+    """Return "name was value, but is value" for each setting that differs, see `set_by_the_user`."""
+    first = {name: str(value) for name, _, _, value in _SETTINGS}
+    return [
+        f"{name} was {was}, but is {is_now}"
+        for name in dict.fromkeys([*before, *now])
+        if (was := before.get(name, first.get(name))) != (is_now := now.get(name, first.get(name)))
+    ]
+
+
 def _apply(settings: Settings) -> list[str]:
     """Make the settings these; return the names of those that differed."""
     different = []
-    for (name, getter, setter), value in zip(_SETTINGS, settings, strict=True):
+    for (name, getter, setter, _), value in zip(_SETTINGS, settings, strict=True):
         if getter() != value:
             different.append(name)
             if setter is not None:

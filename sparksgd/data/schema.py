@@ -52,6 +52,7 @@ MOST_RECORD_BYTES = 2**31 - 1
 
 _LABEL = "(label)"
 _EXAMPLES = 3
+_OUTSIDE = "a label outside"
 _GOLDEN = 0x9E3779B97F4A7C15  # 2^64 over the golden ratio: SplitMix64's step
 
 Array = npt.NDArray[Any]
@@ -272,6 +273,8 @@ class RowReport:
             None: "mend the data",
             "skip": f"more than data.max_bad_rows = {max_bad_rows:,}: mend the data, or raise it",
         }.get(on_bad_row, 'mend the data, or set data.on_bad_row = "skip" and data.max_bad_rows')
+        if any(reason.startswith(_OUTSIDE) for reason in self.bad):
+            move = f"if your classes are numbered from 1, subtract 1; else {move}"
         raise BadRows(f"{bad:,} of {bad + self.rows:,} rows cannot be {done} on: {reasons}. Next: {move}")
 
     @property
@@ -340,7 +343,7 @@ def read_rows(batch: pa.RecordBatch, schema: RowSchema) -> Rows:
     labels, whole = _labels(batch.column(schema.label), schema)
     for reason, right in (
         (f"a label that is no whole number in {schema.label!r}", whole),
-        (f"a label outside 0..{(schema.classes or 0) - 1}", _in_range(labels, schema.classes)),
+        (f"{_OUTSIDE} 0..{(schema.classes or 0) - 1}", _in_range(labels, schema.classes)),
         (f"a label that is NaN or infinite in {schema.label!r}", np.isfinite(labels)),
     ):
         wrong = np.flatnonzero(good & ~right)

@@ -116,6 +116,8 @@ class Seen(set[int]):
         """Those whose names were looked up, with what they call."""
         self.scripted: list[Any] = []
         """What torch.jit has made; see `forget_optimised`."""
+        self.carried: set[int] = set()
+        """The ids of functions that other processes get with what their arguments are by default."""
 
 
 def held_of(path: str, value: Any, seen: Seen) -> Held | None:

@@ -165,6 +165,8 @@ def _of_function(function: types.FunctionType, seen: Seen) -> Iterator[Held]:
             held := held_of(f"what the function {function.__qualname__} closes over", function, seen)
         ) is not None:
             yield held
+    if id(function) in seen.carried:
+        return
     code = function.__code__
     arguments = code.co_varnames[: code.co_argcount]
     defaults = dict(zip(reversed(arguments), reversed(function.__defaults__ or ()), strict=False))

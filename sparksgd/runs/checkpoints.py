@@ -294,6 +294,9 @@ class CheckpointFolder:
         for manifest in [one for one in self._written if one.name == name]:
             self._remove(manifest)
 
+    def stopped(self, parameters: str) -> None:
+        """See `CheckpointStore`; the folder is of one run, whatever its module has become."""
+
     def clear(self) -> None:
         """Remove all checkpoints but those of this run, and what killed ones began to write."""
         kept = {manifest.name for manifest in self._written}
@@ -317,6 +320,10 @@ class CheckpointFolder:
             (self.folder / entry.name).remove()
 
 
+_STOPPED: dict[str, str] = {}
+"""{subfolder that a module leads to, as a run of this process left it: name of that run's subfolder}."""
+
+
 class CheckpointFolders:
     """The checkpoints of many runs in one folder; each run has a subfolder, named by what it is of.
 
@@ -331,6 +338,7 @@ class CheckpointFolders:
     def __init__(self, folder: Location, config: Config, fingerprints: Mapping[str, str]) -> None:
         self._leases = ExitStack()
         self._folder, self._config, self._fingerprints = folder, config, fingerprints
+        self._run: RunIdentity | None = None
         self._own: CheckpointFolder | None = None
 
     def begin(self, run: RunIdentity) -> Start | None:
@@ -341,16 +349,8 @@ class CheckpointFolders:
                 and nothing can be written there.
             ClusterError: its file system does not answer.
         """
-        shaping = {key: value for key, value in run.experiment.items() if key not in FREE | PATHS}
-        files = {key: digest for key, digest in self._fingerprints.items() if key not in FREE}
-        identity = {
-            "experiment": shaping,
-            "files": files,
-            "data_digest": run.data_digest,
-            "module": run.module,
-            "parameters": run.parameters,
-        }
-        folder = self._folder / _digest(identity)[:16]
+        self._run = run
+        folder = self._subfolder(run)
         lease, unwritten = Lease(folder, Holder.here(folder.name), called="checkpoint_dir"), None
         try:
             self._leases.enter_context(lease.held())
@@ -367,6 +367,37 @@ class CheckpointFolders:
         if unwritten is not None and (start is None or start.checkpoint.turns < run.total_turns):
             raise unwritable(folder, unwritten, "checkpoint_dir") from unwritten
         return start
+
+    def _subfolder(self, run: RunIdentity) -> Location:
+        own = self._folder / self._name_of(run)
+        if (stopped := _STOPPED.get(str(own))) is not None:
+            with suppress(OSError):  # it was removed
+                if (self._folder / stopped).names_of("checkpoint-*.json"):
+                    return self._folder / stopped
+        return own
+
+    def _name_of(self, run: RunIdentity) -> str:
+        shaping = {key: value for key, value in run.experiment.items() if key not in FREE | PATHS}
+        identity: dict[str, Any] = {
+            "experiment": shaping,
+            "files": {key: digest for key, digest in self._fingerprints.items() if key not in FREE},
+            "data_digest": run.data_digest,
+            "module": run.module,
+            "parameters": run.parameters,
+        }
+        if run.settings:  # a run that sets none has the name that it always had
+            identity["settings"] = dict(run.settings)
+        return _digest(identity)[:16]
+
+    def stopped(self, parameters: str) -> None:
+        """Let a training of the module that this run has left go on from this run's checkpoints.
+
+        Args:
+            parameters: digest of those of the module.
+        """
+        if self._run is not None and self._own is not None:
+            left = self._folder / self._name_of(replace(self._run, parameters=parameters))
+            _STOPPED[str(left)] = self._own.folder.name
 
     def __enter__(self) -> Self:
         return self

@@ -136,6 +136,9 @@ def load_model(
             those of `sparksgd.trust` and of SPARKSGD_TRUST.  Models and losses of sparksgd need no trust.
         strict: refuse a model whose code is not that of the training, or of which no digest was saved.
 
+    Returns:
+        The model: its `module` has the trained weights, and computes as in evaluation (`module.eval()`).
+
     Raises:
         DataError: the folder does not hold a complete model, or names code that is not trusted.
         ConfigError: trust is no list of names of packages, or module no module.

@@ -16,7 +16,7 @@ import logging
 import pickle
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 import numpy as np
@@ -26,6 +26,7 @@ from sparksgd.arithmetic.believed import NotBelieved, check_believed, only_class
 from sparksgd.arithmetic.changes import bits
 from sparksgd.arithmetic.flat import FlatModule, Weights
 from sparksgd.arithmetic.numerics import Numerics
+from sparksgd.arithmetic.settings import changed_settings, set_by_the_user
 from sparksgd.config import Config
 from sparksgd.errors import DataError, ModelError, SparkSGDError
 from sparksgd.imports.trust import trusted
@@ -41,7 +42,8 @@ __all__ = ["Checkpoint", "Part", "RunIdentity", "Start", "check_state", "go_on",
 
 log = logging.getLogger("sparksgd")
 
-_VERSIONS = {"solver": 1, "run": 1, "observers": 1}
+_VERSIONS = {"solver": 1, "run": 2, "observers": 1}
+_STILL_READ = {("run", 1)}  # it had no settings
 _NOT_OURS = (
     LookupError, TypeError, ValueError, AttributeError, RuntimeError, EOFError, ImportError, ArithmeticError,
     AssertionError, pickle.UnpicklingError,
@@ -81,6 +83,9 @@ class RunIdentity:
 
     parameters: str | None = None
     """Digest of such a module's first parameters."""
+
+    settings: Mapping[str, str] = field(default_factory=dict)
+    """Those of torch that the user's program has set, see `set_by_the_user`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,7 +135,10 @@ class Checkpoint:
             DataError: the part is missing, or of another version.
         """
         part = self.parts.get(name)
-        if part is None or part.version != _VERSIONS[name]:
+        is_read = part is not None and (
+            part.version == _VERSIONS[name] or (name, part.version) in _STILL_READ
+        )
+        if part is None or not is_read:
             was = "has no" if part is None else f"has version {part.version} of the"
             raise DataError(
                 f"the checkpoint of step {self.step} {was} part {name!r}, but this version of sparksgd needs "
@@ -281,6 +289,7 @@ def _of_run(training: Training) -> dict[str, Any]:
         "decided": _decided(training),
         "unreplaced": training.unreplaced,
         "test_digest": _test_digest(training),
+        "settings": set_by_the_user(training.plan.settings),
     }
 
 
@@ -299,6 +308,12 @@ def _load_run(training: Training, run: Mapping[str, Any]) -> None:
         raise ModelError(
             f"the trial decided {_decided(training)} for this module, but {run['decided']} when the run "
             f"began: its values before the training are others; build it as it was built then"
+        )
+    now = set_by_the_user(training.plan.settings)
+    if different := changed_settings(run.get("settings", now), now):
+        raise ModelError(
+            f"the run began under other settings: {'; '.join(different)}. Its other steps would be computed "
+            f"otherwise: set them as they were, or start anew"
         )
     training.participation.recall(run["participation"])
     if run["test_digest"] == _test_digest(training):

@@ -78,6 +78,8 @@ def check_run(run: Mapping[str, Any], training: Training, step: int, turns: int)
         "unreplaced": optional(TEXT),
         "test_digest": optional(TEXT),
     }
+    if "settings" in run:
+        rules["settings"] = MapOf(TEXT, TEXT)
     Table(rules)(run, "run")
     made = [report["step"] for report in run["evaluations"]]
     if made != sorted(set(made)) or (made and not 1 <= made[0] <= made[-1] <= step):

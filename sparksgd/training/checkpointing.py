@@ -67,6 +67,14 @@ class CheckpointStore(Protocol):
         """Remove a checkpoint."""
         ...
 
+    def stopped(self, parameters: str) -> None:
+        """Note that the run has ended early.
+
+        Args:
+            parameters: digest of those that it left in a module that was given in Python.
+        """
+        ...
+
 
 class Checkpointing:
     """Takes checkpoints of a run when they are due.

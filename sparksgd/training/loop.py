@@ -20,7 +20,7 @@ from sparksgd.arithmetic.copies import copied
 from sparksgd.arithmetic.flat import FlatModule
 from sparksgd.arithmetic.numerics import Numerics, thread_count
 from sparksgd.arithmetic.scripted import optimiser_off
-from sparksgd.arithmetic.settings import driver_settings
+from sparksgd.arithmetic.settings import driver_settings, set_by_the_user
 from sparksgd.config import Config
 from sparksgd.data.source import RowSource
 from sparksgd.engines.compute import Plan
@@ -163,7 +163,12 @@ def train(
         with thread_count(config.train.threads), freed_memory_kept():
             if start is not None:
                 go_on(training, solver, observers, start)
-            _loop(training, engine, solver, observers, deals, replay, keeper, evaluates=test is not None)
+            try:
+                _loop(training, engine, solver, observers, deals, replay, keeper, evaluates=test is not None)
+            except BaseException:
+                if checkpoints is not None and model_name is None:
+                    checkpoints.stopped(flat.parameters_sha256())
+                raise
         return training
 
 
@@ -176,6 +181,7 @@ def _identity(config: Config, checked: Checked, total_turns: int, given: FlatMod
         data_digest=checked.rows.data_digest,
         total_turns=total_turns,
         turns_per_epoch=checked.experiment.turns_per_epoch,
+        settings=set_by_the_user(driver_settings(config.train.threads)),
     )
 
 

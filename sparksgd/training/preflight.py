@@ -236,7 +236,11 @@ def check_solver(
     else:
         trained = [] if module is None else [p for p in module.parameters() if p.requires_grad]
         shapes = {p.ndim: [min(size, _TRIED_SIZE) for size in p.shape] for p in trained} or {2: [2, 2]}
-        trial = FlatModule(nn.ParameterList([nn.Parameter(torch.zeros(shape)) for shape in shapes.values()]))
+        trial = FlatModule(
+            nn.ParameterList(
+                [nn.Parameter(torch.zeros(shape, dtype=torch.float32)) for shape in shapes.values()]
+            )
+        )
         if optimizer:
             config = replace(config, optimizer=OptimizerConfig(), schedule=ScheduleConfig())
         elif schedule:

@@ -276,8 +276,9 @@ def test_bad_rows_are_an_error_that_counts_them_and_says_what_to_do() -> None:
         report.check("error", 100)
     assert str(refused.value) == (
         "6 of 7 rows cannot be trained on: 4 with NaN or infinity (as float32) in 'x' (such as nan, nan, "
-        "inf); 1 with null in 'x' (such as None); 1 with a label outside 0..4 (such as 7). Next: mend the "
-        'data, or set data.on_bad_row = "skip" and data.max_bad_rows'
+        "inf); 1 with null in 'x' (such as None); 1 with a label outside 0..4 (such as 7). Next: if "
+        'your classes are numbered from 1, subtract 1; else mend the data, or set data.on_bad_row = "skip" '
+        "and data.max_bad_rows"
     )
 
 

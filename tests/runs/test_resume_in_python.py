@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import shutil
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +18,7 @@ from resumed_modules import TwoHeads
 
 import sparksgd
 from sparksgd.errors import ConfigError, ModelError
+from sparksgd.training import checkpoint
 from sparksgd.training.state import Observer, Training
 
 pytestmark = pytest.mark.usefixtures("every_checkpoint", "log")
@@ -130,3 +135,124 @@ def test_an_observer_remembers(jobs: Jobs, tmp_path: Path) -> None:
         sparksgd.train(config, rows, checkpoint_dir=tmp_path, observers=[counts])
         assert counts.steps == steps
         assert type(counts.best) is np.float32
+
+
+class Stops(Observer):
+    """Interrupts a run at a step."""
+
+    def __init__(self, step: int) -> None:
+        self._step = step
+
+    def stepped(self, training: Training, report: Any) -> None:
+        if report.step == self._step:
+            raise KeyboardInterrupt
+
+
+def net() -> torch.nn.Module:
+    torch.manual_seed(1)
+    return torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Tanh(), torch.nn.Linear(4, 2))
+
+
+def test_the_module_of_an_interrupted_run_goes_on(jobs: Jobs, tmp_path: Path) -> None:
+    """As a notebook's cell that is interrupted, and run again, has it: the module is one that was trained."""
+    rows, config = str(jobs.folder / "rows.parquet"), jobs.config(EVERY_STEP)
+    whole = sparksgd.train(config, rows, module=net())
+    module = net()
+    for step in (3, 6):
+        with pytest.raises(KeyboardInterrupt):
+            sparksgd.train(config, rows, module=module, checkpoint_dir=tmp_path, observers=[Stops(step)])
+    again = sparksgd.train(config, rows, module=module, checkpoint_dir=tmp_path)
+    assert [one.step for one in again.resumed] == [2, 5]
+    assert again.flat.parameters_sha256() == whole.flat.parameters_sha256()
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.parametrize("what", ["finished", "removed", "another folder", "another configuration"])
+def test_a_module_that_was_trained_begins_anew_elsewhere(jobs: Jobs, tmp_path: Path, what: str) -> None:
+    rows, config, module = str(jobs.folder / "rows.parquet"), jobs.config(EVERY_STEP), net()
+    first = [] if what == "finished" else [Stops(3)]
+    with nullcontext() if what == "finished" else pytest.raises(KeyboardInterrupt):
+        sparksgd.train(config, rows, module=module, checkpoint_dir=tmp_path / "a", observers=first)
+    if what == "removed":
+        shutil.rmtree(tmp_path / "a")
+    if what == "another configuration":
+        config = jobs.config(EVERY_STEP, {"optimizer": {"name": "SGD", "lr": 0.011}})
+    alone = copy.deepcopy(module)
+    again = sparksgd.train(
+        config, rows, module=module, checkpoint_dir=tmp_path / ("b" if what == "another folder" else "a")
+    )
+    assert not again.resumed
+    sparksgd.train(config, rows, module=alone)
+    assert torch.equal(alone[0].weight, module[0].weight)
+
+
+def settings_of(name: str) -> AbstractContextManager[object]:
+    """Return a block of other settings than torch begins with."""
+    if name == "autocast":
+        return torch.autocast("cpu", torch.bfloat16)
+    held = ExitStack()
+    if name == "denormal":
+        held.callback(torch.set_flush_denormal, False)
+        torch.set_flush_denormal(True)
+    else:
+        held.callback(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision())
+        torch.set_float32_matmul_precision("medium")
+    return held
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("autocast", r"torch.autocast was {}, but is {}"),
+        ("denormal", "torch.set_flush_denormal was {}, but is {}"),
+        ("matmul", "torch.set_float32_matmul_precision was {}, but is {}"),
+    ],
+)
+def test_a_run_under_other_settings_does_not_go_on(jobs: Jobs, tmp_path: Path, name: str, said: str) -> None:
+    """Its steps before and after would be of two experiments."""
+    rows, config = str(jobs.folder / "rows.parquet"), jobs.config(EVERY_STEP)
+    values = ("highest", "medium") if name == "matmul" else (False, True)
+    for then, now, (was, is_now) in (
+        (nullcontext, partial(settings_of, name), values),
+        (partial(settings_of, name), nullcontext, values[::-1]),
+    ):
+        out = tmp_path / str(was)
+        with pytest.raises(KeyboardInterrupt), then():
+            sparksgd.train(config, rows, module=net(), out=out, observers=[Stops(3)])
+        with now(), pytest.raises(ModelError, match=said.format(was, is_now)):
+            sparksgd.train(config, rows, module=net(), out=tmp_path / "other", resume_from=out)
+        with then():
+            sparksgd.train(config, rows, module=net(), out=out, resume_from=out)
+
+
+def test_runs_under_other_settings_have_checkpoints_of_their_own(jobs: Jobs, tmp_path: Path) -> None:
+    rows, config = str(jobs.folder / "rows.parquet"), jobs.config(EVERY_STEP)
+    digests = []
+    for block in (nullcontext, partial(settings_of, "autocast"), nullcontext):
+        with block():
+            run = sparksgd.train(config, rows, module=net(), checkpoint_dir=tmp_path)
+        digests.append(run.flat.parameters_sha256())
+    assert digests[0] == digests[2] != digests[1]
+    assert run.resumed
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_a_checkpoint_of_the_version_before_is_read(
+    jobs: Jobs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It says nothing of settings."""
+    rows, config = str(jobs.folder / "rows.parquet"), jobs.config(EVERY_STEP)
+    whole = sparksgd.train(config, rows, module=net())
+
+    def of_run(training: Training) -> dict[str, Any]:
+        return {key: value for key, value in now(training).items() if key != "settings"}
+
+    now = checkpoint._of_run
+    with monkeypatch.context() as before:
+        before.setattr(checkpoint, "_of_run", of_run)
+        before.setitem(checkpoint._VERSIONS, "run", 1)
+        with pytest.raises(KeyboardInterrupt):
+            sparksgd.train(config, rows, module=net(), out=tmp_path, observers=[Stops(3)])
+    again = sparksgd.train(config, rows, module=net(), out=tmp_path, resume_from=tmp_path)
+    assert again.resumed[0].step == 2
+    assert again.flat.parameters_sha256() == whole.flat.parameters_sha256()

@@ -88,7 +88,8 @@ def _around(optimizer: FlatOptimizer) -> tuple[list[Held], set[int]]:
         for name, value in vars(parameter).items():
             found.append(held_of(f"the attribute {name!r} of parameter {number}", value, seen))
     seen.functions += inside.functions
-    seen |= {id(one) for one in inside.functions if "<" in one.__qualname__}  # they are carried
+    seen.carried = {id(one) for one in inside.functions if "<" in one.__qualname__}
+    seen |= seen.carried
     moved = [one for one in found if one is not None] + around(own, seen)
     return moved, seen | inside
 
