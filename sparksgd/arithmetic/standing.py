@@ -34,7 +34,7 @@ from sparksgd.arithmetic.constants import Constants, decoded
 from sparksgd.arithmetic.structure import Structure
 from sparksgd.errors import ModelError
 
-__all__ = ["Piece", "Standing"]
+__all__ = ["Piece", "Standing", "extent"]
 
 
 class Piece:
@@ -157,11 +157,11 @@ class Standing:
         Raises:
             ModelError: their names.
         """
-        held = [(name, tensor) for name, tensor in self._structure.tensors() if _extent(tensor)]
+        held = [(name, tensor) for name, tensor in self._structure.tensors() if extent(tensor)]
         for name, tensor in rebound.items():
-            mine = _extent(tensor)
+            mine = extent(tensor)
             for other, shared in held:
-                theirs = _extent(shared)
+                theirs = extent(shared)
                 if shared is not tensor and mine.start < theirs.stop and theirs.start < mine.stop:
                     raise ModelError(
                         f"forward gives {name} the memory of {other}, so that whoever changes one of them "
@@ -263,9 +263,12 @@ def _place(tensor: torch.Tensor) -> tuple[int, torch.Size, tuple[int, ...]]:
     return tensor.data_ptr(), tensor.shape, tensor.stride()
 
 
-def _extent(tensor: torch.Tensor) -> range:
-    """Return the addresses of a tensor's elements; none of a sparse one."""
+def extent(tensor: torch.Tensor) -> range:
+    """Return the addresses from the first byte that a tensor uses to the last; none of a sparse one."""
+    if tensor.is_nested:
+        storage = tensor.untyped_storage()
+        return range(storage.data_ptr(), storage.data_ptr() + storage.nbytes())
     if tensor.layout != torch.strided or not tensor.numel():
         return range(0)
-    steps = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    return range(tensor.data_ptr(), tensor.data_ptr() + (steps + 1) * tensor.element_size())
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return range(tensor.data_ptr(), tensor.data_ptr() + (last + 1) * tensor.element_size())

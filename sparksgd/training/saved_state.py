@@ -109,11 +109,11 @@ class _Memory:
     """The storages of some tensors and arrays."""
 
     def __init__(self, values: Iterable[Any]) -> None:
-        self._ranges = [found for found in map(_extent, values) if found is not None]
+        self._ranges = [found for found in map(_addresses, values) if found is not None]
 
     def holds(self, value: Any) -> bool:
         """Return whether a tensor or an array lies in one of them."""
-        mine = _extent(value)
+        mine = _addresses(value)
         return mine is not None and any(mine.start < r.stop and r.start < mine.stop for r in self._ranges)
 
 
@@ -346,7 +346,7 @@ def _place(tensor: torch.Tensor) -> tuple[Any, ...]:
     return tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride()
 
 
-def _extent(value: Any) -> range | None:
+def _addresses(value: Any) -> range | None:
     """Return the addresses of a tensor's storage, or of an array's first element; None if there are none."""
     if isinstance(value, np.ndarray):
         first = value.__array_interface__["data"][0]

@@ -18,6 +18,7 @@ from torch import nn
 from sparksgd.arithmetic.copies import parts
 from sparksgd.arithmetic.generators import generators_kept
 from sparksgd.arithmetic.settings import HeldSettings
+from sparksgd.arithmetic.standing import extent
 from sparksgd.arithmetic.structure import Structure
 from sparksgd.engines.held import HeldBytes, is_opaque, is_plain
 from sparksgd.engines.trial.operations import storage_of
@@ -75,11 +76,11 @@ class Owned:
     """
 
     def __init__(self, module: nn.Module) -> None:
-        self._places: dict[int, list[tuple[int, int, str]]] = {}
+        self._places: dict[int, list[tuple[range, str]]] = {}
         for name, tensor in named_tensors(module):
             address = storage_of(tensor)
             if address:
-                self._places.setdefault(address, []).append((*_extent(tensor), name))
+                self._places.setdefault(address, []).append((extent(tensor), name))
 
     @property
     def storages(self) -> set[int]:
@@ -89,9 +90,9 @@ class Owned:
     def name_of(self, tensor: torch.Tensor) -> str | None:
         """Return the path of the caller's tensor whose memory a tensor is, or is a view of."""
         places = self._places.get(storage_of(tensor), [])
-        start, end = _extent(tensor) if places else (0, 0)
-        within = [name for first, last, name in places if first < end and start < last]
-        return next(iter([*within, *(name for _, _, name in places)]), None)
+        mine = extent(tensor)
+        within = [name for its, name in places if its.start < mine.stop and mine.start < its.stop]
+        return next(iter([*within, *(name for _, name in places)]), None)
 
     def refuse(self, met: dict[int, torch.Tensor]) -> None:
         """Refuse a copy that used one of them.
@@ -112,18 +113,6 @@ def reached_past_the_copy(name: str) -> str:
     )
 
 
-def _extent(tensor: torch.Tensor) -> tuple[int, int]:
-    """Return the address of the first byte that a strided tensor uses, and of the one after the last."""
-    if tensor.is_nested:
-        storage = tensor.untyped_storage()
-        return storage.data_ptr(), storage.data_ptr() + storage.nbytes()
-    start = tensor.data_ptr()
-    if tensor.numel() == 0:
-        return start, start
-    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    return start, start + (last + 1) * tensor.element_size()
-
-
 def refuse_shared_memory(module: nn.Module, loss: object = None) -> None:
     """Refuse trainable parameters that share memory with another tensor or array, or with themselves.
 
@@ -134,9 +123,9 @@ def refuse_shared_memory(module: nn.Module, loss: object = None) -> None:
         ModelError: with both paths.
     """
     held = [
-        (*_extent(tensor), number, name, tensor)
+        (where.start, where.stop, number, name, tensor)
         for number, (name, tensor) in enumerate(named_tensors(module, loss))
-        if storage_of(tensor) and tensor.numel()
+        if storage_of(tensor) and (where := extent(tensor))
     ]
     for *_, name, tensor in held:
         if _trains(tensor) and any(
