@@ -11,6 +11,7 @@ import pytest
 import sparksgd
 
 PACKAGE = Path(sparksgd.__file__).parent
+ROOT = Path(__file__).parents[1]
 
 ROOMS = (
     "errors", "models", "arithmetic", "imports", "storage", "config", "losses", "data", "solvers", "engines",
@@ -18,10 +19,16 @@ ROOMS = (
 )  # fmt: skip
 """In the order of imports: each imports only from itself and from those before it; the front door is last."""
 
+KINDS = "a table of kinds, a class for each"
+
 LONG_FILES: dict[str, str] = {
-    "peers/wire.py": "one protocol: handshake, frames and TLS of one connection are read together",
+    "sparksgd/peers/wire.py": "one protocol: handshake, frames and TLS of one connection are read together",
+    "tests/contract/grammar.py": KINDS,
+    "tests/modules/carried_kinds.py": KINDS,
+    "tests/modules/contract_changes.py": KINDS,
+    "tests/modules/contract_kinds.py": KINDS,
 }
-"""Files of more than 500 lines, each with its reason."""
+"""Files of more than 500 lines in sparksgd/, jobs/ and tests/, each with its reason."""
 
 DOORS = 16
 """Most folders and files directly below sparksgd/."""
@@ -104,11 +111,13 @@ def test_there_are_no_more_doors_than_one_takes_in_at_a_glance():
 
 def test_no_file_is_longer_than_500_lines_without_a_reason():
     long = {
-        file.relative_to(PACKAGE).as_posix()
-        for file in files()
+        file.relative_to(ROOT).as_posix()
+        for folder in ("sparksgd", "jobs", "tests")
+        for file in (ROOT / folder).rglob("*.py")
         if len(file.read_text(encoding="utf-8").splitlines()) > 500
     }
-    assert long == set(LONG_FILES)
+    assert long - LONG_FILES.keys() == set(), "divide them, or give a reason"
+    assert LONG_FILES.keys() - long == set(), "they need no reason any more"
 
 
 @pytest.mark.parametrize("room", ["spark.tasks"])
