@@ -31,6 +31,7 @@ SCRIPTED = (
 
 _torch: Any = torch._C  # the types of some of its functions are wrong
 _lock = threading.Lock()
+_here = threading.local()  # is_open: whether this thread is in a block
 _blocks = 0  # how many blocks are open, in all threads
 _runs_before = 1
 _ENDLESS = 1 << 40
@@ -60,8 +61,16 @@ def forget_optimised(others: Iterable[Any] = ()) -> None:
 @contextmanager
 def as_written() -> Iterator[None]:
     """In the block, let the functions of torch.jit that are not optimised yet stay so."""
+    if getattr(_here, "is_open", False) and not _torch._get_graph_executor_optimize():
+        yield  # it is so already: a step has many such blocks
+        return
+    was_open = getattr(_here, "is_open", False)
     with torch.jit.optimized_execution(False), _endless_counting():  # type: ignore[attr-defined]  # it is public
-        yield
+        _here.is_open = True
+        try:
+            yield
+        finally:
+            _here.is_open = was_open
 
 
 @contextmanager

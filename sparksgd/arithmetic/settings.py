@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any, Self
 
@@ -95,6 +95,11 @@ _SETTINGS: tuple[tuple[str, Callable[[], Any], Callable[[Any], object] | None, A
     ("numpy.seterr", np.geterr, lambda value: np.seterr(**value), ...),  # it warns or raises, and no more
 )
 _GETTERS = tuple(getter for _, getter, _, _ in _SETTINGS)
+
+
+def without_autocast() -> AbstractContextManager[object]:
+    """Return a block without autocast on the CPU, also where it is on around it."""
+    return torch.autocast("cpu", enabled=False) if torch.is_autocast_enabled("cpu") else nullcontext()
 
 
 def settings_now() -> Settings:

@@ -27,7 +27,7 @@ from sparksgd.arithmetic.copies import copied
 from sparksgd.arithmetic.flat import FlatModule, TakePart, Weights
 from sparksgd.arithmetic.generators import generators_kept, seed_generators
 from sparksgd.arithmetic.numerics import Numerics, thread_count
-from sparksgd.arithmetic.scripted import forget_optimised
+from sparksgd.arithmetic.scripted import as_written, forget_optimised
 from sparksgd.arithmetic.seeds import seed32
 from sparksgd.arithmetic.settings import HeldSettings, Settings
 from sparksgd.data.sampling import Sampling
@@ -121,20 +121,26 @@ class Computer:
         self.numerics = Numerics.here(plan.threads)
         self._orders: dict[int, tuple[int, npt.NDArray[np.uint32]]] = {}
         self._halves: dict[int | None, WorkerHalf[Answer]] = {}
-        self._keeps_generators: Callable[[], AbstractContextManager[object]] = generators_kept
+        self._process_held: Callable[[], AbstractContextManager[object]] = self._holding_process
 
     @contextmanager
     def many_rounds(self) -> Iterator[None]:
-        """Keep the process's global generators once for all rounds in the block, instead of once for each.
+        """Let the process be as the driver is once for all rounds in the block, and for what is done between.
 
         No other thread of the process can compute meanwhile: see `generators_kept`.
         """
-        with generators_kept():
-            self._keeps_generators = nullcontext
+        with self._holding_process():
+            self._process_held = nullcontext
             try:
                 yield
             finally:
-                self._keeps_generators = generators_kept
+                self._process_held = self._holding_process
+
+    @contextmanager
+    def _holding_process(self) -> Iterator[None]:
+        """In the block, let this process compute as the driver does; then let all be as before."""
+        with thread_count(self.plan.threads), generators_kept(), self._settings, as_written():
+            yield
 
     def round(
         self,
@@ -203,12 +209,7 @@ class Computer:
         rows = 0
         remaining = iter(shards)
         try:
-            with (
-                out_of_memory_told("a worker's Python"),
-                thread_count(self.plan.threads),
-                self._keeps_generators(),
-                self._settings,
-            ):
+            with out_of_memory_told("a worker's Python"), self._process_held():
                 for shard in remaining:
                     result, takes_part = None, False
                     if is_asked(shard.shard):

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from sparksgd.arithmetic.flat import mixes_rows_of_evaluations
+from sparksgd.arithmetic.settings import without_autocast
 from sparksgd.data.schema import RowSchema
 from sparksgd.errors import ModelError
 from sparksgd.imports.torch_code import users_torch_code
@@ -58,7 +59,7 @@ def back_propagate(losses: torch.Tensor, scale: float = 1.0) -> float:
     """
     total = losses.sum()
     # As after autocast in forward: a training inside autocast would else round backward's products, too.
-    with users_torch_code("the module or its loss"), torch.autocast("cpu", enabled=False):
+    with users_torch_code("the module or its loss"), without_autocast():
         (total if scale == 1 else total * scale).backward()  # type: ignore[no-untyped-call]  # torch's own
     return float(total.detach())
 

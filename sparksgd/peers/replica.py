@@ -23,7 +23,7 @@ import numpy.typing as npt
 
 from sparksgd.arithmetic.copies import copied
 from sparksgd.arithmetic.flat import FlatModule, FlatStrip
-from sparksgd.arithmetic.numerics import Numerics, thread_count
+from sparksgd.arithmetic.numerics import Numerics
 from sparksgd.data.shard import Descriptor
 from sparksgd.engines.compute import Computer
 from sparksgd.engines.replies import with_place
@@ -174,7 +174,6 @@ class Replica:
             return answer
         try:
             with (
-                thread_count(self._computer.plan.threads),
                 self._computer.many_rounds(),
                 AllReduce(self._mesh, segment.owned, self._flat, overlaps=segment.overlaps) as allreduce,
             ):

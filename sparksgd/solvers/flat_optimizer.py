@@ -25,7 +25,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from sparksgd.arithmetic.generators import generators_seeded
-from sparksgd.arithmetic.settings import HeldSettings
+from sparksgd.arithmetic.settings import HeldSettings, without_autocast
 from sparksgd.config import OptimizerConfig
 from sparksgd.errors import ConfigError
 from sparksgd.imports.torch_code import users_torch_code
@@ -177,7 +177,7 @@ class FlatOptimizer:
             with (
                 users_torch_code("the optimiser"),
                 seeded(type(self.optimizer), seed),
-                torch.autocast("cpu", enabled=False),  # around a training it is for forward
+                without_autocast(),  # around a training it is for forward
             ):
                 self.optimizer.step()
             if then is not None:

@@ -20,6 +20,7 @@ from torch.optim import Optimizer, lr_scheduler
 from sparksgd.arithmetic.flat import FlatParameters
 from sparksgd.arithmetic.generators import generators_seeded
 from sparksgd.arithmetic.seeds import seed32
+from sparksgd.arithmetic.settings import without_autocast
 from sparksgd.config import OptimizerConfig, ScheduleConfig
 from sparksgd.errors import ConfigError
 from sparksgd.imports.torch_code import users_torch_code
@@ -91,7 +92,7 @@ class Schedule:
             users_torch_code("the schedule"),
             _seeded(seed, self._is_own),
             _sight(self._optimizer, blind),
-            torch.autocast("cpu", enabled=False),
+            without_autocast(),
         ):
             self._schedule.step()
 

@@ -22,6 +22,18 @@ ENDLESS_S = 3600.0
 """Longer than any test may take: what passes did not wait for who sleeps so long."""
 
 
+class FadingNet(nn.Module):
+    """Some of its weights are so small that a step with decay leaves denormal numbers, or 0."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(16, 10)
+        self.small = nn.Parameter(torch.full((1000,), 1.5e-38))
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        return self.inner(image.float() / 255) + self.small.sum() * 0
+
+
 class NormNet(nn.Module):
     """A small net with batch-norm and dropout, for uint8[B, 16] features and 4 classes."""
 

@@ -9,6 +9,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+import torch
 from spark_helpers import (
     ALLREDUCE,
     OVERLAPPING,
@@ -90,6 +91,21 @@ def test_rows_dealt_in_place_reach_the_digest_of_the_tree_engine(spark, tmp_path
     allreduce = train(spark, configured(*settings, *ALLREDUCE), frame)
     assert digests(tree) == digests(allreduce)
     assert allreduce.sent_bytes > tree.sent_bytes == 0
+
+
+@pytest.mark.parametrize("flushes", [True, False])
+def test_workers_make_steps_under_the_settings_of_the_driver(spark, small, flushes):
+    config = configured(
+        "model.name=users_modules:FadingNet", "optimizer.weight_decay=5", "train.steps=4", *ALLREDUCE
+    )
+    torch.set_flush_denormal(flushes)
+    try:
+        training = train(spark, config, spark.read.parquet(small))
+        inline = train_inline(config, rows=ParquetRows(small), test=None, make_engine=InlineEngine)
+        assert (inline.module.small == 0).all() == flushes
+    finally:
+        torch.set_flush_denormal(False)
+    assert digests(training) == digests(inline)
 
 
 def test_reports_and_evaluations_are_those_of_the_reference(spark, small):
