@@ -44,7 +44,7 @@ class _Names(Held):
     ) -> None:
         super().__init__(path, value)
         self._before = [(name, value[name]) for name in names]
-        self._size = len(value) if is_whole else -1
+        self._known = frozenset(value) if is_whole else None
         self._set, self._inner = setter, inner
 
     def now(self) -> object:
@@ -53,9 +53,9 @@ class _Names(Held):
 
     def _new(self) -> dict[str, Any]:
         """Return new attributes of a class or a function."""
-        if self._size < 0 or len(self.value) == self._size:
+        known = self._known
+        if known is None or len(self.value) == len(known):
             return {}
-        known = {name for name, _ in self._before}
         return {name: part for name, part in self.value.items() if name not in known and _is_data(name, part)}
 
     def is_changed(self) -> bool:
@@ -136,9 +136,7 @@ def _of_class(kind: type, functions: list[types.FunctionType], seen: Seen) -> li
     if issubclass(kind, enum.Enum):
         names = [name for name in names if name not in kind.__members__ and not name.startswith("_")]
     inner, setter = _inside(path, namespace, names, seen), partial(_set_of_class, kind)
-    # An enum's own tables grow, as its flags are combined.
-    whole = not issubclass(kind, enum.Enum)
-    found: list[Held] = [_Names(path, namespace, names, setter, inner, is_whole=whole)]
+    found: list[Held] = [_Names(path, namespace, names, setter, inner, is_whole=True)]
     for member in _members(kind):
         own, at = vars(member), f"{path}.{member.name}"
         parts_of = _inside(at, own, [*own], seen)

@@ -88,6 +88,16 @@ def gains_in_its_class(one: enum.Enum) -> int:
     return int(kind.seen)
 
 
+class Suit(enum.Enum):
+    CLUBS = 1
+
+
+def adds_to_its_class(one: enum.Enum) -> int:
+    kind: Any = type(one)
+    kind.times = getattr(kind, "times", 0) + 1
+    return int(kind.times)
+
+
 class Colour(enum.Enum):
     RED = 1
 
@@ -233,6 +243,7 @@ KINDS: dict[str, tuple[Callable[[], Any], Callable[[Any], Any]]] = {
     "the table of a member": (lambda: Bag.TABLE, counts_in_its_value),
     "a combination of flags": (lambda: Access.READ | Access.WRITE, gains),
     "the class of a member": (lambda: Access.READ, gains_in_its_class),
+    "a new attribute of the class of a member": (lambda: Suit.CLUBS, adds_to_its_class),
     "a metaclass": (Meta, gains),
     "a descriptor": (Described, lambda one: one.next),
     "an inner class": (Inner, deepens),
