@@ -346,7 +346,7 @@ class Computer:
     def _require_finite(
         self, losses: torch.Tensor, rows: npt.NDArray[np.uint32], shard: Descriptor, turn: int
     ) -> None:
-        bad = ~torch.isfinite(losses.detach()).numpy()
+        bad = ~np.isfinite(losses.detach().numpy())
         if bad.any():
             raise NotFinite(
                 f"the loss of turn {turn + 1} is {float(losses.detach()[bad][0])} in shard "

@@ -5,6 +5,7 @@ Legend: P parameters.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -149,7 +150,7 @@ def refuse_not_finite(parameters: torch.Tensor, doing: str, key: str, rate: floa
     Raises:
         UpdateNotFinite: with the rate, and the key to lower.
     """
-    if not torch.isfinite(parameters.sum()) and not torch.isfinite(parameters).all():
+    if not math.isfinite(parameters.sum()) and not torch.isfinite(parameters).all():
         raise UpdateNotFinite(
             f"{doing} made a parameter infinite or NaN; lower {key} (it was {rate:g}) or set solver.clip_norm"
         )
