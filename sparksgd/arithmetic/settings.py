@@ -24,6 +24,7 @@ __all__ = [
     "driver_settings",
     "set_by_the_user",
     "settings_now",
+    "without_autocast",
 ]
 
 Settings = tuple[Any, ...]
