@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from contextlib import suppress
+from typing import Any
 
 from pyspark import SparkContext
 
@@ -29,11 +30,14 @@ _RAISED = re.compile(r"(Exception|Error): ")
 _TOO_LARGE = "bigger than spark.driver.maxResultSize"
 _USERS = re.compile(r"sparksgd\.errors\.UserCodeError: (.+?)\s*\n\s*at org\.apache\.", re.DOTALL)
 _OTHER_TYPES = re.compile(r"PARQUET_COLUMN_DATA_TYPE_MISMATCH|SchemaColumnConvertNotSupportedException")
-_CANNOT_COMPUTE = re.compile(r"(\[[A-Z_.]+\] [^\n]*?)\.? SQLSTATE: (22|39)\w{3}")
-"""Classes of SQLSTATE: 22 is a value that an expression cannot take, 39 a function that failed."""
+_CONDITION = re.compile(r"\[([A-Z][A-Z_.]+)\] [^\n]*?(?=\.?( SQLSTATE: (\w{5})|\n|$))")
+"""Spark's name of an error, and what it says; Spark 4 says its SQLSTATE, too, Spark 3.5 only knows it."""
+_OF_THE_DATA = re.compile(r"22|39|P0001")
+"""Class 22 is a value that an expression cannot take, 39 a function that failed, P0001 an assertion."""
 
 _STATUS_MS = 2000
 _MOST_TASKS = 10_000
+_MOST_LETTERS = 300
 _NO_MODULE = re.compile(r"ModuleNotFoundError: No module named '([\w.]+)'")
 
 
@@ -82,14 +86,25 @@ def final_error(error: Exception, context: SparkContext) -> SparkSGDError | None
             f"the Parquet files have columns of other types than the first of them: {gist(text)}. Write them "
             f"anew, with one type for each column"
         )
-    if cannot := _CANNOT_COMPUTE.search(text):
-        return DataError(f"a column of the DataFrame cannot be computed: {cannot[1]}. Mend it, or its input")
+    for condition in _CONDITION.finditer(text):
+        if _OF_THE_DATA.match(condition[3] or _sqlstate(condition[1], context)):
+            return DataError(
+                f"a column of the DataFrame cannot be computed: {condition[0]}. Mend it, or its input"
+            )
     missing = _NO_MODULE.search(text)
     if missing:
         return missing_module(missing[1])
     if cannot_start(text) is None:
         return None
     return cannot_start(text, _failed_hosts(context))
+
+
+def _sqlstate(condition: str, context: SparkContext) -> str:
+    """Return what Spark knows a named error as; an empty text if it does not know it."""
+    spark: Any = context._jvm
+    with suppress(Exception):
+        return spark.org.apache.spark.SparkThrowableHelper.getSqlState(condition) or ""
+    return ""
 
 
 def _failed_hosts(context: SparkContext) -> list[str]:
@@ -115,4 +130,6 @@ def gist(text: str) -> str:
     lines = [line.strip().removeprefix("Caused by: ").removeprefix(": ") for line in text.splitlines()]
     raised = [line for line in lines if _RAISED.search(line) and not line.startswith("at ")]
     causes = [line for line in raised if not _WRAPPED.search(line)]
-    return (causes or raised[-1:] or lines)[0][-300:]
+    said = (causes or raised[-1:] or lines)[0]
+    condition = _CONDITION.search(said)
+    return said[-_MOST_LETTERS:] if condition is None else said[condition.start() :][:_MOST_LETTERS]
