@@ -101,8 +101,8 @@ def final_error(error: Exception, context: SparkContext) -> SparkSGDError | None
 
 def _sqlstate(condition: str, context: SparkContext) -> str:
     """Return what Spark knows a named error as; an empty text if it does not know it."""
-    spark: Any = context._jvm
-    with suppress(Exception):
+    with suppress(Exception):  # the JVM may have ended by the error
+        spark: Any = context._jvm
         return spark.org.apache.spark.SparkThrowableHelper.getSqlState(condition) or ""
     return ""
 
