@@ -200,7 +200,7 @@ def go_on(training: Training, solver: RoundSolver, observers: Sequence[Observer]
 
 def _load(checkpoint: Checkpoint, training: Training, solver: RoundSolver) -> None:
     run, state = checkpoint.values("run"), checkpoint.values("solver")
-    check_run(run, training, checkpoint.step, checkpoint.turns)
+    check_run(run, checkpoint.parts["run"].version, training, checkpoint.step, checkpoint.turns)
     different = other_structure(training.module, run["structure"])
     size = training.flat.parameters.numel()
     saved = np.size(state.get("weights", {}).get("parameters", ()))

@@ -42,11 +42,12 @@ from sparksgd.training.value_rules import (
 __all__ = ["check_run", "check_solver"]
 
 
-def check_run(run: Mapping[str, Any], training: Training, step: int, turns: int) -> None:
+def check_run(run: Mapping[str, Any], version: int, training: Training, step: int, turns: int) -> None:
     """Refuse the part "run" of a checkpoint where a value is none that a run of this can have.
 
     Args:
         run: the part.
+        version: of the part.
         training: the run that is to go on.
         step: of the checkpoint.
         turns: that each shard had made.
@@ -78,7 +79,7 @@ def check_run(run: Mapping[str, Any], training: Training, step: int, turns: int)
         "unreplaced": optional(TEXT),
         "test_digest": optional(TEXT),
     }
-    if "settings" in run:
+    if version > 1:
         rules["settings"] = MapOf(TEXT, TEXT)
     Table(rules)(run, "run")
     made = [report["step"] for report in run["evaluations"]]

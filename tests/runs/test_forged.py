@@ -23,7 +23,7 @@ from resumed_jobs import EVERY_STEP, Jobs, made_jobs
 
 from sparksgd.arithmetic.flat import FlatModule
 from sparksgd.config import Config
-from sparksgd.errors import SparkSGDError
+from sparksgd.errors import DataError, SparkSGDError
 from sparksgd.runs.asked import Asked
 from sparksgd.runs.checkpoints import _digest, manifests
 from sparksgd.runs.earlier import earlier_run
@@ -287,6 +287,15 @@ def test_a_forged_value_is_named(jobs: Jobs, case: str) -> None:
 
     parts[part] = changed(parts[part], keys, deed)
     with pytest.raises(SparkSGDError, match=words):
+        run.go_on(parts)
+
+
+def test_a_part_without_the_settings_of_torch_is_refused(jobs: Jobs) -> None:
+    """Version 1 had none; without them, a version 2 would go on under any."""
+    run = Run(jobs, "Adam, heads")
+    parts = run.parts()
+    parts["run"] = {key: value for key, value in parts["run"].items() if key != "settings"}
+    with pytest.raises(DataError, match=r"^run has no settings$"):
         run.go_on(parts)
 
 
