@@ -20,7 +20,7 @@ from sparksgd.arithmetic.copies import copied
 from sparksgd.arithmetic.flat import FlatModule
 from sparksgd.arithmetic.numerics import Numerics, thread_count
 from sparksgd.arithmetic.scripted import optimiser_off
-from sparksgd.arithmetic.settings import driver_settings, set_by_the_user
+from sparksgd.arithmetic.settings import Settings, driver_settings, set_by_the_user
 from sparksgd.config import Config
 from sparksgd.data.source import RowSource
 from sparksgd.engines.compute import Plan
@@ -118,9 +118,10 @@ def train(
             "of their optimisers (solver.inner_state)"
         )
         checkpoints = None
+    settings = driver_settings(config.train.threads)
     start = unreplaced = None
     if checkpoints is not None:
-        identity = _identity(config, checked, total_turns, flat if model_name is None else None)
+        identity = _identity(config, checked, total_turns, settings, flat if model_name is None else None)
         start, unreplaced = checkpoints.begin(identity), identity.module
     with ExitStack() as stack:
         first_deal = 0 if start is None else start.checkpoint.deal
@@ -131,7 +132,7 @@ def train(
             stack.enter_context(closing(test_shards))
             check_evaluation(module, [shard.rows for shard in test_shards.table])
         start_up.reached("shards")
-        plan = _plan(config, module, checked, deals, solver, probe)
+        plan = _plan(config, module, checked, deals, solver, settings, probe)
         engine = stack.enter_context(closing(make_engine(plan, deals.shards, test_shards)))
         engine.open()
         training = Training(
@@ -172,7 +173,9 @@ def train(
         return training
 
 
-def _identity(config: Config, checked: Checked, total_turns: int, given: FlatModule | None) -> RunIdentity:
+def _identity(
+    config: Config, checked: Checked, total_turns: int, settings: Settings, given: FlatModule | None
+) -> RunIdentity:
     """Return what a run is, with a module that was given in Python."""
     return RunIdentity(
         module=None if given is None else unreplaced_digest(given),
@@ -181,7 +184,7 @@ def _identity(config: Config, checked: Checked, total_turns: int, given: FlatMod
         data_digest=checked.rows.data_digest,
         total_turns=total_turns,
         turns_per_epoch=checked.experiment.turns_per_epoch,
-        settings=set_by_the_user(driver_settings(config.train.threads)),
+        settings=set_by_the_user(settings),
     )
 
 
@@ -200,6 +203,7 @@ def _plan(
     checked: Checked,
     deals: Deals,
     solver: RoundSolver,
+    settings: Settings,
     probe: Probe,
 ) -> Plan:
     sampling = deals.sampling()
@@ -216,7 +220,7 @@ def _plan(
         rows_per_backward=config.train.rows_per_backward,
         dtype=probe.dtype,
         channels_last=checked.channels_last,
-        settings=driver_settings(config.train.threads),
+        settings=settings,
         harmless=checked.harmless,
         float16=checked.float16,
         before_gradients=probe.before_gradients,
