@@ -34,7 +34,15 @@ from sparksgd.storage import Location, remove_parts, unanswered
 from sparksgd.training.checkpoint import Checkpoint, Part, RunIdentity, Start
 from sparksgd.training.state import Resumed
 
-__all__ = ["FREE", "PATHS", "CheckpointFolder", "CheckpointFolders", "Manifest", "manifests"]
+__all__ = [
+    "FREE",
+    "PATHS",
+    "CheckpointFolder",
+    "CheckpointFolders",
+    "Manifest",
+    "manifests",
+    "trained_anew",
+]
 
 log = logging.getLogger("sparksgd")
 
@@ -43,6 +51,13 @@ FREE = frozenset(("train.epochs", "train.steps", "data.test"))
 
 PATHS = frozenset(("data.train", "data.test"))
 """Keys that are not compared: fingerprints identify the files, whatever their path."""
+
+_ANEW = {
+    "--out": "train anew with --resume never, in another --out or with --if-exists overwrite",
+    "out": "train anew without resume_from, in this out or another",
+    "checkpoint_dir": "train anew with another checkpoint_dir, or with none",
+}
+"""By how errors call a run's folder.  Another --out alone would go on from --resume FOLDER, too."""
 
 _FORMAT = 1
 _MANIFEST = re.compile(r"(checkpoint-\d{8,}-[0-9a-f]{8})\.json")
@@ -121,7 +136,7 @@ class Manifest:
         if values["format"] != _FORMAT:
             raise DataError(
                 f"{where} is of format {values['format']}, but this version reads {_FORMAT}: go on with the "
-                f"version that wrote it, or start anew"
+                f"version that wrote it, or train anew"
             )
         entries, versions = {}, {}
         for part, about in values["parts"].items():
@@ -167,6 +182,15 @@ def manifests(folder: Location) -> list[Manifest]:
     return sorted(found, key=lambda one: (one.step, one.values["written_at"]), reverse=True)
 
 
+def trained_anew(called: str) -> str:
+    """Return how a run that cannot go on is trained anew, in the caller's words.
+
+    Args:
+        called: how errors call the folder that it goes on in.
+    """
+    return _ANEW.get(called, "train anew")
+
+
 def _none_whole(folder: Location) -> DataError:
     return DataError(
         f"{folder} has no whole checkpoint: look at the warnings above; restore its files, or train anew "
@@ -182,6 +206,7 @@ class CheckpointFolder:
         about: run_id, config and fingerprints of the run, for the manifests.
         starts: checkpoints that the run may go on from, the first one that is whole; empty: it begins anew.
         last_step: the last step that was made in the run that they are of, as its metrics say.
+        called: how errors call the run's folder.
     """
 
     def __init__(
@@ -190,8 +215,9 @@ class CheckpointFolder:
         about: Mapping[str, Any],
         starts: Sequence[Manifest] = (),
         last_step: int = 0,
+        called: str = "out",
     ) -> None:
-        self.folder, self._about = folder, about
+        self.folder, self._about, self._anew = folder, about, trained_anew(called)
         self._starts, self._last_step = starts, last_step
         self._run: RunIdentity | None = None
         self._written: list[Manifest] = []
@@ -213,14 +239,14 @@ class CheckpointFolder:
         self._run = run
         if not self._starts:
             return None
-        _refuse_other_rows(self._starts[0], run)
+        _refuse_other_rows(self._starts[0], run, self._anew)
         for number, manifest in enumerate(self._starts):
             try:
                 checkpoint = manifest.checkpoint()
             except DataError as error:
                 log.warning("the checkpoint of step %d is left out: %s", manifest.step, error)
                 continue
-            _refuse_other_end(manifest, run)
+            _refuse_other_end(manifest, run, self._anew)
             here = set(self.folder.names_of("checkpoint-*.json"))  # whatever the folder was called
             older = [one for one in self._starts[number:] if f"{one.name}.json" in here]
             self._written = [replace(one, folder=self.folder) for one in older[::-1]]
@@ -235,6 +261,7 @@ class CheckpointFolder:
             return Start(
                 checkpoint=checkpoint,
                 resumed=Resumed(step=manifest.step, lost_steps=lost, written_at=written_at),
+                anew=self._anew,
             )
         raise _none_whole(self._starts[0].folder)
 
@@ -360,7 +387,7 @@ class CheckpointFolders:
             place, unwritten = folder, error  # a finished run can be read there
         about = {"run_id": folder.name, "config": self._config.to_dict(), "fingerprints": self._fingerprints}
         try:
-            self._own = CheckpointFolder(place, about, manifests(place))
+            self._own = CheckpointFolder(place, about, manifests(place), called="checkpoint_dir")
         except OSError as error:
             raise unwritable(folder, error, "checkpoint_dir") from error
         start = self._own.begin(run)
@@ -428,30 +455,29 @@ def _file_of(name: str, part: str) -> str:
     return f"{name}.{part}.pt"
 
 
-def _refuse_other_rows(manifest: Manifest, run: RunIdentity) -> None:
+def _refuse_other_rows(manifest: Manifest, run: RunIdentity, anew: str) -> None:
     if manifest.values["data_digest"] != run.data_digest:
         raise DataError(
             f"the rows are not those of the run to go on with: their digest is {run.data_digest}, but was "
-            f"{manifest.values['data_digest']} in {manifest.folder}. Give it those rows, name another "
-            f"folder, or train anew with --if-exists overwrite"
+            f"{manifest.values['data_digest']} in {manifest.folder}. Give it those rows, or {anew}"
         )
 
 
-def _refuse_other_end(manifest: Manifest, run: RunIdentity) -> None:
+def _refuse_other_end(manifest: Manifest, run: RunIdentity, anew: str) -> None:
     """Refuse an end before the checkpoint, and a later one if the last round was cut short at the old one."""
     made, then = manifest.turns, manifest.values["total_turns"]
     if run.total_turns < made:
         raise ConfigError(
             f"train.epochs and train.steps ask for {run.total_turns} turns, but {manifest.folder} has "
-            f"made {made}: ask for more, or train anew with --if-exists overwrite"
+            f"made {made}: ask for more, or {anew}"
         )
     was_cut = made == then and made < run.total_turns and made % run.turns_per_epoch % _round_of(run)
     rule = run.experiment.get("solver.name")
     if was_cut and rule != "synchronous":
         raise ConfigError(
             f"train.steps was {then}, where the last round of {rule} was cut short, in mid-epoch: a run "
-            f"that goes on from there would have other bits than one that was never stopped. Train anew "
-            f"with --resume never"
+            f"that goes on from there would have other bits than one that was never stopped. Leave it at "
+            f"{then}, or {anew}"
         )
 
 

@@ -33,7 +33,7 @@ from sparksgd.config import Config
 from sparksgd.engines.protocol import StepReport
 from sparksgd.engines.trace import TraceEvent, event_line, first_line
 from sparksgd.errors import ClusterError, DataError
-from sparksgd.runs.checkpoints import CheckpointFolder
+from sparksgd.runs.checkpoints import CheckpointFolder, trained_anew
 from sparksgd.runs.earlier import Found
 from sparksgd.runs.holder import Holder
 from sparksgd.runs.json_files import finite, write_json
@@ -197,7 +197,9 @@ class RunFolder(Observer):
         """
         about = {"run_id": self.run_id, "config": config.to_dict(), "fingerprints": self.fingerprints}
         self._origin = found.origin
-        self._checkpoints = CheckpointFolder(self.folder / CHECKPOINTS, about, found.starts, found.last_step)
+        self._checkpoints = CheckpointFolder(
+            self.folder / CHECKPOINTS, about, found.starts, found.last_step, called=self._called
+        )
         return self._checkpoints
 
     def memory(self) -> dict[str, Any]:
@@ -242,7 +244,7 @@ class RunFolder(Observer):
         file = (self._origin or self.folder) / name
         way_out = "Restore it, or move it away: then the run goes on without those lines"
         if name == TRACE:  # the run could not be replayed, nor could its end be checked
-            way_out = "Restore it, or train anew (--resume never)"
+            way_out = f"Restore it, or {trained_anew(self._called)}"
         try:
             kept = file.read_bytes()[: about.bytes]
         except FileNotFoundError as error:

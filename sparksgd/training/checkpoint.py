@@ -142,7 +142,7 @@ class Checkpoint:
             was = "has no" if part is None else f"has version {part.version} of the"
             raise DataError(
                 f"the checkpoint of step {self.step} {was} part {name!r}, but this version of sparksgd needs "
-                f"version {_VERSIONS[name]}: go on with the version that wrote it, or start anew"
+                f"version {_VERSIONS[name]}: go on with the version that wrote it, or train anew"
             )
         found: dict[str, Any] = of_plain(part.values)
         return found
@@ -157,6 +157,9 @@ class Start:
 
     resumed: Resumed
     """What is told of it."""
+
+    anew: str
+    """How a run that cannot go on from it is trained anew, in the caller's words."""
 
 
 def taken(training: Training, solver: RoundSolver, observers: Sequence[Observer]) -> Checkpoint:
@@ -189,7 +192,7 @@ def go_on(training: Training, solver: RoundSolver, observers: Sequence[Observer]
     """
     checkpoint = start.checkpoint
     with checkpoint.fitting():
-        _load(checkpoint, training, solver)
+        _load(start, training, solver)
         training.resumed.append(start.resumed)
         _note_other_numerics(training, checkpoint.values("run")["numerics"])
         remembered = checkpoint.values("observers")
@@ -198,7 +201,8 @@ def go_on(training: Training, solver: RoundSolver, observers: Sequence[Observer]
                 observer.recall(remembered[name])
 
 
-def _load(checkpoint: Checkpoint, training: Training, solver: RoundSolver) -> None:
+def _load(start: Start, training: Training, solver: RoundSolver) -> None:
+    checkpoint = start.checkpoint
     run, state = checkpoint.values("run"), checkpoint.values("solver")
     check_run(run, checkpoint.parts["run"].version, training, checkpoint.step, checkpoint.turns)
     different = other_structure(training.module, run["structure"])
@@ -209,18 +213,18 @@ def _load(checkpoint: Checkpoint, training: Training, solver: RoundSolver) -> No
     if different is not None:
         raise ModelError(
             f"the checkpoint of step {checkpoint.step} is of another module: {different}. Pass the module "
-            f"that it is of, or start anew"
+            f"that it is of, or {start.anew}"
         )
     if run["unreplaced"] != training.unreplaced:
         raise ModelError(
             f"the checkpoint of step {checkpoint.step} is of another module: a number or a text that it "
             f"keeps is another now, such as the rate of a dropout, or a tensor that is not trained. Pass "
-            f"the module as it was built then, or start anew"
+            f"the module as it was built then, or {start.anew}"
         )
     check_solver(state, training.flat, solver, checkpoint.step, checkpoint.turns)
     with only_classes_of(_packages(training.config)):
         solver.load_state(_solver_state(state))
-    _load_run(training, run)
+    _load_run(training, run, start.anew)
     training.version, training.turns = solver.version, solver.turns
 
 
@@ -303,17 +307,17 @@ def _decided(training: Training) -> dict[str, bool]:
     return {"channels_last": plan.channels_last, "float16": plan.float16}
 
 
-def _load_run(training: Training, run: Mapping[str, Any]) -> None:
+def _load_run(training: Training, run: Mapping[str, Any], anew: str) -> None:
     if run["decided"] != _decided(training):
         raise ModelError(
             f"the trial decided {_decided(training)} for this module, but {run['decided']} when the run "
-            f"began: its values before the training are others; build it as it was built then"
+            f"began: its values before the training are others; build it as it was built then, or {anew}"
         )
     now = set_by_the_user(training.plan.settings)
     if different := changed_settings(run.get("settings", now), now):
         raise ModelError(
             f"the run began under other settings: {'; '.join(different)}. Its other steps would be computed "
-            f"otherwise: set them as they were, or start anew"
+            f"otherwise: set them as they were, or {anew}"
         )
     training.participation.recall(run["participation"])
     if run["test_digest"] == _test_digest(training):

@@ -8,14 +8,17 @@ import shutil
 from typing import Any
 
 import pytest
+import torch
 from resumed_jobs import SHORT, Jobs, forge, metrics
 
 import sparksgd
-from sparksgd.errors import ConfigError, DataError, SparkSGDError
+from sparksgd.errors import ConfigError, DataError, ModelError, SparkSGDError
 from sparksgd.runs.checkpoints import manifests
 from sparksgd.storage import LocalLocation, location
 
 pytestmark = pytest.mark.usefixtures("every_checkpoint", "log")
+
+ANEW = "train anew with --resume never, in another --out or with --if-exists overwrite$"
 
 
 @pytest.mark.parametrize("flips", [20, pytest.param(200, marks=pytest.mark.soak)])
@@ -140,11 +143,22 @@ def test_rows_that_changed_behind_the_same_file_are_refused(jobs: Jobs) -> None:
     jobs.stopped_at("other rows", 2, SHORT)
     for manifest in (jobs.folder / "other rows" / "checkpoints").glob("*.json"):
         forge(manifest, data_digest="another")
-    with pytest.raises(DataError, match="the rows are not those of the run to go on with"):
+    with pytest.raises(DataError, match=rf"the rows are not those of the run to go on with.*, or {ANEW}"):
         jobs.run("other rows", SHORT)
 
 
 def test_an_end_before_the_checkpoint_is_refused(jobs: Jobs) -> None:
     jobs.stopped_at("too short", 3, SHORT)
-    with pytest.raises(ConfigError, match=r"ask for 2 turns, but .* has made 3"):
+    with pytest.raises(ConfigError, match=rf"ask for 2 turns, but .* has made 3: ask for more, or {ANEW}"):
         jobs.run("too short", SHORT, {"train": {"steps": 2}})
+
+
+def test_a_job_under_other_settings_is_refused_and_trains_anew_as_it_was_told(jobs: Jobs) -> None:
+    jobs.stopped_at("other settings", 2, SHORT)
+    with torch.autocast("cpu", torch.bfloat16):
+        with pytest.raises(ModelError, match=f"torch.autocast was False, but is True.*, or {ANEW}"):
+            jobs.run("other settings", SHORT)
+        with pytest.raises(ModelError, match=f"torch.autocast was False, but is True.*, or {ANEW}"):
+            jobs.run("under others", SHORT, resume=str(jobs.folder / "other settings"))
+        again = jobs.run("other settings", SHORT, resume="never", if_exists="overwrite")
+    assert "resumed" not in again

@@ -190,6 +190,7 @@ class Run:
         start = Start(
             checkpoint=Checkpoint(step=checkpoint.step, turns=checkpoint.turns, parts=forged),
             resumed=Resumed(step=checkpoint.step, lost_steps=0, written_at="now"),
+            anew="train anew",
         )
         training, solver = self.training, self.solver
         go_on(training, solver, [RunFolder(self.folder)], start)
