@@ -56,6 +56,18 @@ KINDS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
+class Stops(Observer):
+    """Interrupts a run when it tells of a step."""
+
+    def __init__(self, step: int) -> None:
+        self._step = step
+
+    def stepped(self, training: Training, report: Any) -> None:
+        """Raise at the step."""
+        if report.step == self._step:
+            raise KeyboardInterrupt
+
+
 @dataclass(frozen=True)
 class Jobs:
     """Runs jobs on the same rows."""

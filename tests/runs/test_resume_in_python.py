@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from resumed_jobs import EVERY_STEP, KINDS, Jobs
+from resumed_jobs import EVERY_STEP, KINDS, Jobs, Stops
 from resumed_modules import TwoHeads
 
 import sparksgd
@@ -27,18 +27,13 @@ pytestmark = pytest.mark.usefixtures("every_checkpoint", "log")
 def test_a_run_in_python_goes_on_where_it_is_told_to(jobs: Jobs, tmp_path: Path) -> None:
     config, rows = jobs.config(KINDS["heads that steps leave out"]), str(jobs.folder / "rows.parquet")
 
-    class Stops(Observer):
-        def stepped(self, training: Training, report: Any) -> None:
-            if report.step == 7:
-                raise KeyboardInterrupt
-
     def module() -> torch.nn.Module:
         torch.manual_seed(1)
         return TwoHeads()
 
     whole = sparksgd.train(config, rows, rows, module=module())
     with pytest.raises(KeyboardInterrupt):
-        sparksgd.train(config, rows, rows, module=module(), out=tmp_path, observers=[Stops()])
+        sparksgd.train(config, rows, rows, module=module(), out=tmp_path, observers=[Stops(7)])
     again = sparksgd.train(config, rows, rows, module=module(), out=tmp_path, resume_from=tmp_path)
     assert again.resumed[0].step == 5
     assert again.flat.parameters_sha256() == whole.flat.parameters_sha256()
@@ -53,14 +48,8 @@ def test_a_run_that_could_go_on_is_replaced_with_a_warning(
     jobs: Jobs, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     rows, config = str(jobs.folder / "rows.parquet"), jobs.config(EVERY_STEP, {"train": {"epochs": 2}})
-
-    class Stops(Observer):
-        def stepped(self, training: Training, report: Any) -> None:
-            if report.step == 7:
-                raise KeyboardInterrupt
-
     with pytest.raises(KeyboardInterrupt):
-        sparksgd.train(config, rows, out=tmp_path, observers=[Stops()])
+        sparksgd.train(config, rows, out=tmp_path, observers=[Stops(7)])
     assert "could go on" not in caplog.text
     sparksgd.train(config, rows, out=tmp_path)
     assert "could go on from step 6: it is replaced. To go on instead, pass" in caplog.text
@@ -135,17 +124,6 @@ def test_an_observer_remembers(jobs: Jobs, tmp_path: Path) -> None:
         sparksgd.train(config, rows, checkpoint_dir=tmp_path, observers=[counts])
         assert counts.steps == steps
         assert type(counts.best) is np.float32
-
-
-class Stops(Observer):
-    """Interrupts a run at a step."""
-
-    def __init__(self, step: int) -> None:
-        self._step = step
-
-    def stepped(self, training: Training, report: Any) -> None:
-        if report.step == self._step:
-            raise KeyboardInterrupt
 
 
 def net() -> torch.nn.Module:

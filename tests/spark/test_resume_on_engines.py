@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 
 import pytest
+from resumed_jobs import Stops
 from spark_helpers import configured, digests
 
 import sparksgd
@@ -14,7 +15,6 @@ from sparksgd.runs.checkpoints import manifests
 from sparksgd.runs.replay import read_replay
 from sparksgd.storage import location
 from sparksgd.training.loop import train as train_inline
-from sparksgd.training.state import Observer
 
 pytestmark = [pytest.mark.session("local[5]"), pytest.mark.usefixtures("every_checkpoint")]
 
@@ -28,17 +28,6 @@ PLACES = {
     "allreduce, 2 workers": ("engine.name=allreduce", "engine.num_workers=2"),
     "allreduce, 3 workers": ("engine.name=allreduce", "engine.num_workers=3"),
 }
-
-
-class Stops(Observer):
-    """Interrupts a run when it tells of a step."""
-
-    def __init__(self, step):
-        self.step = step
-
-    def stepped(self, training, report):
-        if report.step == self.step:
-            raise KeyboardInterrupt
 
 
 def resumed(spark, small, config, place, folder, origin):
