@@ -121,7 +121,7 @@ class Computer:
         self.numerics = Numerics.here(plan.threads)
         self._orders: dict[int, tuple[int, npt.NDArray[np.uint32]]] = {}
         self._halves: dict[int | None, WorkerHalf[Answer]] = {}
-        self._process_held: Callable[[], AbstractContextManager[object]] = self._holding_process
+        self._around_a_reply: Callable[[], AbstractContextManager[object]] = self._as_the_driver
 
     @contextmanager
     def many_rounds(self) -> Iterator[None]:
@@ -129,15 +129,15 @@ class Computer:
 
         No other thread of the process can compute meanwhile: see `generators_kept`.
         """
-        with self._holding_process():
-            self._process_held = nullcontext
+        with self._as_the_driver():
+            self._around_a_reply = nullcontext
             try:
                 yield
             finally:
-                self._process_held = self._holding_process
+                self._around_a_reply = self._as_the_driver
 
     @contextmanager
-    def _holding_process(self) -> Iterator[None]:
+    def _as_the_driver(self) -> Iterator[None]:
         """In the block, let this process compute as the driver does; then let all be as before."""
         with thread_count(self.plan.threads), generators_kept(), self._settings, as_written():
             yield
@@ -209,7 +209,7 @@ class Computer:
         rows = 0
         remaining = iter(shards)
         try:
-            with out_of_memory_told("a worker's Python"), self._process_held():
+            with out_of_memory_told("a worker's Python"), self._around_a_reply():
                 for shard in remaining:
                     result, takes_part = None, False
                     if is_asked(shard.shard):

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
-__all__ = ["freed_memory_kept", "keep_freed_memory"]
+__all__ = ["freed_memory_kept_in_block", "keep_freed_memory_until_exit"]
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 _LARGEST_BY_ITSELF = 32 << 20  # glibc's own upper limit for M_MMAP_THRESHOLD
@@ -26,7 +26,7 @@ _users = 0
 _lock = threading.Lock()
 
 
-def keep_freed_memory() -> None:
+def keep_freed_memory_until_exit() -> None:
     """Keep what this process frees for as long as it lives, up to 512 MiB at the end of its heap.
 
     Nothing happens where the C library is not glibc, or where the environment sets the thresholds.
@@ -35,7 +35,7 @@ def keep_freed_memory() -> None:
 
 
 @contextmanager
-def freed_memory_kept() -> Iterator[None]:
+def freed_memory_kept_in_block() -> Iterator[None]:
     """Keep what this process frees inside `with`, and then give it back: for a process that is not a worker.
 
     Allocations of more than 32 MiB are still given back at once: they are whole vectors of a large model, and

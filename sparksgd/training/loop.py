@@ -24,7 +24,7 @@ from sparksgd.arithmetic.settings import Settings, driver_settings, set_by_the_u
 from sparksgd.config import Config
 from sparksgd.data.source import RowSource
 from sparksgd.engines.compute import Plan
-from sparksgd.engines.freed_memory import freed_memory_kept
+from sparksgd.engines.freed_memory import freed_memory_kept_in_block
 from sparksgd.engines.modes import begin_training
 from sparksgd.engines.protocol import Engine, MakeEngine, StepReport
 from sparksgd.engines.trial.outside import watch_steps
@@ -161,7 +161,7 @@ def train(
         if checkpoints is not None:
             keeper = Checkpointing(config.checkpoint, checkpoints, checked.experiment.turns_per_epoch)
             stack.callback(keeper.close)
-        with thread_count(config.train.threads), freed_memory_kept():
+        with thread_count(config.train.threads), freed_memory_kept_in_block():
             if start is not None:
                 go_on(training, solver, observers, start)
             try:

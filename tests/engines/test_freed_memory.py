@@ -13,7 +13,7 @@ pytestmark = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="anoth
 
 _COUNT = """
 import resource, torch
-from sparksgd.engines.freed_memory import freed_memory_kept, keep_freed_memory
+from sparksgd.engines.freed_memory import freed_memory_kept_in_block, keep_freed_memory_until_exit
 
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -36,7 +36,9 @@ def counted(program: str, **environment: str) -> list[int]:
 
 
 def test_a_process_that_keeps_what_it_freed() -> None:
-    before, _, after = counted("print(faults()); keep_freed_memory(); print(faults()); print(faults())")
+    before, _, after = counted(
+        "print(faults()); keep_freed_memory_until_exit(); print(faults()); print(faults())"
+    )
     assert before > 20 * 256  # otherwise this would show nothing
     assert after < 20
 
@@ -44,8 +46,8 @@ def test_a_process_that_keeps_what_it_freed() -> None:
 def test_what_was_kept_in_a_block_is_given_back() -> None:
     program = """
 first = resident_pages()
-with freed_memory_kept():
-    with freed_memory_kept():
+with freed_memory_kept_in_block():
+    with freed_memory_kept_in_block():
         faults()
     faults()
     print(faults())
@@ -60,5 +62,5 @@ print(resident_pages() - first)
 
 def test_thresholds_of_the_environment_hold() -> None:
     own = {"MALLOC_MMAP_THRESHOLD_": "131072"}
-    (faults,) = counted("keep_freed_memory(); faults(); print(faults())", **own)
+    (faults,) = counted("keep_freed_memory_until_exit(); faults(); print(faults())", **own)
     assert faults > 20 * 256

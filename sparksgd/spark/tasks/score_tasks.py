@@ -23,7 +23,7 @@ from sparksgd.arithmetic.scripted import forget_optimised
 from sparksgd.arithmetic.seeds import seed32
 from sparksgd.data.schema import RowReport, RowSchema
 from sparksgd.engines.forward import evaluated_parts, forward, predictions
-from sparksgd.engines.freed_memory import freed_memory_kept
+from sparksgd.engines.freed_memory import freed_memory_kept_in_block
 from sparksgd.errors import SparkSGDError
 from sparksgd.losses import Loss
 from sparksgd.spark.tasks.row_tasks import rows_of
@@ -73,7 +73,7 @@ def score(shipped: Broadcast[bytes], batches: Iterable[pa.RecordBatch]) -> Itera
     """
     leave_quietly()
     try:
-        with freed_memory_kept():
+        with freed_memory_kept_in_block():
             scores: PartialScores | SparkSGDError = _scores(pickle.loads(shipped.value), batches)
     except SparkSGDError as error:  # as a value, because Spark would retry a task that raises
         scores = type(error)(f"{error}\n  in the evaluation, at {socket.gethostname()}")

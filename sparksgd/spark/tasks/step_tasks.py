@@ -17,7 +17,7 @@ from sparksgd.arithmetic.numerics import Numerics
 from sparksgd.arithmetic.scripted import forget_all_optimised
 from sparksgd.data.shard import Descriptor
 from sparksgd.engines.compute import Computer
-from sparksgd.engines.freed_memory import keep_freed_memory
+from sparksgd.engines.freed_memory import keep_freed_memory_until_exit
 from sparksgd.engines.replies import Reply
 from sparksgd.errors import ClusterError
 from sparksgd.peers.mesh import Meeting
@@ -43,7 +43,7 @@ class ShippedPlan:
         """The process's computer, kept as long as Spark keeps the broadcast."""
         leave_quietly()
         without_compiler()
-        keep_freed_memory()
+        keep_freed_memory_until_exit()
         forget_all_optimised()
         computer = Computer(pickle.loads(self._pickled))
         gc.collect()
