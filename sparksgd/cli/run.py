@@ -22,6 +22,7 @@ from sparksgd.runs.lease import IfRunning
 from sparksgd.runs.model import load_model
 from sparksgd.solvers.rules import completed
 from sparksgd.storage import location
+from sparksgd.training.loop import Given
 from sparksgd.training.preflight import allowed_engines
 from sparksgd.training.replay import Replay
 from sparksgd.training.start_up import StartUp
@@ -93,7 +94,12 @@ def run(
         run_folder.require_writable()
         if found.archives:
             run_folder.move_aside()
-        observers, checkpoints = (run_folder, terminal), run_folder.checkpoints(config, found)
+        given: Given = {
+            "observers": (run_folder, terminal),
+            "replay": replay,
+            "start_up": start_up,
+            "checkpoints": run_folder.checkpoints(config, found),
+        }
         if on_spark:
             from sparksgd.spark.session import job_session
             from sparksgd.spark.train import train
@@ -101,30 +107,11 @@ def run(
             name, patience_s = f"sparksgd {folder.name} {run_id}", config.engine.slots_timeout_s
             with job_session(name, config.train, patience_s) as session:
                 start_up.reached("submit")
-                train(
-                    session,
-                    config,
-                    rows,
-                    test,
-                    observers=observers,
-                    replay=replay,
-                    run_id=run_id,
-                    start_up=start_up,
-                    checkpoints=checkpoints,
-                    kinds=kinds,
-                )
+                train(session, config, rows, test, run_id=run_id, kinds=kinds, **given)
         else:
             from sparksgd.training.in_process import train_in_process
 
-            train_in_process(
-                config,
-                rows,
-                test,
-                observers=observers,
-                replay=replay,
-                start_up=start_up,
-                checkpoints=checkpoints,
-            )
+            train_in_process(config, rows, test, **given)
 
 
 @contextmanager

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
     from sparksgd.runs.folder import RunFolder
     from sparksgd.training.checkpointing import CheckpointStore
+    from sparksgd.training.loop import Given
     from sparksgd.training.replay import Replay
     from sparksgd.training.state import Observer, Training
 
@@ -131,33 +132,20 @@ def train(
             run.enter_context(folder.held())
             folder.require_writable()
             observers = (folder, *observers)
-        checkpoints = checkpoints_of(run)
+        given: Given = {
+            "module": module,
+            "observers": observers,
+            "replay": replay,
+            "checkpoints": checkpoints_of(run),
+        }
         if isinstance(rows, str) and (test is None or isinstance(test, str)) and not on_spark:
             from sparksgd.training.in_process import train_in_process
 
-            return train_in_process(
-                config,
-                rows,
-                test,
-                module=module,
-                observers=observers,
-                replay=replay,
-                checkpoints=checkpoints,
-            )
+            return train_in_process(config, rows, test, **given)
         from sparksgd.spark.train import train as train_in_session
 
-        return train_in_session(
-            _session(config, rows, test),
-            config,
-            rows,
-            test,
-            module=module,
-            observers=observers,
-            replay=replay,
-            run_id=None if folder is None else folder.run_id,
-            kinds=kinds,
-            checkpoints=checkpoints,
-        )
+        session, run_id = _session(config, rows, test), None if folder is None else folder.run_id
+        return train_in_session(session, config, rows, test, run_id=run_id, kinds=kinds, **given)
 
 
 def _configured(config: object) -> Config:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
+from typing import Unpack
 
 from pyspark.sql import DataFrame, SparkSession
-from torch import nn
 
 from sparksgd.arithmetic import instruction_set
 from sparksgd.config import Config, EngineConfig
@@ -27,12 +27,12 @@ from sparksgd.spark.cluster.slots import WorkerDemand
 from sparksgd.spark.engines.base import SparkEngine
 from sparksgd.spark.frame_rows import DataFrameRows, read_parquet
 from sparksgd.spark.session import check_session, refuse_plain_shards
-from sparksgd.training.checkpointing import CheckpointStore
+from sparksgd.training.loop import Given
 from sparksgd.training.loop import train as train_anywhere
 from sparksgd.training.preflight import allowed_engines, needs_in
 from sparksgd.training.replay import Replay
 from sparksgd.training.start_up import StartUp
-from sparksgd.training.state import NO_PROBE, Observer, Probe, Training
+from sparksgd.training.state import Training
 
 __all__ = ["demand_of", "train"]
 
@@ -45,14 +45,9 @@ def train(
     rows: DataFrame | str,
     test: DataFrame | str | None = None,
     *,
-    module: nn.Module | None = None,
-    observers: Sequence[Observer] = (),
-    replay: Replay | None = None,
     run_id: str | None = None,
-    start_up: StartUp | None = None,
-    checkpoints: CheckpointStore | None = None,
     kinds: Sequence[EngineKind] | None = None,
-    probe: Probe = NO_PROBE,
+    **given: Unpack[Given],
 ) -> Training:
     """Train a module in a session, by the engine that the configuration names.
 
@@ -62,14 +57,9 @@ def train(
         rows: rows to train on, a DataFrame or a path or URI of Parquet; only the columns that config.data
             names are read.
         test: rows to evaluate on; None evaluates nothing.
-        module: a module of your own, instead of the one that config.model names; trained in place.
-        observers: who watches.
-        replay: an earlier run of the same configuration, to be repeated.
         run_id: names the run's jobs; None for a new name.
-        start_up: what the run's start took so far.
-        checkpoints: where checkpoints go, and the one that the run goes on from; None: there are none.
         kinds: the engines that are allowed, if they were asked for before.
-        probe: for tests and benchmarks.
+        given: see `sparksgd.training.loop.train`.
 
     Returns:
         The finished run; its `module` is trained.
@@ -79,13 +69,14 @@ def train(
     """
     instruction_set.pin(config.train.instruction_set)
     config = completed(config)
+    replay = given.get("replay")
     kinds = kinds or allowed_engines(config, replay)
     if not kinds[0].on_spark:
         raise ConfigError(
             f"{kinds[0]} computes without Spark, but the rows are a session's: leave engine.name out, or use "
             f'"tree", "allreduce" or "auto"'
         )
-    start_up = start_up or StartUp()
+    start_up = given["start_up"] = given.get("start_up") or StartUp()
     cluster = Cluster(session, demand_of(config, replay), run_id)
     cluster.settle()
     start_up.reached("containers")
@@ -104,12 +95,7 @@ def train(
                 rows=DataFrameRows(rows, cluster, config.data.placement),
                 test=None if test is None else DataFrameRows(test, cluster),
                 make_engine=make_engine,
-                module=module,
-                observers=observers,
-                replay=replay,
-                probe=probe,
-                start_up=start_up,
-                checkpoints=checkpoints,
+                **given,
             )
         except SparkSGDError:
             raise

@@ -12,6 +12,7 @@ import math
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack, closing
+from typing import TypedDict
 
 import torch
 from torch import nn
@@ -50,9 +51,20 @@ from sparksgd.training.replay import Replay, check_end
 from sparksgd.training.start_up import StartUp
 from sparksgd.training.state import NO_PROBE, EvaluationReport, NumericsChange, Observer, Probe, Training
 
-__all__ = ["steps_until", "train"]
+__all__ = ["Given", "steps_until", "train"]
 
 log = logging.getLogger("sparksgd")
+
+
+class Given(TypedDict, total=False):
+    """What a run may be given beside its configuration and rows, on its way to `train`, which explains it."""
+
+    module: nn.Module | None
+    observers: Sequence[Observer]
+    replay: Replay | None
+    start_up: StartUp | None
+    checkpoints: CheckpointStore | None
+    probe: Probe
 
 
 @out_of_memory_told("the driver's Python")
