@@ -198,6 +198,20 @@ def test_a_module_of_ones_own_is_trained_in_place_and_observed(path):
     assert steps.seen == list(range(1, 13))
 
 
+def test_a_program_that_logs_sees_how_far_a_run_is_and_any_other_sees_nothing(path, caplog, capfd):
+    with caplog.at_level(logging.INFO, "sparksgd"):
+        training = sparksgd.train(tables(), path, path)
+    digest, accuracy = training.flat.parameters_sha256(), training.evaluations[-1].accuracy
+    said = [message for message in caplog.messages if not message.startswith(("trial", "train", "test"))]
+    assert said[0] == "9 parameters, 60 rows in 3 shards, 12 turns of 10 rows (6 per epoch)"
+    assert said[-2].startswith(f"epoch 2, step 12: test accuracy {accuracy:.4f}, loss ")
+    assert said[-1] == f"finished: 12 steps, parameters {digest}"
+    caplog.clear()
+    sparksgd.train(tables(), path, path)
+    assert caplog.messages == []
+    assert capfd.readouterr() == ("", "")
+
+
 def test_out_leaves_a_run_that_can_be_loaded_and_repeated(path, tmp_path):
     training = sparksgd.train(tables(), path, path, out=tmp_path / "run")
     model = sparksgd.load_model(tmp_path / "run" / "model", trust=["torch.nn"])
@@ -239,7 +253,7 @@ def test_paths_for_spark_are_trained_on_in_the_session_that_is_active_or_started
     monkeypatch.setattr("sparksgd.spark.session.start_session", started)
     monkeypatch.setattr("sparksgd.spark.train.train", trained)
     assert sparksgd.train(tables(engine={"name": "auto"}), path, str(path), out=tmp_path / "run") == "a run"
-    (folder,) = given["observers"]
+    folder, _ = given["observers"]
     assert (given["session"], given["rows"], given["test"], given["run_id"]) == (
         "the session of sparksgd", str(path), str(path), folder.run_id
     )  # fmt: skip

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-import time
-
 import numpy as np
 import numpy.typing as npt
 from rich.console import Console
@@ -14,13 +11,10 @@ from rich.table import Table
 
 from sparksgd.engines.protocol import StepReport
 from sparksgd.solvers.protocol import Need
+from sparksgd.training.progress import ProgressLines
 from sparksgd.training.state import EvaluationReport, Observer, Training
 
 __all__ = ["Terminal", "scores_tables"]
-
-log = logging.getLogger("sparksgd")
-
-_LINE_EVERY_S = 10.0
 
 
 class Terminal(Observer):
@@ -46,50 +40,31 @@ class Terminal(Observer):
             disable=not self._bar,
         )
         self._task = self._progress.add_task("", total=None, epoch=1, loss=float("nan"), rate=0.0)
-        self._rate = 0.0
-        self._said = time.monotonic()
+        self._lines = ProgressLines(of_steps=not self._bar)
 
     def started(self, training: Training) -> None:
         """Draw the bar."""
-        plan, config = training.plan, training.config
-        log.info(
-            "%s parameters, %s rows in %d shards, %d turns of %d rows (%d per epoch)",
-            f"{training.flat.parameters.numel():,}",
-            f"{training.rows.rows:,}",
-            config.train.num_shards,
-            training.total_turns,
-            config.train.rows_per_step,
-            plan.sampling.turns_per_epoch,
-        )
+        self._lines.started(training)
         self._progress.update(self._task, total=training.total_turns)
         self._progress.start()
 
     def stepped(self, training: Training, report: StepReport) -> None:
-        """Move the bar."""
-        rate = report.rows / report.timing.total
-        self._rate = rate if report.step == 1 else 0.95 * self._rate + 0.05 * rate
+        """Move the bar, or log how far the run is."""
+        self._lines.stepped(training, report)
+        rate = self._lines.rows_per_s
         self._progress.update(
-            self._task, completed=report.turn, epoch=report.epoch, loss=report.loss, rate=self._rate
+            self._task, completed=report.turn, epoch=report.epoch, loss=report.loss, rate=rate
         )
-        if not self._bar and time.monotonic() - self._said >= _LINE_EVERY_S:
-            self._said = time.monotonic()
-            log.info(
-                "turn %d of %d, epoch %d, loss %.4f, %.0f rows/s",
-                report.turn, training.total_turns, report.epoch, report.loss, self._rate,
-            )  # fmt: skip
 
     def evaluated(self, training: Training, report: EvaluationReport) -> None:
         """Log the result of an evaluation."""
-        reached = f"loss {report.loss:.4f}"
-        if report.accuracy is not None:
-            reached = f"accuracy {report.accuracy:.4f}, {reached}"
-        log.info("epoch %d, step %d: test %s (%.1f s)", report.epoch, report.step, reached, report.time_s)
+        self._lines.evaluated(training, report)
 
     def ended(self, training: Training) -> None:
         """Remove the bar, and show the table of a finished run."""
         self._progress.stop()
-        if training.error is None and not self._tables:
-            log.info("finished: %d steps, parameters %s", training.version, training.flat.parameters_sha256())
+        if not self._tables:
+            self._lines.ended(training)
         elif training.error is None:
             self._console.print(_table(training))
             if Need.QUORUM in training.needs and training.participation.by_worker():

@@ -54,6 +54,9 @@ def train(
     started, and left running. With `engine.name = "inline"` and paths, training runs in this
     process, without Spark.
 
+    The logger "sparksgd" tells at INFO how far the run is, at most every ten seconds:
+    `logging.basicConfig(level=logging.INFO)` shows it.
+
     Args:
         config: what to train, and how: a `Config`, or a dict of its tables, as
             {"train": {"epochs": 5}}. `rows` and `test` replace `data.train` and `data.test`.
@@ -121,6 +124,7 @@ def train(
 
     from sparksgd.solvers.rules import completed
     from sparksgd.training.preflight import allowed_engines
+    from sparksgd.training.progress import ProgressLines
 
     config = completed(config)
     kinds = allowed_engines(config, replay)
@@ -134,7 +138,7 @@ def train(
             observers = (folder, *observers)
         given: Given = {
             "module": module,
-            "observers": observers,
+            "observers": (*observers, ProgressLines()),  # the last one: checkpoints number those of one name
             "replay": replay,
             "checkpoints": checkpoints_of(run),
         }
