@@ -146,10 +146,12 @@ def train(
             from sparksgd.training.in_process import train_in_process
 
             return train_in_process(config, rows, test, **given)
+        from sparksgd.spark.signals import interrupted_quietly
         from sparksgd.spark.train import train as train_in_session
 
         session, run_id = _session(config, rows, test), None if folder is None else folder.run_id
-        return train_in_session(session, config, rows, test, run_id=run_id, kinds=kinds, **given)
+        with interrupted_quietly():
+            return train_in_session(session, config, rows, test, run_id=run_id, kinds=kinds, **given)
 
 
 def _configured(config: object) -> Config:

@@ -1,8 +1,8 @@
-"""Ctrl-C and SIGTERM in a driver whose session is ours: the run ends in order, and without noise.
+"""Ctrl-C and SIGTERM in a driver: the run ends without noise, and in order where its session is ours.
 
 At Ctrl-C, PySpark's handler calls the JVM in the middle of the call that it interrupts.  That fails with two
-tracebacks, and is not needed: the end of the session cancels the jobs.  A JVM that ends also removes files
-that its tasks still use, and would log their errors.
+tracebacks, which py4j logs, and is not needed: a run that ends cancels its jobs.  A JVM that ends also
+removes files that its tasks still use, and would log their errors.
 
 spark-submit is a JVM, and the driver's Python is its child.  A scheduler sends SIGTERM to the JVM.  If the
 JVM ended then, Python could no longer write to HDFS.  So the JVM passes the signal on to Python, and ends
@@ -14,14 +14,16 @@ from __future__ import annotations
 import logging
 import os
 import socketserver
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from typing import Any
 
+from py4j.protocol import Py4JError
 from pyspark import SparkContext
 
 from sparksgd.training.interrupts import end_in_order
 
-__all__ = ["end_quietly"]
+__all__ = ["end_quietly", "interrupted_quietly"]
 
 
 def end_quietly(context: SparkContext) -> None:
@@ -35,8 +37,40 @@ def end_quietly(context: SparkContext) -> None:
         socketserver.BaseServer.handle_error = lambda *request: None  # type: ignore[method-assign]  # PySpark's accumulators
 
     end_in_order(no_more_errors_of_requests)
-    logging.getLogger("py4j").setLevel(logging.CRITICAL)  # what it cannot do, it raises as well
-    logging.getLogger().addFilter(lambda record: "while sending command" not in str(record.msg))
+    logging.getLogger("py4j").setLevel(logging.CRITICAL)
+    _hush()
+
+
+@contextmanager
+def interrupted_quietly() -> Iterator[None]:
+    """In the block, let Ctrl-C raise in a session of the user's, but without what py4j tells of it."""
+    speak = _hush()
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        if isinstance(error.__context__, Py4JError):  # the call that PySpark's handler made
+            raise error from None
+        raise
+    finally:
+        speak()
+
+
+def _hush() -> Callable[[], None]:
+    """Let py4j log no tracebacks: what it cannot do, it raises as well; return what ends this."""
+
+    def is_told(record: logging.LogRecord) -> bool:
+        is_of_py4j = record.name.startswith("py4j") or "while sending command" in str(record.msg)
+        return not (record.exc_info and is_of_py4j)
+
+    loggers = [logging.getLogger(name) for name in (None, "py4j.java_gateway", "py4j.clientserver")]
+    for logger in loggers:
+        logger.addFilter(is_told)
+
+    def speak() -> None:
+        for logger in loggers:
+            logger.removeFilter(is_told)
+
+    return speak
 
 
 def _log_nothing_at_exit(jvm: Any) -> None:
