@@ -14,7 +14,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.dataset as ds
 
-from sparksgd.data.schema import HASH_BYTES, RowReport, Rows, RowSchema, read_rows
+from sparksgd.data.row_reading import HASH_BYTES, Rows, read_rows
+from sparksgd.data.row_report import RowReport
+from sparksgd.data.schema import RowSchema
 from sparksgd.data.shard import Descriptor, ShardWriter
 from sparksgd.errors import ClusterError, DataError, ShardMissing
 from sparksgd.storage.scratch import in_temporary_folder, make_scratch, remove_left, remove_scratch

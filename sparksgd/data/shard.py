@@ -27,7 +27,8 @@ from typing import Any, Self
 import numpy as np
 import numpy.typing as npt
 
-from sparksgd.data.schema import HASH_BYTES, add_digests, digest_of
+from sparksgd.data.row_reading import HASH_BYTES, digest_of
+from sparksgd.data.row_report import add_digests
 from sparksgd.errors import ShardMissing
 from sparksgd.storage.scratch import PREFIX
 

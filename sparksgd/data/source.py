@@ -7,7 +7,8 @@ from typing import Protocol
 
 import pyarrow as pa
 
-from sparksgd.data.schema import RowReport, RowSchema
+from sparksgd.data.row_report import RowReport
+from sparksgd.data.schema import RowSchema
 from sparksgd.data.shard import Descriptor
 
 __all__ = ["RowSource", "Shards"]

@@ -14,7 +14,7 @@ from pyspark.sql import DataFrame, SparkSession
 
 from sparksgd.arithmetic.copies import pickled
 from sparksgd.config import EngineConfig, TrainConfig
-from sparksgd.data.schema import RowReport
+from sparksgd.data.row_report import RowReport
 from sparksgd.errors import ConfigError, DataError, SparkSGDError
 from sparksgd.imports import out_of_memory_told
 from sparksgd.runs.model import SavedModel
@@ -96,7 +96,7 @@ def evaluate(rows: DataFrame | str | Path, model: SavedModel) -> Scores:
                     confusion += scores.confusion
     finally:
         shipped.destroy()
-    report.check(None, done="evaluated")
+    report.check(None, done="evaluated on")
     if not report.rows:
         raise DataError("there is no row to evaluate on")
     return Scores(rows=report.rows, loss=total / report.rows, confusion=confusion)

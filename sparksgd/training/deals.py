@@ -9,8 +9,9 @@ from dataclasses import replace
 from typing import Self
 
 from sparksgd.config import Config, DataConfig
+from sparksgd.data.row_report import RowReport
 from sparksgd.data.sampling import Sampling
-from sparksgd.data.schema import RowReport, RowSchema
+from sparksgd.data.schema import RowSchema
 from sparksgd.data.shard import Descriptor
 from sparksgd.data.source import RowSource, Shards
 from sparksgd.engines.compute import Plan

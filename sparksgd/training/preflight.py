@@ -22,8 +22,10 @@ from sparksgd.arithmetic.copies import copied
 from sparksgd.arithmetic.flat import FlatModule, mixes_rows, mixes_rows_of_evaluations
 from sparksgd.arithmetic.numerics import Numerics
 from sparksgd.config import Config, DataConfig, OptimizerConfig, ScheduleConfig
+from sparksgd.data.row_reading import read_rows
+from sparksgd.data.row_report import RowReport
 from sparksgd.data.sampling import Sampling
-from sparksgd.data.schema import RowReport, RowSchema, read_rows
+from sparksgd.data.schema import RowSchema
 from sparksgd.data.source import RowSource
 from sparksgd.engines.kinds import EngineKind, candidates, refuse_uncarried
 from sparksgd.engines.memory import RunSizes, require_for_trial
@@ -439,7 +441,7 @@ def _inspected(source: RowSource, schema: RowSchema, config: Config, which: str)
     """Read every row once, and refuse too many bad ones; `which` is training or test."""
     started = time.perf_counter()
     report = source.inspect(schema, config.train.num_shards)
-    done = "trained" if which == "training" else "evaluated"
+    done = "trained on" if which == "training" else "evaluated on"
     report.check(config.data.on_bad_row, config.data.max_bad_rows, done=done)
     if report.bad:
         log.warning("%d bad %s rows skipped: %s", report.bad.total(), which, dict(report.bad))

@@ -12,7 +12,7 @@ from torch import nn
 from sparksgd.arithmetic.flat import FlatModule
 from sparksgd.arithmetic.numerics import Numerics
 from sparksgd.config import Config
-from sparksgd.data.schema import RowReport
+from sparksgd.data.row_report import RowReport
 from sparksgd.engines.compute import Plan
 from sparksgd.engines.protocol import Recovery, StepReport
 from sparksgd.solvers.protocol import Need

@@ -17,7 +17,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sparksgd.data.schema import Feature, RowReport, Rows, RowSchema, read_rows
+from sparksgd.data.row_reading import Rows, read_rows
+from sparksgd.data.row_report import RowReport
+from sparksgd.data.schema import Feature, RowSchema
 from sparksgd.errors import BadRows, DataError
 
 calm = settings(deadline=None, derandomize=True, database=None)  # no clock, no chance

@@ -20,7 +20,8 @@ from counted_trainings import (
 )
 from torch import nn
 
-from sparksgd.data.schema import RowReport, RowSchema
+from sparksgd.data.row_report import RowReport
+from sparksgd.data.schema import RowSchema
 from sparksgd.engines.inline import InlineEngine
 from sparksgd.engines.protocol import SegmentReport
 from sparksgd.runs.folder import summary

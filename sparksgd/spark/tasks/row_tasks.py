@@ -18,7 +18,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 
-from sparksgd.data.schema import RowReport, Rows, RowSchema, read_rows
+from sparksgd.data.row_reading import Rows, read_rows
+from sparksgd.data.row_report import RowReport
+from sparksgd.data.schema import RowSchema
 from sparksgd.data.shard import Descriptor, ShardWriter, deal_folder
 from sparksgd.spark.tasks.environment_tasks import free_bytes, local_folders
 from sparksgd.spark.tasks.worker_exit import leave_quietly

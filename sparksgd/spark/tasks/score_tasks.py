@@ -21,7 +21,8 @@ from sparksgd.arithmetic.generators import generators_seeded
 from sparksgd.arithmetic.numerics import thread_count
 from sparksgd.arithmetic.scripted import forget_optimised
 from sparksgd.arithmetic.seeds import seed32
-from sparksgd.data.schema import RowReport, RowSchema
+from sparksgd.data.row_report import RowReport
+from sparksgd.data.schema import RowSchema
 from sparksgd.engines.forward import evaluated_parts, forward, predictions
 from sparksgd.engines.freed_memory import freed_memory_kept_in_block
 from sparksgd.errors import SparkSGDError
