@@ -5,6 +5,7 @@
     training = sparksgd.train({"train": {"epochs": 5}}, rows, test, module=module, out="runs/mine")
     model = sparksgd.load_model("runs/mine/model", module)
     scores = sparksgd.evaluate(test, model)
+    predicted = sparksgd.predict(rows, model)
 
 Each name is imported when it is first used: importing sparksgd imports neither torch nor pyspark.
 """
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from sparksgd.runs.replay import read_replay
     from sparksgd.spark.evaluation import Scores, evaluate
     from sparksgd.spark.library import train
+    from sparksgd.spark.prediction import predict
     from sparksgd.spark.session import start_session
     from sparksgd.training.state import Observer, Training
 
@@ -39,6 +41,7 @@ __all__ = [
     "errors",
     "evaluate",
     "load_model",
+    "predict",
     "read_replay",
     "start_session",
     "train",
@@ -57,6 +60,7 @@ _HOMES = {
     "Training": "sparksgd.training.state",
     "evaluate": "sparksgd.spark.evaluation",
     "load_model": "sparksgd.runs.model",
+    "predict": "sparksgd.spark.prediction",
     "read_replay": "sparksgd.runs.replay",
     "start_session": "sparksgd.spark.session",
     "train": "sparksgd.spark.library",

@@ -28,6 +28,7 @@ __all__ = [
     "evaluated_parts",
     "forward",
     "gradient_shift",
+    "output_of",
     "predictions",
 ]
 
@@ -87,16 +88,8 @@ def forward(
         UserCodeError: the module or the loss raised.
         ModelError: the output is no tensor, or the loss is not one value per row.
     """
-    features = {name: _tensor(values) for name, values in schema.feature_arrays(records).items()}
-    if dtype == torch.float64:
-        features = {n: f.to(dtype) if f.is_floating_point() else f for n, f in features.items()}
+    output = output_of(module, schema, records, dtype)
     label = _tensor(schema.label_array(records))
-    if torch.is_autocast_enabled("cpu"):  # around the training: it keeps what it cast of old weights
-        torch.clear_autocast_cache()
-    with users_torch_code("the module or its loss"):
-        output = module(*features.values()) if len(features) == 1 else module(**features)
-    if not isinstance(output, torch.Tensor):
-        raise ModelError(f"the module gives a {type(output).__name__}, but must give one tensor")
     with users_torch_code("the module or its loss"):
         losses = loss(output, label)
     if not isinstance(losses, torch.Tensor) or losses.shape != (len(records),):
@@ -112,6 +105,22 @@ def forward(
     if losses.dtype in (torch.bfloat16, torch.float16):  # as autocast gives them; sums would be rounded
         losses = losses.float()
     return output, losses
+
+
+def output_of(
+    module: nn.Module, schema: RowSchema, records: npt.NDArray[Any], dtype: torch.dtype = torch.float32
+) -> torch.Tensor:
+    """Return what a module gives for the features of records, see `forward`."""
+    features = {name: _tensor(values) for name, values in schema.feature_arrays(records).items()}
+    if dtype == torch.float64:
+        features = {n: f.to(dtype) if f.is_floating_point() else f for n, f in features.items()}
+    if torch.is_autocast_enabled("cpu"):  # around the training: it keeps what it cast of old weights
+        torch.clear_autocast_cache()
+    with users_torch_code("the module or its loss"):
+        output = module(*features.values()) if len(features) == 1 else module(**features)
+    if not isinstance(output, torch.Tensor):
+        raise ModelError(f"the module gives a {type(output).__name__}, but must give one tensor")
+    return output
 
 
 def gradient_shift(rows: int) -> int:

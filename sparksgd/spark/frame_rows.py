@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import logging
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -24,7 +24,7 @@ from pyspark import RDD
 from pyspark.errors import AnalysisException
 from pyspark.ml.functions import vector_to_array
 from pyspark.ml.linalg import VectorUDT
-from pyspark.sql import DataFrame, Row, SparkSession
+from pyspark.sql import Column, DataFrame, Row, SparkSession
 from pyspark.sql import functions as F
 from pyspark.sql.pandas.types import to_arrow_type
 from pyspark.sql.types import (
@@ -39,7 +39,8 @@ from pyspark.sql.types import (
 from rich.filesize import decimal
 
 from sparksgd.arithmetic.ranges import balanced_range
-from sparksgd.data.schema import RowReport, RowSchema
+from sparksgd.data.row_report import RowReport
+from sparksgd.data.schema import RowSchema
 from sparksgd.data.shard import Descriptor, stored
 from sparksgd.data.tables import refuse_tables, table_of
 from sparksgd.errors import ClusterError, ConfigError, DataError
@@ -56,9 +57,13 @@ from sparksgd.storage.scratch import remove_left
 
 __all__ = [
     "DataFrameRows",
+    "array_of_vector",
+    "arrow_type",
     "disk_bytes",
     "first_rows",
+    "quoted",
     "read_parquet",
+    "refuse_namesakes",
     "require_disk",
     "selected",
     "without_vectors",
@@ -122,12 +127,12 @@ def without_vectors(frame: DataFrame) -> DataFrame:
         for field in frame.schema.fields
         if isinstance(field.dataType, VectorUDT) and len(_namesakes(frame, field.name)) == 1
     ]
-    columns = {name: F.col(_quoted(name)) for name in vectors}
-    arrays = {  # vector_to_array raises where a vector is null
-        name: F.when(column.isNotNull(), vector_to_array(column, "float32"))
-        for name, column in columns.items()
-    }
-    return frame.withColumns(arrays)
+    return frame.withColumns({name: array_of_vector(F.col(quoted(name))) for name in vectors})
+
+
+def array_of_vector(column: Column) -> Column:
+    """Return a column of Spark ML vectors as arrays of floats."""
+    return F.when(column.isNotNull(), vector_to_array(column, "float32"))  # it raises where one is null
 
 
 def first_rows(frame: DataFrame, columns: list[str], count: int) -> tuple[pa.Schema, pa.Table]:
@@ -141,30 +146,35 @@ def first_rows(frame: DataFrame, columns: list[str], count: int) -> tuple[pa.Sch
             "the DataFrame is a stream, but every row must be read more than once: write it to a table, and "
             "train on that, or call train() from foreachBatch"
         )
-    for name in columns:
-        if len(namesakes := _namesakes(frame, name)) > 1:
-            raise DataError(
-                f"the data has {len(namesakes)} columns of the name {name!r}: "
-                f"{', '.join(map(repr, namesakes))}. Spark tells upper from lower case only if "
-                f"spark.sql.caseSensitive is true. Rename all but one"
-            )
+    refuse_namesakes(frame, columns)
     _warn_of_tables(frame)
     types = {field.name: field.dataType for field in frame.schema.fields}
     wanted = [name for name in dict.fromkeys(columns) if name in types]
-    fields = {name: _arrow_type(name, types[name]) for name in wanted}
+    fields = {name: arrow_type(name, types[name]) for name in wanted}
     with spark_job(frame.sparkSession.sparkContext, "reading the first rows"):
-        complete = frame.select(*map(_quoted, wanted))
+        complete = frame.select(*map(quoted, wanted))
         for name in wanted:
-            complete = complete.where(F.col(_quoted(name)).isNotNull())  # dropna() fails on dots in names
+            complete = complete.where(F.col(quoted(name)).isNotNull())  # dropna() fails on dots in names
         rows = complete.limit(count).collect()
     schema = pa.schema([(name, fields.get(name, pa.null())) for name in types])
     return schema, pa.table({name: pa.array([row[name] for row in rows], fields[name]) for name in wanted})
 
 
+def refuse_namesakes(frame: DataFrame, columns: Iterable[str]) -> None:
+    """Refuse a frame that has several columns of one of these names."""
+    for name in columns:
+        if len(found := _namesakes(frame, name)) > 1:
+            raise DataError(
+                f"the data has {len(found)} columns of the name {name!r}: "
+                f"{', '.join(map(repr, found))}. Spark tells upper from lower case only if "
+                f"spark.sql.caseSensitive is true. Rename all but one"
+            )
+
+
 def selected(frame: DataFrame, schema: RowSchema) -> DataFrame:
     """Return the columns of the schema, renamed to numbers: mapInArrow fails on dots in names."""
     return frame.select(
-        *(F.col(_quoted(name)).alias(str(number)) for number, name in enumerate(schema.columns))
+        *(F.col(quoted(name)).alias(str(number)) for number, name in enumerate(schema.columns))
     )
 
 
@@ -362,12 +372,12 @@ def _way(placement: str) -> str:
     return "a shuffle" if placement == "hashed" else "a sort"
 
 
-def _quoted(column: str) -> str:
+def quoted(column: str) -> str:
     """Return a column's name for an expression of Spark, quoted, because it may have dots."""
     return "`" + column.replace("`", "``") + "`"
 
 
-def _arrow_type(name: str, kind: Any) -> pa.DataType:
+def arrow_type(name: str, kind: Any) -> pa.DataType:
     if isinstance(kind, TimestampType):
         return pa.timestamp("us", "UTC")
     try:

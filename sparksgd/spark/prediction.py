@@ -1,0 +1,284 @@
+"""Predictions of a trained module, as columns of a DataFrame.
+
+    frame ── features, cleaned of nulls (SQL) ── module (a pandas UDF over Arrow batches) ── columns (SQL)
+
+Only the features enter Python.  Nothing is computed before the frame is read.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import reduce
+from operator import and_
+from pathlib import Path
+from typing import Any, Literal
+
+import pandas as pd
+import pyarrow as pa
+from pyspark import cloudpickle
+from pyspark.ml.functions import array_to_vector
+from pyspark.ml.linalg import VectorUDT
+from pyspark.sql import Column, DataFrame, SparkSession
+from pyspark.sql import functions as F
+from pyspark.sql.pandas.functions import pandas_udf
+from pyspark.sql.types import ArrayType, DataType, DecimalType, DoubleType
+
+from sparksgd.arithmetic.copies import pickled
+from sparksgd.config import TrainConfig
+from sparksgd.engines.forward import EVALUATION_ROWS
+from sparksgd.errors import ConfigError
+from sparksgd.losses import binary_cross_entropy, cross_entropy, squared_error
+from sparksgd.runs.model import SavedModel
+from sparksgd.spark.frame_rows import array_of_vector, arrow_type, quoted, read_parquet, refuse_namesakes
+from sparksgd.spark.given_rows import described_value, frame_or_path
+from sparksgd.spark.session import start_session
+from sparksgd.spark.tasks import predict_tasks
+from sparksgd.spark.tasks.predict_tasks import COMPLETE, GOOD, OutputKind, PredictionPlan
+
+__all__ = ["BAD_ROWS", "Outputs", "kind_of", "predict", "with_predictions"]
+
+BadRows = Literal["error", "skip", "keep"]
+BAD_ROWS: tuple[BadRows, ...] = ("error", "skip", "keep")
+"""What may be done with rows that cannot be predicted: end with an error, leave out, give nulls."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outputs:
+    """Which columns are added, and of which type."""
+
+    kind: OutputKind
+    """What the module's output is."""
+
+    names: Mapping[str, str]
+    """The new columns, by what they hold, see `predict_tasks.outputs`; others are left out."""
+
+    as_vectors: bool = False
+    """Whether logits and probabilities are vectors of Spark ML; else they are arrays."""
+
+    thresholds: tuple[float, ...] | None = None
+    """See `PredictionPlan`."""
+
+
+def predict(
+    rows: DataFrame | str | Path,
+    model: SavedModel,
+    *,
+    prediction: str = "prediction",
+    probability: str | None = "probability",
+    raw: str | None = None,
+    on_bad_row: BadRows = "error",
+    rows_per_forward: int = EVALUATION_ROWS,
+) -> DataFrame:
+    """Return rows with the predictions of a model as new columns; they are computed where the rows are read.
+
+    The predictions of a row are those of plain torch on one thread, to the bit, for the same rows in one
+    forward: up to `rows_per_forward` rows of an Arrow batch of Spark
+    (spark.sql.execution.arrow.maxRecordsPerBatch, 10,000 rows by default).
+
+    Args:
+        rows: a DataFrame, also a stream, or a path or URI of Parquet, with the features that the model was
+            trained on; a label is not needed. A path is read in the active session; if there is none, one is
+            started, and left running.
+        model: as `load_model` returns it.
+        prediction: the column of predictions: the class, as a double, if the loss is cross_entropy or
+            binary_cross_entropy; a double for squared_error; what the module gives, as an array of floats,
+            for a loss of your own.
+        probability: the column of the classes' probabilities, an array of floats; None leaves it out.
+        raw: the column of their logarithms, for binary_cross_entropy of (-z, z) for the logit z; None leaves
+            it out.
+        on_bad_row: what is done with rows that are null, misshapen or not finite: "error" ends the job that
+            reads them, "skip" leaves them out, "keep" gives them null as prediction.
+        rows_per_forward: the most rows that the module computes at once.
+
+    Raises:
+        ConfigError: an argument is of another type, or names a column that exists.
+        DataError: a feature is missing, or of another type than in the training.
+    """
+    given = frame_or_path("rows", rows)
+    if not isinstance(model, SavedModel):
+        raise ConfigError(
+            f"model is {described_value(model)}, but must be what sparksgd.load_model(folder) returns"
+        )
+    if on_bad_row not in BAD_ROWS:
+        raise ConfigError(f"on_bad_row is {on_bad_row!r}, but must be one of {', '.join(BAD_ROWS)}")
+    frame = read_parquet(_session(), given) if isinstance(given, str) else given
+    kind = kind_of(model)
+    wanted = {"prediction": prediction, "probability": probability, "raw": raw}
+    names = {what: name for what, name in wanted.items() if name and what in predict_tasks.columns_of(kind)}
+    return with_predictions(
+        frame,
+        model,
+        Outputs(kind=kind, names=names),
+        on_bad_row=on_bad_row,
+        rows_per_forward=rows_per_forward,
+        advice='mend the data, or set on_bad_row to "skip" or "keep"',
+    )
+
+
+def _session() -> SparkSession:
+    return start_session("sparksgd", TrainConfig())
+
+
+def kind_of(model: SavedModel) -> OutputKind:
+    """Return what a model's output is, which its loss says."""
+    kinds: dict[Any, OutputKind] = {
+        cross_entropy: "classes",
+        binary_cross_entropy: "binary",
+        squared_error: "number",
+    }
+    return kinds.get(model.loss, "values")
+
+
+def with_predictions(
+    frame: DataFrame,
+    model: SavedModel,
+    outputs: Outputs,
+    *,
+    on_bad_row: BadRows,
+    rows_per_forward: int,
+    advice: str,
+) -> DataFrame:
+    """Return a frame with the predictions of a model as new columns.
+
+    Args:
+        frame: has the features.
+        model: predicts.
+        outputs: the new columns.
+        on_bad_row: see `predict`.
+        rows_per_forward: the most rows of one forward.
+        advice: what the error about bad rows says to do.
+
+    Raises:
+        ConfigError: a number of rows or the name of a column.
+        DataError: a feature is missing, or of another type.
+    """
+    if type(rows_per_forward) is not int or rows_per_forward < 1:
+        raise ConfigError(f"rows_per_forward is {rows_per_forward!r}, but must be a whole number from 1")
+    _refuse_taken(frame, outputs.names)
+    features = _features(frame, model)
+    plan = PredictionPlan(
+        module=model.module,
+        schema=model.schema,
+        columns=_arrow_columns(frame.select(*features), model),
+        kind=outputs.kind,
+        thresholds=outputs.thresholds,
+        rows_per_forward=rows_per_forward,
+        bad_row_advice=advice if on_bad_row == "error" else None,
+    )
+    predicted = _udf(frame.sparkSession, plan, is_filtered=on_bad_row == "skip")
+    made = f"predicted {uuid.uuid4().hex}"
+    scored = frame.withColumn(made, predicted(F.struct(*features)))
+    if on_bad_row == "skip":
+        scored = scored.where(F.col(made)[GOOD])
+    columns = {name: _output(F.col(made), what, outputs) for what, name in outputs.names.items()}
+    return scored.withColumns(columns).drop(made)
+
+
+def _refuse_taken(frame: DataFrame, names: Mapping[str, str]) -> None:
+    """Refuse a new column that the frame has, or that stands twice."""
+    for number, name in enumerate(names.values()):
+        if not isinstance(name, str):
+            raise ConfigError(f"a column is named {name!r}, but must be named by a text")
+        if name in frame.columns:
+            raise ConfigError(
+                f"the data has a column {name!r}: give the predictions another name, or drop it"
+            )
+        if name in list(names.values())[:number]:
+            raise ConfigError(f"two new columns are named {name!r}: give each a name of its own")
+
+
+def _features(frame: DataFrame, model: SavedModel) -> list[Column]:
+    """Return the features without nulls, numbered, and whether a row has none: pandas has no nulls.
+
+    In pandas, a null among integers would make floats of all of them.
+    """
+    names = [feature.name for feature in model.schema.features]
+    refuse_namesakes(frame, names)
+    arrays = {field.name: field.dataType for field in frame.schema.fields}
+    model.schema.check_features(_as_arrow(names, arrays), "this data")
+    values, complete = [], []
+    for number, name in enumerate(names):
+        column, kind = _plain(F.col(quoted(name)), arrays[name])
+        has_value = column.isNotNull()
+        if isinstance(kind, ArrayType) and kind.containsNull:
+            has_value = has_value & ~F.exists(column, lambda value: value.isNull())
+        values.append(F.when(has_value, column).otherwise(_empty(kind)).alias(str(number)))
+        complete.append(has_value)
+    return [*values, reduce(and_, complete).alias(COMPLETE)]
+
+
+def _as_arrow(names: list[str], types: Mapping[str, DataType]) -> pa.Schema:
+    """Return columns of these names as Arrow has them, those that there are; vectors are lists of floats."""
+    there = {name: types[name] for name in names if name in types}
+    return pa.schema(
+        [
+            (name, pa.list_(pa.float32()) if isinstance(kind, VectorUDT) else arrow_type(name, kind))
+            for name, kind in there.items()
+        ]
+    )
+
+
+def _plain(column: Column, kind: DataType) -> tuple[Column, DataType]:
+    """Return a column, and its type, without vectors and decimals, of which pandas makes objects."""
+    if isinstance(kind, VectorUDT):
+        return array_of_vector(column), ArrayType(DoubleType(), containsNull=False)
+    if isinstance(kind, DecimalType):
+        return column.cast(DoubleType()), DoubleType()
+    if isinstance(kind, ArrayType) and isinstance(kind.elementType, DecimalType):
+        doubles = ArrayType(DoubleType(), kind.containsNull)
+        return column.cast(doubles), doubles
+    return column, kind
+
+
+def _empty(kind: DataType) -> Column:
+    """Return what stands for a null."""
+    if isinstance(kind, ArrayType):
+        return F.array().cast(kind)
+    return F.lit(bytearray()) if kind.typeName() == "binary" else F.lit(0).cast(kind)
+
+
+def _arrow_columns(features: DataFrame, model: SavedModel) -> pa.Schema:
+    kinds = [field.dataType for field in features.schema.fields if field.name != COMPLETE]
+    return pa.schema(
+        [(f.name, arrow_type(f.name, kind)) for f, kind in zip(model.schema.features, kinds, strict=True)]
+    )
+
+
+def _udf(session: SparkSession, plan: PredictionPlan, *, is_filtered: bool) -> Any:
+    """Return the user-defined function that runs a plan.
+
+    Args:
+        session: where it runs.
+        plan: shipped to each executor once.
+        is_filtered: whether rows are kept by its result: Spark would compute it twice, if it knew that twice
+            gives the same.
+    """
+    shipped = session.sparkContext.broadcast(pickled(plan, {"": plan.module}, cloudpickle.Pickler))
+    plan_id = uuid.uuid4().hex
+
+    def predicted(frames: Iterator[pd.DataFrame]) -> Iterator[pd.DataFrame]:
+        return predict_tasks.predict(shipped, plan_id, frames)
+
+    made: Any = pandas_udf  # its types leave out frames
+    function = made(predicted, _result(plan.kind))
+    return function.asNondeterministic() if is_filtered else function
+
+
+def _result(kind: OutputKind) -> str:
+    """Return the type of the function's result, as SQL names it."""
+    kinds = dict.fromkeys(predict_tasks.columns_of(kind), "array<float>")
+    if kind != "values":
+        kinds["prediction"] = "double"
+    return f"struct<{GOOD}: boolean, {', '.join(f'{name}: {kind}' for name, kind in kinds.items())}>"
+
+
+def _output(made: Column, what: str, outputs: Outputs) -> Column:
+    """Return one column of the function's result, in the type that was asked for."""
+    column = made[what]
+    if what == "prediction":
+        if outputs.kind == "values":
+            return column
+        return F.when(made[GOOD], F.coalesce(column, F.lit(float("nan"))))
+    return F.when(column.isNotNull(), array_to_vector(column)) if outputs.as_vectors else column

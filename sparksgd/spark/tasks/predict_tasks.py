@@ -1,0 +1,210 @@
+"""What executors run to predict with a saved model.
+
+No pyspark at module level: executors import this as it is.
+
+Legend: B rows, C classes.
+"""
+
+from __future__ import annotations
+
+import pickle
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+import pyarrow as pa
+import torch
+from torch import nn
+
+from sparksgd.arithmetic.generators import generators_seeded
+from sparksgd.arithmetic.numerics import thread_count
+from sparksgd.arithmetic.scripted import forget_optimised
+from sparksgd.arithmetic.seeds import seed32
+from sparksgd.data.row_reading import FeatureRows, read_features
+from sparksgd.data.schema import RowSchema
+from sparksgd.engines.forward import output_of, predictions
+from sparksgd.errors import ModelError
+from sparksgd.spark.tasks.worker_exit import leave_quietly
+
+if TYPE_CHECKING:
+    from pyspark import Broadcast
+
+__all__ = ["COMPLETE", "GOOD", "OutputKind", "PredictionPlan", "columns_of", "outputs", "predict"]
+
+OutputKind = Literal["classes", "binary", "number", "values"]
+"""What a module's output is of a row: logits of C classes; the logit of class 1; one number; some numbers."""
+
+COMPLETE = "complete"
+"""The column that says whether a row has no null; the others are the features, numbered."""
+
+GOOD = "good"
+"""The column that says whether a row is good: a prediction that is NaN reaches Spark as null, too."""
+
+_MOST_PLANS = 4
+
+Array = npt.NDArray[Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PredictionPlan:
+    """What is needed to predict."""
+
+    module: nn.Module
+    """In evaluation mode."""
+
+    schema: RowSchema
+    """What the features of a row must be."""
+
+    columns: pa.Schema
+    """The features as Arrow columns."""
+
+    kind: OutputKind
+    """What the module's output is."""
+
+    thresholds: tuple[float, ...] | None
+    """Of each class: the class with the largest probability / threshold is predicted; None: all are equal."""
+
+    rows_per_forward: int
+    """The most rows of one forward."""
+
+    bad_row_advice: str | None
+    """What the error about bad rows says to do; None: their predictions are null."""
+
+
+def predict(
+    shipped: Broadcast[bytes], plan_id: str, frames: Iterable[pd.DataFrame]
+) -> Iterator[pd.DataFrame]:
+    """Task: predict for the rows of each frame; yield the columns of `outputs`, null for bad rows.
+
+    Args:
+        shipped: a pickled `PredictionPlan`.
+        plan_id: of it.
+        frames: the features in the schema's order, then COMPLETE.
+
+    Raises:
+        BadRows: a row is bad, and the plan has no place for it.
+        UserCodeError: the module raised.
+        ModelError: its output is not what the plan says.
+    """
+    leave_quietly()
+    forget_optimised()
+    plan = _plan(shipped, plan_id)
+    for frame in frames:
+        yield _predicted(plan, frame)
+
+
+def columns_of(kind: OutputKind) -> tuple[str, ...]:
+    """Return the names of what `outputs` gives."""
+    return ("raw", "probability", "prediction") if kind in ("classes", "binary") else ("prediction",)
+
+
+def outputs(
+    kind: OutputKind, output: torch.Tensor, rows: int, thresholds: tuple[float, ...] | None
+) -> dict[str, Array]:
+    """Return the columns that are made of a module's output, by name.
+
+    Args:
+        kind: what the output is.
+        output: of the module.
+        rows: how many it is of.
+        thresholds: see `PredictionPlan`.
+
+    Returns:
+        "raw" and "probability", float[B, C], where there are classes; "prediction", float64[B], or
+        float32[B, N] of "values".
+
+    Raises:
+        ModelError: the output is not of this kind.
+    """
+    if output.dtype in (torch.bfloat16, torch.float16):
+        output = output.float()
+    shape = tuple(output.shape)
+    if kind == "values" and shape[:1] == (rows,):
+        return {"prediction": output.reshape(rows, -1).numpy()}
+    if kind in ("number", "binary") and shape in ((rows,), (rows, 1)):
+        column = output.reshape(rows)
+        if kind == "number":
+            return {"prediction": column.double().numpy()}
+        raw = torch.stack([-column, column], 1)
+        return _classified(raw, torch.sigmoid(raw), predictions(output), thresholds)
+    if kind == "classes" and len(shape) == 2 and shape[0] == rows and shape[1] > 1:
+        raw = torch.log_softmax(output, 1)
+        return _classified(raw, torch.softmax(output, 1), predictions(output), thresholds)
+    wanted = {"classes": "C > 1 logits", "binary": "one logit", "number": "one number", "values": "numbers"}
+    raise ModelError(f"the module gives {shape} for {rows} rows, but must give {wanted[kind]} for each row")
+
+
+def _classified(
+    raw: torch.Tensor, probability: torch.Tensor, best: torch.Tensor, thresholds: tuple[float, ...] | None
+) -> dict[str, Array]:
+    if thresholds is not None:
+        if len(thresholds) != probability.shape[1]:
+            raise ModelError(
+                f"there are {len(thresholds)} thresholds, but the module has {probability.shape[1]} classes"
+            )
+        limits = torch.tensor(thresholds, dtype=torch.float64)
+        best = torch.where(limits == 0, torch.inf, probability.double() / limits).argmax(1)  # as Spark does
+    return {
+        "raw": raw.numpy(),
+        "probability": probability.numpy(),
+        "prediction": best.double().numpy(),
+    }
+
+
+_plans: OrderedDict[str, PredictionPlan] = OrderedDict()
+"""The plans that this process used last: a module is loaded once, not once for each partition."""
+
+
+def _plan(shipped: Broadcast[bytes], plan_id: str) -> PredictionPlan:
+    plan = _plans.pop(plan_id, None)
+    if plan is None:
+        plan = pickle.loads(shipped.value)
+    _plans[plan_id] = plan
+    while len(_plans) > _MOST_PLANS:
+        _plans.popitem(last=False)
+    return plan
+
+
+def _predicted(plan: PredictionPlan, frame: pd.DataFrame) -> pd.DataFrame:
+    complete = frame[COMPLETE].to_numpy(bool)
+    arrays = [
+        pa.array(frame[str(number)], kind, from_pandas=False)
+        for number, kind in enumerate(plan.columns.types)
+    ]
+    batch = pa.RecordBatch.from_arrays(arrays, schema=plan.columns).filter(pa.array(complete))
+    found = read_features(batch, plan.schema)
+    found.report.found("null in a feature", [None] * int((~complete).sum()))
+    found.report.rows = len(found.records)
+    if plan.bad_row_advice is not None:
+        found.report.check(None, done="predicted", move=plan.bad_row_advice)
+    positions = np.flatnonzero(complete)[found.positions]
+    return _spread(columns_of(plan.kind), _computed(plan, found), positions, len(frame))
+
+
+def _computed(plan: PredictionPlan, rows: FeatureRows) -> dict[str, Array]:
+    """Return the columns of the good rows; no row has no columns."""
+    parts = []
+    for start in range(0, len(rows.records), plan.rows_per_forward):
+        records = rows.records[start : start + plan.rows_per_forward]
+        with torch.no_grad(), thread_count(1), generators_seeded(seed32(0, "predicting", start)):
+            output = output_of(plan.module, plan.schema, records)
+            parts.append(outputs(plan.kind, output, len(records), plan.thresholds))
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]} if parts else {}
+
+
+def _spread(
+    names: Sequence[str], columns: dict[str, Array], positions: npt.NDArray[np.int64], rows: int
+) -> pd.DataFrame:
+    """Return the columns as a frame: a value stands where its row does, a bad row has None."""
+    good = np.zeros(rows, bool)
+    good[positions] = True
+    spread: dict[str, Array] = {GOOD: good}
+    for name in names:
+        spread[name] = np.full(rows, None, object)
+        for position, value in zip(positions, columns.get(name, ()), strict=name in columns):
+            spread[name][position] = value
+    return pd.DataFrame(spread)
