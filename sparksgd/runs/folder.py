@@ -38,7 +38,7 @@ from sparksgd.runs.earlier import Found
 from sparksgd.runs.holder import Holder
 from sparksgd.runs.json_files import finite, write_json
 from sparksgd.runs.lease import IfRunning, Lease, remove_leases, unwritable
-from sparksgd.runs.model import check_saved, constants_beside, save_model
+from sparksgd.runs.model import check_saved, constants_beside, model_of, save_model
 from sparksgd.runs.names import CHECKPOINTS, METRICS, MODEL, RUN, RUN_BEFORE, SUMMARY, TRACE, WEIGHTS
 from sparksgd.solvers.protocol import Need
 from sparksgd.storage import Location, Throttle, location, remove_parts
@@ -380,7 +380,7 @@ class RunFolder(Observer):
 
     def _save(self, training: Training, weights: str) -> None:
         before, self._weights = self._weights, weights
-        save_model(self.folder / "model", training, weights)
+        save_model(self.folder / "model", model_of(training), weights)
         if before != weights:
             self._remove_weights(but=(weights, constants_beside(weights)))
 

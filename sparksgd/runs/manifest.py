@@ -2,10 +2,11 @@
 
 Every field is checked as it is read, like a configuration, and so is a digest of them all.
 
-    format                  5; 2, 3 and 4 are still read
+    format                  6; 2 to 5 are still read
     weights, constants      name, size and SHA-256 of each file; constants may be null
     finished, version       whether the run finished, and its step
     model, seed, structure  how to build the module again, and what it must consist of
+    parts                   the module itself, if it has only parts of torch.nn; see training/torch_parts.py
     features, label, loss   what a row must be, and the loss
     code                    digests of the code that model.name and loss.name lead to
     differs                 why the module is not built again from its name, if it cannot be
@@ -30,16 +31,20 @@ from sparksgd.runs.json_files import read_json, write_json
 from sparksgd.runs.names import MANIFEST
 from sparksgd.storage import Location, unanswered
 from sparksgd.training.composition import structure
+from sparksgd.training.torch_parts import described_parts
 
 if TYPE_CHECKING:  # to load a model needs nothing of the training
+    from torch import nn
+
     from sparksgd.training.state import Training
 
 __all__ = ["FORMAT", "Manifest", "describe", "read_manifest", "write_manifest"]
 
-FORMAT = 5
-_STILL_READ = (2, 3, 4, FORMAT)
+FORMAT = 6
+_STILL_READ = (2, 3, 4, 5, FORMAT)
 # 2 had no constants, and built the module from seed 0; 3 had neither plain values nor a structure; 4 had
-# neither sizes nor digests of files and code.
+# neither sizes nor digests of files and code; 5 had no parts.
+_CHECKED_SINCE = 5
 _MOST = 2**63 - 1
 
 
@@ -68,6 +73,9 @@ class Manifest:
     structure: Mapping[str, str] | None
     """Names of classes and functions by their paths; None before format 4."""
 
+    parts: Mapping[str, Any] | None
+    """The module's description, if it was given in Python and has one; not checked yet."""
+
     differs: str | None
     """How the module was another one when it was built again."""
 
@@ -86,24 +94,23 @@ class Manifest:
     fields: Mapping[str, Any]
     """All that `write_manifest` was given."""
 
+    def about(self, module: nn.Module) -> dict[str, Any]:
+        """Return what `describe` returned, with what earlier formats lack; `module` is the one described."""
+        gone = ("format", "weights", "constants", "state_sha256", "constants_sha256")
+        described = {key: value for key, value in self.fields.items() if key not in gone}
+        lacking = {"seed": self.seed, "structure": structure(module), "parts": None, "code": {}}
+        return lacking | described
 
-def describe(training: Training, weights: FileEntry, constants: FileEntry | None) -> dict[str, Any]:
-    """Return what model.json must say of a run.
 
-    Args:
-        training: the run.
-        weights: the file of its state_dict.
-        constants: the file of what is in no state_dict, if there is any.
-    """
+def describe(training: Training) -> dict[str, Any]:
+    """Return what model.json must say of a run, but for its files."""
     schema, config = training.plan.schema, training.config
     return {
-        "format": FORMAT,
-        "weights": asdict(weights),
-        "constants": None if constants is None else asdict(constants),
         "finished": training.is_finished,
         "model": {"name": training.model_name, "arguments": dict(config.model.arguments)},
         "seed": config.train.seed,
         "structure": structure(training.module),
+        "parts": None if training.model_name else described_parts(training.module),
         "features": [asdict(feature) for feature in schema.features],
         "label": {"name": schema.label, "dtype": schema.label_dtype, "classes": schema.classes},
         "loss": config.loss.name,
@@ -115,7 +122,7 @@ def describe(training: Training, weights: FileEntry, constants: FileEntry | None
 
 
 def write_manifest(folder: Location, about: Mapping[str, Any]) -> None:
-    """Write what `describe` returned, with its digest."""
+    """Write the fields of a model.json, with their digest."""
     write_json(folder / MANIFEST, {**about, "sha256": _digest(about)})
 
 
@@ -143,7 +150,7 @@ def read_manifest(folder: Location) -> Manifest:
             f"{where}: it is of format {shown(number)}, but this version reads "
             f"{', '.join(map(str, _STILL_READ[:-1]))} and {FORMAT}"
         )
-    if number == FORMAT:
+    if number >= _CHECKED_SINCE:
         digest = fields.take("sha256", is_sha256, "64 hexadecimal digits")
         if digest != _digest(described):
             raise DataError(
@@ -153,7 +160,7 @@ def read_manifest(folder: Location) -> Manifest:
 
 
 def _read(fields: _Fields, number: int, described: dict[str, Any]) -> Manifest:
-    is_old = number < FORMAT
+    is_old = number < _CHECKED_SINCE
     manifest = Manifest(
         weights=_file(fields, "weights", is_old),
         constants=_file(fields, "constants", is_old),
@@ -164,6 +171,7 @@ def _read(fields: _Fields, number: int, described: dict[str, Any]) -> Manifest:
         structure=None
         if number < 4
         else fields.take("structure", _is_of_texts, "a table of names by the paths that they stand at"),
+        parts=fields.take("parts", lambda v: v is None or isinstance(v, dict), "a table", None),
         differs=fields.take("differs", lambda v: v is None or isinstance(v, str), "a text", None),
         schema=_schema(fields),
         loss=fields.take("loss", lambda v: isinstance(v, str), "a name"),

@@ -14,7 +14,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,17 +31,18 @@ from sparksgd.imports.trust import Trust, trusted
 from sparksgd.losses import LOSSES, Loss, loss_named
 from sparksgd.models import MODELS
 from sparksgd.runs.checked_files import FileEntry, read_checked, read_unlisted, write_checked
-from sparksgd.runs.manifest import Manifest, describe, read_manifest, write_manifest
+from sparksgd.runs.manifest import FORMAT, Manifest, describe, read_manifest, write_manifest
 from sparksgd.runs.names import MANIFEST, WEIGHTS
 from sparksgd.storage import Location, location
 from sparksgd.training.composition import other_structure
 from sparksgd.training.modules import build_module
 from sparksgd.training.saved_state import SavedState, load_state, saved_state
+from sparksgd.training.torch_parts import assembled
 
 if TYPE_CHECKING:  # to load a model needs nothing of the training
     from sparksgd.training.state import Training
 
-__all__ = ["SavedModel", "check_saved", "constants_beside", "load_model", "save_model"]
+__all__ = ["SavedModel", "check_saved", "constants_beside", "load_model", "model_of", "save_model"]
 
 log = logging.getLogger("sparksgd")
 
@@ -49,21 +50,32 @@ _MOST_DENSE_BYTES = 1 << 30
 """A sparse tensor of a format before 5 is made dense for its digest, up to this size."""
 
 
-def save_model(folder: str | Path | Location, training: Training, weights: str = WEIGHTS) -> None:
+def model_of(training: Training) -> SavedModel:
+    """Return the trained module of a run, as it can be saved; the module is the run's own."""
+    return SavedModel(
+        module=training.module,
+        schema=training.plan.schema,
+        loss=training.plan.loss,
+        about=describe(training),
+        drawn=training.drawn,
+    )
+
+
+def save_model(folder: str | Path | Location, model: SavedModel, weights: str = WEIGHTS) -> None:
     """Write the weights of a trained module, and how to rebuild it.
 
     Args:
         folder: created if it does not exist.
-        training: the run.
+        model: of a run, or loaded.
         weights: the name of the file of weights.
     """
     folder = location(folder)
-    saved = saved_state(training.module, training.drawn)
-    written = write_checked(folder, weights, saved.state)
-    constants = None
+    saved = saved_state(model.module, model.drawn)
+    files = {"weights": write_checked(folder, weights, saved.state), "constants": None}
     if saved.constants:
-        constants = write_checked(folder, constants_beside(weights), saved.constants)
-    write_manifest(folder, describe(training, written, constants))
+        files["constants"] = write_checked(folder, constants_beside(weights), saved.constants)
+    entries = {key: None if entry is None else asdict(entry) for key, entry in files.items()}
+    write_manifest(folder, {"format": FORMAT, **entries, **model.about})
 
 
 def constants_beside(weights: str) -> str:
@@ -86,16 +98,21 @@ def check_saved(folder: str | Path | Location, training: Training) -> None:
         other_when_filled,
     )
 
-    if training.model_name is None:
-        return
     folder = location(folder)
-    module = built_again(training.config)
+    manifest = read_manifest(folder)
+    saved = _values(folder, manifest)
+    if training.model_name is not None:
+        module = built_again(training.config)
+    else:
+        module = None if manifest.parts is None else assembled(manifest.parts, saved.state, "parts")
     if module is None:
         return
-    manifest = read_manifest(folder)
-    fill = partial(load_state, saved=_values(folder, manifest))
+    fill = partial(load_state, saved=saved)
     different = other_when_filled(training.module, module, manifest.structure or {}, fill, training.sample)
-    if different is not None:
+    if different is not None and training.model_name is None:
+        log.info("the module is not saved as a whole, since what would be loaded differs: %s", different)
+        write_manifest(folder, {**manifest.fields, "parts": None})
+    elif different is not None:
         write_manifest(folder, {**manifest.fields, "differs": different})
         raise TrainingError(
             f"the module is trained, but {training.model_name} gave another one when it was built again: "
@@ -118,6 +135,12 @@ class SavedModel:
     loss: Loss
     """The loss that it was trained with."""
 
+    about: Mapping[str, Any] = field(default_factory=dict)
+    """What model.json says of it, but for its files."""
+
+    drawn: frozenset[str] = frozenset()
+    """Paths of values that are saved beside the weights, see `saved_state`."""
+
 
 def load_model(
     folder: str | Path | Location,
@@ -130,8 +153,9 @@ def load_model(
 
     Args:
         folder: the folder model/ of a run, a path or URI.
-        module: the untrained module, if the run did not build it from a name in its configuration, or if you
-            rather build it yourself.  Then nothing that model.name names is run; loss.name still is.
+        module: the untrained module, if the run was given one in Python that has other parts than those of
+            torch.nn, or if you rather build it yourself.  Then nothing that model.name names is run;
+            loss.name still is.
         trust: packages whose code may run, if model.name or loss.name is of them, as ["mymodels"]; besides
             those of `sparksgd.trust` and of SPARKSGD_TRUST.  Models and losses of sparksgd need no trust.
         strict: refuse a model whose code is not that of the training, or of which no digest was saved.
@@ -150,16 +174,17 @@ def load_model(
     manifest = read_manifest(folder)
     names = {"loss.name": manifest.loss}
     if module is None:
-        if manifest.model is None:
+        if manifest.model is not None:
+            names = {"model.name": manifest.model.name} | names
+        elif manifest.parts is None:
             raise DataError(f"{folder} was trained from a module given in Python: pass it as module=")
-        names = {"model.name": manifest.model.name} | names
     _check_code(folder, manifest, names, trusting, strict)
     try:
         with out_of_memory_told(f"loading {folder}"):
             saved = _values(folder, manifest)
             loss = loss_named(manifest.loss, trusting)
             if module is None:
-                module = _built(manifest, saved, trusting)
+                module = _built(folder, manifest, saved, trusting)
                 load_state(module, saved)
             else:
                 _fill_given(module, manifest, saved)
@@ -172,7 +197,13 @@ def load_model(
         raise DataError(f"{folder} holds no complete model: {type(error).__name__}: {error}") from error
     if not manifest.finished:
         log.warning("%s is of a run that did not finish: weights of step %d", folder, manifest.version)
-    return SavedModel(module=module, schema=manifest.schema, loss=loss)
+    return SavedModel(
+        module=module,
+        schema=manifest.schema,
+        loss=loss,
+        about=manifest.about(module),
+        drawn=frozenset(saved.constants),
+    )
 
 
 def _check_code(
@@ -219,9 +250,14 @@ def _values(folder: Location, manifest: Manifest) -> SavedState:
     return SavedState(state=found["weights"], constants=found["constants"])
 
 
-def _built(manifest: Manifest, saved: SavedState, trusting: Trust) -> nn.Module:
-    """Return the module that a model names, built again."""
-    assert manifest.model is not None
+def _built(folder: Location, manifest: Manifest, saved: SavedState, trusting: Trust) -> nn.Module:
+    """Return the module of a model, built again from its name, or put together from its parts."""
+    if manifest.model is None:
+        module = assembled(manifest.parts, saved.state, f"{folder}/{MANIFEST}: parts")
+        different = other_structure(module, manifest.structure)
+        if different is not None:
+            raise DataError(f"its parts are not of its structure: {different}")
+        return module
     if manifest.model.name in MODELS:
         _check_sizes(manifest, saved)
     module = build_module(manifest.model, manifest.seed, trusting)

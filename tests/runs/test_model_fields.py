@@ -89,7 +89,7 @@ def test_arguments_of_our_own_models_are_checked_before_memory_is_taken(
         (put("weights", value=None), "weights is None, but must be a file"),
         (put("weights", "name", value="/dev/zero"), r"weights\.name is '/dev/zero', but must be the name"),
         (put("constants", "name", value="../x.pt"), r"constants\.name is '\.\./x\.pt', but must be"),
-        (put("format", value=6), "it is of format 6, but this version reads 2, 3, 4 and 5"),
+        (put("format", value=7), "it is of format 7, but this version reads 2, 3, 4, 5 and 6"),
         (put("format", value="5"), "format is '5', but must be a whole number"),
         (put("format", value=True), "format is True, but must be a whole number"),
         (put("more", value=1), "the file has the unknown field 'more'"),
@@ -115,7 +115,7 @@ def test_a_field_that_is_changed_by_hand_is_noticed(model: Path) -> None:
     ("text", "says"),
     [
         ("[" * 200_000, "it has values within values, too deep to be read"),
-        ('{"format": 5, "format": 5}', "it has a key twice"),
+        ('{"format": 6, "format": 6}', "it has a key twice"),
         ("[]", "the file is a list, but must be a table"),
         ("", "is not what a run writes"),
         ('{"format": ' + "9" * 5000 + "}", "is not what a run writes"),
