@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import nn
@@ -16,7 +17,7 @@ from sparksgd.imports import resolve, shown
 from sparksgd.imports.trust import Trust
 from sparksgd.models import MODELS
 
-__all__ = ["build_module"]
+__all__ = ["build_module", "built_by"]
 
 
 def build_module(config: ModelConfig, seed: int, trust: Trust | None = None) -> nn.Module:
@@ -28,18 +29,28 @@ def build_module(config: ModelConfig, seed: int, trust: Trust | None = None) -> 
         trust: whose code may run, if the name comes from a file; None: the user wrote it.
     """
     factory = resolve("model.name", config.name, MODELS, trust)
+    return built_by(factory, config.arguments, seed, f"model.name is {config.name!r}")
+
+
+def built_by(factory: Callable[..., Any], arguments: Mapping[str, Any], seed: int, what: str) -> nn.Module:
+    """Return the module that a factory makes, its parameters drawn from the seed.
+
+    Args:
+        factory: makes it.
+        arguments: of the factory.
+        seed: of the run.
+        what: how errors begin.
+    """
     try:
         with as_written(), generators_seeded(seed32(seed, "module")):
-            module = factory(**config.arguments)
+            module = factory(**arguments)
     except Exception as error:
         raise ConfigError(
-            f"model.name is {config.name!r}, which does not take {shown(dict(config.arguments))}: "
+            f"{what}, which does not take {shown(dict(arguments))}: "
             f"{type(error).__name__}: {error}{_signature(factory)}"
         ) from error
     if not isinstance(module, nn.Module):
-        raise ModelError(
-            f"model.name is {config.name!r}, which gave a {type(module).__name__}, not a torch module"
-        )
+        raise ModelError(f"{what}, which gave a {type(module).__name__}, not a torch module")
     return module
 
 

@@ -1,0 +1,169 @@
+"""The Params of our Estimators and Models, and the keys of a configuration that they stand for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from pyspark.ml.param import Param, Params, TypeConverters
+
+from sparksgd.config import Config
+from sparksgd.errors import ConfigError
+from sparksgd.imports import did_you_mean, shown
+from sparksgd.spark.prediction import BAD_ROWS
+
+__all__ = ["ALIASES", "KEYS", "PredictionParams", "TrainingParams"]
+
+ALIASES = {"rowsPerStep": "batchSize", "num_workers": "numWorkers", "numTrainWorkers": "numWorkers"}
+"""Other names by which a Param can be given: ours in a configuration, and those of other libraries."""
+
+KEYS = {
+    "loss": "loss.name",
+    "optimizer": "optimizer.name",
+    "learningRate": "optimizer.lr",
+    "schedule": "schedule.name",
+    "maxEpochs": "train.epochs",
+    "batchSize": "train.rows_per_step",
+    "seed": "train.seed",
+    "numShards": "train.num_shards",
+    "numWorkers": "engine.num_workers",
+    "engine": "engine.name",
+}
+"""The key of a configuration that each Param sets."""
+
+
+def _param(name: str, doc: str, convert: Any = None) -> Any:
+    return Param(Params._dummy(), name, doc, convert)
+
+
+class _NamedParams(Params):
+    """Params that can be given by name, and are refused with the nearest one."""
+
+    def setParams(self, **params: Any) -> Any:  # noqa: N802  # pyspark.ml's name
+        """Set Params by their names; return self.
+
+        Raises:
+            ConfigError: there is no Param of such a name, or it is given twice.
+            TypeError: a value is of another type.
+        """
+        for name in params:
+            known = ALIASES.get(name, name)
+            if known != name and known in params:
+                raise ConfigError(f"{name} and {known} are the same Param: give one of them")
+            names = [param.name for param in self.params]
+            if known not in names:
+                raise ConfigError(
+                    f"{type(self).__name__} has no Param {shown(name)}{did_you_mean(name, names)}"
+                )
+        return self._set(**{ALIASES.get(name, name): value for name, value in params.items()})
+
+
+class PredictionParams(_NamedParams):
+    """What Estimators and Models share: columns, and how rows are predicted."""
+
+    featuresCols: Any = _param(  # noqa: N815  # pyspark.ml's style of names
+        "featuresCols",
+        "several columns of features, each an argument of forward by its name, instead of featuresCol",
+        TypeConverters.toListString,
+    )
+    handleInvalid: Any = _param(  # noqa: N815
+        "handleInvalid",
+        f"what is done with rows that are null, misshapen or not finite: {', '.join(BAD_ROWS)}. skip leaves "
+        f"them out; keep gives them null as prediction (fit ends with an error)",
+        TypeConverters.toString,
+    )
+    predictBatchSize: Any = _param(  # noqa: N815
+        "predictBatchSize", "the most rows of one forward of transform", TypeConverters.toInt
+    )
+    outputFormat: Any = _param(  # noqa: N815
+        "outputFormat",
+        "vector or array: the type of rawPredictionCol and probabilityCol",
+        TypeConverters.toString,
+    )
+
+    def _checked_choice(self, name: str, choices: tuple[str, ...]) -> Any:
+        """Return the value of a Param that has few."""
+        value = self.getOrDefault(name)
+        if value not in choices:
+            near = did_you_mean(value, choices)
+            raise ConfigError(f"{name} is {shown(value)}, but must be {' or '.join(choices)}{near}")
+        return value
+
+
+class TrainingParams(PredictionParams):
+    """What only Estimators have: the module, and how it is trained."""
+
+    module: Any = _param(
+        "module",
+        "what is trained: an nn.Module, whose weights are the start; or a function or class that makes one, "
+        "which gets num_features and num_classes if it has arguments of these names; or the import path of "
+        "one, package.module:name",
+    )
+    loss: Any = _param("loss", "the loss: a name or an import path, as loss.name", TypeConverters.toString)
+    optimizer: Any = _param(
+        "optimizer", "a class of torch.optim, or an import path, as optimizer.name", TypeConverters.toString
+    )
+    learningRate: Any = _param(  # noqa: N815
+        "learningRate", "the learning rate, as optimizer.lr", TypeConverters.toFloat
+    )
+    schedule: Any = _param(
+        "schedule",
+        "a class of torch.optim.lr_scheduler, or an import path, as schedule.name",
+        TypeConverters.toString,
+    )
+    maxEpochs: Any = _param(  # noqa: N815
+        "maxEpochs", "passes over the rows, as train.epochs", TypeConverters.toInt
+    )
+    batchSize: Any = _param(  # noqa: N815
+        "batchSize", "the mini-batch of the whole cluster, as train.rows_per_step", TypeConverters.toInt
+    )
+    seed: Any = _param("seed", "of weights, shuffles and dropout, as train.seed", TypeConverters.toInt)
+    numShards: Any = _param(  # noqa: N815
+        "numShards", "how many shards the rows are divided into, as train.num_shards", TypeConverters.toInt
+    )
+    numWorkers: Any = _param(  # noqa: N815
+        "numWorkers", "how many Spark tasks compute gradients, as engine.num_workers", TypeConverters.toInt
+    )
+    engine: Any = _param("engine", "tree, allreduce or auto, as engine.name", TypeConverters.toString)
+    checkpointDir: Any = _param(  # noqa: N815
+        "checkpointDir",
+        "a folder for checkpoints, as checkpoint_dir of sparksgd.train: a fit that was cut off goes on",
+        TypeConverters.toString,
+    )
+    config: Any = _param("config", "a dict of tables of a configuration, for all other keys")
+
+    def _configured(self, tables: Mapping[str, Mapping[str, Any]]) -> Config:
+        """Return the configuration that the Params say.
+
+        Args:
+            tables: what else must be in it, by section and key.
+
+        Raises:
+            ConfigError: a Param and `config` set one key to two values, or a value is not valid.
+        """
+        given = self.getOrDefault("config") if self.isDefined("config") else {}
+        Config.from_dict(given)  # refuses what is no table of tables
+        merged: dict[str, dict[str, Any]] = {section: dict(table) for section, table in given.items()}
+        for name, key in KEYS.items():
+            section, _, field = key.partition(".")
+            table = merged.setdefault(section, {})
+            if self.isSet(name):
+                value = self.getOrDefault(name)
+                if field in table and table[field] != value:
+                    raise ConfigError(
+                        f"{name} is {shown(value)}, but config sets {key} to {shown(table[field])}: give one "
+                        f"of the two"
+                    )
+                table[field] = value
+            elif self.hasDefault(name):
+                table.setdefault(field, self.getOrDefault(name))
+        for section, more in tables.items():
+            table = merged.setdefault(section, {})
+            for field, value in more.items():
+                if field in table and table[field] != value:
+                    raise ConfigError(
+                        f"config sets {section}.{field} to {shown(table[field])}, but the Params of "
+                        f"{type(self).__name__} say {shown(value)}: leave it out of config"
+                    )
+                table[field] = value
+        return Config.from_dict(merged)
