@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from typing import get_args
 
-from sparksgd.cli.command_line import exit_status, parser_of
+from sparksgd.cli.command_line import add_trust, exit_status, parser_of
 from sparksgd.cli.logs import LogFormat, log_to, new_run_id, open_console
 from sparksgd.cli.run import run_evaluation
 from sparksgd.training.interrupts import end_in_order
@@ -35,13 +35,7 @@ def parser() -> argparse.ArgumentParser:
         default="text",
         help="format of the log lines, on standard error",
     )
-    result.add_argument(
-        "--trust", action="append", default=[], metavar="PACKAGE",
-        help="run code of this package, if the model names it; repeatable",
-    )  # fmt: skip
-    result.add_argument(
-        "--strict", action="store_true", help="refuse a model whose code is not that of the training"
-    )
+    add_trust(result)
     return result
 
 

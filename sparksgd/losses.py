@@ -17,6 +17,7 @@ from collections.abc import Callable
 import torch
 from torch.nn import functional as F
 
+from sparksgd.errors import ModelError
 from sparksgd.imports import resolve
 from sparksgd.imports.trust import Trust
 
@@ -34,7 +35,16 @@ Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 def cross_entropy(output: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
-    """Return -log softmax(output)[label], float[B], of logits float[B, C] and labels int64[B]."""
+    """Return -log softmax(output)[label], float[B], of logits float[B, C] and labels int64[B].
+
+    Raises:
+        ModelError: the output is one number for each row.
+    """
+    if output.shape in (label.shape, (*label.shape, 1)):
+        raise ModelError(
+            f"the module gives {tuple(output.shape)} for {len(label)} rows, but cross_entropy takes a logit "
+            f"for each class: let it give those of two classes or more, or use binary_cross_entropy"
+        )
     return F.cross_entropy(output, label, reduction="none")
 
 

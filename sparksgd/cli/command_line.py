@@ -15,7 +15,7 @@ from sparksgd.errors import SparkSGDError
 from sparksgd.spark.uris import lead_to_hadoop
 from sparksgd.training.interrupts import ended_by
 
-__all__ = ["exit_status", "parser_of"]
+__all__ = ["add_trust", "exit_status", "parser_of"]
 
 log = logging.getLogger("sparksgd")
 
@@ -24,6 +24,17 @@ def parser_of(docstring: str | None) -> argparse.ArgumentParser:
     """Return a parser whose help text is a job's docstring."""
     return argparse.ArgumentParser(
         description=docstring, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+
+
+def add_trust(parser: argparse.ArgumentParser) -> None:
+    """Add the options of whom a loader of models trusts."""
+    parser.add_argument(
+        "--trust", action="append", default=[], metavar="PACKAGE",
+        help="run code of this package, if the model names it; repeatable",
+    )  # fmt: skip
+    parser.add_argument(
+        "--strict", action="store_true", help="refuse a model whose code is not that of the training"
     )
 
 

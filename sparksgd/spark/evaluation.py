@@ -13,15 +13,14 @@ from pyspark import cloudpickle
 from pyspark.sql import DataFrame, SparkSession
 
 from sparksgd.arithmetic.copies import pickled
-from sparksgd.config import EngineConfig, TrainConfig
+from sparksgd.config import TrainConfig
 from sparksgd.data.row_report import RowReport
 from sparksgd.errors import ConfigError, DataError, SparkSGDError
 from sparksgd.imports import out_of_memory_told
 from sparksgd.runs.model import SavedModel
 from sparksgd.spark.cluster.arrow_batches import small_batches
-from sparksgd.spark.cluster.cluster import Cluster
+from sparksgd.spark.cluster.cluster import job_on
 from sparksgd.spark.cluster.jobs import spark_job
-from sparksgd.spark.cluster.slots import WorkerDemand
 from sparksgd.spark.frame_rows import first_rows, read_parquet, selected, without_vectors
 from sparksgd.spark.given_rows import described_value, frame_or_path
 from sparksgd.spark.session import start_session
@@ -114,10 +113,5 @@ def evaluate_parquet(session: SparkSession, path: str, model: SavedModel) -> Sco
         NotEnoughSlots: no executor came.
         SparkSGDError: see `evaluate`.
     """
-    patience_s = EngineConfig().slots_timeout_s
-    demand = WorkerDemand(num_workers=1, num_shards=1, barrier=False, slots_timeout_s=patience_s)
-    cluster = Cluster(session, demand)
-    cluster.settle()
-    with cluster.job_group(), cluster.job_watch.over(1):  # to read a schema is a job already
-        cluster.check_executors()
+    with job_on(session):  # to read a schema is a job already
         return evaluate(read_parquet(session, path), model)

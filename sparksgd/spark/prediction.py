@@ -196,11 +196,11 @@ def _features(frame: DataFrame, model: SavedModel) -> list[Column]:
     """
     names = [feature.name for feature in model.schema.features]
     refuse_namesakes(frame, names)
-    arrays = {field.name: field.dataType for field in frame.schema.fields}
-    model.schema.check_features(_as_arrow(names, arrays), "this data")
+    types = {field.name: field.dataType for field in frame.schema.fields}
+    model.schema.check_features(_as_arrow(names, types), "this data")
     values, complete = [], []
     for number, name in enumerate(names):
-        column, kind = _plain(F.col(quoted(name)), arrays[name])
+        column, kind = _plain(F.col(quoted(name)), types[name])
         has_value = column.isNotNull()
         if isinstance(kind, ArrayType) and kind.containsNull:
             has_value = has_value & ~F.exists(column, lambda value: value.isNull())
@@ -210,14 +210,15 @@ def _features(frame: DataFrame, model: SavedModel) -> list[Column]:
 
 
 def _as_arrow(names: list[str], types: Mapping[str, DataType]) -> pa.Schema:
-    """Return columns of these names as Arrow has them, those that there are; vectors are lists of floats."""
-    there = {name: types[name] for name in names if name in types}
-    return pa.schema(
-        [
-            (name, pa.list_(pa.float32()) if isinstance(kind, VectorUDT) else arrow_type(name, kind))
-            for name, kind in there.items()
-        ]
-    )
+    """Return the columns as Arrow has them; vectors are lists of floats, and those of other names null."""
+
+    def kind(name: str) -> pa.DataType:
+        if name not in names:
+            return pa.null()
+        vector = isinstance(types[name], VectorUDT)
+        return pa.list_(pa.float32()) if vector else arrow_type(name, types[name])
+
+    return pa.schema([(name, kind(name)) for name in types])
 
 
 def _plain(column: Column, kind: DataType) -> tuple[Column, DataType]:

@@ -165,6 +165,7 @@ def _fill(
     for name, other in part["modules"].items():
         if not (other is None or (isinstance(other, str) and other in made)):
             raise DataError(f"{where} holds {shown(other)}, which is no part")
+        _check_name(module, name, where)
         module._modules[name] = None if other is None else made[other]
     for key, flag in (("parameters", "trains"), ("buffers", "persists")):
         for name, told in part[key].items():
@@ -174,12 +175,17 @@ def _fill(
                     raise DataError(f"{where}: {key} has {shown(name)} as {shown(told)}, which is no tensor")
                 saved = state.get(f"{path}.{name}" if path else name)
                 tensor = tensors.setdefault(str(told["of"]), _empty(saved, told.get("trains")))
-            if hasattr(type(module), name):
-                raise DataError(f"{where} has a tensor named {shown(name)}, but its class uses that name")
+            _check_name(module, name, where)
             if key == "parameters":
                 module._parameters[name] = tensor if isinstance(tensor, nn.Parameter) else None
             else:
                 module.register_buffer(name, tensor, persistent=told is None or told["persists"])
+
+
+def _check_name(module: nn.Module, name: str, where: str) -> None:
+    """Refuse the name of a part or a tensor that a module cannot have, or has already."""
+    if not name or "." in name or hasattr(module, name):
+        raise DataError(f"{where} has {shown(name)} as the name of a part or tensor, but cannot have that")
 
 
 def _empty(saved: Any, trains: bool | None) -> torch.Tensor:

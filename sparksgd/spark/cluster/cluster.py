@@ -14,6 +14,7 @@ from pyspark import RDD
 from pyspark.sql import SparkSession
 
 from sparksgd.arithmetic.instruction_set import HELD_BY
+from sparksgd.config import EngineConfig
 from sparksgd.errors import ClusterError
 from sparksgd.spark.cluster.environments import NEEDED, ExecutorPython, by_value, own_version, require_fit
 from sparksgd.spark.cluster.failures import is_stopped
@@ -30,7 +31,7 @@ from sparksgd.spark.cluster.placement import Placement
 from sparksgd.spark.cluster.slots import Slots, WorkerDemand
 from sparksgd.spark.tasks import environment_tasks
 
-__all__ = ["Cluster", "refuse_connect"]
+__all__ = ["Cluster", "job_on", "refuse_connect"]
 
 log = logging.getLogger("sparksgd")
 
@@ -191,6 +192,23 @@ class Cluster:
                     count, host,
                 )  # fmt: skip
         return [(first_s, last_s) for _, _, first_s, last_s in found.values()]
+
+
+@contextmanager
+def job_on(session: SparkSession) -> Iterator[None]:
+    """In the block, let a session's jobs be a job of ours: it waits for executors, with a time limit.
+
+    Raises:
+        NotEnoughSlots: no executor came.
+        ConfigError: the executors' Python lacks something.
+    """
+    patience_s = EngineConfig().slots_timeout_s
+    demand = WorkerDemand(num_workers=1, num_shards=1, barrier=False, slots_timeout_s=patience_s)
+    cluster = Cluster(session, demand)
+    cluster.settle()
+    with cluster.job_group(), cluster.job_watch.over(1):
+        cluster.check_executors()
+        yield
 
 
 def refuse_connect(session: Any) -> None:

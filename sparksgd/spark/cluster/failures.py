@@ -8,14 +8,8 @@ from typing import Any
 
 from pyspark import SparkContext
 
-from sparksgd.errors import (
-    Cancelled,
-    ClusterError,
-    DataError,
-    OutOfMemory,
-    SparkSGDError,
-    UserCodeError,
-)
+from sparksgd import errors
+from sparksgd.errors import Cancelled, ClusterError, DataError, OutOfMemory, SparkSGDError
 from sparksgd.spark.cluster.environments import cannot_start, missing_module
 from sparksgd.spark.cluster.lost_executors import advice_of, memory_advice
 from sparksgd.spark.cluster.memory_failures import out_of_memory
@@ -28,7 +22,11 @@ _LOST = re.compile(r"CHECKPOINT_RDD_BLOCK_ID_NOT_FOUND|Checkpoint block rdd_\d+_
 _WRAPPED = re.compile(r"Job aborted|Exception thrown by job")
 _RAISED = re.compile(r"(Exception|Error): ")
 _TOO_LARGE = "bigger than spark.driver.maxResultSize"
-_USERS = re.compile(r"sparksgd\.errors\.UserCodeError: (.+?)\s*\n\s*at org\.apache\.", re.DOTALL)
+_RAISED_BY_US = re.compile(
+    r"sparksgd\.errors\.(BadRows|ModelError|UserCodeError): (.+?)\s*"
+    r"(?:\n\s*at org\.apache\.|SQLSTATE: \w+|\Z)",
+    re.DOTALL,
+)
 _OTHER_TYPES = re.compile(r"PARQUET_COLUMN_DATA_TYPE_MISMATCH|SchemaColumnConvertNotSupportedException")
 _CONDITION = re.compile(r"\[([A-Z][A-Z_.]+)\] [^\n]*?(?=\.?( SQLSTATE: (\w{5})|\n|$))")
 """Spark's name of an error, and what it says; Spark 4 says its SQLSTATE, too, Spark 3.5 only knows it."""
@@ -78,9 +76,9 @@ def final_error(error: Exception, context: SparkContext) -> SparkSGDError | None
         return ClusterError(
             f"results of a job are {_TOO_LARGE}: raise it (--conf spark.driver.maxResultSize=4g)"
         )
-    raised = _USERS.search(text)
-    if raised:
-        return UserCodeError(raised[1])
+    if raised := _RAISED_BY_US.search(text):
+        kind: type[SparkSGDError] = getattr(errors, raised[1])
+        return kind(raised[2])
     if _OTHER_TYPES.search(text):
         return DataError(
             f"the Parquet files have columns of other types than the first of them: {gist(text)}. Write them "
