@@ -182,6 +182,19 @@ def test_a_run_leaves_all_its_files_and_equals_the_reference(digits, reference, 
     assert f"{summary['test_accuracy']:.4f}" in scored.stdout
     assert "Confusion matrix" in scored.stdout
 
+    test_rows = pq.read_metadata(digits / "test.parquet").num_rows
+    words += ["--out", str(tmp_path / "predicted"), "--columns", "label"]
+    predicted = run_job("predict.py", *words)
+    assert predicted.returncode == 0, predicted.stdout
+    assert f"{test_rows} rows with predictions" in predicted.stdout
+    table = pq.read_table(tmp_path / "predicted")
+    assert table.column_names == ["label", "prediction", "probability"]
+    right = np.mean(table["label"].to_numpy() == table["prediction"].to_numpy())
+    assert right == pytest.approx(summary["test_accuracy"])
+    again = run_job("predict.py", *words)
+    assert (again.returncode, "--if-exists overwrite" in again.stdout) == (2, True), again.stdout
+    assert run_job("predict.py", *words, "--if-exists", "overwrite").returncode == 0
+
     other = json.loads((reference / "summary.json").read_text())
     for key in ("parameters_sha256", "buffers_sha256", "data_digest", "test_accuracy", "test_loss", "steps"):
         assert other[key] == summary[key]

@@ -30,3 +30,8 @@ class TwoInputs(nn.Module):
     def forward(self, image, code, price):
         image = image.float() / 255
         return self.last(torch.cat([self.table(code), image, price[:, None]], 1))
+
+
+def mlp(num_features: int, num_classes: int, hidden: int = 8) -> nn.Module:
+    """Return a small classifier; a Pipeline says how many features and classes it has."""
+    return nn.Sequential(nn.Linear(num_features, hidden), nn.ReLU(), nn.Linear(hidden, num_classes))

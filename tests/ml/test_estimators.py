@@ -1,0 +1,300 @@
+"""Estimators and Models of Spark ML: fit, transform, save and load, alone and in Pipelines."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from predicted_modules import mlp  # tests/modules
+from pyspark.ml import Pipeline, PipelineModel
+from pyspark.ml.evaluation import BinaryClassificationEvaluator, RegressionEvaluator
+from pyspark.ml.feature import StandardScaler, StringIndexer, VectorAssembler
+from pyspark.ml.tuning import CrossValidator, ParamGridBuilder
+from pyspark.sql import functions as F
+from torch import nn
+
+import sparksgd
+from sparksgd.errors import BadRows, ConfigError, DataError, ModelError
+from sparksgd.ml import TorchClassificationModel, TorchClassifier, TorchRegressionModel, TorchRegressor
+from sparksgd.spark.cluster.jobs import spark_job
+
+pytestmark = pytest.mark.session("local[2]")
+
+BRIEF = {"maxEpochs": 1, "batchSize": 100, "numShards": 2, "learningRate": 0.01, "engine": "tree"}
+
+
+@pytest.fixture(scope="module")
+def people(session_for):
+    """Return rows of two numbers and a text, which says whether the first is greater."""
+    source = np.random.default_rng(0).normal(size=(400, 2))
+    rows = [(float(a), float(b), "yes" if a > b else "no") for a, b in source]
+    return session_for("local[2]").createDataFrame(rows, "a double, b double, income string")
+
+
+@pytest.fixture(scope="module")
+def points(people):
+    """Return the same rows with features and labels."""
+    assembled = VectorAssembler(inputCols=["a", "b"], outputCol="features").transform(people)
+    return assembled.select("features", F.when(F.col("income") == "yes", 1.0).otherwise(0.0).alias("label"))
+
+
+@pytest.fixture(scope="module")
+def trained(points):
+    torch.manual_seed(0)
+    return TorchClassifier(module=nn.Linear(2, 2), **BRIEF).fit(points)
+
+
+@pytest.fixture
+def trusting(monkeypatch):
+    monkeypatch.setenv("SPARKSGD_TRUST", "predicted_modules")
+
+
+def auc(scored):
+    return BinaryClassificationEvaluator(numBins=0).evaluate(scored)
+
+
+def exact_auc(scored):
+    """Return the share of pairs of rows of both classes that the probability orders rightly."""
+    rows = scored.select("label", "probability").collect()
+    yes, no = ([r.probability[1] for r in rows if r.label == label] for label in (1.0, 0.0))
+    pairs = [(a > b) + 0.5 * (a == b) for a in yes for b in no]
+    return sum(pairs) / len(pairs)
+
+
+def test_a_pipeline_is_fitted_saved_loaded_and_scores_the_same(people, tmp_path, trusting):
+    pipeline = Pipeline(
+        stages=[
+            StringIndexer(inputCol="income", outputCol="label"),
+            VectorAssembler(inputCols=["a", "b"], outputCol="both"),
+            StandardScaler(inputCol="both", outputCol="features", withMean=True),
+            TorchClassifier(module=mlp, **BRIEF),
+        ]
+    )
+    model = pipeline.fit(people)
+    scored = model.transform(people)
+    model.write().overwrite().save(str(tmp_path / "model"))
+    loaded = PipelineModel.load(str(tmp_path / "model"))
+    last, before = loaded.stages[-1], model.stages[-1]
+    columns = ("rawPrediction", "probability", "prediction")
+    assert loaded.transform(people).select(*columns).collect() == scored.select(*columns).collect()
+    assert auc(scored) == pytest.approx(exact_auc(scored), abs=1e-12)
+    assert (last.uid, last.numClasses, last.numFeatures) == (before.uid, 2, 2)
+    assert last.uid == pipeline.getStages()[-1].uid
+    loaded.write().overwrite().save(str(tmp_path / "model"))
+    assert PipelineModel.load(str(tmp_path / "model")).stages[-1].transform is not None
+    pipeline.write().overwrite().save(str(tmp_path / "pipeline"))
+    again = Pipeline.load(str(tmp_path / "pipeline")).getStages()[-1]
+    assert (again.getOrDefault("module"), again.getOrDefault("batchSize")) == ("predicted_modules:mlp", 100)
+
+
+def test_a_model_runs_no_code_that_is_not_trusted(points, tmp_path):
+    model = TorchClassifier(module="predicted_modules:mlp", **BRIEF).fit(points)
+    model.save(str(tmp_path / "model"))
+    with pytest.raises(DataError, match="predicted_modules is not trusted"):
+        TorchClassificationModel.load(str(tmp_path / "model"))
+    loaded = TorchClassificationModel.load(str(tmp_path / "model"), trust=["predicted_modules"])
+    assert all(map(torch.equal, loaded.module.parameters(), model.module.parameters()))
+    given = TorchClassificationModel.load(str(tmp_path / "model"), module=mlp(2, 2))
+    assert all(map(torch.equal, given.module.parameters(), model.module.parameters()))
+
+
+def test_fit_changes_no_module_and_starts_from_its_weights(points):
+    module = nn.Linear(2, 2)
+    before = [p.detach().clone() for p in module.parameters()]
+    still = TorchClassifier(
+        module=module, **BRIEF | {"learningRate": 0.0}, config={"optimizer": {"weight_decay": 0.0}}
+    )
+    model = still.fit(points)
+    moved = TorchClassifier(module=module, **BRIEF).fit(points)
+    assert all(map(torch.equal, module.parameters(), before))
+    assert all(map(torch.equal, model.module.parameters(), before))
+    assert not torch.equal(moved.module.weight, before[0])
+    assert not model.module.training
+    again = TorchClassifier(module=module, **BRIEF).fit(points)
+    assert all(map(torch.equal, again.module.parameters(), moved.module.parameters()))
+
+
+def test_a_fit_is_the_training_of_the_same_configuration(points):
+    torch.manual_seed(1)
+    module = nn.Linear(2, 2)
+    model = TorchClassifier(module=module, **BRIEF, seed=3).fit(points)
+    config = {
+        "data": {"features": "features", "label": "label"},
+        "optimizer": {"name": "AdamW", "lr": 0.01},
+        "train": {"epochs": 1, "rows_per_step": 100, "num_shards": 2, "seed": 3},
+    }
+    training = sparksgd.train(config, points, module=module)
+    assert all(map(torch.equal, model.module.parameters(), training.module.parameters()))
+
+
+def test_columns_are_of_the_types_and_names_that_are_asked_for(points, trained):
+    scored = trained.transform(points)
+    types = {name: scored.schema[name].dataType.typeName() for name in scored.columns}
+    assert types["rawPrediction"] == types["probability"] == types["features"] != "array"
+    assert types["prediction"] == "double"
+    other = trained.copy()._set(outputFormat="array", probabilityCol="", predictionCol="class")
+    assert other.transform(points).columns == ["features", "label", "rawPrediction", "class"]
+    assert other.transform(points).schema["rawPrediction"].dataType.simpleString() == "array<float>"
+    renamed = points.withColumnRenamed("features", "inputs")
+    assert trained.copy().setFeaturesCol("inputs").transform(renamed).count() == 400
+
+
+def test_one_row_is_predicted_as_transform_predicts_it(points, trained):
+    row = trained.transform(points).first()
+    assert trained.predict(row.features) == row.prediction
+    for found, expected in (
+        (trained.predictProbability(row.features), row.probability),
+        (trained.predictRaw(row.features), row.rawPrediction),
+    ):
+        assert found.toArray() == pytest.approx(expected.toArray(), rel=1e-6)
+
+
+def with_thresholds(model, *thresholds):
+    return model.copy().setThresholds(list(thresholds))
+
+
+def test_thresholds_move_the_prediction_as_spark_says(points, trained):
+    scored = with_thresholds(trained, 0.2, 0.8).transform(points).collect()
+    expected = [float(np.argmax(row.probability.toArray() / [0.2, 0.8])) for row in scored]
+    assert [row.prediction for row in scored] == expected
+    always = with_thresholds(trained, 1.0, 0.0).transform(points)
+    assert always.where("prediction = 1").count() == 400
+    with (
+        pytest.raises(ModelError, match="there are 3 thresholds, but the module has 2 classes"),
+        spark_job(points.sparkSession.sparkContext, "predicting"),
+    ):
+        with_thresholds(trained, 0.1, 0.2, 0.3).transform(points).collect()
+
+
+def test_bad_rows_are_refused_left_out_or_kept(points, trained):
+    nulls = points.withColumn("features", F.when(F.col("label") == 1, F.col("features")))
+    good = points.where("label = 1").count()
+    assert trained.copy()._set(handleInvalid="skip").transform(nulls).count() == good
+    kept = trained.copy()._set(handleInvalid="keep").transform(nulls)
+    assert (kept.count(), kept.where("prediction is null").count()) == (400, 400 - good)
+    with (
+        pytest.raises(BadRows, match='set handleInvalid to "skip" or "keep"'),
+        spark_job(points.sparkSession.sparkContext, "predicting"),
+    ):
+        trained.transform(nulls).collect()
+    skipping = TorchClassifier(module=nn.Linear(2, 2), handleInvalid="skip", **BRIEF).fit(
+        nulls.union(points.where("label = 0"))
+    )
+    assert skipping.numClasses == 2
+
+
+def test_one_logit_is_a_classifier_of_two_classes(points, tmp_path):
+    classifier = TorchClassifier(module=nn.Linear(2, 1), loss="binary_cross_entropy", **BRIEF)
+    model = classifier.fit(points)
+    scored = model.transform(points)
+    assert auc(scored) == pytest.approx(exact_auc(scored), abs=1e-12)
+    assert model.numClasses == 2
+    model.save(str(tmp_path / "model"))
+    loaded = TorchClassificationModel.load(str(tmp_path / "model"))
+    assert auc(loaded.transform(points)) == auc(scored)
+
+
+def test_a_regressor_gives_doubles(points, tmp_path):
+    target = points.withColumn("label", F.col("label") * 2 + 1)
+    model = TorchRegressor(module=nn.Linear(2, 1), **BRIEF | {"maxEpochs": 3, "learningRate": 0.1}).fit(
+        target
+    )
+    scored = model.transform(target)
+    assert scored.schema["prediction"].dataType.simpleString() == "double"
+    assert RegressionEvaluator(metricName="r2").evaluate(scored) > 0.3
+    model.save(str(tmp_path / "model"))
+    loaded = TorchRegressionModel.load(str(tmp_path / "model"))
+    assert loaded.transform(target).select("prediction").collect() == scored.select("prediction").collect()
+    assert loaded.predict(target.first().features) == pytest.approx(scored.first().prediction)
+
+
+def test_several_columns_are_arguments_of_forward(people):
+    class Sum(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.last = nn.Linear(2, 1)
+
+        def forward(self, a, b):
+            return self.last(torch.stack([a, b], 1))
+
+    target = people.withColumn("label", F.col("a") - F.col("b"))
+    model = TorchRegressor(module=Sum(), featuresCols=["a", "b"], **BRIEF).fit(target)
+    assert model.transform(target).where("prediction is not null").count() == 400
+    assert model.numFeatures == 2
+
+
+def test_the_model_of_a_job_is_a_model_and_the_other_way_round(points, trained, tmp_path):
+    trained.save(str(tmp_path / "model"))
+    plain = sparksgd.load_model(tmp_path / "model" / "model")
+    assert torch.equal(plain.module.weight, trained.module.weight)
+    model = TorchClassificationModel.load(str(tmp_path / "model" / "model"))
+    assert model.transform(points).count() == 400
+    assert (model.getFeaturesCol(), model.getLabelCol()) == ("features", "label")
+
+
+def test_cross_validation_fits_and_takes_the_best(points):
+    classifier = TorchClassifier(module=mlp, **BRIEF)
+    grid = ParamGridBuilder().addGrid(classifier.learningRate, [0.0, 0.05]).build()
+    validator = CrossValidator(
+        estimator=classifier,
+        estimatorParamMaps=grid,
+        evaluator=BinaryClassificationEvaluator(numBins=0),
+        numFolds=2,
+        parallelism=2,
+        seed=1,
+    )
+    found = validator.fit(points)
+    assert found.avgMetrics[1] > found.avgMetrics[0]
+    assert found.bestModel.transform(points).count() == 400
+
+
+def test_what_another_class_saved_is_refused(points, trained, tmp_path):
+    trained.save(str(tmp_path / "model"))
+    with pytest.raises(DataError, match=r"holds a 'sparksgd\.ml\.models\.TorchClass\w+', not a "):
+        TorchRegressionModel.load(str(tmp_path / "model"))
+    weights = next((tmp_path / "model" / "model").glob("weights*"))
+    weights.write_bytes(weights.read_bytes()[:-1] + b"x")
+    with pytest.raises(DataError, match=r"weights\.pt"):
+        TorchClassificationModel.load(str(tmp_path / "model"))
+
+
+@pytest.mark.parametrize(
+    ("params", "says"),
+    [
+        ({"module": 3}, "module is 3, but must be a torch.nn.Module, a function or class that makes one"),
+        ({}, "TorchClassifier has no module: pass module="),
+        ({"module": "predicted_modules:mpl"}, r"has no 'mpl' \(did you mean mlp\?\)"),
+        ({"module": nn.Linear(2, 1)}, "cross_entropy takes a logit for each class"),
+        ({"module": nn.Linear(2, 2), "loss": "squared_error"}, "trains with cross_entropy or binary_cross"),
+        ({"module": nn.Linear(2, 2), "config": {"train": {"epochs": 3}}}, "maxEpochs is 1, but config sets"),
+        ({"module": nn.Linear(2, 2), "config": {"data": {"label": "y"}}}, "leave it out of config"),
+        ({"module": nn.Linear(2, 2), "config": {"trian": {}}}, r"unknown section \[trian\]"),
+        (
+            {"module": nn.Linear(2, 2), "config": {"model": {"hidden": 3}}},
+            "nothing takes the arguments",
+        ),
+        ({"module": nn.Linear(2, 2), "handleInvalid": "ignore"}, "handleInvalid is 'ignore', but must be"),
+        ({"module": nn.Linear(2, 2), "featuresCol": "features", "featuresCols": ["a"]}, "set one of them"),
+    ],
+)
+def test_what_cannot_be_fitted_is_refused_by_name(points, params, says):
+    with pytest.raises((ConfigError, ModelError), match=says):
+        TorchClassifier(**BRIEF | params).fit(points)
+
+
+def test_an_estimator_of_an_object_cannot_be_saved(tmp_path):
+    with pytest.raises(ConfigError, match="the Estimator cannot be saved, because its module is an object"):
+        TorchClassifier(module=nn.Linear(2, 2)).save(str(tmp_path / "estimator"))
+
+
+def test_arguments_of_a_factory_are_in_config_and_sizes_are_filled_in(points, tmp_path):
+    config = {"model": {"hidden": 3}}
+    model = TorchClassifier(module=mlp, config=config, **BRIEF).fit(points)
+    assert [tuple(p.shape) for p in model.module.parameters()] == [(3, 2), (3,), (2, 3), (2,)]
+    lambdas = TorchClassifier(module=lambda num_features: nn.Linear(num_features, 2), **BRIEF).fit(points)
+    lambdas.save(str(tmp_path / "model"))
+    about = json.loads((tmp_path / "model" / "model" / "model.json").read_text())
+    assert (about["model"]["name"], about["parts"][""]["class"]) == (None, "Linear")
+    assert TorchClassificationModel.load(str(tmp_path / "model")).transform(points).count() == 400
