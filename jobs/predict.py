@@ -17,7 +17,8 @@ from typing import get_args
 
 from sparksgd.cli.command_line import add_trust, exit_status, parser_of
 from sparksgd.cli.logs import LogFormat, log_to, new_run_id, open_console
-from sparksgd.cli.predictions import IfExists, Predictions, run_prediction
+from sparksgd.cli.predictions import run_prediction
+from sparksgd.spark.predicted_tables import IfExists, Predictions
 from sparksgd.spark.prediction import BAD_ROWS
 from sparksgd.training.interrupts import end_in_order
 

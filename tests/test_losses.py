@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from sparksgd.errors import ConfigError
-from sparksgd.losses import LOSSES, loss_named
+from sparksgd.models.losses import LOSSES, loss_named
 
 close = pytest.approx
 

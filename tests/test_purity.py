@@ -40,7 +40,7 @@ RING_0 = [
 SPARK = [
     name
     for name in MODULES
-    if name.startswith("sparksgd.spark.") and not name.startswith("sparksgd.spark.tasks")
+    if name.startswith(("sparksgd.spark.", "sparksgd.ml")) and not name.startswith("sparksgd.spark.tasks")
 ]
 PURE = [name for name in MODULES if name not in SPARK]
 

@@ -14,7 +14,7 @@ PACKAGE = Path(sparksgd.__file__).parent
 ROOT = Path(__file__).parents[1]
 
 ROOMS = (
-    "errors", "models", "arithmetic", "imports", "storage", "config", "losses", "data", "solvers", "engines",
+    "errors", "arithmetic", "imports", "storage", "config", "models", "data", "solvers", "engines",
     "peers", "training", "runs", "spark.tasks", "spark.cluster", "spark.engines", "spark", "ml", "cli", "",
 )  # fmt: skip
 """In the order of imports: each imports only from itself and from those before it; the front door is last."""

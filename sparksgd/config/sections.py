@@ -110,7 +110,8 @@ class LossConfig:
     """The loss: one value for each row."""
 
     name: str = _experiment("cross_entropy")
-    """A loss of sparksgd.losses, or your own as package.module:function, (output, label) -> Tensor[B]."""
+    """A loss of sparksgd.models.losses, or your own as package.module:function, (output, label) ->
+    Tensor[B]."""
 
 
 @dataclass(frozen=True, kw_only=True)

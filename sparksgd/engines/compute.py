@@ -49,7 +49,7 @@ from sparksgd.errors import (
     UpdateNotFinite,
 )
 from sparksgd.imports import out_of_memory_told
-from sparksgd.losses import Loss
+from sparksgd.models.losses import Loss
 from sparksgd.solvers.protocol import Answer, Gradient, Halves, Message, Vector, WorkerHalf
 
 __all__ = ["Computer", "Plan"]

@@ -19,7 +19,7 @@ from sparksgd.arithmetic.settings import without_autocast
 from sparksgd.data.schema import RowSchema
 from sparksgd.errors import ModelError
 from sparksgd.imports.torch_code import users_torch_code
-from sparksgd.losses import Loss
+from sparksgd.models.losses import Loss
 
 __all__ = [
     "EVALUATION_ROWS",

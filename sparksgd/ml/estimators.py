@@ -124,15 +124,8 @@ class TorchClassifier(_TorchEstimator, ProbabilisticClassifier):
 
     Example:
 
-    >>> from pyspark.sql import SparkSession
-    >>> from torch import nn
-    >>> spark = SparkSession.builder.master("local[2]").getOrCreate()
-    >>> rows = spark.createDataFrame([([i / 9, j / 9], float(i > j)) for i in range(10) for j in range(10)],
-    ...                              "features array<double>, label double")
-    >>> classifier = TorchClassifier(module=nn.Linear(2, 2), learningRate=0.1, batchSize=20, numShards=4)
-    >>> model = classifier.fit(rows)
-    >>> model.transform(rows).where("prediction = label").count() > 90
-    True
+        classifier = TorchClassifier(module=nn.Sequential(nn.Linear(2, 16), nn.ReLU(), nn.Linear(16, 2)))
+        scored = classifier.fit(train).transform(test)
     """
 
     _losses = ("cross_entropy", "binary_cross_entropy")

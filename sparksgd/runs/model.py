@@ -28,8 +28,8 @@ from sparksgd.errors import ConfigError, DataError, ModelError, SparkSGDError, T
 from sparksgd.imports import out_of_memory_told
 from sparksgd.imports.sources import code_digest
 from sparksgd.imports.trust import Trust, trusted
-from sparksgd.losses import LOSSES, Loss, loss_named
 from sparksgd.models import MODELS
+from sparksgd.models.losses import LOSSES, Loss, loss_named
 from sparksgd.runs.checked_files import FileEntry, read_checked, read_unlisted, write_checked
 from sparksgd.runs.manifest import FORMAT, Manifest, describe, read_manifest, write_manifest
 from sparksgd.runs.names import MANIFEST, WEIGHTS

@@ -29,7 +29,7 @@ from sparksgd.arithmetic.copies import pickled
 from sparksgd.config import TrainConfig
 from sparksgd.engines.forward import EVALUATION_ROWS
 from sparksgd.errors import ConfigError
-from sparksgd.losses import binary_cross_entropy, cross_entropy, squared_error
+from sparksgd.models.losses import binary_cross_entropy, cross_entropy, squared_error
 from sparksgd.runs.model import SavedModel
 from sparksgd.spark.frame_rows import array_of_vector, arrow_type, quoted, read_parquet, refuse_namesakes
 from sparksgd.spark.given_rows import described_value, frame_or_path

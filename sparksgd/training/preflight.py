@@ -31,7 +31,7 @@ from sparksgd.engines.kinds import EngineKind, candidates, refuse_uncarried
 from sparksgd.engines.memory import RunSizes, require_for_trial
 from sparksgd.engines.trial.trial import Found, Use, try_out
 from sparksgd.errors import ConfigError, DataError, ModelError, UserCodeError
-from sparksgd.losses import CLASSIFIERS, Loss, binary_cross_entropy, loss_named
+from sparksgd.models.losses import CLASSIFIERS, Loss, binary_cross_entropy, loss_named
 from sparksgd.solvers.protocol import Need, RoundSolver
 from sparksgd.solvers.rules import Experiment, described, make_solver, needs_of, settings_of
 from sparksgd.solvers.schedules import own_schedule

@@ -22,7 +22,7 @@ from sparksgd.engines.compute import Plan
 from sparksgd.engines.forward import evaluated_parts
 from sparksgd.engines.inline import InlineEngine
 from sparksgd.errors import ModelError
-from sparksgd.losses import squared_error
+from sparksgd.models.losses import squared_error
 from sparksgd.solvers.protocol import Halves
 from sparksgd.solvers.rules import Experiment
 from sparksgd.solvers.synchronous import SendGradients, SynchronousSettings, SynchronousSolver

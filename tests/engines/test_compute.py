@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from sparksgd.arithmetic.seeds import seed32
 from sparksgd.engines.replies import Evaluation
 from sparksgd.errors import NotFinite, UserCodeError
-from sparksgd.losses import cross_entropy
+from sparksgd.models.losses import cross_entropy
 
 # Gradients
 

@@ -28,8 +28,8 @@ from sparksgd.data.schema import Feature, RowSchema
 from sparksgd.data.shard import Descriptor, ShardWriter, read_records
 from sparksgd.engines.compute import Plan
 from sparksgd.engines.inline import InlineEngine
-from sparksgd.losses import cross_entropy
 from sparksgd.models import LeNet
+from sparksgd.models.losses import cross_entropy
 from sparksgd.solvers.protocol import Halves
 from sparksgd.solvers.rules import Experiment
 from sparksgd.solvers.synchronous import SendGradients, SynchronousSettings, SynchronousSolver

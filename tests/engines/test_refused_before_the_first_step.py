@@ -12,7 +12,7 @@ from shard_jobs import ROWS, Job, noisy_job, picky, slope
 from torch import nn
 
 from sparksgd.errors import ModelError, UserCodeError
-from sparksgd.losses import squared_error
+from sparksgd.models.losses import squared_error
 
 
 class Summing(nn.Module):

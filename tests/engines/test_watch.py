@@ -16,7 +16,7 @@ from two_workers import train_here
 from sparksgd.engines.trial.ownership import Owned, left_alone, refuse_shared_memory
 from sparksgd.engines.watch import Watch
 from sparksgd.errors import ModelError, SparkSGDError
-from sparksgd.losses import squared_error
+from sparksgd.models.losses import squared_error
 
 # Long tables, and tensors without bytes
 

@@ -12,7 +12,7 @@ from torch import nn
 from sparksgd.data.schema import Feature, RowSchema
 from sparksgd.engines.trial.trial import Found, Use, try_out
 from sparksgd.errors import SparkSGDError
-from sparksgd.losses import squared_error
+from sparksgd.models.losses import squared_error
 from sparksgd.solvers.without_compiler import without_compiler
 
 without_compiler()

@@ -19,7 +19,7 @@ from sparksgd.data.shard import Descriptor, ShardWriter, read_records
 from sparksgd.engines.compute import Computer, Plan
 from sparksgd.engines.replies import Evaluation, Reply
 from sparksgd.engines.trial.trial import Use, try_out
-from sparksgd.losses import cross_entropy, squared_error
+from sparksgd.models.losses import cross_entropy, squared_error
 from sparksgd.solvers.protocol import Answer, Halves, Message
 from sparksgd.solvers.synchronous import SendGradients
 from sparksgd.solvers.without_compiler import without_compiler

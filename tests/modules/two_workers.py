@@ -19,7 +19,7 @@ from sparksgd.config import Config
 from sparksgd.data.local_files import ParquetRows
 from sparksgd.engines.compute import Computer
 from sparksgd.engines.inline import InlineEngine
-from sparksgd.losses import squared_error
+from sparksgd.models.losses import squared_error
 from sparksgd.training.loop import train
 from sparksgd.training.state import Observer, Training
 

@@ -15,7 +15,7 @@ from torch import nn
 import sparksgd
 from sparksgd.data.schema import Feature, RowSchema
 from sparksgd.errors import BadRows, ConfigError, DataError, ModelError, UserCodeError
-from sparksgd.losses import binary_cross_entropy, cross_entropy, squared_error
+from sparksgd.models.losses import binary_cross_entropy, cross_entropy, squared_error
 from sparksgd.runs.model import SavedModel
 from sparksgd.spark.cluster.jobs import spark_job
 

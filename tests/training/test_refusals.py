@@ -16,8 +16,8 @@ from sparksgd.config import Config
 from sparksgd.data.local_files import ParquetRows
 from sparksgd.engines.inline import InlineEngine
 from sparksgd.errors import BadRows, ConfigError, DataError, ModelError, SparkSGDError, UserCodeError
-from sparksgd.losses import cross_entropy
 from sparksgd.models import LeNet
+from sparksgd.models.losses import cross_entropy
 from sparksgd.training.loop import train
 from sparksgd.training.state import Observer, Training
 

@@ -16,7 +16,7 @@ from sparksgd.engines.modes import overrides_modes
 from sparksgd.engines.watch import Watch
 from sparksgd.errors import ModelError
 from sparksgd.imports.torch_code import users_torch_code
-from sparksgd.losses import Loss
+from sparksgd.models.losses import Loss
 
 __all__ = ["changed_names", "refuse_lasting_modes", "values_of"]
 

@@ -15,7 +15,7 @@ from sparksgd.engines.trial.measured import Measured, gradient_of, measured
 from sparksgd.engines.trial.operations import Operations
 from sparksgd.engines.trial.probe import TRIED_ROWS, Probe, without_batch_statistics
 from sparksgd.errors import ModelError, UserCodeError
-from sparksgd.losses import Loss
+from sparksgd.models.losses import Loss
 
 __all__ = ["channels_last_differs", "refuse_other_memory"]
 

@@ -20,7 +20,7 @@ from sparksgd.engines.trial.ownership import Owned
 from sparksgd.engines.trial.use import Use
 from sparksgd.engines.watch import Watch
 from sparksgd.errors import ModelError, UserCodeError
-from sparksgd.losses import Loss
+from sparksgd.models.losses import Loss
 
 __all__ = ["Piece"]
 

@@ -31,7 +31,7 @@ from sparksgd.engines.trial.measured import Measured, distance, excess, measured
 from sparksgd.engines.trial.operations import Operations
 from sparksgd.engines.trial.rows import FIRST_ROWS
 from sparksgd.errors import ModelError, UserCodeError
-from sparksgd.losses import Loss
+from sparksgd.models.losses import Loss
 
 __all__ = ["MANY_ROWS", "TRIED_ROWS", "Probe", "without_batch_statistics"]
 

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 from sparksgd.data.schema import RowSchema
 from sparksgd.errors import ModelError
 from sparksgd.imports.torch_code import users_torch_code
-from sparksgd.losses import Loss
+from sparksgd.models.losses import Loss
 
 __all__ = ["refuse_at_sight", "refuse_contexts", "refuse_inference_tensors"]
 

@@ -39,7 +39,7 @@ from sparksgd.engines.trial.rows import crossed
 from sparksgd.engines.trial.unread import is_only_counted
 from sparksgd.engines.watch import Watch
 from sparksgd.errors import ModelError, UserCodeError
-from sparksgd.losses import Loss
+from sparksgd.models.losses import Loss
 
 __all__ = ["harmless_state"]
 

@@ -58,7 +58,7 @@ from sparksgd.engines.trial.sight import refuse_at_sight, refuse_contexts, refus
 from sparksgd.engines.trial.state_trial import harmless_state
 from sparksgd.engines.trial.use import Found, Use
 from sparksgd.errors import ModelError, UserCodeError
-from sparksgd.losses import Loss
+from sparksgd.models.losses import Loss
 from sparksgd.solvers.schedules import make_schedule, own_schedule
 from sparksgd.solvers.torch_optimizers import make_optimizer, own_optimizer, treats_sparse_alike
 

@@ -9,7 +9,7 @@ import torch
 from sparksgd.config import OptimizerConfig, ScheduleConfig
 from sparksgd.data.schema import RowSchema
 from sparksgd.engines.trial.probe import TRIED_ROWS
-from sparksgd.losses import Loss
+from sparksgd.models.losses import Loss
 
 __all__ = ["Found", "Use"]
 

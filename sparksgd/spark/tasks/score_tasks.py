@@ -26,7 +26,7 @@ from sparksgd.data.schema import RowSchema
 from sparksgd.engines.forward import evaluated_parts, forward, predictions
 from sparksgd.engines.freed_memory import freed_memory_kept_in_block
 from sparksgd.errors import SparkSGDError
-from sparksgd.losses import Loss
+from sparksgd.models.losses import Loss
 from sparksgd.spark.tasks.row_tasks import rows_of
 from sparksgd.spark.tasks.worker_exit import leave_quietly
 

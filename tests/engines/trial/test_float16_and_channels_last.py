@@ -10,7 +10,7 @@ from small_nets import IMAGES, Half, Residual
 from torch import nn
 from torch.nn import functional as F
 
-from sparksgd.losses import cross_entropy
+from sparksgd.models.losses import cross_entropy
 from tests.engines.trials import tried
 
 

@@ -10,7 +10,7 @@ from small_nets import WORDS, Half, Sequences, With, Words
 from torch import nn
 from torch.nn import functional as F
 
-from sparksgd.losses import squared_error
+from sparksgd.models.losses import squared_error
 from tests.engines.trials import Around, refused, rows, tried
 
 # Kinds of mixing

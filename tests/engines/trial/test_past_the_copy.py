@@ -13,7 +13,7 @@ from small_nets import Scaled
 from torch import nn
 
 from sparksgd.arithmetic.copies import copied, pickled
-from sparksgd.losses import squared_error
+from sparksgd.models.losses import squared_error
 from tests.engines.trials import Around, refused, tried
 
 PAST = "of the module that was copied, not of the copy"

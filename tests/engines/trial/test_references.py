@@ -13,7 +13,7 @@ from small_nets import Scaled
 from torch import nn
 from two_workers import by_plain_torch, train_here
 
-from sparksgd.losses import squared_error
+from sparksgd.models.losses import squared_error
 
 # Of the module
 

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from sparksgd.engines.trial.operations import Operations
-from sparksgd.losses import cross_entropy
+from sparksgd.models.losses import cross_entropy
 from tests.engines.trials import Around, rows, tried
 
 

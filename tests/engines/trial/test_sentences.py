@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from sparksgd.losses import squared_error
+from sparksgd.models.losses import squared_error
 from tests.engines.trials import Around, refused, rows, tried
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from sparksgd.arithmetic.flat import FlatModule
-from sparksgd.losses import squared_error
+from sparksgd.models.losses import squared_error
 from tests.engines.trials import Around, refused, tried
 
 

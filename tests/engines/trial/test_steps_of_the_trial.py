@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from sparksgd.config import OptimizerConfig, ScheduleConfig
-from sparksgd.losses import cross_entropy
+from sparksgd.models.losses import cross_entropy
 from tests.engines.trials import Around, refused, rows, tried
 
 # What changes

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from sparksgd.arithmetic.flat import FlatModule
-from sparksgd.losses import cross_entropy
+from sparksgd.models.losses import cross_entropy
 from tests.engines.trials import Around, refused, rows, tried
 
 # Gradients
