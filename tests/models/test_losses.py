@@ -7,8 +7,8 @@ from math import exp, log
 import pytest
 import torch
 
-from sparksgd.errors import ConfigError
-from sparksgd.models.losses import LOSSES, loss_named
+from sparksgd.errors import ConfigError, ModelError
+from sparksgd.models.losses import LOSSES, cross_entropy, loss_named
 
 close = pytest.approx
 
@@ -46,3 +46,9 @@ def test_a_loss_of_the_user_s_goes_by_import_path() -> None:
 def test_an_unknown_loss_is_refused_with_the_nearest_one() -> None:
     with pytest.raises(ConfigError, match=r"loss.name is 'crossentropy'.*did you mean cross_entropy\?"):
         loss_named("crossentropy")
+
+
+@pytest.mark.parametrize("shape", [(3,), (3, 1)])
+def test_cross_entropy_refuses_one_number_for_each_row(shape):
+    with pytest.raises(ModelError, match=r"takes a logit for each class: .* or use binary_cross_entropy"):
+        cross_entropy(torch.zeros(shape), torch.zeros(3, dtype=torch.long))
