@@ -61,6 +61,7 @@ __all__ = [
     "arrow_type",
     "disk_bytes",
     "first_rows",
+    "namesakes",
     "quoted",
     "read_parquet",
     "refuse_namesakes",
@@ -125,7 +126,7 @@ def without_vectors(frame: DataFrame) -> DataFrame:
     vectors = [
         field.name
         for field in frame.schema.fields
-        if isinstance(field.dataType, VectorUDT) and len(_namesakes(frame, field.name)) == 1
+        if isinstance(field.dataType, VectorUDT) and len(namesakes(frame, field.name)) == 1
     ]
     return frame.withColumns({name: array_of_vector(F.col(quoted(name))) for name in vectors})
 
@@ -163,7 +164,7 @@ def first_rows(frame: DataFrame, columns: list[str], count: int) -> tuple[pa.Sch
 def refuse_namesakes(frame: DataFrame, columns: Iterable[str]) -> None:
     """Refuse a frame that has several columns of one of these names."""
     for name in columns:
-        if len(found := _namesakes(frame, name)) > 1:
+        if len(found := namesakes(frame, name)) > 1:
             raise DataError(
                 f"the data has {len(found)} columns of the name {name!r}: "
                 f"{', '.join(map(repr, found))}. Spark tells upper from lower case only if "
@@ -212,7 +213,7 @@ def _plain_parquet(frame: DataFrame) -> list[str]:
     return paths
 
 
-def _namesakes(frame: DataFrame, name: str) -> list[str]:
+def namesakes(frame: DataFrame, name: str) -> list[str]:
     """Return the columns that Spark takes for one of this name."""
     if str(frame.sparkSession.conf.get("spark.sql.caseSensitive")).lower() == "true":
         return [column for column in frame.columns if column == name]

@@ -7,6 +7,7 @@ Only the features enter Python.  Nothing is computed before the frame is read.
 
 from __future__ import annotations
 
+import hashlib
 import uuid
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -31,7 +32,14 @@ from sparksgd.engines.forward import EVALUATION_ROWS
 from sparksgd.errors import ConfigError
 from sparksgd.models.losses import binary_cross_entropy, cross_entropy, squared_error
 from sparksgd.runs.model import SavedModel
-from sparksgd.spark.frame_rows import array_of_vector, arrow_type, quoted, read_parquet, refuse_namesakes
+from sparksgd.spark.frame_rows import (
+    array_of_vector,
+    arrow_type,
+    namesakes,
+    quoted,
+    read_parquet,
+    refuse_namesakes,
+)
 from sparksgd.spark.given_rows import described_value, frame_or_path
 from sparksgd.spark.session import start_session
 from sparksgd.spark.tasks import predict_tasks
@@ -178,14 +186,12 @@ def with_predictions(
 
 def _refuse_taken(frame: DataFrame, names: Mapping[str, str]) -> None:
     """Refuse a new column that the frame has, or that stands twice."""
-    for number, name in enumerate(names.values()):
+    for what, name in names.items():
         if not isinstance(name, str):
             raise ConfigError(f"a column is named {name!r}, but must be named by a text")
-        if name in frame.columns:
-            raise ConfigError(
-                f"the data has a column {name!r}: give the predictions another name, or drop it"
-            )
-        if name in list(names.values())[:number]:
+        if taken := namesakes(frame, name):
+            raise ConfigError(f"the data has a column {taken[0]!r}: name the new one otherwise, or drop it")
+        if name.lower() in [other.lower() for key, other in names.items() if key < what]:
             raise ConfigError(f"two new columns are named {name!r}: give each a name of its own")
 
 
@@ -256,8 +262,8 @@ def _udf(session: SparkSession, plan: PredictionPlan, *, is_filtered: bool) -> A
         is_filtered: whether rows are kept by its result: Spark would compute it twice, if it knew that twice
             gives the same.
     """
-    shipped = session.sparkContext.broadcast(pickled(plan, {"": plan.module}, cloudpickle.Pickler))
-    plan_id = uuid.uuid4().hex
+    data = pickled(plan, {"": plan.module}, cloudpickle.Pickler)
+    shipped, plan_id = session.sparkContext.broadcast(data), hashlib.sha256(data).hexdigest()
 
     def predicted(frames: Iterator[pd.DataFrame]) -> Iterator[pd.DataFrame]:
         return predict_tasks.predict(shipped, plan_id, frames)

@@ -210,6 +210,8 @@ def test_what_cannot_be_predicted_is_refused_at_once(rows):
         sparksgd.predict(rows.withColumn("x", F.lit(3)), model)
     with pytest.raises(ConfigError, match="the data has a column 'prediction'"):
         sparksgd.predict(rows.withColumn("prediction", F.lit(3)), model)
+    with pytest.raises(ConfigError, match="the data has a column 'Probability'"):  # Spark would replace it
+        sparksgd.predict(rows.withColumn("Probability", F.lit(3)), model)
     with pytest.raises(ConfigError, match="two new columns are named 'p'"):
         sparksgd.predict(rows, model, prediction="p", probability="p")
     with pytest.raises(ConfigError, match="on_bad_row is 'ignore', but must be one of error, skip, keep"):
