@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from typing import get_args
 
-from sparksgd.cli.command_line import add_trust, exit_status, parser_of
+from sparksgd.cli.command_line import add_loading, exit_status, parser_of
 from sparksgd.cli.logs import LogFormat, log_to, new_run_id, open_console
 from sparksgd.cli.run import run_evaluation
 from sparksgd.training.interrupts import end_in_order
@@ -35,7 +35,7 @@ def parser() -> argparse.ArgumentParser:
         default="text",
         help="format of the log lines, on standard error",
     )
-    add_trust(result)
+    add_loading(result)
     return result
 
 

@@ -2,8 +2,8 @@
 
     spark-submit jobs/predict.py --model runs/mnist-lenet/model --data data/mnist/test.parquet --out predicted
 
-A classifier gives the columns prediction (the class, a double) and probability (an array of floats); a
-regression gives prediction.
+A classifier gives the columns prediction (the class, a double) and probability (an array of floats). A
+regression gives prediction, a double; a model with a loss of your own, prediction as an array of floats.
 
 Exit status: 0 done, 2 refused (model or data), 3 the model failed, 4 the cluster failed, 130 interrupted.
 """
@@ -15,11 +15,11 @@ import sys
 from collections.abc import Sequence
 from typing import get_args
 
-from sparksgd.cli.command_line import add_trust, exit_status, parser_of
+from sparksgd.cli.command_line import add_loading, exit_status, parser_of
 from sparksgd.cli.logs import LogFormat, log_to, new_run_id, open_console
 from sparksgd.cli.predictions import run_prediction
-from sparksgd.spark.predicted_tables import IfExists, Predictions
-from sparksgd.spark.prediction import BAD_ROWS
+from sparksgd.spark.predicted_tables import PredictionJob, TableIfExists
+from sparksgd.spark.prediction import OnBadRow
 from sparksgd.training.interrupts import end_in_order
 
 
@@ -35,16 +35,18 @@ def parser() -> argparse.ArgumentParser:
     out.add_argument("--out", metavar="DIR", help="a folder for Parquet: path or URI")
     out.add_argument("--out-table", metavar="NAME", help="a table of Spark's catalogue instead")
     result.add_argument(
-        "--if-exists", choices=get_args(IfExists), default="fail", help="what to do if the output exists"
+        "--if-exists", choices=get_args(TableIfExists), default="fail", help="what to do if the output exists"
     )
     result.add_argument(
         "--columns", metavar="A,B", help="the columns of the data to write; by default all of them"
     )
     result.add_argument(
-        "--raw", action="store_true", help="also write rawPrediction, the logarithms of probabilities"
+        "--raw",
+        action="store_true",
+        help="also write rawPrediction: log-probabilities, or (-z, z) for one logit z",
     )
     result.add_argument(
-        "--on-bad-row", choices=BAD_ROWS, default="error",
+        "--on-bad-row", choices=get_args(OnBadRow), default="error",
         help="rows that are null, misshapen or not finite: an error, left out, or kept with null",
     )  # fmt: skip
     result.add_argument(
@@ -53,7 +55,7 @@ def parser() -> argparse.ArgumentParser:
         default="text",
         help="format of the log lines, on standard error",
     )
-    add_trust(result)
+    add_loading(result)
     return result
 
 
@@ -61,7 +63,7 @@ def main(argv: Sequence[str]) -> int:
     """Write the predictions; return the exit status."""
     args = parser().parse_args(argv)
     log_to(open_console(), new_run_id(), args.log_format)
-    asked = Predictions(
+    asked = PredictionJob(
         data=args.data or args.table,
         data_is_table=args.data is None,
         out=args.out or args.out_table,

@@ -15,7 +15,7 @@ from sparksgd.errors import SparkSGDError
 from sparksgd.spark.uris import lead_to_hadoop
 from sparksgd.training.interrupts import ended_by
 
-__all__ = ["add_trust", "exit_status", "parser_of"]
+__all__ = ["add_loading", "exit_status", "parser_of"]
 
 log = logging.getLogger("sparksgd")
 
@@ -27,8 +27,8 @@ def parser_of(docstring: str | None) -> argparse.ArgumentParser:
     )
 
 
-def add_trust(parser: argparse.ArgumentParser) -> None:
-    """Add the options of whom a loader of models trusts."""
+def add_loading(parser: argparse.ArgumentParser) -> None:
+    """Add the options of how a model is loaded: --trust and --strict."""
     parser.add_argument(
         "--trust", action="append", default=[], metavar="PACKAGE",
         help="run code of this package, if the model names it; repeatable",

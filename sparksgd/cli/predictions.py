@@ -10,13 +10,13 @@ from sparksgd.config import EngineConfig, TrainConfig
 from sparksgd.runs.model import load_model
 
 if TYPE_CHECKING:
-    from sparksgd.spark.predicted_tables import Predictions
+    from sparksgd.spark.predicted_tables import PredictionJob
 
 __all__ = ["run_prediction"]
 
 
 def run_prediction(
-    folder: str, asked: Predictions, trust: tuple[str, ...] = (), *, strict: bool = False
+    folder: str, asked: PredictionJob, trust: tuple[str, ...] = (), *, strict: bool = False
 ) -> None:
     """Write the rows of a table with the predictions of a saved model.
 

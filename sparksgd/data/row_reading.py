@@ -89,6 +89,7 @@ def read_features(batch: pa.RecordBatch, schema: RowSchema) -> FeatureRows:
     placed = _without(placed, report, schema, [feature.name for feature in schema.features])
     records, good = _features(placed, report, schema)
     positions = placed.column(position).to_numpy()[good]
+    report.rows = len(positions)
     return FeatureRows(records=records[good], positions=positions, report=report)
 
 

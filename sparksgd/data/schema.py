@@ -32,7 +32,7 @@ __all__ = [
     "Array",
     "Feature",
     "RowSchema",
-    "record_type",
+    "require_column",
 ]
 
 FEATURE_DTYPES = ("uint8", "int64", "float32")
@@ -114,13 +114,13 @@ class RowSchema:
             DataError: a column is missing, or of a type that cannot be trained on.
         """
         for column in [*features, label, *([id] if id else [])]:
-            _require_column(column, schema)
+            require_column(column, schema)
         if id is not None and pa.types.is_nested(schema.field(id).type):
             raise DataError(
                 f"data.id is {id!r}, which is {schema.field(id).type}, but must be one value per row, such "
                 f"as a number or a text: cast it, for example to_json({id})"
             )
-        kind = record_type(label, schema.field(label).type)
+        kind = _record_type(label, schema.field(label).type)
         if kind[1]:
             raise DataError(
                 f"label column {label!r} is {schema.field(label).type}, but must be a number per row"
@@ -129,7 +129,7 @@ class RowSchema:
             features=tuple(
                 Feature(name=name, dtype=dtype, length=len(first[name]) if is_list else None)
                 for name in features
-                for dtype, is_list in [record_type(name, schema.field(name).type)]
+                for dtype, is_list in [_record_type(name, schema.field(name).type)]
             ),
             label=label,
             label_dtype="int64" if whole_labels else kind[0],
@@ -161,8 +161,8 @@ class RowSchema:
     def check_features(self, columns: pa.Schema, where: str) -> None:
         """Refuse another table whose features are missing, or of other types; see `check_columns`."""
         for feature in self.features:
-            _require_column(feature.name, columns)
-            dtype, is_list = record_type(feature.name, columns.field(feature.name).type)
+            require_column(feature.name, columns)
+            dtype, is_list = _record_type(feature.name, columns.field(feature.name).type)
             if (dtype, is_list) != (feature.dtype, feature.length is not None):
                 raise DataError(
                     f"column {feature.name!r} is {dtype} in {where}, but {feature.dtype} in the training "
@@ -190,12 +190,13 @@ class RowSchema:
         return records[LABEL_FIELD]
 
 
-def _require_column(name: str, columns: pa.Schema) -> None:
+def require_column(name: str, columns: pa.Schema) -> None:
+    """Refuse a table without a column."""
     if name not in columns.names:
         raise DataError(f"the data has no column {name!r}{did_you_mean(name, columns.names)}")
 
 
-def record_type(name: str, kind: pa.DataType) -> tuple[str, bool]:
+def _record_type(name: str, kind: pa.DataType) -> tuple[str, bool]:
     """Return the type that a column has in a record, and whether a row has a list of values."""
     types = pa.types
     if types.is_binary(kind) or types.is_large_binary(kind) or types.is_fixed_size_binary(kind):
@@ -208,5 +209,5 @@ def record_type(name: str, kind: pa.DataType) -> tuple[str, bool]:
         return "int64", is_list
     raise DataError(
         f"column {name!r} is {kind}, but must be binary, a number, or a flat list of numbers: "
-        f"cast it, or name another in data.features and data.label"
+        f"cast it, or name another column"
     )

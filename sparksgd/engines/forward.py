@@ -38,7 +38,7 @@ TRIAL_ROWS = 1024
 """The most of one forward of the trial."""
 
 
-def evaluated_parts(rows: int, module: nn.Module) -> list[range]:
+def evaluated_parts(rows: int, module: nn.Module, most: int = EVALUATION_ROWS) -> list[range]:
     """Return which rows each forward of an evaluation takes; a batch-norm without statistics needs two.
 
     >>> evaluated_parts(1025, nn.BatchNorm1d(3))
@@ -46,8 +46,8 @@ def evaluated_parts(rows: int, module: nn.Module) -> list[range]:
     >>> evaluated_parts(1025, nn.BatchNorm1d(3, track_running_stats=False))
     [range(0, 512), range(512, 1025)]
     """
-    firsts = list(range(0, rows, EVALUATION_ROWS))
-    if rows % EVALUATION_ROWS == 1 and len(firsts) > 1 and mixes_rows_of_evaluations(module):
+    firsts = list(range(0, rows, most))
+    if rows % most == 1 and len(firsts) > 1 and mixes_rows_of_evaluations(module):
         firsts.pop()
     return [range(first, last) for first, last in pairwise([*firsts, rows])]
 

@@ -4,7 +4,7 @@ Such a file may come from anybody, and `os:system` is a name as good as `mymodel
 nothing but our own models and losses, and code of packages that its caller trusts:
 
     load_model(folder, trust=["mymodels"])      also read_replay
-    --trust mymodels                            of jobs/evaluate.py, and of jobs/train.py --replay
+    --trust mymodels                            of jobs/evaluate.py, jobs/predict.py, jobs/train.py --replay
     sparksgd.trust("mymodels")                  for all that this process loads
     SPARKSGD_TRUST=mymodels,others              in the environment
 
@@ -153,9 +153,9 @@ def _ways(key: str, module: str) -> str:
     """Return how a module is trusted, for errors."""
     package = module.partition(".")[0]
     ways = (
-        f"trust it: trust=[{package!r}] of load_model or read_replay, --trust {package} of jobs/evaluate.py "
-        f"or jobs/train.py --replay, sparksgd.trust({package!r}) in Python, or {_VARIABLE}={package} in the "
-        f"environment"
+        f"trust it: trust=[{package!r}] of load_model, read_replay or a Model's load, --trust {package} of "
+        f"jobs/evaluate.py, jobs/predict.py or jobs/train.py --replay, sparksgd.trust({package!r}) in "
+        f"Python, or {_VARIABLE}={package} in the environment"
     )
     return (
         f"{ways}; or build the module yourself, and pass it to load_model as module="

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sized
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
+import pyarrow as pa
 from pyspark.ml.classification import ProbabilisticClassifier
 from pyspark.ml.regression import Regressor
 from pyspark.ml.util import MLReadable, MLWritable
@@ -13,79 +15,86 @@ from pyspark.sql import DataFrame
 from pyspark.sql import functions as F
 
 from sparksgd.arithmetic.copies import copied
+from sparksgd.config import Config
 from sparksgd.config.tables import MOST
-from sparksgd.errors import ConfigError, DataError
-from sparksgd.imports import did_you_mean, shown
-from sparksgd.ml.factories import Asked
-from sparksgd.ml.models import TorchClassificationModel, TorchModel, TorchRegressionModel
-from sparksgd.ml.params import TrainingParams
+from sparksgd.data.schema import require_column
+from sparksgd.errors import BadRows, ConfigError, DataError
+from sparksgd.imports import shown
+from sparksgd.ml.models import TorchClassificationModel, TorchRegressionModel
+from sparksgd.ml.module_spec import ModuleSpec
+from sparksgd.ml.params import PREDICTION_DEFAULTS, TrainingParams
 from sparksgd.ml.saving import EstimatorReader, EstimatorWriter
-from sparksgd.runs.model import SavedModel, model_of
+from sparksgd.models.losses import CLASSIFIERS, LOSSES
+from sparksgd.runs.model import SavedModel, checked_model
 from sparksgd.spark.cluster.cluster import refuse_connect
-from sparksgd.spark.frame_rows import quoted
+from sparksgd.spark.cluster.jobs import spark_job
+from sparksgd.spark.frame_rows import first_rows, quoted, without_vectors
 from sparksgd.spark.library import train
+from sparksgd.training.preflight import typical_row
 
 __all__ = ["TorchClassifier", "TorchRegressor"]
 
-_DEFAULTS = {
-    "optimizer": "AdamW",
-    "learningRate": 1e-3,
-    "maxEpochs": 10,
-    "engine": "auto",
-    "batchSize": 128,
-    "seed": 0,
-    "handleInvalid": "error",
-    "outputFormat": "vector",
-    "predictBatchSize": 512,
-}
-"""Four differ from a configuration's (SGD, no rate, 1 epoch, tree): they suit most tables and modules, and
-the engine changes no bit."""
+_DEFAULTS = {"optimizer": "AdamW", "learningRate": 1e-3, "maxEpochs": 10, "engine": "auto"}
+"""What differs from a configuration's defaults: these suit most tables, and the engine changes no bit."""
+
+_FIRST_ROWS = 64
 
 
 class _TorchEstimator(TrainingParams, MLWritable, MLReadable[Any]):
     """What our Estimators share."""
 
-    _losses: tuple[str, ...] = ()
-    """The losses that it takes; empty: any."""
+    _loss: str
+    """The loss by default."""
+
+    _model: type[Any]
+    """The class of the Models that it makes."""
 
     def __init__(self, **params: Any) -> None:
         super().__init__()
-        self._setDefault(**_DEFAULTS, loss=self._loss_by_default())
+        config = Config()
+        self._setDefault(
+            **_DEFAULTS | PREDICTION_DEFAULTS,
+            loss=self._loss,
+            batchSize=config.train.rows_per_step,
+            seed=config.train.seed,
+        )
         self.setParams(**params)
 
-    def _loss_by_default(self) -> str:
-        raise NotImplementedError
-
-    def _model(self, saved: SavedModel) -> TorchModel:
+    def _refuse_loss(self, loss: str) -> None:
+        """Refuse a loss that is not of this kind of Estimator."""
         raise NotImplementedError
 
     def _fit(self, dataset: DataFrame) -> Any:
         """Train; `fit` is Spark ML's own, and calls this."""
         refuse_connect(dataset.sparkSession)
-        loss = self.getOrDefault("loss")
-        if self._losses and loss not in self._losses:
-            raise ConfigError(
-                f"loss is {shown(loss)}, but {type(self).__name__} trains with {' or '.join(self._losses)}"
-                f"{did_you_mean(loss, self._losses)}; any other loss can be trained by sparksgd.train"
-            )
+        self._refuse_loss(self.getOrDefault("loss"))
         if not self.isDefined("module"):
             raise ConfigError(f"{type(self).__name__} has no module: pass module=, what it trains")
-        asked = Asked(self.getOrDefault("module"))
+        spec = ModuleSpec.of(self.getOrDefault("module"))
         features, label = self._columns()
-        skips = self._checked_choice("handleInvalid", ("error", "skip", "keep")) == "skip"
-        self._checked_choice("outputFormat", ("vector", "array"))
-        tables: dict[str, Mapping[str, Any]] = {"data": {"features": features, "label": label}}
-        if skips:
-            tables["data"] = {**tables["data"], "on_bad_row": "skip", "max_bad_rows": MOST}
-        sizes = {name: _SIZES[name](dataset, features, label) for name in asked.sizes()}
-        if asked.name is not None:
-            tables["model"] = {"name": asked.name, **sizes}
+        data: dict[str, Any] = {"features": features, "label": label}
+        given = self.getOrDefault("config") if self.isDefined("config") else {}
+        if self.getOrDefault("handleInvalid") == "skip":
+            data["on_bad_row"] = "skip"
+            if "max_bad_rows" not in given.get("data", {}):
+                data["max_bad_rows"] = MOST
+        found = {
+            "num_features": partial(_num_features, dataset, features),
+            "num_classes": partial(_num_classes, dataset, label),
+        }
+        sizes = {name: found[name]() for name in spec.sizes()}
+        tables: dict[str, Mapping[str, Any]] = {"data": data}
+        if spec.name is not None:
+            tables["model"] = {"name": spec.name, **sizes}
         config = self._configured(tables)
-        given = asked.module({**config.model.arguments, **sizes}, config.train.seed)
+        module = spec.module({**config.model.arguments, **sizes}, config.train.seed)
         checkpoints = self.getOrDefault("checkpointDir") if self.isDefined("checkpointDir") else None
-        training = train(config, dataset, module=given, checkpoint_dir=checkpoints)
-        trained = model_of(training)
-        model = self._model(_apart(trained))
+        try:
+            training = train(config, dataset, module=module, checkpoint_dir=checkpoints)
+        except BadRows as error:
+            told = str(error).partition(" Next: ")[0]
+            raise BadRows(f'{told} Next: mend the data, or set handleInvalid to "skip"') from error
+        model = self._model(_apart(checked_model(training)))
         model._resetUid(self.uid)
         return self._copyValues(model)
 
@@ -106,6 +115,19 @@ class _TorchEstimator(TrainingParams, MLWritable, MLReadable[Any]):
     def read(cls) -> EstimatorReader:
         """Return what reads an Estimator that was saved."""
         return EstimatorReader(cls)
+
+    @classmethod
+    def load(cls, path: str, trust: Iterable[str] = ()) -> Any:
+        """Load an Estimator.
+
+        Args:
+            path: where it was saved.
+            trust: packages whose code may run, as `sparksgd.load_model` takes them.
+
+        Raises:
+            DataError: it is another class's, or names code that is not trusted.
+        """
+        return EstimatorReader(cls, trust).load(path)
 
 
 class TorchClassifier(_TorchEstimator, ProbabilisticClassifier):
@@ -128,13 +150,15 @@ class TorchClassifier(_TorchEstimator, ProbabilisticClassifier):
         scored = classifier.fit(train).transform(test)
     """
 
-    _losses = ("cross_entropy", "binary_cross_entropy")
+    _loss = "cross_entropy"
+    _model = TorchClassificationModel
 
-    def _loss_by_default(self) -> str:
-        return "cross_entropy"
-
-    def _model(self, saved: SavedModel) -> TorchModel:
-        return TorchClassificationModel(saved)
+    def _refuse_loss(self, loss: str) -> None:
+        if loss not in _OF_CLASSIFIERS:
+            raise ConfigError(
+                f"loss is {shown(loss)}, but TorchClassifier trains with {' or '.join(_OF_CLASSIFIERS)}: any "
+                f"other loss can be trained by sparksgd.train"
+            )
 
 
 class TorchRegressor(_TorchEstimator, Regressor[Any]):
@@ -147,11 +171,15 @@ class TorchRegressor(_TorchEstimator, Regressor[Any]):
         ConfigError: there is no Param of such a name.
     """
 
-    def _loss_by_default(self) -> str:
-        return "squared_error"
+    _loss = "squared_error"
+    _model = TorchRegressionModel
 
-    def _model(self, saved: SavedModel) -> TorchModel:
-        return TorchRegressionModel(saved)
+    def _refuse_loss(self, loss: str) -> None:
+        if loss in _OF_CLASSIFIERS:
+            raise ConfigError(f"loss is {shown(loss)}, which trains a classifier: use TorchClassifier")
+
+
+_OF_CLASSIFIERS = [name for name, loss in LOSSES.items() if loss in CLASSIFIERS]
 
 
 def _apart(trained: SavedModel) -> SavedModel:
@@ -165,23 +193,33 @@ def _apart(trained: SavedModel) -> SavedModel:
     return replace(trained, module=module.eval())
 
 
-def _num_features(dataset: DataFrame, features: list[str], label: str) -> int:
-    """Return how many numbers the features of a row are."""
-    row = dataset.select(*map(quoted, features)).dropna().first()
-    if row is None:
-        raise DataError(f"there is no row without a null in {', '.join(features)}: num_features is not known")
-    return sum(len(value) if hasattr(value, "__len__") else 1 for value in row)
+def _num_features(dataset: DataFrame, features: list[str]) -> int:
+    """Return how many numbers the features of a row are: as the column's metadata say, or the first rows."""
+    schema, first = first_rows(without_vectors(dataset), features, _FIRST_ROWS)
+    for name in features:
+        require_column(name, schema)
+    told = [dataset.schema[name].metadata.get("ml_attr", {}).get("num_attrs") for name in features]
+    if all(isinstance(size, int) for size in told):
+        return sum(told)
+    rows = first.to_pylist()
+    if not rows:
+        raise DataError(f"every row has a null in {', '.join(features)}, so num_features is not known")
+    row = typical_row(rows, features)
+    return sum(len(value) if isinstance(value, Sized) else 1 for value in row.values())
 
 
-def _num_classes(dataset: DataFrame, features: list[str], label: str) -> int:
+def _num_classes(dataset: DataFrame, label: str) -> int:
     """Return how many classes there are: as the column's metadata say, or by its greatest label."""
+    require_column(label, pa.schema([(name, pa.null()) for name in dataset.columns]))
     told = dataset.schema[label].metadata.get("ml_attr", {})
     if "vals" in told or "num_vals" in told:
         return len(told["vals"]) if "vals" in told else int(told["num_vals"])
-    row = dataset.agg(F.max(quoted(label))).first()
-    if row is None or row[0] is None:
-        raise DataError(f"there is no label in {label!r}: num_classes is not known")
-    return int(row[0]) + 1
-
-
-_SIZES = {"num_features": _num_features, "num_classes": _num_classes}
+    with spark_job(dataset.sparkSession.sparkContext, "reading num_classes"):
+        row = dataset.agg(F.max(quoted(label))).first()
+    greatest = None if row is None else row[0]
+    if not isinstance(greatest, int | float) or greatest != int(greatest) or greatest < 0:
+        raise DataError(
+            f"the greatest label in {label!r} is {shown(greatest)}, but must be a whole number: number the "
+            f"classes from 0, for example by StringIndexer"
+        )
+    return int(greatest) + 1

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
+import pyarrow as pa
 from pyspark.ml.classification import ProbabilisticClassificationModel
 from pyspark.ml.linalg import DenseVector, Vector, Vectors
 from pyspark.ml.regression import RegressionModel
@@ -15,20 +16,19 @@ from pyspark.ml.util import MLReadable, MLWritable
 from pyspark.sql import DataFrame
 from torch import nn
 
-from sparksgd.arithmetic.numerics import thread_count
+from sparksgd.data.row_reading import read_features
 from sparksgd.data.schema import RowSchema
-from sparksgd.engines.forward import EVALUATION_ROWS, output_of
 from sparksgd.errors import ConfigError, DataError
-from sparksgd.ml.params import PredictionParams
+from sparksgd.ml.params import PREDICTION_DEFAULTS, PredictionParams
 from sparksgd.ml.saving import ModelReader, ModelWriter
 from sparksgd.runs.model import SavedModel
-from sparksgd.spark.prediction import BAD_ROWS, Outputs, kind_of, with_predictions
-from sparksgd.spark.tasks.predict_tasks import OutputKind, outputs
+from sparksgd.spark.prediction import NewColumns, kind_of, with_predictions
+from sparksgd.spark.tasks.predict_tasks import OutputKind, PredictionPlan, computed
 
-__all__ = ["TorchClassificationModel", "TorchModel", "TorchRegressionModel"]
+__all__ = ["TorchClassificationModel", "TorchRegressionModel"]
 
 
-class TorchModel(PredictionParams, MLWritable, MLReadable[Any]):
+class _TorchModel(PredictionParams, MLWritable, MLReadable[Any]):
     """What our Models share.
 
     Args:
@@ -38,7 +38,7 @@ class TorchModel(PredictionParams, MLWritable, MLReadable[Any]):
     def __init__(self, saved: SavedModel | None = None) -> None:
         super().__init__()
         self._saved = saved
-        self._setDefault(handleInvalid="error", outputFormat="vector", predictBatchSize=EVALUATION_ROWS)
+        self._setDefault(**PREDICTION_DEFAULTS)
 
     @property
     def saved(self) -> SavedModel:
@@ -53,7 +53,7 @@ class TorchModel(PredictionParams, MLWritable, MLReadable[Any]):
         return self.saved.module
 
     @property
-    def numFeatures(self) -> int:  # noqa: N802  # pyspark.ml's name
+    def numFeatures(self) -> int:
         """How many numbers the features of a row are."""
         return sum(1 if feature.length is None else feature.length for feature in self._schema().features)
 
@@ -67,30 +67,34 @@ class TorchModel(PredictionParams, MLWritable, MLReadable[Any]):
         return ModelReader(cls)
 
     @classmethod
-    def load(cls, path: str, **how: Any) -> Any:
+    def load(
+        cls, path: str, module: nn.Module | None = None, trust: Iterable[str] = (), strict: bool = False
+    ) -> Any:
         """Load a Model.
 
         Args:
             path: where it was saved, or the folder model/ of a run.
-            how: module=, trust= and strict=, as `sparksgd.load_model` takes them.
+            module: as `sparksgd.load_model` takes it, and so trust and strict.
+            trust: packages whose code may run.
+            strict: refuse a model whose code is not that of the training.
 
         Raises:
             DataError: it is damaged, or names code that is not trusted.
         """
-        return cls.read().how(**how).load(path)
+        return ModelReader(cls, module=module, trust=trust, strict=strict).load(path)
 
     def _transform(self, dataset: DataFrame) -> DataFrame:
         """Add the columns; `transform` is Spark ML's own, and calls this."""
         return with_predictions(
             dataset,
             replace(self.saved, schema=self._schema()),
-            Outputs(
+            NewColumns(
                 kind=self._kind(),
                 names={what: name for what, name in self._names().items() if name},
-                as_vectors=self._checked_choice("outputFormat", ("vector", "array")) == "vector",
+                as_vectors=self.getOrDefault("outputFormat") == "vector",
                 thresholds=self._thresholds(),
             ),
-            on_bad_row=self._checked_choice("handleInvalid", BAD_ROWS),
+            on_bad_row=self.getOrDefault("handleInvalid"),
             rows_per_forward=self.getOrDefault("predictBatchSize"),
             advice='mend the data, or set handleInvalid to "skip" or "keep"',
         )
@@ -98,11 +102,9 @@ class TorchModel(PredictionParams, MLWritable, MLReadable[Any]):
     def _schema(self) -> RowSchema:
         """Return what a row must be, by the column that is set now."""
         schema = self.saved.schema
-        if len(schema.features) == 1 and not self.isSet("featuresCols"):
-            return replace(
-                schema, features=(replace(schema.features[0], name=self.getOrDefault("featuresCol")),)
-            )
-        return schema
+        if len(schema.features) > 1:
+            return schema
+        return replace(schema, features=(replace(schema.features[0], name=self.getOrDefault("featuresCol")),))
 
     def _kind(self) -> OutputKind:
         raise NotImplementedError
@@ -113,22 +115,34 @@ class TorchModel(PredictionParams, MLWritable, MLReadable[Any]):
     def _thresholds(self) -> tuple[float, ...] | None:
         return None
 
-    def _outputs(self, value: Any) -> dict[str, npt.NDArray[Any]]:
-        """Return what `outputs` gives for one row, its features in a vector."""
+    def _columns(self, value: Any) -> dict[str, npt.NDArray[Any]]:
+        """Return what is predicted of one row, its features in a vector."""
         schema = self._schema()
-        if len(schema.features) != 1:
-            raise DataError("a row of several columns is predicted by transform")
+        (feature, *others) = schema.features
+        if others:
+            names = ", ".join(each.name for each in schema.features)
+            raise DataError(
+                f"predict takes one vector, but the model reads the columns {names}: use transform"
+            )
         numbers = value.toArray() if isinstance(value, Vector) else np.asarray(value)
-        records = np.zeros(1, schema.record)
-        feature = schema.features[0]
-        if numbers.shape != feature.shape:
-            raise DataError(f"the row has {numbers.shape} numbers, but must have {feature.shape}")
-        records[feature.field][0] = numbers
-        with torch.no_grad(), thread_count(1):
-            return outputs(self._kind(), output_of(self.module, schema, records), 1, self._thresholds())
+        rows = [numbers.tolist()] if feature.length is not None else [numbers.item()]
+        kind = pa.from_numpy_dtype(feature.dtype)
+        column = pa.array(rows, kind if feature.length is None else pa.list_(kind))
+        plan = PredictionPlan(
+            module=self.module,
+            schema=schema,
+            columns=pa.schema([(feature.name, column.type)]),
+            kind=self._kind(),
+            thresholds=self._thresholds(),
+            rows_per_forward=1,
+            bad_row_advice="pass a vector of finite numbers, as many as the model takes",
+        )
+        read = read_features(pa.RecordBatch.from_arrays([column], schema=plan.columns), schema)
+        read.report.check(None, done="predicted", move=plan.bad_row_advice or "")
+        return computed(plan, read)
 
 
-class TorchClassificationModel(TorchModel, ProbabilisticClassificationModel):
+class TorchClassificationModel(_TorchModel, ProbabilisticClassificationModel):
     """A trained module that gives logits of classes.
 
     `transform` adds rawPredictionCol (logarithms of probabilities; (-z, z) for one logit z), probabilityCol
@@ -136,21 +150,21 @@ class TorchClassificationModel(TorchModel, ProbabilisticClassificationModel):
     """
 
     @property
-    def numClasses(self) -> int:  # noqa: N802  # pyspark.ml's name
+    def numClasses(self) -> int:
         """How many classes there are."""
         return self.saved.schema.classes or 0
 
     def predict(self, value: Any) -> float:
         """Return the class of one row, its features in a vector."""
-        return float(self._outputs(value)["prediction"][0])
+        return float(self._columns(value)["prediction"][0])
 
-    def predictRaw(self, value: Any) -> DenseVector:  # noqa: N802  # pyspark.ml's name
+    def predictRaw(self, value: Any) -> DenseVector:
         """Return the logarithms of the probabilities of one row."""
-        return Vectors.dense(self._outputs(value)["raw"][0])
+        return Vectors.dense(self._columns(value)["raw"][0])
 
-    def predictProbability(self, value: Any) -> DenseVector:  # noqa: N802  # pyspark.ml's name
+    def predictProbability(self, value: Any) -> DenseVector:
         """Return the probabilities of one row."""
-        return Vectors.dense(self._outputs(value)["probability"][0])
+        return Vectors.dense(self._columns(value)["probability"][0])
 
     def _kind(self) -> OutputKind:
         kind = kind_of(self.saved)
@@ -166,15 +180,30 @@ class TorchClassificationModel(TorchModel, ProbabilisticClassificationModel):
         return {"raw": raw, "probability": probability, **super()._names()}
 
     def _thresholds(self) -> tuple[float, ...] | None:
-        return tuple(self.getOrDefault("thresholds")) if self.isDefined("thresholds") else None
+        if not self.isDefined("thresholds"):
+            return None
+        limits = tuple(self.getOrDefault("thresholds"))
+        if len(limits) != self.numClasses:
+            raise ConfigError(
+                f"thresholds has {len(limits)} values, but the model has {self.numClasses} classes: give one "
+                f"for each class"
+            )
+        if min(limits) < 0 or limits.count(0) > 1:
+            raise ConfigError(f"thresholds is {list(limits)}, but may have no value below 0, and 0 once")
+        return limits
 
 
-class TorchRegressionModel(TorchModel, RegressionModel[Any]):
+class TorchRegressionModel(_TorchModel, RegressionModel[Any]):
     """A trained module that gives one number for each row; `transform` adds it as predictionCol, a double."""
 
     def predict(self, value: Any) -> float:
         """Return the number of one row, its features in a vector."""
-        return float(self._outputs(value)["prediction"][0])
+        return float(self._columns(value)["prediction"][0])
 
     def _kind(self) -> OutputKind:
+        if kind_of(self.saved) in ("classes", "binary"):
+            raise ConfigError(
+                f"the module was trained with {self.saved.about.get('loss')}, as a classifier: load it as "
+                f"TorchClassificationModel"
+            )
         return "number"

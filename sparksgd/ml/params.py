@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, get_args
 
 from pyspark.ml.param import Param, Params, TypeConverters
 
 from sparksgd.config import Config
+from sparksgd.engines.forward import EVALUATION_ROWS
 from sparksgd.errors import ConfigError
 from sparksgd.imports import did_you_mean, shown
-from sparksgd.spark.prediction import BAD_ROWS
+from sparksgd.spark.prediction import OnBadRow
 
-__all__ = ["ALIASES", "KEYS", "PredictionParams", "TrainingParams"]
+__all__ = ["ALIASES", "KEYS", "PREDICTION_DEFAULTS", "PredictionParams", "TrainingParams"]
 
 ALIASES = {"rowsPerStep": "batchSize", "num_workers": "numWorkers", "numTrainWorkers": "numWorkers"}
-"""Other names by which a Param can be given: ours in a configuration, and those of other libraries."""
+"""Other names by which a Param can be given, such as those of other libraries."""
 
 KEYS = {
     "loss": "loss.name",
@@ -32,6 +33,32 @@ KEYS = {
 """The key of a configuration that each Param sets."""
 
 
+PREDICTION_DEFAULTS = {
+    "handleInvalid": "error",
+    "outputFormat": "vector",
+    "predictBatchSize": EVALUATION_ROWS,
+}
+
+
+def _one_of(*choices: str) -> Callable[[Any], str]:
+    """Return what converts a Param's value: one of these texts, and nothing else."""
+
+    def convert(value: Any) -> str:
+        if value not in choices:
+            near = did_you_mean(value, choices) if isinstance(value, str) else ""
+            raise TypeError(f"{shown(value)}, but must be {' or '.join(choices)}{near}")
+        return str(value)
+
+    return convert
+
+
+def _positive(value: Any) -> int:
+    number = TypeConverters.toInt(value)
+    if number < 1:
+        raise TypeError(f"{number}, but must be at least 1")
+    return number
+
+
 def _param(name: str, doc: str, convert: Any = None) -> Any:
     return Param(Params._dummy(), name, doc, convert)
 
@@ -39,7 +66,7 @@ def _param(name: str, doc: str, convert: Any = None) -> Any:
 class _NamedParams(Params):
     """Params that can be given by name, and are refused with the nearest one."""
 
-    def setParams(self, **params: Any) -> Any:  # noqa: N802  # pyspark.ml's name
+    def setParams(self, **params: Any) -> Any:
         """Set Params by their names; return self.
 
         Raises:
@@ -59,40 +86,30 @@ class _NamedParams(Params):
 
 
 class PredictionParams(_NamedParams):
-    """What Estimators and Models share: columns, and how rows are predicted."""
+    """What Estimators and Models share: how rows are predicted."""
 
-    featuresCols: Any = _param(  # noqa: N815  # pyspark.ml's style of names
-        "featuresCols",
-        "several columns of features, each an argument of forward by its name, instead of featuresCol",
-        TypeConverters.toListString,
-    )
-    handleInvalid: Any = _param(  # noqa: N815
+    handleInvalid: Any = _param(
         "handleInvalid",
-        f"what is done with rows that are null, misshapen or not finite: {', '.join(BAD_ROWS)}. skip leaves "
-        f"them out; keep gives them null as prediction (fit ends with an error)",
-        TypeConverters.toString,
+        "what is done with rows that are null, misshapen or not finite: error, skip (they are left out), or "
+        "keep (their predictions are null; fit ends with an error)",
+        _one_of(*get_args(OnBadRow)),
     )
-    predictBatchSize: Any = _param(  # noqa: N815
-        "predictBatchSize", "the most rows of one forward of transform", TypeConverters.toInt
-    )
-    outputFormat: Any = _param(  # noqa: N815
+    predictBatchSize: Any = _param("predictBatchSize", "the most rows of one forward of transform", _positive)
+    outputFormat: Any = _param(
         "outputFormat",
         "vector or array: the type of rawPredictionCol and probabilityCol",
-        TypeConverters.toString,
+        _one_of("vector", "array"),
     )
-
-    def _checked_choice(self, name: str, choices: tuple[str, ...]) -> Any:
-        """Return the value of a Param that has few."""
-        value = self.getOrDefault(name)
-        if value not in choices:
-            near = did_you_mean(value, choices)
-            raise ConfigError(f"{name} is {shown(value)}, but must be {' or '.join(choices)}{near}")
-        return value
 
 
 class TrainingParams(PredictionParams):
     """What only Estimators have: the module, and how it is trained."""
 
+    featuresCols: Any = _param(
+        "featuresCols",
+        "several columns of features, each an argument of forward by its name, instead of featuresCol",
+        TypeConverters.toListString,
+    )
     module: Any = _param(
         "module",
         "what is trained: an nn.Module, whose weights are the start; or a function or class that makes one, "
@@ -103,29 +120,25 @@ class TrainingParams(PredictionParams):
     optimizer: Any = _param(
         "optimizer", "a class of torch.optim, or an import path, as optimizer.name", TypeConverters.toString
     )
-    learningRate: Any = _param(  # noqa: N815
-        "learningRate", "the learning rate, as optimizer.lr", TypeConverters.toFloat
-    )
+    learningRate: Any = _param("learningRate", "the learning rate, as optimizer.lr", TypeConverters.toFloat)
     schedule: Any = _param(
         "schedule",
         "a class of torch.optim.lr_scheduler, or an import path, as schedule.name",
         TypeConverters.toString,
     )
-    maxEpochs: Any = _param(  # noqa: N815
-        "maxEpochs", "passes over the rows, as train.epochs", TypeConverters.toInt
-    )
-    batchSize: Any = _param(  # noqa: N815
+    maxEpochs: Any = _param("maxEpochs", "passes over the rows, as train.epochs", TypeConverters.toInt)
+    batchSize: Any = _param(
         "batchSize", "the mini-batch of the whole cluster, as train.rows_per_step", TypeConverters.toInt
     )
     seed: Any = _param("seed", "of weights, shuffles and dropout, as train.seed", TypeConverters.toInt)
-    numShards: Any = _param(  # noqa: N815
+    numShards: Any = _param(
         "numShards", "how many shards the rows are divided into, as train.num_shards", TypeConverters.toInt
     )
-    numWorkers: Any = _param(  # noqa: N815
+    numWorkers: Any = _param(
         "numWorkers", "how many Spark tasks compute gradients, as engine.num_workers", TypeConverters.toInt
     )
     engine: Any = _param("engine", "tree, allreduce or auto, as engine.name", TypeConverters.toString)
-    checkpointDir: Any = _param(  # noqa: N815
+    checkpointDir: Any = _param(
         "checkpointDir",
         "a folder for checkpoints, as checkpoint_dir of sparksgd.train: a fit that was cut off goes on",
         TypeConverters.toString,

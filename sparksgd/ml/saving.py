@@ -8,21 +8,20 @@ Paths are resolved as Spark's own savers do: one without a scheme is of fs.defau
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 from pyspark import SparkContext
 from pyspark.ml.util import DefaultParamsReader, DefaultParamsWriter, MLReader, MLWriter
 
 from sparksgd.errors import ConfigError, DataError
-from sparksgd.imports import shown
-from sparksgd.ml.factories import Asked
+from sparksgd.imports import resolve, shown
+from sparksgd.imports.trust import trusted
+from sparksgd.ml.module_spec import ModuleSpec
 from sparksgd.runs.model import load_model, save_model
 from sparksgd.runs.names import MANIFEST
 from sparksgd.spark.uris import lead_to_hadoop
 from sparksgd.storage import Location, location
-
-if TYPE_CHECKING:
-    from sparksgd.ml.models import TorchModel
 
 __all__ = ["EstimatorReader", "EstimatorWriter", "ModelReader", "ModelWriter"]
 
@@ -36,7 +35,7 @@ class EstimatorWriter(MLWriter):
         super().__init__()
         self._estimator = estimator
 
-    def saveImpl(self, path: str) -> None:  # noqa: N802  # pyspark.ml's name
+    def saveImpl(self, path: str) -> None:
         """Write to a path.
 
         Raises:
@@ -44,7 +43,7 @@ class EstimatorWriter(MLWriter):
         """
         params = {param.name: value for param, value in self._estimator._paramMap.items()}
         if "module" in params:
-            params["module"] = Asked(params["module"]).name
+            params["module"] = ModuleSpec.of(params["module"]).name
             if params["module"] is None:
                 raise ConfigError(
                     "the Estimator cannot be saved, because its module is an object of this process: pass "
@@ -56,40 +55,58 @@ class EstimatorWriter(MLWriter):
 class EstimatorReader(MLReader[Any]):
     """Reads an Estimator."""
 
-    def __init__(self, kind: type[Any]) -> None:
+    def __init__(self, kind: type[Any], trust: Iterable[str] = ()) -> None:
         super().__init__()
-        self._kind = kind
+        self._kind, self._trust = kind, trust
 
     def load(self, path: str) -> Any:
-        """Return the Estimator that was saved at a path."""
-        return _with_params(self._kind(), path, self.sc)
+        """Return the Estimator that was saved at a path.
+
+        Raises:
+            DataError: it is another class's, or a Param names code that is not trusted: `fit` would run it.
+        """
+        estimator = _with_params(self._kind(), path, self.sc)
+        trusting = trusted(self._trust, where=path)
+        for key, name in _names_of_code(estimator):
+            resolve(key, name, {}, trusting)
+        return estimator
+
+
+def _names_of_code(estimator: Any) -> Iterator[tuple[str, str]]:
+    """Yield the import paths that an Estimator's Params have."""
+    given = {param.name: value for param, value in estimator._paramMap.items()}
+    named = {name: given.get(name) for name in ("module", "loss", "optimizer", "schedule")}
+    for section, table in (given.get("config") or {}).items():
+        named[f"config: {section}.name"] = table.get("name")
+    for key, name in named.items():
+        if isinstance(name, str) and ":" in name:
+            yield key, name
 
 
 class ModelWriter(MLWriter):
     """Writes a Model."""
 
-    def __init__(self, model: TorchModel) -> None:
+    def __init__(self, model: Any) -> None:
         super().__init__()
         self._model = model
 
-    def saveImpl(self, path: str) -> None:  # noqa: N802  # pyspark.ml's name
+    def saveImpl(self, path: str) -> None:
         """Write to a path."""
         DefaultParamsWriter.saveMetadata(self._model, path, self.sc)
         save_model(_resolved(path, self.sc) / _MODEL, self._model.saved)
 
 
 class ModelReader(MLReader[Any]):
-    """Reads a Model, or the folder model/ of a run."""
+    """Reads a Model, or the folder model/ of a run.
 
-    def __init__(self, kind: type[TorchModel]) -> None:
+    Args:
+        kind: the class of the Model.
+        how: what `load_model` takes: module, trust and strict.
+    """
+
+    def __init__(self, kind: type[Any], **how: Any) -> None:
         super().__init__()
-        self._kind = kind
-        self._how: dict[str, Any] = {}
-
-    def how(self, **how: Any) -> ModelReader:
-        """Set module=, trust= and strict=, as `load_model` takes them; return self."""
-        self._how = how
-        return self
+        self._kind, self._how = kind, how
 
     def load(self, path: str) -> Any:
         """Return the Model that was saved at a path."""
@@ -98,9 +115,8 @@ class ModelReader(MLReader[Any]):
             saved = load_model(folder, **self._how)
             model: Any = self._kind(saved)
             features = [feature.name for feature in saved.schema.features]
-            columns: dict[str, Any] = {"labelCol": saved.schema.label}
-            columns |= {"featuresCols": features} if len(features) > 1 else {"featuresCol": features[0]}
-            return model._set(**columns)
+            columns = {"featuresCol": features[0]} if len(features) == 1 else {}
+            return model._set(labelCol=saved.schema.label, **columns)
         model = _with_params(self._kind(), path, self.sc)
         model._saved = load_model(folder / _MODEL, **self._how)
         return model

@@ -14,7 +14,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -42,7 +42,15 @@ from sparksgd.training.torch_parts import assembled
 if TYPE_CHECKING:  # to load a model needs nothing of the training
     from sparksgd.training.state import Training
 
-__all__ = ["SavedModel", "check_saved", "constants_beside", "load_model", "model_of", "save_model"]
+__all__ = [
+    "SavedModel",
+    "check_saved",
+    "checked_model",
+    "constants_beside",
+    "load_model",
+    "model_of",
+    "save_model",
+]
 
 log = logging.getLogger("sparksgd")
 
@@ -61,6 +69,41 @@ def model_of(training: Training) -> SavedModel:
     )
 
 
+def checked_model(training: Training) -> SavedModel:
+    """Return the trained module of a run, as it can be saved; what could not be loaded again is told."""
+    model = model_of(training)
+    saved = saved_state(training.module, training.drawn)
+    different = _different_when_loaded(training, model.about["structure"], model.about["parts"], saved)
+    if different is None:
+        return model
+    if training.model_name is None:
+        return replace(model, about={**model.about, "parts": None})
+    log.warning(
+        "%s gave another module when it was built again, so that to load the saved model, the module must be "
+        "given: %s", training.model_name, different,
+    )  # fmt: skip
+    return replace(model, about={**model.about, "differs": different})
+
+
+def _different_when_loaded(
+    training: Training, built: Mapping[str, str], parts: Mapping[str, Any] | None, saved: SavedState
+) -> str | None:
+    """Return how the module that would be loaded differs from the trained one; None: it is the same."""
+    from sparksgd.training.rebuilding import (  # to load a model needs nothing of it
+        built_again,
+        other_when_filled,
+    )
+
+    if training.model_name is not None:
+        module = built_again(training.config)
+    else:
+        module = None if parts is None else assembled(parts, saved.state, "parts")
+    if module is None:
+        return None
+    fill = partial(load_state, saved=saved)
+    return other_when_filled(training.module, module, built, fill, training.sample)
+
+
 def save_model(folder: str | Path | Location, model: SavedModel, weights: str = WEIGHTS) -> None:
     """Write the weights of a trained module, and how to rebuild it.
 
@@ -68,7 +111,12 @@ def save_model(folder: str | Path | Location, model: SavedModel, weights: str = 
         folder: created if it does not exist.
         model: of a run, or loaded.
         weights: the name of the file of weights.
+
+    Raises:
+        ConfigError: the model is neither.
     """
+    if not model.about:
+        raise ConfigError("the model was neither trained nor loaded by sparksgd, so it cannot be saved")
     folder = location(folder)
     saved = saved_state(model.module, model.drawn)
     files = {"weights": write_checked(folder, weights, saved.state), "constants": None}
@@ -93,22 +141,11 @@ def check_saved(folder: str | Path | Location, training: Training) -> None:
     Raises:
         TrainingError: they differ; the model is then loaded by `load_model(folder, module=...)` alone.
     """
-    from sparksgd.training.rebuilding import (  # to load a model needs nothing of it
-        built_again,
-        other_when_filled,
-    )
-
     folder = location(folder)
     manifest = read_manifest(folder)
-    saved = _values(folder, manifest)
-    if training.model_name is not None:
-        module = built_again(training.config)
-    else:
-        module = None if manifest.parts is None else assembled(manifest.parts, saved.state, "parts")
-    if module is None:
-        return
-    fill = partial(load_state, saved=saved)
-    different = other_when_filled(training.module, module, manifest.structure or {}, fill, training.sample)
+    different = _different_when_loaded(
+        training, manifest.structure or {}, manifest.parts, _values(folder, manifest)
+    )
     if different is not None and training.model_name is None:
         log.info("the module is not saved as a whole, since what would be loaded differs: %s", different)
         write_manifest(folder, {**manifest.fields, "parts": None})
@@ -153,9 +190,9 @@ def load_model(
 
     Args:
         folder: the folder model/ of a run, a path or URI.
-        module: the untrained module, if the run was given one in Python that has other parts than those of
-            torch.nn, or if you rather build it yourself.  Then nothing that model.name names is run;
-            loss.name still is.
+        module: the untrained module, if the run was given one in Python that could not be saved whole (see
+            training/torch_parts.py), or if you rather build it yourself.  Then nothing that model.name names
+            is run; loss.name still is.
         trust: packages whose code may run, if model.name or loss.name is of them, as ["mymodels"]; besides
             those of `sparksgd.trust` and of SPARKSGD_TRUST.  Models and losses of sparksgd need no trust.
         strict: refuse a model whose code is not that of the training, or of which no digest was saved.

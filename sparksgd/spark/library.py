@@ -138,7 +138,10 @@ def train(
             observers = (folder, *observers)
         given: Given = {
             "module": module,
-            "observers": (*observers, ProgressLines()),  # the last one: checkpoints number those of one name
+            "observers": (
+                *observers,
+                ProgressLines(),
+            ),  # last, so that the user's observers keep their numbers in checkpoints
             "replay": replay,
             "checkpoints": checkpoints_of(run),
         }

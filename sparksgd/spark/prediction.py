@@ -9,22 +9,23 @@ from __future__ import annotations
 
 import hashlib
 import uuid
+from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import reduce
 from operator import and_
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import pandas as pd
 import pyarrow as pa
-from pyspark import cloudpickle
+from pyspark import Broadcast, cloudpickle
 from pyspark.ml.functions import array_to_vector
 from pyspark.ml.linalg import VectorUDT
 from pyspark.sql import Column, DataFrame, SparkSession
 from pyspark.sql import functions as F
 from pyspark.sql.pandas.functions import pandas_udf
-from pyspark.sql.types import ArrayType, DataType, DecimalType, DoubleType
+from pyspark.sql.types import ArrayType, DataType, DecimalType, DoubleType, FloatType
 
 from sparksgd.arithmetic.copies import pickled
 from sparksgd.config import TrainConfig
@@ -32,6 +33,7 @@ from sparksgd.engines.forward import EVALUATION_ROWS
 from sparksgd.errors import ConfigError
 from sparksgd.models.losses import binary_cross_entropy, cross_entropy, squared_error
 from sparksgd.runs.model import SavedModel
+from sparksgd.spark.cluster.cluster import refuse_connect
 from sparksgd.spark.frame_rows import (
     array_of_vector,
     arrow_type,
@@ -43,24 +45,23 @@ from sparksgd.spark.frame_rows import (
 from sparksgd.spark.given_rows import described_value, frame_or_path
 from sparksgd.spark.session import start_session
 from sparksgd.spark.tasks import predict_tasks
-from sparksgd.spark.tasks.predict_tasks import COMPLETE, GOOD, OutputKind, PredictionPlan
+from sparksgd.spark.tasks.predict_tasks import COMPLETE, GOOD, OutputKind, PredictionPlan, ShippedPlan
 
-__all__ = ["BAD_ROWS", "Outputs", "kind_of", "predict", "with_predictions"]
+__all__ = ["NewColumns", "OnBadRow", "kind_of", "predict", "with_predictions"]
 
-BadRows = Literal["error", "skip", "keep"]
-BAD_ROWS: tuple[BadRows, ...] = ("error", "skip", "keep")
+OnBadRow = Literal["error", "skip", "keep"]
 """What may be done with rows that cannot be predicted: end with an error, leave out, give nulls."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Outputs:
+class NewColumns:
     """Which columns are added, and of which type."""
 
     kind: OutputKind
     """What the module's output is."""
 
     names: Mapping[str, str]
-    """The new columns, by what they hold, see `predict_tasks.outputs`; others are left out."""
+    """The new columns, by what they hold, see `predict_tasks.predicted_columns`; others are left out."""
 
     as_vectors: bool = False
     """Whether logits and probabilities are vectors of Spark ML; else they are arrays."""
@@ -76,7 +77,7 @@ def predict(
     prediction: str = "prediction",
     probability: str | None = "probability",
     raw: str | None = None,
-    on_bad_row: BadRows = "error",
+    on_bad_row: OnBadRow = "error",
     rows_per_forward: int = EVALUATION_ROWS,
 ) -> DataFrame:
     """Return rows with the predictions of a model as new columns; they are computed where the rows are read.
@@ -109,24 +110,23 @@ def predict(
         raise ConfigError(
             f"model is {described_value(model)}, but must be what sparksgd.load_model(folder) returns"
         )
-    if on_bad_row not in BAD_ROWS:
-        raise ConfigError(f"on_bad_row is {on_bad_row!r}, but must be one of {', '.join(BAD_ROWS)}")
-    frame = read_parquet(_session(), given) if isinstance(given, str) else given
+    if on_bad_row not in get_args(OnBadRow):
+        raise ConfigError(f"on_bad_row is {on_bad_row!r}, but must be one of {', '.join(get_args(OnBadRow))}")
     kind = kind_of(model)
+    if raw is not None and "raw" not in predict_tasks.columns_of(kind):
+        raise ConfigError(f"raw is {raw!r}, but the model's loss is not one of classes: leave raw out")
+    if isinstance(given, str):
+        given = read_parquet(start_session("sparksgd", TrainConfig()), given)
     wanted = {"prediction": prediction, "probability": probability, "raw": raw}
     names = {what: name for what, name in wanted.items() if name and what in predict_tasks.columns_of(kind)}
     return with_predictions(
-        frame,
+        given,
         model,
-        Outputs(kind=kind, names=names),
+        NewColumns(kind=kind, names=names),
         on_bad_row=on_bad_row,
         rows_per_forward=rows_per_forward,
         advice='mend the data, or set on_bad_row to "skip" or "keep"',
     )
-
-
-def _session() -> SparkSession:
-    return start_session("sparksgd", TrainConfig())
 
 
 def kind_of(model: SavedModel) -> OutputKind:
@@ -142,9 +142,9 @@ def kind_of(model: SavedModel) -> OutputKind:
 def with_predictions(
     frame: DataFrame,
     model: SavedModel,
-    outputs: Outputs,
+    new: NewColumns,
     *,
-    on_bad_row: BadRows,
+    on_bad_row: OnBadRow,
     rows_per_forward: int,
     advice: str,
 ) -> DataFrame:
@@ -153,7 +153,7 @@ def with_predictions(
     Args:
         frame: has the features.
         model: predicts.
-        outputs: the new columns.
+        new: the columns.
         on_bad_row: see `predict`.
         rows_per_forward: the most rows of one forward.
         advice: what the error about bad rows says to do.
@@ -164,39 +164,42 @@ def with_predictions(
     """
     if type(rows_per_forward) is not int or rows_per_forward < 1:
         raise ConfigError(f"rows_per_forward is {rows_per_forward!r}, but must be a whole number from 1")
-    _refuse_taken(frame, outputs.names)
+    refuse_connect(frame.sparkSession)
+    _refuse_taken(frame, new.names)
     features = _features(frame, model)
     plan = PredictionPlan(
         module=model.module,
         schema=model.schema,
         columns=_arrow_columns(frame.select(*features), model),
-        kind=outputs.kind,
-        thresholds=outputs.thresholds,
+        kind=new.kind,
+        thresholds=new.thresholds,
         rows_per_forward=rows_per_forward,
         bad_row_advice=advice if on_bad_row == "error" else None,
     )
     predicted = _udf(frame.sparkSession, plan, is_filtered=on_bad_row == "skip")
-    made = f"predicted {uuid.uuid4().hex}"
-    scored = frame.withColumn(made, predicted(F.struct(*features)))
+    result = f"predicted {uuid.uuid4().hex}"
+    scored = frame.withColumn(result, predicted(F.struct(*features)))
     if on_bad_row == "skip":
-        scored = scored.where(F.col(made)[GOOD])
-    columns = {name: _output(F.col(made), what, outputs) for what, name in outputs.names.items()}
-    return scored.withColumns(columns).drop(made)
+        scored = scored.where(F.col(result)[GOOD])
+    columns = {name: _new_column(F.col(result), what, new) for what, name in new.names.items()}
+    return scored.withColumns(columns).drop(result)
 
 
 def _refuse_taken(frame: DataFrame, names: Mapping[str, str]) -> None:
     """Refuse a new column that the frame has, or that stands twice."""
+    seen: set[str] = set()
     for what, name in names.items():
         if not isinstance(name, str):
-            raise ConfigError(f"a column is named {name!r}, but must be named by a text")
+            raise ConfigError(f"{what} is {name!r}, but must be the name of a column")
         if taken := namesakes(frame, name):
             raise ConfigError(f"the data has a column {taken[0]!r}: name the new one otherwise, or drop it")
-        if name.lower() in [other.lower() for key, other in names.items() if key < what]:
+        if name.lower() in seen:
             raise ConfigError(f"two new columns are named {name!r}: give each a name of its own")
+        seen.add(name.lower())
 
 
 def _features(frame: DataFrame, model: SavedModel) -> list[Column]:
-    """Return the features without nulls, numbered, and whether a row has none: pandas has no nulls.
+    """Return the features under their numbers, a placeholder for each null, and COMPLETE: false for its row.
 
     In pandas, a null among integers would make floats of all of them.
     """
@@ -230,7 +233,7 @@ def _as_arrow(names: list[str], types: Mapping[str, DataType]) -> pa.Schema:
 def _plain(column: Column, kind: DataType) -> tuple[Column, DataType]:
     """Return a column, and its type, without vectors and decimals, of which pandas makes objects."""
     if isinstance(kind, VectorUDT):
-        return array_of_vector(column), ArrayType(DoubleType(), containsNull=False)
+        return array_of_vector(column), ArrayType(FloatType(), containsNull=False)
     if isinstance(kind, DecimalType):
         return column.cast(DoubleType()), DoubleType()
     if isinstance(kind, ArrayType) and isinstance(kind.elementType, DecimalType):
@@ -253,39 +256,54 @@ def _arrow_columns(features: DataFrame, model: SavedModel) -> pa.Schema:
     )
 
 
+_shipped: OrderedDict[tuple[str, str], Broadcast[ShippedPlan]] = OrderedDict()
+"""The plans that were shipped last, by application and digest: each leaves a file until the session ends."""
+_MOST_SHIPPED = 4
+
+
+def _ship(session: SparkSession, plan: PredictionPlan) -> Broadcast[ShippedPlan]:
+    """Return a plan as the executors get it, once for all uses of an equal one."""
+    data = pickled(plan, {"": plan.module}, cloudpickle.Pickler)
+    key = session.sparkContext.applicationId, hashlib.sha256(data).hexdigest()
+    shipped = _shipped.pop(key, None) or session.sparkContext.broadcast(ShippedPlan(data))
+    _shipped[key] = shipped
+    while len(_shipped) > _MOST_SHIPPED:  # not destroyed: rows may still be read by it
+        _shipped.popitem(last=False)
+    return shipped
+
+
 def _udf(session: SparkSession, plan: PredictionPlan, *, is_filtered: bool) -> Any:
     """Return the user-defined function that runs a plan.
 
     Args:
         session: where it runs.
         plan: shipped to each executor once.
-        is_filtered: whether rows are kept by its result: Spark would compute it twice, if it knew that twice
-            gives the same.
+        is_filtered: whether the result decides which rows stay. Then it is marked nondeterministic: Spark
+            would compute a deterministic function once for the filter, and once for the columns.
     """
-    data = pickled(plan, {"": plan.module}, cloudpickle.Pickler)
-    shipped, plan_id = session.sparkContext.broadcast(data), hashlib.sha256(data).hexdigest()
+    shipped = _ship(session, plan)
 
     def predicted(frames: Iterator[pd.DataFrame]) -> Iterator[pd.DataFrame]:
-        return predict_tasks.predict(shipped, plan_id, frames)
+        return predict_tasks.predict(shipped, frames)
 
-    made: Any = pandas_udf  # its types leave out frames
-    function = made(predicted, _result(plan.kind))
+    make_udf: Any = pandas_udf  # its types leave out frames
+    function = make_udf(predicted, _result(plan.kind))
     return function.asNondeterministic() if is_filtered else function
 
 
 def _result(kind: OutputKind) -> str:
     """Return the type of the function's result, as SQL names it."""
-    kinds = dict.fromkeys(predict_tasks.columns_of(kind), "array<float>")
+    types = dict.fromkeys(predict_tasks.columns_of(kind), "array<float>")
     if kind != "values":
-        kinds["prediction"] = "double"
-    return f"struct<{GOOD}: boolean, {', '.join(f'{name}: {kind}' for name, kind in kinds.items())}>"
+        types["prediction"] = "double"
+    return f"struct<{GOOD}: boolean, {', '.join(f'{name}: {of}' for name, of in types.items())}>"
 
 
-def _output(made: Column, what: str, outputs: Outputs) -> Column:
+def _new_column(result: Column, what: str, new: NewColumns) -> Column:
     """Return one column of the function's result, in the type that was asked for."""
-    column = made[what]
+    column = result[what]
     if what == "prediction":
-        if outputs.kind == "values":
+        if new.kind == "values":
             return column
-        return F.when(made[GOOD], F.coalesce(column, F.lit(float("nan"))))
-    return F.when(column.isNotNull(), array_to_vector(column)) if outputs.as_vectors else column
+        return F.when(result[GOOD], F.coalesce(column, F.lit(float("nan"))))
+    return F.when(column.isNotNull(), array_to_vector(column)) if new.as_vectors else column

@@ -52,6 +52,7 @@ __all__ = [
     "needs_in",
     "sizes_of",
     "tried_sizes",
+    "typical_row",
     "warn_of_differences",
 ]
 
@@ -410,7 +411,7 @@ def _first_records(
         )
     schema = RowSchema.of(
         arrow_schema,
-        _typical(complete, data.features) if complete else {},
+        typical_row(complete, data.features) if complete else {},
         features=data.features,
         label=data.label,
         id=data.id,
@@ -419,7 +420,7 @@ def _first_records(
     return schema, read_rows(first.select(schema.columns).combine_chunks().to_batches()[0], schema).records
 
 
-def _typical(rows: Sequence[dict[str, Any]], features: Sequence[str]) -> dict[str, Any]:
+def typical_row(rows: Sequence[dict[str, Any]], features: Sequence[str]) -> dict[str, Any]:
     """Return the first row whose features have the commonest lengths, so that a bad row decides nothing."""
 
     def lengths(row: dict[str, Any]) -> tuple[int, ...]:

@@ -1,8 +1,8 @@
 """Modules that consist of torch.nn's own parts alone: described by plain values, and put together again.
 
-A description names classes of torch.nn, and the numbers and texts that their objects hold.  To put a module
-together runs no code of a file, and no constructor: each part is an empty object of its class, which is given
-its values.
+A description names classes of torch.nn, and the numbers and texts that their objects hold.  Building a module
+from it runs no code that a file names, and no layer's own `__init__`: each layer is an empty object that is
+given its values.
 """
 
 from __future__ import annotations

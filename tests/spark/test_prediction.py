@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
 import torch
@@ -61,6 +59,11 @@ def one_thread():
 
 def parts(values, size):
     return [torch.from_numpy(values[start : start + size]) for start in range(0, len(values), size)]
+
+
+def test_a_batch_norm_without_statistics_gets_no_single_row(rows):
+    module = nn.Sequential(nn.BatchNorm1d(WIDTH, track_running_stats=False), nn.Linear(WIDTH, 3))
+    assert sparksgd.predict(rows, model_of(module), rows_per_forward=ROWS - 1).count() == ROWS
 
 
 @pytest.mark.parametrize("size", [512, 100])
@@ -143,7 +146,7 @@ def test_bad_rows_end_the_job_are_left_out_or_keep_null(spark):
     assert [row.id for row in sparksgd.predict(frame, model, on_bad_row="skip").collect()] == [0]
     assert sparksgd.predict(frame.where("id > 0"), model, on_bad_row="skip").count() == 0
     with (
-        pytest.raises(BadRows, match=r"4 of 5 rows cannot be predicted: 2 with null in a f.*on_bad_row"),
+        pytest.raises(BadRows, match=r"4 of 5 rows cannot be predicted, of one batch: 2 .*on_bad_row"),
         spark_job(spark.sparkContext, "predicting"),
     ):
         sparksgd.predict(frame.coalesce(1), model).collect()
@@ -180,13 +183,15 @@ def test_nothing_is_computed_before_the_rows_are_read_and_only_features_enter_py
 
     broken = rows.withColumn("x", F.udf(fails, "array<double>")("x"))
     predicted = sparksgd.predict(broken, model_of(made(nn.Linear, WIDTH, 3)))
-    plan = sparksgd.predict(rows.withColumn("secret", F.lit("s")), model_of(made(nn.Linear, WIDTH, 3)))
+    secret = rows.withColumn("secret", F.col("id") + 1)
+    plan = sparksgd.predict(secret, model_of(made(nn.Linear, WIDTH, 3)))
     text = plan._jdf.queryExecution().executedPlan().toString()
     udf = next(line for line in text.splitlines() if "ArrowEvalPython" in line)
     assert "secret" not in udf.split("]")[0]
     assert predicted.columns == ["id", "x", "prediction", "probability"]
 
 
+@pytest.mark.soak
 def test_a_stream_is_predicted(spark, tmp_path):
     spark.createDataFrame(BAD[:1], "id long, x array<float>").write.parquet(str(tmp_path / "in"))
     stream = spark.readStream.schema("id long, x array<float>").parquet(str(tmp_path / "in"))
@@ -218,6 +223,8 @@ def test_what_cannot_be_predicted_is_refused_at_once(rows):
         sparksgd.predict(rows, model, on_bad_row="ignore")
     with pytest.raises(ConfigError, match="rows_per_forward is 0"):
         sparksgd.predict(rows, model, rows_per_forward=0)
+    with pytest.raises(ConfigError, match="raw is 'r', but the model's loss is not one of classes"):
+        sparksgd.predict(rows, model_of(made(nn.Linear, WIDTH, 1), squared_error), raw="r")
     with pytest.raises(ConfigError, match="model is of type torch"):
         sparksgd.predict(rows, made(nn.Linear, 2, 3))
 
@@ -230,10 +237,3 @@ def test_a_module_that_raises_or_gives_other_shapes_is_named(spark, rows):
     ):
         with pytest.raises(kind, match=says), spark_job(spark.sparkContext, "predicting"):
             sparksgd.predict(rows, model_of(module, loss)).collect()
-
-
-def test_a_model_without_its_label_in_the_data_predicts_and_another_name_may_be_given(rows):
-    model = model_of(made(nn.Linear, WIDTH, 3))
-    found = sparksgd.predict(rows, replace(model), prediction="class", probability=None)
-    assert found.columns == ["id", "x", "class"]
-    assert found.where("class in (0, 1, 2)").count() == ROWS

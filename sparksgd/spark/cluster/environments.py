@@ -27,7 +27,7 @@ __all__ = [
     "require_fit",
 ]
 
-NEEDED = ("numpy", "pyarrow", "torch", "sparksgd")
+NEEDED = ("numpy", "pandas", "pyarrow", "torch", "sparksgd")
 """What executors import."""
 
 _ARCHIVE = (

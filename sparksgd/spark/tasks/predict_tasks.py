@@ -8,9 +8,9 @@ Legend: B rows, C classes.
 from __future__ import annotations
 
 import pickle
-from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -26,14 +26,24 @@ from sparksgd.arithmetic.scripted import forget_optimised
 from sparksgd.arithmetic.seeds import seed32
 from sparksgd.data.row_reading import FeatureRows, read_features
 from sparksgd.data.schema import RowSchema
-from sparksgd.engines.forward import output_of, predictions
+from sparksgd.engines.forward import evaluated_parts, output_of, predictions
 from sparksgd.errors import ModelError
 from sparksgd.spark.tasks.worker_exit import leave_quietly
 
 if TYPE_CHECKING:
     from pyspark import Broadcast
 
-__all__ = ["COMPLETE", "GOOD", "OutputKind", "PredictionPlan", "columns_of", "outputs", "predict"]
+__all__ = [
+    "COMPLETE",
+    "GOOD",
+    "OutputKind",
+    "PredictionPlan",
+    "ShippedPlan",
+    "columns_of",
+    "computed",
+    "predict",
+    "predicted_columns",
+]
 
 OutputKind = Literal["classes", "binary", "number", "values"]
 """What a module's output is of a row: logits of C classes; the logit of class 1; one number; some numbers."""
@@ -43,8 +53,6 @@ COMPLETE = "complete"
 
 GOOD = "good"
 """The column that says whether a row is good: a prediction that is NaN reaches Spark as null, too."""
-
-_MOST_PLANS = 4
 
 Array = npt.NDArray[Any]
 
@@ -66,7 +74,7 @@ class PredictionPlan:
     """What the module's output is."""
 
     thresholds: tuple[float, ...] | None
-    """Of each class: the class with the largest probability / threshold is predicted; None: all are equal."""
+    """One for each class: that of the largest probability / threshold is predicted; None: all are equal."""
 
     rows_per_forward: int
     """The most rows of one forward."""
@@ -75,14 +83,29 @@ class PredictionPlan:
     """What the error about bad rows says to do; None: their predictions are null."""
 
 
-def predict(
-    shipped: Broadcast[bytes], plan_id: str, frames: Iterable[pd.DataFrame]
-) -> Iterator[pd.DataFrame]:
-    """Task: predict for the rows of each frame; yield the columns of `outputs`, null for bad rows.
+class ShippedPlan:
+    """A pickled plan on its way to the workers; each process that gets it loads the module once."""
+
+    def __init__(self, pickled: bytes) -> None:
+        self._pickled = pickled
+
+    @cached_property
+    def plan(self) -> PredictionPlan:
+        """The plan, kept as long as Spark keeps the broadcast."""
+        leave_quietly()
+        forget_optimised()
+        plan: PredictionPlan = pickle.loads(self._pickled)
+        return plan
+
+    def __getstate__(self) -> dict[str, bytes]:
+        return {"_pickled": self._pickled}
+
+
+def predict(shipped: Broadcast[ShippedPlan], frames: Iterable[pd.DataFrame]) -> Iterator[pd.DataFrame]:
+    """Task: predict for the rows of each frame; yield the columns of `predicted_columns`, null for bad rows.
 
     Args:
-        shipped: a pickled `PredictionPlan`.
-        plan_id: of it.
+        shipped: the plan.
         frames: the features in the schema's order, then COMPLETE.
 
     Raises:
@@ -90,19 +113,17 @@ def predict(
         UserCodeError: the module raised.
         ModelError: its output is not what the plan says.
     """
-    leave_quietly()
-    forget_optimised()
-    plan = _plan(shipped, plan_id)
+    plan = shipped.value.plan
     for frame in frames:
         yield _predicted(plan, frame)
 
 
 def columns_of(kind: OutputKind) -> tuple[str, ...]:
-    """Return the names of what `outputs` gives."""
+    """Return the names of what `predicted_columns` gives."""
     return ("raw", "probability", "prediction") if kind in ("classes", "binary") else ("prediction",)
 
 
-def outputs(
+def predicted_columns(
     kind: OutputKind, output: torch.Tensor, rows: int, thresholds: tuple[float, ...] | None
 ) -> dict[str, Array]:
     """Return the columns that are made of a module's output, by name.
@@ -142,10 +163,6 @@ def _classified(
     raw: torch.Tensor, probability: torch.Tensor, best: torch.Tensor, thresholds: tuple[float, ...] | None
 ) -> dict[str, Array]:
     if thresholds is not None:
-        if len(thresholds) != probability.shape[1]:
-            raise ModelError(
-                f"there are {len(thresholds)} thresholds, but the module has {probability.shape[1]} classes"
-            )
         limits = torch.tensor(thresholds, dtype=torch.float64)
         best = torch.where(limits == 0, torch.inf, probability.double() / limits).argmax(1)  # as Spark does
     return {
@@ -155,18 +172,15 @@ def _classified(
     }
 
 
-_plans: OrderedDict[str, PredictionPlan] = OrderedDict()
-"""The plans that this process used last: a module is loaded once, not once for each partition."""
-
-
-def _plan(shipped: Broadcast[bytes], plan_id: str) -> PredictionPlan:
-    plan = _plans.pop(plan_id, None)
-    if plan is None:
-        plan = pickle.loads(shipped.value)
-    _plans[plan_id] = plan
-    while len(_plans) > _MOST_PLANS:
-        _plans.popitem(last=False)
-    return plan
+def computed(plan: PredictionPlan, rows: FeatureRows) -> dict[str, Array]:
+    """Return the columns of the good rows; no row has no columns."""
+    parts = []
+    for part in evaluated_parts(len(rows.records), plan.module, plan.rows_per_forward):
+        records = rows.records[part.start : part.stop]
+        with torch.no_grad(), thread_count(1), generators_seeded(seed32(0, "predicting", part.start)):
+            output = output_of(plan.module, plan.schema, records)
+            parts.append(predicted_columns(plan.kind, output, len(records), plan.thresholds))
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]} if parts else {}
 
 
 def _predicted(plan: PredictionPlan, frame: pd.DataFrame) -> pd.DataFrame:
@@ -176,24 +190,12 @@ def _predicted(plan: PredictionPlan, frame: pd.DataFrame) -> pd.DataFrame:
         for number, kind in enumerate(plan.columns.types)
     ]
     batch = pa.RecordBatch.from_arrays(arrays, schema=plan.columns).filter(pa.array(complete))
-    found = read_features(batch, plan.schema)
-    found.report.found("null in a feature", [None] * int((~complete).sum()))
-    found.report.rows = len(found.records)
+    rows = read_features(batch, plan.schema)
+    rows.report.found("null in a feature", [None] * int((~complete).sum()))
     if plan.bad_row_advice is not None:
-        found.report.check(None, done="predicted", move=plan.bad_row_advice)
-    positions = np.flatnonzero(complete)[found.positions]
-    return _spread(columns_of(plan.kind), _computed(plan, found), positions, len(frame))
-
-
-def _computed(plan: PredictionPlan, rows: FeatureRows) -> dict[str, Array]:
-    """Return the columns of the good rows; no row has no columns."""
-    parts = []
-    for start in range(0, len(rows.records), plan.rows_per_forward):
-        records = rows.records[start : start + plan.rows_per_forward]
-        with torch.no_grad(), thread_count(1), generators_seeded(seed32(0, "predicting", start)):
-            output = output_of(plan.module, plan.schema, records)
-            parts.append(outputs(plan.kind, output, len(records), plan.thresholds))
-    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]} if parts else {}
+        rows.report.check(None, done="predicted, of one batch", move=plan.bad_row_advice)
+    positions = np.flatnonzero(complete)[rows.positions]
+    return _spread(columns_of(plan.kind), computed(plan, rows), positions, len(frame))
 
 
 def _spread(
