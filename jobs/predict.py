@@ -4,6 +4,7 @@
 
 A classifier gives the columns prediction (the class, a double) and probability (an array of floats). A
 regression gives prediction, a double; a model with a loss of your own, prediction as an array of floats.
+Bytes and shorts of Parquet are written as integers.
 
 Exit status: 0 done, 2 refused (model or data), 3 the model failed, 4 the cluster failed, 130 interrupted.
 """
@@ -68,7 +69,7 @@ def main(argv: Sequence[str]) -> int:
         data_is_table=args.data is None,
         out=args.out or args.out_table,
         out_is_table=args.out is None,
-        columns=tuple(args.columns.split(",")) if args.columns else None,
+        columns=tuple(name.strip() for name in args.columns.split(",")) if args.columns else None,
         with_raw=args.raw,
         on_bad_row=args.on_bad_row,
         if_exists=args.if_exists,

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sized
 from dataclasses import replace
-from functools import partial
+from functools import partial, reduce
+from operator import and_
 from typing import Any
 
 import pyarrow as pa
@@ -80,7 +81,7 @@ class _TorchEstimator(TrainingParams, MLWritable, MLReadable[Any]):
                 data["max_bad_rows"] = MOST
         found = {
             "num_features": partial(_num_features, dataset, features),
-            "num_classes": partial(_num_classes, dataset, label),
+            "num_classes": partial(_num_classes, self._counted(dataset, features, label), label),
         }
         sizes = {name: found[name]() for name in spec.sizes()}
         tables: dict[str, Mapping[str, Any]] = {"data": data}
@@ -97,6 +98,14 @@ class _TorchEstimator(TrainingParams, MLWritable, MLReadable[Any]):
         model = self._model(_apart(checked_model(training)))
         model._resetUid(self.uid)
         return self._copyValues(model)
+
+    def _counted(self, dataset: DataFrame, features: list[str], label: str) -> DataFrame:
+        """Return the rows whose labels count: those that are skipped do not."""
+        if self.getOrDefault("handleInvalid") != "skip" or not {*features, label} <= {*dataset.columns}:
+            return dataset
+        number = F.col(quoted(label))
+        is_class = (number >= 0) & (number == F.floor(number)) & ~F.isnan(number.cast("double"))
+        return dataset.where(reduce(and_, (F.col(quoted(name)).isNotNull() for name in features), is_class))
 
     def _columns(self) -> tuple[list[str], str]:
         """Return the columns of features, and that of labels."""

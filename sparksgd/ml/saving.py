@@ -47,7 +47,8 @@ class EstimatorWriter(MLWriter):
             if params["module"] is None:
                 raise ConfigError(
                     "the Estimator cannot be saved, because its module is an object of this process: pass "
-                    "what makes it, by an import path (package.module:name), or save the fitted Model"
+                    "what makes it, by an import path (package.module:name), or save the fitted Model alone "
+                    "(the bestModel of a CrossValidatorModel)"
                 )
         DefaultParamsWriter.saveMetadata(self._estimator, path, self.sc, paramMap=params)
 

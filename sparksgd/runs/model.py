@@ -34,10 +34,10 @@ from sparksgd.runs.checked_files import FileEntry, read_checked, read_unlisted, 
 from sparksgd.runs.manifest import FORMAT, Manifest, describe, read_manifest, write_manifest
 from sparksgd.runs.names import MANIFEST, WEIGHTS
 from sparksgd.storage import Location, location
-from sparksgd.training.composition import other_structure
+from sparksgd.training.composition import other_structure, structure
 from sparksgd.training.modules import build_module
 from sparksgd.training.saved_state import SavedState, load_state, saved_state
-from sparksgd.training.torch_parts import assembled
+from sparksgd.training.torch_parts import assembled, described_parts
 
 if TYPE_CHECKING:  # to load a model needs nothing of the training
     from sparksgd.training.state import Training
@@ -123,7 +123,12 @@ def save_model(folder: str | Path | Location, model: SavedModel, weights: str = 
     if saved.constants:
         files["constants"] = write_checked(folder, constants_beside(weights), saved.constants)
     entries = {key: None if entry is None else asdict(entry) for key, entry in files.items()}
-    write_manifest(folder, {"format": FORMAT, **entries, **model.about})
+    about = dict(model.about)
+    if about["structure"] != (now := structure(model.module)):
+        about |= {"structure": now, "differs": "the module was changed after it was trained or loaded"}
+    if about["parts"] is not None:
+        about["parts"] = described_parts(model.module)
+    write_manifest(folder, {"format": FORMAT, **entries, **about})
 
 
 def constants_beside(weights: str) -> str:

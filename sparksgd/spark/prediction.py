@@ -84,7 +84,8 @@ def predict(
 
     The predictions of a row are those of plain torch on one thread, to the bit, for the same rows in one
     forward: up to `rows_per_forward` rows of an Arrow batch of Spark
-    (spark.sql.execution.arrow.maxRecordsPerBatch, 10,000 rows by default).
+    (spark.sql.execution.arrow.maxRecordsPerBatch, 10,000 rows by default).  As in the training, -0.0 counts
+    as 0.0.  Each forward starts from the module as it was loaded, whatever another one changed.
 
     Args:
         rows: a DataFrame, also a stream, or a path or URI of Parquet, with the features that the model was
@@ -112,6 +113,8 @@ def predict(
         )
     if on_bad_row not in get_args(OnBadRow):
         raise ConfigError(f"on_bad_row is {on_bad_row!r}, but must be one of {', '.join(get_args(OnBadRow))}")
+    if not isinstance(prediction, str) or not prediction:
+        raise ConfigError(f"prediction is {prediction!r}, but must be the name of a column")
     kind = kind_of(model)
     if raw is not None and "raw" not in predict_tasks.columns_of(kind):
         raise ConfigError(f"raw is {raw!r}, but the model's loss is not one of classes: leave raw out")

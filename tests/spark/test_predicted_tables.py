@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -83,6 +84,27 @@ def test_what_cannot_be_written_is_refused_by_name(spark, model, path, tmp_path)
         write_predictions(spark, model, replace(asked, data="nowhere", data_is_table=True))
     with pytest.raises(ConfigError, match="raw is 'rawPrediction', but the model's loss is not"):
         write_predictions(spark, model, replace(asked, with_raw=True))
+
+
+@pytest.mark.parametrize(
+    "out", ["rows", "rows/", "rows/../rows", "rows/predicted", ".", "link", "file:{}/rows"]
+)
+def test_an_output_that_would_remove_the_data_is_refused(spark, model, path, tmp_path, out):
+    shutil.copytree(path, tmp_path / "rows")
+    (tmp_path / "link").symlink_to(tmp_path / "rows")
+    out = out.format(tmp_path) if ":" in out else f"{tmp_path}/{out}"
+    asked = replace(job(str(tmp_path / "rows"), out), if_exists="overwrite")
+    with pytest.raises(ConfigError, match="which holds or is in --data"):
+        write_predictions(spark, model, asked)
+    assert spark.read.parquet(str(tmp_path / "rows")).count() == 3
+
+
+def test_a_column_of_the_data_that_is_not_kept_may_have_a_new_one_s_name(spark, model, path, tmp_path):
+    twice = str(tmp_path / "twice")
+    spark.read.parquet(path).selectExpr("*", "1 as prediction").write.parquet(twice)
+    asked = replace(job(twice, tmp_path / "out"), columns=("id", "id"))
+    assert write_predictions(spark, model, asked) == 3
+    assert spark.read.parquet(asked.out).columns == ["id", "prediction"]
 
 
 def test_a_folder_of_the_driver_is_refused_where_executors_are_elsewhere():

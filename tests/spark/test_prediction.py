@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from predicted_modules import Counted, TwoInputs  # tests/modules
+from predicted_modules import Counted, Counting, TwoInputs, Whole  # tests/modules
 from pyspark.ml.functions import array_to_vector
 from pyspark.sql import functions as F
 from torch import nn
@@ -135,6 +135,13 @@ def test_several_columns_of_all_types_reach_forward_by_name(spark, one_thread):
     assert found.columns == ["image", "code", "price", "other.column", "prediction"]
 
 
+def test_each_forward_starts_as_loaded_and_may_return_memory_of_the_module(rows, values, one_thread):
+    model = model_of(Counting(), squared_error, None)
+    for _ in range(2):
+        found = sparksgd.predict(rows, model, rows_per_forward=100).orderBy("id").collect()
+        assert [row.prediction for row in found] == (values[:, 0].astype(float) + 2).tolist()
+
+
 BAD = [(0, [1.0, 2.0, 3.0]), (1, None), (2, [1.0]), (3, [1.0, None, 2.0]), (4, [1.0, float("nan"), 0.0])]
 
 
@@ -221,6 +228,8 @@ def test_what_cannot_be_predicted_is_refused_at_once(rows):
         sparksgd.predict(rows, model, prediction="p", probability="p")
     with pytest.raises(ConfigError, match="on_bad_row is 'ignore', but must be one of error, skip, keep"):
         sparksgd.predict(rows, model, on_bad_row="ignore")
+    with pytest.raises(ConfigError, match="prediction is 0, but must be the name of a column"):
+        sparksgd.predict(rows, model, prediction=0)
     with pytest.raises(ConfigError, match="rows_per_forward is 0"):
         sparksgd.predict(rows, model, rows_per_forward=0)
     with pytest.raises(ConfigError, match="raw is 'r', but the model's loss is not one of classes"):
@@ -234,6 +243,7 @@ def test_a_module_that_raises_or_gives_other_shapes_is_named(spark, rows):
         (made(nn.Linear, 9, 3), cross_entropy, UserCodeError, "the module or its loss raised RuntimeError"),
         (made(nn.Linear, WIDTH, 3), squared_error, ModelError, r"\(512, 3\) for 512 rows, .* one number"),
         (made(nn.Linear, WIDTH, 1), cross_entropy, ModelError, "must give C > 1 logits for each row"),
+        (Whole(), cross_entropy, ModelError, r"gives torch\.int64, but must give floating-point numbers"),
     ):
         with pytest.raises(kind, match=says), spark_job(spark.sparkContext, "predicting"):
             sparksgd.predict(rows, model_of(module, loss)).collect()

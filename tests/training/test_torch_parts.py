@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import sparksgd
-from sparksgd.errors import DataError
+from sparksgd.errors import ConfigError, DataError
 from sparksgd.runs.model import load_model, save_model
 from sparksgd.training.saved_state import load_state, saved_state
 from sparksgd.training.torch_parts import assembled, described_parts
@@ -219,3 +220,27 @@ def test_a_model_of_the_format_before_is_loaded_and_saved_again(tmp_path: Path) 
     save_model(tmp_path, loaded)
     again = load_model(tmp_path, trust=["torch.nn"], strict=True)
     assert torch.equal(again.module.weight, loaded.module.weight)
+
+
+def test_a_module_that_was_changed_after_the_training_is_saved_as_it_is(tmp_path: Path) -> None:
+    trained(tmp_path, nn.Sequential(nn.Linear(2, 4), nn.LeakyReLU(), nn.Linear(4, 2)))
+    loaded = load_model(tmp_path / "run" / "model")
+    loaded.module[1].negative_slope = 0.9
+    save_model(tmp_path / "slope", loaded)
+    assert load_model(tmp_path / "slope").module[1].negative_slope == 0.9
+    loaded.module[1] = nn.Identity()
+    save_model(tmp_path / "identity", loaded)
+    assert type(load_model(tmp_path / "identity").module[1]) is nn.Identity
+    before = Path(__file__).parents[1] / "runs" / "saved_format_5"
+    named = load_model(before, trust=["torch.nn"])
+    changed = replace(named, module=nn.Sequential(named.module))
+    save_model(tmp_path / "changed", changed)
+    with pytest.raises(DataError, match="the module was changed after it was trained or loaded"):
+        load_model(tmp_path / "changed", trust=["torch.nn"])
+
+
+def test_a_model_made_by_hand_cannot_be_saved(tmp_path: Path) -> None:
+    trained(tmp_path, nn.Linear(2, 2))
+    loaded = load_model(tmp_path / "run" / "model")
+    with pytest.raises(ConfigError, match="was neither trained nor loaded by sparksgd"):
+        save_model(tmp_path / "saved", replace(loaded, about={}))

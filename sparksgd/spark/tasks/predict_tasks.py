@@ -83,6 +83,39 @@ class PredictionPlan:
     """What the error about bad rows says to do; None: their predictions are null."""
 
 
+class _AsLoaded:
+    """What a module is made of, so that each forward starts from it, whatever the one before changed.
+
+    Args:
+        module: its tensors, and the numbers and texts that it holds.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self._tensors: list[tuple[dict[str, Any], str, torch.Tensor, torch.Tensor]] = [
+            (held, name, tensor, tensor.detach().clone())
+            for part in module.modules()
+            for held in (part._parameters, part._buffers)
+            for name, tensor in held.items()
+            if tensor is not None
+        ]
+        self._plain = [
+            (vars(part), {name: value for name, value in vars(part).items() if type(value) in _PLAIN})
+            for part in module.modules()
+        ]
+
+    def restore(self) -> None:
+        """Let all be as it was loaded."""
+        for held, name, tensor, loaded in self._tensors:
+            held[name] = tensor
+            if not torch.equal(tensor, loaded):
+                tensor.data.copy_(loaded)
+        for now, before in self._plain:
+            now.update(before)
+
+
+_PLAIN = (bool, int, float, str, type(None))
+
+
 class ShippedPlan:
     """A pickled plan on its way to the workers; each process that gets it loads the module once."""
 
@@ -96,6 +129,11 @@ class ShippedPlan:
         forget_optimised()
         plan: PredictionPlan = pickle.loads(self._pickled)
         return plan
+
+    @cached_property
+    def as_loaded(self) -> _AsLoaded:
+        """What the plan's module is made of."""
+        return _AsLoaded(self.plan.module)
 
     def __getstate__(self) -> dict[str, bytes]:
         return {"_pickled": self._pickled}
@@ -113,9 +151,9 @@ def predict(shipped: Broadcast[ShippedPlan], frames: Iterable[pd.DataFrame]) -> 
         UserCodeError: the module raised.
         ModelError: its output is not what the plan says.
     """
-    plan = shipped.value.plan
+    plan, as_loaded = shipped.value.plan, shipped.value.as_loaded
     for frame in frames:
-        yield _predicted(plan, frame)
+        yield _predicted(plan, frame, as_loaded)
 
 
 def columns_of(kind: OutputKind) -> tuple[str, ...]:
@@ -141,9 +179,12 @@ def predicted_columns(
     Raises:
         ModelError: the output is not of this kind.
     """
+    shape = tuple(output.shape)
+    if not output.is_floating_point():
+        raise ModelError(f"the module gives {output.dtype}, but must give floating-point numbers")
     if output.dtype in (torch.bfloat16, torch.float16):
         output = output.float()
-    shape = tuple(output.shape)
+    output = output.clone()  # it may be memory of the module's, which the next forward writes
     if kind == "values" and shape[:1] == (rows,):
         return {"prediction": output.reshape(rows, -1).numpy()}
     if kind in ("number", "binary") and shape in ((rows,), (rows, 1)):
@@ -172,18 +213,27 @@ def _classified(
     }
 
 
-def computed(plan: PredictionPlan, rows: FeatureRows) -> dict[str, Array]:
-    """Return the columns of the good rows; no row has no columns."""
-    parts = []
+def computed(plan: PredictionPlan, rows: FeatureRows, as_loaded: _AsLoaded | None = None) -> dict[str, Array]:
+    """Return the columns of the good rows; no row has no columns.
+
+    Args:
+        plan: computes them.
+        rows: the good rows.
+        as_loaded: of the plan's module; None: it is made here.
+    """
+    parts, as_loaded = [], as_loaded or _AsLoaded(plan.module)
     for part in evaluated_parts(len(rows.records), plan.module, plan.rows_per_forward):
         records = rows.records[part.start : part.stop]
         with torch.no_grad(), thread_count(1), generators_seeded(seed32(0, "predicting", part.start)):
-            output = output_of(plan.module, plan.schema, records)
-            parts.append(predicted_columns(plan.kind, output, len(records), plan.thresholds))
+            try:
+                output = output_of(plan.module, plan.schema, records)
+                parts.append(predicted_columns(plan.kind, output, len(records), plan.thresholds))
+            finally:
+                as_loaded.restore()
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]} if parts else {}
 
 
-def _predicted(plan: PredictionPlan, frame: pd.DataFrame) -> pd.DataFrame:
+def _predicted(plan: PredictionPlan, frame: pd.DataFrame, as_loaded: _AsLoaded) -> pd.DataFrame:
     complete = frame[COMPLETE].to_numpy(bool)
     arrays = [
         pa.array(frame[str(number)], kind, from_pandas=False)
@@ -195,7 +245,7 @@ def _predicted(plan: PredictionPlan, frame: pd.DataFrame) -> pd.DataFrame:
     if plan.bad_row_advice is not None:
         rows.report.check(None, done="predicted, of one batch", move=plan.bad_row_advice)
     positions = np.flatnonzero(complete)[rows.positions]
-    return _spread(columns_of(plan.kind), computed(plan, rows), positions, len(frame))
+    return _spread(columns_of(plan.kind), computed(plan, rows, as_loaded), positions, len(frame))
 
 
 def _spread(
