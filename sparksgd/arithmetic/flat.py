@@ -25,6 +25,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from sparksgd.arithmetic.changes import Changes, Copy, Words, bits
 from sparksgd.arithmetic.constants import Constants, Slot
+from sparksgd.arithmetic.mapped_twice import LEAST_BYTES, mapped_twice
 from sparksgd.arithmetic.standing import Standing
 from sparksgd.errors import ModelError
 
@@ -92,12 +93,10 @@ class FlatModule:
         size = sum(parameter.numel() for parameter in self.trainable)
         self.parameters = torch.empty(size, dtype=dtype)
         self.gradient = torch.zeros(size, dtype=dtype)
-        apart = _viewed_as_pairs(module)
+        places = self._places(self.parameters)
         for parameter, values, gradient in zip(
-            self.trainable, self._views(self.parameters), self._views(self.gradient), strict=True
+            self.trainable, places, self._views(self.gradient), strict=True
         ):
-            if id(parameter) in apart and values.storage_offset() % 2:
-                values = torch.from_numpy(values.numpy())  # the same memory, as a storage that begins there
             values.copy_(parameter.detach())
             parameter.data = values
             parameter.grad = gradient
@@ -111,6 +110,8 @@ class FlatModule:
         self._constants = Constants(module, {id(tensor) for tensor in [*self.trainable, *moving]})
         self.standing = Standing(module, dict(trainable), self.parameters, self._constants)
         """What stands while forward runs, and what forward changes."""
+        self.is_mapped = False
+        """Whether the module has its parameters in another mapping than `parameters`; see `map_twice`."""
         self._copies: dict[int, Copy] = {}  # of weights that are computed channels last, by their id
 
     @contextmanager
@@ -175,6 +176,35 @@ class FlatModule:
             end = start + parameter.numel()
             yield vector[start:end].view(parameter.shape)
             start = end
+
+    def _places(self, vector: torch.Tensor) -> Iterator[torch.Tensor]:
+        """Yield each parameter's part of a vector, [P], as the parameter's memory."""
+        apart = _viewed_as_pairs(self.module)
+        for parameter, values in zip(self.trainable, self._views(vector), strict=True):
+            if id(parameter) in apart and values.storage_offset() % 2:
+                yield torch.from_numpy(values.numpy())  # the same memory, as a storage that begins there
+            else:
+                yield values
+
+    def map_twice(self, least_bytes: int = LEAST_BYTES) -> None:
+        """Let a solver write `parameters` where the module reads them, without a copy, if the system can.
+
+        Only for a solver that leaves `trainable` alone: from now on these are no views of `parameters`, and
+        see what is written there after `standing.at`.
+
+        Args:
+            least_bytes: of the parameters; fewer are copied, as before.
+        """
+        if self.is_mapped or self.parameters.nbytes < least_bytes:
+            return
+        mapped = mapped_twice(self.parameters)
+        if mapped is None:
+            return
+        for parameter, values in zip(self.trainable, self._places(mapped.seen), strict=True):
+            parameter.data = values
+        self.parameters, self.is_mapped = mapped.vector, True
+        self.whole = _parameter(self.parameters, self.gradient)
+        self.standing.hold(mapped)
 
     def weights(self, version: int) -> Weights:
         """Return a copy of everything that training changes."""

@@ -1,7 +1,8 @@
 """What stands while forward runs: every piece starts from it, and what forward changes is found by its bytes.
 
 `w.data.clamp_()` does not move a tensor's version, `w.data = ...` moves its memory, and a buffer may be
-replaced: only a comparison of bytes finds all of it.
+replaced: only a comparison of bytes finds all of it.  The bytes of parameters that a solver writes in place
+are a copy (`_Kept`), or the solver's own, where the system tells what was written (mapped_twice.py).
 
 Legend: P parameters.
 """
@@ -25,12 +26,12 @@ from sparksgd.arithmetic.changes import (
     Changes,
     Copy,
     Part,
-    Words,
     bits,
     equal,
     refuse_conflict,
 )
 from sparksgd.arithmetic.constants import Constants, decoded
+from sparksgd.arithmetic.mapped_twice import MappedTwice
 from sparksgd.arithmetic.structure import Structure
 from sparksgd.errors import ModelError
 
@@ -42,6 +43,38 @@ class Piece:
 
     changes: Changes | None = None
     """What it changed in parameters and constants; None if nothing.  Known after the block."""
+
+
+class _Kept:
+    """One vector that the module has and the solver writes, and the bytes that stand, which may be a copy.
+
+    Args:
+        vector: float[P].
+    """
+
+    def __init__(self, vector: torch.Tensor) -> None:
+        self.vector = vector
+        self.words = self.stands = bits(vector)
+        self._copy: torch.Tensor | None = None
+
+    def stand_at(self, point: torch.Tensor) -> None:
+        """Let a point, float[P], be what stands, and what the module has; the vector itself is copied."""
+        if point.data_ptr() == self.vector.data_ptr():
+            if self._copy is None:
+                self._copy = torch.empty_like(self.vector)
+            point = self._copy.copy_(self.vector)
+        else:
+            self.vector.copy_(point)
+        self.stands = bits(point)
+
+    def is_changed(self) -> bool:
+        """Return whether the module has other bytes than those that stand."""
+        return not equal(self.words, self.stands)
+
+    def restore(self) -> None:
+        """Let the module have the bytes that stand."""
+        if self.is_changed():
+            self.words[...] = self.stands
 
 
 class Standing:
@@ -62,34 +95,29 @@ class Standing:
         constants: Constants,
     ) -> None:
         self._names, self._trainable = list(trainable), list(trainable.values())
-        self._vector, self._constants = vector, constants
-        self._structure = Structure(module)
-        self._words = bits(vector)
-        self._stands: Words | None = None  # the bytes of the point that pieces start from
-        self._kept: torch.Tensor | None = None  # those, where the vector itself is the solver's
+        self._constants, self._structure = constants, Structure(module)
         self._ends = list(accumulate(parameter.numel() for parameter in self._trainable))
-        self._homes = [parameter.data for parameter in self._trainable]  # the memory of each
-        self._places = [_place(home) for home in self._homes]
+        self.hold(_Kept(vector))
         self._number = {id(parameter): number for number, parameter in enumerate(self._trainable)}
         self._last: dict[int, Copy] = {}  # those that are channels last now, by number
         self.moves_versions = True
         """Whether forward sees other versions of the parameters in each piece."""
 
+    def hold(self, memory: _Kept | MappedTwice) -> None:
+        """Note which memory the parameters have from now on; `at` comes next."""
+        self._memory, self._has_point = memory, False
+        self._homes = [parameter.data for parameter in self._trainable]  # the memory of each
+        self._places = [_place(home) for home in self._homes]
+
     def at(self, point: npt.NDArray[np.floating]) -> None:
         """Give the module the parameters of a point, float[P]: pieces start from there until the next call.
 
         Args:
-            point: not changed by anyone in the meantime.  If it is the module's own vector, it is copied,
-                and may change between pieces only with a new call.
+            point: not changed by anyone in the meantime.  If it is the vector itself, it may change between
+                pieces only with a new call.
         """
-        values = torch.from_numpy(point)
-        if values.data_ptr() == self._vector.data_ptr():
-            if self._kept is None:
-                self._kept = torch.empty_like(self._vector)
-            values = self._kept.copy_(self._vector)
-        else:
-            self._vector.copy_(values)
-        self._stands = bits(values)
+        self._memory.stand_at(torch.from_numpy(point))
+        self._has_point = True
         self._constants.stand()
 
     @contextmanager
@@ -103,7 +131,7 @@ class Standing:
             ModelError: a submodule or parameter was made, removed or replaced; or a tensor has another shape
                 or type.
         """
-        assert self._stands is not None, "at() comes first"
+        assert self._has_point, "at() comes first"
         self._count_version()
         made = Piece()
         try:
@@ -130,7 +158,7 @@ class Standing:
         Raises:
             ModelError: a submodule or parameter was made, removed or replaced.
         """
-        assert self._stands is not None, "at() comes first"
+        assert self._has_point, "at() comes first"
         self._count_version()
         try:
             yield
@@ -174,14 +202,13 @@ class Standing:
         Args:
             moved: those that have other memory.
         """
-        assert self._stands is not None
-        apart = any(copy.is_changed() for copy in self._last.values())
-        if not moved and not apart and equal(self._words, self._stands):
+        is_changed = self._memory.is_changed() or any(copy.is_changed() for copy in self._last.values())
+        if not moved and not is_changed:
             return None
-        now = self._words.copy()
+        now = self._memory.words.copy()
         for number in {*moved, *self._last}:
             now[self._span(number)] = bits(self._checked(number))
-        part = Part.between(self._stands, now)
+        part = Part.between(self._memory.stands, now)
         self._stand_again()
         return part
 
@@ -201,13 +228,20 @@ class Standing:
         return slice(end - self._homes[number].numel(), end)
 
     def _stand_again(self) -> None:
-        """Let all parameters be in their memory, with the bytes that stand."""
-        assert self._stands is not None
-        for parameter, home, place in zip(self._trainable, self._homes, self._places, strict=True):
+        """Let all parameters be in their memory, with the bytes that stand.
+
+        Raises:
+            ModelError: that memory is elsewhere now.
+        """
+        for number, (parameter, place) in enumerate(zip(self._trainable, self._places, strict=True)):
             if _place(parameter) != place:
-                parameter.data = home
-        if not equal(self._words, self._stands):
-            self._words[...] = self._stands
+                parameter.data = self._homes[number]
+                if _place(parameter) != place:
+                    raise ModelError(
+                        f"forward moves the memory of parameter {self._names[number]}, as share_memory_() "
+                        f"does: leave it where it is, and share a .clone()"
+                    )
+        self._memory.restore()
         for copy in self._last.values():
             if copy.is_changed():
                 copy.restore()
@@ -225,7 +259,7 @@ class Standing:
         if changes is None:
             return
         for name, conflict in changes.conflicts.items():
-            position, dtype = conflict.position, self._vector.dtype
+            position, dtype = conflict.position, self._memory.vector.dtype
             if name == PARAMETERS:
                 number = bisect_right(self._ends, position)
                 name, position = self._names[number], position - self._span(number).start
@@ -233,8 +267,9 @@ class Standing:
                 dtype = self._constants.dtype(name)
             raise refuse_conflict(name, position, decoded(conflict.values, dtype))
         if changes.parameters is not None:
-            part = range(len(self._words)) if strip is None else strip
-            changes.parameters.write(self._words[part.start : part.stop], part.start)
+            words = bits(self._memory.vector)
+            part = range(len(words)) if strip is None else strip
+            changes.parameters.write(words[part.start : part.stop], part.start)
         self.apply_constants(changes)
 
     def apply_constants(self, changes: Changes) -> None:
@@ -243,7 +278,8 @@ class Standing:
 
     def sizes(self) -> dict[str, tuple[int, np.dtype[Any]]]:
         """Return how many words, and of which type, the parameters and each constant have."""
-        return {PARAMETERS: (len(self._words), self._words.dtype), **self._constants.sizes()}
+        words = self._memory.words
+        return {PARAMETERS: (len(words), words.dtype), **self._constants.sizes()}
 
     def bind(self, weight: nn.Parameter, data: torch.Tensor, copy: Copy | None = None) -> None:
         """Note which memory a parameter has from now on; a copy if it is channels last."""

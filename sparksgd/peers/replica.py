@@ -216,6 +216,9 @@ class Replica:
     def _loaded(self, segment: Segment, state: SolverState, strip: range) -> RoundSolver:
         """Return a solver at the step where the segment begins."""
         flat = self._flat
+        if segment.by_strips and flat is self._computer.flat:
+            flat.map_twice()
+        assert segment.by_strips or not flat.is_mapped, "a solver of everything may write what forward reads"
         flat.load(state.weights)
         solver = segment.make_replica(FlatStrip(flat, strip) if segment.by_strips else flat)
         solver.load_state(state.strip(strip) if segment.by_strips else state)
