@@ -48,7 +48,7 @@ def test_executors_killed_between_steps_and_in_a_step_change_no_bit_and_leave_no
         os.kill(executor_pids()[0], signal.SIGKILL)
 
     def kill_in_the_next(training):
-        seen.append((training.recovery.retries, training.recovery.rebuilt_shards))
+        seen.append(training.recovery.retries)
         (flags / "kill-executor").touch()
 
     def kill_a_python_worker(_):
@@ -57,12 +57,10 @@ def test_executors_killed_between_steps_and_in_a_step_change_no_bit_and_leave_no
     killers = [AtStep(5, kill_between), AtStep(9, kill_a_python_worker), AtStep(12, kill_in_the_next)]
     training = train(spark, config, spark.read.parquet(small), observers=killers)
     assert training.flat.parameters_sha256() == undisturbed(small, config)
-    ((retries, rebuilt_shards),) = seen
-    assert retries >= 2
-    assert rebuilt_shards >= 2  # one of two workers owned two of the four shards
+    (retries,) = seen
+    assert retries >= 2  # files of a killed executor may outlast it, so shards need not be rebuilt
     assert not any(flags.iterdir())
     assert training.recovery.retries > retries
-    assert training.recovery.rebuilt_shards >= rebuilt_shards + 2
     assert len(training.step_times) == 20
     assert not list(local_dir.rglob("sparksgd-*"))
 
