@@ -74,7 +74,7 @@ class _TorchEstimator(TrainingParams, MLWritable, MLReadable[Any]):
         spec = ModuleSpec.of(self.getOrDefault("module"))
         features, label = self._columns()
         data: dict[str, Any] = {"features": features, "label": label}
-        given = self.getOrDefault("config") if self.isDefined("config") else {}
+        given = self._given_config()
         if self.getOrDefault("handleInvalid") == "skip":
             data["on_bad_row"] = "skip"
             if "max_bad_rows" not in given.get("data", {}):
@@ -97,7 +97,8 @@ class _TorchEstimator(TrainingParams, MLWritable, MLReadable[Any]):
             raise BadRows(f'{told} Next: mend the data, or set handleInvalid to "skip"') from error
         model = self._model(_apart(checked_model(training)))
         model._resetUid(self.uid)
-        return self._copyValues(model)
+        model = self._copyValues(model)
+        return model._set(featuresCol=features[0]) if len(features) == 1 else model
 
     def _counted(self, dataset: DataFrame, features: list[str], label: str) -> DataFrame:
         """Return the rows whose labels count: those that are skipped do not."""

@@ -145,6 +145,18 @@ class TrainingParams(PredictionParams):
     )
     config: Any = _param("config", "a dict of tables of a configuration, for all other keys")
 
+    def _given_config(self) -> Mapping[str, Mapping[str, Any]]:
+        """Return `config`, if it is tables of a configuration.
+
+        Raises:
+            ConfigError: it is something else.
+        """
+        given: Mapping[str, Mapping[str, Any]] = (
+            self.getOrDefault("config") if self.isDefined("config") else {}
+        )
+        Config.from_dict(given)
+        return given
+
     def _configured(self, tables: Mapping[str, Mapping[str, Any]]) -> Config:
         """Return the configuration that the Params say.
 
@@ -154,9 +166,7 @@ class TrainingParams(PredictionParams):
         Raises:
             ConfigError: a Param and `config` set one key to two values, or a value is not valid.
         """
-        given = self.getOrDefault("config") if self.isDefined("config") else {}
-        Config.from_dict(given)  # refuses what is no table of tables
-        merged: dict[str, dict[str, Any]] = {section: dict(table) for section, table in given.items()}
+        merged = {section: dict(table) for section, table in self._given_config().items()}
         for name, key in KEYS.items():
             section, _, field = key.partition(".")
             table = merged.setdefault(section, {})

@@ -211,8 +211,9 @@ def test_a_refusal_names_all_ways() -> None:
     with pytest.raises(DataError) as refused:
         found("kind.nets:Net")
     for way in (
-        "model.json: model.name is 'kind.nets:Net'", "trust=['kind'] of load_model or read_replay",
-        "--trust kind of jobs/evaluate.py or jobs/train.py --replay", "sparksgd.trust('kind')",
-        "SPARKSGD_TRUST=kind", "module=",
+        "model.json: model.name is 'kind.nets:Net'",
+        "trust=['kind'] of load_model, read_replay or a Model's load",
+        "--trust kind of jobs/evaluate.py, jobs/predict.py or jobs/train.py --replay",
+        "sparksgd.trust('kind')", "SPARKSGD_TRUST=kind", "module=",
     ):  # fmt: skip
         assert way in str(refused.value)

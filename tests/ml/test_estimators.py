@@ -196,6 +196,7 @@ def test_bad_rows_are_refused_left_out_or_kept(points, trained):
     assert skipping.numClasses == 2
 
 
+@pytest.mark.soak
 def test_one_logit_is_a_classifier_of_two_classes(points, tmp_path):
     classifier = TorchClassifier(module=nn.Linear(2, 1), loss="binary_cross_entropy", **BRIEF)
     model = classifier.fit(points)
@@ -221,6 +222,7 @@ def test_a_regressor_gives_doubles(points, tmp_path):
     assert loaded.predict(target.first().features) == pytest.approx(scored.first().prediction)
 
 
+@pytest.mark.soak
 def test_several_columns_are_arguments_of_forward(people):
     class Sum(nn.Module):
         def __init__(self):
@@ -239,6 +241,16 @@ def test_several_columns_are_arguments_of_forward(people):
     assert model.numFeatures == 2
     with pytest.raises(DataError, match=r"predict takes one vector, but the model reads .*a, b"):
         model.predict([1.0, 2.0])
+
+
+def test_one_column_of_several_is_the_model_s_too(points, tmp_path):
+    named = points.withColumn("x", F.col("features")).withColumn(
+        "features", F.lit(None).cast("array<double>")
+    )
+    model = TorchClassifier(module=linear(), featuresCols=["x"], **BRIEF).fit(named)
+    assert model.getFeaturesCol() == "x"
+    model.save(str(tmp_path / "model"))
+    assert TorchClassificationModel.load(str(tmp_path / "model")).transform(named).count() == 400
 
 
 def test_the_model_of_a_job_is_a_model_and_the_other_way_round(points, trained, tmp_path):
@@ -292,6 +304,7 @@ def test_what_another_class_saved_is_refused(points, trained, tmp_path):
         ),
         ({"module": nn.Linear(2, 2), "config": {"train": {"epochs": 3}}}, "maxEpochs is 1, but config sets"),
         ({"module": nn.Linear(2, 2), "config": {"data": {"label": "y"}}}, "leave it out of config"),
+        ({"module": nn.Linear(2, 2), "config": 3}, "the configuration is 3, but must be a dict"),
         ({"module": nn.Linear(2, 2), "config": {"trian": {}}}, r"unknown section \[trian\]"),
         (
             {"module": nn.Linear(2, 2), "config": {"model": {"hidden": 3}}},
@@ -327,6 +340,7 @@ def test_an_estimator_of_an_object_cannot_be_saved(tmp_path):
         TorchClassifier(module=nn.Linear(2, 2)).save(str(tmp_path / "estimator"))
 
 
+@pytest.mark.soak
 def test_what_a_factory_of_a_notebook_makes_is_loaded_by_its_parts(points, tmp_path):
     notebooks = TorchClassifier(module=lambda num_features: nn.Linear(num_features, 2), **BRIEF)
     notebooks.fit(points).save(str(tmp_path / "model"))

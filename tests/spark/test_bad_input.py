@@ -195,7 +195,7 @@ def test_what_the_executors_python_lacks_is_named_before_rows_are_read(session_f
     python, context.pythonExec = context.pythonExec, str(bare)
     try:
         with pytest.raises(
-            ConfigError, match=rf"on \S+ \({sys.executable}\) lacks numpy and pyarrow and torch: "
+            ConfigError, match=rf"on \S+ \({sys.executable}\) lacks numpy and pandas and pyarrow and torch: "
         ):
             train(spark, configured(), "nowhere")
     finally:

@@ -157,7 +157,7 @@ def test_a_loop_that_waits_for_another_number_ends() -> None:
     "noisy",
     [
         lambda x: x * noise(np.random.default_rng().random((len(x), 1))),
-        lambda x: x * (1 + os.urandom(1)[0] / 256),
+        lambda x: x * (1 + int.from_bytes(os.urandom(4), "big") / 2**32),
     ],
 )
 def test_what_no_seed_reaches_is_refused(noisy: Any) -> None:

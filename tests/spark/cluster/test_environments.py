@@ -56,7 +56,7 @@ def test_on_this_machine_the_first_advice_is_to_take_the_python_of_the_program()
                 "--archives dist/environment.tar.gz#environment",
             ],
         ),
-        ({"missing": NEEDED, "version": None}, ["lacks numpy and pyarrow and torch: "]),
+        ({"missing": NEEDED, "version": None}, ["lacks numpy and pandas and pyarrow and torch: "]),
         (
             {"missing": ("sparksgd",), "version": None},
             [
@@ -131,7 +131,7 @@ def test_a_look_runs_where_sparksgd_and_all_that_it_needs_are_absent(task: Any, 
         assert answer["cpus"] >= 1
         assert all(free > 0 for free in answer["free_bytes"].values())
         answer = answer["python"]
-    assert answer["missing"] == ("numpy", "pyarrow", "torch", "sparksgd")
+    assert answer["missing"] == ("numpy", "pandas", "pyarrow", "torch", "sparksgd")
     assert answer["version"] is None
 
 
