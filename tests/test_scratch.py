@@ -145,8 +145,11 @@ def test_shards_of_a_driver_elsewhere_live_as_long_as_an_executor_of_it_is_here(
     gone = subprocess.Popen(["true"])
     gone.wait()
     changed(folder, lambda values: values["executor"].update(pid=gone.pid))
-    words = [sys.executable, "-c", "import time; time.sleep(3600)", "--app-id", application]
-    with subprocess.Popen(words) as executor:
+    program = "import time; print(flush=True); time.sleep(3600)"
+    words = [sys.executable, "-c", program, "--app-id", application]
+    with subprocess.Popen(words, stdout=subprocess.PIPE) as executor:
+        assert executor.stdout is not None
+        executor.stdout.readline()  # before, the kernel may not show its words yet
         try:
             assert is_mentioned(application)
             assert remove_left([folder]) == 0
