@@ -6,8 +6,8 @@
 A path may be a URI of any file system that Hadoop knows: hdfs:, s3a:, abfss: ...  A path without a scheme
 is on this machine.
 
-Exit status: 0 finished, or there was nothing to do; 2 refused (configuration, data or module); 3 training
-failed; 4 the cluster failed; 130 interrupted or cancelled; 143 terminated.
+Exit status: 0 finished, stopped by train.max_wall_s, or nothing to do; 2 refused (configuration, data or
+module); 3 training failed; 4 the cluster failed; 130 interrupted or cancelled; 143 terminated.
 """
 
 from __future__ import annotations
@@ -63,6 +63,15 @@ def parser() -> argparse.ArgumentParser:
         "its end",
     )  # fmt: skip
     result.add_argument(
+        "--callback", action="append", default=[], metavar="PACKAGE.MODULE:CLASS",
+        help="watch the run by this subclass of sparksgd.Observer, which may end it by "
+        "training.stop(reason); repeatable",
+    )  # fmt: skip
+    result.add_argument(
+        "--status-when-stopped", type=int, default=0, metavar="STATUS", choices=range(126),
+        help="the exit status of a run that train.max_wall_s stopped, 0 to 125; the default is 0",
+    )  # fmt: skip
+    result.add_argument(
         "--log-format",
         choices=get_args(LogFormat),
         default="text",
@@ -81,7 +90,7 @@ def main(argv: Sequence[str]) -> int:
     run_id, console = new_run_id(), open_console()
     log_to(console, run_id, args.log_format)
 
-    def work() -> None:
+    def work() -> int:
         if args.replay is None:
             if args.trust:
                 raise ConfigError("--trust is for --replay: what your own configuration names needs no trust")
@@ -94,19 +103,24 @@ def main(argv: Sequence[str]) -> int:
             replay = read_replay(args.replay, trust=args.trust)
             config = Config.load(replay.config, args.set)
         instruction_set.pin(config.train.instruction_set)  # before anything imports torch
+        from sparksgd.cli.callbacks import Callback
         from sparksgd.cli.run import run
         from sparksgd.cli.terminal import Terminal
+        from sparksgd.training.state import MAX_WALL
 
-        run(
+        training = run(
             config,
             args.out,
             run_id=run_id,
             terminal=Terminal(console, tables=args.log_format == "text"),
+            callbacks=[Callback(name) for name in args.callback],
             replay=replay,
             if_exists=args.if_exists,
             resume=args.resume,
             if_running=args.if_running,
         )
+        was_stopped = training is not None and training.stopped_by == MAX_WALL
+        return int(args.status_when_stopped) if was_stopped else 0
 
     return exit_status(work)
 

@@ -62,6 +62,7 @@ def test_every_key_belongs_to_the_experiment_or_to_the_cluster() -> None:
         "engine.overlap",
         "engine.ports",
         "train.eval_every",
+        "train.max_wall_s",
         "checkpoint.every_s",
         "checkpoint.every_steps",
         "checkpoint.every_epochs",

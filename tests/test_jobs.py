@@ -9,9 +9,7 @@ import ast
 import errno
 import importlib.metadata
 import importlib.util
-import io
 import json
-import logging
 import os
 import shlex
 import shutil
@@ -19,11 +17,8 @@ import signal
 import subprocess
 import sys
 import tempfile
-from contextlib import redirect_stderr, redirect_stdout
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import pyarrow as pa
@@ -32,6 +27,7 @@ import pytest
 import servers  # tests/hosts
 import torch
 from holds import Hold  # tests/hosts
+from jobs_in_process import Done, module_of, run_job
 
 from sparksgd.models import LeNet
 from sparksgd.runs.holder import Holder
@@ -65,34 +61,6 @@ def digits(tmp_path_factory) -> Path:
     pq.write_table(table, folder / "train.parquet")
     pq.write_table(table.slice(0, 100), folder / "test.parquet")
     return folder
-
-
-@dataclass(frozen=True)
-class Done:
-    """How a job ended, and what it said."""
-
-    returncode: int
-    stdout: str
-
-
-def run_job(job: str, *words: str) -> Done:
-    """Run a job as a function, in the session that is active."""
-    logger, said = logging.getLogger("sparksgd"), io.StringIO()
-    before = (logger.handlers[:], logger.level, logger.propagate)
-    try:
-        with redirect_stdout(said), redirect_stderr(said):
-            status = module_of(job).main(words)
-    finally:
-        logger.handlers[:], logger.level, logger.propagate = before
-    return Done(status, said.getvalue())
-
-
-def module_of(job: str) -> ModuleType:
-    path = ROOT / "jobs" / job
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def environment(**more: str) -> dict[str, str]:

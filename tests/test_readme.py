@@ -75,7 +75,7 @@ def table_of_keys() -> str:
     lines = ["| key | default | experiment | what |", "|---|---|---|---|"]
     for key, (scope, default) in Config.keys().items():
         section, name = key.split(".")
-        kind = getattr(config, f"{section.capitalize()}Config")
+        kind = getattr(config, f"{section.title().replace('_', '')}Config")
         text = documented(kind)[name] + choices(kind, name)
         lines.append(f"| `{key}` | {shown(default)} | {'yes' if scope == 'experiment' else 'no'} | {text} |")
     return "\n".join(lines)

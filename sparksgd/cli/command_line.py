@@ -38,20 +38,20 @@ def add_loading(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def exit_status(work: Callable[[], object], *, interrupted: str = "interrupted") -> int:
+def exit_status(work: Callable[[], int | None], *, interrupted: str = "interrupted") -> int:
     """Do a job's work, and return its exit status; errors are printed on standard error.
 
     Its paths may be URIs of Hadoop's file systems, even if there is no session.
 
     Args:
-        work: what to do.
+        work: what to do; returns the exit status, or None, which is 0.
         interrupted: what to say after Ctrl-C.
     """
     atexit.register(gc.freeze)  # the last garbage collections would take half a second
     lead_to_hadoop()
     where = ""
     try:
-        work()
+        status = work()
     except SparkSGDError as error:
         if ended_by() is None:
             _say(f"error: {error}")
@@ -59,7 +59,7 @@ def exit_status(work: Callable[[], object], *, interrupted: str = "interrupted")
     except KeyboardInterrupt as error:
         where = f" {error}" if str(error) else ""
     else:
-        return 0
+        return status or 0
     terminated = ended_by() == signal.SIGTERM
     _say(("terminated" if terminated else interrupted) + where)
     return 128 + (signal.SIGTERM if terminated else signal.SIGINT)

@@ -26,6 +26,7 @@ from sparksgd.training.loop import Given
 from sparksgd.training.preflight import allowed_engines
 from sparksgd.training.replay import Replay
 from sparksgd.training.start_up import StartUp
+from sparksgd.training.state import Observer, Training
 
 __all__ = ["run", "run_evaluation"]
 
@@ -38,18 +39,22 @@ def run(
     *,
     run_id: str,
     terminal: Terminal,
+    callbacks: Sequence[Observer] = (),
     replay: Replay | None = None,
     if_exists: IfExists = "skip",
     resume: str = "auto",
     if_running: IfRunning = "refuse",
-) -> None:
+) -> Training | None:
     """Train as a configuration says, on its Parquet, and write the run's folder.
+
+    Return the run; None: there was nothing to do.
 
     Args:
         config: data.train must be set.
         out: the folder, a path or URI; created if it does not exist.
         run_id: names the run.
         terminal: shows the progress.
+        callbacks: who watches it, too.
         replay: an earlier run, to be repeated.
         if_exists: what to do if the folder holds a finished run, or another one, see runs/earlier.py.
         resume: whether the run goes on from a checkpoint: auto, never, must, or the folder of a run.
@@ -90,12 +95,12 @@ def run(
         asked = Asked(config=config, fingerprints=run_folder.fingerprints, if_exists=if_exists, resume=resume)
         found = earlier_run(folder, asked)
         if found.is_done:
-            return
+            return None
         run_folder.require_writable()
         if found.archives:
             run_folder.move_aside()
         given: Given = {
-            "observers": (run_folder, terminal),
+            "observers": (run_folder, *callbacks, terminal),
             "replay": replay,
             "start_up": start_up,
             "checkpoints": run_folder.checkpoints(config, found),
@@ -107,11 +112,10 @@ def run(
             name, patience_s = f"sparksgd {folder.name} {run_id}", config.engine.slots_timeout_s
             with job_session(name, config.train, patience_s) as session:
                 start_up.reached("submit")
-                train(session, config, rows, test, run_id=run_id, kinds=kinds, **given)
-        else:
-            from sparksgd.training.in_process import train_in_process
+                return train(session, config, rows, test, run_id=run_id, kinds=kinds, **given)
+        from sparksgd.training.in_process import train_in_process
 
-            train_in_process(config, rows, test, **given)
+        return train_in_process(config, rows, test, **given)
 
 
 @contextmanager

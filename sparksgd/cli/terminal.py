@@ -83,6 +83,10 @@ def _table(training: Training) -> Table:
     times = training.step_times
     speed = "" if times.rows_per_second is None else f", {times.rows_per_second:,.0f} rows/s"
     table.add_row("trained", f"{times.rows:,} rows in {len(times):,} steps{speed}")
+    if training.best is not None:
+        table.add_row("best step", f"{training.best.step:,}: the model has its weights")
+    if training.stopped_by is not None:
+        table.add_row("stopped by", training.stopped_by)
     if training.resumed:
         table.add_row("resumed", f"from step {training.resumed[-1].step:,}")
     if training.turns != training.version:

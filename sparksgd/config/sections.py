@@ -32,6 +32,7 @@ __all__ = [
     "CheckpointConfig",
     "Config",
     "DataConfig",
+    "EarlyStoppingConfig",
     "EngineConfig",
     "LossConfig",
     "ModelConfig",
@@ -67,7 +68,14 @@ class DataConfig:
     """Parquet to train on: a path or URI that Spark can read."""
 
     test: str | None = _experiment(None)
-    """Parquet to evaluate on.  If not set, the run is not evaluated."""
+    """Parquet to evaluate on.  If not set, and no rows are held out, the run is not evaluated."""
+
+    validation_fraction: float | None = _experiment(None)
+    """The part of the rows, above 0 and below 1, that is held out of the training and evaluated on, in place
+    of data.test.  A hash of data.id, or else of the features, chooses them, however the files lie."""
+
+    validation_column: str | None = _experiment(None)
+    """A boolean column: the rows where it is true are held out of the training and evaluated on."""
 
     features: tuple[str, ...] = _experiment(("features",))
     """Feature columns.  A single one is the argument of `forward`; several are keyword arguments of their
@@ -88,6 +96,18 @@ class DataConfig:
 
     max_bad_rows: int = _experiment(100)
     """The most bad rows that on_bad_row = "skip" skips; more are an error."""
+
+    @property
+    def holds_out(self) -> str | None:
+        """Return the key that holds rows out of the training; None: no key does."""
+        if self.validation_fraction is not None:
+            return "data.validation_fraction"
+        return None if self.validation_column is None else "data.validation_column"
+
+    @property
+    def evaluates(self) -> bool:
+        """Return whether there are rows to evaluate on."""
+        return self.test is not None or self.holds_out is not None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -236,6 +256,28 @@ class TrainConfig:
     """Turns between two evaluations; an evaluation waits for the end of the round.  If not set: evaluate at
     the end of each epoch."""
 
+    max_wall_s: float | None = _cluster(None)
+    """End after this many seconds, counted from the run's start.  The model is saved, and the same command
+    goes on.  If not set: no time ends a run."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EarlyStoppingConfig:
+    """When a run ends before its last epoch, because its evaluations no longer get better."""
+
+    patience: int | None = _experiment(None)
+    """End after this many evaluations in a row that are no better than the best one before.  If not set: no
+    evaluation ends a run."""
+
+    metric: Literal["loss", "accuracy"] = _experiment("loss")
+    """What makes an evaluation the best one: the least loss, or the greatest accuracy."""
+
+    min_delta: float = _experiment(0.0)
+    """By how much an evaluation must be better to count as better."""
+
+    keep_best: bool = _experiment(True)
+    """Whether the run ends with the weights of its best evaluation.  If false: with the last step's."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
@@ -267,6 +309,7 @@ class Config:
     solver: SolverConfig = SolverConfig()
     engine: EngineConfig = EngineConfig()
     train: TrainConfig = TrainConfig()
+    early_stopping: EarlyStoppingConfig = EarlyStoppingConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
 
     def __post_init__(self) -> None:
@@ -287,6 +330,9 @@ class Config:
             ("train.threads", self.train.threads, 1, _MOST_THREADS),
             ("train.rows_per_backward", self.train.rows_per_backward, 1, MOST),
             ("train.eval_every", self.train.eval_every, 1, MOST),
+            ("train.max_wall_s", self.train.max_wall_s, 0, _MOST_SECONDS),
+            ("early_stopping.patience", self.early_stopping.patience, 1, MOST),
+            ("early_stopping.min_delta", self.early_stopping.min_delta, 0, MOST),
             ("data.max_bad_rows", self.data.max_bad_rows, 0, MOST),
             ("checkpoint.every_s", self.checkpoint.every_s, 0, _MOST_SECONDS),
             ("checkpoint.every_steps", self.checkpoint.every_steps, 1, MOST),
@@ -305,21 +351,7 @@ class Config:
             and 0 < ports.start < ports.stop <= 65_536
         ):
             raise ConfigError(f"engine.ports is {shown(self.engine.ports)}, but must be like 40000-40099")
-        for key, path in (("data.train", self.data.train), ("data.test", self.data.test)):
-            if path is not None and not path.strip():
-                raise ConfigError(f"{key} is {path!r}, but must name a file or folder of Parquet")
-        if not self.data.features:
-            raise ConfigError("data.features names no column: name one, or several")
-        if len(set(self.data.features)) < len(self.data.features):
-            twice = next(name for name in self.data.features if self.data.features.count(name) > 1)
-            raise ConfigError(f"data.features names a column twice: {shown(twice)}")
-        if self.data.label in self.data.features:
-            raise ConfigError(f"data.label is {shown(self.data.label)}, which data.features names, too")
-        if self.data.id is not None and self.data.id in (*self.data.features, self.data.label):
-            raise ConfigError(
-                f"data.id is {shown(self.data.id)}, which is a feature or the label: name another column, or "
-                f"leave data.id out to hash the features"
-            )
+        _check_data(self.data)
 
     @classmethod
     def from_dict(cls, tables: Mapping[str, Any]) -> Config:
@@ -379,9 +411,13 @@ class Config:
     def experiment(self) -> dict[str, Any]:
         """Return {section.key: value} of the keys that shape the parameters."""
         scopes = {key: scope for key, (scope, _) in self.keys().items()}
+        stops_early = self.early_stopping.patience is not None
+        if stops_early:
+            scopes["train.eval_every"] = "experiment"
         return {
             f"{section}.{key}": value
             for section, values in self.to_dict().items()
+            if stops_early or section != "early_stopping"
             for key, value in values.items()
             if scopes.get(f"{section}.{key}", "experiment") == "experiment"
         }
@@ -407,3 +443,42 @@ class Config:
             for field in dataclasses.fields(type(section.default))  # type: ignore[arg-type]  # each section's default is an instance of its dataclass
             if field.name != "arguments"
         }
+
+
+def _check_data(data: DataConfig) -> None:
+    """Refuse columns, paths and parts of the rows that do not go together."""
+    for key, path in (("data.train", data.train), ("data.test", data.test)):
+        if path is not None and not path.strip():
+            raise ConfigError(f"{key} is {path!r}, but must name a file or folder of Parquet")
+    if not data.features:
+        raise ConfigError("data.features names no column: name one, or several")
+    if len(set(data.features)) < len(data.features):
+        twice = next(name for name in data.features if data.features.count(name) > 1)
+        raise ConfigError(f"data.features names a column twice: {shown(twice)}")
+    if data.label in data.features:
+        raise ConfigError(f"data.label is {shown(data.label)}, which data.features names, too")
+    if data.id is not None and data.id in (*data.features, data.label):
+        raise ConfigError(
+            f"data.id is {shown(data.id)}, which is a feature or the label: name another column, or "
+            f"leave data.id out to hash the features"
+        )
+    fraction, column = data.validation_fraction, data.validation_column
+    if fraction is not None and not 0 < fraction < 1:
+        raise ConfigError(
+            f"data.validation_fraction is {fraction}, but must be above 0 and below 1: it is the part of the "
+            f"rows that is held out"
+        )
+    if column is not None and column in (*data.features, data.label, data.id):
+        raise ConfigError(
+            f"data.validation_column is {shown(column)}, which is a feature, the label or data.id: name a "
+            f"column that only says which rows are held out"
+        )
+    given = [key for key, value in (
+        ("data.test", data.test),
+        ("data.validation_fraction", fraction),
+        ("data.validation_column", column),
+    ) if value is not None]  # fmt: skip
+    if len(given) > 1:
+        raise ConfigError(
+            f"{' and '.join(given)} are set, but a run evaluates on one set of rows: leave one of them"
+        )

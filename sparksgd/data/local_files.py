@@ -14,6 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.dataset as ds
 
+from sparksgd.data.held_out import Part
 from sparksgd.data.row_reading import HASH_BYTES, Rows, read_rows
 from sparksgd.data.row_report import RowReport
 from sparksgd.data.schema import RowSchema
@@ -45,10 +46,11 @@ class ParquetRows:
 
     Args:
         path: the file or folder.
+        part: the only rows of it that count; None: all of them.
     """
 
-    def __init__(self, path: str) -> None:
-        self._path = path
+    def __init__(self, path: str, part: Part | None = None) -> None:
+        self._path, self._part = path, part
         try:
             self._dataset = ds.dataset(path, format="parquet")
             self._schema = self._dataset.schema
@@ -156,8 +158,9 @@ class ParquetRows:
 
     def _rows(self, schema: RowSchema) -> Iterator[Rows]:
         try:
-            for batch in self._dataset.to_batches(columns=schema.columns, batch_size=_BATCH_ROWS):
-                yield read_rows(batch, schema)
+            columns = [*schema.columns, *(self._part.columns if self._part else [])]
+            for batch in self._dataset.to_batches(columns=columns, batch_size=_BATCH_ROWS):
+                yield read_rows(batch, schema, self._part)
         except (OSError, pa.ArrowInvalid) as error:
             raise DataError(f"cannot read {self._path} as Parquet: {error}") from error
 

@@ -16,6 +16,8 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from sparksgd.data.hashes import leading_words, stirred
+from sparksgd.data.held_out import Part
 from sparksgd.data.row_report import OUTSIDE_CLASSES, RowReport
 from sparksgd.data.schema import LABEL_FIELD, Array, Feature, RowSchema
 
@@ -49,22 +51,15 @@ class Rows:
 
     def shards(self, num_shards: int, deal: int = 0) -> npt.NDArray[np.int32]:
         """Return the shard of each row, [B]: its key, mixed with the number of the deal, modulo S."""
-        leading = np.ascontiguousarray(self.keys[:, :8]).view("<u8")[:, 0]
+        leading = leading_words(self.keys)
         if deal:
-            leading = _stirred(leading + np.uint64(deal * _GOLDEN % 2**64))
+            leading = stirred(leading + np.uint64(deal * _GOLDEN % 2**64))
         return (leading % np.uint64(num_shards)).astype(np.int32)
 
     def shard_digests(self, num_shards: int) -> dict[int, tuple[int, int]]:
         """Return the digest of the rows of each shard that has rows."""
         shards = self.shards(num_shards)
         return {int(shard): digest_of(self.keys[shards == shard]) for shard in np.unique(shards)}
-
-
-def _stirred(values: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
-    """Return the values mixed by SplitMix64's finaliser, a bijection (Steele et al. 2014)."""
-    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return values ^ (values >> np.uint64(31))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,9 +88,17 @@ def read_features(batch: pa.RecordBatch, schema: RowSchema) -> FeatureRows:
     return FeatureRows(records=records[good], positions=positions, report=report)
 
 
-def read_rows(batch: pa.RecordBatch, schema: RowSchema) -> Rows:
-    """Check, cast and hash the rows of an Arrow batch; bad ones are counted and left out."""
+def read_rows(batch: pa.RecordBatch, schema: RowSchema, part: Part | None = None) -> Rows:
+    """Check, cast and hash the rows of an Arrow batch; bad ones are counted and left out.
+
+    Args:
+        batch: the rows, with the columns that the schema and the part name.
+        schema: what a row must be.
+        part: the only one that counts; None: all rows count.
+    """
     report = RowReport()
+    if part is not None:
+        batch = part.by_column(batch, report)
     batch = _without(batch, report, schema, schema.columns)
     records, good = _features(batch, report, schema)
     labels, whole = _labels(batch.column(schema.label), schema)
@@ -111,7 +114,14 @@ def read_rows(batch: pa.RecordBatch, schema: RowSchema) -> Rows:
         records[LABEL_FIELD] = labels
     ids = _ids(batch.column(schema.id).filter(pa.array(good))) if schema.id else None
     records = records[good]
-    keys = _hash(records, ids, schema, report)
+    keys = _hash(records, ids, schema)
+    if part is not None:
+        mine = part.by_hash(keys)
+        records, keys = records[mine], keys[mine]
+        if part.is_held_out and part.fraction is not None:
+            report.bad.clear()  # they have no hash, and are reported with the rows to train on
+            report.examples.clear()
+    report += RowReport(rows=len(records), digest=digest_of(keys), content=content_of(keys))
     return Rows(records=records, keys=keys, report=report)
 
 
@@ -207,10 +217,8 @@ def _ids(column: pa.Array) -> list[Any]:
     return values
 
 
-def _hash(
-    records: Array, ids: list[Any] | None, schema: RowSchema, report: RowReport
-) -> npt.NDArray[np.uint8]:
-    """Return the rows' keys, and add the rows and their digest to the report."""
+def _hash(records: Array, ids: list[Any] | None, schema: RowSchema) -> npt.NDArray[np.uint8]:
+    """Return the rows' keys, uint8[B, K]."""
     width = schema.record.itemsize
     features = width - np.dtype(schema.label_dtype).itemsize
     data = memoryview(np.ascontiguousarray(records).view(np.uint8).data)
@@ -224,9 +232,7 @@ def _hash(
         content.update(data[start + features : start + width])
         keys += content.digest()
     array = np.frombuffer(bytes(keys), np.uint8)
-    array = array.reshape(len(records), HASH_BYTES * (2 if ids is None else 3))
-    report += RowReport(rows=len(records), digest=digest_of(array), content=content_of(array))
-    return array
+    return array.reshape(len(records), HASH_BYTES * (2 if ids is None else 3))
 
 
 def digest_of(keys: npt.NDArray[np.uint8]) -> tuple[int, int]:
@@ -238,7 +244,7 @@ def digest_of(keys: npt.NDArray[np.uint8]) -> tuple[int, int]:
     hashes = np.ascontiguousarray(keys[:, -HASH_BYTES:]).view("<u8")
     if keys.shape[1] > 2 * HASH_BYTES:
         ids = np.ascontiguousarray(keys[:, :HASH_BYTES]).view("<u8")
-        hashes = _stirred(hashes ^ _stirred(ids))
+        hashes = stirred(hashes ^ stirred(ids))
     low, high = hashes.sum(axis=0, dtype=np.uint64)
     return int(low), int(high)
 

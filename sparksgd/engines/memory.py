@@ -86,6 +86,9 @@ class RunSizes:
     evaluates: bool = False
     """Whether test rows are evaluated."""
 
+    keeps_best: bool = False
+    """Whether the driver keeps the weights of the best evaluation, and a copy of them in each checkpoint."""
+
     by_strips: bool = True
     """All-reduce: whether each worker keeps only its strip of the optimiser."""
 
@@ -199,16 +202,19 @@ def takes(kind: EngineKind, sizes: RunSizes, places: Places | None = None) -> Ta
     trial = _held(
         _DRIVER_MIB, sizes, weights=_of_trial(sizes.weights), optimisers=1, constants=8, rows=sizes.trial_rows
     )
+    best = 2 if sizes.keeps_best else 0
     if kind is INLINE or places is None:
         steps = _held(
-            _DRIVER_MIB, sizes, weights=11.5, optimisers=1, constants=3, local_models=1, rows=sizes.rows
-        )
+            _DRIVER_MIB, sizes, weights=11.5 + best, optimisers=1, constants=3 + best, local_models=1,
+            rows=sizes.rows,
+        )  # fmt: skip
         return Takes(driver_python=max(trial, steps, key=total))
     result, results = _results(kind, sizes, places)
     by_allreduce = kind is ALLREDUCE
     driver = _held(
-        _DRIVER_MIB, sizes, weights=6, optimisers=2 if by_allreduce else 1, constants=3, results=(3, results)
-    )  # it reads no rows
+        _DRIVER_MIB, sizes, weights=6 + best, optimisers=2 if by_allreduce else 1, constants=3 + best,
+        results=(3, results),
+    )  # fmt: skip  # it reads no rows
     sent = Part("what is sent to workers", _SENT, sizes.weights + (sizes.optimiser if by_allreduce else 0))
     spark = Part("Spark", 1, _SPARK_MIB * _MIB)
     returning = Part("results that executors return", _RETURNING * places.workers_per_executor, result)

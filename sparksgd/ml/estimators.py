@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Mapping, Sized
 from dataclasses import replace
 from functools import partial, reduce
@@ -20,18 +21,23 @@ from sparksgd.config import Config
 from sparksgd.config.tables import MOST
 from sparksgd.data.schema import require_column
 from sparksgd.errors import BadRows, ConfigError, DataError
-from sparksgd.imports import shown
+from sparksgd.imports import resolve, shown
 from sparksgd.ml.models import TorchClassificationModel, TorchRegressionModel
 from sparksgd.ml.module_spec import ModuleSpec
 from sparksgd.ml.params import PREDICTION_DEFAULTS, TrainingParams
+from sparksgd.ml.records import SHOWN, TrainingRecord
 from sparksgd.ml.saving import EstimatorReader, EstimatorWriter
 from sparksgd.models.losses import CLASSIFIERS, LOSSES
+from sparksgd.runs.folder import summary
 from sparksgd.runs.model import SavedModel, checked_model
 from sparksgd.spark.cluster.cluster import refuse_connect
 from sparksgd.spark.cluster.jobs import spark_job
 from sparksgd.spark.frame_rows import first_rows, quoted, without_vectors
+from sparksgd.spark.given_rows import described_value
 from sparksgd.spark.library import train
+from sparksgd.training.history import History
 from sparksgd.training.preflight import typical_row
+from sparksgd.training.state import Observer
 
 __all__ = ["TorchClassifier", "TorchRegressor"]
 
@@ -90,15 +96,43 @@ class _TorchEstimator(TrainingParams, MLWritable, MLReadable[Any]):
         config = self._configured(tables)
         module = spec.module({**config.model.arguments, **sizes}, config.train.seed)
         checkpoints = self.getOrDefault("checkpointDir") if self.isDefined("checkpointDir") else None
+        history, began_s = History(), time.perf_counter()
         try:
-            training = train(config, dataset, module=module, checkpoint_dir=checkpoints)
+            training = train(
+                config,
+                dataset,
+                module=module,
+                observers=[history, *self._callbacks()],
+                checkpoint_dir=checkpoints,
+            )
         except BadRows as error:
             told = str(error).partition(" Next: ")[0]
             raise BadRows(f'{told} Next: mend the data, or set handleInvalid to "skip"') from error
-        model = self._model(_apart(checked_model(training)))
+        results = summary(training, time.perf_counter() - began_s)
+        about = TrainingRecord(
+            history=history.rows, summary={key: results[key] for key in SHOWN if key in results}
+        )
+        model = self._model(_apart(checked_model(training)), about)
         model._resetUid(self.uid)
         model = self._copyValues(model)
         return model._set(featuresCol=features[0]) if len(features) == 1 else model
+
+    def _callbacks(self) -> list[Observer]:
+        """Return the observers of `callbacks`; what an import path names is made.
+
+        Raises:
+            ConfigError: one is something else.
+        """
+        found = []
+        for given in self.getOrDefault("callbacks") if self.isDefined("callbacks") else ():
+            one = resolve("callbacks", given, {})() if isinstance(given, str) else given
+            if not isinstance(one, Observer):
+                raise ConfigError(
+                    f"callbacks has {described_value(one)}, but must be a list of instances of "
+                    f"sparksgd.Observer, or of import paths of subclasses"
+                )
+            found.append(one)
+        return found
 
     def _counted(self, dataset: DataFrame, features: list[str], label: str) -> DataFrame:
         """Return the rows whose labels count: those that are skipped do not."""

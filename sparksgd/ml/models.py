@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -20,10 +20,14 @@ from sparksgd.data.row_reading import read_features
 from sparksgd.data.schema import RowSchema
 from sparksgd.errors import ConfigError, DataError
 from sparksgd.ml.params import PREDICTION_DEFAULTS, PredictionParams
+from sparksgd.ml.records import TrainingRecord
 from sparksgd.ml.saving import ModelReader, ModelWriter
 from sparksgd.runs.model import SavedModel
 from sparksgd.spark.prediction import NewColumns, kind_of, with_predictions
 from sparksgd.spark.tasks.predict_tasks import OutputKind, PredictionPlan, computed
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 __all__ = ["TorchClassificationModel", "TorchRegressionModel"]
 
@@ -33,11 +37,13 @@ class _TorchModel(PredictionParams, MLWritable, MLReadable[Any]):
 
     Args:
         saved: the trained module, and what is needed to use it; None: a reader gives it.
+        record: what is known of the training.
     """
 
-    def __init__(self, saved: SavedModel | None = None) -> None:
+    def __init__(self, saved: SavedModel | None = None, record: TrainingRecord | None = None) -> None:
         super().__init__()
         self._saved = saved
+        self._record = record or TrainingRecord()
         self._setDefault(**PREDICTION_DEFAULTS)
 
     @property
@@ -51,6 +57,16 @@ class _TorchModel(PredictionParams, MLWritable, MLReadable[Any]):
     def module(self) -> nn.Module:
         """The trained module, in evaluation mode."""
         return self.saved.module
+
+    @property
+    def history(self) -> pd.DataFrame:
+        """The training, a row for each evaluation and each epoch: epoch, step, loss, lr and test results."""
+        return self._record.history_table()
+
+    @property
+    def summary(self) -> pd.DataFrame:
+        """The training's results, speed and digests, a row for each; empty for the model of a job."""
+        return self._record.summary_table()
 
     @property
     def numFeatures(self) -> int:

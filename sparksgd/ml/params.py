@@ -27,6 +27,9 @@ KEYS = {
     "batchSize": "train.rows_per_step",
     "seed": "train.seed",
     "numShards": "train.num_shards",
+    "validationFraction": "data.validation_fraction",
+    "validationIndicatorCol": "data.validation_column",
+    "earlyStopping": "early_stopping.patience",
     "numWorkers": "engine.num_workers",
     "engine": "engine.name",
 }
@@ -138,6 +141,28 @@ class TrainingParams(PredictionParams):
         "numWorkers", "how many Spark tasks compute gradients, as engine.num_workers", TypeConverters.toInt
     )
     engine: Any = _param("engine", "tree, allreduce or auto, as engine.name", TypeConverters.toString)
+    validationFraction: Any = _param(
+        "validationFraction",
+        "the part of the rows, such as 0.1, that is held out and evaluated on, as data.validation_fraction",
+        TypeConverters.toFloat,
+    )
+    validationIndicatorCol: Any = _param(
+        "validationIndicatorCol",
+        "a boolean column: rows where it is true are held out and evaluated on, as data.validation_column",
+        TypeConverters.toString,
+    )
+    earlyStopping: Any = _param(
+        "earlyStopping",
+        "end after this many evaluations in a row that are no better, with the best weights, as "
+        "early_stopping.patience",
+        TypeConverters.toInt,
+    )
+    callbacks: Any = _param(
+        "callbacks",
+        "a list of sparksgd.Observer, or of import paths of subclasses: they watch the training, and may end "
+        "it by training.stop(reason)",
+        TypeConverters.toList,
+    )
     checkpointDir: Any = _param(
         "checkpointDir",
         "a folder for checkpoints, as checkpoint_dir of sparksgd.train: a fit that was cut off goes on",

@@ -2,6 +2,7 @@
 
     metadata/   class, uid and Params, as all of Spark ML writes them
     model/      of a Model: the module, as `load_model` reads it
+    training.json   of a Model: the history and the summary of its training
 
 Paths are resolved as Spark's own savers do: one without a scheme is of fs.defaultFS.
 """
@@ -18,6 +19,7 @@ from sparksgd.errors import ConfigError, DataError
 from sparksgd.imports import resolve, shown
 from sparksgd.imports.trust import trusted
 from sparksgd.ml.module_spec import ModuleSpec
+from sparksgd.ml.records import TrainingRecord
 from sparksgd.runs.model import load_model, save_model
 from sparksgd.runs.names import MANIFEST
 from sparksgd.spark.uris import lead_to_hadoop
@@ -39,7 +41,7 @@ class EstimatorWriter(MLWriter):
         """Write to a path.
 
         Raises:
-            ConfigError: the module has no name by which another process could make it.
+            ConfigError: the module or a callback has no name by which another process could make it.
         """
         params = {param.name: value for param, value in self._estimator._paramMap.items()}
         if "module" in params:
@@ -50,6 +52,11 @@ class EstimatorWriter(MLWriter):
                     "what makes it, by an import path (package.module:name), or save the fitted Model alone "
                     "(the bestModel of a CrossValidatorModel)"
                 )
+        if not all(isinstance(one, str) for one in params.get("callbacks", ())):
+            raise ConfigError(
+                "the Estimator cannot be saved, because its callbacks are objects of this process: pass "
+                "import paths (package.module:Class), or save the fitted Model alone"
+            )
         DefaultParamsWriter.saveMetadata(self._estimator, path, self.sc, paramMap=params)
 
 
@@ -77,6 +84,8 @@ def _names_of_code(estimator: Any) -> Iterator[tuple[str, str]]:
     """Yield the import paths that an Estimator's Params have."""
     given = {param.name: value for param, value in estimator._paramMap.items()}
     named = {name: given.get(name) for name in ("module", "loss", "optimizer", "schedule")}
+    for number, callback in enumerate(given.get("callbacks") or ()):
+        named[f"callbacks[{number}]"] = callback
     for section, table in (given.get("config") or {}).items():
         named[f"config: {section}.name"] = table.get("name")
     for key, name in named.items():
@@ -94,7 +103,9 @@ class ModelWriter(MLWriter):
     def saveImpl(self, path: str) -> None:
         """Write to a path."""
         DefaultParamsWriter.saveMetadata(self._model, path, self.sc)
-        save_model(_resolved(path, self.sc) / _MODEL, self._model.saved)
+        folder = _resolved(path, self.sc)
+        save_model(folder / _MODEL, self._model.saved)
+        self._model._record.write(folder)
 
 
 class ModelReader(MLReader[Any]):
@@ -120,6 +131,7 @@ class ModelReader(MLReader[Any]):
             return model._set(labelCol=saved.schema.label, **columns)
         model = _with_params(self._kind(), path, self.sc)
         model._saved = load_model(folder / _MODEL, **self._how)
+        model._record = TrainingRecord.read(folder)
         return model
 
 

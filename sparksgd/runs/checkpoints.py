@@ -27,6 +27,7 @@ from typing import Any, Self
 from sparksgd.config import Config
 from sparksgd.errors import ConfigError, DataError, SparkSGDError
 from sparksgd.runs.checked_files import FileEntry, read_checked, write_checked
+from sparksgd.runs.compared_keys import PATHS, free_keys
 from sparksgd.runs.holder import Holder
 from sparksgd.runs.json_files import finite, read_json, write_json
 from sparksgd.runs.lease import Lease, unwritable
@@ -35,8 +36,6 @@ from sparksgd.training.checkpoint import Checkpoint, Part, RunIdentity, Start
 from sparksgd.training.state import Resumed
 
 __all__ = [
-    "FREE",
-    "PATHS",
     "CheckpointFolder",
     "CheckpointFolders",
     "Manifest",
@@ -45,12 +44,6 @@ __all__ = [
 ]
 
 log = logging.getLogger("sparksgd")
-
-FREE = frozenset(("train.epochs", "train.steps", "data.test"))
-"""Keys that may change where a run goes on: they shape no step that was made."""
-
-PATHS = frozenset(("data.train", "data.test"))
-"""Keys that are not compared: fingerprints identify the files, whatever their path."""
 
 _ANEW = {
     "--out": "train anew with --resume never, in another --out or with --if-exists overwrite",
@@ -404,14 +397,17 @@ class CheckpointFolders:
         return own
 
     def _name_of(self, run: RunIdentity) -> str:
-        shaping = {key: value for key, value in run.experiment.items() if key not in FREE | PATHS}
+        free = free_keys(run.experiment)
+        shaping = {key: value for key, value in run.experiment.items() if key not in free | PATHS}
         identity: dict[str, Any] = {
             "experiment": shaping,
-            "files": {key: digest for key, digest in self._fingerprints.items() if key not in FREE},
+            "files": {key: digest for key, digest in self._fingerprints.items() if key not in free},
             "data_digest": run.data_digest,
             "module": run.module,
             "parameters": run.parameters,
         }
+        if "data.test" not in free:
+            identity["test_digest"] = run.test_digest
         if run.settings:  # a run that sets none has the name that it always had
             identity["settings"] = dict(run.settings)
         return _digest(identity)[:16]

@@ -25,7 +25,8 @@ from sparksgd.config import Config
 from sparksgd.errors import ConfigError, DataError
 from sparksgd.imports import shortened, shown
 from sparksgd.runs.asked import Asked
-from sparksgd.runs.checkpoints import FREE, PATHS, Manifest, manifests
+from sparksgd.runs.checkpoints import Manifest, manifests
+from sparksgd.runs.compared_keys import PATHS, free_keys
 from sparksgd.runs.json_files import read_about_run, read_json
 from sparksgd.runs.metrics import read_metrics
 from sparksgd.runs.names import CHECKPOINTS, METRICS, MODEL, RUN, SUMMARY, TRACE
@@ -98,7 +99,8 @@ def resumable(folder: Location, config: Config, fingerprints: Mapping[str, str],
         )
     then = with_checkpoints[0].values
     unknown = {key for key in PATHS if (key in then["fingerprints"]) != (key in fingerprints)}
-    different = _differences(then, config, fingerprints, free=FREE | unknown)  # rows have a digest, too
+    free = free_keys(config.experiment()) | unknown  # rows have a digest, too
+    different = _differences(then, config, fingerprints, free=free)
     if different:
         raise ConfigError(
             f"{called} {folder} holds a run, but not of this: {'; '.join(different)}. Name the folder of "
@@ -161,7 +163,9 @@ def _own_run(out: Location, asked: Asked, *, goes_on: bool) -> Found:
         )  # fmt: skip
         return Found(is_done=True)
     newest = with_checkpoints[0].values if with_checkpoints else then
-    free = (_LATER_END if is_finished else FREE) if with_checkpoints else frozenset()
+    free: frozenset[str] = frozenset()
+    if with_checkpoints:
+        free = _LATER_END if is_finished else free_keys(asked.config.experiment())
     different = _differences(newest, asked.config, asked.fingerprints, free=free)
     if different:
         what = "a finished run" if is_finished else f"a run that ended early ({_status(summary)})"

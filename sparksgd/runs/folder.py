@@ -61,7 +61,9 @@ def summary(training: Training, wall_s: float) -> dict[str, Any]:
     different = {str(index): w for index, w in enumerate(workers) if driver.differences(w)}
     config, changes = training.config, training.numerics_changes
     return {
-        "status": "finished" if training.is_finished else f"{type(training.error).__name__}",
+        "status": _status(training),
+        **({"stopped_by": training.stopped_by} if training.stopped_by else {}),
+        **({"best_step": training.best.step} if training.best else {}),
         "test_accuracy": None if last is None else last.accuracy,
         "test_loss": None if last is None else finite(last.loss),
         "train_rows": training.rows.rows,
@@ -95,6 +97,12 @@ def summary(training: Training, wall_s: float) -> dict[str, Any]:
         **({"resumed": [asdict(each) for each in training.resumed]} if training.resumed else {}),
         "arrivals": training.participation.by_worker(),
     }
+
+
+def _status(training: Training) -> str:
+    if training.error is not None:
+        return type(training.error).__name__
+    return "finished" if training.is_finished else "stopped"
 
 
 class RunFolder(Observer):
@@ -356,7 +364,7 @@ class RunFolder(Observer):
             if self._trace is not None:
                 self._trace.flush()
             self._lines().flush()
-            if training.turns < training.total_turns and self._saves.is_due():
+            if not training.is_over and self._saves.is_due():
                 with self._saves.done():
                     self._save(training, f"weights-{training.version}.pt")
 

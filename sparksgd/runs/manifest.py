@@ -115,7 +115,7 @@ def describe(training: Training) -> dict[str, Any]:
         "label": {"name": schema.label, "dtype": schema.label_dtype, "classes": schema.classes},
         "loss": config.loss.name,
         "code": dict(training.code),
-        "version": training.version,
+        "version": training.module_step,
         "parameters_sha256": training.flat.parameters_sha256(),
         "buffers_sha256": training.flat.buffers_sha256(),
     }

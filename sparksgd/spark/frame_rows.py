@@ -39,6 +39,7 @@ from pyspark.sql.types import (
 from rich.filesize import decimal
 
 from sparksgd.arithmetic.ranges import balanced_range
+from sparksgd.data.held_out import Part
 from sparksgd.data.row_report import RowReport
 from sparksgd.data.schema import RowSchema
 from sparksgd.data.shard import Descriptor, stored
@@ -172,11 +173,10 @@ def refuse_namesakes(frame: DataFrame, columns: Iterable[str]) -> None:
             )
 
 
-def selected(frame: DataFrame, schema: RowSchema) -> DataFrame:
-    """Return the columns of the schema, renamed to numbers: mapInArrow fails on dots in names."""
-    return frame.select(
-        *(F.col(quoted(name)).alias(str(number)) for number, name in enumerate(schema.columns))
-    )
+def selected(frame: DataFrame, schema: RowSchema, more: Iterable[str] = ()) -> DataFrame:
+    """Return the columns of the schema and some more, as numbers: mapInArrow fails on dots in names."""
+    columns = enumerate([*schema.columns, *more])
+    return frame.select(*(F.col(quoted(name)).alias(str(number)) for number, name in columns))
 
 
 def _warn_of_tables(frame: DataFrame) -> None:
@@ -227,12 +227,16 @@ class DataFrameRows:
         frame: has the columns of features and label, and maybe others.
         cluster: where the workers are.
         placement: "hashed" or "in_place", as in the configuration.
+        part: the only rows of it that count; None: all of them.
     """
 
-    def __init__(self, frame: DataFrame, cluster: Cluster, placement: str = "hashed") -> None:
+    def __init__(
+        self, frame: DataFrame, cluster: Cluster, placement: str = "hashed", part: Part | None = None
+    ) -> None:
         self._frame = without_vectors(frame)
         self._cluster = cluster
         self._placement = placement
+        self._part = part
 
     def first_rows(self, columns: list[str], count: int) -> tuple[pa.Schema, pa.Table]:
         """Return the schema of all columns, and the first rows without nulls in these."""
@@ -245,11 +249,13 @@ class DataFrameRows:
             if str(self._cluster.session.conf.get(key, "false")).lower() == "true":
                 log.warning("%s is true: Spark leaves out files that it cannot read, and says nothing", key)
         report = RowReport()
-        rows, dealt_into = selected(self._frame, schema), num_shards if self._placement == "hashed" else None
+        rows, dealt_into = self._selected(schema), num_shards if self._placement == "hashed" else None
         if dealt_into is None:
             rows = rows.coalesce(num_shards)  # as they are dealt
         with self._job("checking rows"), small_batches(self._cluster.session, schema):
-            found = rows.mapInArrow(partial(row_tasks.inspect, schema, dealt_into), "report string")
+            found = rows.mapInArrow(
+                partial(row_tasks.inspect, schema, self._part, dealt_into), "report string"
+            )
             for (text,) in found.collect():
                 report += RowReport.from_json(json.loads(text))
         if dealt_into is None and self._is_cached():
@@ -277,7 +283,7 @@ class DataFrameRows:
         """Deal the rows by their content, in one shuffle; each worker's shards are in one partition."""
         workers = self._cluster.num_workers
         routes = F.array(*map(F.lit, self._routes(num_shards))).cast("array<long>")
-        dealt = self._keyed(selected(self._frame, schema), schema, num_shards, deal).repartition(
+        dealt = self._keyed(self._selected(schema), schema, num_shards, deal).repartition(
             workers, F.element_at(routes, F.col("shard") + 1)
         )
         owned = [balanced_range(worker, workers, num_shards) for worker in worker_of_partition(workers)]
@@ -285,7 +291,7 @@ class DataFrameRows:
 
     def _in_place(self, schema: RowSchema, num_shards: int, deal_id: str) -> RDD[Descriptor]:
         """Deal whole partitions, without a shuffle: gather each shard, then the shards of each worker."""
-        gathered = selected(self._frame, schema).coalesce(num_shards)
+        gathered = self._selected(schema).coalesce(num_shards)
         written = self._written(self._keyed(gathered, schema, 1, 0), schema, None, deal_id)
         if (partitions := written.getNumPartitions()) < num_shards:
             raise ConfigError(
@@ -299,7 +305,10 @@ class DataFrameRows:
         return written.mapPartitionsWithIndex(row_tasks.numbered).coalesce(self._cluster.num_workers)
 
     def _keyed(self, rows: DataFrame, schema: RowSchema, num_shards: int, deal: int) -> DataFrame:
-        return rows.mapInArrow(partial(row_tasks.keyed, schema, num_shards, deal), _KEYED)
+        return rows.mapInArrow(partial(row_tasks.keyed, schema, self._part, num_shards, deal), _KEYED)
+
+    def _selected(self, schema: RowSchema) -> DataFrame:
+        return selected(self._frame, schema, self._part.columns if self._part else ())
 
     def _written(
         self, dealt: DataFrame, schema: RowSchema, owned: list[range] | None, deal_id: str

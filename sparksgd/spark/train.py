@@ -11,6 +11,7 @@ from pyspark.sql import DataFrame, SparkSession
 
 from sparksgd.arithmetic import instruction_set
 from sparksgd.config import Config, EngineConfig
+from sparksgd.data.held_out import parts_of
 from sparksgd.data.source import Shards
 from sparksgd.engines.compute import Plan
 from sparksgd.engines.kinds import ALLREDUCE, EngineKind, candidates, first_of_each_name
@@ -76,6 +77,7 @@ def train(
             f"{kinds[0]} computes without Spark, but the rows are a session's: leave engine.name out, or use "
             f'"tree", "allreduce" or "auto"'
         )
+    trained, held_out = parts_of(config.data, has_test=test is not None)
     start_up = given["start_up"] = given.get("start_up") or StartUp()
     cluster = Cluster(session, demand_of(config, replay), run_id)
     cluster.settle()
@@ -88,12 +90,12 @@ def train(
         start_up.unpacked(cluster.check_executors(config.train.instruction_set))
         with cluster.job_watch.over(1):  # to read a schema is a job already: not before there are slots
             rows = _frame(session, rows)
-            test = None if test is None else _frame(session, test)
+            test = rows if held_out else None if test is None else _frame(session, test)
         try:
             return train_anywhere(
                 config,
-                rows=DataFrameRows(rows, cluster, config.data.placement),
-                test=None if test is None else DataFrameRows(test, cluster),
+                rows=DataFrameRows(rows, cluster, config.data.placement, trained),
+                test=None if test is None else DataFrameRows(test, cluster, part=held_out),
                 make_engine=make_engine,
                 **given,
             )

@@ -3,6 +3,7 @@
     solver      weights, turns, and what optimisers and schedules keep
     run         how far it is, the deal, who took part, evaluations, arithmetic, what the trial decided
     observers   what each observer must remember, by its class
+    best        the weights of the best evaluation, where early stopping keeps them
 
 Each part has an owner, which is its name, and a version of its own.  So a later part needs no new format, and
 an old checkpoint says which of its parts is too old.  Values are copied when it is taken: tensors, numbers,
@@ -31,8 +32,9 @@ from sparksgd.config import Config
 from sparksgd.errors import DataError, ModelError, SparkSGDError
 from sparksgd.imports.trust import trusted
 from sparksgd.solvers.protocol import RoundSolver, SolverState
-from sparksgd.training.checkpoint_rules import check_run, check_solver
+from sparksgd.training.checkpoint_rules import check_run, check_solver, check_weights
 from sparksgd.training.composition import other_structure, structure
+from sparksgd.training.early_stopping import best_of, keeps_best
 from sparksgd.training.encoding import as_plain, of_plain
 from sparksgd.training.plain_values import plain_values
 from sparksgd.training.state import EvaluationReport, NumericsChange, Observer, Resumed, Training
@@ -42,7 +44,7 @@ __all__ = ["Checkpoint", "Part", "RunIdentity", "Start", "check_state", "go_on",
 
 log = logging.getLogger("sparksgd")
 
-_VERSIONS = {"solver": 1, "run": 2, "observers": 1}
+_VERSIONS = {"solver": 1, "run": 2, "observers": 1, "best": 1}
 _STILL_READ = {("run", 1)}  # it had no settings
 _NOT_OURS = (
     LookupError, TypeError, ValueError, AttributeError, RuntimeError, EOFError, ImportError, ArithmeticError,
@@ -70,6 +72,9 @@ class RunIdentity:
 
     data_digest: str
     """Of the rows trained on."""
+
+    test_digest: str | None = None
+    """Of the rows evaluated on."""
 
     total_turns: int
     """How many turns each shard will make."""
@@ -169,6 +174,8 @@ def taken(training: Training, solver: RoundSolver, observers: Sequence[Observer]
         "run": _of_run(training),
         "observers": {name: observer.memory() for name, observer in _named(observers)},
     }
+    if training.best_weights is not None:
+        values["best"] = {"weights": _of_weights(training.best_weights)}
     return Checkpoint(
         step=solver.version,
         turns=solver.turns,
@@ -225,6 +232,7 @@ def _load(start: Start, training: Training, solver: RoundSolver) -> None:
     with only_classes_of(_packages(training.config)):
         solver.load_state(_solver_state(state))
     _load_run(training, run, start.anew)
+    _load_best(training, checkpoint, solver)
     training.version, training.turns = solver.version, solver.turns
 
 
@@ -259,10 +267,13 @@ def _bytes_in(value: Any) -> Iterator[bytes]:
             yield from _bytes_in(inner)
 
 
+def _of_weights(weights: Weights) -> dict[str, Any]:
+    return {field.name: getattr(weights, field.name) for field in fields(weights)}
+
+
 def _of_solver(state: SolverState) -> dict[str, Any]:
-    weights = state.weights
     return {
-        "weights": {field.name: getattr(weights, field.name) for field in fields(weights)},
+        "weights": _of_weights(state.weights),
         "turns": state.turns,
         "vectors": dict(state.vectors),
         "rest": dict(state.rest),
@@ -329,10 +340,27 @@ def _load_run(training: Training, run: Mapping[str, Any], anew: str) -> None:
     for name, count in run["recovery"].items():
         setattr(training.recovery, name, getattr(training.recovery, name) + count)
     training.sent_bytes, training.settled_turns = int(run["sent_bytes"]), int(run["settled_turns"])
+    if run["test_digest"] != _test_digest(training) and training.config.early_stopping.patience is not None:
+        raise DataError(
+            f"the rows to evaluate on are not those of the run to go on with, and early_stopping would judge "
+            f"by both: their digest is {_test_digest(training)}, but was {run['test_digest']}. Give it those "
+            f"rows, or {anew}"
+        )
     if run["test_digest"] != _test_digest(training) and training.settled_turns:
         log.warning("the test rows are others than those of the run so far: its evaluations are left out")
         training.settled_turns -= 1  # if there was one of this step, it is made again
     training.resumed[:] = [Resumed(**resumed) for resumed in run["resumed"]]
+
+
+def _load_best(training: Training, checkpoint: Checkpoint, solver: RoundSolver) -> None:
+    """Take up the weights of the best evaluation so far."""
+    config = training.config.early_stopping
+    best = best_of(config, training.evaluations) if keeps_best(config) else None
+    if best is None:
+        return
+    weights: Any = checkpoint.values("best").get("weights")
+    check_weights(weights, training.flat, solver, best.step, "best.weights")
+    training.best_weights = Weights(**weights)
 
 
 def _note_other_numerics(training: Training, saved: Sequence[Mapping[str, Any]]) -> None:

@@ -39,7 +39,7 @@ from sparksgd.training.value_rules import (
     whole,
 )
 
-__all__ = ["check_run", "check_solver"]
+__all__ = ["check_run", "check_solver", "check_weights"]
 
 
 def check_run(run: Mapping[str, Any], version: int, training: Training, step: int, turns: int) -> None:
@@ -103,24 +103,14 @@ def check_solver(
         DataError: with the path of the value, and the rule.
     """
     made = solver.state()
-    vector, constants = _like(made.weights.parameters), dict(flat.constants())
+    vector = _like(made.weights.parameters)
 
-    def constant(value: Any, path: str) -> None:
-        name = path.removeprefix("solver.weights.constants.")
-        if name not in constants:
-            raise DataError(f"{path} is no frozen parameter or buffer of the module")
-        _like(bits(constants[name]))(value, path)
+    def weights(value: Any, path: str) -> None:
+        check_weights(value, flat, solver, step, path)
 
-    weights: dict[str, Rule] = {
-        "version": whole(step, step),
-        "parameters": vector,
-        "statistics": _like(made.weights.statistics),
-        "counters": _like(made.weights.counters),
-        "constants": MapOf(TEXT, constant),
-    }
     Table(
         {
-            "weights": Table(weights),
+            "weights": weights,
             "turns": whole(turns, turns),
             "vectors": MapOf(TEXT, vector),
             "rest": _of_rest(made.rest, len(flat.parts), turns),
@@ -135,6 +125,37 @@ def check_solver(
         for kind, optimizer in optimizers.items():
             if optimizer.defaults.keys() <= state["groups"][0].keys():
                 _check_ranges(kind, state["groups"][0], path)
+
+
+def check_weights(values: Any, flat: FlatModule, solver: RoundSolver, step: int, path: str) -> None:
+    """Refuse weights that the module cannot have.
+
+    Args:
+        values: the fields of `Weights`.
+        flat: the module.
+        solver: as it was made.
+        step: that they must be of.
+        path: of the values.
+
+    Raises:
+        DataError: with the path of the value, and the rule.
+    """
+    made, constants = solver.readout(), dict(flat.constants())
+
+    def constant(value: Any, inner: str) -> None:
+        name = inner.removeprefix(f"{path}.constants.")
+        if name not in constants:
+            raise DataError(f"{inner} is no frozen parameter or buffer of the module")
+        _like(bits(constants[name]))(value, inner)
+
+    fields: dict[str, Rule] = {
+        "version": whole(step, step),
+        "parameters": _like(made.parameters),
+        "statistics": _like(made.statistics),
+        "counters": _like(made.counters),
+        "constants": MapOf(TEXT, constant),
+    }
+    Table(fields)(values, path)
 
 
 def _like(array: np.ndarray[Any, Any]) -> Array:

@@ -74,7 +74,7 @@ class Deals:
         """Deal the rows again if a shard hardly took part; in a replay, if the run did so."""
         starved = training.participation.starved()
         training.participation.begin_epoch()
-        goes_on = training.turns < training.total_turns
+        goes_on = not training.is_over
         if starved and replay is None:
             log.warning(
                 "starved: %s; their rows were hardly used%s",

@@ -6,6 +6,7 @@ from contextlib import ExitStack
 from typing import Unpack
 
 from sparksgd.config import Config
+from sparksgd.data.held_out import parts_of
 from sparksgd.data.local_files import ParquetRows
 from sparksgd.data.tables import refuse_tables
 from sparksgd.engines.inline import InlineEngine
@@ -32,19 +33,23 @@ def train_in_process(config: Config, rows: str, test: str | None = None, **given
     Raises:
         SparkSGDError: see sparksgd/errors.py.
     """
+    trained, held_out = parts_of(config.data, has_test=test is not None)
+    evaluated = rows if held_out else test
     with ExitStack() as copies:
+        local = {path: _local(path, copies) for path in (rows, evaluated) if path is not None}
         return train(
             config,
-            rows=_rows(rows, copies),
-            test=None if test is None else _rows(test, copies),
+            rows=ParquetRows(local[rows], trained),
+            test=None if evaluated is None else ParquetRows(local[evaluated], held_out),
             make_engine=InlineEngine,
             **given,
         )
 
 
-def _rows(path: str, copies: ExitStack) -> ParquetRows:
+def _local(path: str, copies: ExitStack) -> str:
+    """Return the path of a copy on this machine, or the path itself."""
     refuse_tables(path, by_spark=False)
     try:
-        return ParquetRows(copies.enter_context(local_copy(path)))
+        return copies.enter_context(local_copy(path))
     except OSError as error:
         raise DataError(f"cannot read {path} as Parquet: {error.strerror}") from error

@@ -37,6 +37,7 @@ from sparksgd.solvers.rules import completed, make_solver
 from sparksgd.training.checkpoint import RunIdentity, go_on, unreplaced_digest
 from sparksgd.training.checkpointing import Checkpointing, CheckpointStore
 from sparksgd.training.deals import Deals, dealt
+from sparksgd.training.early_stopping import keep_best, restore_best, why_over
 from sparksgd.training.modules import build_module
 from sparksgd.training.participation import Participation
 from sparksgd.training.preflight import (
@@ -49,7 +50,15 @@ from sparksgd.training.preflight import (
 )
 from sparksgd.training.replay import Replay, check_end
 from sparksgd.training.start_up import StartUp
-from sparksgd.training.state import NO_PROBE, EvaluationReport, NumericsChange, Observer, Probe, Training
+from sparksgd.training.state import (
+    MAX_WALL,
+    NO_PROBE,
+    EvaluationReport,
+    NumericsChange,
+    Observer,
+    Probe,
+    Training,
+)
 
 __all__ = ["Given", "steps_until", "train"]
 
@@ -140,7 +149,8 @@ def train(
         deals = stack.enter_context(Deals(rows, checked.schema, config, checked.rows, first_deal))
         test_shards = None
         if test is not None and checked.test_rows is not None:
-            test_shards = dealt(test, checked.schema, config, checked.test_rows, "test")
+            evaluated = "held-out" if config.data.holds_out else "test"
+            test_shards = dealt(test, checked.schema, config, checked.test_rows, evaluated)
             stack.enter_context(closing(test_shards))
             check_evaluation(module, [shard.rows for shard in test_shards.table])
         start_up.reached("shards")
@@ -176,12 +186,18 @@ def train(
         with thread_count(config.train.threads), freed_memory_kept_in_block():
             if start is not None:
                 go_on(training, solver, observers, start)
+
+            def note_parameters() -> None:
+                if checkpoints is not None and model_name is None:
+                    checkpoints.stopped(flat.parameters_sha256())
+
             try:
                 _loop(training, engine, solver, observers, deals, replay, keeper, evaluates=test is not None)
             except BaseException:
-                if checkpoints is not None and model_name is None:
-                    checkpoints.stopped(flat.parameters_sha256())
+                note_parameters()
                 raise
+            if not training.is_finished:
+                note_parameters()
         return training
 
 
@@ -194,6 +210,7 @@ def _identity(
         parameters=None if given is None else given.parameters_sha256(),
         experiment=config.experiment(),
         data_digest=checked.rows.data_digest,
+        test_digest=None if checked.test_rows is None else checked.test_rows.data_digest,
         total_turns=total_turns,
         turns_per_epoch=checked.experiment.turns_per_epoch,
         settings=set_by_the_user(settings),
@@ -273,21 +290,33 @@ def _loop(
             evaluation = _evaluated(training, engine, solver)
             told = None
             training.evaluations.append(evaluation)
+            keep_best(training, solver)
             for observer in observers:
                 observer.evaluated(training, evaluation)
             told = solver.version
+            end_early()
         if finished or solver.turns % turns_per_epoch == 0:
             deals.end_epoch(training, engine, replay)
         training.settled_turns = solver.turns
-        if keeper is not None and not finished:
+        if training.start_up.is_over(training.config.train.max_wall_s) and not finished:
+            training.stop(MAX_WALL)
+        if keeper is not None and not training.is_over:
             keeper.offer(training, solver, observers)
+
+    def end_early() -> None:
+        why = why_over(training.config.early_stopping, training.evaluations)
+        if why is not None and solver.turns < total:
+            training.stop("early_stopping")
+            log.info("early stopping: %s", why)
 
     for observer in observers:
         observer.started(training)
     try:
         if solver.turns > training.settled_turns:
             settle()
-        while solver.turns < total:
+        if training.stopped_by is None:
+            end_early()  # a run that ended so before makes no step
+        while not training.is_over:
             due = (solver.turns // every + 1) * every if evaluates else total
             until = min(total, due, (keeper and keeper.next_turn(solver.turns)) or total)
             segment = engine.advance(solver, steps_until(solver, until, engine.segment_steps))
@@ -302,6 +331,11 @@ def _loop(
                     observer.stepped(training, report)
             told = solver.version
             settle()
+        if training.best_weights is not None:
+            if keeper is not None:
+                keeper.end(training, solver, observers)
+                keeper = None  # what follows is of an earlier step
+            restore_best(training)
         if replay is not None:
             check_end(training, replay)
     except BaseException as error:

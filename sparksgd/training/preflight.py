@@ -22,6 +22,7 @@ from sparksgd.arithmetic.copies import copied
 from sparksgd.arithmetic.flat import FlatModule, mixes_rows, mixes_rows_of_evaluations
 from sparksgd.arithmetic.numerics import Numerics
 from sparksgd.config import Config, DataConfig, OptimizerConfig, ScheduleConfig
+from sparksgd.data.held_out import check_column
 from sparksgd.data.row_reading import read_rows
 from sparksgd.data.row_report import RowReport
 from sparksgd.data.sampling import Sampling
@@ -37,6 +38,7 @@ from sparksgd.solvers.rules import Experiment, described, make_solver, needs_of,
 from sparksgd.solvers.schedules import own_schedule
 from sparksgd.solvers.torch_optimizers import own_optimizer
 from sparksgd.solvers.without_compiler import without_compiler
+from sparksgd.training.early_stopping import check_early_stopping, keeps_best
 from sparksgd.training.rebuilding import Sample, check_rebuilding
 from sparksgd.training.replay import Replay
 from sparksgd.training.saved_state import check_saving
@@ -134,6 +136,7 @@ def check(
     loss = loss_named(config.loss.name)
     needs = needs_in(config, replay)
     check_engine(config, kinds, needs)
+    check_early_stopping(config.early_stopping, evaluates=test is not None, classifies=loss in CLASSIFIERS)
     _require_for_trial(module)
     schema, found, records = _tried(config, module, loss, rows, dtype, evaluates=test is not None)
     check_solver(config, replay, module, dtype)
@@ -144,7 +147,8 @@ def check(
     if test is not None:
         schema.check_columns(*test.first_rows(schema.columns, 1), "the test data")
     report = _inspected(rows, schema, config, "training")
-    test_report = _inspected(test, schema, config, "test") if test is not None else None
+    evaluated = "held-out" if config.data.holds_out else "test"
+    test_report = _inspected(test, schema, config, evaluated) if test is not None else None
     if replay is not None:
         replay.check(config, report.data_digest, report.content_digest)
     _check_num_shards(config.train.num_shards, report.rows)
@@ -188,6 +192,7 @@ def sizes_of(
         record=schema.record.itemsize,
         piece_rows=min(piece, train.rows_per_backward or piece),
         evaluates=evaluates,
+        keeps_best=keeps_best(config.early_stopping),
         by_strips=solver.by_strips,
     )
 
@@ -205,7 +210,7 @@ def tried_sizes(config: Config, module: nn.Module, rows: RowSource) -> tuple[Run
     """
     without_compiler()  # before this process makes its first optimiser
     _require_for_trial(module)
-    evaluates = config.data.test is not None
+    evaluates = config.data.evaluates
     schema, found, _ = _tried(
         config, module, loss_named(config.loss.name), rows, torch.float32, evaluates=evaluates
     )
@@ -402,8 +407,10 @@ def _first_records(
     data: DataConfig, rows: RowSource, *, whole_labels: bool
 ) -> tuple[RowSchema, np.ndarray[Any, Any]]:
     """Return the schema of a row, from the first rows, and the good ones of these rows."""
-    columns = [*data.features, data.label, *([data.id] if data.id else [])]
+    also = [name for name in (data.id, data.validation_column) if name is not None]
+    columns = [*data.features, data.label, *also]
     arrow_schema, first = rows.first_rows(columns, _FIRST_ROWS)
+    check_column(data, arrow_schema)
     complete = first.to_pylist()
     if not complete and set(columns) <= set(arrow_schema.names):
         raise DataError(
@@ -439,7 +446,7 @@ def _warn_of_evaluation_mode(module: nn.Module) -> None:
 
 
 def _inspected(source: RowSource, schema: RowSchema, config: Config, which: str) -> RowReport:
-    """Read every row once, and refuse too many bad ones; `which` is training or test."""
+    """Read every row once, and refuse too many bad ones; `which` is training, test or held-out."""
     started = time.perf_counter()
     report = source.inspect(schema, config.train.num_shards)
     done = "trained on" if which == "training" else "evaluated on"
@@ -447,7 +454,8 @@ def _inspected(source: RowSource, schema: RowSchema, config: Config, which: str)
     if report.bad:
         log.warning("%d bad %s rows skipped: %s", report.bad.total(), which, dict(report.bad))
     if not report.rows:
-        raise DataError(f"the {which} data is empty: not one row")
+        other = "; ask for a larger part" if which == "held-out" else ""
+        raise DataError(f"the {which} data is empty: not one row{other}")
     seconds = time.perf_counter() - started
     log.info("%s rows: %s, each checked (%.1f s)", which, f"{report.rows:,}", seconds)
     return report

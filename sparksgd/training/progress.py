@@ -69,5 +69,9 @@ class ProgressLines(Observer):
 
     def ended(self, training: Training) -> None:
         """Log the end of a finished run; an error says itself how one ended early."""
-        if training.error is None and log.isEnabledFor(logging.INFO):  # the digest of many takes long
-            log.info("finished: %d steps, parameters %s", training.version, training.flat.parameters_sha256())
+        if training.error is not None or not log.isEnabledFor(logging.INFO):  # the digest of many takes long
+            return
+        how = "finished" if training.stopped_by is None else f"stopped by {training.stopped_by}"
+        if training.best is not None:
+            how += f", the best step is {training.best.step}"
+        log.info("%s: %d steps, parameters %s", how, training.version, training.flat.parameters_sha256())

@@ -28,7 +28,7 @@ class StartUp:
 
     def __init__(self, since_s: float | None = None, clock: Callable[[], float] = time.time) -> None:
         self._clock = clock
-        self._since_s = clock() if since_s is None else since_s
+        self._began_s = self._since_s = clock() if since_s is None else since_s
         self._parts: dict[str, Span] = {}
         self._unpacking: list[Span] = []
 
@@ -38,6 +38,10 @@ class StartUp:
             now_s = self._clock()
             self._parts[part] = self._since_s, now_s
             self._since_s = now_s
+
+    def is_over(self, limit_s: float | None) -> bool:
+        """Return whether more seconds have passed since the submission; None: there is no limit."""
+        return limit_s is not None and self._clock() - self._began_s >= limit_s
 
     def unpacked(self, spans: Iterable[Span]) -> None:
         """Note when hosts unpacked an environment."""

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from sparksgd.arithmetic.flat import FlatModule
+from sparksgd.arithmetic.flat import FlatModule, Weights
 from sparksgd.arithmetic.numerics import Numerics
 from sparksgd.config import Config
 from sparksgd.data.row_report import RowReport
@@ -21,7 +21,19 @@ from sparksgd.training.rebuilding import Sample
 from sparksgd.training.start_up import StartUp
 from sparksgd.training.step_times import StepTimes
 
-__all__ = ["NO_PROBE", "EvaluationReport", "NumericsChange", "Observer", "Probe", "Resumed", "Training"]
+__all__ = [
+    "MAX_WALL",
+    "NO_PROBE",
+    "EvaluationReport",
+    "NumericsChange",
+    "Observer",
+    "Probe",
+    "Resumed",
+    "Training",
+]
+
+MAX_WALL = "train.max_wall_s"
+"""What ends a run whose time is over."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,7 +110,7 @@ class Training:
     """The arithmetic of the driver, then of each worker."""
 
     version: int = 0
-    """How many steps made the module's parameters."""
+    """How many steps the run has made."""
 
     turns: int = 0
     """How many turns each shard has made."""
@@ -151,13 +163,45 @@ class Training:
     error: BaseException | None = None
     """What ended the run early."""
 
+    stopped_by: str | None = None
+    """What ended the run before its last turn, without an error; see `stop`."""
+
+    best_weights: Weights | None = None
+    """Those of the best evaluation so far, where early stopping keeps them."""
+
+    best: EvaluationReport | None = None
+    """The evaluation whose weights the module got back at the end; None: it has those of the last step."""
+
     def __repr__(self) -> str:
         return f"<Training: {self.version} steps, {self.turns} of {self.total_turns} turns>"
 
     @property
     def is_finished(self) -> bool:
-        """Return whether all turns are made."""
-        return self.error is None and self.turns >= self.total_turns
+        """Return whether all turns are made, or nothing but the time has ended the run before."""
+        is_complete = self.turns >= self.total_turns or self.stopped_by not in (None, MAX_WALL)
+        return self.error is None and is_complete
+
+    @property
+    def is_over(self) -> bool:
+        """Return whether no turn will follow."""
+        return self.turns >= self.total_turns or self.stopped_by is not None
+
+    @property
+    def module_step(self) -> int:
+        """Return how many steps made the module's parameters."""
+        return self.version if self.best is None else self.best.step
+
+    def stop(self, reason: str) -> None:
+        """End the run, as if this were its last turn: the model is saved, and no error is raised.
+
+        An observer may call it. The run ends as soon as its engine gives it back to the driver: after this
+        step; with all-reduce after the segment. At an evaluation that is the same step on every engine.
+
+        Args:
+            reason: what the summary says under `stopped_by`.
+        """
+        if self.stopped_by is None:
+            self.stopped_by = reason
 
     @property
     def is_evaluated(self) -> bool:
@@ -172,13 +216,18 @@ class Training:
 
     @property
     def last_evaluation(self) -> EvaluationReport | None:
-        """Return the newest evaluation of weights that the run kept: a NaN loss undoes the last step."""
+        """Return the evaluation of the module's weights, or the newest of earlier ones.
+
+        A NaN loss undoes the last step, and early stopping may return to an earlier one.
+        """
+        if self.best is not None:
+            return self.best
         standing = [report for report in self.evaluations if report.step <= self.version]
         return standing[-1] if standing else None
 
 
 class Observer:
-    """Watches a run: writes its files, draws its progress.
+    """Watches a run: writes its files, draws its progress, or ends it by `training.stop(reason)`.
 
     A subclass defines those of the methods that it needs; the others do nothing.
     """

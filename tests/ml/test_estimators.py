@@ -368,3 +368,65 @@ def test_a_classifier_and_a_regressor_are_told_apart(points, trained, tmp_path):
     model = TorchRegressionModel.load(str(tmp_path / "model" / "model"))
     with pytest.raises(ConfigError, match="trained with cross_entropy, as a classifier: load it as TorchCl"):
         model.transform(points)
+
+
+# Validation, early stopping, callbacks, history
+
+
+def test_a_fit_is_validated_ends_early_and_tells_of_it(points, tmp_path):
+    classifier = TorchClassifier(
+        module=linear(),
+        validationFraction=0.25,
+        earlyStopping=2,
+        **BRIEF | {"maxEpochs": 40, "learningRate": 1.0},
+    )
+    model = classifier.fit(points)
+    told = model.summary["value"]
+    assert told["stopped_by"] == "early_stopping"
+    history = model.history
+    assert list(history.columns) == ["epoch", "step", "loss", "lr", "test_loss", "test_accuracy"]
+    assert history.test_loss.idxmin() == len(history) - 3
+    assert told["best_step"] == history.step[history.test_loss.idxmin()]
+    assert told["test_loss"] == history.test_loss.min()
+    config = {
+        "data": {"features": "features", "label": "label", "validation_fraction": 0.25},
+        "early_stopping": {"patience": 2},
+        "optimizer": {"name": "AdamW", "lr": 1.0},
+        "engine": {"name": "tree"},
+        "train": {"epochs": 40, "rows_per_step": 100, "num_shards": 2},
+    }
+    alone = sparksgd.train(config, points, module=linear())
+    assert alone.flat.parameters_sha256() == told["parameters_sha256"]
+    model.write().overwrite().save(str(tmp_path / "model"))
+    again = TorchClassificationModel.load(str(tmp_path / "model"))
+    assert again.history.equals(history)
+    assert again.summary.equals(model.summary)
+    (tmp_path / "model" / "training.json").unlink()
+    assert len(TorchClassificationModel.load(str(tmp_path / "model")).history) == 0
+
+
+def test_a_column_and_a_callback_are_params_of_a_fit(points, tmp_path):
+    marked = points.withColumn("held out", F.rand(3) < 0.2).localCheckpoint()
+    seen = []
+
+    class Ends(sparksgd.Observer):
+        def evaluated(self, training, report):
+            seen.append(report.rows)
+            training.stop("enough")
+
+    fit = {**BRIEF, "maxEpochs": 5}
+    classifier = TorchClassifier(
+        module=linear(), validationIndicatorCol="held out", callbacks=[Ends()], **fit
+    )
+    assert classifier.fit(marked).summary["value"]["stopped_by"] == "enough"
+    assert seen == [marked.where("`held out`").count()]
+    with pytest.raises(ConfigError, match="because its callbacks are objects of this process"):
+        TorchClassifier(module="predicted_modules:mlp", callbacks=[Ends()]).save(str(tmp_path / "a"))
+    named = TorchClassifier(module="lenet", callbacks=["predicted_modules:Quiet"])
+    named.save(str(tmp_path / "b"))
+    with pytest.raises(DataError, match=r"callbacks\[0\] is 'predicted_modules:Quiet'"):
+        TorchClassifier.load(str(tmp_path / "b"))
+    with pytest.raises(
+        ConfigError, match=r"callbacks has .*, but must be a list of instances of sparksgd\.Obs"
+    ):
+        TorchClassifier(module=linear(), callbacks=[3], **fit).fit(points)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from sparksgd.training.state import Observer
+
 
 class Counted(nn.Module):
     """Counts how often it is unpickled in a process."""
@@ -59,3 +61,7 @@ class Whole(nn.Module):
 def mlp(num_features: int, num_classes: int, hidden: int = 8) -> nn.Module:
     """Return a small classifier; a Pipeline says how many features and classes it has."""
     return nn.Sequential(nn.Linear(num_features, hidden), nn.ReLU(), nn.Linear(hidden, num_classes))
+
+
+class Quiet(Observer):
+    """Watches a training, and does nothing."""

@@ -1,0 +1,97 @@
+"""What a run went through, epoch by epoch: a few rows that a person reads or plots."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from sparksgd.engines.protocol import StepReport
+from sparksgd.training.state import EvaluationReport, Observer, Training
+from sparksgd.training.value_rules import FINITE, NUMBER, WHOLE, ListOf, Rule, Table, optional
+
+__all__ = ["COLUMNS", "History", "check_history"]
+
+COLUMNS: Mapping[str, Rule] = {
+    "epoch": WHOLE,
+    "step": WHOLE,
+    "loss": NUMBER,
+    "lr": NUMBER,
+    "test_loss": optional(NUMBER),
+    "test_accuracy": optional(NUMBER),
+}
+"""The columns of a history.
+
+    epoch, step      where the run was, both from 1
+    loss             the mean loss of the rows trained on since the row before
+    lr               the learning rate of the last step
+    test_loss        of an evaluation after this step; None if there was none, and so test_accuracy
+"""
+
+
+def check_history(rows: Any, path: str) -> None:
+    """Refuse what is no history.
+
+    Raises:
+        DataError: with the path of the value, and the rule.
+    """
+    ListOf(Table(COLUMNS))(rows, path)
+
+
+class History(Observer):
+    """Notes a row at each evaluation, and at the end of each epoch."""
+
+    def __init__(self) -> None:
+        self.rows: list[dict[str, Any]] = []
+        """One for each, by the names in COLUMNS."""
+
+        self._sum, self._count = 0.0, 0  # of the loss, over the rows trained on since the last row
+        self._last: tuple[int, int, float] | None = None  # epoch, step and rate of the last step
+
+    def memory(self) -> dict[str, Any]:
+        """Return all rows, and what the next one begins with."""
+        last = None if self._last is None else list(self._last)
+        return {"rows": self.rows, "sum": self._sum, "count": self._count, "last": last}
+
+    def recall(self, memory: dict[str, Any]) -> None:
+        """Continue from there."""
+        last = optional(ListOf(FINITE, 3))
+        Table({"rows": check_history, "sum": NUMBER, "count": WHOLE, "last": last})(
+            memory, "observers.History"
+        )
+        self.rows = [dict(row) for row in memory["rows"]]
+        self._sum, self._count = float(memory["sum"]), memory["count"]
+        if memory["last"] is not None:
+            epoch, step, lr = memory["last"]
+            self._last = int(epoch), int(step), float(lr)
+
+    def stepped(self, training: Training, report: StepReport) -> None:
+        """Add a step; the first one of an epoch ends the row of the epoch before."""
+        if self._last is not None and report.epoch > self._last[0]:
+            self._end_row(None)
+        self._sum += report.loss * report.rows
+        self._count += report.rows
+        self._last = report.epoch, report.step, report.lr
+
+    def evaluated(self, training: Training, report: EvaluationReport) -> None:
+        """End a row with an evaluation."""
+        self._end_row(report)
+
+    def ended(self, training: Training) -> None:
+        """End the last row."""
+        self._end_row(None)
+
+    def _end_row(self, evaluation: EvaluationReport | None) -> None:
+        if not self._count or self._last is None:
+            return
+        epoch, step, lr = self._last
+        self.rows.append(
+            {
+                "epoch": epoch,
+                "step": step,
+                "loss": self._sum / self._count,
+                "lr": lr,
+                "test_loss": None if evaluation is None else evaluation.loss,
+                "test_accuracy": None if evaluation is None else evaluation.accuracy,
+            }
+        )
+        self._sum, self._count = 0.0, 0
