@@ -159,6 +159,13 @@ class ScheduleConfig:
     arguments: Mapping[str, Any] = _arguments()
     """Keyword arguments of the class."""
 
+    @property
+    def metric(self) -> Literal["loss", "accuracy"] | None:
+        """Return which number of an evaluation moves the schedule; None: turns move it."""
+        if self.name != "ReduceLROnPlateau":
+            return None
+        return "accuracy" if self.arguments.get("mode") == "max" else "loss"
+
 
 @dataclass(frozen=True, kw_only=True)
 class SolverConfig:
@@ -408,16 +415,20 @@ class Config:
             tables[section] = as_toml({k: v for k, v in values.items() if v is not None} | arguments)
         return tables
 
+    @property
+    def is_judged(self) -> bool:
+        """Return whether evaluations shape the parameters: they end the run, or move the schedule."""
+        return self.early_stopping.patience is not None or self.schedule.metric is not None
+
     def experiment(self) -> dict[str, Any]:
         """Return {section.key: value} of the keys that shape the parameters."""
         scopes = {key: scope for key, (scope, _) in self.keys().items()}
-        stops_early = self.early_stopping.patience is not None
-        if stops_early:
+        if self.is_judged:
             scopes["train.eval_every"] = "experiment"
         return {
             f"{section}.{key}": value
             for section, values in self.to_dict().items()
-            if stops_early or section != "early_stopping"
+            if section != "early_stopping" or self.early_stopping.patience is not None
             for key, value in values.items()
             if scopes.get(f"{section}.{key}", "experiment") == "experiment"
         }

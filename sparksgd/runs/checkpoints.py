@@ -397,7 +397,7 @@ class CheckpointFolders:
         return own
 
     def _name_of(self, run: RunIdentity) -> str:
-        free = free_keys(run.experiment)
+        free = free_keys(self._config)
         shaping = {key: value for key, value in run.experiment.items() if key not in free | PATHS}
         identity: dict[str, Any] = {
             "experiment": shaping,

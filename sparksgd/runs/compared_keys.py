@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from sparksgd.config import Config
 
 __all__ = ["PATHS", "free_keys"]
 
@@ -13,10 +12,6 @@ PATHS = frozenset(("data.train", "data.test"))
 _FREE = frozenset(("train.epochs", "train.steps", "data.test"))
 
 
-def free_keys(experiment: Mapping[str, Any]) -> frozenset[str]:
-    """Return the keys that may change where a run goes on: they shape no step that was made.
-
-    Args:
-        experiment: as `Config.experiment` returns it.
-    """
-    return _FREE - {"data.test"} if "early_stopping.patience" in experiment else _FREE
+def free_keys(config: Config) -> frozenset[str]:
+    """Return the keys that may change where a run goes on: they shape no step that was made."""
+    return _FREE - {"data.test"} if config.is_judged else _FREE

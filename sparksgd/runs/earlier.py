@@ -99,7 +99,7 @@ def resumable(folder: Location, config: Config, fingerprints: Mapping[str, str],
         )
     then = with_checkpoints[0].values
     unknown = {key for key in PATHS if (key in then["fingerprints"]) != (key in fingerprints)}
-    free = free_keys(config.experiment()) | unknown  # rows have a digest, too
+    free = free_keys(config) | unknown  # rows have a digest, too
     different = _differences(then, config, fingerprints, free=free)
     if different:
         raise ConfigError(
@@ -165,7 +165,7 @@ def _own_run(out: Location, asked: Asked, *, goes_on: bool) -> Found:
     newest = with_checkpoints[0].values if with_checkpoints else then
     free: frozenset[str] = frozenset()
     if with_checkpoints:
-        free = _LATER_END if is_finished else free_keys(asked.config.experiment())
+        free = _LATER_END if is_finished else free_keys(asked.config)
     different = _differences(newest, asked.config, asked.fingerprints, free=free)
     if different:
         what = "a finished run" if is_finished else f"a run that ended early ({_status(summary)})"

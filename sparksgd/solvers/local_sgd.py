@@ -116,6 +116,7 @@ class LocalSGD:
             vectors=1 + len(self._state_names[0]),
         )
         self.remarks = self._rates.remarks + _remarks(settings, experiment, self._rates)
+        self.revision = 0
         self._momentum = torch.zeros_like(flat.parameters) if settings.outer_momentum else None
         self._vectors: dict[str, Vector] = {}
         self._scalars: dict[str, float] = {}
@@ -277,6 +278,9 @@ class LocalSGD:
             self._rates.load_state(state.rest["rates"])
             self._centre.load(state)
             self._answer = None
+
+    def evaluated(self, loss: float, accuracy: float | None) -> None:
+        """Change nothing: its rates follow from the turns alone."""
 
     def step_back(self) -> None:
         """Return to the weights before the last step; the state of the optimisers does not change."""

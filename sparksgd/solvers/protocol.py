@@ -374,6 +374,9 @@ class RoundSolver(Solver, Protocol):
     remarks: list[str]
     """What a person should know before the first step."""
 
+    revision: int
+    """How often evaluations have changed its state, which has the same version then."""
+
     @property
     def turns(self) -> int:
         """Return how many turns every shard has made, which is the number of the next one."""
@@ -401,6 +404,10 @@ class RoundSolver(Solver, Protocol):
 
     def readout(self) -> Weights:
         """Return a copy of the weights that are evaluated and saved; the same object until the next step."""
+        ...
+
+    def evaluated(self, loss: float, accuracy: float | None) -> None:
+        """Take the result of an evaluation of these weights, which may change the rate of the next steps."""
         ...
 
     @property

@@ -51,6 +51,7 @@ class Schedule:
         arguments: that it was made with.
         is_own: whether it runs code of the user's.
         blind: whether it may look at no parameter.
+        metric: which number of an evaluation moves it; None: turns move it.
     """
 
     def __init__(
@@ -63,7 +64,9 @@ class Schedule:
         *,
         is_own: bool,
         blind: bool,
+        metric: str | None,
     ) -> None:
+        self._metric = metric
         self._schedule, self._optimizer, self._seed, self._held = schedule, optimizer, seed, held
         self._is_own, self._blind = is_own, blind
         self._carrier = Carrier()
@@ -87,6 +90,8 @@ class Schedule:
             UserCodeError: it raised.
             ConfigError: it is blind, but looks at a parameter.
         """
+        if self._metric is not None:
+            return
         seed, blind = seed32(self._seed, "schedule", turn), self._blind
         with (
             users_torch_code("the schedule"),
@@ -95,6 +100,19 @@ class Schedule:
             without_autocast(),
         ):
             self._schedule.step()
+
+    def evaluated(self, loss: float, accuracy: float | None) -> bool:
+        """Move it by an evaluation, if evaluations move it; return whether they do.
+
+        Args:
+            loss: the mean loss.
+            accuracy: the share of right classes; None where there are no classes.
+        """
+        if self._metric is None:
+            return False
+        with users_torch_code("the schedule"):
+            self._schedule.step(loss if self._metric == "loss" else accuracy)  # type: ignore[arg-type]  # as `ReduceLROnPlateau` takes it
+        return True
 
     def state(self) -> dict[str, Any]:
         """Return where it is, beside what its optimiser carries; a view.
@@ -190,10 +208,17 @@ def make_schedule(
         return None
     kind = _kind(config.name)
     if issubclass(kind, lr_scheduler.ReduceLROnPlateau):
-        raise ConfigError(
-            "schedule.name is 'ReduceLROnPlateau', but the rate must follow from the step alone: "
-            "use CosineAnnealingLR, OneCycleLR or another"
-        )
+        if config.metric is None:
+            raise ConfigError(
+                f"schedule.name is {config.name!r}, but of the schedules that evaluations move only torch's "
+                f'own is supported: write "ReduceLROnPlateau"'
+            )
+        if blind:
+            raise ConfigError(
+                "schedule.name is 'ReduceLROnPlateau', but where shards make turns of their own the rate "
+                "must follow from the turn alone: use CosineAnnealingLR or another, or solver.name = "
+                '"synchronous"'
+            )
     with refusing("schedule", config.name, kind, config.arguments):
         if not is_tried:
             _try_schedule(optimizer, kind, config, blind=blind)
@@ -222,7 +247,10 @@ def _made(
     shaped = nullcontext() if held is None else in_shapes(held.parameters, f"the schedule {kind.__name__}")
     with _seeded(seed32(seed, "schedule"), is_own), shaped, _sight(optimizer, blind):
         made = kind(optimizer, **config.arguments)
-        return Schedule(made, optimizer, seed, held, config.arguments, is_own=is_own, blind=blind)
+        return Schedule(
+            made, optimizer, seed, held, config.arguments,
+            is_own=is_own, blind=blind, metric=config.metric,
+        )  # fmt: skip
 
 
 def _try_schedule(optimizer: FlatOptimizer, kind: Any, config: ScheduleConfig, *, blind: bool) -> None:
@@ -241,6 +269,7 @@ def _try_schedule(optimizer: FlatOptimizer, kind: Any, config: ScheduleConfig, *
         schedule = _made(trial, kind, config, 0, blind=blind)
         trial.step()
         schedule.move(1)
+        schedule.evaluated(1.0, 0.5)
         return
 
     def made(of: Optimizer, held: FlatOptimizer | None) -> Schedule:

@@ -166,6 +166,7 @@ class SynchronousSolver:
             self._optimizer, experiment.schedule, experiment.moves, self._seed, is_tried=is_replica
         )
         self.remarks = remarks_on(self._schedule, experiment.moves)
+        self.revision = 0
         self._answer: Answer | None = None
 
     @property
@@ -259,6 +260,11 @@ class SynchronousSolver:
                 then,
             )
         return StepOutcome(lr=lr, gradient_norm=norm)
+
+    def evaluated(self, loss: float, accuracy: float | None) -> None:
+        """Let a schedule that evaluations move change the rate."""
+        if self._schedule is not None and self._schedule.evaluated(loss, accuracy):
+            self.revision += 1
 
     def step_back(self) -> None:
         """Return to the weights before the last step, which had a finite loss.

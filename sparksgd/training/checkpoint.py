@@ -340,10 +340,10 @@ def _load_run(training: Training, run: Mapping[str, Any], anew: str) -> None:
     for name, count in run["recovery"].items():
         setattr(training.recovery, name, getattr(training.recovery, name) + count)
     training.sent_bytes, training.settled_turns = int(run["sent_bytes"]), int(run["settled_turns"])
-    if run["test_digest"] != _test_digest(training) and training.config.early_stopping.patience is not None:
+    if run["test_digest"] != _test_digest(training) and training.config.is_judged:
         raise DataError(
-            f"the rows to evaluate on are not those of the run to go on with, and early_stopping would judge "
-            f"by both: their digest is {_test_digest(training)}, but was {run['test_digest']}. Give it those "
+            f"the rows to evaluate on are not those of the run to go on with, which shaped its parameters: "
+            f"their digest is {_test_digest(training)}, but was {run['test_digest']}. Give it those "
             f"rows, or {anew}"
         )
     if run["test_digest"] != _test_digest(training) and training.settled_turns:

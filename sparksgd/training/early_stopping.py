@@ -9,36 +9,44 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from sparksgd.config import EarlyStoppingConfig
+from sparksgd.config import Config, EarlyStoppingConfig
 from sparksgd.errors import ConfigError
 from sparksgd.solvers.protocol import RoundSolver
 from sparksgd.training.state import EvaluationReport, Training
 
-__all__ = ["best_of", "check_early_stopping", "keep_best", "keeps_best", "restore_best", "why_over"]
+__all__ = ["best_of", "check_judged", "keep_best", "keeps_best", "restore_best", "why_over"]
 
 
-def check_early_stopping(config: EarlyStoppingConfig, *, evaluates: bool, classifies: bool) -> None:
-    """Refuse early stopping by what no evaluation of the run has.
+def check_judged(config: Config, *, evaluates: bool, classifies: bool) -> None:
+    """Refuse a run that is to be judged by what none of its evaluations has.
 
     Args:
-        config: says what ends a run.
+        config: says what ends the run, and what moves its schedule.
         evaluates: whether there are rows to evaluate on.
         classifies: whether evaluations have an accuracy.
 
     Raises:
         ConfigError: with what to set.
     """
-    if config.patience is None:
-        return
-    if not evaluates:
-        raise ConfigError(
-            "early_stopping.patience is set, but there are no rows to evaluate on: set "
-            "data.validation_fraction=0.1 to hold some out, or give test rows"
-        )
-    if config.metric == "accuracy" and not classifies:
-        raise ConfigError(
-            'early_stopping.metric is "accuracy", but the loss has no classes: set it to "loss"'
-        )
+    stops = config.early_stopping.patience is not None
+    for is_asked, given, metric, otherwise in (
+        (stops, "early_stopping.patience is set", config.early_stopping.metric, "early_stopping.metric=loss"),
+        (
+            config.schedule.metric is not None,
+            'schedule.name is "ReduceLROnPlateau"',
+            config.schedule.metric,
+            "schedule.mode=min, for the loss",
+        ),
+    ):
+        if is_asked and not evaluates:
+            raise ConfigError(
+                f"{given}, but there are no rows to evaluate on: set data.validation_fraction=0.1 to hold "
+                f"some out, or give test rows"
+            )
+        if is_asked and metric == "accuracy" and not classifies:
+            raise ConfigError(
+                f"{given} and judges by the accuracy, but the loss has no classes: set {otherwise}"
+            )
 
 
 def best_of(config: EarlyStoppingConfig, evaluations: Sequence[EvaluationReport]) -> EvaluationReport | None:
@@ -98,5 +106,5 @@ def _gain(config: EarlyStoppingConfig, value: float, best: float) -> float:
 
 def _value(config: EarlyStoppingConfig, report: EvaluationReport) -> float:
     value = report.loss if config.metric == "loss" else report.accuracy
-    assert value is not None, "check_early_stopping comes first"
+    assert value is not None, "check_judged comes first"
     return value

@@ -290,6 +290,7 @@ def _loop(
             evaluation = _evaluated(training, engine, solver)
             told = None
             training.evaluations.append(evaluation)
+            solver.evaluated(evaluation.loss, evaluation.accuracy)
             keep_best(training, solver)
             for observer in observers:
                 observer.evaluated(training, evaluation)

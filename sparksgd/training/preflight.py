@@ -38,7 +38,7 @@ from sparksgd.solvers.rules import Experiment, described, make_solver, needs_of,
 from sparksgd.solvers.schedules import own_schedule
 from sparksgd.solvers.torch_optimizers import own_optimizer
 from sparksgd.solvers.without_compiler import without_compiler
-from sparksgd.training.early_stopping import check_early_stopping, keeps_best
+from sparksgd.training.early_stopping import check_judged, keeps_best
 from sparksgd.training.rebuilding import Sample, check_rebuilding
 from sparksgd.training.replay import Replay
 from sparksgd.training.saved_state import check_saving
@@ -136,7 +136,7 @@ def check(
     loss = loss_named(config.loss.name)
     needs = needs_in(config, replay)
     check_engine(config, kinds, needs)
-    check_early_stopping(config.early_stopping, evaluates=test is not None, classifies=loss in CLASSIFIERS)
+    check_judged(config, evaluates=test is not None, classifies=loss in CLASSIFIERS)
     _require_for_trial(module)
     schema, found, records = _tried(config, module, loss, rows, dtype, evaluates=test is not None)
     check_solver(config, replay, module, dtype)

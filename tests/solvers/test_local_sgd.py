@@ -272,6 +272,13 @@ def test_wrong_keys_are_refused_before_a_row_is_read(keys: dict[str, Any], words
     assert words in str(refused.value)
 
 
+def test_a_schedule_that_evaluations_move_is_refused(rows: ParquetRows) -> None:
+    plateau = Config.from_dict({"schedule": {"name": "ReduceLROnPlateau"}}).schedule
+    config = replace(configured(local(turns_per_round=3)), schedule=plateau)
+    with pytest.raises(ConfigError, match="the rate must follow from the turn alone"):
+        train(config, rows=rows, test=rows, make_engine=InlineEngine, module=net())
+
+
 def test_a_state_that_is_not_one_value_for_each_parameter_cannot_be_averaged(rows: ParquetRows) -> None:
     config = configured(local(inner_state="average"), {"name": "Adafactor", "lr": 0.01})
     with pytest.raises(ConfigError, match="Adafactor', whose state is not one value for each parameter"):

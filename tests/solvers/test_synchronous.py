@@ -393,6 +393,10 @@ def make_optimizer(params: Any, lr: float = 0.1) -> torch.optim.Optimizer:
     return torch.optim.SGD(params, lr=lr)
 
 
+class Plateau(torch.optim.lr_scheduler.ReduceLROnPlateau):
+    """A schedule of one's own that evaluations move."""
+
+
 def make_schedule(optimizer: torch.optim.Optimizer) -> Any:
     return torch.optim.lr_scheduler.StepLR(optimizer, 2)
 
@@ -439,7 +443,7 @@ def test_an_optimiser_that_cannot_serve_is_refused(
             {"step_size": 1, "gama": 1},
             ["schedule.gama is no argument of StepLR (did you mean gamma?)"],
         ),
-        ("ReduceLROnPlateau", {}, ["'ReduceLROnPlateau'", "from the step alone", "CosineAnnealingLR"]),
+        (f"{__name__}:Plateau", {}, [":Plateau'", "only torch's own", '"ReduceLROnPlateau"']),
         (None, {"step_size": 1}, ["schedule.step_size is set, but schedule.name is not"]),
         (
             f"{__name__}:make_schedule",

@@ -49,6 +49,36 @@ def test_a_run_ends_early_at_the_same_step_and_bits_on_every_engine(spark, layou
     assert digests(training) == digests(reference)
 
 
+PLATEAU = (
+    "train.epochs=12",
+    "optimizer.lr=0.5",
+    "data.validation_fraction=0.2",
+    "schedule.name=ReduceLROnPlateau",
+    "schedule.patience=0",
+    "schedule.threshold=0.3",
+    "schedule.factor=0.5",
+)
+
+
+@pytest.fixture(scope="module")
+def lowered(layouts):
+    return sparksgd.train(configured(*PLATEAU, "engine.name=inline"), layouts[0])
+
+
+@pytest.mark.parametrize("place", ["tree, 2 workers", "allreduce, 2 workers"])
+def test_a_plateau_reaches_the_optimisers_of_all_workers(spark, layouts, lowered, place):
+    rates = []
+
+    class Rates(Observer):
+        def stepped(self, training, report):
+            rates.append(report.lr)
+
+    config = configured(*PLATEAU, *PLACES[place])
+    training = sparksgd.train(config, spark.read.parquet(layouts[0]), observers=[Rates()])
+    assert digests(training) == digests(lowered)
+    assert len(set(rates)) > 2
+
+
 def test_a_column_holds_rows_out_as_two_frames_do(spark, layouts):
     rows = spark.read.parquet(layouts[0]).selectExpr("*", "label = 3 as `is held.out`")
     settings = ("train.epochs=2", "loss.name=cross_entropy")

@@ -466,7 +466,11 @@ def test_a_batch_norm_that_would_meet_a_row_by_itself(
         ({"optimizer": {"fused": True}}, ConfigError, ["optimizer.fused is true"]),
         ({"optimizer": {"name": "LBFGS"}}, ConfigError, ["optimizer.name is 'LBFGS'"]),
         ({"schedule": {"name": "StepRL", "step_size": 1}}, ConfigError, ["did you mean StepLR?"]),
-        ({"schedule": {"name": "ReduceLROnPlateau"}}, ConfigError, ["'ReduceLROnPlateau'"]),
+        (
+            {"schedule": {"name": "ReduceLROnPlateau"}},
+            ConfigError,
+            ['schedule.name is "ReduceLROnPlateau", but there are no rows to evaluate on'],
+        ),
         ({"schedule": {"gamma": 1}}, ConfigError, ["schedule.gamma is set, but schedule.name is not"]),
     ],
 )

@@ -78,7 +78,8 @@ class AllReduceEngine(SparkEngine):
         self.segment_steps = config.segment_steps or _FIRST_STEPS
         self._turn_s: float | None = None  # how long a turn of the last segment took
         self._before: tuple[SolverState, int] | None = None
-        self._kept_version: int | None = None  # the version that the workers' own solvers should have
+        # Of the state that the workers' own solvers should have: its version and revision.
+        self._kept: tuple[int, int] | None = None
         self._processes_stay = True
         self._can_overlap = (
             config.overlap != "never"
@@ -158,7 +159,7 @@ class AllReduceEngine(SparkEngine):
         states = [answer.state for answer in by_rank if answer.state is not None]
         solver.load_state(SolverState.joined(states) if solver.by_strips else states[0])
         self._before = start, steps
-        self._kept_version = solver.version if self._processes_stay else None
+        self._kept = (solver.version, solver.revision) if self._processes_stay else None
         return report
 
     def _make_last_step_again(self, solver: RoundSolver) -> None:
@@ -178,8 +179,9 @@ class AllReduceEngine(SparkEngine):
         Raises:
             SparkSGDError: the failure, except a loss that is not finite, which is an answer.
         """
-        state = None if self._kept_version == solver.version else self._context.broadcast(start)
-        self._kept_version = None
+        is_kept = self._kept == (solver.version, solver.revision)
+        state = None if is_kept else self._context.broadcast(start)
+        self._kept = None
         try:
             answers = self._answers(solver, state, steps)
         finally:
