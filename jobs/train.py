@@ -68,8 +68,8 @@ def parser() -> argparse.ArgumentParser:
         "training.stop(reason); repeatable",
     )  # fmt: skip
     result.add_argument(
-        "--status-when-stopped", type=int, default=0, metavar="STATUS", choices=range(126),
-        help="the exit status of a run that train.max_wall_s stopped, 0 to 125; the default is 0",
+        "--status-when-stopped", type=_status, default=0, metavar="STATUS",
+        help="the exit status of a run that train.max_wall_s stopped: 0 (the default), or 5 to 125",
     )  # fmt: skip
     result.add_argument(
         "--log-format",
@@ -82,6 +82,14 @@ def parser() -> argparse.ArgumentParser:
         help="run code of this package, if the run of --replay names it; repeatable",
     )  # fmt: skip
     return result
+
+
+def _status(text: str) -> int:
+    """Return an exit status that means nothing else."""
+    status = int(text) if text.isdecimal() else -1
+    if status and not 5 <= status <= 125:
+        raise argparse.ArgumentTypeError(f"{text} is not 0, nor from 5 to 125: the others have a meaning")
+    return status
 
 
 def main(argv: Sequence[str]) -> int:
@@ -103,24 +111,22 @@ def main(argv: Sequence[str]) -> int:
             replay = read_replay(args.replay, trust=args.trust)
             config = Config.load(replay.config, args.set)
         instruction_set.pin(config.train.instruction_set)  # before anything imports torch
-        from sparksgd.cli.callbacks import Callback
         from sparksgd.cli.run import run
         from sparksgd.cli.terminal import Terminal
-        from sparksgd.training.state import MAX_WALL
+        from sparksgd.training.callbacks import Callback
 
-        training = run(
+        return run(
             config,
             args.out,
             run_id=run_id,
             terminal=Terminal(console, tables=args.log_format == "text"),
-            callbacks=[Callback(name) for name in args.callback],
+            callbacks=[Callback("--callback", name) for name in args.callback],
+            status_when_stopped=args.status_when_stopped,
             replay=replay,
             if_exists=args.if_exists,
             resume=args.resume,
             if_running=args.if_running,
         )
-        was_stopped = training is not None and training.stopped_by == MAX_WALL
-        return int(args.status_when_stopped) if was_stopped else 0
 
     return exit_status(work)
 

@@ -13,7 +13,7 @@ from sparksgd.cli.terminal import Terminal, scores_tables
 from sparksgd.config import Config, EngineConfig, TrainConfig
 from sparksgd.errors import ConfigError
 from sparksgd.runs.asked import Asked, IfExists
-from sparksgd.runs.attempts import ends_noted
+from sparksgd.runs.attempts import ends_noted, note_end
 from sparksgd.runs.earlier import earlier_run
 from sparksgd.runs.fingerprints import fingerprints_of
 from sparksgd.runs.folder import RunFolder
@@ -26,7 +26,7 @@ from sparksgd.training.loop import Given
 from sparksgd.training.preflight import allowed_engines
 from sparksgd.training.replay import Replay
 from sparksgd.training.start_up import StartUp
-from sparksgd.training.state import Observer, Training
+from sparksgd.training.state import Observer
 
 __all__ = ["run", "run_evaluation"]
 
@@ -40,14 +40,13 @@ def run(
     run_id: str,
     terminal: Terminal,
     callbacks: Sequence[Observer] = (),
+    status_when_stopped: int = 0,
     replay: Replay | None = None,
     if_exists: IfExists = "skip",
     resume: str = "auto",
     if_running: IfRunning = "refuse",
-) -> Training | None:
-    """Train as a configuration says, on its Parquet, and write the run's folder.
-
-    Return the run; None: there was nothing to do.
+) -> int:
+    """Train as a configuration says, on its Parquet, write the run's folder, and return the exit status.
 
     Args:
         config: data.train must be set.
@@ -55,6 +54,7 @@ def run(
         run_id: names the run.
         terminal: shows the progress.
         callbacks: who watches it, too.
+        status_when_stopped: the exit status of a run that train.max_wall_s stopped.
         replay: an earlier run, to be repeated.
         if_exists: what to do if the folder holds a finished run, or another one, see runs/earlier.py.
         resume: whether the run goes on from a checkpoint: auto, never, must, or the folder of a run.
@@ -95,7 +95,7 @@ def run(
         asked = Asked(config=config, fingerprints=run_folder.fingerprints, if_exists=if_exists, resume=resume)
         found = earlier_run(folder, asked)
         if found.is_done:
-            return None
+            return 0
         run_folder.require_writable()
         if found.archives:
             run_folder.move_aside()
@@ -112,10 +112,15 @@ def run(
             name, patience_s = f"sparksgd {folder.name} {run_id}", config.engine.slots_timeout_s
             with job_session(name, config.train, patience_s) as session:
                 start_up.reached("submit")
-                return train(session, config, rows, test, run_id=run_id, kinds=kinds, **given)
-        from sparksgd.training.in_process import train_in_process
+                training = train(session, config, rows, test, run_id=run_id, kinds=kinds, **given)
+        else:
+            from sparksgd.training.in_process import train_in_process
 
-        return train_in_process(config, rows, test, **given)
+            training = train_in_process(config, rows, test, **given)
+        if not (training.is_out_of_time and status_when_stopped):
+            return 0
+        note_end(run_folder.folder, holder, status_when_stopped, "train.max_wall_s ended the run")
+        return status_when_stopped
 
 
 @contextmanager

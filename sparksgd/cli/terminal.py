@@ -6,6 +6,7 @@ import numpy as np
 import numpy.typing as npt
 from rich.console import Console
 from rich.filesize import decimal
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
@@ -83,10 +84,10 @@ def _table(training: Training) -> Table:
     times = training.step_times
     speed = "" if times.rows_per_second is None else f", {times.rows_per_second:,.0f} rows/s"
     table.add_row("trained", f"{times.rows:,} rows in {len(times):,} steps{speed}")
-    if training.best is not None:
-        table.add_row("best step", f"{training.best.step:,}: the model has its weights")
+    if training.restored is not None:
+        table.add_row("best step", f"{training.restored.step:,}: the model has its weights")
     if training.stopped_by is not None:
-        table.add_row("stopped by", training.stopped_by)
+        table.add_row("stopped by", escape(training.stopped_by))
     if training.resumed:
         table.add_row("resumed", f"from step {training.resumed[-1].step:,}")
     if training.turns != training.version:

@@ -1,9 +1,9 @@
 """The configuration: defaults, then a TOML file, then `--set section.key=value`."""
 
+from sparksgd.config.data_keys import DataConfig
 from sparksgd.config.sections import (
     CheckpointConfig,
     Config,
-    DataConfig,
     EarlyStoppingConfig,
     EngineConfig,
     LossConfig,

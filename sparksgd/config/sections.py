@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from sparksgd.config.data_keys import DataConfig, check_data
+from sparksgd.config.scopes import arguments, cluster_key, experiment_key
 from sparksgd.config.tables import (
     MOST,
     Readable,
@@ -31,7 +33,6 @@ from sparksgd.imports import did_you_mean, shown
 __all__ = [
     "CheckpointConfig",
     "Config",
-    "DataConfig",
     "EarlyStoppingConfig",
     "EngineConfig",
     "LossConfig",
@@ -48,80 +49,18 @@ _MOST_THREADS = 4096
 _PORTS = re.compile(r"[0-9]{1,5}-[0-9]{1,5}")
 
 
-def _experiment(default: Any) -> Any:
-    return dataclasses.field(default=default, metadata={"scope": "experiment"})
-
-
-def _cluster(default: Any) -> Any:
-    return dataclasses.field(default=default, metadata={"scope": "cluster"})
-
-
-def _arguments() -> Any:
-    return dataclasses.field(default_factory=dict, metadata={"scope": "experiment"})
-
-
-@dataclass(frozen=True, kw_only=True)
-class DataConfig:
-    """The rows to train on."""
-
-    train: str | None = _experiment(None)
-    """Parquet to train on: a path or URI that Spark can read."""
-
-    test: str | None = _experiment(None)
-    """Parquet to evaluate on.  If not set, and no rows are held out, the run is not evaluated."""
-
-    validation_fraction: float | None = _experiment(None)
-    """The part of the rows, above 0 and below 1, that is held out of the training and evaluated on, in place
-    of data.test.  A hash of data.id, or else of the features, chooses them, however the files lie."""
-
-    validation_column: str | None = _experiment(None)
-    """A boolean column: the rows where it is true are held out of the training and evaluated on."""
-
-    features: tuple[str, ...] = _experiment(("features",))
-    """Feature columns.  A single one is the argument of `forward`; several are keyword arguments of their
-    names."""
-
-    label: str = _experiment("label")
-    """The column of labels."""
-
-    id: str | None = _experiment(None)
-    """The column whose hash assigns a row to a shard.  If not set, the features are hashed."""
-
-    placement: Literal["hashed", "in_place"] = _experiment("hashed")
-    """hashed: one shuffle; the shards do not depend on the layout of the files.  in_place: no shuffle;
-    whole partitions of the input become shards where they are, so the layout shapes the result."""
-
-    on_bad_row: Literal["error", "skip"] = _experiment("error")
-    """What to do with rows that are null, misshapen, not finite or wrongly labelled."""
-
-    max_bad_rows: int = _experiment(100)
-    """The most bad rows that on_bad_row = "skip" skips; more are an error."""
-
-    @property
-    def holds_out(self) -> str | None:
-        """Return the key that holds rows out of the training; None: no key does."""
-        if self.validation_fraction is not None:
-            return "data.validation_fraction"
-        return None if self.validation_column is None else "data.validation_column"
-
-    @property
-    def evaluates(self) -> bool:
-        """Return whether there are rows to evaluate on."""
-        return self.test is not None or self.holds_out is not None
-
-
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """The module.  Other keys of the section are arguments of its factory."""
 
-    name: str = _experiment("lenet")
+    name: str = experiment_key("lenet")
     """A model of sparksgd.models, or your own as package.module:factory."""
 
-    rows_mix: bool = _experiment(False)
+    rows_mix: bool = experiment_key(False)
     """Whether the loss of a row may depend on the other rows of its piece, as contrastive losses do.  Then
     the result depends on train.num_shards.  If false, such a model is refused; batch-norm never is."""
 
-    arguments: Mapping[str, Any] = _arguments()
+    arguments: Mapping[str, Any] = arguments()
     """Keyword arguments of the factory."""
 
 
@@ -129,7 +68,7 @@ class ModelConfig:
 class LossConfig:
     """The loss: one value for each row."""
 
-    name: str = _experiment("cross_entropy")
+    name: str = experiment_key("cross_entropy")
     """A loss of sparksgd.models.losses, or your own as package.module:function, (output, label) ->
     Tensor[B]."""
 
@@ -138,10 +77,10 @@ class LossConfig:
 class OptimizerConfig:
     """The optimiser.  Other keys of the section are arguments of its class."""
 
-    name: str = _experiment("SGD")
+    name: str = experiment_key("SGD")
     """A class of torch.optim, or your own as package.module:class."""
 
-    arguments: Mapping[str, Any] = _arguments()
+    arguments: Mapping[str, Any] = arguments()
     """Keyword arguments of the class."""
 
 
@@ -149,14 +88,14 @@ class OptimizerConfig:
 class ScheduleConfig:
     """The learning-rate schedule.  Other keys of the section are arguments of its class."""
 
-    name: str | None = _experiment(None)
+    name: str | None = experiment_key(None)
     """A class of torch.optim.lr_scheduler, or your own as package.module:class.  If not set, the rate is
     constant."""
 
-    interval: Literal["step", "epoch"] = _experiment("step")
+    interval: Literal["step", "epoch"] = experiment_key("step")
     """Whether the schedule moves after each turn (in synchronous SGD a turn is a step) or each epoch."""
 
-    arguments: Mapping[str, Any] = _arguments()
+    arguments: Mapping[str, Any] = arguments()
     """Keyword arguments of the class."""
 
     @property
@@ -171,10 +110,10 @@ class ScheduleConfig:
 class SolverConfig:
     """The rule.  Other keys of the section are the rule's own."""
 
-    name: str = _experiment("synchronous")
+    name: str = experiment_key("synchronous")
     """The rule that makes the steps: synchronous, or local_sgd (local SGD and DiLoCo)."""
 
-    arguments: Mapping[str, Any] = _arguments()
+    arguments: Mapping[str, Any] = arguments()
     """Keys of the rule."""
 
 
@@ -182,43 +121,43 @@ class SolverConfig:
 class EngineConfig:
     """Who computes, and how the sums travel.  None of it changes the trained parameters."""
 
-    name: str = _cluster("tree")
+    name: str = cluster_key("tree")
     """tree: one Spark job for each step.  allreduce: one Spark job for many steps; workers exchange their
     sums directly.  auto: allreduce if there are several workers and they can reach each other, else tree.
     inline: in this process, without Spark."""
 
-    num_workers: int | None = _cluster(None)
+    num_workers: int | None = cluster_key(None)
     """How many Spark tasks compute gradients.  If not set: as many as the slots and the shards allow, but
     none that would only wait for others."""
 
-    slots_timeout_s: float = _cluster(300.0)
+    slots_timeout_s: float = cluster_key(300.0)
     """How long to wait for the slots that the workers need.  Nodes may unpack an environment first."""
 
-    barrier: bool = _cluster(True)
+    barrier: bool = cluster_key(True)
     """tree: true uses barrier mode.  false uses ordinary stages, whose tasks answer the driver one by one:
     for sessions with dynamic allocation.  Backup workers always use ordinary stages."""
 
-    max_attempts: int = _cluster(4)
+    max_attempts: int = cluster_key(4)
     """How often a step is tried before the run fails, when executors are lost (allreduce: a segment)."""
 
-    step_timeout_s: float = _cluster(600.0)
+    step_timeout_s: float = cluster_key(600.0)
     """How long the tasks of a step may run.  After that they count as hung, and the step is tried again.  A
     segment may take longer, by the time that its steps should take."""
 
-    segment_steps: int | None = _cluster(None)
+    segment_steps: int | None = cluster_key(None)
     """allreduce: steps of one Spark job.  If not set: as many as fit into some seconds."""
 
-    peer_timeout_s: float = _cluster(30.0)
+    peer_timeout_s: float = cluster_key(30.0)
     """allreduce: how long a worker waits for another.  After that the segment is tried again."""
 
-    encrypt: bool = _cluster(False)
+    encrypt: bool = cluster_key(False)
     """allreduce: use TLS between workers even if Spark's own traffic is not encrypted."""
 
-    overlap: Literal["auto", "always", "never"] = _cluster("auto")
+    overlap: Literal["auto", "always", "never"] = cluster_key("auto")
     """allreduce: whether the gradients of the last layers are sent while those of earlier layers are still
     computed.  It needs one shard for each worker.  auto: if a sum takes 2 ms or more, as between hosts."""
 
-    ports: str | None = _cluster(None)
+    ports: str | None = cluster_key(None)
     """allreduce: the ports that driver and workers may listen on, such as "40000-40099".  If not set: any."""
 
     @property
@@ -234,55 +173,55 @@ class EngineConfig:
 class TrainConfig:
     """The loop."""
 
-    epochs: int = _experiment(1)
+    epochs: int = experiment_key(1)
     """How many passes over the rows."""
 
-    steps: int | None = _experiment(None)
+    steps: int | None = experiment_key(None)
     """Stop after this many turns (in synchronous SGD a turn is a step).  If not set, all epochs run."""
 
-    rows_per_step: int = _experiment(128)
+    rows_per_step: int = experiment_key(128)
     """The mini-batch of the whole cluster: at most this many rows in one turn of all shards."""
 
-    num_shards: int = _experiment(8)
+    num_shards: int = experiment_key(8)
     """How many shards the rows are divided into.  It shapes every mini-batch, so it never follows from the
     cluster."""
 
-    seed: int = _experiment(0)
+    seed: int = experiment_key(0)
     """The seed of the initial parameters, of the shuffles and of dropout."""
 
-    threads: int = _experiment(1)
+    threads: int = experiment_key(1)
     """How many threads torch uses in each worker.  Another number gives other bits."""
 
-    rows_per_backward: int | None = _experiment(None)
+    rows_per_backward: int | None = experiment_key(None)
     """Rows of one backward pass.  If not set, it takes all rows that a shard uses in a turn."""
 
-    instruction_set: Literal["default", "avx2", "avx512"] | None = _experiment(None)
+    instruction_set: Literal["default", "avx2", "avx512"] | None = experiment_key(None)
     """The instruction set that torch may use, on every machine.  If not set: the best of each machine."""
 
-    eval_every: int | None = _cluster(None)
+    eval_every: int | None = cluster_key(None)
     """Turns between two evaluations; an evaluation waits for the end of the round.  If not set: evaluate at
     the end of each epoch."""
 
-    max_wall_s: float | None = _cluster(None)
-    """End after this many seconds, counted from the run's start.  The model is saved, and the same command
-    goes on.  If not set: no time ends a run."""
+    max_wall_s: float | None = cluster_key(None)
+    """End after this many seconds, counted from the submission of a job, or from the call of train().  The
+    model is saved, and the same command goes on.  If not set: no time ends a run."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class EarlyStoppingConfig:
     """When a run ends before its last epoch, because its evaluations no longer get better."""
 
-    patience: int | None = _experiment(None)
+    patience: int | None = experiment_key(None)
     """End after this many evaluations in a row that are no better than the best one before.  If not set: no
     evaluation ends a run."""
 
-    metric: Literal["loss", "accuracy"] = _experiment("loss")
-    """What makes an evaluation the best one: the least loss, or the greatest accuracy."""
+    metric: Literal["loss", "accuracy"] = experiment_key("loss")
+    """What evaluations are judged by: the best one has the least loss, or the greatest accuracy."""
 
-    min_delta: float = _experiment(0.0)
-    """By how much an evaluation must be better to count as better."""
+    min_delta: float = experiment_key(0.0)
+    """By more than this an evaluation must be better than the best one before, or it does not count."""
 
-    keep_best: bool = _experiment(True)
+    keep_best: bool = experiment_key(True)
     """Whether the run ends with the weights of its best evaluation.  If false: with the last step's."""
 
 
@@ -290,17 +229,17 @@ class EarlyStoppingConfig:
 class CheckpointConfig:
     """When the state of a run is written, so that it can go on from there.  The run's end always is."""
 
-    every_s: float = _cluster(60.0)
+    every_s: float = cluster_key(60.0)
     """Seconds between two checkpoints.  They take 3 % of the time at most: if one takes longer to write, they
     are written less often."""
 
-    every_steps: int | None = _cluster(None)
+    every_steps: int | None = cluster_key(None)
     """Also write one after this many turns (in synchronous SGD a turn is a step)."""
 
-    every_epochs: int | None = _cluster(None)
+    every_epochs: int | None = cluster_key(None)
     """Also write one after this many epochs."""
 
-    keep: int = _cluster(2)
+    keep: int = cluster_key(2)
     """How many of the last checkpoints are kept, and beside them the one of the smallest test loss."""
 
 
@@ -308,7 +247,7 @@ class CheckpointConfig:
 class Config:
     """One run: what is trained (the experiment), and where (the cluster)."""
 
-    data: DataConfig = DataConfig()
+    data: DataConfig = DataConfig()  # noqa: RUF009  # it is frozen, too
     model: ModelConfig = ModelConfig()
     loss: LossConfig = LossConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
@@ -358,7 +297,8 @@ class Config:
             and 0 < ports.start < ports.stop <= 65_536
         ):
             raise ConfigError(f"engine.ports is {shown(self.engine.ports)}, but must be like 40000-40099")
-        _check_data(self.data)
+        check_data(self.data)
+        _check_early_stopping(self.early_stopping)
 
     @classmethod
     def from_dict(cls, tables: Mapping[str, Any]) -> Config:
@@ -456,40 +396,13 @@ class Config:
         }
 
 
-def _check_data(data: DataConfig) -> None:
-    """Refuse columns, paths and parts of the rows that do not go together."""
-    for key, path in (("data.train", data.train), ("data.test", data.test)):
-        if path is not None and not path.strip():
-            raise ConfigError(f"{key} is {path!r}, but must name a file or folder of Parquet")
-    if not data.features:
-        raise ConfigError("data.features names no column: name one, or several")
-    if len(set(data.features)) < len(data.features):
-        twice = next(name for name in data.features if data.features.count(name) > 1)
-        raise ConfigError(f"data.features names a column twice: {shown(twice)}")
-    if data.label in data.features:
-        raise ConfigError(f"data.label is {shown(data.label)}, which data.features names, too")
-    if data.id is not None and data.id in (*data.features, data.label):
-        raise ConfigError(
-            f"data.id is {shown(data.id)}, which is a feature or the label: name another column, or "
-            f"leave data.id out to hash the features"
-        )
-    fraction, column = data.validation_fraction, data.validation_column
-    if fraction is not None and not 0 < fraction < 1:
-        raise ConfigError(
-            f"data.validation_fraction is {fraction}, but must be above 0 and below 1: it is the part of the "
-            f"rows that is held out"
-        )
-    if column is not None and column in (*data.features, data.label, data.id):
-        raise ConfigError(
-            f"data.validation_column is {shown(column)}, which is a feature, the label or data.id: name a "
-            f"column that only says which rows are held out"
-        )
-    given = [key for key, value in (
-        ("data.test", data.test),
-        ("data.validation_fraction", fraction),
-        ("data.validation_column", column),
-    ) if value is not None]  # fmt: skip
-    if len(given) > 1:
-        raise ConfigError(
-            f"{' and '.join(given)} are set, but a run evaluates on one set of rows: leave one of them"
-        )
+def _check_early_stopping(config: EarlyStoppingConfig) -> None:
+    """Refuse keys that would do nothing."""
+    if config.patience is not None:
+        return
+    for name, default in vars(EarlyStoppingConfig()).items():
+        if getattr(config, name) != default:
+            raise ConfigError(
+                f"early_stopping.{name} is set, but early_stopping.patience is not, so no run would end "
+                f"early: set patience, or leave {name} out"
+            )

@@ -1,7 +1,7 @@
 """Rows that are held out of a training, to be evaluated on.
 
 A row is held out by a boolean column, or by a hash: of its id if there is one, else of its features.  So it
-does not matter how the files lie, and rows with the same features are all on one side.
+does not matter how the files lie, and rows of one id, or else of equal features, are all on one side.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from sparksgd.data.row_report import RowReport
 from sparksgd.data.schema import require_column
 from sparksgd.errors import ConfigError, DataError
 
-__all__ = ["Part", "check_column", "parts_of"]
+__all__ = ["Side", "check_column", "sides_of"]
 
 _APART = 0xA0761D6478BD642F
 """Mixed into a hash first, because the hash itself assigns the row to a shard."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Part:
-    """One of the two parts of the rows: what is trained on, or what is held out."""
+class Side:
+    """One side of the rows: what is trained on, or what is held out."""
 
     is_held_out: bool
     """Which of the two."""
@@ -44,7 +44,7 @@ class Part:
         return [] if self.column is None else [self.column]
 
     def by_column(self, batch: pa.RecordBatch, report: RowReport) -> pa.RecordBatch:
-        """Return the rows of a batch that are in this part by the column; nulls are bad rows to train on."""
+        """Return the rows of a batch that are on this side by the column; nulls are bad rows to train on."""
         if self.column is None:
             return batch
         is_held_out = batch.column(self.column)
@@ -54,7 +54,7 @@ class Part:
         return batch.filter(is_held_out, null_selection_behavior="drop")
 
     def by_hash(self, keys: npt.NDArray[np.uint8]) -> npt.NDArray[np.bool_]:
-        """Return which rows are in this part by their hash, bool[B].
+        """Return which rows are on this side by their hash, bool[B].
 
         Args:
             keys: as `Rows` has them, uint8[B, K].
@@ -66,8 +66,8 @@ class Part:
         return is_held_out if self.is_held_out else ~is_held_out
 
 
-def parts_of(data: DataConfig, *, has_test: bool) -> tuple[Part | None, Part | None]:
-    """Return the part that is trained on, and the one that is held out; None: all rows, and no rows.
+def sides_of(data: DataConfig, *, has_test: bool) -> tuple[Side | None, Side | None]:
+    """Return the side that is trained on, and the one that is held out; None: all rows, and no rows.
 
     Args:
         data: may hold rows out.
@@ -76,15 +76,15 @@ def parts_of(data: DataConfig, *, has_test: bool) -> tuple[Part | None, Part | N
     Raises:
         ConfigError: both are given.
     """
-    if data.holds_out is None:
+    if data.held_out_by is None:
         return None, None
     if has_test:
         raise ConfigError(
-            f"test is given, but {data.holds_out} is set: a run evaluates on one set of rows; leave one of "
-            f"them, and evaluate the trained model on the other"
+            f"test is given, but {data.held_out_by} is set: a run evaluates on one set of rows; unset one "
+            f"of them, and evaluate the trained model on the other"
         )
     by = {"fraction": data.validation_fraction, "column": data.validation_column}
-    return Part(is_held_out=False, **by), Part(is_held_out=True, **by)  # type: ignore[arg-type]  # each value is of its own type
+    return Side(is_held_out=False, **by), Side(is_held_out=True, **by)  # type: ignore[arg-type]  # each value is of its own type
 
 
 def check_column(data: DataConfig, columns: pa.Schema) -> None:

@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.dataset as ds
 
-from sparksgd.data.held_out import Part
+from sparksgd.data.held_out import Side
 from sparksgd.data.row_reading import HASH_BYTES, Rows, read_rows
 from sparksgd.data.row_report import RowReport
 from sparksgd.data.schema import RowSchema
@@ -46,11 +46,11 @@ class ParquetRows:
 
     Args:
         path: the file or folder.
-        part: the only rows of it that count; None: all of them.
+        side: the only rows of it that count; None: all of them.
     """
 
-    def __init__(self, path: str, part: Part | None = None) -> None:
-        self._path, self._part = path, part
+    def __init__(self, path: str, side: Side | None = None) -> None:
+        self._path, self._side = path, side
         try:
             self._dataset = ds.dataset(path, format="parquet")
             self._schema = self._dataset.schema
@@ -158,9 +158,9 @@ class ParquetRows:
 
     def _rows(self, schema: RowSchema) -> Iterator[Rows]:
         try:
-            columns = [*schema.columns, *(self._part.columns if self._part else [])]
+            columns = [*schema.columns, *(self._side.columns if self._side else [])]
             for batch in self._dataset.to_batches(columns=columns, batch_size=_BATCH_ROWS):
-                yield read_rows(batch, schema, self._part)
+                yield read_rows(batch, schema, self._side)
         except (OSError, pa.ArrowInvalid) as error:
             raise DataError(f"cannot read {self._path} as Parquet: {error}") from error
 

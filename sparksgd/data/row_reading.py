@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from sparksgd.data.hashes import leading_words, stirred
-from sparksgd.data.held_out import Part
+from sparksgd.data.held_out import Side
 from sparksgd.data.row_report import OUTSIDE_CLASSES, RowReport
 from sparksgd.data.schema import LABEL_FIELD, Array, Feature, RowSchema
 
@@ -88,17 +88,17 @@ def read_features(batch: pa.RecordBatch, schema: RowSchema) -> FeatureRows:
     return FeatureRows(records=records[good], positions=positions, report=report)
 
 
-def read_rows(batch: pa.RecordBatch, schema: RowSchema, part: Part | None = None) -> Rows:
+def read_rows(batch: pa.RecordBatch, schema: RowSchema, side: Side | None = None) -> Rows:
     """Check, cast and hash the rows of an Arrow batch; bad ones are counted and left out.
 
     Args:
-        batch: the rows, with the columns that the schema and the part name.
+        batch: the rows, with the columns that the schema and the side name.
         schema: what a row must be.
-        part: the only one that counts; None: all rows count.
+        side: the only one that counts; None: all rows count.
     """
     report = RowReport()
-    if part is not None:
-        batch = part.by_column(batch, report)
+    if side is not None:
+        batch = side.by_column(batch, report)
     batch = _without(batch, report, schema, schema.columns)
     records, good = _features(batch, report, schema)
     labels, whole = _labels(batch.column(schema.label), schema)
@@ -115,10 +115,10 @@ def read_rows(batch: pa.RecordBatch, schema: RowSchema, part: Part | None = None
     ids = _ids(batch.column(schema.id).filter(pa.array(good))) if schema.id else None
     records = records[good]
     keys = _hash(records, ids, schema)
-    if part is not None:
-        mine = part.by_hash(keys)
+    if side is not None:
+        mine = side.by_hash(keys)
         records, keys = records[mine], keys[mine]
-        if part.is_held_out and part.fraction is not None:
+        if side.is_held_out and side.fraction is not None:
             report.bad.clear()  # they have no hash, and are reported with the rows to train on
             report.examples.clear()
     report += RowReport(rows=len(records), digest=digest_of(keys), content=content_of(keys))

@@ -202,7 +202,7 @@ def takes(kind: EngineKind, sizes: RunSizes, places: Places | None = None) -> Ta
     trial = _held(
         _DRIVER_MIB, sizes, weights=_of_trial(sizes.weights), optimisers=1, constants=8, rows=sizes.trial_rows
     )
-    best = 2 if sizes.keeps_best else 0
+    best = 3 if sizes.keeps_best else 0  # kept, in a checkpoint, and read back from the first one
     if kind is INLINE or places is None:
         steps = _held(
             _DRIVER_MIB, sizes, weights=11.5 + best, optimisers=1, constants=3 + best, local_models=1,

@@ -21,7 +21,7 @@ from sparksgd.config import Config
 from sparksgd.config.tables import MOST
 from sparksgd.data.schema import require_column
 from sparksgd.errors import BadRows, ConfigError, DataError
-from sparksgd.imports import resolve, shown
+from sparksgd.imports import shown
 from sparksgd.ml.models import TorchClassificationModel, TorchRegressionModel
 from sparksgd.ml.module_spec import ModuleSpec
 from sparksgd.ml.params import PREDICTION_DEFAULTS, TrainingParams
@@ -35,6 +35,7 @@ from sparksgd.spark.cluster.jobs import spark_job
 from sparksgd.spark.frame_rows import first_rows, quoted, without_vectors
 from sparksgd.spark.given_rows import described_value
 from sparksgd.spark.library import train
+from sparksgd.training.callbacks import Callback
 from sparksgd.training.history import History
 from sparksgd.training.preflight import typical_row
 from sparksgd.training.state import Observer
@@ -125,7 +126,7 @@ class _TorchEstimator(TrainingParams, MLWritable, MLReadable[Any]):
         """
         found = []
         for given in self.getOrDefault("callbacks") if self.isDefined("callbacks") else ():
-            one = resolve("callbacks", given, {})() if isinstance(given, str) else given
+            one = Callback("callbacks", given) if isinstance(given, str) else given
             if not isinstance(one, Observer):
                 raise ConfigError(
                     f"callbacks has {described_value(one)}, but must be a list of instances of "

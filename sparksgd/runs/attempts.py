@@ -24,7 +24,7 @@ from sparksgd.runs.holder import Holder
 from sparksgd.runs.json_files import read_json, write_json
 from sparksgd.storage import Location
 
-__all__ = ["EndedBefore", "ends_noted"]
+__all__ = ["EndedBefore", "ends_noted", "note_end"]
 
 ENDED = "ended.json"
 
@@ -61,15 +61,22 @@ def ends_noted(folder: Location, holder: Holder) -> Iterator[None]:
     try:
         yield
     except _ON_PURPOSE as error:
-        about = {
-            "application": holder.application,
-            "attempt": holder.attempt,
-            "exit_code": error.exit_code,
-            "message": str(error),
-        }
-        with suppress(OSError, SparkSGDError):
-            write_json(folder / ENDED, about)
+        note_end(folder, holder, error.exit_code, str(error))
         raise
+
+
+def note_end(folder: Location, holder: Holder, exit_code: int, message: str) -> None:
+    """Note an end on purpose, whose status is not 0; nothing is written but by an application of YARN."""
+    if holder.application is None or holder.attempt is None:
+        return
+    about = {
+        "application": holder.application,
+        "attempt": holder.attempt,
+        "exit_code": exit_code,
+        "message": message,
+    }
+    with suppress(OSError, SparkSGDError):
+        write_json(folder / ENDED, about)
 
 
 def _refuse_again(folder: Location, application: str, attempt: int) -> None:

@@ -314,7 +314,7 @@ class CheckpointFolder:
         for manifest in [one for one in self._written if one.name == name]:
             self._remove(manifest)
 
-    def stopped(self, parameters: str) -> None:
+    def stopped(self, parameters: str | None) -> None:
         """See `CheckpointStore`; the folder is of one run, whatever its module has become."""
 
     def clear(self) -> None:
@@ -412,13 +412,17 @@ class CheckpointFolders:
             identity["settings"] = dict(run.settings)
         return _digest(identity)[:16]
 
-    def stopped(self, parameters: str) -> None:
+    def stopped(self, parameters: str | None) -> None:
         """Let a training of the module that this run has left go on from this run's checkpoints.
 
         Args:
-            parameters: digest of those of the module.
+            parameters: digest of those of the module; None: the run is finished, and the next one is another.
         """
-        if self._run is not None and self._own is not None:
+        if self._run is None or self._own is None:
+            return
+        for before in [left for left, own in _STOPPED.items() if own == self._own.folder.name]:
+            del _STOPPED[before]
+        if parameters is not None:
             left = self._folder / self._name_of(replace(self._run, parameters=parameters))
             _STOPPED[str(left)] = self._own.folder.name
 

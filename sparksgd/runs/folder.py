@@ -62,8 +62,8 @@ def summary(training: Training, wall_s: float) -> dict[str, Any]:
     config, changes = training.config, training.numerics_changes
     return {
         "status": _status(training),
-        **({"stopped_by": training.stopped_by} if training.stopped_by else {}),
-        **({"best_step": training.best.step} if training.best else {}),
+        **({"stopped_by": training.stopped_by} if training.stopped_by is not None else {}),
+        **({"best_step": training.restored.step} if training.restored else {}),
         "test_accuracy": None if last is None else last.accuracy,
         "test_loss": None if last is None else finite(last.loss),
         "train_rows": training.rows.rows,
@@ -281,6 +281,7 @@ class RunFolder(Observer):
             "run_id": self.run_id,
             "config": training.config.to_dict(),
             "data_digest": training.rows.data_digest,
+            "test_digest": None if training.test_rows is None else training.test_rows.data_digest,
             "fingerprints": self.fingerprints,
             "model_name": training.model_name,
         }

@@ -65,6 +65,8 @@ def read_replay(folder: str | Path | Location, *, trust: Iterable[str] = ()) -> 
             took_part=took_part,
             deals=deals,
             parameters_sha256=summary.get("parameters_sha256") if is_whole else None,
+            test_digest=about.get("test_digest"),
+            best_step=_best_step(summary),
             trust=trusting,
         )
         names = replay.names()
@@ -81,11 +83,20 @@ def read_replay(folder: str | Path | Location, *, trust: Iterable[str] = ()) -> 
     return replay
 
 
+def _best_step(summary: dict[str, Any]) -> int | None:
+    """Return the step whose weights a run ended with, where early stopping returned to one."""
+    step = summary.get("best_step")
+    if step is not None and type(step) is not int:
+        raise TypeError(f"best_step is {shown(step)}, but must be a whole number")
+    return step
+
+
 def _check_texts(about: dict[str, Any], summary: dict[str, Any]) -> None:
     """Raise TypeError if a digest or a name is something else."""
     for key, value in (
         ("data_digest", about["data_digest"]),
         ("model_name", about["model_name"] or ""),
+        ("test_digest", about.get("test_digest") or ""),
         ("parameters_sha256", summary.get("parameters_sha256") or ""),
     ):
         if not isinstance(value, str):

@@ -9,6 +9,7 @@ shards make turns of their own, no such schedule could be right, and it finds no
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -110,8 +111,9 @@ class Schedule:
         """
         if self._metric is None:
             return False
+        judged = loss if self._metric == "loss" or math.isnan(loss) else accuracy
         with users_torch_code("the schedule"):
-            self._schedule.step(loss if self._metric == "loss" else accuracy)  # type: ignore[arg-type]  # as `ReduceLROnPlateau` takes it
+            self._schedule.step(judged)  # type: ignore[arg-type]  # as `ReduceLROnPlateau` takes it
         return True
 
     def state(self) -> dict[str, Any]:
@@ -212,6 +214,11 @@ def make_schedule(
             raise ConfigError(
                 f"schedule.name is {config.name!r}, but of the schedules that evaluations move only torch's "
                 f'own is supported: write "ReduceLROnPlateau"'
+            )
+        if config.interval == "epoch":
+            raise ConfigError(
+                "schedule.interval is 'epoch', but evaluations move ReduceLROnPlateau: leave it out; "
+                "train.eval_every says how often"
             )
         if blind:
             raise ConfigError(

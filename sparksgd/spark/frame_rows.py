@@ -39,7 +39,7 @@ from pyspark.sql.types import (
 from rich.filesize import decimal
 
 from sparksgd.arithmetic.ranges import balanced_range
-from sparksgd.data.held_out import Part
+from sparksgd.data.held_out import Side
 from sparksgd.data.row_report import RowReport
 from sparksgd.data.schema import RowSchema
 from sparksgd.data.shard import Descriptor, stored
@@ -227,16 +227,16 @@ class DataFrameRows:
         frame: has the columns of features and label, and maybe others.
         cluster: where the workers are.
         placement: "hashed" or "in_place", as in the configuration.
-        part: the only rows of it that count; None: all of them.
+        side: the only rows of it that count; None: all of them.
     """
 
     def __init__(
-        self, frame: DataFrame, cluster: Cluster, placement: str = "hashed", part: Part | None = None
+        self, frame: DataFrame, cluster: Cluster, placement: str = "hashed", side: Side | None = None
     ) -> None:
         self._frame = without_vectors(frame)
         self._cluster = cluster
         self._placement = placement
-        self._part = part
+        self._side = side
 
     def first_rows(self, columns: list[str], count: int) -> tuple[pa.Schema, pa.Table]:
         """Return the schema of all columns, and the first rows without nulls in these."""
@@ -254,7 +254,7 @@ class DataFrameRows:
             rows = rows.coalesce(num_shards)  # as they are dealt
         with self._job("checking rows"), small_batches(self._cluster.session, schema):
             found = rows.mapInArrow(
-                partial(row_tasks.inspect, schema, self._part, dealt_into), "report string"
+                partial(row_tasks.inspect, schema, self._side, dealt_into), "report string"
             )
             for (text,) in found.collect():
                 report += RowReport.from_json(json.loads(text))
@@ -305,10 +305,10 @@ class DataFrameRows:
         return written.mapPartitionsWithIndex(row_tasks.numbered).coalesce(self._cluster.num_workers)
 
     def _keyed(self, rows: DataFrame, schema: RowSchema, num_shards: int, deal: int) -> DataFrame:
-        return rows.mapInArrow(partial(row_tasks.keyed, schema, self._part, num_shards, deal), _KEYED)
+        return rows.mapInArrow(partial(row_tasks.keyed, schema, self._side, num_shards, deal), _KEYED)
 
     def _selected(self, schema: RowSchema) -> DataFrame:
-        return selected(self._frame, schema, self._part.columns if self._part else ())
+        return selected(self._frame, schema, self._side.columns if self._side else ())
 
     def _written(
         self, dealt: DataFrame, schema: RowSchema, owned: list[range] | None, deal_id: str

@@ -62,13 +62,14 @@ def train(
             {"train": {"epochs": 5}}. `rows` and `test` replace `data.train` and `data.test`.
         rows: rows to train on: a DataFrame, or a path or URI of a file or folder of Parquet, which must be no
             table with a log (Delta, Iceberg, Hudi): read such a table by its own reader. Only the
-            columns that `data.features`, `data.label` and `data.id` name are read. In a row, a feature is
+            columns that `data` names are read. In a row, a feature is
             binary (n bytes reach forward as uint8[B, n]), a list of n numbers or a vector of Spark ML
             (float32[B, n] or int64[B, n]), or a number (float32[B] or int64[B]); B rows are one batch.
-        test: rows to evaluate on, like `rows`; None: no evaluation.
+        test: rows to evaluate on, like `rows`; None: those that `data.validation_fraction` or
+            `data.validation_column` holds out, or none.
         module: a module of your own, with float32 parameters, instead of the one that `model.name` names;
             it is trained in place.
-        observers: objects that watch the run, each an `Observer`.
+        observers: objects that watch the run, each an `Observer`; they may end it by `training.stop`.
         out: a folder, path or URI, for the run's files: metrics.jsonl, summary.json, and the model in
             model/, which `load_model` reads. It is created if it does not exist; the files of an earlier
             run in it are replaced, and one that still runs is refused. None: no files.
@@ -82,8 +83,8 @@ def train(
             run is refused while the first one still trains.
 
     Returns:
-        The finished run. Its `module` is trained, `evaluations` has the test loss and accuracy after each
-        epoch, and `step_times` how long the steps took.
+        The run, which has ended. Its `module` is trained, `evaluations` has the test loss and accuracy of
+        each evaluation, and `step_times` how long the steps took. `stopped_by` says what ended it early.
 
     Raises:
         ConfigError: an argument, a key of the configuration or its value is refused, before Spark is used.

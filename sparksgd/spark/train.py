@@ -11,7 +11,7 @@ from pyspark.sql import DataFrame, SparkSession
 
 from sparksgd.arithmetic import instruction_set
 from sparksgd.config import Config, EngineConfig
-from sparksgd.data.held_out import parts_of
+from sparksgd.data.held_out import sides_of
 from sparksgd.data.source import Shards
 from sparksgd.engines.compute import Plan
 from sparksgd.engines.kinds import ALLREDUCE, EngineKind, candidates, first_of_each_name
@@ -57,7 +57,7 @@ def train(
         config: what to train, and how; `data.train` and `data.test` are ignored.
         rows: rows to train on, a DataFrame or a path or URI of Parquet; only the columns that config.data
             names are read.
-        test: rows to evaluate on; None evaluates nothing.
+        test: rows to evaluate on; None: those that config.data holds out, or none.
         run_id: names the run's jobs; None for a new name.
         kinds: the engines that are allowed, if they were asked for before.
         given: see `sparksgd.training.loop.train`.
@@ -77,7 +77,7 @@ def train(
             f"{kinds[0]} computes without Spark, but the rows are a session's: leave engine.name out, or use "
             f'"tree", "allreduce" or "auto"'
         )
-    trained, held_out = parts_of(config.data, has_test=test is not None)
+    trained, held_out = sides_of(config.data, has_test=test is not None)
     start_up = given["start_up"] = given.get("start_up") or StartUp()
     cluster = Cluster(session, demand_of(config, replay), run_id)
     cluster.settle()
@@ -95,7 +95,7 @@ def train(
             return train_anywhere(
                 config,
                 rows=DataFrameRows(rows, cluster, config.data.placement, trained),
-                test=None if test is None else DataFrameRows(test, cluster, part=held_out),
+                test=None if test is None else DataFrameRows(test, cluster, side=held_out),
                 make_engine=make_engine,
                 **given,
             )

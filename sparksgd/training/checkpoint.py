@@ -3,7 +3,7 @@
     solver      weights, turns, and what optimisers and schedules keep
     run         how far it is, the deal, who took part, evaluations, arithmetic, what the trial decided
     observers   what each observer must remember, by its class
-    best        the weights of the best evaluation, where early stopping keeps them
+    best        the weights of the best evaluation, where early stopping keeps them, if of another step
 
 Each part has an owner, which is its name, and a version of its own.  So a later part needs no new format, and
 an old checkpoint says which of its parts is too old.  Values are copied when it is taken: tensors, numbers,
@@ -29,13 +29,12 @@ from sparksgd.arithmetic.flat import FlatModule, Weights
 from sparksgd.arithmetic.numerics import Numerics
 from sparksgd.arithmetic.settings import changed_settings, set_by_the_user
 from sparksgd.config import Config
-from sparksgd.errors import DataError, ModelError, SparkSGDError
+from sparksgd.errors import ConfigError, DataError, ModelError, SparkSGDError
 from sparksgd.imports.trust import trusted
 from sparksgd.solvers.protocol import RoundSolver, SolverState
 from sparksgd.training.checkpoint_rules import check_run, check_solver, check_weights
 from sparksgd.training.composition import other_structure, structure
-from sparksgd.training.early_stopping import best_of, keeps_best
-from sparksgd.training.encoding import as_plain, of_plain
+from sparksgd.training.encoding import as_plain, of_plain, stranger_in
 from sparksgd.training.plain_values import plain_values
 from sparksgd.training.state import EvaluationReport, NumericsChange, Observer, Resumed, Training
 from sparksgd.training.value_rules import whole
@@ -44,8 +43,8 @@ __all__ = ["Checkpoint", "Part", "RunIdentity", "Start", "check_state", "go_on",
 
 log = logging.getLogger("sparksgd")
 
-_VERSIONS = {"solver": 1, "run": 2, "observers": 1, "best": 1}
-_STILL_READ = {("run", 1)}  # it had no settings
+_VERSIONS = {"solver": 1, "run": 3, "observers": 1, "best": 1}
+_STILL_READ = {("run", 1), ("run", 2)}  # they had no settings, and no end before the last turn
 _NOT_OURS = (
     LookupError, TypeError, ValueError, AttributeError, RuntimeError, EOFError, ImportError, ArithmeticError,
     AssertionError, pickle.UnpicklingError,
@@ -172,9 +171,9 @@ def taken(training: Training, solver: RoundSolver, observers: Sequence[Observer]
     values = {
         "solver": _of_solver(solver.state()),
         "run": _of_run(training),
-        "observers": {name: observer.memory() for name, observer in _named(observers)},
+        "observers": {name: _memory_of(name, observer) for name, observer in _named(observers)},
     }
-    if training.best_weights is not None:
+    if training.best_weights is not None and training.best_weights.version != solver.version:
         values["best"] = {"weights": _of_weights(training.best_weights)}
     return Checkpoint(
         step=solver.version,
@@ -182,6 +181,22 @@ def taken(training: Training, solver: RoundSolver, observers: Sequence[Observer]
         parts={name: Part(version=_VERSIONS[name], values=as_plain(of)) for name, of in values.items()},
         test_loss=training.evaluations[-1].loss if training.is_evaluated else None,
     )
+
+
+def _memory_of(name: str, observer: Observer) -> dict[str, Any]:
+    """Return what an observer must remember.
+
+    Raises:
+        ConfigError: a checkpoint cannot hold it.
+    """
+    memory = observer.memory()
+    strange = stranger_in(memory, f"{name}.memory()")
+    if strange is not None or not isinstance(memory, dict):
+        raise ConfigError(
+            f"{strange or f'{name}.memory() is no dict'}, which a checkpoint cannot hold: return numbers, "
+            f"texts, arrays and containers of them"
+        )
+    return memory
 
 
 def go_on(training: Training, solver: RoundSolver, observers: Sequence[Observer], start: Start) -> None:
@@ -229,11 +244,11 @@ def _load(start: Start, training: Training, solver: RoundSolver) -> None:
             f"the module as it was built then, or {start.anew}"
         )
     check_solver(state, training.flat, solver, checkpoint.step, checkpoint.turns)
+    training.version, training.turns = checkpoint.step, checkpoint.turns
     with only_classes_of(_packages(training.config)):
         solver.load_state(_solver_state(state))
     _load_run(training, run, start.anew)
-    _load_best(training, checkpoint, solver)
-    training.version, training.turns = solver.version, solver.turns
+    _load_best(training, checkpoint, solver, run.get("best_step"))
 
 
 def unreplaced_digest(flat: FlatModule) -> str:
@@ -305,6 +320,10 @@ def _of_run(training: Training) -> dict[str, Any]:
         "unreplaced": training.unreplaced,
         "test_digest": _test_digest(training),
         "settings": set_by_the_user(training.plan.settings),
+        "total_turns": training.total_turns,
+        "stopped_by": None if training.is_out_of_time else training.stopped_by,
+        "is_off_grid": training.is_off_grid,
+        "best_step": None if training.best_weights is None else training.best_weights.version,
     }
 
 
@@ -350,16 +369,38 @@ def _load_run(training: Training, run: Mapping[str, Any], anew: str) -> None:
         log.warning("the test rows are others than those of the run so far: its evaluations are left out")
         training.settled_turns -= 1  # if there was one of this step, it is made again
     training.resumed[:] = [Resumed(**resumed) for resumed in run["resumed"]]
+    if run.get("total_turns") == training.total_turns:
+        training.stopped_by = run["stopped_by"]
+    training.is_off_grid = run.get("is_off_grid", False)
+    _refuse_an_odd_evaluation(training, anew)
 
 
-def _load_best(training: Training, checkpoint: Checkpoint, solver: RoundSolver) -> None:
-    """Take up the weights of the best evaluation so far."""
-    config = training.config.early_stopping
-    best = best_of(config, training.evaluations) if keeps_best(config) else None
-    if best is None:
+def _refuse_an_odd_evaluation(training: Training, anew: str) -> None:
+    """Refuse to go on after an evaluation that a run which was never stopped would not have made.
+
+    The last turn of a run is evaluated, wherever it is.  If evaluations shape the parameters, other ones
+    would follow from there.
+    """
+    if training.config.is_judged and training.is_off_grid and not training.is_over:
+        every = training.config.train.eval_every or training.plan.sampling.turns_per_epoch
+        raise ConfigError(
+            f"the run ended after turn {training.turns}, and evaluated its end. But evaluations shape its "
+            f"parameters, and are made every {every} turns: it cannot go on to the bits of a run that did "
+            f"not end there. Ask for as many turns as then, or {anew}"
+        )
+
+
+def _load_best(training: Training, checkpoint: Checkpoint, solver: RoundSolver, step: int | None) -> None:
+    """Take up the weights of the best evaluation so far, that of a step; None: there was none."""
+    if step is None:
+        return
+    if step not in [report.step for report in training.evaluations]:
+        raise DataError(f"run.best_step is {step}, but the run has no evaluation of that step")
+    if step == checkpoint.step:
+        training.best_weights = solver.readout()
         return
     weights: Any = checkpoint.values("best").get("weights")
-    check_weights(weights, training.flat, solver, best.step, "best.weights")
+    check_weights(weights, training.flat, solver, step, "best.weights")
     training.best_weights = Weights(**weights)
 
 
@@ -390,9 +431,9 @@ def _packages(config: Config) -> frozenset[str]:
 
 
 def _named(observers: Sequence[Observer]) -> Iterator[tuple[str, Observer]]:
-    """Yield each observer with its name: its class, numbered where several are of one."""
+    """Yield each observer with its name, numbered where several have one."""
     counts: dict[str, int] = {}
     for observer in observers:
-        kind = type(observer).__qualname__
+        kind = observer.checkpoint_name
         counts[kind] = counts.get(kind, 0) + 1
         yield kind if counts[kind] == 1 else f"{kind} {counts[kind]}", observer

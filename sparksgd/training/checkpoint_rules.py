@@ -81,6 +81,13 @@ def check_run(run: Mapping[str, Any], version: int, training: Training, step: in
     }
     if version > 1:
         rules["settings"] = MapOf(TEXT, TEXT)
+    if version > 2:
+        rules |= {
+            "total_turns": WHOLE,
+            "stopped_by": optional(TEXT),
+            "is_off_grid": BOOL,
+            "best_step": optional(WHOLE),
+        }
     Table(rules)(run, "run")
     made = [report["step"] for report in run["evaluations"]]
     if made != sorted(set(made)) or (made and not 1 <= made[0] <= made[-1] <= step):
@@ -133,7 +140,7 @@ def check_weights(values: Any, flat: FlatModule, solver: RoundSolver, step: int,
     Args:
         values: the fields of `Weights`.
         flat: the module.
-        solver: as it was made.
+        solver: of the module.
         step: that they must be of.
         path: of the values.
 

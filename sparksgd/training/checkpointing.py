@@ -67,11 +67,11 @@ class CheckpointStore(Protocol):
         """Remove a checkpoint."""
         ...
 
-    def stopped(self, parameters: str) -> None:
-        """Note that the run has ended early.
+    def stopped(self, parameters: str | None) -> None:
+        """Note how the run has left a module that was given in Python.
 
         Args:
-            parameters: digest of those that it left in a module that was given in Python.
+            parameters: digest of those of the module; None: the run is finished.
         """
         ...
 

@@ -6,15 +6,19 @@ checkpoint keeps.  So a run ends after the same step on every engine, and after 
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Sequence
 
 from sparksgd.config import Config, EarlyStoppingConfig
 from sparksgd.errors import ConfigError
 from sparksgd.solvers.protocol import RoundSolver
+from sparksgd.training.replay import Replay
 from sparksgd.training.state import EvaluationReport, Training
 
-__all__ = ["best_of", "check_judged", "keep_best", "keeps_best", "restore_best", "why_over"]
+__all__ = ["best_of", "check_judged", "judge", "keep_best", "keeps_best", "restore_best", "why_over"]
+
+log = logging.getLogger("sparksgd")
 
 
 def check_judged(config: Config, *, evaluates: bool, classifies: bool) -> None:
@@ -74,18 +78,37 @@ def keeps_best(config: EarlyStoppingConfig) -> bool:
     return config.patience is not None and config.keep_best
 
 
-def keep_best(training: Training, solver: RoundSolver) -> None:
-    """Keep the weights of the newest evaluation, if it is the best one, and the run ends with those."""
-    config = training.config.early_stopping
-    if keeps_best(config) and best_of(config, training.evaluations) is training.evaluations[-1]:
+def judge(training: Training) -> None:
+    """End a run whose evaluations get no better."""
+    why = why_over(training.config.early_stopping, training.evaluations)
+    if why is not None and not training.is_over:
+        training.stop("early_stopping")
+        log.info("early stopping: %s", why)
+
+
+def keep_best(training: Training, solver: RoundSolver, replay: Replay | None) -> None:
+    """Keep the weights of the newest evaluation, if it is the best one, and the run ends with those.
+
+    Args:
+        training: the run.
+        solver: has the weights.
+        replay: the run that is repeated; then those are kept that it ended with.
+    """
+    config, newest = training.config.early_stopping, training.evaluations[-1]
+    if replay is not None:
+        is_kept = newest.step == replay.best_step
+    else:
+        is_kept = keeps_best(config) and best_of(config, training.evaluations) is newest
+    if is_kept:
         training.best_weights = solver.readout()
 
 
 def restore_best(training: Training) -> None:
     """Give the module the weights of the best evaluation, if they were kept."""
-    if training.best_weights is not None:
-        training.flat.load(training.best_weights)
-        training.best = best_of(training.config.early_stopping, training.evaluations)
+    weights = training.best_weights
+    if weights is not None:
+        training.flat.load(weights)
+        training.restored = next(one for one in training.evaluations if one.step == weights.version)
 
 
 def _judged(config: EarlyStoppingConfig, evaluations: Sequence[EvaluationReport]) -> tuple[int | None, int]:
@@ -105,6 +128,7 @@ def _gain(config: EarlyStoppingConfig, value: float, best: float) -> float:
 
 
 def _value(config: EarlyStoppingConfig, report: EvaluationReport) -> float:
-    value = report.loss if config.metric == "loss" else report.accuracy
-    assert value is not None, "check_judged comes first"
-    return value
+    if config.metric == "loss" or math.isnan(report.loss):  # no accuracy is worth more than its loss
+        return report.loss
+    assert report.accuracy is not None, "check_judged comes first"
+    return report.accuracy

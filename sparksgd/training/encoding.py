@@ -14,8 +14,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-__all__ = ["array_as_plain", "array_of", "as_plain", "of_plain"]
+__all__ = ["array_as_plain", "array_of", "as_plain", "of_plain", "stranger_in"]
 
+_PLAIN = (bool, int, float, str, bytes, np.ndarray, np.generic, torch.Tensor)
 _ARRAY, _RAW = {"numpy", "shape", "bytes"}, {"raw"}
 
 
@@ -52,6 +53,19 @@ def as_plain(value: Any) -> Any:
     if type(value) in (list, tuple):
         return type(value)(as_plain(inner) for inner in value)
     return copy.deepcopy(value)
+
+
+def stranger_in(value: Any, path: str) -> str | None:
+    """Return the path of a value that `as_plain` cannot encode, and its type; None: there is none."""
+    if isinstance(value, Mapping):
+        inner = [(one, f"{path}.{key}") for key, one in value.items()]
+    elif isinstance(value, list | tuple):
+        inner = [(one, f"{path}[{number}]") for number, one in enumerate(value)]
+    elif value is None or isinstance(value, _PLAIN):
+        return None
+    else:
+        return f"{path} is a {type(value).__name__}"
+    return next((found for one, where in inner if (found := stranger_in(one, where)) is not None), None)
 
 
 def of_plain(saved: Any) -> Any:

@@ -47,6 +47,11 @@ class History(Observer):
         self._sum, self._count = 0.0, 0  # of the loss, over the rows trained on since the last row
         self._last: tuple[int, int, float] | None = None  # epoch, step and rate of the last step
 
+    def started(self, training: Training) -> None:
+        """Begin anew, unless the run goes on."""
+        if not training.resumed:
+            self.rows, self._sum, self._count, self._last = [], 0.0, 0, None
+
     def memory(self) -> dict[str, Any]:
         """Return all rows, and what the next one begins with."""
         last = None if self._last is None else list(self._last)

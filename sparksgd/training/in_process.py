@@ -6,7 +6,7 @@ from contextlib import ExitStack
 from typing import Unpack
 
 from sparksgd.config import Config
-from sparksgd.data.held_out import parts_of
+from sparksgd.data.held_out import sides_of
 from sparksgd.data.local_files import ParquetRows
 from sparksgd.data.tables import refuse_tables
 from sparksgd.engines.inline import InlineEngine
@@ -24,7 +24,7 @@ def train_in_process(config: Config, rows: str, test: str | None = None, **given
     Args:
         config: what to train, and how; `data.train` and `data.test` are ignored.
         rows: a path or URI of the rows to train on.
-        test: a path or URI of the rows to evaluate on.
+        test: a path or URI of the rows to evaluate on; None: those that config.data holds out, or none.
         given: see `sparksgd.training.loop.train`.
 
     Returns:
@@ -33,7 +33,7 @@ def train_in_process(config: Config, rows: str, test: str | None = None, **given
     Raises:
         SparkSGDError: see sparksgd/errors.py.
     """
-    trained, held_out = parts_of(config.data, has_test=test is not None)
+    trained, held_out = sides_of(config.data, has_test=test is not None)
     evaluated = rows if held_out else test
     with ExitStack() as copies:
         local = {path: _local(path, copies) for path in (rows, evaluated) if path is not None}

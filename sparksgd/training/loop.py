@@ -37,7 +37,7 @@ from sparksgd.solvers.rules import completed, make_solver
 from sparksgd.training.checkpoint import RunIdentity, go_on, unreplaced_digest
 from sparksgd.training.checkpointing import Checkpointing, CheckpointStore
 from sparksgd.training.deals import Deals, dealt
-from sparksgd.training.early_stopping import keep_best, restore_best, why_over
+from sparksgd.training.early_stopping import judge, keep_best, restore_best
 from sparksgd.training.modules import build_module
 from sparksgd.training.participation import Participation
 from sparksgd.training.preflight import (
@@ -51,7 +51,6 @@ from sparksgd.training.preflight import (
 from sparksgd.training.replay import Replay, check_end
 from sparksgd.training.start_up import StartUp
 from sparksgd.training.state import (
-    MAX_WALL,
     NO_PROBE,
     EvaluationReport,
     NumericsChange,
@@ -149,7 +148,7 @@ def train(
         deals = stack.enter_context(Deals(rows, checked.schema, config, checked.rows, first_deal))
         test_shards = None
         if test is not None and checked.test_rows is not None:
-            evaluated = "held-out" if config.data.holds_out else "test"
+            evaluated = config.data.evaluated_rows
             test_shards = dealt(test, checked.schema, config, checked.test_rows, evaluated)
             stack.enter_context(closing(test_shards))
             check_evaluation(module, [shard.rows for shard in test_shards.table])
@@ -186,18 +185,16 @@ def train(
         with thread_count(config.train.threads), freed_memory_kept_in_block():
             if start is not None:
                 go_on(training, solver, observers, start)
-
-            def note_parameters() -> None:
-                if checkpoints is not None and model_name is None:
-                    checkpoints.stopped(flat.parameters_sha256())
+                start = None  # it holds copies of all weights
 
             try:
                 _loop(training, engine, solver, observers, deals, replay, keeper, evaluates=test is not None)
             except BaseException:
-                note_parameters()
+                if checkpoints is not None and model_name is None:
+                    checkpoints.stopped(flat.parameters_sha256())
                 raise
-            if not training.is_finished:
-                note_parameters()
+            if checkpoints is not None and model_name is None:
+                checkpoints.stopped(None if training.is_finished else flat.parameters_sha256())
         return training
 
 
@@ -285,38 +282,36 @@ def _loop(
         """Do what is due after these turns; a run that goes on does what was left undone before it ended."""
         nonlocal told
         finished, begun = solver.turns >= total, training.settled_turns
-        is_due = evaluates and (finished or solver.turns // every > begun // every)
-        if is_due and not training.is_evaluated:
+        is_on_grid = solver.turns // every > begun // every
+        ends = training.is_over and not training.is_out_of_time
+        if evaluates and (is_on_grid or ends) and not training.is_evaluated:
             evaluation = _evaluated(training, engine, solver)
             told = None
             training.evaluations.append(evaluation)
+            training.is_off_grid = not is_on_grid
             solver.evaluated(evaluation.loss, evaluation.accuracy)
-            keep_best(training, solver)
+            keep_best(training, solver, replay)
             for observer in observers:
                 observer.evaluated(training, evaluation)
             told = solver.version
-            end_early()
+            if replay is None:
+                judge(training)
         if finished or solver.turns % turns_per_epoch == 0:
             deals.end_epoch(training, engine, replay)
         training.settled_turns = solver.turns
-        if training.start_up.is_over(training.config.train.max_wall_s) and not finished:
-            training.stop(MAX_WALL)
+        limit_s = training.config.train.max_wall_s
+        if replay is None and limit_s is not None and training.start_up.elapsed_s() >= limit_s:
+            training.end_by_time()
         if keeper is not None and not training.is_over:
             keeper.offer(training, solver, observers)
-
-    def end_early() -> None:
-        why = why_over(training.config.early_stopping, training.evaluations)
-        if why is not None and solver.turns < total:
-            training.stop("early_stopping")
-            log.info("early stopping: %s", why)
 
     for observer in observers:
         observer.started(training)
     try:
+        if replay is None:
+            judge(training)  # a run that was ended so before makes no step
         if solver.turns > training.settled_turns:
             settle()
-        if training.stopped_by is None:
-            end_early()  # a run that ended so before makes no step
         while not training.is_over:
             due = (solver.turns // every + 1) * every if evaluates else total
             until = min(total, due, (keeper and keeper.next_turn(solver.turns)) or total)
@@ -341,8 +336,12 @@ def _loop(
             check_end(training, replay)
     except BaseException as error:
         training.error = error
-        if isinstance(error, NotFinite) and not isinstance(error, UpdateNotFinite):
-            solver.step_back()
+        if isinstance(error, NotFinite):
+            if not isinstance(error, UpdateNotFinite):
+                solver.step_back()
+            if training.best_weights is not None:  # the last ones are on the way to NaN
+                keeper = None
+                restore_best(training)
         raise
     finally:
         training.version, training.turns = solver.version, solver.turns

@@ -147,10 +147,11 @@ def check(
     if test is not None:
         schema.check_columns(*test.first_rows(schema.columns, 1), "the test data")
     report = _inspected(rows, schema, config, "training")
-    evaluated = "held-out" if config.data.holds_out else "test"
+    evaluated = config.data.evaluated_rows
     test_report = _inspected(test, schema, config, evaluated) if test is not None else None
     if replay is not None:
-        replay.check(config, report.data_digest, report.content_digest)
+        evaluated_on = None if test_report is None else test_report.data_digest
+        replay.check(config, report.data_digest, report.content_digest, evaluated_on)
     _check_num_shards(config.train.num_shards, report.rows)
     turns_per_epoch = math.ceil(report.rows / config.train.rows_per_step)
     total_turns = config.train.epochs * turns_per_epoch
@@ -210,7 +211,7 @@ def tried_sizes(config: Config, module: nn.Module, rows: RowSource) -> tuple[Run
     """
     without_compiler()  # before this process makes its first optimiser
     _require_for_trial(module)
-    evaluates = config.data.evaluates
+    evaluates = config.data.test is not None or config.data.held_out_by is not None
     schema, found, _ = _tried(
         config, module, loss_named(config.loss.name), rows, torch.float32, evaluates=evaluates
     )
@@ -454,11 +455,23 @@ def _inspected(source: RowSource, schema: RowSchema, config: Config, which: str)
     if report.bad:
         log.warning("%d bad %s rows skipped: %s", report.bad.total(), which, dict(report.bad))
     if not report.rows:
-        other = "; ask for a larger part" if which == "held-out" else ""
-        raise DataError(f"the {which} data is empty: not one row{other}")
+        raise DataError(_none_left(config.data, which))
     seconds = time.perf_counter() - started
     log.info("%s rows: %s, each checked (%.1f s)", which, f"{report.rows:,}", seconds)
     return report
+
+
+def _none_left(data: DataConfig, which: str) -> str:
+    """Return what to say where no row is left."""
+    key, column = data.held_out_by, data.validation_column
+    if key is None or which == "test":
+        return f"the {which} data is empty: not one row"
+    if column is not None:
+        where = "nowhere true" if which == "held-out" else "true in every row"
+        return f"the {which} data is empty: {key} is {column!r}, which is {where}"
+    other = "larger" if which == "held-out" else "smaller"
+    part = data.validation_fraction
+    return f"the {which} data is empty: {key} is {part}: set a {other} part, or give more rows"
 
 
 def _check_num_shards(num_shards: int, rows: int) -> None:

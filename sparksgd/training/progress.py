@@ -68,10 +68,10 @@ class ProgressLines(Observer):
         log.info("epoch %d, step %d: test %s (%.1f s)", report.epoch, report.step, reached, report.time_s)
 
     def ended(self, training: Training) -> None:
-        """Log the end of a finished run; an error says itself how one ended early."""
+        """Log the end of a run; an error says itself how one ended."""
         if training.error is not None or not log.isEnabledFor(logging.INFO):  # the digest of many takes long
             return
         how = "finished" if training.stopped_by is None else f"stopped by {training.stopped_by}"
-        if training.best is not None:
-            how += f", the best step is {training.best.step}"
+        if training.restored is not None:
+            how += f", the best step is {training.restored.step}"
         log.info("%s: %d steps, parameters %s", how, training.version, training.flat.parameters_sha256())

@@ -49,6 +49,12 @@ class Replay:
     parameters_sha256: str | None
     """The digest at its end; None if it was killed."""
 
+    test_digest: str | None = None
+    """Of the rows evaluated on; None: there were none, or the run is of an earlier version."""
+
+    best_step: int | None = None
+    """The step whose weights it ended with, where early stopping returned to one."""
+
     trust: Trust | None = None
     """Whose code may run, if the configuration comes from a file; None: it was made in this process."""
 
@@ -77,13 +83,16 @@ class Replay:
         steps = [(sorted(shards), deal) for shards, deal in zip(self.took_part, self.deals, strict=True)]
         return hashlib.sha256(json.dumps(steps).encode()).hexdigest()
 
-    def check(self, config: Config, data_digest: str, content_digest: str = "") -> None:
+    def check(
+        self, config: Config, data_digest: str, content_digest: str = "", test_digest: str | None = None
+    ) -> None:
         """Refuse another experiment, or other rows.
 
         Args:
             config: of the replay.
             data_digest: of its rows.
             content_digest: of its rows without their ids, if they have some; earlier versions wrote that.
+            test_digest: of the rows evaluated on.
 
         Raises:
             ConfigError: a key that shapes the parameters has another value.
@@ -103,6 +112,11 @@ class Replay:
             raise DataError(
                 f"the rows are not those of the run to be replayed: their digest is {data_digest}, but was "
                 f"{self.data_digest}"
+            )
+        if config.is_judged and self.test_digest != test_digest:
+            raise DataError(
+                f"the rows to evaluate on are not those of the run to be replayed, which shaped its "
+                f"parameters: their digest is {test_digest}, but was {self.test_digest}"
             )
 
 

@@ -39,9 +39,9 @@ class StartUp:
             self._parts[part] = self._since_s, now_s
             self._since_s = now_s
 
-    def is_over(self, limit_s: float | None) -> bool:
-        """Return whether more seconds have passed since the submission; None: there is no limit."""
-        return limit_s is not None and self._clock() - self._began_s >= limit_s
+    def elapsed_s(self) -> float:
+        """Return the seconds since the submission."""
+        return self._clock() - self._began_s
 
     def unpacked(self, spans: Iterable[Span]) -> None:
         """Note when hosts unpacked an environment."""

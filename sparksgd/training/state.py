@@ -15,25 +15,15 @@ from sparksgd.config import Config
 from sparksgd.data.row_report import RowReport
 from sparksgd.engines.compute import Plan
 from sparksgd.engines.protocol import Recovery, StepReport
+from sparksgd.errors import ConfigError
+from sparksgd.imports import shown
 from sparksgd.solvers.protocol import Need
 from sparksgd.training.participation import Participation
 from sparksgd.training.rebuilding import Sample
 from sparksgd.training.start_up import StartUp
 from sparksgd.training.step_times import StepTimes
 
-__all__ = [
-    "MAX_WALL",
-    "NO_PROBE",
-    "EvaluationReport",
-    "NumericsChange",
-    "Observer",
-    "Probe",
-    "Resumed",
-    "Training",
-]
-
-MAX_WALL = "train.max_wall_s"
-"""What ends a run whose time is over."""
+__all__ = ["NO_PROBE", "EvaluationReport", "NumericsChange", "Observer", "Probe", "Resumed", "Training"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,10 +156,16 @@ class Training:
     stopped_by: str | None = None
     """What ended the run before its last turn, without an error; see `stop`."""
 
+    is_out_of_time: bool = False
+    """Whether train.max_wall_s did, so that the run is not finished."""
+
+    is_off_grid: bool = False
+    """Whether the last evaluation was made only because the run ended there."""
+
     best_weights: Weights | None = None
     """Those of the best evaluation so far, where early stopping keeps them."""
 
-    best: EvaluationReport | None = None
+    restored: EvaluationReport | None = None
     """The evaluation whose weights the module got back at the end; None: it has those of the last step."""
 
     def __repr__(self) -> str:
@@ -178,8 +174,7 @@ class Training:
     @property
     def is_finished(self) -> bool:
         """Return whether all turns are made, or nothing but the time has ended the run before."""
-        is_complete = self.turns >= self.total_turns or self.stopped_by not in (None, MAX_WALL)
-        return self.error is None and is_complete
+        return self.error is None and self.is_over and not self.is_out_of_time
 
     @property
     def is_over(self) -> bool:
@@ -189,19 +184,33 @@ class Training:
     @property
     def module_step(self) -> int:
         """Return how many steps made the module's parameters."""
-        return self.version if self.best is None else self.best.step
+        return self.version if self.restored is None else self.restored.step
 
     def stop(self, reason: str) -> None:
-        """End the run, as if this were its last turn: the model is saved, and no error is raised.
+        """End the run, as if this were its last turn: it is evaluated and saved, and no error is raised.
 
         An observer may call it. The run ends as soon as its engine gives it back to the driver: after this
-        step; with all-reduce after the segment. At an evaluation that is the same step on every engine.
+        step; with all-reduce after the segment. At an evaluation that is the same step on every engine. A
+        second call changes nothing, nor does one after the last turn.
 
         Args:
             reason: what the summary says under `stopped_by`.
+
+        Raises:
+            ConfigError: the reason is no text, or empty.
         """
-        if self.stopped_by is None:
+        if not isinstance(reason, str) or not reason.strip():
+            raise ConfigError(
+                f"the reason of training.stop() is {shown(reason)}, but must be a text that says why the run "
+                f"ends"
+            )
+        if not self.is_over:
             self.stopped_by = reason
+
+    def end_by_time(self) -> None:
+        """End the run, which is not finished then, and can go on."""
+        if not self.is_over:
+            self.stopped_by, self.is_out_of_time = "train.max_wall_s", True
 
     @property
     def is_evaluated(self) -> bool:
@@ -220,8 +229,8 @@ class Training:
 
         A NaN loss undoes the last step, and early stopping may return to an earlier one.
         """
-        if self.best is not None:
-            return self.best
+        if self.restored is not None:
+            return self.restored
         standing = [report for report in self.evaluations if report.step <= self.version]
         return standing[-1] if standing else None
 
@@ -231,6 +240,11 @@ class Observer:
 
     A subclass defines those of the methods that it needs; the others do nothing.
     """
+
+    @property
+    def checkpoint_name(self) -> str:
+        """Return what checkpoints call it: what it remembers is given to the one of this name."""
+        return type(self).__qualname__
 
     def memory(self) -> dict[str, Any]:
         """Return what it must remember if the run goes on in another process: numbers, texts, arrays."""
@@ -249,7 +263,7 @@ class Observer:
         """Called after an evaluation."""
 
     def ended(self, training: Training) -> None:
-        """Called when no step will follow; if the run ended early, `training.error` says why."""
+        """Called when no step will follow; `training.error` or `stopped_by` says why the run ended early."""
 
 
 @dataclass(frozen=True, kw_only=True)

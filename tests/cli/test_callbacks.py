@@ -30,6 +30,13 @@ class Ends(Observer):
             training.stop("two evaluations")
 
 
+class Counts(Ends):
+    """Remembers under the same keys as Ends."""
+
+    def evaluated(self, training: Training, report: EvaluationReport) -> None:
+        self.seen += 100
+
+
 class Fails(Observer):
     def started(self, training: Training) -> None:
         raise ValueError("no such server")
@@ -73,6 +80,16 @@ def test_what_a_callback_raises_is_told_as_its_error(jobs: Jobs, tmp_path: Path)
     assert f"error: the callback {__name__}:Fails raised ValueError: no such server" in done.stdout
 
 
+def test_each_callback_gets_back_what_it_remembers_itself(jobs: Jobs, tmp_path: Path) -> None:
+    over = ("--set", "train.max_wall_s=0", "--set", "train.eval_every=1")
+    one, other = (("--callback", f"{__name__}:{name}") for name in ("Ends", "Counts"))
+    assert status(jobs, tmp_path, *over, *one, *other) == 0
+    assert summary_of(tmp_path)["status"] == "stopped"
+    assert status(jobs, tmp_path, *over, *other, *one) == 0  # in another order
+    found = summary_of(tmp_path)
+    assert (found["steps"], found["stopped_by"]) == (2, "two evaluations")
+
+
 @pytest.mark.parametrize(
     ("name", "told"),
     [
@@ -98,5 +115,9 @@ def test_a_job_whose_time_is_over_has_the_status_that_is_asked_for(jobs: Jobs, t
     assert status(jobs, tmp_path, "--status-when-stopped", "75") == 0
     whole = tmp_path / "whole"
     assert status(jobs, whole) == 0
+    for word in ("3", "200", "-1", "x"):
+        with pytest.raises(SystemExit) as refused:
+            status(jobs, tmp_path, "--status-when-stopped", word)
+        assert refused.value.code == 2
     assert summary_of(whole)["parameters_sha256"] == summary_of(tmp_path)["parameters_sha256"]
     assert "stopped_by" not in summary_of(tmp_path)

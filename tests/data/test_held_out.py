@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 import sparksgd
 from sparksgd.config import Config
-from sparksgd.data.held_out import Part, parts_of
+from sparksgd.data.held_out import Side, sides_of
 from sparksgd.data.local_files import ParquetRows
 from sparksgd.data.row_reading import Rows, read_rows
 from sparksgd.data.row_report import RowReport
@@ -37,12 +37,12 @@ def table(rows: int, **columns: Any) -> pa.Table:
     return pa.table({"x": x.tolist(), "y": np.arange(rows) % 3, "key": keys, **columns})
 
 
-def sides(**by: Any) -> tuple[Part, Part]:
-    return Part(is_held_out=False, **by), Part(is_held_out=True, **by)
+def sides(**by: Any) -> tuple[Side, Side]:
+    return Side(is_held_out=False, **by), Side(is_held_out=True, **by)
 
 
-def read(rows: pa.Table, part: Part | None, schema: RowSchema = SCHEMA) -> Rows:
-    return read_rows(rows.combine_chunks().to_batches()[0], schema, part)
+def read(rows: pa.Table, side: Side | None, schema: RowSchema = SCHEMA) -> Rows:
+    return read_rows(rows.combine_chunks().to_batches()[0], schema, side)
 
 
 def records(rows: Rows) -> list[bytes]:
@@ -148,7 +148,7 @@ def path(tmp_path: Path) -> str:
 def test_a_training_uses_one_part_and_evaluates_on_the_other(path: str, data: dict[str, Any]) -> None:
     config = config_of(**data)
     training = sparksgd.train(config, path)
-    trained, held_out = parts_of(config.data, has_test=False)
+    trained, held_out = sides_of(config.data, has_test=False)
     parts = [ParquetRows(path, part).inspect(training.plan.schema, 2) for part in (trained, held_out)]
     assert training.test_rows is not None
     assert [training.rows.rows, training.test_rows.rows] == [part.rows for part in parts]
@@ -186,7 +186,7 @@ def test_what_cannot_be_held_out_is_refused(path: str) -> None:
     ):
         with pytest.raises(DataError, match=told):
             sparksgd.train(config_of(validation_column=column), path)
-    with pytest.raises(DataError, match="the held-out data is empty: not one row; ask for a larger part"):
+    with pytest.raises(DataError, match="validation_fraction is 1e-09: set a larger part, or give"):
         sparksgd.train(config_of(validation_fraction=1e-9), path)
 
 
@@ -195,3 +195,18 @@ def test_a_null_in_the_column_ends_a_training_before_its_first_step(tmp_path: Pa
     pq.write_table(table(200, out=out), tmp_path / "rows.parquet")
     with pytest.raises(BadRows, match="1 with null in 'out'"):
         sparksgd.train(config_of(validation_column="out"), str(tmp_path / "rows.parquet"))
+
+
+def test_a_column_that_is_true_everywhere_or_nowhere_is_named(tmp_path: Path) -> None:
+    for value, told in ((True, "training data is empty: .* is 'out', which is true in every row"),
+                        (False, "held-out data is empty: .* is 'out', which is nowhere true")):  # fmt: skip
+        pq.write_table(table(200, out=pa.array([value] * 200)), tmp_path / "rows.parquet")
+        with pytest.raises(DataError, match=told):
+            sparksgd.train(config_of(validation_column="out"), str(tmp_path / "rows.parquet"))
+
+
+def test_the_hash_is_the_same_in_every_version() -> None:
+    """Another one would train other rows under the same configuration, and refuse checkpoints of before."""
+    keys = (np.arange(32 * 32) ** 2 % 251).astype(np.uint8).reshape(32, 32)
+    found = Side(is_held_out=True, fraction=0.25).by_hash(keys)
+    assert np.flatnonzero(found).tolist() == [12, 13, 15, 23, 25]

@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from sparksgd.data.held_out import Part
+from sparksgd.data.held_out import Side
 from sparksgd.data.schema import RowSchema
 from sparksgd.spark.tasks import row_tasks
 
@@ -228,12 +228,12 @@ BIG_ROW_BYTES = 65_536
 
 
 def keyed_in_small_batches(
-    schema: RowSchema, part: Part | None, num_shards: int, deal: int, batches: Iterable[pa.RecordBatch]
+    schema: RowSchema, side: Side | None, num_shards: int, deal: int, batches: Iterable[pa.RecordBatch]
 ) -> Iterator[pa.RecordBatch]:
     """Task: what row_tasks.keyed does, but refuse batches of more than 8 MiB."""
     for batch in batches:
         assert batch.nbytes <= 8 << 20, f"a batch of {batch.num_rows} rows"
-        yield from row_tasks.keyed(schema, part, num_shards, deal, [batch])
+        yield from row_tasks.keyed(schema, side, num_shards, deal, [batch])
 
 
 def big_rows(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:

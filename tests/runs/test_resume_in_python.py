@@ -218,20 +218,26 @@ def test_runs_under_other_settings_have_checkpoints_of_their_own(jobs: Jobs, tmp
     assert len(list(tmp_path.iterdir())) == 2
 
 
-def test_a_checkpoint_of_the_version_before_is_read(
-    jobs: Jobs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("version", "lacks"),
+    [
+        (1, {"settings", "total_turns", "stopped_by", "is_off_grid", "best_step"}),
+        (2, {"total_turns", "stopped_by", "is_off_grid", "best_step"}),
+    ],
+)
+def test_a_checkpoint_of_a_version_before_is_read(
+    jobs: Jobs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, version: int, lacks: set[str]
 ) -> None:
-    """It says nothing of settings."""
     rows, config = str(jobs.folder / "rows.parquet"), jobs.config(EVERY_STEP)
     whole = sparksgd.train(config, rows, module=net())
 
     def of_run(training: Training) -> dict[str, Any]:
-        return {key: value for key, value in now(training).items() if key != "settings"}
+        return {key: value for key, value in now(training).items() if key not in lacks}
 
     now = checkpoint._of_run
     with monkeypatch.context() as before:
         before.setattr(checkpoint, "_of_run", of_run)
-        before.setitem(checkpoint._VERSIONS, "run", 1)
+        before.setitem(checkpoint._VERSIONS, "run", version)
         with pytest.raises(KeyboardInterrupt):
             sparksgd.train(config, rows, module=net(), out=tmp_path, observers=[Stops(3)])
     again = sparksgd.train(config, rows, module=net(), out=tmp_path, resume_from=tmp_path)

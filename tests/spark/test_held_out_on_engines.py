@@ -42,7 +42,7 @@ def test_a_run_ends_early_at_the_same_step_and_bits_on_every_engine(spark, layou
     training = sparksgd.train(configured(*EARLY, *PLACES[place]), rows)
     assert reference.stopped_by == "early_stopping"
     assert (training.stopped_by, training.version) == (reference.stopped_by, reference.version)
-    assert training.best.step == reference.best.step < training.version
+    assert training.restored.step == reference.restored.step < training.version
     assert [report.loss for report in training.evaluations] == [r.loss for r in reference.evaluations]
     assert training.rows.digest == reference.rows.digest
     assert training.test_rows.digest == reference.test_rows.digest

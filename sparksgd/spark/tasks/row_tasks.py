@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 
-from sparksgd.data.held_out import Part
+from sparksgd.data.held_out import Side
 from sparksgd.data.row_reading import Rows, read_rows
 from sparksgd.data.row_report import RowReport
 from sparksgd.data.schema import RowSchema
@@ -49,12 +49,12 @@ _OF_SPARK = re.compile(r"(blockmgr|executor|spark)-[0-9a-f-]{36}")
 
 
 def inspect(
-    schema: RowSchema, part: Part | None, num_shards: int | None, batches: Iterable[pa.RecordBatch]
+    schema: RowSchema, side: Side | None, num_shards: int | None, batches: Iterable[pa.RecordBatch]
 ) -> Iterator[pa.RecordBatch]:
     """Task: report on a partition's rows, with the digest of each shard; num_shards None: it is one shard."""
     leave_quietly()
     report = RowReport()
-    for rows in rows_of(schema, batches, part):
+    for rows in rows_of(schema, batches, side):
         report += rows.report
         if num_shards is not None:
             report += RowReport(shard_digests=rows.shard_digests(num_shards))
@@ -75,11 +75,11 @@ def look_at_disks(_: Iterable[int]) -> Iterator[tuple[str, int, int]]:
 
 
 def keyed(
-    schema: RowSchema, part: Part | None, num_shards: int, deal: int, batches: Iterable[pa.RecordBatch]
+    schema: RowSchema, side: Side | None, num_shards: int, deal: int, batches: Iterable[pa.RecordBatch]
 ) -> Iterator[pa.RecordBatch]:
     """Task: turn rows into (shard, key, record)."""
     leave_quietly()
-    for rows in rows_of(schema, batches, part):
+    for rows in rows_of(schema, batches, side):
         yield pa.RecordBatch.from_arrays(
             [pa.array(rows.shards(num_shards, deal)), _binary(rows.keys), _binary(_packed(rows.records))],
             ["shard", "key", "record"],
@@ -152,11 +152,11 @@ def remove(paths: list[str], _: Iterable[int]) -> Iterator[str]:
     yield socket.gethostname()
 
 
-def rows_of(schema: RowSchema, batches: Iterable[pa.RecordBatch], part: Part | None = None) -> Iterator[Rows]:
-    """Yield the rows of batches whose columns come in the order of schema and part, under any names."""
-    columns = [*schema.columns, *(part.columns if part else [])]
+def rows_of(schema: RowSchema, batches: Iterable[pa.RecordBatch], side: Side | None = None) -> Iterator[Rows]:
+    """Yield the rows of batches whose columns come in the order of schema and side, under any names."""
+    columns = [*schema.columns, *(side.columns if side else [])]
     for batch in batches:
-        yield read_rows(batch.rename_columns(columns), schema, part)
+        yield read_rows(batch.rename_columns(columns), schema, side)
 
 
 def _this_partition() -> int:
