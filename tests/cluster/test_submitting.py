@@ -160,7 +160,8 @@ def listening(pids: list[int]) -> set[tuple[str, int]]:
 @pytest.mark.parametrize(("where", "engine"), [("yarn in cluster mode", "allreduce"), ("standalone", "tree")])
 def test_the_other_engine_encrypted(checkout, request, where, engine):
     out, settings = f"/models/encrypted-{engine}", (*SMALL, "train.steps=20")
-    words = [*sets(*settings, f"engine.name={engine}"), "--out", f"hdfs://{out}"]
+    # Executors may come one by one, so the number of workers is said.
+    words = [*sets(*settings, f"engine.name={engine}", "engine.num_workers=2"), "--out", f"hdfs://{out}"]
     if where == "standalone":
         command = on_encrypted_standalone(request.getfixturevalue("encrypted_standalone").address, *words)
     else:

@@ -27,6 +27,7 @@ from sparksgd.engines.replies import Evaluation, Reply
 from sparksgd.errors import Cancelled, ClusterError, OutOfMemory, PeerLost, ShardMissing, SparkSGDError
 from sparksgd.solvers.protocol import RoundSolver
 from sparksgd.spark.cluster.cluster import Cluster
+from sparksgd.spark.cluster.environments import cannot_start
 from sparksgd.spark.cluster.failures import final_error, gist, session_stopped
 from sparksgd.spark.cluster.jobs import cancel_jobs, cleanup
 from sparksgd.spark.cluster.lost_executors import advice_of
@@ -40,6 +41,10 @@ __all__ = ["Exchange", "SparkEngine", "destroy"]
 log = logging.getLogger("sparksgd")
 
 T = TypeVar("T")
+
+_DYING_S = 5.0
+"""A killed container's folder goes before its executor does, which fails all tasks until then.  YARN took two
+seconds to notice."""
 
 
 class SparkEngine:
@@ -76,7 +81,7 @@ class SparkEngine:
         self._test = test
         self._plan = plan
         self._shipped: Broadcast[step_tasks.ShippedPlan]
-        self._is_open = False
+        self._is_open = self._has_contact = False
         self._config = config
         self._workers = worker_of_partition(cluster.num_workers)
         self._behind = ThreadPoolExecutor(1, "sparksgd-cleanup")
@@ -123,6 +128,7 @@ class SparkEngine:
             return self._map(self._shards, task).collect()
 
         answers = self._run(job, self._shards, "first contact", self._step_timeout_s)
+        self._has_contact = True
         return [numerics for _, numerics in sorted(answers, key=lambda answer: answer[0])]
 
     def advance(self, solver: RoundSolver, steps: int) -> SegmentReport:
@@ -196,8 +202,11 @@ class SparkEngine:
         failure, watched = "", None
         killed = self._cluster.lost_executors.killed_for_memory
         missing: tuple[int, ...] = ()
+        is_dying = False
         for attempt in range(self._max_attempts):
             try:
+                if is_dying:
+                    time.sleep(_DYING_S)
                 if attempt:
                     self.recovery.retries += 1
                     self._await_slots()
@@ -218,6 +227,9 @@ class SparkEngine:
                 failure, missing, final = str(error), (), final_error(error, self._context)
                 if watched is not None and watched.expired:
                     failure = f"its tasks ran for {limit_s:g} s, and counted as hung (engine.step_timeout_s)"
+                    final = None
+                is_dying = self._has_contact and cannot_start(failure) is not None
+                if is_dying and attempt + 1 < self._max_attempts:
                     final = None
                 if final is None and self._cluster.is_stopped():
                     final = session_stopped(self._context, doing)

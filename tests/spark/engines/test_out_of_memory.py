@@ -114,6 +114,7 @@ class Engine(SparkEngine):
     def __init__(self, killed: bool = False) -> None:
         self.recovery = SimpleNamespace(retries=0)
         self._max_attempts, self._context, self._shards = 4, SESSION, None
+        self._has_contact = True
 
         @contextmanager
         def over(*_):

@@ -1,0 +1,58 @@
+"""An executor whose folder is gone, as a killed container's is for some seconds, is waited for."""
+
+from __future__ import annotations
+
+import pytest
+from test_out_of_memory import ABORTED, Engine
+
+from sparksgd.errors import ConfigError
+from sparksgd.spark.engines import base
+
+NO_PYTHON = ABORTED.format(
+    'java.io.IOException: Cannot run program "./environment/bin/python": error=2, No such file or directory\n'
+    "\tat java.lang.ProcessBuilder.start(ProcessBuilder.java:1143)\n"
+    "\tat org.apache.spark.api.python.PythonWorkerFactory.startDaemon(PythonWorkerFactory.scala:371)"
+)
+
+
+@pytest.fixture
+def slept(monkeypatch):
+    found = []
+    monkeypatch.setattr(base.time, "sleep", found.append)
+    return found
+
+
+def failing(times):
+    """Return a job that fails so often, and the list of its runs."""
+    ran = []
+
+    def job():
+        ran.append(1)
+        if len(ran) <= times:
+            raise RuntimeError(NO_PYTHON)
+        return "done"
+
+    return job, ran
+
+
+def test_its_job_is_tried_again_after_a_while(slept):
+    job, ran = failing(3)
+    assert Engine()._run(job, None, "step 5") == "done"
+    assert len(ran) == 4
+    assert slept == [base._DYING_S] * 3
+
+
+def test_a_python_that_stays_away_is_named_in_the_end(slept):
+    job, ran = failing(9)
+    with pytest.raises(ConfigError, match=r"there is no \./environment/bin/python on host7"):
+        Engine()._run(job, None, "step 5")
+    assert len(ran) == 4
+
+
+def test_before_the_first_contact_it_is_refused_at_once(slept):
+    engine = Engine()
+    engine._has_contact = False
+    job, ran = failing(1)
+    with pytest.raises(ConfigError, match=r"there is no \./environment/bin/python on host7"):
+        engine._run(job, None, "first contact")
+    assert (len(ran), slept) == (1, [])
