@@ -377,7 +377,7 @@ def test_a_fit_is_validated_ends_early_and_tells_of_it(points, tmp_path):
     classifier = TorchClassifier(
         module=linear(),
         validationFraction=0.25,
-        earlyStopping=2,
+        earlyStopping=1,
         **BRIEF | {"maxEpochs": 40, "learningRate": 1.0},
     )
     model = classifier.fit(points)
@@ -385,12 +385,12 @@ def test_a_fit_is_validated_ends_early_and_tells_of_it(points, tmp_path):
     assert told["stopped_by"] == "early_stopping"
     history = model.history
     assert list(history.columns) == ["epoch", "step", "loss", "lr", "test_loss", "test_accuracy"]
-    assert history.test_loss.idxmin() == len(history) - 3
+    assert history.test_loss.idxmin() == len(history) - 2
     assert told["best_step"] == history.step[history.test_loss.idxmin()]
     assert told["test_loss"] == history.test_loss.min()
     config = {
         "data": {"features": "features", "label": "label", "validation_fraction": 0.25},
-        "early_stopping": {"patience": 2},
+        "early_stopping": {"patience": 1},
         "optimizer": {"name": "AdamW", "lr": 1.0},
         "engine": {"name": "tree"},
         "train": {"epochs": 40, "rows_per_step": 100, "num_shards": 2},

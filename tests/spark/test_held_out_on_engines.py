@@ -36,7 +36,13 @@ def reference(layouts):
     return sparksgd.train(configured(*EARLY, "engine.name=inline"), layouts[0])
 
 
-@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize(
+    "place",
+    [
+        pytest.param(place, marks=() if "2 workers" in place and "stages" not in place else pytest.mark.soak)
+        for place in PLACES
+    ],
+)
 def test_a_run_ends_early_at_the_same_step_and_bits_on_every_engine(spark, layouts, reference, place):
     rows = read_files_apart(spark, layouts[1])
     training = sparksgd.train(configured(*EARLY, *PLACES[place]), rows)
@@ -92,9 +98,9 @@ def test_a_column_holds_rows_out_as_two_frames_do(spark, layouts):
 
 def test_rows_in_place_are_held_out_too(spark, layouts):
     rows = read_files_apart(spark, layouts[1])
-    config = configured("data.placement=in_place", "data.validation_fraction=0.3", "train.num_shards=4")
-    training = sparksgd.train(config, rows)
-    hashed = sparksgd.train(configured("data.validation_fraction=0.3"), rows)
+    brief = ("data.validation_fraction=0.3", "train.steps=2", "train.num_shards=4")
+    training = sparksgd.train(configured("data.placement=in_place", *brief), rows)
+    hashed = sparksgd.train(configured(*brief), rows)
     assert training.rows.digest == hashed.rows.digest
     assert training.evaluations[-1].rows == hashed.evaluations[-1].rows == training.test_rows.rows
 
