@@ -197,6 +197,10 @@ class SparkEngine:
                 if others not in (None, shards) and not missing:
                     self.recovery.rebuilt_shards += others.recover(())
 
+    def _is_dying(self, error: Exception) -> bool:
+        """Return whether a failure may be that of an executor whose container was killed."""
+        return self._has_contact and cannot_start(str(error)) is not None
+
     def _run(self, job: Callable[[], T], shards: SparkShards, doing: str, limit_s: float | None = None) -> T:
         """Run a job; again, if an executor or a shard's file was lost, or its tasks ran too long."""
         failure, watched = "", None
@@ -228,7 +232,7 @@ class SparkEngine:
                 if watched is not None and watched.expired:
                     failure = f"its tasks ran for {limit_s:g} s, and counted as hung (engine.step_timeout_s)"
                     final = None
-                is_dying = self._has_contact and cannot_start(failure) is not None
+                is_dying = self._is_dying(error)
                 if is_dying and attempt + 1 < self._max_attempts:
                     final = None
                 if final is None and self._cluster.is_stopped():

@@ -277,7 +277,8 @@ class StagesEngine(SparkEngine):
         try:
             self._asked[number].job.get()
         except Exception as error:
-            return Ended(request=number, error=error, is_final=final_error(error, self._context) is not None)
+            is_final = final_error(error, self._context) is not None and not self._is_dying(error)
+            return Ended(request=number, error=error, is_final=is_final)
         return Ended(request=number)
 
     def _count_slots(self) -> None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
-from test_out_of_memory import ABORTED, Engine
+from test_out_of_memory import ABORTED, SESSION, Engine
 
 from sparksgd.errors import ConfigError
 from sparksgd.spark.engines import base
+from sparksgd.spark.engines.stages import StagesEngine
 
 NO_PYTHON = ABORTED.format(
     'java.io.IOException: Cannot run program "./environment/bin/python": error=2, No such file or directory\n'
@@ -56,3 +59,15 @@ def test_before_the_first_contact_it_is_refused_at_once(slept):
     with pytest.raises(ConfigError, match=r"there is no \./environment/bin/python on host7"):
         engine._run(job, None, "first contact")
     assert (len(ran), slept) == (1, [])
+
+
+@pytest.mark.parametrize("has_contact", [True, False])
+def test_a_late_task_of_it_ends_no_run_with_backup_workers(monkeypatch, has_contact):
+    class Job:
+        def get(self):
+            raise RuntimeError(NO_PYTHON)
+
+    engine = object.__new__(StagesEngine)
+    engine._has_contact, engine._context = has_contact, SESSION
+    engine._asked = {7: SimpleNamespace(job=Job())}
+    assert engine._ended(7).is_final == (not has_contact)
