@@ -63,4 +63,5 @@ def test_adult_is_trained_saved_loaded_in_another_process_and_scored(tmp_path: P
     at_once, by_ranks = number(said, "AUC"), number(said, "by ranks")
     assert at_once > 0.9
     assert np.isclose(at_once, by_ranks, rtol=1e-12)
-    assert number(run(tmp_path, scored), "AUC") == at_once
+    again = number(run(tmp_path, scored), "AUC")
+    assert np.isclose(again, at_once, rtol=1e-12)  # Spark adds its parts in any order
