@@ -46,7 +46,7 @@ WAITS_FOR_NOBODY = (f"engine.peer_timeout_s={ENDLESS_S}",)
 
 @pytest.mark.parametrize(
     "flag",
-    ["kill-worker", "raise", *(pytest.param(flag, marks=pytest.mark.soak) for flag in ("nan", "sleep"))],
+    ["raise", *(pytest.param(flag, marks=pytest.mark.soak) for flag in ("kill-worker", "nan", "sleep"))],
 )
 def test_a_worker_that_fails_when_half_of_its_gradient_has_gone(spark, small, flags, flag):
     config = configured(
@@ -78,7 +78,8 @@ def test_a_python_worker_killed_in_a_segment_costs_that_segment_alone(spark, sma
     assert_nothing_is_left(flags)
 
 
-@pytest.mark.parametrize("flag", [pytest.param("sleep", marks=pytest.mark.soak), "stop"])
+@pytest.mark.soak
+@pytest.mark.parametrize("flag", ["sleep", "stop"])
 def test_a_worker_that_hangs_ends_in_bounded_time(spark, small, flags, flag):
     config = configured(*ALLREDUCE, "train.steps=12", FLAG_NET, f"model.folder={flags}", *HANGS)
     hang = AtStep(5, lambda _: (flags / flag).touch())

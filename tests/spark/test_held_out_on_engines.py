@@ -96,6 +96,7 @@ def test_a_column_holds_rows_out_as_two_frames_do(spark, layouts):
     assert together.test_rows.digest == apart.test_rows.digest
 
 
+@pytest.mark.soak
 def test_rows_in_place_are_held_out_too(spark, layouts):
     rows = read_files_apart(spark, layouts[1])
     brief = ("data.validation_fraction=0.3", "train.steps=2", "train.num_shards=4")

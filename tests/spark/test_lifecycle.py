@@ -119,6 +119,7 @@ def neighbour(spark, caplog, folder: Path, slots: int) -> Iterator[str]:
     thread.join()
 
 
+@pytest.mark.soak
 def test_slots_that_other_jobs_hold_are_counted_aloud(spark, small, caplog, tmp_path):
     class Neighbour(Observer):
         def started(self, training):
@@ -152,7 +153,7 @@ def test_a_setting_of_the_contrary_is_named_with_its_value(spark, setting, caplo
     assert "spark.broadcast.compress is true; set it to false. It costs" in caplog.text
 
 
-@pytest.mark.parametrize("engine", ["tree", "allreduce"])
+@pytest.mark.parametrize("engine", [pytest.param("tree", marks=pytest.mark.soak), "allreduce"])
 def test_ctrl_c_in_a_users_session_ends_our_job_and_frees_its_slots(spark, small, flags, engine):
     config = configured(
         "model.name=users_modules:FlagNet", f"model.folder={flags}", "train.steps=50",
