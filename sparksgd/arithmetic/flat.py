@@ -14,7 +14,7 @@ import hashlib
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial, reduce
 
 import numpy as np
@@ -366,13 +366,12 @@ class FlatStrip:
 
     def weights(self, version: int) -> Weights:
         """Return a copy of the strip's parameters and of all statistics."""
-        return Weights(
-            version=version,
-            parameters=self.parameters.numpy().copy(),
-            statistics=self._flat.statistics(),
-            counters=self._flat.counters(),
-            constants=self._flat.changed_constants(),
-        )
+        parameters = self.parameters.numpy().copy()
+        return replace(self.view(version), parameters=parameters, constants=self._flat.changed_constants())
+
+    def view(self, version: int) -> Weights:
+        """Return the same with the strip's parameters, and the constants, as views of their memory."""
+        return replace(self._flat.view(version), parameters=self.parameters.numpy())
 
     def apply(self, changes: Changes | None) -> None:
         """Let what forward made of the strip and of the constants be the weights; see `FlatModule.apply`."""

@@ -123,6 +123,8 @@ class MappedTwice:
     def _give_back(self) -> None:
         """Let every page that the module has written be that of the shared mapping again."""
         pages = self.written()
+        if pages is not None and not len(pages):
+            return
         for run in [range(self._pages)] if pages is None else _runs(pages):
             self._private.madvise(mmap.MADV_DONTNEED, run.start * _PAGE, len(run) * _PAGE)
 
@@ -214,8 +216,7 @@ def _runs(pages: npt.NDArray[np.int64]) -> Iterator[range]:
     [range(2, 5), range(7, 8)]
     """
     for run in np.split(pages, np.flatnonzero(np.diff(pages) > 1) + 1):
-        if len(run):
-            yield range(int(run[0]), int(run[-1]) + 1)
+        yield range(int(run[0]), int(run[-1]) + 1)
 
 
 _LIVE: WeakSet[MappedTwice] = WeakSet()

@@ -16,11 +16,10 @@ import os
 import socket
 import uuid
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from hashlib import blake2b
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, Self
 
@@ -178,19 +177,19 @@ def read_records(
     width = lines.itemsize
     data = memoryview(lines.view(np.uint8).data)
     with _opened(shard, shard.rows * width) as file:
-        for start, first, count in _stretches(rows):
-            wanted = data[start * width : (start + count) * width]
-            done = 0
+        for start, stop, first in _stretches(rows):
+            wanted = data[start * width : stop * width]
+            done = os.preadv(file, [wanted], first * width)
             while done < len(wanted):  # one call reads less than 2 GiB
-                count_read = os.preadv(file, [wanted[done:]], first * width + done)
-                if not count_read:
+                more = os.preadv(file, [wanted[done:]], first * width + done)
+                if not more:
                     raise _missing(shard, "it was cut off while it was read")
-                done += count_read
-    starts = range(0, len(data), width)
+                done += more
+    starts, inner = range(0, len(data), width), record.itemsize
     begun_with = _start_of(shard.path)
     numbers = rows if isinstance(rows, range) else rows.tolist()
     for row, start, written in zip(numbers, starts, lines["checksum"].tolist(), strict=True):
-        if _checksum(data[start : start + record.itemsize], begun_with, row) != written:
+        if _checksum(data[start : start + inner], begun_with, row) != written:
             raise _missing(shard, f"record {row} is not what was written there")
     return lines["record"]
 
@@ -210,14 +209,11 @@ def _missing(shard: Descriptor, why: str) -> ShardMissing:
     return ShardMissing(f"{where}: {why}", (shard.shard,))
 
 
-def _stretches(rows: npt.NDArray[np.integer] | range) -> Iterator[tuple[int, int, int]]:
-    """Yield (position, first row, count) of each run of consecutive row numbers."""
+def _stretches(rows: npt.NDArray[np.integer] | range) -> Iterable[tuple[int, int, int]]:
+    """Return (first position, position after the last, first row) of each run of consecutive rows."""
     if isinstance(rows, range):
-        yield 0, rows.start, len(rows)
-        return
+        return [(0, len(rows), rows.start)]
     if not len(rows):
-        return
-    edges = [0, *(np.flatnonzero(np.diff(rows) != 1) + 1).tolist(), len(rows)]
-    firsts = rows.tolist()
-    for start, end in pairwise(edges):
-        yield start, firsts[start], end - start
+        return []
+    starts = [0, *(np.flatnonzero(rows[1:] - rows[:-1] != 1) + 1).tolist()]
+    return zip(starts, [*starts[1:], len(rows)], rows[starts].tolist(), strict=True)

@@ -24,10 +24,12 @@ class Centre:
 
     Args:
         flat: the solver owns its parameters from now on.
+        is_replica: whether it is forgotten after a step that failed: then no step can be undone, and none
+            copies the parameters.
     """
 
-    def __init__(self, flat: FlatModule | FlatStrip) -> None:
-        self.flat = flat
+    def __init__(self, flat: FlatModule | FlatStrip, *, is_replica: bool = False) -> None:
+        self.flat, self._is_replica = flat, is_replica
         self.version = 0
         """Steps that made the weights."""
 
@@ -42,9 +44,10 @@ class Centre:
         self._before: tuple[Weights, int] | None = None
 
     def readout(self) -> Weights:
-        """Return a copy of the weights; the same object until the next step."""
+        """Return a copy of the weights, or a replica's view; the same object until the next step."""
         if self._current is None:
-            self._current = self.flat.weights(self.version)
+            read = self.flat.view if self._is_replica else self.flat.weights
+            self._current = read(self.version)
         return self._current
 
     @contextmanager
@@ -69,14 +72,17 @@ class Centre:
         Raises:
             UpdateNotFinite: a parameter became NaN or infinite; the weights are as before.
             ModelError: pieces changed an element to different values; the weights are as before.
+
+        After these a replica's weights are of no use.
         """
-        before = self.readout(), self.turns
+        before = None if self._is_replica else (self.readout(), self.turns)
         try:
             self.flat.apply(total.changes)
             yield
             refuse_not_finite(self.flat.parameters, f"step {self.version + 1}", key, rate)
         except BaseException as error:
-            self.flat.load(before[0])
+            if before is not None:
+                self.flat.load(before[0])
             if isinstance(error, UpdateNotFinite):
                 self._before = None
             raise
@@ -86,7 +92,7 @@ class Centre:
 
     def load(self, state: SolverState) -> None:
         """Continue from the weights of another solver, at any step."""
-        is_next = state.weights.version == self.version + 1
+        is_next = not self._is_replica and state.weights.version == self.version + 1
         self._before = (self.readout(), self.turns) if is_next else None
         self.flat.load(state.weights)
         self.version, self.turns, self._current = state.weights.version, state.turns, None

@@ -76,7 +76,8 @@ class LocalSGD:
                 'solver.name is "local_sgd", which makes every step of all shards, but the run to be '
                 "replayed made some of fewer: it was made by another rule"
             )
-        self.flat, self._centre, self._quorum = flat, Centre(flat), Quorum.of_all(everyone)
+        self.flat, self._quorum = flat, Quorum.of_all(everyone)
+        self._centre = Centre(flat, is_replica=is_replica)
         self.needs = settings.needs()
         self._settings, self._experiment = settings, experiment
         self._make_replica = partial(LocalSGD, settings=settings, experiment=experiment, is_replica=True)

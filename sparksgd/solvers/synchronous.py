@@ -145,7 +145,7 @@ class SynchronousSolver:
         *,
         is_replica: bool = False,
     ) -> None:
-        self.flat, self._centre = flat, Centre(flat)
+        self.flat, self._centre = flat, Centre(flat, is_replica=is_replica)
         self.halves = Halves(make=SendGradients, send_gradients=True)
         self._make_replica = partial(
             SynchronousSolver, settings=settings, experiment=experiment, is_replica=True

@@ -123,6 +123,18 @@ def test_a_solver_that_was_given_the_next_state_can_step_back() -> None:
     assert torch.equal(behind.flat.parameters, first)
 
 
+def test_a_replica_copies_no_parameters_because_it_undoes_no_step() -> None:
+    solver, flat = solver_over(FlatModule(module()), "SGD", {}), FlatModule(module())
+    strip = range(7, 101)
+    replica = solver.make_replica()(FlatStrip(flat, strip))
+    own = flat.parameters.numpy()[strip.start : strip.stop]
+    for step in range(2):
+        assert np.shares_memory(replica.state().weights.parameters, own)
+        replica.receive(part(arrived(step, len(flat.parameters)), strip))
+        assert replica.readout().version == step + 1
+    assert not np.shares_memory(solver.readout().parameters, solver.flat.parameters.numpy())
+
+
 class Normed(torch.optim.SGD):
     """An optimiser that looks at the whole: no strip knows its norm."""
 
