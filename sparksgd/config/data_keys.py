@@ -36,6 +36,10 @@ class DataConfig:
     label: str = experiment_key("label")
     """The column of labels."""
 
+    weight: str | None = experiment_key(None)
+    """A column of numbers above 0: how much each row counts in losses, gradients and evaluations.  A row of
+    weight 2 counts as two such rows do.  If not set, all rows count equally."""
+
     id: str | None = experiment_key(None)
     """The column whose hash assigns a row to a shard.  If not set, the features are hashed."""
 
@@ -79,16 +83,21 @@ def check_data(data: DataConfig) -> None:
             f"data.id is {shown(data.id)}, which is a feature or the label: name another column, or "
             f"leave data.id out to hash the features"
         )
+    if data.weight is not None and data.weight in (*data.features, data.label, data.id):
+        raise ConfigError(
+            f"data.weight is {shown(data.weight)}, which is a feature, the label or data.id: name a column "
+            f"that only says how much each row counts"
+        )
     fraction, column = data.validation_fraction, data.validation_column
     if fraction is not None and not 0 < fraction < 1:
         raise ConfigError(
             f"data.validation_fraction is {fraction}, but must be above 0 and below 1: it is the part of the "
             f"rows that is held out"
         )
-    if column is not None and column in (*data.features, data.label, data.id):
+    if column is not None and column in (*data.features, data.label, data.id, data.weight):
         raise ConfigError(
-            f"data.validation_column is {shown(column)}, which is a feature, the label or data.id: name a "
-            f"column that only says which rows are held out"
+            f"data.validation_column is {shown(column)}, which is a feature, the label, data.weight or "
+            f"data.id: name a column that only says which rows are held out"
         )
     given = [key for key, value in (
         ("data.test", data.test),

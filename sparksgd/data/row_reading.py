@@ -19,10 +19,11 @@ import pyarrow.compute as pc
 from sparksgd.data.hashes import leading_words, stirred
 from sparksgd.data.held_out import Side
 from sparksgd.data.row_report import OUTSIDE_CLASSES, RowReport
-from sparksgd.data.schema import LABEL_FIELD, Array, Feature, RowSchema
+from sparksgd.data.schema import LABEL_FIELD, WEIGHT_FIELD, Array, Feature, RowSchema
 
 __all__ = [
     "HASH_BYTES",
+    "WEIGHTS",
     "FeatureRows",
     "Rows",
     "content_of",
@@ -32,6 +33,9 @@ __all__ = [
 ]
 
 HASH_BYTES = 16
+
+WEIGHTS = (1e-20, 1e20)
+"""The least and the greatest weight of a row: products with gradients, and sums, are ordinary float32."""
 
 _GOLDEN = 0x9E3779B97F4A7C15  # 2^64 over the golden ratio: SplitMix64's step
 
@@ -44,7 +48,7 @@ class Rows:
     """The packed rows, [B]."""
 
     keys: Array
-    """Keys, uint8[B, K]: hashes of the id (if there is one), of the features, and of features and label."""
+    """Keys, uint8[B, K]: hashes of the id (if there is one), of the features, and of the whole record."""
 
     report: RowReport
     """What was good and bad."""
@@ -109,6 +113,17 @@ def read_rows(batch: pa.RecordBatch, schema: RowSchema, side: Side | None = None
     ):
         wrong = np.flatnonzero(good & ~right)
         report.found(reason, batch.column(schema.label).take(pa.array(wrong)).to_pylist())
+        good &= right
+    if schema.weight is not None:
+        column = batch.column(schema.weight)
+        with np.errstate(over="ignore"):
+            records[WEIGHT_FIELD] = weights = _numbers(column).astype(np.float32)
+        least, most = WEIGHTS
+        right = (weights >= least) & (weights <= most)
+        report.found(
+            f"a weight that is not from {least:g} to {most:g} in {schema.weight!r}",
+            column.take(pa.array(np.flatnonzero(good & ~right))).to_pylist(),
+        )
         good &= right
     with np.errstate(invalid="ignore"):
         records[LABEL_FIELD] = labels
@@ -220,7 +235,8 @@ def _ids(column: pa.Array) -> list[Any]:
 def _hash(records: Array, ids: list[Any] | None, schema: RowSchema) -> npt.NDArray[np.uint8]:
     """Return the rows' keys, uint8[B, K]."""
     width = schema.record.itemsize
-    features = width - np.dtype(schema.label_dtype).itemsize
+    assert schema.record.fields is not None
+    features = schema.record.fields[LABEL_FIELD][1]  # bytes before the label
     data = memoryview(np.ascontiguousarray(records).view(np.uint8).data)
     keys = bytearray()
     for row, start in enumerate(range(0, len(data), width)):

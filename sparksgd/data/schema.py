@@ -1,6 +1,6 @@
 """What a row must be, and the type of its record.
 
-A record is one row as a shard holds it: its features, then its label, packed.
+A record is one row as a shard holds it: its features, its label, and its weight if rows have weights, packed.
 
     Arrow column            record
     binary                  uint8[n]
@@ -29,6 +29,7 @@ __all__ = [
     "LABEL_DTYPES",
     "LABEL_FIELD",
     "MOST_RECORD_BYTES",
+    "WEIGHT_FIELD",
     "Array",
     "Feature",
     "RowSchema",
@@ -42,6 +43,9 @@ MOST_RECORD_BYTES = 2**31 - 1
 
 LABEL_FIELD = "(label)"
 """The name that the label has in a record."""
+
+WEIGHT_FIELD = "(weight)"
+"""The name that the weight has in a record."""
 
 Array = npt.NDArray[Any]
 
@@ -66,8 +70,9 @@ class Feature:
 
     @property
     def field(self) -> str:
-        """Its name in a record: the column's, except where numpy takes no such name, or the label has it."""
-        return f"(column {self.name!r})" if self.name in ("", LABEL_FIELD) else self.name
+        """Its name in a record: the column's, except where numpy takes no such name, or another has it."""
+        taken = ("", LABEL_FIELD, WEIGHT_FIELD)
+        return f"(column {self.name!r})" if self.name in taken else self.name
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,6 +94,9 @@ class RowSchema:
     classes: int | None = None
     """Labels must be in 0..classes-1; None does not check that."""
 
+    weight: str | None = None
+    """The column of weights; None: rows have none, and count equally."""
+
     @classmethod
     def of(
         cls,
@@ -98,6 +106,7 @@ class RowSchema:
         features: tuple[str, ...],
         label: str,
         id: str | None,
+        weight: str | None = None,
         whole_labels: bool,
     ) -> Self:
         """Derive the schema from a table's columns and a typical row.
@@ -108,23 +117,25 @@ class RowSchema:
             features: columns of features.
             label: column of labels.
             id: column of identities, if any.
+            weight: column of weights, if any.
             whole_labels: labels are class numbers, even if the column holds floats.
 
         Raises:
             DataError: a column is missing, or of a type that cannot be trained on.
         """
-        for column in [*features, label, *([id] if id else [])]:
-            require_column(column, schema)
+        for column in [*features, label, id, weight]:
+            if column is not None:
+                require_column(column, schema)
         if id is not None and pa.types.is_nested(schema.field(id).type):
             raise DataError(
                 f"data.id is {id!r}, which is {schema.field(id).type}, but must be one value per row, such "
                 f"as a number or a text: cast it, for example to_json({id})"
             )
-        kind = _record_type(label, schema.field(label).type)
-        if kind[1]:
-            raise DataError(
-                f"label column {label!r} is {schema.field(label).type}, but must be a number per row"
-            )
+        for what, column in (("label", label), ("weight", weight)):
+            if column is not None and _record_type(column, schema.field(column).type)[1]:
+                raise DataError(
+                    f"{what} column {column!r} is {schema.field(column).type}, but must be a number per row"
+                )
         return cls(
             features=tuple(
                 Feature(name=name, dtype=dtype, length=len(first[name]) if is_list else None)
@@ -132,8 +143,9 @@ class RowSchema:
                 for dtype, is_list in [_record_type(name, schema.field(name).type)]
             ),
             label=label,
-            label_dtype="int64" if whole_labels else kind[0],
+            label_dtype="int64" if whole_labels else _record_type(label, schema.field(label).type)[0],
             id=id,
+            weight=weight,
         )
 
     def check_columns(self, columns: pa.Schema, first: pa.Table, where: str) -> None:
@@ -154,6 +166,7 @@ class RowSchema:
             features=tuple(feature.name for feature in self.features),
             label=self.label,
             id=self.id,
+            weight=self.weight,
             whole_labels=self.classes is not None,
         )
         self.check_features(columns, where)
@@ -172,14 +185,17 @@ class RowSchema:
     @property
     def columns(self) -> list[str]:
         """Return the columns that are read."""
-        names = [*(feature.name for feature in self.features), self.label]
-        return list(dict.fromkeys([*names, self.id] if self.id else names))
+        names = [*(feature.name for feature in self.features), self.label, self.id, self.weight]
+        return list(dict.fromkeys(name for name in names if name is not None))
 
     @cached_property
     def record(self) -> np.dtype[np.void]:
         """Return the packed type of one row."""
         fields = [(f.field, np.dtype(f.dtype).newbyteorder("<"), f.shape) for f in self.features]
-        return np.dtype([*fields, (LABEL_FIELD, np.dtype(self.label_dtype).newbyteorder("<"))])
+        fields.append((LABEL_FIELD, np.dtype(self.label_dtype).newbyteorder("<"), ()))
+        if self.weight is not None:
+            fields.append((WEIGHT_FIELD, np.dtype("<f4"), ()))
+        return np.dtype(fields)
 
     def feature_arrays(self, records: Array) -> dict[str, Array]:
         """Return {column: array[B, ...]} of records."""
@@ -188,6 +204,10 @@ class RowSchema:
     def label_array(self, records: Array) -> Array:
         """Return the labels, [B], of records."""
         return records[LABEL_FIELD]
+
+    def weight_array(self, records: Array) -> Array | None:
+        """Return the weights, float32[B], of records; None if rows have none."""
+        return None if self.weight is None else records[WEIGHT_FIELD]
 
 
 def require_column(name: str, columns: pa.Schema) -> None:

@@ -39,6 +39,7 @@ from sparksgd.engines.forward import (
     forward,
     gradient_shift,
     predictions,
+    weighted,
 )
 from sparksgd.engines.modes import evaluating
 from sparksgd.engines.replies import Evaluation, Reply, WorkerReport, with_place
@@ -282,16 +283,20 @@ class Computer:
         seed_generators(seed)
         chunk = self.plan.rows_per_backward or len(records)
         loss, changes = 0.0, None
-        shift = gradient_shift(min(chunk, len(records))) if self.plan.float16 else 0
+        weights = self.plan.schema.weight_array(records)
+        weight = None if weights is None else _total(weights)
+        most = min(chunk, len(records)) if weight is None else max(1, math.ceil(weight))
+        shift = gradient_shift(most) if self.plan.float16 else 0
         with (
             self._settings.blamed("the module or its loss"),
             self.flat.new_gradient(take_part, shift) as gradient,
         ):
             for first in range(0, len(records), chunk):
                 with self.flat.standing.piece() as made:
-                    _, losses = self._forward(records[first : first + chunk])
+                    part = records[first : first + chunk]
+                    _, losses = self._forward(part)
                     self._require_finite(losses, rows[first : first + chunk], shard, turn)
-                    loss += back_propagate(losses, 2.0**-shift)
+                    loss += back_propagate(weighted(losses, self.plan.schema, part), 2.0**-shift)
                 changes = unite(changes, made.changes)
         self._watch.require_unchanged()
         total = torch.from_numpy(gradient).sum()  # a third of numpy's time
@@ -306,6 +311,7 @@ class Computer:
             counters=self.flat.counters(),
             loss=loss,
             rows=len(records),
+            weight=weight,
             touched=self.flat.touched,
             changes=changes,
             shard=shard.shard,
@@ -320,11 +326,13 @@ class Computer:
             output, losses = self._forward(records)
             label = torch.from_numpy(self.plan.schema.label_array(records).copy())
             classifies = self.plan.schema.classes is not None
-            hits = (predictions(output) == label).sum() if classifies else None
+            hits = (predictions(output) == label).numpy() if classifies else None
+            weights = self.plan.schema.weight_array(records)
             part = Evaluation(
-                loss=float(losses.double().sum()),
-                correct=None if hits is None else int(hits),
+                loss=float(weighted(losses.double(), self.plan.schema, records).sum()),
+                correct=None if hits is None else _total(hits if weights is None else weights[hits]),
                 rows=len(records),
+                weight=None if weights is None else _total(weights),
             )
             if total is None:
                 total = part
@@ -376,6 +384,10 @@ class _Standing:
         self._point = point
         if self._channels_last:
             self._layout.enter_context(self._flat.channels_last())
+
+
+def _total(values: npt.NDArray[Any]) -> float:
+    return float(values.sum(dtype=np.float64))
 
 
 def _turns_named(first: int, turns: int) -> str:

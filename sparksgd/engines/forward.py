@@ -30,6 +30,7 @@ __all__ = [
     "gradient_shift",
     "output_of",
     "predictions",
+    "weighted",
 ]
 
 EVALUATION_ROWS = 512
@@ -105,6 +106,12 @@ def forward(
     if losses.dtype in (torch.bfloat16, torch.float16):  # as autocast gives them; sums would be rounded
         losses = losses.float()
     return output, losses
+
+
+def weighted(losses: torch.Tensor, schema: RowSchema, records: npt.NDArray[Any]) -> torch.Tensor:
+    """Return the losses, [B], of records times the rows' weights; the losses themselves if rows have none."""
+    weights = schema.weight_array(records)
+    return losses if weights is None else losses * _tensor(weights)
 
 
 def output_of(

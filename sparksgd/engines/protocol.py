@@ -13,7 +13,7 @@ from sparksgd.engines.kinds import EngineKind
 from sparksgd.engines.memory import RunSizes
 from sparksgd.engines.replies import Evaluation, Reply, WorkerReport
 from sparksgd.engines.trace import TraceEvent
-from sparksgd.solvers.protocol import Message, RoundSolver
+from sparksgd.solvers.protocol import Message, RoundSolver, total_weight
 
 __all__ = [
     "Arrival",
@@ -89,7 +89,7 @@ class StepReport:
     """How many shards took part."""
 
     loss: float
-    """Mean loss of the rows."""
+    """Mean loss of the rows, by weight."""
 
     lr: float
     """Learning rate."""
@@ -237,7 +237,7 @@ def take_step(
         version=version,
         turn=first + turns,
         rows=total.rows,
-        loss_sum=total.loss,
+        loss=total.loss / total_weight(total),
         lr=outcome.lr,
         timing=timing(),
         workers=reply.workers,
@@ -255,7 +255,7 @@ def step_report(
     version: int,
     turn: int,
     rows: int,
-    loss_sum: float,
+    loss: float,
     lr: float,
     timing: StepTiming,
     workers: Iterable[WorkerReport],
@@ -272,7 +272,7 @@ def step_report(
         version: of the weights that the step began with.
         turn: how many turns every shard had made after it.
         rows: how many rows took part.
-        loss_sum: the sum of their losses.
+        loss: the mean of their losses, by weight.
         lr: the learning rate.
         timing: seconds.
         workers: the reports of the workers.
@@ -289,7 +289,7 @@ def step_report(
         version=version,
         rows=rows,
         shards=shards,
-        loss=loss_sum / rows,
+        loss=loss,
         lr=lr,
         timing=timing,
         workers=tuple(workers),

@@ -9,6 +9,7 @@ from typing import Self
 from sparksgd.arithmetic.addition_tree import Addable, Partials, merge_partials
 from sparksgd.arithmetic.numerics import Numerics
 from sparksgd.errors import NotFinite, ShardMissing, SparkSGDError, TrainingError, UpdateNotFinite
+from sparksgd.solvers.protocol import added_weights
 
 __all__ = ["Evaluation", "Reply", "WorkerReport", "failure_to_tell", "with_place"]
 
@@ -18,19 +19,23 @@ class Evaluation:
     """Sums over rows in evaluation mode."""
 
     loss: float
-    """Sum of the loss."""
+    """Sum of the loss, by weight."""
 
-    correct: int | None
-    """How many rows were classified correctly; None if there are no classes."""
+    correct: float | None
+    """The weight of the rows that were classified correctly; None if there are no classes."""
 
     rows: int
     """How many rows."""
+
+    weight: float | None = None
+    """The sum of their weights; None: they have none, and each weighs 1."""
 
     def __iadd__(self, other: Self) -> Self:
         self.loss += other.loss
         if self.correct is not None and other.correct is not None:
             self.correct += other.correct
         self.rows += other.rows
+        self.weight = added_weights(self.weight, other.weight)
         return self
 
 

@@ -19,6 +19,7 @@ from pyspark.sql import functions as F
 from sparksgd.arithmetic.copies import copied
 from sparksgd.config import Config
 from sparksgd.config.tables import MOST
+from sparksgd.data.row_reading import WEIGHTS
 from sparksgd.data.schema import require_column
 from sparksgd.errors import BadRows, ConfigError, DataError
 from sparksgd.imports import shown
@@ -141,6 +142,9 @@ class _TorchEstimator(TrainingParams, MLWritable, MLReadable[Any]):
             return dataset
         number = F.col(quoted(label))
         is_class = (number >= 0) & (number == F.floor(number)) & ~F.isnan(number.cast("double"))
+        if self.isSet("weightCol") and self.getOrDefault("weightCol") in dataset.columns:
+            weight = F.col(quoted(self.getOrDefault("weightCol"))).cast("float")
+            is_class &= weight.between(*(F.lit(limit).cast("float") for limit in WEIGHTS))
         return dataset.where(reduce(and_, (F.col(quoted(name)).isNotNull() for name in features), is_class))
 
     def _columns(self) -> tuple[list[str], str]:
@@ -183,6 +187,7 @@ class TorchClassifier(_TorchEstimator, ProbabilisticClassifier):
             featuresCol: one column of features, a vector or an array of numbers; its default is "features".
             featuresCols: several columns instead, arguments of forward by their names.
             labelCol: whole numbers from 0, also as doubles, as StringIndexer gives them.
+            weightCol: numbers above 0: how much each row counts, in evaluations, too.
             loss: cross_entropy for C logits (the default), binary_cross_entropy for one.
             optimizer, learningRate, maxEpochs, batchSize: by default AdamW, 0.001, 10 and 128.
 

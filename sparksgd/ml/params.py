@@ -27,6 +27,7 @@ KEYS = {
     "batchSize": "train.rows_per_step",
     "seed": "train.seed",
     "numShards": "train.num_shards",
+    "weightCol": "data.weight",
     "validationFraction": "data.validation_fraction",
     "validationIndicatorCol": "data.validation_column",
     "earlyStopping": "early_stopping.patience",
@@ -149,6 +150,11 @@ class TrainingParams(PredictionParams):
     validationIndicatorCol: Any = _param(
         "validationIndicatorCol",
         "a boolean column: rows where it is true are held out and evaluated on, as data.validation_column",
+        TypeConverters.toString,
+    )
+    weightCol: Any = _param(
+        "weightCol",
+        "a column of numbers above 0: how much each row counts, as data.weight",
         TypeConverters.toString,
     )
     earlyStopping: Any = _param(

@@ -1,8 +1,9 @@
 """Losses: functions of (output, label) with one value for each row; the trainer adds them.
 
 A mean would not do: a mean times the number of rows has other bits than the sum.  The trainer divides the
-sum by the number of rows.  So weights of classes weigh rows here: torch's own CrossEntropyLoss(weight=w)
-divides its mean by the sum of the rows' weights instead, which differs from batch to batch.
+sum by the number of rows; or, with data.weight, the sum of the losses times the rows' weights by the sum of
+these weights.  Weights of classes only weigh rows here: torch's own CrossEntropyLoss(weight=w) divides its
+mean by the sum of the rows' weights instead, which differs from batch to batch.
 
 A loss has no parameters that train, and the loss of a row does not depend on other rows; see
 ModelConfig.rows_mix.

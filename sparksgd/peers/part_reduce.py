@@ -286,6 +286,7 @@ def _tail_type(flat: FlatModule, scalars: int) -> np.dtype[Any]:
             ("rows", "<i8"),
             ("shards", "<i8"),
             ("loss", "<f8"),
+            ("weight", "<f8"),  # 0: the rows have none
             ("changes", "<i8"),  # bytes of what forward changed, of all sums of the worker
             ("scalars", "<f8", (scalars,)),
             ("counters", "<i8", counters.shape),
@@ -300,6 +301,7 @@ def _fill(tail: Any, message: Message | None, shape: MessageShape) -> None:
     tail["rows"] = 0 if message is None else message.rows
     if message is not None:
         tail["shards"], tail["loss"] = message.shards, message.loss
+        tail["weight"] = message.weight or 0.0
         tail["touched"] = True if message.touched is None else message.touched
         tail["counters"], tail["statistics"] = message.counters, message.statistics
         tail["scalars"] = [message.scalars[name] for name in shape.scalars]
@@ -316,6 +318,7 @@ def _read(tail: Any, vectors: Sequence[Vector], shape: MessageShape) -> Message 
         counters=tail["counters"].copy(),
         loss=float(tail["loss"]),
         rows=int(tail["rows"]),
+        weight=float(tail["weight"]) or None,
         shards=int(tail["shards"]),
         touched=None if tail["touched"].all() else tail["touched"].copy(),
     )

@@ -38,7 +38,7 @@ from sparksgd.errors import (
 )
 from sparksgd.peers.mesh import Meeting, Mesh
 from sparksgd.peers.part_reduce import AllReduce
-from sparksgd.solvers.protocol import MakeReplica, RoundSolver, SolverState, Vector
+from sparksgd.solvers.protocol import MakeReplica, RoundSolver, SolverState, Vector, total_weight
 
 __all__ = ["STEP_TIMES", "Replica", "Segment", "SegmentAnswer"]
 
@@ -46,7 +46,7 @@ STEP_TIMES = np.dtype(
     [
         ("rows", "<i8"),  # of all workers
         ("shards", "<i8"),
-        ("loss", "<f8"),  # sum over the rows
+        ("loss", "<f8"),  # mean over the rows
         ("lr", "<f8"),
         ("turn", "<i8"),  # turns that every shard had made after it
         ("own_rows", "<i8"),
@@ -252,7 +252,8 @@ class Replica:
                 f"messages of {total.rows} rows came in step {step + 1}: a shard with rows sent none, which "
                 f"the all-reduce engine does not carry"
             )
-        record["rows"], record["shards"], record["loss"] = total.rows, total.shards, total.loss
+        record["rows"], record["shards"] = total.rows, total.shards
+        record["loss"] = total.loss / total_weight(total)
         record["own_rows"] = computed.workers[0].rows
         record["reduce_s"] = reduced_at_s - record["computed_at_s"]
         if segment.by_strips:

@@ -110,7 +110,7 @@ class Centre:
 def step_along(
     optimizer: FlatOptimizer,
     total: Vector,
-    rows: int,
+    weight: float,
     touched: Touched,
     clip_norm: float | None,
     seed: int,
@@ -121,7 +121,7 @@ def step_along(
     Args:
         optimizer: over the parameters that it changes.
         total: the sum of the gradients over the rows, float[P].
-        rows: how many.
+        weight: of the rows; how many, if they have none.
         touched: the parameters that have a gradient.
         clip_norm: the largest norm of the mean gradient; None: nothing is clipped, and no norm is computed.
         seed: of what an optimiser of the user's own draws.
@@ -131,7 +131,7 @@ def step_along(
         UserCodeError: the optimiser or the schedule raised.
     """
     gradient = optimizer.new_gradient()
-    torch.div(torch.from_numpy(total), rows, out=gradient)
+    torch.div(torch.from_numpy(total), weight, out=gradient)
     norm = clip(gradient, clip_norm)
     optimizer.step(gradient, touched, seed, then)
     return norm

@@ -454,16 +454,16 @@ HAS = "has"
 
 
 def means(
-    vectors: Mapping[str, Vector], numbers: Mapping[str, float], rows: int, parts: Sequence[slice]
+    vectors: Mapping[str, Vector], numbers: Mapping[str, float], weight: float, parts: Sequence[slice]
 ) -> tuple[dict[str, Vector], dict[str, float]]:
-    """Return the row-weighted mean of what several optimisers keep: of sums of `averageable` times the rows.
+    """Return the mean of what several optimisers keep: of sums of `averageable` by the weight of their rows.
 
     An optimiser that keeps nothing for a parameter does not count for it.
     """
     having = [numbers[f"{HAS}.{k}"] for k in range(len(parts))]
     found: dict[str, Vector]
-    if all(count == rows for count in having):
-        found = {name: vector / np.asarray(rows, vector.dtype) for name, vector in vectors.items()}
+    if all(count == weight for count in having):
+        found = {name: vector / np.asarray(weight, vector.dtype) for name, vector in vectors.items()}
     else:
         found = {name: vector.copy() for name, vector in vectors.items()}
         for vector in found.values():

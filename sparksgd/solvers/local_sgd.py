@@ -41,6 +41,7 @@ from sparksgd.solvers.protocol import (
     SolverState,
     StepOutcome,
     Vector,
+    total_weight,
 )
 from sparksgd.solvers.rules import Experiment
 from sparksgd.solvers.schedules import Rates
@@ -215,7 +216,8 @@ class LocalSGD:
         Returns:
             The momentum after it; None without one.
         """
-        difference = torch.from_numpy(total.vectors["difference"] / np.asarray(total.rows, np.float32))
+        weight = np.asarray(total_weight(total), np.float32)
+        difference = torch.from_numpy(total.vectors["difference"] / weight)
         step, momentum, beta = difference, self._momentum, self._settings.outer_momentum
         if momentum is not None:
             momentum = beta * momentum + difference
@@ -230,7 +232,7 @@ class LocalSGD:
         return step_along(
             self._inner,
             total.vectors["gradient"],
-            total.rows,
+            total_weight(total),
             total.touched,
             self._settings.clip_norm,
             seed32(self._experiment.seed, "optimizer", self.version),
@@ -241,7 +243,7 @@ class LocalSGD:
         if self._settings.inner_state != "average":
             return {}, {}
         vectors = {name: total.vectors[name] for name in self._state_names[0]}
-        return means(vectors, total.scalars, total.rows, self.flat.parts)
+        return means(vectors, total.scalars, total_weight(total), self.flat.parts)
 
     def readout(self) -> Weights:
         """Return a copy of the centre's weights; the same object until the next step."""

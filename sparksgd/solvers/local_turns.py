@@ -24,7 +24,9 @@ from sparksgd.solvers.protocol import (
     Need,
     Settings,
     Vector,
+    added_weights,
     either,
+    total_weight,
 )
 from sparksgd.solvers.rules import require_at_least
 from sparksgd.solvers.synchronous import SendGradients
@@ -140,21 +142,21 @@ class LocalTurns:
             changed.parameters.write(bits(self._local.parameters))
         optimizer.set(settings)
         seed = seed32(self._seed, "optimizer", gradient.shard, gradient.turn)
-        step_along(
-            optimizer, gradient.vector, gradient.rows, gradient.touched, self._settings.clip_norm, seed
-        )
+        weight, clip_norm = total_weight(gradient), self._settings.clip_norm
+        step_along(optimizer, gradient.vector, weight, gradient.touched, clip_norm, seed)
         refuse_not_finite(self._local.parameters, "the shard's own step", "optimizer.lr", optimizer.lr)
         self._made = replace(
             gradient,
             vector=gradient.vector[:0],
             rows=gradient.rows + (before.rows if before else 0),
+            weight=added_weights(before.weight, gradient.weight) if before else gradient.weight,
             loss=(before.loss if before else 0.0) + gradient.loss,
             touched=either(before.touched, gradient.touched) if before else gradient.touched,
             changes=constants_changed(before.changes if before else None, changed),
         )
 
     def send(self) -> Message | None:
-        """Return the difference to the round's weights, times the rows; None where the shard had no row.
+        """Return the difference to the round's weights, by the weight of the rows; None where there was none.
 
         Raises:
             ConfigError: the optimisers' states cannot be averaged.
@@ -163,8 +165,8 @@ class LocalTurns:
             return self._synchronous.send()
         if self._made is None:
             return None
-        local, rows = self._local.parameters.numpy(), self._made.rows
-        weight = np.asarray(rows, local.dtype)
+        local, of_rows = self._local.parameters.numpy(), total_weight(self._made)
+        weight = np.asarray(of_rows, local.dtype)
         vectors = {"difference": (self._round.weights.parameters - local) * weight}
         scalars: dict[str, float] = {}
         if self._settings.inner_state == "average":
@@ -180,7 +182,7 @@ class LocalTurns:
                     f"false"
                 )
             vectors |= {name: vector * weight for name, vector in of_elements.items()}
-            scalars = {name: value * rows for name, value in of_all.items()}
+            scalars = {name: value * of_rows for name, value in of_all.items()}
         return Message.of([self._made], vectors, **scalars)
 
     def _or_zeros(

@@ -51,8 +51,11 @@ __all__ = [
     "Touched",
     "Vector",
     "Verdict",
+    "Weighed",
     "WorkerHalf",
+    "added_weights",
     "either",
+    "total_weight",
 ]
 
 Vector = npt.NDArray[np.floating]
@@ -72,6 +75,30 @@ def either(one: Touched, other: Touched) -> Touched:
         return None
     found = one | other
     return None if found.all() else found
+
+
+class Weighed(Protocol):
+    """Sums over rows that may have weights."""
+
+    @property
+    def rows(self) -> int:
+        """Return how many rows."""
+        ...
+
+    @property
+    def weight(self) -> float | None:
+        """Return the sum of their weights; None: they have none, and each weighs 1."""
+        ...
+
+
+def total_weight(sums: Weighed) -> float:
+    """Return what a mean divides these sums by."""
+    return sums.rows if sums.weight is None else sums.weight
+
+
+def added_weights(one: float | None, other: float | None) -> float | None:
+    """Return the weight of the rows of two sums."""
+    return None if one is None or other is None else one + other
 
 
 class Need(Enum):
@@ -100,10 +127,13 @@ class Gradient:
     """Batch-norm's counters, int64[C]."""
 
     loss: float
-    """Sum of the loss over the rows."""
+    """Sum of the loss over the rows, by weight, as the gradient is."""
 
     rows: int
     """How many rows."""
+
+    weight: float | None = None
+    """The sum of their weights; None: they have none, and each weighs 1."""
 
     touched: Touched = None
     """The parameters that the backward passes gave a gradient; the others have zeros in the vector."""
@@ -134,10 +164,13 @@ class Message:
     """Batch-norm's counters, the largest of any shard, int64[C]."""
 
     loss: float
-    """Sum of the loss over the rows."""
+    """Sum of the loss over the rows, by weight."""
 
     rows: int
     """How many rows it sums over."""
+
+    weight: float | None = None
+    """The sum of their weights; None: they have none, and each weighs 1."""
 
     shards: int = 1
     """How many shards took part."""
@@ -159,6 +192,7 @@ class Message:
             counters=last.counters,
             loss=sum(gradient.loss for gradient in gradients),
             rows=rows,
+            weight=reduce(added_weights, [gradient.weight for gradient in gradients]),
             touched=reduce(either, [gradient.touched for gradient in gradients]),
             changes=reduce(unite, [gradient.changes for gradient in gradients]),
         )
@@ -172,6 +206,7 @@ class Message:
         np.maximum(self.counters, other.counters, out=self.counters)
         self.loss += other.loss
         self.rows += other.rows
+        self.weight = added_weights(self.weight, other.weight)
         self.shards += other.shards
         self.touched = either(self.touched, other.touched)
         self.changes = unite(self.changes, other.changes)

@@ -34,6 +34,7 @@ from sparksgd.solvers.protocol import (
     SolverState,
     StepOutcome,
     Vector,
+    total_weight,
 )
 from sparksgd.solvers.rules import Experiment, needs_of, require_at_least
 from sparksgd.solvers.schedules import make_schedule, own_schedule, remarks_on
@@ -253,7 +254,7 @@ class SynchronousSolver:
             norm = step_along(
                 self._optimizer,
                 total.vectors["gradient"],
-                total.rows,
+                total_weight(total),
                 total.touched,
                 self._clip_norm,
                 seed,

@@ -32,7 +32,7 @@ from sparksgd.engines.trial.outside import watch_steps
 from sparksgd.errors import NotFinite, UpdateNotFinite
 from sparksgd.imports import out_of_memory_told
 from sparksgd.imports.sources import code_digests
-from sparksgd.solvers.protocol import RoundSolver
+from sparksgd.solvers.protocol import RoundSolver, total_weight
 from sparksgd.solvers.rules import completed, make_solver
 from sparksgd.training.checkpoint import RunIdentity, go_on, unreplaced_digest
 from sparksgd.training.checkpointing import Checkpointing, CheckpointStore
@@ -382,12 +382,13 @@ def _note_replacements(training: Training, report: StepReport) -> None:
 def _evaluated(training: Training, engine: Engine, solver: RoundSolver) -> EvaluationReport:
     started = time.perf_counter()
     sums = engine.evaluate(solver)
+    weight = total_weight(sums)
     report = EvaluationReport(
         step=solver.version,
         turn=solver.turns,
         epoch=training.plan.sampling.epoch_of(solver.turns - 1) + 1,
-        loss=sums.loss / sums.rows,
-        accuracy=None if sums.correct is None else sums.correct / sums.rows,
+        loss=sums.loss / weight,
+        accuracy=None if sums.correct is None else sums.correct / weight,
         rows=sums.rows,
         time_s=time.perf_counter() - started,
     )

@@ -408,7 +408,7 @@ def _first_records(
     data: DataConfig, rows: RowSource, *, whole_labels: bool
 ) -> tuple[RowSchema, np.ndarray[Any, Any]]:
     """Return the schema of a row, from the first rows, and the good ones of these rows."""
-    also = [name for name in (data.id, data.validation_column) if name is not None]
+    also = [name for name in (data.id, data.weight, data.validation_column) if name is not None]
     columns = [*data.features, data.label, *also]
     arrow_schema, first = rows.first_rows(columns, _FIRST_ROWS)
     check_column(data, arrow_schema)
@@ -423,6 +423,7 @@ def _first_records(
         features=data.features,
         label=data.label,
         id=data.id,
+        weight=data.weight,
         whole_labels=whole_labels,
     )
     return schema, read_rows(first.select(schema.columns).combine_chunks().to_batches()[0], schema).records

@@ -172,7 +172,7 @@ def test_what_cannot_be_held_out_is_refused(path: str) -> None:
     for data, told in (
         ({"validation_fraction": 1.0}, r"validation_fraction is 1\.0, but must be above 0 and below 1"),
         ({"validation_fraction": 0.0}, "must be above 0 and below 1"),
-        ({"validation_column": "y"}, "is 'y', which is a feature, the label or data.id"),
+        ({"validation_column": "y"}, "is 'y', which is a feature, the label, data.weight or data.id"),
         ({"validation_column": "out", "validation_fraction": 0.1}, "are set, but a run evaluates on one set"),
         ({"validation_column": "out", "test": path}, "data.test and data.validation_column are set"),
     ):

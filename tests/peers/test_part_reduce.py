@@ -44,6 +44,7 @@ def piece(shard: int, absent: frozenset[int]) -> Message | None:
         counters=np.array([shard], np.int64),
         loss=source.standard_normal() * float(scale),
         rows=shard + 1,
+        weight=source.random() * float(scale),
     )
 
 
@@ -85,6 +86,7 @@ def test_every_worker_ends_with_the_bits_of_the_whole_tree(num_workers, num_shar
             assert vector.tobytes() == whole.vectors["gradient"].tobytes()
             assert total.statistics.tobytes() == whole.statistics.tobytes()
             assert (total.rows, total.shards, total.loss) == (whole.rows, whole.shards, whole.loss)
+            assert total.weight == whole.weight
             assert total.counters.tolist() == [max(set(range(num_shards)) - absent)]
             there = set(range(num_shards)) - absent
             by_some = [bool(there & {1, 5}), 2 in there]
@@ -116,7 +118,7 @@ def test_a_worker_sends_two_vectors_less_its_own_share_where_shards_divide(
             )
         allreduce.part_reduce(0, partials, GRADIENT)
         allreduce.part_broadcast(0, np.ones(60, np.float32))
-        records = len(partials) * 34 * (num_workers - 1)  # rows, shards, loss, changes, 2 parameters
+        records = len(partials) * 42 * (num_workers - 1)  # rows, shards, loss, weight, changes, 2 parameters
         return mesh.sent_bytes - records
 
     sent = company.all(one)

@@ -73,7 +73,8 @@ def measured_model(session: SparkSession, config: Config, cluster: Cluster) -> M
         rows = frame.count()
         sizes, schema = tried_sizes(config, module, DataFrameRows(frame, cluster))
     else:
-        config = replace(config, data=replace(config.data, features=config.data.features[:1], id=None))
+        few = replace(config.data, features=config.data.features[:1], id=None, weight=None)
+        config = replace(config, data=few)
         rows, rows_from = _MADE_UP_ROWS, "rows made up like MNIST's"
         with _made_up(config.data) as made:
             sizes, schema = tried_sizes(config, module, made)

@@ -251,7 +251,7 @@ class AllReduceEngine(SparkEngine):
                 turn=int(exact["turn"]),
                 rows=int(exact["rows"]),
                 shards=int(exact["shards"]),
-                loss_sum=float(exact["loss"]),
+                loss=float(exact["loss"]),
                 lr=float(exact["lr"]),
                 timing=StepTiming(
                     total=float(total[index] + launch[index]),

@@ -1,0 +1,72 @@
+"""weightCol: how much each row counts in a fit."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from pyspark.ml.feature import VectorAssembler
+from torch import nn
+
+import sparksgd
+from sparksgd.errors import BadRows, DataError
+from sparksgd.ml import TorchClassifier, TorchRegressor
+
+pytestmark = pytest.mark.session("local[2]")
+
+BRIEF = {"maxEpochs": 2, "batchSize": 1000, "numShards": 2, "learningRate": 0.1, "engine": "tree"}
+
+
+@pytest.fixture(scope="module")
+def points(session_for):
+    """Return 200 rows with features, a label, and a whole weight."""
+    source = np.random.default_rng(4)
+    drawn = [(float(a), float(b), int(a + b > 0), int(w)) for a, b, w in source.normal(size=(200, 3)) * 2]
+    rows = [(a, b, label, abs(w) + 1) for a, b, label, w in drawn]
+    frame = session_for("local[2]").createDataFrame(rows, "a double, b double, label int, w int")
+    return VectorAssembler(inputCols=["a", "b"], outputCol="features").transform(frame)
+
+
+def linear(outputs):
+    torch.manual_seed(1)
+    return nn.Linear(2, outputs)
+
+
+@pytest.mark.parametrize(("kind", "outputs"), [(TorchClassifier, 2), (TorchRegressor, 1)])
+def test_a_row_of_weight_w_counts_as_w_rows(points, kind, outputs):
+    weighted = kind(module=linear(outputs), weightCol="w", **BRIEF).fit(points)
+    repeated = kind(module=linear(outputs), **BRIEF).fit(
+        points.selectExpr("features", "label", "explode(sequence(1, w))")
+    )
+    plain = kind(module=linear(outputs), **BRIEF).fit(points)
+    of = {
+        name: nn.utils.parameters_to_vector(model.module.parameters())
+        for name, model in (("weighted", weighted), ("repeated", repeated), ("plain", plain))
+    }
+    assert torch.allclose(of["weighted"], of["repeated"], atol=1e-5)
+    assert not torch.allclose(of["weighted"], of["plain"], atol=1e-4)
+
+
+def test_a_fit_has_the_bits_of_a_training_with_the_same_weights(points):
+    model = TorchClassifier(module=linear(2), weightCol="w", **BRIEF).fit(points)
+    config = {
+        "data": {"features": ["features"], "label": "label", "weight": "w"},
+        "loss": {"name": "cross_entropy"},
+        "optimizer": {"name": "AdamW", "lr": 0.1},
+        "train": {"epochs": 2, "rows_per_step": 1000, "num_shards": 2},
+    }
+    training = sparksgd.train(config, points, module=linear(2))
+    assert model.summary["parameters_sha256"] == training.flat.parameters_sha256()
+    assert "w" in model.transform(points).columns
+
+
+def test_bad_weights_are_refused_or_left_out(points):
+    bad = points.selectExpr("features", "label", "IF(a > 1, -1.0, double(w)) AS w")
+    fit = TorchClassifier(module=linear(2), weightCol="w", **BRIEF)
+    with pytest.raises(BadRows, match=r"a weight that is not from .*handleInvalid"):
+        fit.fit(bad)
+    with pytest.raises(DataError, match="no column 'v'"):
+        fit.copy({fit.weightCol: "v"}).fit(points)
+    left_out = fit.copy({fit.handleInvalid: "skip"}).fit(bad)
+    good = fit.fit(bad.where("w > 0"))
+    assert left_out.summary["parameters_sha256"] == good.summary["parameters_sha256"]
