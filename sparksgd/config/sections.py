@@ -66,11 +66,18 @@ class ModelConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class LossConfig:
-    """The loss: one value for each row."""
+    """The loss: one value for each row.  Other keys of the section are arguments of it."""
 
     name: str = experiment_key("cross_entropy")
-    """A loss of sparksgd.models.losses, or your own as package.module:function, (output, label) ->
-    Tensor[B]."""
+    """A loss of sparksgd.models.losses, or of torch.nn such as SmoothL1Loss, or your own as
+    package.module:name: a function (output, label) -> Tensor[B], or a class of such."""
+
+    kind: Literal["classes", "binary", "numbers"] | None = experiment_key(None)
+    """What your own loss is of, so that labels are checked and accuracy is told: classes (a logit for each),
+    binary (one logit) or numbers.  If not set, it is that of a known loss, or not known."""
+
+    arguments: Mapping[str, Any] = arguments()
+    """Keyword arguments of the loss."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -28,7 +28,7 @@ from sparksgd.ml.module_spec import ModuleSpec
 from sparksgd.ml.params import PREDICTION_DEFAULTS, TrainingParams
 from sparksgd.ml.records import SHOWN, TrainingRecord
 from sparksgd.ml.saving import EstimatorReader, EstimatorWriter
-from sparksgd.models.losses import CLASSIFIERS, LOSSES
+from sparksgd.models.losses import LossKind, loss_kind
 from sparksgd.runs.folder import summary
 from sparksgd.runs.model import SavedModel, checked_model
 from sparksgd.spark.cluster.cluster import refuse_connect
@@ -69,20 +69,40 @@ class _TorchEstimator(TrainingParams, MLWritable, MLReadable[Any]):
         )
         self.setParams(**params)
 
-    def _refuse_loss(self, loss: str) -> None:
-        """Refuse a loss that is not of this kind of Estimator."""
-        raise NotImplementedError
+    _kinds: tuple[LossKind, ...]
+    """The kinds of losses that it trains with; the first is that of a loss whose kind is not known."""
+
+    def _loss_table(self, given: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+        """Return the kind of a loss whose kind nobody says: that of this Estimator.
+
+        Args:
+            given: `config`.
+
+        Raises:
+            ConfigError: the loss is of another kind.
+        """
+        table = {**given.get("loss", {}), "name": self.getOrDefault("loss")}
+        kind = loss_kind(Config.from_dict({"loss": table}).loss)
+        if kind is None:
+            return {"kind": self._kinds[0]}
+        if kind not in self._kinds:
+            other = "TorchRegressor" if kind == "numbers" else "TorchClassifier"
+            raise ConfigError(
+                f'loss is {shown(table["name"])}, whose kind is "{kind}", but {type(self).__name__} trains '
+                f"with losses of {' or '.join(self._kinds)}: use {other}"
+            )
+        return {}
 
     def _fit(self, dataset: DataFrame) -> Any:
         """Train; `fit` is Spark ML's own, and calls this."""
         refuse_connect(dataset.sparkSession)
-        self._refuse_loss(self.getOrDefault("loss"))
         if not self.isDefined("module"):
             raise ConfigError(f"{type(self).__name__} has no module: pass module=, what it trains")
         spec = ModuleSpec.of(self.getOrDefault("module"))
         features, label = self._columns()
         data: dict[str, Any] = {"features": features, "label": label}
         given = self._given_config()
+        of_loss = self._loss_table(given)
         if self.getOrDefault("handleInvalid") == "skip":
             data["on_bad_row"] = "skip"
             if "max_bad_rows" not in given.get("data", {}):
@@ -92,7 +112,7 @@ class _TorchEstimator(TrainingParams, MLWritable, MLReadable[Any]):
             "num_classes": partial(_num_classes, self._counted(dataset, features, label), label),
         }
         sizes = {name: found[name]() for name in spec.sizes()}
-        tables: dict[str, Mapping[str, Any]] = {"data": data}
+        tables: dict[str, Mapping[str, Any]] = {"data": data, "loss": of_loss}
         if spec.name is not None:
             tables["model"] = {"name": spec.name, **sizes}
         config = self._configured(tables)
@@ -188,7 +208,8 @@ class TorchClassifier(_TorchEstimator, ProbabilisticClassifier):
             featuresCols: several columns instead, arguments of forward by their names.
             labelCol: whole numbers from 0, also as doubles, as StringIndexer gives them.
             weightCol: numbers above 0: how much each row counts, in evaluations, too.
-            loss: cross_entropy for C logits (the default), binary_cross_entropy for one.
+            loss: cross_entropy for C logits (the default), binary_cross_entropy for one, or your own by its
+                import path; of one logit with config={"loss": {"kind": "binary"}}.
             optimizer, learningRate, maxEpochs, batchSize: by default AdamW, 0.001, 10 and 128.
 
     Raises:
@@ -201,14 +222,8 @@ class TorchClassifier(_TorchEstimator, ProbabilisticClassifier):
     """
 
     _loss = "cross_entropy"
+    _kinds = ("classes", "binary")
     _model = TorchClassificationModel
-
-    def _refuse_loss(self, loss: str) -> None:
-        if loss not in _OF_CLASSIFIERS:
-            raise ConfigError(
-                f"loss is {shown(loss)}, but TorchClassifier trains with {' or '.join(_OF_CLASSIFIERS)}: any "
-                f"other loss can be trained by sparksgd.train"
-            )
 
 
 class TorchRegressor(_TorchEstimator, Regressor[Any]):
@@ -222,14 +237,8 @@ class TorchRegressor(_TorchEstimator, Regressor[Any]):
     """
 
     _loss = "squared_error"
+    _kinds = ("numbers",)
     _model = TorchRegressionModel
-
-    def _refuse_loss(self, loss: str) -> None:
-        if loss in _OF_CLASSIFIERS:
-            raise ConfigError(f"loss is {shown(loss)}, which trains a classifier: use TorchClassifier")
-
-
-_OF_CLASSIFIERS = [name for name, loss in LOSSES.items() if loss in CLASSIFIERS]
 
 
 def _apart(trained: SavedModel) -> SavedModel:

@@ -13,26 +13,36 @@ Legend: B rows, C classes.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import inspect
+import math
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any, Literal
 
 import torch
+from torch import nn
 from torch.nn import functional as F
 
-from sparksgd.errors import ModelError
-from sparksgd.imports import resolve
+from sparksgd.config import LossConfig
+from sparksgd.errors import ConfigError, ModelError
+from sparksgd.imports import did_you_mean, resolve, shown
 from sparksgd.imports.trust import Trust
 
 __all__ = [
-    "CLASSIFIERS",
     "LOSSES",
     "Loss",
+    "LossKind",
     "binary_cross_entropy",
     "cross_entropy",
-    "loss_named",
+    "loss_kind",
+    "make_loss",
+    "num_classes",
     "squared_error",
 ]
 
 Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+LossKind = Literal["classes", "binary", "numbers"]
 
 
 def cross_entropy(output: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
@@ -41,12 +51,16 @@ def cross_entropy(output: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
     Raises:
         ModelError: the output is one number for each row.
     """
+    _require_logits("cross_entropy", output, label)
+    return F.cross_entropy(output, label, reduction="none")
+
+
+def _require_logits(name: str, output: torch.Tensor, label: torch.Tensor) -> None:
     if output.shape in (label.shape, (*label.shape, 1)):
         raise ModelError(
-            f"the module gives {tuple(output.shape)} for {len(label)} rows, but cross_entropy takes a logit "
+            f"the module gives {tuple(output.shape)} for {len(label)} rows, but {name} takes a logit "
             f"for each class: let it give those of two classes or more, or use binary_cross_entropy"
         )
-    return F.cross_entropy(output, label, reduction="none")
 
 
 def binary_cross_entropy(output: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
@@ -61,23 +75,151 @@ def squared_error(output: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
     return (output.reshape(len(label)) - label.to(output.dtype)).square()
 
 
-LOSSES: dict[str, Loss] = {
-    "binary_cross_entropy": binary_cross_entropy,
-    "cross_entropy": cross_entropy,
-    "squared_error": squared_error,
+class _OfTorch(nn.Module):
+    """A loss of torch.nn with one value per row; numbers may be [B] or [B, 1]."""
+
+    def __init__(self, loss: nn.Module, kind: LossKind) -> None:
+        super().__init__()
+        self.loss, self.kind = loss, kind
+
+    def forward(self, output: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
+        """Return the losses, float[B]."""
+        if self.kind == "classes":
+            _require_logits(type(self.loss).__name__, output, label)
+        else:
+            output, label = output.reshape(len(label)), label.to(output.dtype)
+        losses: torch.Tensor = self.loss(output, label)
+        return losses
+
+
+_PLAIN: dict[str, tuple[Loss, str]] = {
+    "binary_cross_entropy": (binary_cross_entropy, "BCEWithLogitsLoss"),
+    "cross_entropy": (cross_entropy, "CrossEntropyLoss"),
+    "squared_error": (squared_error, "MSELoss"),
 }
+"""Losses without arguments, and the classes of torch.nn that are the same with arguments."""
+
+_KINDS: dict[str, LossKind] = {
+    "BCEWithLogitsLoss": "binary",
+    "CrossEntropyLoss": "classes",
+    "HuberLoss": "numbers",
+    "L1Loss": "numbers",
+    "MSELoss": "numbers",
+    "NLLLoss": "classes",
+    "PoissonNLLLoss": "numbers",
+    "SmoothL1Loss": "numbers",
+}
+"""Classes of torch.nn that are losses here."""
+
+LOSSES = (*_PLAIN, *_KINDS)
+"""The names of losses that are no import paths."""
+
+_SUMS = ("reduction", "reduce", "size_average")
+"""Arguments of torch.nn's losses that would add the rows."""
 
 
-CLASSIFIERS = (binary_cross_entropy, cross_entropy)
-"""Losses whose labels are classes, numbered from 0."""
+def loss_kind(config: LossConfig) -> LossKind | None:
+    """Return what a loss is of; None if that is not known.
+
+    Raises:
+        ConfigError: loss.kind is another than that of a known loss.
+    """
+    name = _PLAIN[config.name][1] if config.name in _PLAIN else config.name
+    known = _KINDS.get(name)
+    if known is not None and config.kind not in (None, known):
+        raise ConfigError(
+            f'loss.kind is "{config.kind}", but loss.name is {shown(config.name)}, whose kind is "{known}": '
+            f"leave loss.kind out"
+        )
+    return known or config.kind
 
 
-def loss_named(name: str, trust: Trust | None = None) -> Loss:
-    """Return one of LOSSES, or the user's own by import path.
+def num_classes(kind: LossKind | None, output: tuple[int, ...]) -> int:
+    """Return how many classes an output of this shape, for the first rows, tells apart.
+
+    Raises:
+        ModelError: a loss of this kind takes another shape.
+    """
+    width = math.prod(output[1:])
+    if kind == "binary" and width == 1:
+        return 2
+    if kind == "classes" and len(output) == 2 and width > 1:
+        return width
+    rule = "one logit, [B] or [B, 1]" if kind == "binary" else "a logit for each class, [B, C]"
+    raise ModelError(
+        f'the module gives {output} for {output[0]} rows, but a loss whose kind is "{kind}" takes {rule}: set '
+        f"another loss.kind, or none"
+    )
+
+
+def make_loss(config: LossConfig, trust: Trust | None = None) -> Loss:
+    """Return the loss that a configuration names.
 
     Args:
-        name: of it.
+        config: the name, and arguments.
         trust: whose code may run, if the name comes from a file; None: the user wrote it.
+
+    Raises:
+        ConfigError: there is no such loss, or it does not take these arguments.
+        DataError: it is not trusted.
     """
-    loss: Loss = resolve("loss.name", name, LOSSES, trust)
-    return loss
+    if config.name in _PLAIN:
+        plain, of_torch = _PLAIN[config.name]
+        return _of_torch(config, of_torch) if config.arguments else plain
+    if config.name in _KINDS:
+        return _of_torch(config, config.name)
+    found = resolve("loss.name", config.name, dict.fromkeys(LOSSES), trust)
+    if not callable(found):
+        raise ConfigError(
+            f"loss.name is {shown(config.name)}, which is {shown(found)}, but must be a function (output, "
+            f"label), or a class whose instances are such"
+        )
+    if isinstance(found, type):
+        loss: Loss = _instance(config, found, config.arguments, _parameters(found))
+        return loss
+    if not config.arguments:
+        return found  # type: ignore[no-any-return]  # it is callable
+    _refuse_unknown(config, _parameters(found)[2:])
+    return partial(found, **config.arguments)
+
+
+def _of_torch(config: LossConfig, name: str) -> Loss:
+    kind = getattr(nn, name)
+    known = [key for key in _parameters(kind) if key not in _SUMS]
+    values = {
+        key: torch.tensor(value, dtype=torch.float32) if isinstance(value, list | tuple) else value
+        for key, value in config.arguments.items()
+    }
+    return _OfTorch(_instance(config, kind, {**values, "reduction": "none"}, known), _KINDS[name])
+
+
+def _instance(config: LossConfig, kind: Any, arguments: Mapping[str, Any], known: list[str]) -> Any:
+    """Return an instance of a class of losses."""
+    _refuse_unknown(config, known)
+    try:
+        return kind(**arguments)
+    except Exception as error:
+        raise ConfigError(
+            f"loss.name is {shown(config.name)}, which does not take {shown(dict(config.arguments))}: "
+            f"{type(error).__name__}: {error}"
+        ) from error
+
+
+def _refuse_unknown(config: LossConfig, known: list[str]) -> None:
+    for key in config.arguments:
+        if key not in known and _ANY not in known:
+            of_rows = ": the trainer adds the rows' losses itself" if key in _SUMS else ""
+            near = did_you_mean(key, known) if not of_rows else ""
+            raise ConfigError(f"loss.{key} is no argument of {config.name}{of_rows}{near}")
+
+
+_ANY = "**"
+
+
+def _parameters(function: Any) -> list[str]:
+    """Return the names of what can be passed by name, in their order; `_ANY` if that is anything."""
+    try:
+        found = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):  # of C, which says nothing
+        return [_ANY, _ANY, _ANY]
+    return [_ANY if one.kind is inspect.Parameter.VAR_KEYWORD else one.name for one in found]

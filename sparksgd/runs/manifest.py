@@ -2,7 +2,7 @@
 
 Every field is checked as it is read, like a configuration, and so is a digest of them all.
 
-    format                  6; 2 to 5 are still read
+    format                  7; 2 to 6 are still read
     weights, constants      name, size and SHA-256 of each file; constants may be null
     finished, version       whether the run finished, and its step
     model, seed, structure  how to build the module again, and what it must consist of
@@ -20,12 +20,14 @@ import json
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
-from sparksgd.config import ModelConfig
+from sparksgd.config import LossConfig, ModelConfig
+from sparksgd.config.tables import as_toml
 from sparksgd.data.schema import FEATURE_DTYPES, LABEL_DTYPES, MOST_RECORD_BYTES, Feature, RowSchema
 from sparksgd.errors import DataError
 from sparksgd.imports import out_of_memory_told
+from sparksgd.models.losses import LossKind
 from sparksgd.runs.checked_files import FileEntry, check_name, is_sha256, shown
 from sparksgd.runs.json_files import read_json, write_json
 from sparksgd.runs.names import MANIFEST
@@ -40,10 +42,10 @@ if TYPE_CHECKING:  # to load a model needs nothing of the training
 
 __all__ = ["FORMAT", "Manifest", "describe", "read_manifest", "write_manifest"]
 
-FORMAT = 6
-_STILL_READ = (2, 3, 4, 5, FORMAT)
+FORMAT = 7
+_STILL_READ = (2, 3, 4, 5, 6, FORMAT)
 # 2 had no constants, and built the module from seed 0; 3 had neither plain values nor a structure; 4 had
-# neither sizes nor digests of files and code; 5 had no parts.
+# neither sizes nor digests of files and code; 5 had no parts; 6 had only the name of the loss.
 _CHECKED_SINCE = 5
 _MOST = 2**63 - 1
 
@@ -82,8 +84,8 @@ class Manifest:
     schema: RowSchema
     """What a row must be."""
 
-    loss: str
-    """loss.name."""
+    loss: LossConfig
+    """The section [loss]."""
 
     code: Mapping[str, str] | None
     """Digests of code by the keys that name it; None before format 5."""
@@ -99,7 +101,7 @@ class Manifest:
         gone = ("format", "weights", "constants", "state_sha256", "constants_sha256")
         described = {key: value for key, value in self.fields.items() if key not in gone}
         lacking = {"seed": self.seed, "structure": structure(module), "parts": None, "code": {}}
-        return lacking | described
+        return lacking | described | {"loss": _loss_table(self.loss)}
 
 
 def describe(training: Training) -> dict[str, Any]:
@@ -113,12 +115,16 @@ def describe(training: Training) -> dict[str, Any]:
         "parts": None if training.model_name else described_parts(training.module),
         "features": [asdict(feature) for feature in schema.features],
         "label": {"name": schema.label, "dtype": schema.label_dtype, "classes": schema.classes},
-        "loss": config.loss.name,
+        "loss": _loss_table(config.loss),
         "code": dict(training.code),
         "version": training.module_step,
         "parameters_sha256": training.flat.parameters_sha256(),
         "buffers_sha256": training.flat.buffers_sha256(),
     }
+
+
+def _loss_table(loss: LossConfig) -> dict[str, Any]:
+    return {"name": loss.name, "kind": loss.kind, "arguments": as_toml(loss.arguments)}
 
 
 def write_manifest(folder: Location, about: Mapping[str, Any]) -> None:
@@ -174,7 +180,7 @@ def _read(fields: _Fields, number: int, described: dict[str, Any]) -> Manifest:
         parts=fields.take("parts", lambda v: v is None or isinstance(v, dict), "a table", None),
         differs=fields.take("differs", lambda v: v is None or isinstance(v, str), "a text", None),
         schema=_schema(fields),
-        loss=fields.take("loss", lambda v: isinstance(v, str), "a name"),
+        loss=_loss(fields) if number > 6 else LossConfig(name=fields.take("loss", _is_text, "a name")),
         code=None
         if is_old
         else fields.take("code", _is_code, "a table of digests by keys of a configuration"),
@@ -206,6 +212,21 @@ def _model(fields: _Fields) -> ModelConfig | None:
     arguments = fields.take("arguments", lambda v: isinstance(v, dict), "a table")
     fields.end()
     return None if name is None else ModelConfig(name=name, arguments=arguments)
+
+
+def _loss(fields: _Fields) -> LossConfig:
+    loss = fields.table("loss")
+    config = LossConfig(
+        name=loss.take("name", _is_text, "a text"),
+        kind=loss.take(
+            "kind",
+            lambda v: v in (None, *get_args(LossKind)),
+            f"one of {', '.join(get_args(LossKind))}, or null",
+        ),
+        arguments=loss.take("arguments", lambda v: isinstance(v, dict), "a table"),
+    )
+    loss.end()
+    return config
 
 
 def _schema(fields: _Fields) -> RowSchema:

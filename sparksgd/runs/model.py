@@ -29,7 +29,7 @@ from sparksgd.imports import out_of_memory_told
 from sparksgd.imports.sources import code_digest
 from sparksgd.imports.trust import Trust, trusted
 from sparksgd.models import MODELS
-from sparksgd.models.losses import LOSSES, Loss, loss_named
+from sparksgd.models.losses import LOSSES, Loss, LossKind, loss_kind, make_loss
 from sparksgd.runs.checked_files import FileEntry, read_checked, read_unlisted, write_checked
 from sparksgd.runs.manifest import FORMAT, Manifest, describe, read_manifest, write_manifest
 from sparksgd.runs.names import MANIFEST, WEIGHTS
@@ -64,6 +64,7 @@ def model_of(training: Training) -> SavedModel:
         module=training.module,
         schema=training.plan.schema,
         loss=training.plan.loss,
+        kind=loss_kind(training.config.loss),
         about=describe(training),
         drawn=training.drawn,
     )
@@ -177,6 +178,9 @@ class SavedModel:
     loss: Loss
     """The loss that it was trained with."""
 
+    kind: LossKind | None
+    """What the loss is of; None if that is not known."""
+
     about: Mapping[str, Any] = field(default_factory=dict)
     """What model.json says of it, but for its files."""
 
@@ -214,7 +218,7 @@ def load_model(
     folder = location(folder)
     trusting = trusted(trust, where=f"{folder}/{MANIFEST}")
     manifest = read_manifest(folder)
-    names = {"loss.name": manifest.loss}
+    names = {"loss.name": manifest.loss.name}
     if module is None:
         if manifest.model is not None:
             names = {"model.name": manifest.model.name} | names
@@ -224,7 +228,7 @@ def load_model(
     try:
         with out_of_memory_told(f"loading {folder}"):
             saved = _values(folder, manifest)
-            loss = loss_named(manifest.loss, trusting)
+            loss, kind = make_loss(manifest.loss, trusting), loss_kind(manifest.loss)
             if module is None:
                 module = _built(folder, manifest, saved, trusting)
                 load_state(module, saved)
@@ -243,6 +247,7 @@ def load_model(
         module=module,
         schema=manifest.schema,
         loss=loss,
+        kind=kind,
         about=manifest.about(module),
         drawn=frozenset(saved.constants),
     )

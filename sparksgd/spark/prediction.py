@@ -31,7 +31,7 @@ from sparksgd.arithmetic.copies import pickled
 from sparksgd.config import TrainConfig
 from sparksgd.engines.forward import EVALUATION_ROWS
 from sparksgd.errors import ConfigError
-from sparksgd.models.losses import binary_cross_entropy, cross_entropy, squared_error
+from sparksgd.models.losses import LossKind
 from sparksgd.runs.model import SavedModel
 from sparksgd.spark.cluster.cluster import refuse_connect
 from sparksgd.spark.frame_rows import (
@@ -92,9 +92,9 @@ def predict(
             trained on; a label is not needed. A path is read in the active session; if there is none, one is
             started, and left running.
         model: as `load_model` returns it.
-        prediction: the column of predictions: the class, as a double, if the loss is cross_entropy or
-            binary_cross_entropy; a double for squared_error; what the module gives, as an array of floats,
-            for a loss of your own.
+        prediction: the column of predictions: the class, as a double, if the loss is of classes, as
+            cross_entropy and binary_cross_entropy are; a double if it is of numbers; what the module gives,
+            as an array of floats, for a loss of your own without loss.kind.
         probability: the column of the classes' probabilities, an array of floats; None leaves it out.
         raw: the column of their logarithms, for binary_cross_entropy of (-z, z) for the logit z; None leaves
             it out.
@@ -134,12 +134,15 @@ def predict(
 
 def kind_of(model: SavedModel) -> OutputKind:
     """Return what a model's output is, which its loss says."""
-    kinds: dict[Any, OutputKind] = {
-        cross_entropy: "classes",
-        binary_cross_entropy: "binary",
-        squared_error: "number",
-    }
-    return kinds.get(model.loss, "values")
+    return _OUTPUTS[model.kind]
+
+
+_OUTPUTS: dict[LossKind | None, OutputKind] = {
+    "classes": "classes",
+    "binary": "binary",
+    "numbers": "number",
+    None: "values",
+}
 
 
 def with_predictions(

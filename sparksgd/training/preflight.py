@@ -32,7 +32,7 @@ from sparksgd.engines.kinds import EngineKind, candidates, refuse_uncarried
 from sparksgd.engines.memory import RunSizes, require_for_trial
 from sparksgd.engines.trial.trial import Found, Use, try_out
 from sparksgd.errors import ConfigError, DataError, ModelError, UserCodeError
-from sparksgd.models.losses import CLASSIFIERS, Loss, binary_cross_entropy, loss_named
+from sparksgd.models.losses import Loss, loss_kind, make_loss, num_classes
 from sparksgd.solvers.protocol import Need, RoundSolver
 from sparksgd.solvers.rules import Experiment, described, make_solver, needs_of, settings_of
 from sparksgd.solvers.schedules import own_schedule
@@ -63,6 +63,9 @@ log = logging.getLogger("sparksgd")
 _FIRST_ROWS = 64
 _TRIED_ROWS = 4
 _TRIED_SIZE = 3  # of a dimension of a parameter
+
+_OF_CLASSES = ("classes", "binary")
+"""Kinds of losses whose labels are classes, numbered from 0."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,10 +136,10 @@ def check(
         SparkSGDError: see errors.py.
     """
     without_compiler()  # before this process makes its first optimiser
-    loss = loss_named(config.loss.name)
+    loss, kind = make_loss(config.loss), loss_kind(config.loss)
     needs = needs_in(config, replay)
     check_engine(config, kinds, needs)
-    check_judged(config, evaluates=test is not None, classifies=loss in CLASSIFIERS)
+    check_judged(config, evaluates=test is not None, classifies=kind in _OF_CLASSES)
     _require_for_trial(module)
     schema, found, records = _tried(config, module, loss, rows, dtype, evaluates=test is not None)
     check_solver(config, replay, module, dtype)
@@ -212,9 +215,8 @@ def tried_sizes(config: Config, module: nn.Module, rows: RowSource) -> tuple[Run
     without_compiler()  # before this process makes its first optimiser
     _require_for_trial(module)
     evaluates = config.data.test is not None or config.data.held_out_by is not None
-    schema, found, _ = _tried(
-        config, module, loss_named(config.loss.name), rows, torch.float32, evaluates=evaluates
-    )
+    loss = make_loss(config.loss)
+    schema, found, _ = _tried(config, module, loss, rows, torch.float32, evaluates=evaluates)
     flat = FlatModule(module, torch.float32)
     solver = make_solver(config, flat, _experiment(config, 1, 0))
     return sizes_of(config, flat, solver, schema, found.optimiser_bytes, evaluates=evaluates), schema
@@ -373,7 +375,8 @@ def _tried(
     evaluates: bool,
 ) -> tuple[RowSchema, Found, np.ndarray[Any, Any]]:
     """Return the schema of a row, what the trial found, and some rows."""
-    classifies = loss in CLASSIFIERS
+    kind = loss_kind(config.loss)
+    classifies = kind in _OF_CLASSES
     schema, sample = _first_records(config.data, rows, whole_labels=classifies)
     made_up = not len(sample)
     if made_up:
@@ -400,7 +403,7 @@ def _tried(
             raise
         return schema, Found(), sample  # zeros may not suit it; the inspection will name the bad rows
     if classifies:
-        schema = replace(schema, classes=2 if loss is binary_cross_entropy else found.output[1])
+        schema = replace(schema, classes=num_classes(kind, found.output))
     return schema, found, sample
 
 

@@ -59,7 +59,7 @@ def model_of(module: nn.Module) -> SavedModel:
         label_dtype="int64",
         classes=10,
     )
-    return SavedModel(module=module.eval(), schema=schema, loss=cross_entropy)
+    return SavedModel(module=module.eval(), schema=schema, loss=cross_entropy, kind="classes")
 
 
 def bare_loop(module: nn.Module, images: torch.Tensor) -> None:

@@ -32,7 +32,7 @@ def test_a_model_that_names_the_shell_runs_nothing(
 
     def change(about: dict[str, Any]) -> None:
         if key == "loss":
-            about["loss"] = "os:system"
+            about["loss"]["name"] = "os:system"
         else:
             about["model"] = {"name": "os:system", "arguments": {"command": f"touch {ran}"}}
 
@@ -59,7 +59,7 @@ def test_a_model_of_a_trusted_package_is_loaded(model: Path, monkeypatch: pytest
 
 
 def test_a_loss_of_one_s_own_needs_trust_also_beside_a_module_given(model: Path) -> None:
-    change_manifest(model, lambda about: about.update(loss="torch.nn.functional:l1_loss"))
+    change_manifest(model, lambda about: about["loss"].update(name="torch.nn.functional:l1_loss"))
     with pytest.raises(DataError, match=r"loss.name is 'torch.nn.functional:l1_loss', but torch.nn"):
         load_model(model, Scaled(), trust=["scaled"])
     loaded = load_model(model, Scaled(), trust=["torch.nn.functional"])
@@ -72,8 +72,7 @@ def test_a_trusted_package_lends_nobody_else_s_code(
 ) -> None:
     (tmp_path / "lending.py").write_text("from os import system\n")
     monkeypatch.syspath_prepend(tmp_path)
-    lent = {"model": {"name": "lending:system", "arguments": {}}, "loss": "lending:system"}
-    change_manifest(model, lambda about: about.update({key: lent[key]}))
+    change_manifest(model, lambda about: about[key].update(name="lending:system", arguments={}))
     with pytest.raises(DataError, match=rf"{key}\.name is 'lending:system', but that is code of posix"):
         load_model(model, trust=["lending", "scaled"])
 

@@ -26,7 +26,7 @@ def model():
     schema = RowSchema(
         features=(Feature(name="x", dtype="float32", length=2),), label="y", label_dtype="float32"
     )
-    return SavedModel(module=nn.Linear(2, 1).eval(), schema=schema, loss=squared_error)
+    return SavedModel(module=nn.Linear(2, 1).eval(), schema=schema, loss=squared_error, kind="numbers")
 
 
 @pytest.fixture(scope="module")

@@ -21,6 +21,7 @@ pytestmark = pytest.mark.session("local[2]")
 
 WIDTH = 3
 ROWS = 700
+KINDS = {cross_entropy: "classes", binary_cross_entropy: "binary", squared_error: "numbers"}
 
 
 def model_of(module, loss=cross_entropy, classes=3, features=(("x", "float32", WIDTH),)):
@@ -28,7 +29,7 @@ def model_of(module, loss=cross_entropy, classes=3, features=(("x", "float32", W
         features=tuple(Feature(name=name, dtype=dtype, length=length) for name, dtype, length in features),
         label="y", label_dtype="int64", classes=classes,
     )  # fmt: skip
-    return SavedModel(module=module.eval(), schema=schema, loss=loss)
+    return SavedModel(module=module.eval(), schema=schema, loss=loss, kind=KINDS.get(loss))
 
 
 def made(kind, *arguments):

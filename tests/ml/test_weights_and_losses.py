@@ -1,4 +1,4 @@
-"""weightCol: how much each row counts in a fit."""
+"""weightCol: how much each row counts in a fit; and losses with arguments, or of one's own."""
 
 from __future__ import annotations
 
@@ -70,3 +70,22 @@ def test_bad_weights_are_refused_or_left_out(points):
     left_out = fit.copy({fit.handleInvalid: "skip"}).fit(bad)
     good = fit.fit(bad.where("w > 0"))
     assert left_out.summary["parameters_sha256"] == good.summary["parameters_sha256"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "outputs", "params", "says"),
+    [
+        (TorchClassifier, 2, {"config": {"loss": {"label_smoothing": 0.2}}}, "classes"),
+        (TorchClassifier, 2, {"loss": "predicted_modules:focal"}, "classes"),
+        (TorchRegressor, 1, {"loss": "HuberLoss", "config": {"loss": {"delta": 0.3}}}, "numbers"),
+    ],
+)
+def test_an_estimator_says_the_kind_of_a_loss(points, kind, outputs, params, says, tmp_path):
+    model = kind(module=linear(outputs), **BRIEF | params).fit(points)
+    assert model.saved.kind == says
+    model.save(str(tmp_path / "model"))
+    loaded = type(model).load(str(tmp_path / "model"), trust=["predicted_modules"])
+    scored = [each.transform(points).select("prediction").collect() for each in (model, loaded)]
+    assert scored[0] == scored[1]
+    plain = kind(module=linear(outputs), **BRIEF).fit(points)
+    assert plain.summary["parameters_sha256"] != model.summary["parameters_sha256"]
