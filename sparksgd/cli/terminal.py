@@ -81,6 +81,8 @@ def _table(training: Training) -> Table:
         if last.accuracy is not None:
             table.add_row("test accuracy", f"[bold green]{last.accuracy:.4f}[/]  of {last.rows:,} rows")
         table.add_row("test loss", f"{last.loss:.4f}")
+        for name, value in last.metrics.items():
+            table.add_row(f"test {name}", f"{value:.4f}")
     times = training.step_times
     speed = "" if times.rows_per_second is None else f", {times.rows_per_second:,.0f} rows/s"
     table.add_row("trained", f"{times.rows:,} rows in {len(times):,} steps{speed}")

@@ -209,6 +209,9 @@ class TrainConfig:
     """Turns between two evaluations; an evaluation waits for the end of the round.  If not set: evaluate at
     the end of each epoch."""
 
+    metrics: tuple[str, ...] = cluster_key(())
+    """What evaluations tell beside the loss and the accuracy: f1_macro, top_3, rmse and others."""
+
     max_wall_s: float | None = cluster_key(None)
     """End after this many seconds, counted from the submission of a job, or from the call of train().  The
     model is saved, and the same command goes on.  If not set: no time ends a run."""
@@ -222,8 +225,9 @@ class EarlyStoppingConfig:
     """End after this many evaluations in a row that are no better than the best one before.  If not set: no
     evaluation ends a run."""
 
-    metric: Literal["loss", "accuracy"] = experiment_key("loss")
-    """What evaluations are judged by: the best one has the least loss, or the greatest accuracy."""
+    metric: str = experiment_key("loss")
+    """What evaluations are judged by: loss, accuracy, or a name that train.metrics may have.  The best one
+    has the least loss, log_loss, rmse or mae, or the greatest of any other."""
 
     min_delta: float = experiment_key(0.0)
     """By more than this an evaluation must be better than the best one before, or it does not count."""

@@ -51,6 +51,7 @@ from sparksgd.errors import (
 )
 from sparksgd.imports import out_of_memory_told
 from sparksgd.models.losses import Loss
+from sparksgd.models.metrics import metric_sums
 from sparksgd.solvers.protocol import Answer, Gradient, Halves, Message, Vector, WorkerHalf
 
 __all__ = ["Computer", "Plan"]
@@ -96,6 +97,9 @@ class Plan:
 
     settings: Settings | None = None
     """The driver's settings of torch and numpy, which all workers take; None: each keeps its own."""
+
+    metrics: tuple[str, ...] = ()
+    """What evaluations tell beside the loss and the accuracy, see `models.metrics`."""
 
     harmless: frozenset[str] = frozenset()
     """Paths of attributes that a piece writes, but never reads from an earlier one."""
@@ -325,14 +329,16 @@ class Computer:
             records = read_records(shard, rows, self.plan.schema.record)
             output, losses = self._forward(records)
             label = torch.from_numpy(self.plan.schema.label_array(records).copy())
-            classifies = self.plan.schema.classes is not None
-            hits = (predictions(output) == label).numpy() if classifies else None
+            classes = self.plan.schema.classes
+            predicted = None if classes is None else predictions(output)
+            hits = None if predicted is None else (predicted == label).numpy()
             weights = self.plan.schema.weight_array(records)
             part = Evaluation(
                 loss=float(weighted(losses.double(), self.plan.schema, records).sum()),
                 correct=None if hits is None else _total(hits if weights is None else weights[hits]),
                 rows=len(records),
                 weight=None if weights is None else _total(weights),
+                sums=metric_sums(self.plan.metrics, output, label, predicted, weights, classes),
             )
             if total is None:
                 total = part

@@ -85,6 +85,9 @@ class StepReport:
     rows: int
     """How many rows took part."""
 
+    weight: float
+    """Their weight; if rows have none, how many they are."""
+
     shards: int
     """How many shards took part."""
 
@@ -237,6 +240,7 @@ def take_step(
         version=version,
         turn=first + turns,
         rows=total.rows,
+        weight=total_weight(total),
         loss=total.loss / total_weight(total),
         lr=outcome.lr,
         timing=timing(),
@@ -255,6 +259,7 @@ def step_report(
     version: int,
     turn: int,
     rows: int,
+    weight: float,
     loss: float,
     lr: float,
     timing: StepTiming,
@@ -272,6 +277,7 @@ def step_report(
         version: of the weights that the step began with.
         turn: how many turns every shard had made after it.
         rows: how many rows took part.
+        weight: of these rows.
         loss: the mean of their losses, by weight.
         lr: the learning rate.
         timing: seconds.
@@ -288,6 +294,7 @@ def step_report(
         epoch=plan.sampling.epoch_of(turn - 1) + 1,
         version=version,
         rows=rows,
+        weight=weight,
         shards=shards,
         loss=loss,
         lr=lr,

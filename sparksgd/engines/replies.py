@@ -9,6 +9,7 @@ from typing import Self
 from sparksgd.arithmetic.addition_tree import Addable, Partials, merge_partials
 from sparksgd.arithmetic.numerics import Numerics
 from sparksgd.errors import NotFinite, ShardMissing, SparkSGDError, TrainingError, UpdateNotFinite
+from sparksgd.models.metrics import Sums, add_sums
 from sparksgd.solvers.protocol import added_weights
 
 __all__ = ["Evaluation", "Reply", "WorkerReport", "failure_to_tell", "with_place"]
@@ -30,12 +31,16 @@ class Evaluation:
     weight: float | None = None
     """The sum of their weights; None: they have none, and each weighs 1."""
 
+    sums: Sums = field(default_factory=dict)
+    """What metrics are computed from."""
+
     def __iadd__(self, other: Self) -> Self:
         self.loss += other.loss
         if self.correct is not None and other.correct is not None:
             self.correct += other.correct
         self.rows += other.rows
         self.weight = added_weights(self.weight, other.weight)
+        add_sums(self.sums, other.sums)
         return self
 
 

@@ -26,7 +26,7 @@ from sparksgd.imports import shown
 from sparksgd.ml.models import TorchClassificationModel, TorchRegressionModel
 from sparksgd.ml.module_spec import ModuleSpec
 from sparksgd.ml.params import PREDICTION_DEFAULTS, TrainingParams
-from sparksgd.ml.records import SHOWN, TrainingRecord
+from sparksgd.ml.records import TrainingRecord, is_shown
 from sparksgd.ml.saving import EstimatorReader, EstimatorWriter
 from sparksgd.models.losses import LossKind, loss_kind
 from sparksgd.runs.folder import summary
@@ -132,7 +132,7 @@ class _TorchEstimator(TrainingParams, MLWritable, MLReadable[Any]):
             raise BadRows(f'{told} Next: mend the data, or set handleInvalid to "skip"') from error
         results = summary(training, time.perf_counter() - began_s)
         about = TrainingRecord(
-            history=history.rows, summary={key: results[key] for key in SHOWN if key in results}
+            history=history.rows, summary={key: value for key, value in results.items() if is_shown(key)}
         )
         model = self._model(_apart(checked_model(training)), about)
         model._resetUid(self.uid)

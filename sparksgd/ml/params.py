@@ -31,6 +31,7 @@ KEYS = {
     "validationFraction": "data.validation_fraction",
     "validationIndicatorCol": "data.validation_column",
     "earlyStopping": "early_stopping.patience",
+    "metrics": "train.metrics",
     "numWorkers": "engine.num_workers",
     "engine": "engine.name",
 }
@@ -162,6 +163,11 @@ class TrainingParams(PredictionParams):
         "end after this many evaluations in a row that are no better, with the best weights, as "
         "early_stopping.patience",
         TypeConverters.toInt,
+    )
+    metrics: Any = _param(
+        "metrics",
+        "names of what evaluations tell beside the loss and the accuracy, such as f1_macro, as train.metrics",
+        TypeConverters.toListString,
     )
     callbacks: Any = _param(
         "callbacks",

@@ -15,7 +15,7 @@ from sparksgd.training.history import COLUMNS, check_history
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["SHOWN", "TrainingRecord"]
+__all__ = ["TrainingRecord", "is_shown"]
 
 SHOWN = (
     "status",
@@ -42,6 +42,11 @@ SHOWN = (
 _FILE = "training.json"
 
 
+def is_shown(name: str) -> bool:
+    """Return whether the summary of a Model has this of a run's summary."""
+    return name in SHOWN or name.startswith("test_")
+
+
 @dataclass(frozen=True, kw_only=True)
 class TrainingRecord:
     """What a Model knows of its training; nothing where it was loaded from the folder of a run."""
@@ -50,15 +55,17 @@ class TrainingRecord:
     """Rows by the names in `sparksgd.training.history.COLUMNS`."""
 
     summary: Mapping[str, Any] = field(default_factory=dict)
-    """Values by the names in SHOWN."""
+    """Values by the names in SHOWN, and metrics."""
 
     def history_table(self) -> pd.DataFrame:
         """Return the history, a row for each evaluation and each epoch; NaN where there was no evaluation."""
         import pandas as pd
 
-        return pd.DataFrame(
-            {name: [math.nan if row[name] is None else row[name] for row in self.history] for name in COLUMNS}
-        )
+        def value(row: Mapping[str, Any], name: str) -> Any:
+            return math.nan if row.get(name) is None else row[name]
+
+        names = dict.fromkeys([*COLUMNS, *(name for row in self.history for name in row)])
+        return pd.DataFrame({name: [value(row, name) for row in self.history] for name in names})
 
     def summary_table(self) -> pd.DataFrame:
         """Return the summary, a row for each name."""
@@ -90,6 +97,6 @@ class TrainingRecord:
         except (OSError, ValueError, LookupError, TypeError) as error:
             raise DataError(f"{where} cannot be read: {error}. It may be removed") from error
         check_history(history, f"{where}: history")
-        if not isinstance(told, dict) or not told.keys() <= set(SHOWN):
+        if not isinstance(told, dict) or not all(map(is_shown, told)):
             raise DataError(f"{where}: summary is no summary of a training. The file may be removed")
         return cls(history=history, summary=told)

@@ -147,8 +147,8 @@ def num_classes(kind: LossKind | None, output: tuple[int, ...]) -> int:
         return width
     rule = "one logit, [B] or [B, 1]" if kind == "binary" else "a logit for each class, [B, C]"
     raise ModelError(
-        f'the module gives {output} for {output[0]} rows, but a loss whose kind is "{kind}" takes {rule}: set '
-        f"another loss.kind, or none"
+        f'the module gives {output} for {output[0]} rows, but a loss whose kind is "{kind}" takes {rule}: '
+        f"set another loss.kind, or none"
     )
 
 

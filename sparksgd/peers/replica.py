@@ -46,6 +46,7 @@ STEP_TIMES = np.dtype(
     [
         ("rows", "<i8"),  # of all workers
         ("shards", "<i8"),
+        ("weight", "<f8"),
         ("loss", "<f8"),  # mean over the rows
         ("lr", "<f8"),
         ("turn", "<i8"),  # turns that every shard had made after it
@@ -253,6 +254,7 @@ class Replica:
                 f"the all-reduce engine does not carry"
             )
         record["rows"], record["shards"] = total.rows, total.shards
+        record["weight"] = total_weight(total)
         record["loss"] = total.loss / total_weight(total)
         record["own_rows"] = computed.workers[0].rows
         record["reduce_s"] = reduced_at_s - record["computed_at_s"]

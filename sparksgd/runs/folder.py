@@ -64,8 +64,7 @@ def summary(training: Training, wall_s: float) -> dict[str, Any]:
         "status": _status(training),
         **({"stopped_by": training.stopped_by} if training.stopped_by is not None else {}),
         **({"best_step": training.restored.step} if training.restored else {}),
-        "test_accuracy": None if last is None else last.accuracy,
-        "test_loss": None if last is None else finite(last.loss),
+        **({"test_accuracy": None, "test_loss": None} if last is None else _finite_results(last)),
         "train_rows": training.rows.rows,
         "bad_rows_skipped": training.rows.bad.total(),
         "epochs": training.turns / training.plan.sampling.turns_per_epoch,
@@ -97,6 +96,10 @@ def summary(training: Training, wall_s: float) -> dict[str, Any]:
         **({"resumed": [asdict(each) for each in training.resumed]} if training.resumed else {}),
         "arrivals": training.participation.by_worker(),
     }
+
+
+def _finite_results(report: EvaluationReport) -> dict[str, float | None]:
+    return {name: None if value is None else finite(value) for name, value in report.named().items()}
 
 
 def _status(training: Training) -> str:
@@ -332,8 +335,7 @@ class RunFolder(Observer):
             "turn": report.turn,
             "epoch": report.epoch,
             "rows": report.rows,
-            "test_loss": finite(report.loss),
-            "test_accuracy": report.accuracy,
+            **_finite_results(report),
         }
         self._line(exact | {"timing": {"total": report.time_s}})
         with self._later():

@@ -68,7 +68,7 @@ def check_run(run: Mapping[str, Any], version: int, training: Training, step: in
         "structure": MapOf(TEXT, TEXT),
         "deal": steps,
         "participation": Table(participation),
-        "evaluations": ListOf(of_fields(EvaluationReport)),
+        "evaluations": ListOf(of_fields(EvaluationReport, () if version > 3 else ("metrics",))),
         "numerics": ListOf(of_fields(Numerics), least=2),
         "numerics_changes": ListOf(of_fields(NumericsChange)),
         "recovery": of_fields(Recovery),

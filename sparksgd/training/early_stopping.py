@@ -12,13 +12,29 @@ from collections.abc import Sequence
 
 from sparksgd.config import Config, EarlyStoppingConfig
 from sparksgd.errors import ConfigError
+from sparksgd.models.metrics import is_less_better
 from sparksgd.solvers.protocol import RoundSolver
 from sparksgd.training.replay import Replay
 from sparksgd.training.state import EvaluationReport, Training
 
-__all__ = ["best_of", "check_judged", "judge", "keep_best", "keeps_best", "restore_best", "why_over"]
+__all__ = [
+    "best_of",
+    "check_judged",
+    "judge",
+    "judged_metrics",
+    "keep_best",
+    "keeps_best",
+    "restore_best",
+    "why_over",
+]
 
 log = logging.getLogger("sparksgd")
+
+
+def judged_metrics(config: Config) -> tuple[str, ...]:
+    """Return which metrics evaluations must have: those to be told, and the one that they are judged by."""
+    judged = [config.early_stopping.metric] if config.early_stopping.patience is not None else []
+    return tuple(dict.fromkeys([*config.train.metrics, *judged]))
 
 
 def check_judged(config: Config, *, evaluates: bool, classifies: bool) -> None:
@@ -124,11 +140,12 @@ def _judged(config: EarlyStoppingConfig, evaluations: Sequence[EvaluationReport]
 
 
 def _gain(config: EarlyStoppingConfig, value: float, best: float) -> float:
-    return best - value if config.metric == "loss" else value - best
+    return best - value if is_less_better(config.metric) else value - best
 
 
 def _value(config: EarlyStoppingConfig, report: EvaluationReport) -> float:
-    if config.metric == "loss" or math.isnan(report.loss):  # no accuracy is worth more than its loss
+    if config.metric == "loss" or math.isnan(report.loss):  # no metric is worth more than its loss
         return report.loss
-    assert report.accuracy is not None, "check_judged comes first"
-    return report.accuracy
+    value = report.accuracy if config.metric == "accuracy" else report.metrics[config.metric]
+    assert value is not None, "check_metrics comes first"
+    return value

@@ -32,12 +32,13 @@ from sparksgd.engines.trial.outside import watch_steps
 from sparksgd.errors import NotFinite, UpdateNotFinite
 from sparksgd.imports import out_of_memory_told
 from sparksgd.imports.sources import code_digests
+from sparksgd.models.metrics import metric_values
 from sparksgd.solvers.protocol import RoundSolver, total_weight
 from sparksgd.solvers.rules import completed, make_solver
 from sparksgd.training.checkpoint import RunIdentity, go_on, unreplaced_digest
 from sparksgd.training.checkpointing import Checkpointing, CheckpointStore
 from sparksgd.training.deals import Deals, dealt
-from sparksgd.training.early_stopping import judge, keep_best, restore_best
+from sparksgd.training.early_stopping import judge, judged_metrics, keep_best, restore_best
 from sparksgd.training.modules import build_module
 from sparksgd.training.participation import Participation
 from sparksgd.training.preflight import (
@@ -247,6 +248,7 @@ def _plan(
         dtype=probe.dtype,
         channels_last=checked.channels_last,
         settings=settings,
+        metrics=judged_metrics(config),
         harmless=checked.harmless,
         float16=checked.float16,
         before_gradients=probe.before_gradients,
@@ -391,6 +393,7 @@ def _evaluated(training: Training, engine: Engine, solver: RoundSolver) -> Evalu
         accuracy=None if sums.correct is None else sums.correct / weight,
         rows=sums.rows,
         time_s=time.perf_counter() - started,
+        metrics=metric_values(training.plan.metrics, sums.sums, weight),
     )
     if not math.isfinite(report.loss):
         log.warning("the test loss after step %d is %s: the module is unusable", report.step, report.loss)

@@ -33,12 +33,13 @@ from sparksgd.engines.memory import RunSizes, require_for_trial
 from sparksgd.engines.trial.trial import Found, Use, try_out
 from sparksgd.errors import ConfigError, DataError, ModelError, UserCodeError
 from sparksgd.models.losses import Loss, loss_kind, make_loss, num_classes
+from sparksgd.models.metrics import check_metrics
 from sparksgd.solvers.protocol import Need, RoundSolver
 from sparksgd.solvers.rules import Experiment, described, make_solver, needs_of, settings_of
 from sparksgd.solvers.schedules import own_schedule
 from sparksgd.solvers.torch_optimizers import own_optimizer
 from sparksgd.solvers.without_compiler import without_compiler
-from sparksgd.training.early_stopping import check_judged, keeps_best
+from sparksgd.training.early_stopping import check_judged, judged_metrics, keeps_best
 from sparksgd.training.rebuilding import Sample, check_rebuilding
 from sparksgd.training.replay import Replay
 from sparksgd.training.saved_state import check_saving
@@ -141,7 +142,9 @@ def check(
     check_engine(config, kinds, needs)
     check_judged(config, evaluates=test is not None, classifies=kind in _OF_CLASSES)
     _require_for_trial(module)
+    check_metrics(judged_metrics(config), "train.metrics or early_stopping.metric", kind, None)
     schema, found, records = _tried(config, module, loss, rows, dtype, evaluates=test is not None)
+    check_metrics(judged_metrics(config), "train.metrics or early_stopping.metric", kind, schema.classes)
     check_solver(config, replay, module, dtype)
     check_saving(module)
     sample = Sample(records=records, schema=schema, threads=config.train.threads, dtype=dtype)

@@ -65,6 +65,7 @@ class ProgressLines(Observer):
         reached = f"loss {report.loss:.4f}"
         if report.accuracy is not None:
             reached = f"accuracy {report.accuracy:.4f}, {reached}"
+        reached += "".join(f", {name} {value:.4f}" for name, value in report.metrics.items())
         log.info("epoch %d, step %d: test %s (%.1f s)", report.epoch, report.step, reached, report.time_s)
 
     def ended(self, training: Training) -> None:

@@ -38,6 +38,14 @@ class EvaluationReport:
     rows: int
     time_s: float
 
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    """What else was asked for, by name."""
+
+    def named(self) -> dict[str, float | None]:
+        """Return all results by the names that files and tables have."""
+        found = {"loss": self.loss, "accuracy": self.accuracy, **self.metrics}
+        return {f"test_{name}": value for name, value in found.items()}
+
 
 @dataclass(frozen=True, kw_only=True)
 class NumericsChange:

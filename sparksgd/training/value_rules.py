@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass, fields
 from types import NoneType, UnionType
 from typing import Any
@@ -195,15 +195,22 @@ class Like:
             raise _refused(value, path, "a number, a text or nothing")
 
 
-def of_fields(kind: type[Any]) -> Rule:
-    """Return the rule of a dataclass of numbers, texts and other such ones, as `asdict` gives it."""
+def of_fields(kind: type[Any], without: Container[str] = ()) -> Rule:
+    """Return the rule of a dataclass of numbers, texts and other such ones, as `asdict` gives it.
+
+    Args:
+        kind: the dataclass.
+        without: fields that earlier versions did not write.
+    """
     hints = typing.get_type_hints(kind)
-    return Table({one.name: _of_hint(hints[one.name]) for one in fields(kind)})
+    return Table({one.name: _of_hint(hints[one.name]) for one in fields(kind) if one.name not in without})
 
 
 def _of_hint(hint: Any) -> Rule:
     if isinstance(hint, UnionType):
         (inner,) = (part for part in typing.get_args(hint) if part is not NoneType)
         return optional(_of_hint(inner))
+    if typing.get_origin(hint) is Mapping:
+        return MapOf(*map(_of_hint, typing.get_args(hint)))
     simple: dict[Any, Rule] = {int: WHOLE, float: NUMBER, str: TEXT, bool: BOOL}
     return simple[hint] if hint in simple else of_fields(hint)

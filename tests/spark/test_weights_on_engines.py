@@ -1,4 +1,4 @@
-"""Weights of rows: the same bits on every engine, and for any layout of the files."""
+"""Weights of rows, and metrics: the same bits on every engine, and for any layout of the files."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ from sparksgd.errors import BadRows
 
 pytestmark = pytest.mark.session("local[2]")
 
-WEIGHTED = ("data.weight=w.1", "train.epochs=3", "data.validation_fraction=0.2")
+WEIGHTED = (
+    *("data.weight=w.1", "train.epochs=3", "data.validation_fraction=0.2"),
+    'train.metrics=["f1_macro", "top_2", "log_loss"]',
+)
 LOCAL_SGD = ("solver.name=local_sgd", "solver.turns_per_round=3", "solver.outer_momentum=0.5")
 PLACES = {
     "tree": ("engine.num_workers=1",),
@@ -43,6 +46,8 @@ def test_every_engine_ends_at_the_bits_of_the_reference(spark, rows, place, solv
     assert digests(training) == digests(inline)
     assert [report.loss for report in training.evaluations] == [r.loss for r in inline.evaluations]
     assert [report.accuracy for report in training.evaluations] == [r.accuracy for r in inline.evaluations]
+    assert [report.metrics for report in training.evaluations] == [r.metrics for r in inline.evaluations]
+    assert list(inline.evaluations[-1].metrics) == ["f1_macro", "top_2", "log_loss"]
     bare = sparksgd.train(configured(*WEIGHTED[1:], *solver, "engine.name=inline"), rows)
     assert digests(bare) != digests(inline)
 

@@ -11,8 +11,8 @@ from sparksgd.training.step_times import StepTimes
 def report(step: int, rows: int, total: float, launch: float, aggregate: float) -> StepReport:
     timing = StepTiming(total=total, launch=launch, aggregate=aggregate)
     return StepReport(
-        step=step, turn=step, epoch=1, version=step - 1, rows=rows, shards=1, loss=0.0, lr=0.1, timing=timing,
-        workers=(), took_part=(0,),
+        step=step, turn=step, epoch=1, version=step - 1, rows=rows, weight=rows, shards=1, loss=0.0, lr=0.1,
+        timing=timing, workers=(), took_part=(0,),
     )  # fmt: skip
 
 

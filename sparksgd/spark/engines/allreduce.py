@@ -250,6 +250,7 @@ class AllReduceEngine(SparkEngine):
                 version=before + index,
                 turn=int(exact["turn"]),
                 rows=int(exact["rows"]),
+                weight=float(exact["weight"]),
                 shards=int(exact["shards"]),
                 loss=float(exact["loss"]),
                 lr=float(exact["lr"]),

@@ -1,0 +1,207 @@
+"""Metrics of evaluations by name: sums over rows, which workers compute, and numbers that follow from them.
+
+Names and meanings are those of scikit-learn's scorers.  A row counts by its weight.
+
+    of classes          accuracy, f1_macro, f1_weighted, precision_macro, recall_macro, log_loss, and top_3 or
+                        any other number: the share of rows whose label has one of so many greatest logits
+    of two classes      f1, precision, recall of class 1, too
+    of numbers          rmse, mae, r2
+
+A share of nothing counts as 0, as in scikit-learn: the precision of a class that is never predicted.
+
+Legend: B rows, C classes.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch.nn import functional as F
+
+from sparksgd.errors import ConfigError
+from sparksgd.imports import did_you_mean, shown
+from sparksgd.models.losses import LossKind
+
+__all__ = ["Sums", "add_sums", "check_metrics", "is_less_better", "metric_sums", "metric_values"]
+
+Sums = dict[str, npt.NDArray[np.float64]]
+"""What a metric is computed from, by name: `_CONFUSION` is float64[C, C] (label, prediction), `_SPREAD` the
+weight, the mean and the squared deviations of labels, float64[3]; others are float64[1]."""
+
+Values = npt.NDArray[np.float64]
+
+_CONFUSION, _SPREAD, _SQUARES, _ABSOLUTE, _LOGS = "confusion", "spread", "squares", "absolute", "logs"
+
+
+def _shares(parts: Values, wholes: Values) -> Values:
+    return np.divide(parts, wholes, out=np.zeros_like(parts), where=wholes > 0)
+
+
+def _precision(confusion: Values) -> Values:
+    return _shares(confusion.diagonal(), confusion.sum(axis=0))
+
+
+def _recall(confusion: Values) -> Values:
+    return _shares(confusion.diagonal(), confusion.sum(axis=1))
+
+
+def _f1(confusion: Values) -> Values:
+    return _shares(2 * confusion.diagonal(), confusion.sum(axis=0) + confusion.sum(axis=1))
+
+
+def _weighted(shares: Values, confusion: Values) -> float:
+    return float(shares @ confusion.sum(axis=1) / confusion.sum())
+
+
+_OF_CONFUSION: Mapping[str, Callable[[Values], float]] = {
+    "f1_macro": lambda confusion: float(_f1(confusion).mean()),
+    "f1_weighted": lambda confusion: _weighted(_f1(confusion), confusion),
+    "precision_macro": lambda confusion: float(_precision(confusion).mean()),
+    "recall_macro": lambda confusion: float(_recall(confusion).mean()),
+}
+_OF_TWO: Mapping[str, Callable[[Values], float]] = {
+    "f1": lambda confusion: float(_f1(confusion)[1]),
+    "precision": lambda confusion: float(_precision(confusion)[1]),
+    "recall": lambda confusion: float(_recall(confusion)[1]),
+}
+_OF_NUMBERS: Mapping[str, tuple[str, Callable[[float, Values], float]]] = {
+    "rmse": (_SQUARES, lambda squares, spread: math.sqrt(squares / spread[0])),
+    "mae": (_ABSOLUTE, lambda absolute, spread: absolute / float(spread[0])),
+    "r2": (_SQUARES, lambda squares, spread: 1 - squares / float(spread[2]) if spread[2] else math.nan),
+}
+_LEAST = ("loss", "log_loss", "rmse", "mae")
+_ALWAYS = ("loss", "accuracy")
+_TOP = re.compile(r"top_([1-9][0-9]{0,8})")
+
+
+def is_less_better(name: str) -> bool:
+    """Return whether the best value of a metric is the least one."""
+    return name in _LEAST
+
+
+def check_metrics(names: Iterable[str], key: str, kind: LossKind | None, classes: int | None) -> None:
+    """Refuse a metric that evaluations cannot have.
+
+    Args:
+        names: of the metrics.
+        key: of the configuration, that names them.
+        kind: of the loss.
+        classes: how many there are; None: not known yet, or there are none.
+
+    Raises:
+        ConfigError: with the names that there are.
+    """
+    known = {"loss": True}
+    is_of_classes = kind in ("classes", "binary")
+    known |= dict.fromkeys(("accuracy", "log_loss", *_OF_CONFUSION), is_of_classes)
+    known |= dict.fromkeys(_OF_TWO, is_of_classes and classes in (2, None))
+    known |= dict.fromkeys(_OF_NUMBERS, kind == "numbers")
+    for name in names:
+        top = _TOP.fullmatch(name)
+        if known.get(name, top is not None and is_of_classes):
+            continue
+        if name in known or top is not None:
+            told = f"whose kind is {'not known' if kind is None else shown(kind)}"
+            several = f", and there are {classes} classes" if name in _OF_TWO and is_of_classes else ""
+            fitting = [other for other, fits in known.items() if fits]
+            raise ConfigError(
+                f"{key} names {shown(name)}, but the loss is one {told}{several}: there are "
+                f"{', '.join(fitting)}{' and top_3' if is_of_classes else ''}"
+                f"{'; set loss.kind for a loss of your own' if kind is None else ''}"
+            )
+        raise ConfigError(f"{key} names {shown(name)}, which is no metric{did_you_mean(name, known)}")
+
+
+def metric_sums(
+    names: Sequence[str],
+    output: torch.Tensor,
+    label: torch.Tensor,
+    prediction: torch.Tensor | None,
+    weights: npt.NDArray[np.floating] | None,
+    classes: int | None,
+) -> Sums:
+    """Return what metrics are computed from, over some rows.
+
+    Args:
+        names: of the metrics.
+        output: of the module: logits [B, C], one logit or number, [B] or [B, 1].
+        label: [B].
+        prediction: the class, int64[B]; None where there are no classes.
+        weights: of the rows, [B]; None: each weighs 1.
+        classes: C; None where there are none.
+    """
+    found: Sums = {}
+    if not set(names).difference(_ALWAYS):
+        return found
+    weight = np.ones(len(label)) if weights is None else weights.astype(np.float64)
+    if classes is None:
+        labels = label.double().numpy()
+        error = output.reshape(len(label)).double().numpy() - labels
+        total = weight.sum()
+        mean = (weight * labels).sum() / total
+        found[_SPREAD] = np.array([total, mean, (weight * (labels - mean) ** 2).sum()])
+        found[_SQUARES] = np.array([(weight * error**2).sum()])
+        found[_ABSOLUTE] = np.array([(weight * np.abs(error)).sum()])
+        return found
+    assert prediction is not None
+    if any(name in _OF_CONFUSION or name in _OF_TWO for name in names):
+        found[_CONFUSION] = np.zeros((classes, classes))
+        np.add.at(found[_CONFUSION], (label.numpy(), prediction.numpy()), weight)
+    logits = _logits(output)
+    for name in names:
+        top = _TOP.fullmatch(name)
+        if top is not None:
+            greater = (logits > logits.gather(1, label[:, None])).sum(1).numpy()
+            found[name] = np.array([weight[greater < int(top[1])].sum()])
+        elif name == "log_loss":
+            losses = F.cross_entropy(logits, label, reduction="none").numpy()
+            found[_LOGS] = np.array([(weight * losses).sum()])
+    return found
+
+
+def _logits(output: torch.Tensor) -> torch.Tensor:
+    """Return logits float64[B, C]; those of a module of one logit are (0, z)."""
+    if output.ndim == 2 and output.shape[1] > 1:
+        return output.double()
+    one = output.reshape(len(output)).double()
+    return torch.stack([torch.zeros_like(one), one], 1)
+
+
+def add_sums(one: Sums, other: Sums) -> None:
+    """Add the sums of other rows, in place."""
+    for name, values in other.items():
+        one[name] = _merged(one[name], values) if name == _SPREAD else one[name] + values
+
+
+def _merged(one: Values, other: Values) -> Values:
+    """Return the spread of all rows (Chan et al. 1979): squares of large numbers would cancel."""
+    weight, apart = one[0] + other[0], other[1] - one[1]
+    mean = one[1] + apart * other[0] / weight
+    return np.array([weight, mean, one[2] + other[2] + apart**2 * one[0] * other[0] / weight])
+
+
+def metric_values(names: Iterable[str], sums: Sums, weight: float) -> dict[str, float]:
+    """Return metrics by name; not those that every evaluation has, the loss and the accuracy.
+
+    Args:
+        names: of the metrics.
+        sums: see `metric_sums`.
+        weight: of the rows.
+    """
+    found = {}
+    for name in names:
+        if name in _ALWAYS:
+            continue
+        if name in _OF_NUMBERS:
+            of, value = _OF_NUMBERS[name]
+            found[name] = value(float(sums[of][0]), sums[_SPREAD])
+        elif name in _OF_CONFUSION or name in _OF_TWO:
+            found[name] = {**_OF_CONFUSION, **_OF_TWO}[name](sums[_CONFUSION])
+        else:
+            found[name] = float(sums[_LOGS if name == "log_loss" else name][0]) / weight
+    return found
