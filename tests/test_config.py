@@ -63,6 +63,7 @@ def test_every_key_belongs_to_the_experiment_or_to_the_cluster() -> None:
         "engine.ports",
         "train.eval_every",
         "train.max_wall_s",
+        "train.metrics",
         "checkpoint.every_s",
         "checkpoint.every_steps",
         "checkpoint.every_epochs",
