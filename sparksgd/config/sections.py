@@ -73,8 +73,9 @@ class LossConfig:
     package.module:name: a function (output, label) -> Tensor[B], or a class of such."""
 
     kind: Literal["classes", "binary", "numbers"] | None = experiment_key(None)
-    """What your own loss is of, so that labels are checked and accuracy is told: classes (a logit for each),
-    binary (one logit) or numbers.  If not set, it is that of a known loss, or not known."""
+    """What outputs and labels of your own loss are: classes (a logit for each), binary (one logit) or
+    numbers.  Then labels are checked, and evaluations tell the accuracy of classes.  A loss of ours or of
+    torch.nn has its kind."""
 
     arguments: Mapping[str, Any] = arguments()
     """Keyword arguments of the loss."""

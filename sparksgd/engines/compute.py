@@ -289,8 +289,11 @@ class Computer:
         loss, changes = 0.0, None
         weights = self.plan.schema.weight_array(records)
         weight = None if weights is None else _total(weights)
-        most = min(chunk, len(records)) if weight is None else max(1, math.ceil(weight))
-        shift = gradient_shift(most) if self.plan.float16 else 0
+        shift = 0
+        if self.plan.float16:
+            each = np.ones(len(records)) if weights is None else weights
+            firsts = range(0, len(records), chunk)
+            shift = gradient_shift(max(_total(each[first : first + chunk]) for first in firsts))
         with (
             self._settings.blamed("the module or its loss"),
             self.flat.new_gradient(take_part, shift) as gradient,

@@ -5,6 +5,7 @@ Legend: B rows, C classes.
 
 from __future__ import annotations
 
+import math
 from functools import cache
 from itertools import pairwise
 from typing import Any
@@ -130,13 +131,14 @@ def output_of(
     return output
 
 
-def gradient_shift(rows: int) -> int:
-    """Return the least k with 2^k >= rows: 2^-k times a sum is no greater than a mean, and exact.
+def gradient_shift(weight: float) -> int:
+    """Return the least k with 2^k >= weight: 2^-k times a sum over rows is about a mean, and exact.
 
-    >>> [gradient_shift(rows) for rows in (1, 2, 3, 2048)]
-    [0, 1, 2, 11]
+    >>> [gradient_shift(weight) for weight in (1, 2, 3, 2048, 0.25, 0.3)]
+    [0, 1, 2, 11, -2, -1]
     """
-    return (rows - 1).bit_length()
+    mantissa, exponent = math.frexp(weight)
+    return exponent - (mantissa == 0.5)
 
 
 def predictions(output: torch.Tensor) -> torch.Tensor:

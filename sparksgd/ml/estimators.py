@@ -55,6 +55,9 @@ class _TorchEstimator(TrainingParams, MLWritable, MLReadable[Any]):
     _loss: str
     """The loss by default."""
 
+    _kinds: tuple[LossKind, ...]
+    """The kinds of losses that it trains with; the first is that of a loss whose kind is not known."""
+
     _model: type[Any]
     """The class of the Models that it makes."""
 
@@ -69,11 +72,8 @@ class _TorchEstimator(TrainingParams, MLWritable, MLReadable[Any]):
         )
         self.setParams(**params)
 
-    _kinds: tuple[LossKind, ...]
-    """The kinds of losses that it trains with; the first is that of a loss whose kind is not known."""
-
     def _loss_table(self, given: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-        """Return the kind of a loss whose kind nobody says: that of this Estimator.
+        """Return what [loss] must have beside the keys of the user: the kind, if it is not known.
 
         Args:
             given: `config`.
@@ -158,14 +158,16 @@ class _TorchEstimator(TrainingParams, MLWritable, MLReadable[Any]):
 
     def _counted(self, dataset: DataFrame, features: list[str], label: str) -> DataFrame:
         """Return the rows whose labels count: those that are skipped do not."""
+        of_config = self._given_config().get("data", {}).get("weight")
+        weight_col = self.getOrDefault("weightCol") if self.isSet("weightCol") else of_config
         if self.getOrDefault("handleInvalid") != "skip" or not {*features, label} <= {*dataset.columns}:
             return dataset
         number = F.col(quoted(label))
-        is_class = (number >= 0) & (number == F.floor(number)) & ~F.isnan(number.cast("double"))
-        if self.isSet("weightCol") and self.getOrDefault("weightCol") in dataset.columns:
-            weight = F.col(quoted(self.getOrDefault("weightCol"))).cast("float")
-            is_class &= weight.between(*(F.lit(limit).cast("float") for limit in WEIGHTS))
-        return dataset.where(reduce(and_, (F.col(quoted(name)).isNotNull() for name in features), is_class))
+        is_good = (number >= 0) & (number == F.floor(number)) & ~F.isnan(number.cast("double"))
+        if weight_col in dataset.columns:
+            weight = F.col(quoted(weight_col)).cast("float")
+            is_good &= weight.between(*(F.lit(limit).cast("float") for limit in WEIGHTS))
+        return dataset.where(reduce(and_, (F.col(quoted(name)).isNotNull() for name in features), is_good))
 
     def _columns(self) -> tuple[list[str], str]:
         """Return the columns of features, and that of labels."""

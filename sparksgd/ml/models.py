@@ -22,9 +22,10 @@ from sparksgd.errors import ConfigError, DataError
 from sparksgd.ml.params import PREDICTION_DEFAULTS, PredictionParams
 from sparksgd.ml.records import TrainingRecord
 from sparksgd.ml.saving import ModelReader, ModelWriter
+from sparksgd.models.losses import LossKind, is_of_classes
 from sparksgd.runs.model import SavedModel
-from sparksgd.spark.prediction import NewColumns, kind_of, with_predictions
-from sparksgd.spark.tasks.predict_tasks import OutputKind, PredictionPlan, computed
+from sparksgd.spark.prediction import NewColumns, with_predictions
+from sparksgd.spark.tasks.predict_tasks import PredictionPlan, computed
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -122,7 +123,7 @@ class _TorchModel(PredictionParams, MLWritable, MLReadable[Any]):
             return schema
         return replace(schema, features=(replace(schema.features[0], name=self.getOrDefault("featuresCol")),))
 
-    def _kind(self) -> OutputKind:
+    def _kind(self) -> LossKind:
         raise NotImplementedError
 
     def _names(self) -> dict[str, str]:
@@ -182,12 +183,12 @@ class TorchClassificationModel(_TorchModel, ProbabilisticClassificationModel):
         """Return the probabilities of one row."""
         return Vectors.dense(self._columns(value)["probability"][0])
 
-    def _kind(self) -> OutputKind:
-        kind = kind_of(self.saved)
-        if kind not in ("classes", "binary"):
+    def _kind(self) -> LossKind:
+        kind = self.saved.kind
+        if kind is None or not is_of_classes(kind):
             raise ConfigError(
-                f"the module was trained with {self.saved.about.get('loss', 'another loss')}, not as a "
-                f"classifier: load it as TorchRegressionModel, or use sparksgd.predict"
+                f"the module was trained with {_loss_of(self.saved)}, not as a classifier: load it as "
+                f"TorchRegressionModel, or use sparksgd.predict"
             )
         return kind
 
@@ -216,10 +217,14 @@ class TorchRegressionModel(_TorchModel, RegressionModel[Any]):
         """Return the number of one row, its features in a vector."""
         return float(self._columns(value)["prediction"][0])
 
-    def _kind(self) -> OutputKind:
-        if kind_of(self.saved) in ("classes", "binary"):
+    def _kind(self) -> LossKind:
+        if is_of_classes(self.saved.kind):
             raise ConfigError(
-                f"the module was trained with {self.saved.about.get('loss')}, as a classifier: load it as "
+                f"the module was trained with {_loss_of(self.saved)}, as a classifier: load it as "
                 f"TorchClassificationModel"
             )
-        return "number"
+        return "numbers"
+
+
+def _loss_of(saved: SavedModel) -> str:
+    return str(saved.about.get("loss", {}).get("name", "another loss"))

@@ -25,8 +25,6 @@ SHOWN = (
     "best_step",
     "train_rows",
     "bad_rows_skipped",
-    "test_loss",
-    "test_accuracy",
     "rows_per_second",
     "wall_s",
     "engine",

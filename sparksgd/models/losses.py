@@ -34,6 +34,7 @@ __all__ = [
     "LossKind",
     "binary_cross_entropy",
     "cross_entropy",
+    "is_of_classes",
     "loss_kind",
     "make_loss",
     "num_classes",
@@ -59,7 +60,7 @@ def _require_logits(name: str, output: torch.Tensor, label: torch.Tensor) -> Non
     if output.shape in (label.shape, (*label.shape, 1)):
         raise ModelError(
             f"the module gives {tuple(output.shape)} for {len(label)} rows, but {name} takes a logit "
-            f"for each class: let it give those of two classes or more, or use binary_cross_entropy"
+            f"for each class: let it give those of two classes or more, or use binary_cross_entropy for one"
         )
 
 
@@ -106,7 +107,6 @@ _KINDS: dict[str, LossKind] = {
     "L1Loss": "numbers",
     "MSELoss": "numbers",
     "NLLLoss": "classes",
-    "PoissonNLLLoss": "numbers",
     "SmoothL1Loss": "numbers",
 }
 """Classes of torch.nn that are losses here."""
@@ -114,8 +114,13 @@ _KINDS: dict[str, LossKind] = {
 LOSSES = (*_PLAIN, *_KINDS)
 """The names of losses that are no import paths."""
 
-_SUMS = ("reduction", "reduce", "size_average")
-"""Arguments of torch.nn's losses that would add the rows."""
+_REFUSED = {
+    **dict.fromkeys(("reduction", "reduce", "size_average"), "the trainer adds the rows' losses itself"),
+    "ignore_index": "leave such rows out of the data",
+}
+"""Arguments of torch.nn's losses that are not taken, and what to know."""
+
+_TENSORS = ("weight", "pos_weight")
 
 
 def loss_kind(config: LossConfig) -> LossKind | None:
@@ -134,21 +139,32 @@ def loss_kind(config: LossConfig) -> LossKind | None:
     return known or config.kind
 
 
-def num_classes(kind: LossKind | None, output: tuple[int, ...]) -> int:
-    """Return how many classes an output of this shape, for the first rows, tells apart.
+def is_of_classes(kind: LossKind | None) -> bool:
+    """Return whether labels are classes, numbered from 0."""
+    return kind in ("classes", "binary")
+
+
+def num_classes(kind: LossKind | None, output: tuple[int, ...]) -> int | None:
+    """Return how many classes an output of this shape, for the first rows, tells apart; None: there are none.
 
     Raises:
         ModelError: a loss of this kind takes another shape.
     """
     width = math.prod(output[1:])
-    if kind == "binary" and width == 1:
-        return 2
+    if kind is None:
+        return None
     if kind == "classes" and len(output) == 2 and width > 1:
         return width
-    rule = "one logit, [B] or [B, 1]" if kind == "binary" else "a logit for each class, [B, C]"
+    if kind != "classes" and width == 1:
+        return 2 if kind == "binary" else None
+    rules = {
+        "classes": "a logit for each class, [B, C]",
+        "binary": "one logit for each row, [B] or [B, 1]",
+        "numbers": "one number for each row, [B] or [B, 1]",
+    }
     raise ModelError(
-        f'the module gives {output} for {output[0]} rows, but a loss whose kind is "{kind}" takes {rule}: '
-        f"set another loss.kind, or none"
+        f'the module gives {output} for {output[0]} rows, but a loss whose kind is "{kind}" takes '
+        f"{rules[kind]}: let it give that, or set the loss.kind of a loss of your own to what it is"
     )
 
 
@@ -175,51 +191,63 @@ def make_loss(config: LossConfig, trust: Trust | None = None) -> Loss:
             f"label), or a class whose instances are such"
         )
     if isinstance(found, type):
-        loss: Loss = _instance(config, found, config.arguments, _parameters(found))
+        _refuse_unknown(config, _parameters(found))
+        loss: Loss = _instance(config, found, config.arguments)
         return loss
     if not config.arguments:
         return found  # type: ignore[no-any-return]  # it is callable
-    _refuse_unknown(config, _parameters(found)[2:])
+    _refuse_unknown(config, _parameters(found, without=2))
     return partial(found, **config.arguments)
 
 
 def _of_torch(config: LossConfig, name: str) -> Loss:
     kind = getattr(nn, name)
-    known = [key for key in _parameters(kind) if key not in _SUMS]
-    values = {
-        key: torch.tensor(value, dtype=torch.float32) if isinstance(value, list | tuple) else value
-        for key, value in config.arguments.items()
-    }
-    return _OfTorch(_instance(config, kind, {**values, "reduction": "none"}, known), _KINDS[name])
+    _refuse_unknown(config, [key for key in _parameters(kind) if key not in _REFUSED])
+
+    def made(**arguments: Any) -> Loss:
+        for key in set(arguments).intersection(_TENSORS):
+            arguments[key] = torch.tensor(arguments[key], dtype=torch.float32)
+        return _OfTorch(kind(**arguments, reduction="none"), _KINDS[name])
+
+    loss: Loss = _instance(config, made, config.arguments)
+    return loss
 
 
-def _instance(config: LossConfig, kind: Any, arguments: Mapping[str, Any], known: list[str]) -> Any:
+def _instance(config: LossConfig, make: Callable[..., Any], arguments: Mapping[str, Any]) -> Any:
     """Return an instance of a class of losses."""
-    _refuse_unknown(config, known)
     try:
-        return kind(**arguments)
+        return make(**arguments)
     except Exception as error:
         raise ConfigError(
-            f"loss.name is {shown(config.name)}, which does not take {shown(dict(config.arguments))}: "
+            f"loss.name is {shown(config.name)}, which does not take {shown(dict(arguments))}: "
             f"{type(error).__name__}: {error}"
         ) from error
 
 
 def _refuse_unknown(config: LossConfig, known: list[str]) -> None:
     for key in config.arguments:
-        if key not in known and _ANY not in known:
-            of_rows = ": the trainer adds the rows' losses itself" if key in _SUMS else ""
-            near = did_you_mean(key, known) if not of_rows else ""
-            raise ConfigError(f"loss.{key} is no argument of {config.name}{of_rows}{near}")
+        if key in known or _ANY in known:
+            continue
+        why = f": {_REFUSED[key]}" if key in _REFUSED else did_you_mean(key, known)
+        raise ConfigError(f"loss.{key} is no argument of {config.name}{why}")
 
 
 _ANY = "**"
 
 
-def _parameters(function: Any) -> list[str]:
-    """Return the names of what can be passed by name, in their order; `_ANY` if that is anything."""
+def _parameters(function: Any, without: int = 0) -> list[str]:
+    """Return the names of what can be passed by name; `_ANY` if that is anything.
+
+    Args:
+        function: or a class.
+        without: how many of the first ones are passed by their places.
+    """
     try:
-        found = inspect.signature(function).parameters.values()
+        found = list(inspect.signature(function).parameters.values())
     except (TypeError, ValueError):  # of C, which says nothing
-        return [_ANY, _ANY, _ANY]
-    return [_ANY if one.kind is inspect.Parameter.VAR_KEYWORD else one.name for one in found]
+        return [_ANY]
+    placed = [one for one in found if one.kind is not inspect.Parameter.VAR_POSITIONAL]
+    named = placed[without:] if len(placed) == len(found) else placed
+    any_ = [_ANY for one in found if one.kind is inspect.Parameter.VAR_KEYWORD]
+    kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    return [one.name for one in named if one.kind in kinds] + any_

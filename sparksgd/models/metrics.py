@@ -1,13 +1,14 @@
 """Metrics of evaluations by name: sums over rows, which workers compute, and numbers that follow from them.
 
-Names and meanings are those of scikit-learn's scorers.  A row counts by its weight.
+Values are those of scikit-learn's functions (f1_score, log_loss, r2_score, ...).  A row counts by its weight.
 
     of classes          accuracy, f1_macro, f1_weighted, precision_macro, recall_macro, log_loss, and top_3 or
                         any other number: the share of rows whose label has one of so many greatest logits
     of two classes      f1, precision, recall of class 1, too
     of numbers          rmse, mae, r2
 
-A share of nothing counts as 0, as in scikit-learn: the precision of a class that is never predicted.
+As there, a share of nothing counts as 0, such as the precision of a class that is never predicted; and the
+mean over classes (macro) leaves out those that are neither labels nor predictions.
 
 Legend: B rows, C classes.
 """
@@ -25,54 +26,73 @@ from torch.nn import functional as F
 
 from sparksgd.errors import ConfigError
 from sparksgd.imports import did_you_mean, shown
-from sparksgd.models.losses import LossKind
+from sparksgd.models.losses import LossKind, is_of_classes
 
 __all__ = ["Sums", "add_sums", "check_metrics", "is_less_better", "metric_sums", "metric_values"]
 
 Sums = dict[str, npt.NDArray[np.float64]]
-"""What a metric is computed from, by name: `_CONFUSION` is float64[C, C] (label, prediction), `_SPREAD` the
-weight, the mean and the squared deviations of labels, float64[3]; others are float64[1]."""
+"""What a metric is computed from, by name: `_COUNTS` are hits, labels and predictions of each class,
+float64[3, C]; `_SPREAD` is weight, mean, squared deviations, least and greatest of labels, float64[5]; others
+are float64[1]."""
 
 Values = npt.NDArray[np.float64]
 
-_CONFUSION, _SPREAD, _SQUARES, _ABSOLUTE, _LOGS = "confusion", "spread", "squares", "absolute", "logs"
+_COUNTS, _SPREAD, _SQUARES, _ABSOLUTE, _LOGS = "counts", "spread", "squares", "absolute", "logs"
 
 
 def _shares(parts: Values, wholes: Values) -> Values:
     return np.divide(parts, wholes, out=np.zeros_like(parts), where=wholes > 0)
 
 
-def _precision(confusion: Values) -> Values:
-    return _shares(confusion.diagonal(), confusion.sum(axis=0))
+def _precision(hits: Values, labels: Values, predicted: Values) -> Values:
+    return _shares(hits, predicted)
 
 
-def _recall(confusion: Values) -> Values:
-    return _shares(confusion.diagonal(), confusion.sum(axis=1))
+def _recall(hits: Values, labels: Values, predicted: Values) -> Values:
+    return _shares(hits, labels)
 
 
-def _f1(confusion: Values) -> Values:
-    return _shares(2 * confusion.diagonal(), confusion.sum(axis=0) + confusion.sum(axis=1))
+def _f1(hits: Values, labels: Values, predicted: Values) -> Values:
+    return _shares(2 * hits, labels + predicted)
 
 
-def _weighted(shares: Values, confusion: Values) -> float:
-    return float(shares @ confusion.sum(axis=1) / confusion.sum())
+def _macro(of_classes: Callable[[Values, Values, Values], Values]) -> Callable[[Values], float]:
+    def mean(counts: Values) -> float:
+        _, labels, predicted = counts
+        return float(of_classes(*counts)[labels + predicted > 0].mean())
+
+    return mean
 
 
-_OF_CONFUSION: Mapping[str, Callable[[Values], float]] = {
-    "f1_macro": lambda confusion: float(_f1(confusion).mean()),
-    "f1_weighted": lambda confusion: _weighted(_f1(confusion), confusion),
-    "precision_macro": lambda confusion: float(_precision(confusion).mean()),
-    "recall_macro": lambda confusion: float(_recall(confusion).mean()),
+def _f1_weighted(counts: Values) -> float:
+    _, labels, _ = counts
+    return float(_f1(*counts) @ labels / labels.sum())
+
+
+_OF_CLASSES: Mapping[str, Callable[[Values], float]] = {
+    "f1_macro": _macro(_f1),
+    "f1_weighted": _f1_weighted,
+    "precision_macro": _macro(_precision),
+    "recall_macro": _macro(_recall),
 }
 _OF_TWO: Mapping[str, Callable[[Values], float]] = {
-    "f1": lambda confusion: float(_f1(confusion)[1]),
-    "precision": lambda confusion: float(_precision(confusion)[1]),
-    "recall": lambda confusion: float(_recall(confusion)[1]),
+    "f1": lambda counts: float(_f1(*counts)[1]),
+    "precision": lambda counts: float(_precision(*counts)[1]),
+    "recall": lambda counts: float(_recall(*counts)[1]),
 }
+
+
+def _r2(squares: float, spread: Values) -> float:
+    _, _, deviations, least, greatest = spread
+    if least == greatest:
+        return float(squares == 0)
+    return 1 - squares / float(deviations)
+
+
 _OF_NUMBERS: Mapping[str, tuple[str, Callable[[float, Values], float]]] = {
     "rmse": (_SQUARES, lambda squares, spread: math.sqrt(squares / spread[0])),
     "mae": (_ABSOLUTE, lambda absolute, spread: absolute / float(spread[0])),
-    "r2": (_SQUARES, lambda squares, spread: 1 - squares / float(spread[2]) if spread[2] else math.nan),
+    "r2": (_SQUARES, _r2),
 }
 _LEAST = ("loss", "log_loss", "rmse", "mae")
 _ALWAYS = ("loss", "accuracy")
@@ -97,22 +117,23 @@ def check_metrics(names: Iterable[str], key: str, kind: LossKind | None, classes
         ConfigError: with the names that there are.
     """
     known = {"loss": True}
-    is_of_classes = kind in ("classes", "binary")
-    known |= dict.fromkeys(("accuracy", "log_loss", *_OF_CONFUSION), is_of_classes)
-    known |= dict.fromkeys(_OF_TWO, is_of_classes and classes in (2, None))
+    of_classes = is_of_classes(kind)
+    known |= dict.fromkeys(("accuracy", "log_loss", *_OF_CLASSES), of_classes)
+    known |= dict.fromkeys(_OF_TWO, of_classes and classes in (2, None))
     known |= dict.fromkeys(_OF_NUMBERS, kind == "numbers")
     for name in names:
         top = _TOP.fullmatch(name)
-        if known.get(name, top is not None and is_of_classes):
+        if top is not None and classes is not None and int(top[1]) >= classes:
+            raise ConfigError(f"{key} names {shown(name)}, which is always 1: there are {classes} classes")
+        if known.get(name, top is not None and of_classes):
             continue
         if name in known or top is not None:
             told = f"whose kind is {'not known' if kind is None else shown(kind)}"
-            several = f", and there are {classes} classes" if name in _OF_TWO and is_of_classes else ""
-            fitting = [other for other, fits in known.items() if fits]
+            several = f", with {classes} classes" if name in _OF_TWO and of_classes else ""
+            fitting = [other for other, fits in known.items() if fits] + ["top_3"] * of_classes
             raise ConfigError(
-                f"{key} names {shown(name)}, but the loss is one {told}{several}: there are "
-                f"{', '.join(fitting)}{' and top_3' if is_of_classes else ''}"
-                f"{'; set loss.kind for a loss of your own' if kind is None else ''}"
+                f"{key} names {shown(name)}, but the loss is one {told}{several}; possible here: "
+                f"{', '.join(fitting)}{'. Set loss.kind for a loss of your own' if kind is None else ''}"
             )
         raise ConfigError(f"{key} names {shown(name)}, which is no metric{did_you_mean(name, known)}")
 
@@ -144,20 +165,24 @@ def metric_sums(
         error = output.reshape(len(label)).double().numpy() - labels
         total = weight.sum()
         mean = (weight * labels).sum() / total
-        found[_SPREAD] = np.array([total, mean, (weight * (labels - mean) ** 2).sum()])
+        deviations = (weight * (labels - mean) ** 2).sum()
+        found[_SPREAD] = np.array([total, mean, deviations, labels.min(), labels.max()])
         found[_SQUARES] = np.array([(weight * error**2).sum()])
         found[_ABSOLUTE] = np.array([(weight * np.abs(error)).sum()])
         return found
     assert prediction is not None
-    if any(name in _OF_CONFUSION or name in _OF_TWO for name in names):
-        found[_CONFUSION] = np.zeros((classes, classes))
-        np.add.at(found[_CONFUSION], (label.numpy(), prediction.numpy()), weight)
+    if any(name in _OF_CLASSES or name in _OF_TWO for name in names):
+        labels, predicted = label.numpy(), prediction.numpy()
+        counted = (labels, weight * (labels == predicted)), (labels, weight), (predicted, weight)
+        found[_COUNTS] = np.stack([np.bincount(which, by, classes) for which, by in counted])
     logits = _logits(output)
+    own = logits.gather(1, label[:, None])
     for name in names:
         top = _TOP.fullmatch(name)
         if top is not None:
-            greater = (logits > logits.gather(1, label[:, None])).sum(1).numpy()
-            found[name] = np.array([weight[greater < int(top[1])].sum()])
+            is_first = torch.arange(logits.shape[1]) < label[:, None]  # of equal logits, as of the accuracy
+            ahead = (~(logits <= own) | ((logits == own) & is_first)).sum(1).numpy()  # NaN is no hit
+            found[name] = np.array([weight[ahead < int(top[1])].sum()])
         elif name == "log_loss":
             losses = F.cross_entropy(logits, label, reduction="none").numpy()
             found[_LOGS] = np.array([(weight * losses).sum()])
@@ -182,7 +207,8 @@ def _merged(one: Values, other: Values) -> Values:
     """Return the spread of all rows (Chan et al. 1979): squares of large numbers would cancel."""
     weight, apart = one[0] + other[0], other[1] - one[1]
     mean = one[1] + apart * other[0] / weight
-    return np.array([weight, mean, one[2] + other[2] + apart**2 * one[0] * other[0] / weight])
+    deviations = one[2] + other[2] + apart**2 * one[0] * other[0] / weight
+    return np.array([weight, mean, deviations, min(one[3], other[3]), max(one[4], other[4])])
 
 
 def metric_values(names: Iterable[str], sums: Sums, weight: float) -> dict[str, float]:
@@ -200,8 +226,8 @@ def metric_values(names: Iterable[str], sums: Sums, weight: float) -> dict[str, 
         if name in _OF_NUMBERS:
             of, value = _OF_NUMBERS[name]
             found[name] = value(float(sums[of][0]), sums[_SPREAD])
-        elif name in _OF_CONFUSION or name in _OF_TWO:
-            found[name] = {**_OF_CONFUSION, **_OF_TWO}[name](sums[_CONFUSION])
+        elif name in _OF_CLASSES or name in _OF_TWO:
+            found[name] = {**_OF_CLASSES, **_OF_TWO}[name](sums[_COUNTS])
         else:
             found[name] = float(sums[_LOGS if name == "log_loss" else name][0]) / weight
     return found

@@ -42,7 +42,7 @@ from sparksgd.runs.model import check_saved, constants_beside, model_of, save_mo
 from sparksgd.runs.names import CHECKPOINTS, METRICS, MODEL, RUN, RUN_BEFORE, SUMMARY, TRACE, WEIGHTS
 from sparksgd.solvers.protocol import Need
 from sparksgd.storage import Location, Throttle, location, remove_parts
-from sparksgd.training.state import EvaluationReport, Observer, Training
+from sparksgd.training.state import NO_RESULTS, EvaluationReport, Observer, Training
 from sparksgd.training.value_rules import TEXT, WHOLE, MapOf, Table
 
 __all__ = ["RunFolder", "summary"]
@@ -64,7 +64,7 @@ def summary(training: Training, wall_s: float) -> dict[str, Any]:
         "status": _status(training),
         **({"stopped_by": training.stopped_by} if training.stopped_by is not None else {}),
         **({"best_step": training.restored.step} if training.restored else {}),
-        **({"test_accuracy": None, "test_loss": None} if last is None else _finite_results(last)),
+        **(NO_RESULTS if last is None else _finite_results(last)),
         "train_rows": training.rows.rows,
         "bad_rows_skipped": training.rows.bad.total(),
         "epochs": training.turns / training.plan.sampling.turns_per_epoch,
@@ -310,6 +310,7 @@ class RunFolder(Observer):
             "epoch": report.epoch,
             "version": report.version,
             "rows": report.rows,
+            **({"weight": report.weight} if report.weight != report.rows else {}),
             "shards": report.shards,
             "loss": report.loss,
             "lr": report.lr,

@@ -62,7 +62,7 @@ def model_of(training: Training) -> SavedModel:
     """Return the trained module of a run, as it can be saved; the module is the run's own."""
     return SavedModel(
         module=training.module,
-        schema=training.plan.schema,
+        schema=replace(training.plan.schema, id=None, weight=None),  # as it is loaded
         loss=training.plan.loss,
         kind=loss_kind(training.config.loss),
         about=describe(training),

@@ -70,10 +70,9 @@ class Centre:
         What forward changed comes first, as it does where one process computes the whole step.
 
         Raises:
-            UpdateNotFinite: a parameter became NaN or infinite; the weights are as before.
-            ModelError: pieces changed an element to different values; the weights are as before.
-
-        After these a replica's weights are of no use.
+            UpdateNotFinite: a parameter became NaN or infinite; the weights are as before, but not a
+                replica's.
+            ModelError: pieces changed an element to different values; the same holds.
         """
         before = None if self._is_replica else (self.readout(), self.turns)
         try:

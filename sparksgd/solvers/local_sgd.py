@@ -2,6 +2,7 @@
 
     x_s = theta;  in each of H turns  x_s <- optimiser(x_s, (sum of the piece's gradients) / rows)
     Delta = (sum over shards of r_s (theta - x_s)) / (sum over shards of r_s)       r_s: rows of shard s
+    (with data.weight: gradients times the rows' weights, and the weight of the rows in place of their number)
     m <- beta m + Delta
     theta <- theta - epsilon (Delta + beta m)
 
@@ -59,7 +60,8 @@ class LocalSGD:
         settings: the rule's keys.
         experiment: optimiser and schedule, and how long they are used.
         took_part: of a run that is replayed; every step is made of all shards.
-        is_replica: whether the optimiser was tried before, by the solver that this one replicates.
+        is_replica: whether it repeats the steps of another solver: its optimiser was tried before, and a
+            step that fails is not undone, because it is then forgotten.
     """
 
     def __init__(
@@ -246,7 +248,7 @@ class LocalSGD:
         return means(vectors, total.scalars, total_weight(total), self.flat.parts)
 
     def readout(self) -> Weights:
-        """Return a copy of the centre's weights; the same object until the next step."""
+        """Return a copy of the weights, or a replica's view; the same object until the next step."""
         return self._centre.readout()
 
     def state(self) -> SolverState:

@@ -1,8 +1,9 @@
 """Synchronous SGD: every step uses gradients at the newest weights, of all shards, or of all but b.
 
-    g_t = (sum over the rows that took part of the gradient of their loss) / rows
+    g_t = (sum over the rows that took part of weight * gradient of their loss) / (sum of these weights)
     theta_(t+1) = optimiser(theta_t, g_t)
 
+Without data.weight each row weighs 1.
 Without backup workers, this equals one process that uses all rows of the step as one mini-batch.  With b of
 them, a step uses the first N = S - b shards that arrive, and drops later ones.  The optimiser and the
 schedule are torch's own.  Chen et al. 2016, "Revisiting Distributed Synchronous SGD" (arXiv:1604.00981),
@@ -134,7 +135,8 @@ class SynchronousSolver:
         settings: clipping, and backup workers.
         experiment: has the optimiser, the schedule, and how long they are used.
         took_part: in a replay, the shards of each step; None: the first to arrive.
-        is_replica: whether the optimiser was tried before, by the solver that this one replicates.
+        is_replica: whether it repeats the steps of another solver: its optimiser was tried before, and a
+            step that fails is not undone, because it is then forgotten.
     """
 
     def __init__(
@@ -228,7 +230,7 @@ class SynchronousSolver:
             self._centre.load(state)
 
     def readout(self) -> Weights:
-        """Return a copy of the newest weights; the same object until the next step."""
+        """Return a copy of the weights, or a replica's view; the same object until the next step."""
         return self._centre.readout()
 
     def quorum(self) -> Quorum:

@@ -52,7 +52,7 @@ class Scores:
 
 
 def evaluate(rows: DataFrame | str | Path, model: SavedModel) -> Scores:
-    """Evaluate a model on the executors.
+    """Evaluate a model on the executors; all rows count equally.
 
     Args:
         rows: a DataFrame, or a path or URI of Parquet, with the columns that the model was trained on. A

@@ -45,9 +45,9 @@ from sparksgd.spark.frame_rows import (
 from sparksgd.spark.given_rows import described_value, frame_or_path
 from sparksgd.spark.session import start_session
 from sparksgd.spark.tasks import predict_tasks
-from sparksgd.spark.tasks.predict_tasks import COMPLETE, GOOD, OutputKind, PredictionPlan, ShippedPlan
+from sparksgd.spark.tasks.predict_tasks import COMPLETE, GOOD, PredictionPlan, ShippedPlan
 
-__all__ = ["NewColumns", "OnBadRow", "kind_of", "predict", "with_predictions"]
+__all__ = ["NewColumns", "OnBadRow", "predict", "with_predictions"]
 
 OnBadRow = Literal["error", "skip", "keep"]
 """What may be done with rows that cannot be predicted: end with an error, leave out, give nulls."""
@@ -57,7 +57,7 @@ OnBadRow = Literal["error", "skip", "keep"]
 class NewColumns:
     """Which columns are added, and of which type."""
 
-    kind: OutputKind
+    kind: LossKind | None
     """What the module's output is."""
 
     names: Mapping[str, str]
@@ -115,34 +115,22 @@ def predict(
         raise ConfigError(f"on_bad_row is {on_bad_row!r}, but must be one of {', '.join(get_args(OnBadRow))}")
     if not isinstance(prediction, str) or not prediction:
         raise ConfigError(f"prediction is {prediction!r}, but must be the name of a column")
-    kind = kind_of(model)
-    if raw is not None and "raw" not in predict_tasks.columns_of(kind):
+    if raw is not None and "raw" not in predict_tasks.columns_of(model.kind):
         raise ConfigError(f"raw is {raw!r}, but the model's loss is not one of classes: leave raw out")
     if isinstance(given, str):
         given = read_parquet(start_session("sparksgd", TrainConfig()), given)
     wanted = {"prediction": prediction, "probability": probability, "raw": raw}
-    names = {what: name for what, name in wanted.items() if name and what in predict_tasks.columns_of(kind)}
+    names = {
+        what: name for what, name in wanted.items() if name and what in predict_tasks.columns_of(model.kind)
+    }
     return with_predictions(
         given,
         model,
-        NewColumns(kind=kind, names=names),
+        NewColumns(kind=model.kind, names=names),
         on_bad_row=on_bad_row,
         rows_per_forward=rows_per_forward,
         advice='mend the data, or set on_bad_row to "skip" or "keep"',
     )
-
-
-def kind_of(model: SavedModel) -> OutputKind:
-    """Return what a model's output is, which its loss says."""
-    return _OUTPUTS[model.kind]
-
-
-_OUTPUTS: dict[LossKind | None, OutputKind] = {
-    "classes": "classes",
-    "binary": "binary",
-    "numbers": "number",
-    None: "values",
-}
 
 
 def with_predictions(
@@ -297,10 +285,10 @@ def _udf(session: SparkSession, plan: PredictionPlan, *, is_filtered: bool) -> A
     return function.asNondeterministic() if is_filtered else function
 
 
-def _result(kind: OutputKind) -> str:
+def _result(kind: LossKind | None) -> str:
     """Return the type of the function's result, as SQL names it."""
     types = dict.fromkeys(predict_tasks.columns_of(kind), "array<float>")
-    if kind != "values":
+    if kind is not None:
         types["prediction"] = "double"
     return f"struct<{GOOD}: boolean, {', '.join(f'{name}: {of}' for name, of in types.items())}>"
 
@@ -309,7 +297,7 @@ def _new_column(result: Column, what: str, new: NewColumns) -> Column:
     """Return one column of the function's result, in the type that was asked for."""
     column = result[what]
     if what == "prediction":
-        if new.kind == "values":
+        if new.kind is None:
             return column
         return F.when(result[GOOD], F.coalesce(column, F.lit(float("nan"))))
     return F.when(column.isNotNull(), array_to_vector(column)) if new.as_vectors else column

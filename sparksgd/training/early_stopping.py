@@ -12,7 +12,8 @@ from collections.abc import Sequence
 
 from sparksgd.config import Config, EarlyStoppingConfig
 from sparksgd.errors import ConfigError
-from sparksgd.models.metrics import is_less_better
+from sparksgd.models.losses import LossKind
+from sparksgd.models.metrics import check_metrics, is_less_better
 from sparksgd.solvers.protocol import RoundSolver
 from sparksgd.training.replay import Replay
 from sparksgd.training.state import EvaluationReport, Training
@@ -20,6 +21,7 @@ from sparksgd.training.state import EvaluationReport, Training
 __all__ = [
     "best_of",
     "check_judged",
+    "check_named_metrics",
     "judge",
     "judged_metrics",
     "keep_best",
@@ -37,6 +39,21 @@ def judged_metrics(config: Config) -> tuple[str, ...]:
     return tuple(dict.fromkeys([*config.train.metrics, *judged]))
 
 
+def check_named_metrics(config: Config, kind: LossKind | None, classes: int | None) -> None:
+    """Refuse metrics that evaluations cannot have.
+
+    Args:
+        config: names them.
+        kind: of the loss.
+        classes: how many there are; None: not known yet, or there are none.
+
+    Raises:
+        ConfigError: with the key, and the names that there are.
+    """
+    check_metrics(config.train.metrics, "train.metrics", kind, classes)
+    check_metrics([config.early_stopping.metric], "early_stopping.metric", kind, classes)
+
+
 def check_judged(config: Config, *, evaluates: bool, classifies: bool) -> None:
     """Refuse a run that is to be judged by what none of its evaluations has.
 
@@ -48,25 +65,22 @@ def check_judged(config: Config, *, evaluates: bool, classifies: bool) -> None:
     Raises:
         ConfigError: with what to set.
     """
-    stops = config.early_stopping.patience is not None
-    for is_asked, given, metric, otherwise in (
-        (stops, "early_stopping.patience is set", config.early_stopping.metric, "early_stopping.metric=loss"),
-        (
-            config.schedule.metric is not None,
-            'schedule.name is "ReduceLROnPlateau"',
-            config.schedule.metric,
-            "schedule.mode=min, for the loss",
-        ),
+    moved_by, plateau = config.schedule.metric, 'schedule.name is "ReduceLROnPlateau"'
+    for is_asked, given in (
+        (config.early_stopping.patience is not None, "early_stopping.patience is set"),
+        (bool(config.train.metrics), "train.metrics is set"),
+        (moved_by is not None, plateau),
     ):
         if is_asked and not evaluates:
             raise ConfigError(
                 f"{given}, but there are no rows to evaluate on: set data.validation_fraction=0.1 to hold "
                 f"some out, or give test rows"
             )
-        if is_asked and metric == "accuracy" and not classifies:
-            raise ConfigError(
-                f"{given} and judges by the accuracy, but the loss has no classes: set {otherwise}"
-            )
+    if moved_by == "accuracy" and not classifies:
+        raise ConfigError(
+            f"{plateau} and judges by the accuracy, but the loss has no classes: set schedule.mode=min, for "
+            f"the loss"
+        )
 
 
 def best_of(config: EarlyStoppingConfig, evaluations: Sequence[EvaluationReport]) -> EvaluationReport | None:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from sparksgd.engines.protocol import StepReport
-from sparksgd.training.state import EvaluationReport, Observer, Training
+from sparksgd.training.state import NO_RESULTS, EvaluationReport, Observer, Training
 from sparksgd.training.value_rules import FINITE, NUMBER, WHOLE, ListOf, Rule, Table, optional
 
 __all__ = ["COLUMNS", "History", "check_history"]
@@ -19,7 +19,6 @@ COLUMNS: Mapping[str, Rule] = {
     "test_loss": optional(NUMBER),
     "test_accuracy": optional(NUMBER),
 }
-_OF_EVALUATIONS = "test_"
 """The columns of a history.
 
     epoch, step      where the run was, both from 1
@@ -28,6 +27,8 @@ _OF_EVALUATIONS = "test_"
     test_loss        of an evaluation after this step; None if there was none, and so test_accuracy
     test_...         other metrics of the evaluation, if there are some
 """
+
+_OF_EVALUATIONS = "test_"
 
 
 def check_history(rows: Any, path: str) -> None:
@@ -41,7 +42,7 @@ def check_history(rows: Any, path: str) -> None:
 
 def _check_row(row: Any, path: str) -> None:
     names = [name for name in row if name not in COLUMNS] if isinstance(row, dict) else []
-    more = {n: NUMBER for n in names if isinstance(n, str) and n.startswith(_OF_EVALUATIONS)}
+    more = {n: optional(NUMBER) for n in names if isinstance(n, str) and n.startswith(_OF_EVALUATIONS)}
     Table({**COLUMNS, **more})(row, path)
 
 
@@ -103,7 +104,7 @@ class History(Observer):
                 "step": step,
                 "loss": self._sum / self._weight,
                 "lr": lr,
-                **({"test_loss": None, "test_accuracy": None} if evaluation is None else evaluation.named()),
+                **(NO_RESULTS if evaluation is None else evaluation.named()),
             }
         )
         self._sum, self._weight = 0.0, 0.0

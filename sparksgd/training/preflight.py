@@ -32,14 +32,13 @@ from sparksgd.engines.kinds import EngineKind, candidates, refuse_uncarried
 from sparksgd.engines.memory import RunSizes, require_for_trial
 from sparksgd.engines.trial.trial import Found, Use, try_out
 from sparksgd.errors import ConfigError, DataError, ModelError, UserCodeError
-from sparksgd.models.losses import Loss, loss_kind, make_loss, num_classes
-from sparksgd.models.metrics import check_metrics
+from sparksgd.models.losses import Loss, is_of_classes, loss_kind, make_loss, num_classes
 from sparksgd.solvers.protocol import Need, RoundSolver
 from sparksgd.solvers.rules import Experiment, described, make_solver, needs_of, settings_of
 from sparksgd.solvers.schedules import own_schedule
 from sparksgd.solvers.torch_optimizers import own_optimizer
 from sparksgd.solvers.without_compiler import without_compiler
-from sparksgd.training.early_stopping import check_judged, judged_metrics, keeps_best
+from sparksgd.training.early_stopping import check_judged, check_named_metrics, keeps_best
 from sparksgd.training.rebuilding import Sample, check_rebuilding
 from sparksgd.training.replay import Replay
 from sparksgd.training.saved_state import check_saving
@@ -64,9 +63,6 @@ log = logging.getLogger("sparksgd")
 _FIRST_ROWS = 64
 _TRIED_ROWS = 4
 _TRIED_SIZE = 3  # of a dimension of a parameter
-
-_OF_CLASSES = ("classes", "binary")
-"""Kinds of losses whose labels are classes, numbered from 0."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,11 +136,11 @@ def check(
     loss, kind = make_loss(config.loss), loss_kind(config.loss)
     needs = needs_in(config, replay)
     check_engine(config, kinds, needs)
-    check_judged(config, evaluates=test is not None, classifies=kind in _OF_CLASSES)
+    check_judged(config, evaluates=test is not None, classifies=is_of_classes(kind))
     _require_for_trial(module)
-    check_metrics(judged_metrics(config), "train.metrics or early_stopping.metric", kind, None)
+    check_named_metrics(config, kind, None)
     schema, found, records = _tried(config, module, loss, rows, dtype, evaluates=test is not None)
-    check_metrics(judged_metrics(config), "train.metrics or early_stopping.metric", kind, schema.classes)
+    check_named_metrics(config, kind, schema.classes)
     check_solver(config, replay, module, dtype)
     check_saving(module)
     sample = Sample(records=records, schema=schema, threads=config.train.threads, dtype=dtype)
@@ -379,7 +375,7 @@ def _tried(
 ) -> tuple[RowSchema, Found, np.ndarray[Any, Any]]:
     """Return the schema of a row, what the trial found, and some rows."""
     kind = loss_kind(config.loss)
-    classifies = kind in _OF_CLASSES
+    classifies = is_of_classes(kind)
     schema, sample = _first_records(config.data, rows, whole_labels=classifies)
     made_up = not len(sample)
     if made_up:
@@ -405,8 +401,7 @@ def _tried(
         if not made_up:
             raise
         return schema, Found(), sample  # zeros may not suit it; the inspection will name the bad rows
-    if classifies:
-        schema = replace(schema, classes=num_classes(kind, found.output))
+    schema = replace(schema, classes=num_classes(kind, found.output))
     return schema, found, sample
 
 

@@ -23,7 +23,16 @@ from sparksgd.training.rebuilding import Sample
 from sparksgd.training.start_up import StartUp
 from sparksgd.training.step_times import StepTimes
 
-__all__ = ["NO_PROBE", "EvaluationReport", "NumericsChange", "Observer", "Probe", "Resumed", "Training"]
+__all__ = [
+    "NO_PROBE",
+    "NO_RESULTS",
+    "EvaluationReport",
+    "NumericsChange",
+    "Observer",
+    "Probe",
+    "Resumed",
+    "Training",
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +54,10 @@ class EvaluationReport:
         """Return all results by the names that files and tables have."""
         found = {"loss": self.loss, "accuracy": self.accuracy, **self.metrics}
         return {f"test_{name}": value for name, value in found.items()}
+
+
+NO_RESULTS: Mapping[str, None] = {"test_loss": None, "test_accuracy": None}
+"""The results of a run, or a part of it, that was not evaluated; see `EvaluationReport.named`."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import numpy as np
@@ -93,13 +92,29 @@ def test_a_module_of_one_logit_has_the_metrics_of_two_classes() -> None:
         assert metric_values(names, sums, len(label)) == pytest.approx(OF_SCIKIT_LEARN[2, False], rel=1e-9)
 
 
-def test_shares_of_nothing_are_0_and_a_constant_label_has_no_r2() -> None:
+def test_shares_of_nothing_are_0_and_a_class_that_nobody_has_is_left_out() -> None:
     output, label = np.array([[1.0, 0.0], [2.0, 0.0]]), np.array([0, 0])
     names = ["f1", "precision", "recall", "f1_macro", "precision_macro", "recall_macro"]
     found = metric_values(names, sums_of(names, output, label, None, 2), 2)
-    assert found == dict.fromkeys(names[:3], 0.0) | dict.fromkeys(names[3:], 0.5)
-    sums = sums_of(["r2"], np.array([1.0, 3.0]), np.array([2.0, 2.0]), None, None)
-    assert math.isnan(metric_values(["r2"], sums, 2)["r2"])
+    assert found == dict.fromkeys(names[:3], 0.0) | dict.fromkeys(names[3:], 1.0)
+
+
+@pytest.mark.parametrize(("outputs", "expected"), [([0.3, 0.3, 0.3], 1.0), ([1.0, 3.0, 0.3], 0.0)])
+def test_labels_that_are_all_equal_have_the_r2_of_scikit_learn(outputs: list[float], expected: float) -> None:
+    output, label = np.array(outputs), np.array([0.3, 0.3, 0.3])
+    parts = [sums_of(["r2"], output, label, None, None, slice(row, row + 1)) for row in range(3)]
+    for other in parts[1:]:
+        add_sums(parts[0], other)
+    assert metric_values(["r2"], parts[0], 3)["r2"] == expected
+
+
+def test_top_1_is_the_accuracy_and_nan_is_no_hit() -> None:
+    source = np.random.default_rng(0)
+    output, label = source.integers(0, 2, (500, 4)).astype(np.float64), source.integers(0, 4, 500)
+    found = metric_values(["top_1", "top_3"], sums_of(["top_1", "top_3"], output, label, None, 4), 500)
+    assert found["top_1"] == (output.argmax(1) == label).mean()
+    nan = np.full((3, 4), np.nan)
+    assert metric_values(["top_3"], sums_of(["top_3"], nan, np.array([0, 1, 2]), None, 4), 3)["top_3"] == 0
 
 
 @settings(deadline=None, derandomize=True, database=None, max_examples=60)
@@ -144,12 +159,13 @@ def test_evaluations_are_added_with_what_metrics_need() -> None:
             ["rmse"],
             "classes",
             3,
-            "names 'rmse', but the loss is one whose kind is 'classes': there are",
+            "names 'rmse', but the loss is one whose kind is 'classes'; possible",
         ),
-        (["f1"], "classes", 3, "whose kind is 'classes', and there are 3 classes: there are"),
-        (["accuracy"], "numbers", None, "whose kind is 'numbers': there are loss, rmse, mae, r2"),
+        (["f1"], "classes", 3, "whose kind is 'classes', with 3 classes; possible here: loss, accuracy,"),
+        (["top_3"], "classes", 3, "names 'top_3', which is always 1: there are 3 classes"),
+        (["accuracy"], "numbers", None, "whose kind is 'numbers'; possible here: loss, rmse, mae, r2"),
         (["top_3"], "numbers", None, "names 'top_3', but the loss is one whose kind is 'numbers'"),
-        (["r2"], None, None, "whose kind is not known: there are loss; set loss.kind for a loss of your own"),
+        (["r2"], None, None, r"whose kind is not known; possible here: loss\. Set loss\.kind for a loss of"),
         (["top_0"], "classes", 3, "names 'top_0', which is no metric"),
     ],
 )

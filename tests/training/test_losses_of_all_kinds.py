@@ -108,8 +108,10 @@ def test_labels_of_a_declared_kind_are_checked(rows: str) -> None:
         trained(rows, 2, own, "three")
     with pytest.raises(ModelError, match=r'whose kind is "classes" takes a logit for each class, \[B, C\]'):
         trained(rows, 1, {"name": "test_losses_of_all_kinds:of_one_logit", "kind": "classes"})
-    with pytest.raises(ModelError, match=r'whose kind is "binary" takes one logit, \[B\] or \[B, 1\]'):
+    with pytest.raises(ModelError, match=r'whose kind is "binary" takes one logit for each row, \[B\]'):
         trained(rows, 2, {**own, "kind": "binary"})
+    with pytest.raises(ModelError, match=r'whose kind is "numbers" takes one number for each row'):
+        trained(rows, 2, {**own, "kind": "numbers"})
     with pytest.raises(
         ConfigError, match=r"loss\.kind is 'class'.*but must be 'classes' or 'binary' or 'numbers'"
     ):

@@ -96,6 +96,10 @@ def test_what_a_run_cannot_tell_is_refused_before_rows_are_read(jobs: Jobs) -> N
     for tables, says in (
         ({"train": {"metrics": ["rmse"]}}, "names 'rmse', but the loss is one whose kind is 'classes'"),
         ({"early_stopping": {"metric": "f2"}}, "names 'f2', which is no metric"),
+        (
+            {"data": {"validation_fraction": None}, "train": {"metrics": ["f1"]}},
+            "but there are no rows to ev",
+        ),
     ):
         with pytest.raises(ConfigError, match=says):
             sparksgd.train(config_of(jobs, tables), rows_of(jobs), module=torch.nn.Linear(4, 2))  # type: ignore[arg-type]  # of tables

@@ -64,7 +64,13 @@ class Losses(Observer):
 
 
 def trained(
-    rows: str, *, rows_per_step: int = 1000, shards: int = 1, weight: str | None = None, **tables: Any
+    rows: str,
+    *,
+    rows_per_step: int = 1000,
+    shards: int = 1,
+    weight: str | None = None,
+    module: nn.Module | None = None,
+    **tables: Any,
 ) -> tuple[Training, list[float]]:
     watch = Losses()
     config = {
@@ -74,7 +80,7 @@ def trained(
         "engine": {"name": "inline"},
         **tables,
     }
-    return sparksgd.train(config, rows, rows, module=net(), observers=[watch]), watch.losses
+    return sparksgd.train(config, rows, rows, module=module or net(), observers=[watch]), watch.losses
 
 
 def parameters(training: Training) -> np.ndarray[Any, Any]:
@@ -148,6 +154,30 @@ def test_a_piece_may_be_cut_into_several_backward_passes(
     train = {"rows_per_step": 1000, "num_shards": 1, "steps": STEPS, "epochs": STEPS}
     cut, _ = trained(files["once"], weight="w", train={**train, "rows_per_backward": rows_per_backward})
     assert np.abs(parameters(whole) - parameters(cut)).max() < 2e-6
+
+
+class HalfPrecision(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(2)
+        self.first, self.last = nn.Linear(3, 5), nn.Linear(5, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        with torch.autocast("cpu", torch.float16):
+            return self.last(self.first(x).tanh())
+
+
+@pytest.mark.parametrize("exponent", [-24, 24])
+def test_powers_of_two_change_no_bit_of_a_module_in_float16(files: dict[str, str], exponent: int) -> None:
+    table = pq.read_table(files["once"])
+    path = Path(files["once"]).with_name(f"scaled{exponent}.parquet")
+    scaled = pa.array((table["w"].to_numpy() * np.float32(2.0**exponent)).tolist(), pa.float32())
+    pq.write_table(table.set_column(table.schema.get_field_index("w"), "w", scaled), path)
+    plain, same = (
+        trained(file, weight="w", shards=2, module=HalfPrecision())[0] for file in (files["once"], str(path))
+    )
+    assert same.plan.float16
+    assert same.flat.parameters_sha256() == plain.flat.parameters_sha256()
 
 
 def test_a_weight_of_0_ends_the_run_before_its_first_step(tmp_path: Path) -> None:

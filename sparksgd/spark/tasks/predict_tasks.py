@@ -11,7 +11,7 @@ import pickle
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -28,6 +28,7 @@ from sparksgd.data.row_reading import FeatureRows, read_features
 from sparksgd.data.schema import RowSchema
 from sparksgd.engines.forward import evaluated_parts, output_of, predictions
 from sparksgd.errors import ModelError
+from sparksgd.models.losses import LossKind, is_of_classes
 from sparksgd.spark.tasks.worker_exit import leave_quietly
 
 if TYPE_CHECKING:
@@ -36,7 +37,6 @@ if TYPE_CHECKING:
 __all__ = [
     "COMPLETE",
     "GOOD",
-    "OutputKind",
     "PredictionPlan",
     "ShippedPlan",
     "columns_of",
@@ -45,7 +45,6 @@ __all__ = [
     "predicted_columns",
 ]
 
-OutputKind = Literal["classes", "binary", "number", "values"]
 """What a module's output is of a row: logits of C classes; the logit of class 1; one number; some numbers."""
 
 COMPLETE = "complete"
@@ -70,7 +69,7 @@ class PredictionPlan:
     columns: pa.Schema
     """The features as Arrow columns."""
 
-    kind: OutputKind
+    kind: LossKind | None
     """What the module's output is."""
 
     thresholds: tuple[float, ...] | None
@@ -156,13 +155,13 @@ def predict(shipped: Broadcast[ShippedPlan], frames: Iterable[pd.DataFrame]) -> 
         yield _predicted(plan, frame, as_loaded)
 
 
-def columns_of(kind: OutputKind) -> tuple[str, ...]:
+def columns_of(kind: LossKind | None) -> tuple[str, ...]:
     """Return the names of what `predicted_columns` gives."""
-    return ("raw", "probability", "prediction") if kind in ("classes", "binary") else ("prediction",)
+    return ("raw", "probability", "prediction") if is_of_classes(kind) else ("prediction",)
 
 
 def predicted_columns(
-    kind: OutputKind, output: torch.Tensor, rows: int, thresholds: tuple[float, ...] | None
+    kind: LossKind | None, output: torch.Tensor, rows: int, thresholds: tuple[float, ...] | None
 ) -> dict[str, Array]:
     """Return the columns that are made of a module's output, by name.
 
@@ -174,7 +173,7 @@ def predicted_columns(
 
     Returns:
         "raw" and "probability", float[B, C], where there are classes; "prediction", float64[B], or
-        float32[B, N] of "values".
+        float32[B, N] where the kind is not known.
 
     Raises:
         ModelError: the output is not of this kind.
@@ -185,18 +184,18 @@ def predicted_columns(
     if output.dtype in (torch.bfloat16, torch.float16):
         output = output.float()
     output = output.clone()  # it may be memory of the module's, which the next forward writes
-    if kind == "values" and shape[:1] == (rows,):
+    if kind is None and shape[:1] == (rows,):
         return {"prediction": output.reshape(rows, -1).numpy()}
-    if kind in ("number", "binary") and shape in ((rows,), (rows, 1)):
+    if kind in ("numbers", "binary") and shape in ((rows,), (rows, 1)):
         column = output.reshape(rows)
-        if kind == "number":
+        if kind == "numbers":
             return {"prediction": column.double().numpy()}
         raw = torch.stack([-column, column], 1)
         return _classified(raw, torch.sigmoid(raw), predictions(output), thresholds)
     if kind == "classes" and len(shape) == 2 and shape[0] == rows and shape[1] > 1:
         raw = torch.log_softmax(output, 1)
         return _classified(raw, torch.softmax(output, 1), predictions(output), thresholds)
-    wanted = {"classes": "C > 1 logits", "binary": "one logit", "number": "one number", "values": "numbers"}
+    wanted = {"classes": "C > 1 logits", "binary": "one logit", "numbers": "one number", None: "numbers"}
     raise ModelError(f"the module gives {shape} for {rows} rows, but must give {wanted[kind]} for each row")
 
 
