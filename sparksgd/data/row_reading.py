@@ -34,8 +34,8 @@ __all__ = [
 
 HASH_BYTES = 16
 
-WEIGHTS = (1e-20, 1e20)
-"""The least and the greatest weight of a row: products with gradients, and sums, are ordinary float32."""
+WEIGHTS = (1e-12, 1e12)
+"""The least and the greatest weight of a row, so that sums of losses times weights fit into float32."""
 
 _GOLDEN = 0x9E3779B97F4A7C15  # 2^64 over the golden ratio: SplitMix64's step
 

@@ -229,5 +229,5 @@ def _record_type(name: str, kind: pa.DataType) -> tuple[str, bool]:
         return "int64", is_list
     raise DataError(
         f"column {name!r} is {kind}, but must be binary, a number, or a flat list of numbers: "
-        f"cast it, or name another in data.features and data.label"
+        f"cast it, or name another in data.features, data.label or data.weight"
     )

@@ -23,6 +23,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from sparksgd.arithmetic.generators import generators_seeded
+from sparksgd.arithmetic.seeds import seed32
 from sparksgd.config import LossConfig
 from sparksgd.errors import ConfigError, ModelError
 from sparksgd.imports import did_you_mean, resolve, shown
@@ -85,6 +87,8 @@ class _OfTorch(nn.Module):
 
     def forward(self, output: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
         """Return the losses, float[B]."""
+        if output.dtype in (torch.bfloat16, torch.float16):  # arguments are of 32 bits
+            output = output.float()
         if self.kind == "classes":
             _require_logits(type(self.loss).__name__, output, label)
         else:
@@ -168,11 +172,12 @@ def num_classes(kind: LossKind | None, output: tuple[int, ...]) -> int | None:
     )
 
 
-def make_loss(config: LossConfig, trust: Trust | None = None) -> Loss:
+def make_loss(config: LossConfig, seed: int, trust: Trust | None = None) -> Loss:
     """Return the loss that a configuration names.
 
     Args:
         config: the name, and arguments.
+        seed: of the run; what a class draws when its instance is made follows from it.
         trust: whose code may run, if the name comes from a file; None: the user wrote it.
 
     Raises:
@@ -192,7 +197,13 @@ def make_loss(config: LossConfig, trust: Trust | None = None) -> Loss:
         )
     if isinstance(found, type):
         _refuse_unknown(config, _parameters(found))
-        loss: Loss = _instance(config, found, config.arguments)
+        with generators_seeded(seed32(seed, "loss")):
+            loss: Loss = _instance(config, found, config.arguments)
+        if not callable(loss):
+            raise ConfigError(
+                f"loss.name is {shown(config.name)}, a class whose instances cannot be called: give it "
+                f"__call__(self, output, label)"
+            )
         return loss
     if not config.arguments:
         return found  # type: ignore[no-any-return]  # it is callable
@@ -202,6 +213,11 @@ def make_loss(config: LossConfig, trust: Trust | None = None) -> Loss:
 
 def _of_torch(config: LossConfig, name: str) -> Loss:
     kind = getattr(nn, name)
+    if name == "BCEWithLogitsLoss" and "weight" in config.arguments:
+        raise ConfigError(
+            f"loss.weight is no argument of {config.name} here, because torch's is of a batch: use "
+            f"loss.pos_weight, or data.weight"
+        )
     _refuse_unknown(config, [key for key in _parameters(kind) if key not in _REFUSED])
 
     def made(**arguments: Any) -> Loss:

@@ -121,6 +121,7 @@ def check_metrics(names: Iterable[str], key: str, kind: LossKind | None, classes
     known |= dict.fromkeys(("accuracy", "log_loss", *_OF_CLASSES), of_classes)
     known |= dict.fromkeys(_OF_TWO, of_classes and classes in (2, None))
     known |= dict.fromkeys(_OF_NUMBERS, kind == "numbers")
+    fitting = [name for name, fits in known.items() if fits] + ["top_3"] * of_classes
     for name in names:
         top = _TOP.fullmatch(name)
         if top is not None and classes is not None and int(top[1]) >= classes:
@@ -130,12 +131,11 @@ def check_metrics(names: Iterable[str], key: str, kind: LossKind | None, classes
         if name in known or top is not None:
             told = f"whose kind is {'not known' if kind is None else shown(kind)}"
             several = f", with {classes} classes" if name in _OF_TWO and of_classes else ""
-            fitting = [other for other, fits in known.items() if fits] + ["top_3"] * of_classes
             raise ConfigError(
                 f"{key} names {shown(name)}, but the loss is one {told}{several}; possible here: "
                 f"{', '.join(fitting)}{'. Set loss.kind for a loss of your own' if kind is None else ''}"
             )
-        raise ConfigError(f"{key} names {shown(name)}, which is no metric{did_you_mean(name, known)}")
+        raise ConfigError(f"{key} names {shown(name)}, which is no metric{did_you_mean(name, fitting)}")
 
 
 def metric_sums(

@@ -228,7 +228,7 @@ def load_model(
     try:
         with out_of_memory_told(f"loading {folder}"):
             saved = _values(folder, manifest)
-            loss, kind = make_loss(manifest.loss, trusting), loss_kind(manifest.loss)
+            loss, kind = make_loss(manifest.loss, manifest.seed, trusting), loss_kind(manifest.loss)
             if module is None:
                 module = _built(folder, manifest, saved, trusting)
                 load_state(module, saved)

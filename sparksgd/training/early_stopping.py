@@ -97,7 +97,7 @@ def why_over(config: EarlyStoppingConfig, evaluations: Sequence[EvaluationReport
     if later < config.patience:
         return None
     if found is None:
-        return f"no evaluation has a {config.metric} that is a number"
+        return f"in no evaluation is the {config.metric} a number"
     best = evaluations[found]
     count = "the last evaluation has" if later == 1 else f"the last {later} evaluations have"
     return f"{count} no better {config.metric} than {_value(config, best):.6g}, after step {best.step}"

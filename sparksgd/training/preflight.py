@@ -133,7 +133,7 @@ def check(
         SparkSGDError: see errors.py.
     """
     without_compiler()  # before this process makes its first optimiser
-    loss, kind = make_loss(config.loss), loss_kind(config.loss)
+    loss, kind = make_loss(config.loss, config.train.seed), loss_kind(config.loss)
     needs = needs_in(config, replay)
     check_engine(config, kinds, needs)
     check_judged(config, evaluates=test is not None, classifies=is_of_classes(kind))
@@ -214,7 +214,7 @@ def tried_sizes(config: Config, module: nn.Module, rows: RowSource) -> tuple[Run
     without_compiler()  # before this process makes its first optimiser
     _require_for_trial(module)
     evaluates = config.data.test is not None or config.data.held_out_by is not None
-    loss = make_loss(config.loss)
+    loss = make_loss(config.loss, config.train.seed)
     schema, found, _ = _tried(config, module, loss, rows, torch.float32, evaluates=evaluates)
     flat = FlatModule(module, torch.float32)
     solver = make_solver(config, flat, _experiment(config, 1, 0))

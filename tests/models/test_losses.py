@@ -17,7 +17,7 @@ close = pytest.approx
 
 
 def loss_named(name: str, **arguments: Any) -> Loss:
-    return make_loss(LossConfig(name=name, arguments=arguments))
+    return make_loss(LossConfig(name=name, arguments=arguments), seed=0)
 
 
 def test_cross_entropy_is_minus_the_log_of_the_share_of_the_label() -> None:
@@ -111,6 +111,16 @@ def passed_on(*args: Any, **kwargs: Any) -> torch.Tensor:
     return focal(*args, **kwargs)
 
 
+class Dumb:
+    """Not a loss."""
+
+
+class Drawn(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("factor", torch.rand(2) + 0.5)
+
+
 class Scaled:
     def __init__(self, factor: float) -> None:
         self.factor = factor
@@ -148,6 +158,8 @@ def test_one_s_own_function_or_class_takes_arguments() -> None:
         ("squared_error", {"delta": 1.0}, "loss.delta is no argument of squared_error"),
         ("test_losses:focal", {"gama": 1.0}, r"loss.gama is no argument of .*did you mean gamma\?"),
         ("test_losses:focal", {"output": 1.0}, "loss.output is no argument of"),
+        ("binary_cross_entropy", {"weight": [1.0]}, "because torch's is of a batch: use loss.pos_weight"),
+        ("test_losses:Dumb", {}, "a class whose instances cannot be called"),
         ("test_losses:Scaled", {}, "which does not take {}: TypeError: .*missing 1 required"),
         ("math:pi", {}, r"loss.name is 'math:pi', which is 3\.14.*, but must be a function"),
         ("SmoothL1", {}, r"which is not one of ours \(did you mean SmoothL1Loss\?\)"),
@@ -164,3 +176,18 @@ def test_the_kind_of_a_known_loss_cannot_be_another() -> None:
     assert loss_kind(LossConfig(name="BCEWithLogitsLoss", kind="binary")) == "binary"
     with pytest.raises(ConfigError, match=r'loss\.kind is "numbers", but .* whose kind is "classes": leave'):
         loss_kind(LossConfig(kind="numbers"))
+
+
+def test_what_a_class_draws_follows_from_the_seed() -> None:
+    config, before = LossConfig(name="test_losses:Drawn"), torch.default_generator.get_state()
+    one, same, other = (make_loss(config, seed).factor for seed in (1, 1, 2))  # type: ignore[attr-defined]  # its buffer
+    assert torch.equal(one, same)
+    assert not torch.equal(one, other)
+    assert torch.equal(torch.default_generator.get_state(), before)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_weights_of_classes_go_with_outputs_of_16_bits(dtype: torch.dtype) -> None:
+    output, label = torch.randn(4, 2).to(dtype), torch.tensor([0, 1, 1, 0])
+    expected = nn.CrossEntropyLoss(torch.tensor([1.0, 2.0]), reduction="none")(output.float(), label)
+    assert torch.equal(loss_named("cross_entropy", weight=[1.0, 2.0])(output, label), expected)

@@ -54,7 +54,7 @@ def test_every_engine_ends_at_the_bits_of_the_reference(spark, rows, place, solv
 
 def test_a_weight_of_0_is_refused_with_its_value(spark, rows):
     frame = spark.read.parquet(rows).selectExpr("features", "label", "IF(label = 3, 0.0, `w.1`) AS `w.1`")
-    with pytest.raises(BadRows, match=r"a weight that is not from 1e-20 to .* in 'w.1'.*0\.0"):
+    with pytest.raises(BadRows, match=r"a weight that is not from 1e-12 to .* in 'w.1'.*0\.0"):
         sparksgd.train(configured(*WEIGHTED), frame)
     config = configured(*WEIGHTED, "data.on_bad_row=skip", "data.max_bad_rows=300")
     skipped = sparksgd.train(config, frame)

@@ -12,9 +12,9 @@ from judged_runs import KEPT_EACH, config_of, rows_of
 from resumed_jobs import Jobs, Stops, made_jobs
 
 import sparksgd
-from sparksgd.errors import ConfigError
+from sparksgd.errors import ConfigError, DataError
 from sparksgd.training import checkpoint
-from sparksgd.training.history import History
+from sparksgd.training.history import History, check_history
 
 ASKED = {"train": {"metrics": ["f1", "top_1", "log_loss"]}}
 
@@ -103,3 +103,11 @@ def test_what_a_run_cannot_tell_is_refused_before_rows_are_read(jobs: Jobs) -> N
     ):
         with pytest.raises(ConfigError, match=says):
             sparksgd.train(config_of(jobs, tables), rows_of(jobs), module=torch.nn.Linear(4, 2))  # type: ignore[arg-type]  # of tables
+
+
+def test_a_history_may_have_a_metric_that_is_no_number() -> None:
+    row = {"epoch": 1, "step": 5, "loss": 0.5, "lr": 0.1, "test_loss": None, "test_accuracy": None}
+    check_history([row, {**row, "test_rmse": None}, {**row, "test_rmse": 0.5}], "history")
+    for wrong in ({**row, "test_rmse": "0.5"}, {**row, "rmse": 0.5}, {"epoch": 1}):
+        with pytest.raises(DataError):
+            check_history([wrong], "history")
