@@ -10,32 +10,23 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from typing import get_args
 
-from sparksgd.cli.command_line import add_loading, exit_status, parser_of
-from sparksgd.cli.logs import LogFormat, log_to, new_run_id, open_console
+from sparksgd.cli.command_line import add_loading, add_log_format, exit_status, parser_of
+from sparksgd.cli.logs import log_to, new_run_id, open_console
 from sparksgd.cli.run import run_evaluation
 from sparksgd.training.interrupts import end_in_order
 
 
 def parser() -> argparse.ArgumentParser:
     result = parser_of(__doc__)
-    result.add_argument(
-        "--model", required=True, metavar="DIR", help="the folder model/ of a run: path or URI"
-    )
+    add_loading(result)
     result.add_argument(
         "--data",
         required=True,
         metavar="PARQUET",
         help="Parquet with the columns that the model was trained on: path or URI",
     )
-    result.add_argument(
-        "--log-format",
-        choices=get_args(LogFormat),
-        default="text",
-        help="format of the log lines, on standard error",
-    )
-    add_loading(result)
+    add_log_format(result)
     return result
 
 

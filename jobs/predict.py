@@ -16,8 +16,8 @@ import sys
 from collections.abc import Sequence
 from typing import get_args
 
-from sparksgd.cli.command_line import add_loading, exit_status, parser_of
-from sparksgd.cli.logs import LogFormat, log_to, new_run_id, open_console
+from sparksgd.cli.command_line import add_loading, add_log_format, exit_status, parser_of
+from sparksgd.cli.logs import log_to, new_run_id, open_console
 from sparksgd.cli.predictions import run_prediction
 from sparksgd.spark.predicted_tables import PredictionJob, TableIfExists
 from sparksgd.spark.prediction import OnBadRow
@@ -26,9 +26,7 @@ from sparksgd.training.interrupts import end_in_order
 
 def parser() -> argparse.ArgumentParser:
     result = parser_of(__doc__)
-    result.add_argument(
-        "--model", required=True, metavar="DIR", help="the folder model/ of a run: path or URI"
-    )
+    add_loading(result)
     data = result.add_mutually_exclusive_group(required=True)
     data.add_argument("--data", metavar="PARQUET", help="Parquet with the features of the model: path or URI")
     data.add_argument("--table", metavar="NAME", help="a table of Spark's catalogue instead")
@@ -50,13 +48,7 @@ def parser() -> argparse.ArgumentParser:
         "--on-bad-row", choices=get_args(OnBadRow), default="error",
         help="rows that are null, misshapen or not finite: an error, left out, or kept with null",
     )  # fmt: skip
-    result.add_argument(
-        "--log-format",
-        choices=get_args(LogFormat),
-        default="text",
-        help="format of the log lines, on standard error",
-    )
-    add_loading(result)
+    add_log_format(result)
     return result
 
 

@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import get_args
 
 from sparksgd.arithmetic import instruction_set
-from sparksgd.cli.command_line import exit_status, parser_of
-from sparksgd.cli.logs import LogFormat, log_to, new_run_id, open_console
+from sparksgd.cli.command_line import add_log_format, exit_status, parser_of
+from sparksgd.cli.logs import log_to, new_run_id, open_console
 from sparksgd.config import Config
 from sparksgd.errors import ConfigError
 from sparksgd.runs.asked import IfExists
@@ -71,12 +71,7 @@ def parser() -> argparse.ArgumentParser:
         "--status-when-stopped", type=_status, default=0, metavar="STATUS",
         help="the exit status of a run that train.max_wall_s stopped: 0 (the default), or 5 to 125",
     )  # fmt: skip
-    result.add_argument(
-        "--log-format",
-        choices=get_args(LogFormat),
-        default="text",
-        help="format of the log lines, on standard error",
-    )
+    add_log_format(result)
     result.add_argument(
         "--trust", action="append", default=[], metavar="PACKAGE",
         help="run code of this package, if the run of --replay names it; repeatable",

@@ -9,13 +9,14 @@ import logging
 import signal
 import sys
 from collections.abc import Callable
+from typing import get_args
 
-from sparksgd.cli.logs import are_json
+from sparksgd.cli.logs import LogFormat, are_json
 from sparksgd.errors import SparkSGDError
 from sparksgd.spark.uris import lead_to_hadoop
 from sparksgd.training.interrupts import ended_by
 
-__all__ = ["add_loading", "exit_status", "parser_of"]
+__all__ = ["add_loading", "add_log_format", "exit_status", "parser_of"]
 
 log = logging.getLogger("sparksgd")
 
@@ -27,8 +28,21 @@ def parser_of(docstring: str | None) -> argparse.ArgumentParser:
     )
 
 
+def add_log_format(parser: argparse.ArgumentParser) -> None:
+    """Add the option --log-format."""
+    parser.add_argument(
+        "--log-format",
+        choices=get_args(LogFormat),
+        default="text",
+        help="format of the log lines, on standard error",
+    )
+
+
 def add_loading(parser: argparse.ArgumentParser) -> None:
-    """Add the options of how a model is loaded: --trust and --strict."""
+    """Add the options of which model is loaded, and how: --model, --trust and --strict."""
+    parser.add_argument(
+        "--model", required=True, metavar="DIR", help="the folder model/ of a run: path or URI"
+    )
     parser.add_argument(
         "--trust", action="append", default=[], metavar="PACKAGE",
         help="run code of this package, if the model names it; repeatable",
