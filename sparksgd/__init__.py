@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from sparksgd.spark.library import train
     from sparksgd.spark.prediction import predict
     from sparksgd.spark.session import start_session
+    from sparksgd.spark.shared_rows import deal
     from sparksgd.training.state import Observer, Training
 
 __all__ = [
@@ -38,6 +39,7 @@ __all__ = [
     "SparkSGDError",
     "Training",
     "__version__",
+    "deal",
     "errors",
     "evaluate",
     "load_model",
@@ -58,6 +60,7 @@ _HOMES = {
     "Scores": "sparksgd.spark.evaluation",
     "SparkSGDError": "sparksgd.errors",
     "Training": "sparksgd.training.state",
+    "deal": "sparksgd.spark.shared_rows",
     "evaluate": "sparksgd.spark.evaluation",
     "load_model": "sparksgd.runs.model",
     "predict": "sparksgd.spark.prediction",

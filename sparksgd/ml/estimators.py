@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import logging
 import time
-from collections.abc import Iterable, Mapping, Sized
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial, reduce
 from operator import and_
-from typing import Any
+from threading import Lock, RLock
+from typing import Any, Self
+from weakref import finalize
 
 import pyarrow as pa
+from pyspark import SparkContext
 from pyspark.ml.classification import ProbabilisticClassifier
+from pyspark.ml.param import Param
 from pyspark.ml.regression import Regressor
 from pyspark.ml.util import MLReadable, MLWritable
 from pyspark.sql import DataFrame
@@ -36,12 +42,15 @@ from sparksgd.spark.cluster.jobs import spark_job
 from sparksgd.spark.frame_rows import first_rows, quoted, without_vectors
 from sparksgd.spark.given_rows import described_value
 from sparksgd.spark.library import train
+from sparksgd.spark.shared_rows import SharedRows
 from sparksgd.training.callbacks import Callback
 from sparksgd.training.history import History
 from sparksgd.training.preflight import typical_row
 from sparksgd.training.state import Observer
 
 __all__ = ["TorchClassifier", "TorchRegressor"]
+
+log = logging.getLogger("sparksgd")
 
 _DEFAULTS = {"optimizer": "AdamW", "learningRate": 1e-3, "maxEpochs": 10, "engine": "auto"}
 """What differs from a configuration's defaults: these suit most tables, and the engine changes no bit."""
@@ -93,9 +102,31 @@ class _TorchEstimator(TrainingParams, MLWritable, MLReadable[Any]):
             )
         return {}
 
-    def _fit(self, dataset: DataFrame) -> Any:
-        """Train; `fit` is Spark ML's own, and calls this."""
+    def fitMultiple(
+        self,
+        dataset: DataFrame,
+        paramMaps: Sequence[Mapping[Param[Any], Any]],  # noqa: N803  # Spark ML's own name
+    ) -> Iterator[tuple[int, Any]]:
+        """Return an iterator of (index, Model): a fit for each map, in any order and any thread.
+
+        The rows are checked and dealt once for all fits that ask for the same shards.  These are removed
+        after the last fit, or with the iterator.
+        """
+        return _Fits(self, dataset, paramMaps)
+
+    def _fit(self, dataset: DataFrame, shared: SharedRows | None = None) -> Any:
+        """Train; `fit` is Spark ML's own, and calls this.
+
+        Args:
+            dataset: the rows.
+            shared: the same rows, which other fits train on, too.
+        """
         refuse_connect(dataset.sparkSession)
+        takes_all = not self.isSet("numWorkers")
+        with _turn(dataset.sparkSession.sparkContext) if takes_all else nullcontext():
+            return self._trained(dataset, dataset if shared is None else shared)
+
+    def _trained(self, dataset: DataFrame, rows: DataFrame | SharedRows) -> Any:
         if not self.isDefined("module"):
             raise ConfigError(f"{type(self).__name__} has no module: pass module=, what it trains")
         spec = ModuleSpec.of(self.getOrDefault("module"))
@@ -122,7 +153,7 @@ class _TorchEstimator(TrainingParams, MLWritable, MLReadable[Any]):
         try:
             training = train(
                 config,
-                dataset,
+                rows,
                 module=module,
                 observers=[history, *self._callbacks()],
                 checkpoint_dir=checkpoints,
@@ -241,6 +272,50 @@ class TorchRegressor(_TorchEstimator, Regressor[Any]):
     _loss = "squared_error"
     _kinds = ("numbers",)
     _model = TorchRegressionModel
+
+
+class _Fits:
+    """Fits of one Estimator on the same rows; each call of `next` makes one, in whichever thread calls."""
+
+    def __init__(self, estimator: Any, dataset: DataFrame, maps: Sequence[Mapping[Param[Any], Any]]) -> None:
+        self._estimator, self._dataset, self._maps = estimator.copy(), dataset, list(maps)
+        self._numbers, self._left, self._lock = iter(range(len(self._maps))), len(self._maps), Lock()
+        self._shared = SharedRows(dataset)
+        self._close = finalize(self, self._shared.close)
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> tuple[int, Any]:
+        with self._lock:
+            number = next(self._numbers)
+        try:
+            estimator = self._estimator.copy(self._maps[number])
+            return number, estimator._fit(self._dataset, self._shared)
+        finally:
+            with self._lock:
+                self._left -= 1
+                is_last = not self._left
+            if is_last:
+                self._close()
+
+
+_turns: dict[str, RLock] = {}
+_turns_lock = Lock()
+
+
+@contextmanager
+def _turn(context: SparkContext) -> Iterator[None]:
+    """Let one fit of a session train at a time, because each takes all slots."""
+    with _turns_lock:
+        turn = _turns.setdefault(context.applicationId, RLock())
+    if not turn.acquire(blocking=False):
+        log.info("another fit trains in this session: this one begins when that one has ended")
+        turn.acquire()
+    try:
+        yield
+    finally:
+        turn.release()
 
 
 def _apart(trained: SavedModel) -> SavedModel:

@@ -14,7 +14,9 @@ from sparksgd.imports import shown
 if TYPE_CHECKING:
     from pyspark.sql import DataFrame
 
-__all__ = ["described_value", "frame_or_path"]
+    from sparksgd.spark.shared_rows import SharedRows
+
+__all__ = ["described_value", "frame_or_path", "rows_of_training"]
 
 _ADVICE = {
     "pyspark.pandas": "pass {argument}.to_spark()",
@@ -59,6 +61,14 @@ def frame_or_path(argument: str, rows: object) -> DataFrame | str:
         f"{argument} is {described_value(rows)}, but must be a Spark DataFrame, or the path of Parquet, as "
         f"str or Path: {advice}"
     )
+
+
+def rows_of_training(argument: str, rows: object) -> DataFrame | str | SharedRows:
+    """Return what `frame_or_path` does, or rows that trainings share, as `sparksgd.deal` gives them."""
+    if _is_of("sparksgd.spark.shared_rows", rows):
+        shared: SharedRows = rows  # type: ignore[assignment]  # its module has no other class that is public
+        return shared
+    return frame_or_path(argument, rows)
 
 
 def _is_of(package: str, value: Any) -> bool:

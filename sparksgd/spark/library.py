@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from sparksgd.arithmetic import instruction_set
 from sparksgd.config import Config
 from sparksgd.errors import ConfigError, DataError, SparkSGDError
-from sparksgd.spark.given_rows import described_value, frame_or_path
+from sparksgd.spark.given_rows import described_value, rows_of_training
 from sparksgd.spark.uris import lead_to_hadoop
 from sparksgd.storage import Location, location
 
@@ -26,10 +26,13 @@ if TYPE_CHECKING:
     from torch import nn
 
     from sparksgd.runs.folder import RunFolder
+    from sparksgd.spark.shared_rows import SharedRows
     from sparksgd.training.checkpointing import CheckpointStore
     from sparksgd.training.loop import Given
     from sparksgd.training.replay import Replay
     from sparksgd.training.state import Observer, Training
+
+    _Rows = DataFrame | SharedRows | str
 
 __all__ = ["train"]
 
@@ -38,8 +41,8 @@ log = logging.getLogger("sparksgd")
 
 def train(
     config: Config | Mapping[str, Any],
-    rows: DataFrame | str | Path,
-    test: DataFrame | str | Path | None = None,
+    rows: DataFrame | SharedRows | str | Path,
+    test: DataFrame | SharedRows | str | Path | None = None,
     *,
     module: nn.Module | None = None,
     observers: Sequence[Observer] = (),
@@ -64,7 +67,8 @@ def train(
             table with a log (Delta, Iceberg, Hudi): read such a table by its own reader. Only the
             columns that `data` names are read. In a row, a feature is
             binary (n bytes reach forward as uint8[B, n]), a list of n numbers or a vector of Spark ML
-            (float32[B, n] or int64[B, n]), or a number (float32[B] or int64[B]); B rows are one batch.
+            (float32[B, n] or int64[B, n]), or a number (float32[B] or int64[B]); B rows are one batch. Rows
+            that several trainings share, from `sparksgd.deal`, are checked and dealt only once.
         test: rows to evaluate on, like `rows`; None: those that `data.validation_fraction` or
             `data.validation_column` holds out, or none.
         module: a module of your own, with float32 parameters, instead of the one that `model.name` names;
@@ -118,8 +122,8 @@ def train(
     """
     config = _configured(config)
     instruction_set.pin(config.train.instruction_set)  # before torch is imported
-    rows = frame_or_path("rows", rows)
-    test = None if test is None else frame_or_path("test", test)
+    rows = rows_of_training("rows", rows)
+    test = None if test is None else rows_of_training("test", test)
     _check_arguments(module, observers, replay)
     config = _with_paths(config, rows, test)
 
@@ -195,7 +199,7 @@ def _check_arguments(module: object, observers: object, replay: object) -> None:
         )
 
 
-def _with_paths(config: Config, rows: DataFrame | str, test: DataFrame | str | None) -> Config:
+def _with_paths(config: Config, rows: _Rows, test: _Rows | None) -> Config:
     """Return the configuration with the paths of `rows` and `test`; log which paths they replace."""
     train, evaluated = (path if isinstance(path, str) else None for path in (rows, test))
     if config.data.train not in (None, train):
@@ -283,10 +287,12 @@ def _folder_named(name: str, folder: object) -> str:
     return str(folder)
 
 
-def _session(config: Config, rows: DataFrame | str, test: DataFrame | str | None) -> SparkSession:
-    for frame in (rows, test):
-        if frame is not None and not isinstance(frame, str):
-            return frame.sparkSession
+def _session(config: Config, rows: _Rows, test: _Rows | None) -> SparkSession:
+    for given in (rows, test):
+        if given is not None and not isinstance(given, str):
+            frame: Any = getattr(given, "frame", given)  # of shared rows
+            session: SparkSession = frame.sparkSession
+            return session
     from sparksgd.spark.session import start_session
 
     return start_session("sparksgd", config.train)

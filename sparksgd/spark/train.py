@@ -11,8 +11,8 @@ from pyspark.sql import DataFrame, SparkSession
 
 from sparksgd.arithmetic import instruction_set
 from sparksgd.config import Config, EngineConfig
-from sparksgd.data.held_out import sides_of
-from sparksgd.data.source import Shards
+from sparksgd.data.held_out import Side, sides_of
+from sparksgd.data.source import RowSource, Shards
 from sparksgd.engines.compute import Plan
 from sparksgd.engines.kinds import ALLREDUCE, EngineKind, candidates, first_of_each_name
 from sparksgd.engines.memory import RunSizes, Takes
@@ -28,6 +28,7 @@ from sparksgd.spark.cluster.slots import WorkerDemand
 from sparksgd.spark.engines.base import SparkEngine
 from sparksgd.spark.frame_rows import DataFrameRows, read_parquet
 from sparksgd.spark.session import check_session, refuse_plain_shards
+from sparksgd.spark.shared_rows import SharedRows
 from sparksgd.training.loop import Given
 from sparksgd.training.loop import train as train_anywhere
 from sparksgd.training.preflight import allowed_engines, needs_in
@@ -43,8 +44,8 @@ log = logging.getLogger("sparksgd")
 def train(
     session: SparkSession,
     config: Config,
-    rows: DataFrame | str,
-    test: DataFrame | str | None = None,
+    rows: DataFrame | str | SharedRows,
+    test: DataFrame | str | SharedRows | None = None,
     *,
     run_id: str | None = None,
     kinds: Sequence[EngineKind] | None = None,
@@ -55,8 +56,8 @@ def train(
     Args:
         session: yours; start it with `sparksgd.spark.session.start_session` for its best settings.
         config: what to train, and how; `data.train` and `data.test` are ignored.
-        rows: rows to train on, a DataFrame or a path or URI of Parquet; only the columns that config.data
-            names are read.
+        rows: rows to train on, a DataFrame, a path or URI of Parquet, or rows that trainings share; only the
+            columns that config.data names are read.
         test: rows to evaluate on; None: those that config.data holds out, or none.
         run_id: names the run's jobs; None for a new name.
         kinds: the engines that are allowed, if they were asked for before.
@@ -89,13 +90,13 @@ def train(
     with cluster.job_group():
         start_up.unpacked(cluster.check_executors(config.train.instruction_set))
         with cluster.job_watch.over(1):  # to read a schema is a job already: not before there are slots
-            rows = _frame(session, rows)
-            test = rows if held_out else None if test is None else _frame(session, test)
+            rows = _read(session, rows)
+            test = rows if held_out else None if test is None else _read(session, test)
         try:
             return train_anywhere(
                 config,
-                rows=DataFrameRows(rows, cluster, config.data.placement, trained),
-                test=None if test is None else DataFrameRows(test, cluster, side=held_out),
+                rows=_source(rows, cluster, config.data.placement, trained),
+                test=None if test is None else _source(test, cluster, side=held_out),
                 make_engine=make_engine,
                 **given,
             )
@@ -110,8 +111,16 @@ def train(
             raise
 
 
-def _frame(session: SparkSession, rows: DataFrame | str) -> DataFrame:
+def _read(session: SparkSession, rows: DataFrame | str | SharedRows) -> DataFrame | SharedRows:
     return read_parquet(session, rows) if isinstance(rows, str) else rows
+
+
+def _source(
+    rows: DataFrame | SharedRows, cluster: Cluster, placement: str = "hashed", side: Side | None = None
+) -> RowSource:
+    if isinstance(rows, SharedRows):
+        return rows.source(cluster, placement, side)
+    return DataFrameRows(rows, cluster, placement, side)
 
 
 def demand_of(config: Config, replay: Replay | None = None) -> WorkerDemand:

@@ -108,6 +108,7 @@ def test_early_stopping_needs_rows_to_evaluate_on_and_a_metric_that_they_have(jo
     config["loss"] = {"name": "squared_error"}
     config["model"]["out_features"] = 1
     with pytest.raises(
-        ConfigError, match=r"by the accuracy, but the loss has no classes: set early_stopping\.metric=loss"
+        ConfigError,
+        match=r"early_stopping\.metric names .accuracy., but the loss is one whose kind is .numbers",
     ):
         sparksgd.train(config, rows_of(jobs))

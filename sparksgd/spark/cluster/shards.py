@@ -54,6 +54,8 @@ class SparkShards:
         self._partition_of: dict[int, int] = {}
         self._folders: set[str] = set()  # those of lost executors, too
         self.table: list[Descriptor] = []
+        self.is_shared = False
+        """Whether other trainings use them, too: then `close` leaves them to `remove`."""
 
     def write(self) -> None:
         """Write all shards; if that fails, remove what was written."""
@@ -129,6 +131,11 @@ class SparkShards:
         return len(moved)
 
     def close(self) -> None:
+        """Remove the shards, unless they are shared."""
+        if not self.is_shared:
+            self.remove()
+
+    def remove(self) -> None:
         """Remove the files on all executors, the descriptors, and the shuffle behind them."""
         if self._cluster.is_stopped():
             return  # and Spark removes its local directories
