@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import logging
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from torch import nn
 import sparksgd
 from sparksgd.errors import ConfigError
 from sparksgd.ml import TorchClassifier
-from sparksgd.storage.scratch import PREFIX
+from sparksgd.spark.cluster.shards import SparkShards
 
 pytestmark = pytest.mark.session("local[2]")
 
@@ -51,31 +52,46 @@ def linear():
     return nn.Linear(2, 2)
 
 
-def folders(session):
-    """Return the folders of shards that this session has on the local disks."""
-    local = session.sparkContext._jvm.org.apache.spark.SparkEnv.get().blockManager().diskBlockManager()
-    found = []
-    for root in local.localDirs():
-        found += [file.getName() for file in root.listFiles() if file.getName().startswith(PREFIX)]
+@pytest.fixture
+def standing(monkeypatch):
+    """Return the files of shards that were written, and not removed yet."""
+    found = {}
+
+    def noted(method, note):
+        def call(shards):
+            method(shards)
+            note(shards)
+
+        return call
+
+    def written(shards):
+        found[shards] = [Path(shard.path) for shard in shards.table]
+
+    def removed(shards):
+        assert not any(file.exists() for file in found.pop(shards))
+
+    monkeypatch.setattr(SparkShards, "write", noted(SparkShards.write, written))
+    monkeypatch.setattr(SparkShards, "remove", noted(SparkShards.remove, removed))
     return found
 
 
 def test_fits_of_several_maps_share_a_deal_and_have_the_bits_of_fits_alone(points, deals):
     estimator = TorchClassifier(module=linear(), **BRIEF)
     maps = [{estimator.learningRate: rate} for rate in (0.01, 0.1)] + [{estimator.batchSize: 50}]
-    alone = [estimator.fit(points, one).summary["parameters_sha256"] for one in maps]
+    alone = [estimator.fit(points, one).summary.value["parameters_sha256"] for one in maps]
     assert deals() == 3
     fits = estimator.fitMultiple(points, maps)
     found = {}
     for number, model in fits:
-        found[number] = model.summary["parameters_sha256"]
+        found[number] = model.summary.value["parameters_sha256"]
     assert [found[number] for number in range(3)] == alone
     assert deals() == 4
     assert fits._shared._shards == {}  # removed after the last fit
-    assert estimator.fit(points, maps)[1].summary["parameters_sha256"] == alone[1]
+    assert estimator.fit(points, maps)[1].summary.value["parameters_sha256"] == alone[1]
     assert deals() == 5
 
 
+@pytest.mark.soak
 def test_what_shapes_the_shards_deals_once_more(points, deals):
     estimator = TorchClassifier(module=linear(), **BRIEF)
     maps = [{}, {estimator.numShards: 3}, {estimator.validationFraction: 0.2}, {estimator.seed: 5}]
@@ -83,16 +99,15 @@ def test_what_shapes_the_shards_deals_once_more(points, deals):
     assert deals() == 1 + 1 + 2  # with held-out rows, two: of both sides
 
 
-def test_fits_that_nobody_asks_for_leave_no_shards(points):
-    session = points.sparkSession
-    before = folders(session)
+def test_fits_that_nobody_asks_for_leave_no_shards(points, standing):
     estimator = TorchClassifier(module=linear(), **BRIEF)
     fits = estimator.fitMultiple(points, [{}, {estimator.seed: 1}])
     next(fits)
-    assert len(folders(session)) == len(before) + 1
+    (files,) = standing.values()
+    assert all(file.exists() for file in files)
     del fits
     gc.collect()
-    assert folders(session) == before
+    assert standing == {}
 
 
 def test_fits_in_threads_take_turns_and_say_so(points, caplog, deals):
@@ -102,7 +117,7 @@ def test_fits_in_threads_take_turns_and_say_so(points, caplog, deals):
 
     def work():
         for number, model in fits:
-            found[number] = model.summary["parameters_sha256"]
+            found[number] = model.summary.value["parameters_sha256"]
 
     threads = [threading.Thread(target=work) for _ in range(2)]
     for thread in threads:
@@ -113,12 +128,14 @@ def test_fits_in_threads_take_turns_and_say_so(points, caplog, deals):
     assert deals() == 1
     alone = TorchClassifier(module=linear(), seed=3, **BRIEF).fit(points)
     assert found.keys() == {0, 1, 2, 3}
-    assert found[3] == alone.summary["parameters_sha256"]
+    assert found[3] == alone.summary.value["parameters_sha256"]
 
 
 @pytest.mark.soak
 @pytest.mark.parametrize("parallelism", [1, 3])
-def test_a_cross_validation_of_3_folds_and_4_settings_deals_4_times_for_13_fits(points, deals, parallelism):
+def test_a_cross_validation_of_3_folds_and_4_settings_deals_4_times_for_13_fits(
+    points, deals, standing, parallelism
+):
     estimator = TorchClassifier(module=linear(), **BRIEF)
     grid = ParamGridBuilder().addGrid(estimator.learningRate, [0.001, 0.01, 0.1, 1.0]).build()
     evaluator = BinaryClassificationEvaluator(numBins=0)
@@ -126,14 +143,12 @@ def test_a_cross_validation_of_3_folds_and_4_settings_deals_4_times_for_13_fits(
         estimator=estimator, estimatorParamMaps=grid, evaluator=evaluator, numFolds=3, seed=1,
         parallelism=parallelism,
     )  # fmt: skip
-    before = folders(points.sparkSession)
     best = validator.fit(points).bestModel
     assert deals() == 4
     gc.collect()
-    assert folders(points.sparkSession) == before
-    rate = best.getOrDefault("learningRate") if best.hasParam("learningRate") else None
-    fits = [estimator.fit(points, one).summary["parameters_sha256"] for one in grid]
-    assert best.summary["parameters_sha256"] in fits, rate
+    assert standing == {}
+    fits = [estimator.fit(points, one).summary.value["parameters_sha256"] for one in grid]
+    assert best.summary.value["parameters_sha256"] in fits
 
 
 def test_trainings_in_a_block_share_a_deal(spark, tmp_path, deals):
@@ -145,11 +160,11 @@ def test_trainings_in_a_block_share_a_deal(spark, tmp_path, deals):
         together = [sparksgd.train(config, rows) for config in configs]
         assert deals() == dealt + 2  # both sides, once
         more = sparksgd.train(configured("train.num_shards=5"), rows, rows)
-        assert deals() == dealt + 4
+        assert deals() == dealt + 3  # the same shards, to train on and to evaluate
     assert [digests(training) for training in together] == [digests(training) for training in alone]
     assert [r.loss for r in together[1].evaluations] == [r.loss for r in alone[1].evaluations]
     assert more.evaluations[-1].rows == 400
-    with pytest.raises(ConfigError, match=r"a sparksgd\.deal that is closed: train inside its `with` block"):
+    with pytest.raises(ConfigError, match=r"deal\(\.\.\.\) that is closed: train inside its `with`"):
         sparksgd.train(configs[0], rows)
     with pytest.raises(ConfigError, match="rows is 3, but must be a Spark DataFrame, or the path of Parquet"):
         sparksgd.deal(3)

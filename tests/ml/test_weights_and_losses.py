@@ -56,7 +56,7 @@ def test_a_fit_has_the_bits_of_a_training_with_the_same_weights(points):
         "train": {"epochs": 2, "rows_per_step": 1000, "num_shards": 2},
     }
     training = sparksgd.train(config, points, module=linear(2))
-    assert model.summary["parameters_sha256"] == training.flat.parameters_sha256()
+    assert model.summary.value["parameters_sha256"] == training.flat.parameters_sha256()
     assert "w" in model.transform(points).columns
 
 
@@ -69,7 +69,7 @@ def test_bad_weights_are_refused_or_left_out(points):
         fit.copy({fit.weightCol: "v"}).fit(points)
     left_out = fit.copy({fit.handleInvalid: "skip"}).fit(bad)
     good = fit.fit(bad.where("w > 0"))
-    assert left_out.summary["parameters_sha256"] == good.summary["parameters_sha256"]
+    assert left_out.summary.value["parameters_sha256"] == good.summary.value["parameters_sha256"]
 
 
 @pytest.mark.parametrize(
@@ -88,4 +88,4 @@ def test_an_estimator_says_the_kind_of_a_loss(points, kind, outputs, params, say
     scored = [each.transform(points).select("prediction").collect() for each in (model, loaded)]
     assert scored[0] == scored[1]
     plain = kind(module=linear(outputs), **BRIEF).fit(points)
-    assert plain.summary["parameters_sha256"] != model.summary["parameters_sha256"]
+    assert plain.summary.value["parameters_sha256"] != model.summary.value["parameters_sha256"]
