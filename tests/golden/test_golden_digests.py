@@ -74,12 +74,6 @@ def test_inline_ends_at_the_golden_digests():
 
 
 @pytest.mark.jvm
-def test_every_engine_ends_at_the_golden_digests():
-    words = ("tree:3:batch-norm", "allreduce:2:adam", "stages:4:backup replay")
-    check(digests(*words), {"batch-norm", "adam", "backup replay"})
-
-
-@pytest.mark.jvm
 @pytest.mark.soak
 @pytest.mark.timeout(900)
 def test_every_engine_with_every_number_of_workers_ends_at_the_golden_digests():

@@ -151,6 +151,7 @@ def test_a_cross_validation_of_3_folds_and_4_settings_deals_4_times_for_13_fits(
     assert best.summary.value["parameters_sha256"] in fits
 
 
+@pytest.mark.soak
 def test_trainings_in_a_block_share_a_deal(spark, tmp_path, deals):
     path = write_rows(tmp_path / "rows", 400)
     configs = [configured(f"optimizer.lr={rate}", "data.validation_fraction=0.2") for rate in (0.1, 0.2)]

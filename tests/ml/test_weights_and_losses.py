@@ -32,7 +32,9 @@ def linear(outputs):
     return nn.Linear(2, outputs)
 
 
-@pytest.mark.parametrize(("kind", "outputs"), [(TorchClassifier, 2), (TorchRegressor, 1)])
+@pytest.mark.parametrize(
+    ("kind", "outputs"), [(TorchClassifier, 2), pytest.param(TorchRegressor, 1, marks=pytest.mark.soak)]
+)
 def test_a_row_of_weight_w_counts_as_w_rows(points, kind, outputs):
     weighted = kind(module=linear(outputs), weightCol="w", **BRIEF).fit(points)
     repeated = kind(module=linear(outputs), **BRIEF).fit(
@@ -75,9 +77,15 @@ def test_bad_weights_are_refused_or_left_out(points):
 @pytest.mark.parametrize(
     ("kind", "outputs", "params", "says"),
     [
-        (TorchClassifier, 2, {"config": {"loss": {"label_smoothing": 0.2}}}, "classes"),
         (TorchClassifier, 2, {"loss": "predicted_modules:focal"}, "classes"),
-        (TorchRegressor, 1, {"loss": "HuberLoss", "config": {"loss": {"delta": 0.3}}}, "numbers"),
+        pytest.param(
+            *(TorchClassifier, 2, {"config": {"loss": {"label_smoothing": 0.2}}}, "classes"),
+            marks=pytest.mark.soak,
+        ),
+        pytest.param(
+            *(TorchRegressor, 1, {"loss": "HuberLoss", "config": {"loss": {"delta": 0.3}}}, "numbers"),
+            marks=pytest.mark.soak,
+        ),
     ],
 )
 def test_an_estimator_says_the_kind_of_a_loss(points, kind, outputs, params, says, tmp_path):

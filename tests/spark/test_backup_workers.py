@@ -103,6 +103,7 @@ def test_a_late_gradient_is_recorded_and_never_used(spark, small, tmp_path):
     assert digests(inline) == digests(training)
 
 
+@pytest.mark.soak
 def test_a_run_with_backups_is_replayed_bit_for_bit(spark, small, tmp_path):
     config, made = configured(*ONE_BACKUP, "train.epochs=2"), StepsMade(tmp_path / "made")
     rows = spark.read.parquet(small)
