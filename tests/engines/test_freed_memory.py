@@ -35,6 +35,7 @@ def counted(program: str, **environment: str) -> list[int]:
     return [int(word) for word in ran.stdout.split()]
 
 
+@pytest.mark.soak
 def test_a_process_that_keeps_what_it_freed() -> None:
     before, _, after = counted(
         "print(faults()); keep_freed_memory_until_exit(); print(faults()); print(faults())"
@@ -60,6 +61,7 @@ print(resident_pages() - first)
     assert left < kept / 4  # a library that was loaded meanwhile stays
 
 
+@pytest.mark.soak
 def test_thresholds_of_the_environment_hold() -> None:
     own = {"MALLOC_MMAP_THRESHOLD_": "131072"}
     (faults,) = counted("keep_freed_memory_until_exit(); faults(); print(faults())", **own)

@@ -171,6 +171,7 @@ def test_trainings_in_a_block_share_a_deal(spark, tmp_path, deals):
         sparksgd.deal(3)
 
 
+@pytest.mark.soak
 def test_shared_shards_that_were_damaged_are_written_again(spark, tmp_path):
     frame = spark.read.parquet(write_rows(tmp_path / "rows", 400))
     with sparksgd.deal(frame) as rows:

@@ -218,8 +218,11 @@ def contents(state: SolverState) -> tuple[Any, ...]:
     )
 
 
+SLOW = ("clamps all", "momentum")
+
+
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.soak if name == "clamps all" else ()) for name in CASES]
+    "name", [pytest.param(name, marks=pytest.mark.soak if name in SLOW else ()) for name in CASES]
 )
 def test_what_is_trained_is_the_same_with_and_without_a_copy(
     tmp_path: Path, processes: list[ProcessPoolExecutor], name: str

@@ -28,7 +28,13 @@ CARRIED = {
 }
 
 
-@pytest.mark.parametrize("kind", [*KINDS, *(pytest.param(kind, marks=pytest.mark.soak) for kind in CARRIED)])
+QUICK = ("AdamW, norm, dropout, clipping", "optimiser and schedule of one's own", "local SGD")
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [pytest.param(kind, marks=() if kind in QUICK else pytest.mark.soak) for kind in (*KINDS, *CARRIED)],
+)
 def test_a_run_goes_on_from_any_of_its_checkpoints_to_the_same_bits(jobs: Jobs, kind: str) -> None:
     tables = (KINDS | CARRIED)[kind]
     whole = jobs.run(f"whole {kind}", tables, EVERY_STEP)

@@ -90,8 +90,20 @@ def by_torch(name: str, arguments: dict[str, Any], first_is_whole: bool) -> list
     return found
 
 
-@pytest.mark.parametrize("first_is_whole", [False, True], ids=["never", "once"])
-@pytest.mark.parametrize(("name", "arguments"), CASES)
+@pytest.mark.parametrize(
+    ("name", "arguments", "first_is_whole"),
+    [
+        pytest.param(
+            name,
+            arguments,
+            first_is_whole,
+            id=f"{name}-{number}-{'once' if first_is_whole else 'never'}",
+            marks=pytest.mark.soak if name == "Muon" and not first_is_whole else (),  # it is compiled first
+        )
+        for number, (name, arguments) in enumerate(CASES)
+        for first_is_whole in (False, True)
+    ],
+)
 def test_every_step_is_torch_s_own(name: str, arguments: dict[str, Any], first_is_whole: bool) -> None:
     flat = FlatModule(module())
     start = flat.parameters.clone()

@@ -47,6 +47,7 @@ def said(before: str = "", between: str = "", names: list[str] = NAMES) -> list[
     return done.stdout.splitlines()
 
 
+@pytest.mark.soak
 def test_the_compiler_is_not_loaded_and_the_bits_are_those_with_it() -> None:
     *made, loaded = said()
     assert loaded == "False"

@@ -44,7 +44,11 @@ pytestmark = pytest.mark.session("local[5]")
 
 @pytest.mark.parametrize(
     "settings",
-    [("train.num_shards=4",), ("train.num_shards=7",), ("model.name=users_modules:NormNet",)],
+    [
+        pytest.param(("train.num_shards=4",), marks=pytest.mark.soak),
+        ("train.num_shards=7",),
+        ("model.name=users_modules:NormNet",),
+    ],
     ids=str,
 )
 def test_ordinary_stages_reach_the_digest_of_the_reference(spark, small, settings):

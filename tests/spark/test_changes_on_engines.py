@@ -45,9 +45,7 @@ def inline(path: str, settings: tuple[str, ...]) -> Training:
 @pytest.mark.parametrize(
     ("settings", "engine", "workers"),
     [
-        pytest.param(
-            settings, engine, workers, marks=() if (settings, workers) != (LOCAL, 1) else pytest.mark.soak
-        )
+        pytest.param(settings, engine, workers, marks=pytest.mark.soak if workers == 1 else ())
         for settings in (CHANGING, LOCAL)
         for engine in ("tree", "allreduce")
         for workers in (1, 3)

@@ -116,7 +116,7 @@ def test_a_python_worker_killed_in_a_step_costs_that_step_alone(spark, small, fl
     assert training.recovery.retries == 1
 
 
-@pytest.mark.parametrize("placement", ["hashed", "in_place"])
+@pytest.mark.parametrize("placement", ["hashed", pytest.param("in_place", marks=pytest.mark.soak)])
 def test_deleted_shard_files_are_written_again(spark, local_dir, tmp_path, placement):
     path = write_rows(tmp_path / "rows", 600, files=4)
     config = configured("train.steps=12", f"data.placement={placement}")

@@ -153,7 +153,8 @@ def test_a_setting_of_the_contrary_is_named_with_its_value(spark, setting, caplo
     assert "spark.broadcast.compress is true; set it to false. It costs" in caplog.text
 
 
-@pytest.mark.parametrize("engine", [pytest.param("tree", marks=pytest.mark.soak), "allreduce"])
+@pytest.mark.soak
+@pytest.mark.parametrize("engine", ["tree", "allreduce"])
 def test_ctrl_c_in_a_users_session_ends_our_job_and_frees_its_slots(spark, small, flags, engine):
     config = configured(
         "model.name=users_modules:FlagNet", f"model.folder={flags}", "train.steps=50",
@@ -222,6 +223,7 @@ def test_rows_of_three_times_the_executors_memory_train_in_bounded_memory(sessio
     assert 300 << 20 < memory.peak_bytes < 700 << 20  # torch alone takes some 400 MiB; the rows are 1500
 
 
+@pytest.mark.soak
 def test_wide_rows_reach_python_in_small_batches_before_the_shuffle_too(spark, monkeypatch):
     monkeypatch.setattr(row_tasks, "keyed", keyed_in_small_batches)
     wide = f"cast(rpad(cast(id as string), {BIG_ROW_BYTES}, 'x') as binary) as features"
