@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import ast
 import dataclasses
-import inspect
 import re
 import runpy
 import shlex
-import textwrap
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import pytest
+from documented_keys import documented
 
 from sparksgd import config
 from sparksgd.config import Config
@@ -36,17 +35,6 @@ MOST_LINES = 160
 def text_of(name: str) -> str:
     """Return a README's text."""
     return (ROOT / name).read_text(encoding="utf-8")
-
-
-def documented(kind: type) -> dict[str, str]:
-    """Return {field: the docstring under it} of a dataclass."""
-    (node,) = ast.parse(textwrap.dedent(inspect.getsource(kind))).body
-    assert isinstance(node, ast.ClassDef)
-    return {
-        field.target.id: " ".join(text.value.value.split()).replace("|", "/")
-        for field, text in pairwise(node.body)
-        if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr)
-    }
 
 
 def shown(default: Any) -> str:
@@ -76,7 +64,7 @@ def table_of_keys() -> str:
     for key, (scope, default) in Config.keys().items():
         section, name = key.split(".")
         kind = getattr(config, f"{section.title().replace('_', '')}Config")
-        text = documented(kind)[name] + choices(kind, name)
+        text = documented(kind)[name].replace("|", "/") + choices(kind, name)
         lines.append(f"| `{key}` | {shown(default)} | {'yes' if scope == 'experiment' else 'no'} | {text} |")
     return "\n".join(lines)
 
@@ -87,7 +75,7 @@ def table_of_rule(name: str) -> str:
     texts = documented(kind)
     lines = [f'### solver.name = "{name}"', "", "| key | default | what |", "|---|---|---|"]
     for field in dataclasses.fields(kind):
-        text = texts[field.name] + choices(kind, field.name)
+        text = texts[field.name].replace("|", "/") + choices(kind, field.name)
         lines.append(f"| `solver.{field.name}` | {shown(field.default)} | {text} |")
     return "\n".join(lines)
 

@@ -1,5 +1,6 @@
 """The configuration: defaults, then a TOML file, then `--set section.key=value`."""
 
+from sparksgd.config.cluster_keys import ClusterConfig
 from sparksgd.config.data_keys import DataConfig
 from sparksgd.config.sections import (
     CheckpointConfig,
@@ -18,6 +19,7 @@ from sparksgd.config.tables import MOST, Readable, read_section
 __all__ = [
     "MOST",
     "CheckpointConfig",
+    "ClusterConfig",
     "Config",
     "DataConfig",
     "EarlyStoppingConfig",

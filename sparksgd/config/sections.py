@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from sparksgd.config.cluster_keys import ClusterConfig, check_cluster
 from sparksgd.config.data_keys import DataConfig, check_data
 from sparksgd.config.scopes import arguments, cluster_key, experiment_key
 from sparksgd.config.tables import (
@@ -119,7 +120,8 @@ class SolverConfig:
     """The rule.  Other keys of the section are the rule's own."""
 
     name: str = experiment_key("synchronous")
-    """The rule that makes the steps: synchronous, or local_sgd (local SGD and DiLoCo)."""
+    """The rule that makes the steps: synchronous, local_sgd (local SGD and DiLoCo), async_sgd, softsync,
+    stale_synchronous, delay_compensated, gap_aware or elastic_averaging."""
 
     arguments: Mapping[str, Any] = arguments()
     """Keys of the rule."""
@@ -132,11 +134,12 @@ class EngineConfig:
     name: str = cluster_key("tree")
     """tree: one Spark job for each step.  allreduce: one Spark job for many steps; workers exchange their
     sums directly.  auto: allreduce if there are several workers and they can reach each other, else tree.
-    inline: in this process, without Spark."""
+    inline: in this process, without Spark.  simulated: in this process, too, on the cluster of the section
+    [cluster], in virtual time."""
 
     num_workers: int | None = cluster_key(None)
     """How many Spark tasks compute gradients.  If not set: as many as the slots and the shards allow, but
-    none that would only wait for others."""
+    none that would only wait for others; simulated: one for each shard."""
 
     slots_timeout_s: float = cluster_key(300.0)
     """How long to wait for the slots that the workers need.  Nodes may unpack an environment first."""
@@ -269,6 +272,7 @@ class Config:
     train: TrainConfig = TrainConfig()
     early_stopping: EarlyStoppingConfig = EarlyStoppingConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    cluster: ClusterConfig = ClusterConfig()  # noqa: RUF009  # it is frozen, too
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):  # as types go; what Python code passed may be anything
@@ -310,6 +314,7 @@ class Config:
         ):
             raise ConfigError(f"engine.ports is {shown(self.engine.ports)}, but must be like 40000-40099")
         check_data(self.data)
+        check_cluster(self.cluster)
         _check_early_stopping(self.early_stopping)
 
     @classmethod
@@ -377,6 +382,9 @@ class Config:
         scopes = {key: scope for key, (scope, _) in self.keys().items()}
         if self.is_judged:
             scopes["train.eval_every"] = "experiment"
+        if self.engine.name == "simulated":  # its times are what the run is for, and decide who comes first
+            of_cluster = [key for key in scopes if key.startswith("cluster.")]
+            scopes |= dict.fromkeys([*of_cluster, "engine.name", "engine.num_workers"], "experiment")
         return {
             f"{section}.{key}": value
             for section, values in self.to_dict().items()

@@ -179,8 +179,37 @@ class Computer:
             return asked is None or shard in asked
 
         with ExitStack() as layout:
-            standing = _Standing(self.flat, layout, channels_last=self.plan.channels_last)
+            standing = _Standing(self.flat, layout, self.plan)
             return self._reply(worker, shards, compute, is_asked, _turns_named(answer.turn, answer.turns))
+
+    def turn(self, shard: Descriptor, turn: int, half: WorkerHalf[Any], answer: Answer) -> bool:
+        """Let a shard make one turn; return whether its piece had rows.
+
+        Args:
+            shard: the shard.
+            turn: which of its turns.
+            half: of the shard; it has taken the answer.
+            answer: what the centre answered last.
+
+        Raises:
+            SparkSGDError: as `round` replies.
+        """
+        with ExitStack() as stack:
+            stack.enter_context(out_of_memory_told("a worker's Python"))
+            stack.enter_context(self._around_a_reply())
+            standing = _Standing(self.flat, stack.enter_context(ExitStack()), self.plan)
+            self.flat.load_buffers(answer.weights.statistics, answer.weights.counters)
+            self.flat.load_constants(answer.weights.constants)
+            standing.move_to(half.point())
+            try:
+                gradient = self._piece(shard, turn, None)
+            except NotFinite as error:
+                if self.plan.halves.have_local_models:  # the centre's weights may be good
+                    raise UpdateNotFinite(str(error)) from error
+                raise
+            if gradient is not None:
+                half.turn(gradient, answer.settings[0] if answer.settings else {})
+            return gradient is not None
 
     def evaluations(self, worker: int, shards: Iterable[Descriptor], weights: Weights) -> Reply:
         """Reply to an evaluation: sums over all rows of these shards."""
@@ -377,11 +406,11 @@ class _Standing:
     Args:
         flat: the module.
         layout: keeps the channels-last copies, and removes them at its end.
-        channels_last: whether to make such copies.
+        plan: says whether to make such copies.
     """
 
-    def __init__(self, flat: FlatModule, layout: ExitStack, *, channels_last: bool) -> None:
-        self._flat, self._layout, self._channels_last = flat, layout, channels_last
+    def __init__(self, flat: FlatModule, layout: ExitStack, plan: Plan) -> None:
+        self._flat, self._layout, self._channels_last = flat, layout, plan.channels_last
         self._point: Vector | None = None
 
     def move_to(self, point: Vector) -> None:

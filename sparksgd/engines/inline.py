@@ -17,9 +17,9 @@ from sparksgd.engines.memory import RunSizes, require_here
 from sparksgd.engines.protocol import Recovery, SegmentReport, StepTiming, take_step
 from sparksgd.engines.replies import Evaluation, Reply
 from sparksgd.errors import ConfigError, ShardMissing
-from sparksgd.solvers.protocol import RoundSolver
+from sparksgd.solvers.protocol import CentralSolver, RoundSolver
 
-__all__ = ["InlineEngine"]
+__all__ = ["InlineEngine", "raise_failure"]
 
 
 class InlineEngine:
@@ -72,7 +72,7 @@ class InlineEngine:
             started = time.perf_counter()
             asked = solver.quorum().shards
             reply = self._computer.round(0, self._shards.table, solver.answer(), asked)
-            _raise_failure(reply)
+            raise_failure(reply)
             computed = time.perf_counter()
 
             def timing(started: float = started, computed: float = computed) -> StepTiming:
@@ -82,11 +82,11 @@ class InlineEngine:
             report.steps.append(take_step(solver, self._plan, reply, timing))
         return report
 
-    def evaluate(self, solver: RoundSolver) -> Evaluation:
+    def evaluate(self, solver: CentralSolver) -> Evaluation:
         """Evaluate the solver's weights on the test rows."""
         assert self._test is not None
         reply = self._computer.evaluations(0, self._test.table, solver.readout())
-        _raise_failure(reply)
+        raise_failure(reply)
         total = reply.total()
         assert isinstance(total, Evaluation)
         return total
@@ -100,7 +100,7 @@ class InlineEngine:
         """Hold nothing."""
 
 
-def _raise_failure(reply: Reply) -> None:
+def raise_failure(reply: Reply) -> None:
     """Raise what failed; here nobody writes a shard again."""
     failure = reply.failure
     if isinstance(failure, ShardMissing):

@@ -17,6 +17,7 @@ __all__ = [
     "ALLREDUCE",
     "INLINE",
     "KINDS",
+    "SIMULATED",
     "STAGES",
     "TREE",
     "EngineKind",
@@ -58,9 +59,17 @@ class EngineKind:
 INLINE = EngineKind(
     name="inline",
     mode="in one process",
-    carries=frozenset({Need.ROUNDS, Need.REPLAY, Need.SHARD_STATE}),
+    carries=frozenset({Need.ROUNDS, Need.REPLAY, Need.RECORDED_ARRIVALS, Need.SHARD_STATE}),
     home="sparksgd.engines.inline:InlineEngine",
     on_spark=False,
+)
+SIMULATED = EngineKind(
+    name="simulated",
+    mode="in one process, in virtual time",
+    carries=frozenset({Need.ROUNDS, Need.ARRIVALS, Need.QUORUM, Need.SHARD_STATE}),
+    home="sparksgd.engines.simulated.engine:SimulatedEngine",
+    on_spark=False,
+    setting=" (in virtual time)",
 )
 TREE = EngineKind(
     name="tree",
@@ -84,7 +93,7 @@ ALLREDUCE = EngineKind(
     barrier=True,
 )
 
-KINDS = (INLINE, TREE, STAGES, ALLREDUCE)
+KINDS = (INLINE, TREE, STAGES, ALLREDUCE, SIMULATED)
 
 _AUTO = "auto"
 _NAMES = (*dict.fromkeys(kind.name for kind in KINDS), _AUTO)

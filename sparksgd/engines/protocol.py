@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 from sparksgd.arithmetic.numerics import Numerics
 from sparksgd.data.source import Shards
@@ -13,7 +13,8 @@ from sparksgd.engines.kinds import EngineKind
 from sparksgd.engines.memory import RunSizes
 from sparksgd.engines.replies import Evaluation, Reply, WorkerReport
 from sparksgd.engines.trace import TraceEvent
-from sparksgd.solvers.protocol import Message, RoundSolver, total_weight
+from sparksgd.solvers.arrivals import ArrivalSolver, ArrivalStep
+from sparksgd.solvers.protocol import CentralSolver, Message, RoundSolver, total_weight
 
 __all__ = [
     "Arrival",
@@ -23,6 +24,7 @@ __all__ = [
     "SegmentReport",
     "StepReport",
     "StepTiming",
+    "arrival_reports",
     "step_report",
     "take_step",
 ]
@@ -118,6 +120,12 @@ class StepReport:
     arrivals: tuple[Arrival, ...] = ()
     """Answers since the last step, with late ones of earlier steps; empty if answers arrive as a sum."""
 
+    staleness: tuple[int, ...] = ()
+    """Of each message, in the order of `took_part`, where shards make turns at their own pace."""
+
+    virtual_s: float | None = None
+    """When it was made, in virtual seconds; None if its times are real."""
+
 
 @dataclass(kw_only=True)
 class SegmentReport:
@@ -167,11 +175,14 @@ class Engine(Protocol):
         """Reach every worker once, and return their numerics."""
         ...
 
-    def advance(self, solver: RoundSolver, steps: int) -> SegmentReport:
-        """Make steps; if this raises, the solver is as after the last complete step."""
+    def advance(self, solver: Any, steps: int) -> SegmentReport:
+        """Make steps; if this raises, the solver is as after the last complete step.
+
+        The solver is one of a family that the engine carries: `kinds.refuse_uncarried` has seen to that.
+        """
         ...
 
-    def evaluate(self, solver: RoundSolver) -> Evaluation:
+    def evaluate(self, solver: CentralSolver) -> Evaluation:
         """Evaluate the solver's weights on the test rows."""
         ...
 
@@ -213,6 +224,7 @@ def take_step(
     late: Sequence[int] = (),
     arrivals: Sequence[Arrival] = (),
     trace: Sequence[TraceEvent] = (),
+    virtual_s: float | None = None,
 ) -> StepReport:
     """Give a round's sum to the solver and report it.
 
@@ -224,6 +236,7 @@ def take_step(
         late: workers that did not answer in time.
         arrivals: which workers answered, and when.
         trace: what chance decided.
+        virtual_s: when it was made, in virtual time.
 
     Raises:
         TrainingError: no shard sent a message.
@@ -250,7 +263,53 @@ def take_step(
         late=late,
         arrivals=arrivals,
         trace=trace,
+        virtual_s=virtual_s,
     )
+
+
+def arrival_reports(
+    solver: ArrivalSolver,
+    plan: Plan,
+    steps: Sequence[ArrivalStep],
+    turns_before: int,
+    timing: StepTiming,
+    workers: Iterable[WorkerReport],
+    trace: Sequence[TraceEvent],
+    virtual_s: float | None = None,
+) -> list[StepReport]:
+    """Report the steps that the centre of an arrivals solver made after one message.
+
+    Args:
+        solver: after them.
+        plan: of the run.
+        steps: as the centre told them.
+        turns_before: the solver's turns before them.
+        timing: of the first; the others took no time.
+        workers: who computed.
+        trace: what chance decided.
+        virtual_s: when they were made, in virtual time.
+    """
+    first = solver.version - len(steps)
+    return [
+        step_report(
+            plan,
+            version=first + number,
+            turn=solver.turns,
+            epoch=plan.sampling.epoch_of(turns_before) + 1,
+            rows=step.rows,
+            weight=step.weight,
+            loss=step.loss,
+            lr=step.outcome.lr,
+            timing=timing if number == 0 else StepTiming(total=0.0),
+            workers=workers if number == 0 else (),
+            took_part=step.shards,
+            shards=len(step.shards),
+            trace=trace if number == 0 else (),
+            staleness=step.staleness,
+            virtual_s=virtual_s,
+        )
+        for number, step in enumerate(steps)
+    ]
 
 
 def step_report(
@@ -269,6 +328,9 @@ def step_report(
     late: Sequence[int] = (),
     arrivals: Sequence[Arrival] = (),
     trace: Sequence[TraceEvent] = (),
+    staleness: Sequence[int] = (),
+    virtual_s: float | None = None,
+    epoch: int | None = None,
 ) -> StepReport:
     """Assemble the report of a step; all engines use this.
 
@@ -287,11 +349,14 @@ def step_report(
         late: workers that did not answer in time.
         arrivals: which workers answered, and when.
         trace: what chance decided.
+        staleness: of each message, where shards make turns at their own pace.
+        virtual_s: when it was made, in virtual time.
+        epoch: of its last turn, from 1; None: that of the turn.
     """
     return StepReport(
         step=version + 1,
         turn=turn,
-        epoch=plan.sampling.epoch_of(turn - 1) + 1,
+        epoch=plan.sampling.epoch_of(turn - 1) + 1 if epoch is None else epoch,
         version=version,
         rows=rows,
         weight=weight,
@@ -305,4 +370,6 @@ def step_report(
         late=tuple(late),
         arrivals=tuple(arrivals),
         trace=tuple(trace),
+        staleness=tuple(staleness),
+        virtual_s=virtual_s,
     )

@@ -41,6 +41,7 @@ from sparksgd.runs.lease import IfRunning, Lease, remove_leases, unwritable
 from sparksgd.runs.model import check_saved, constants_beside, model_of, save_model
 from sparksgd.runs.names import CHECKPOINTS, METRICS, MODEL, RUN, RUN_BEFORE, SUMMARY, TRACE, WEIGHTS
 from sparksgd.solvers.protocol import Need
+from sparksgd.solvers.rules import family_of
 from sparksgd.storage import Location, Throttle, location, remove_parts
 from sparksgd.training.state import NO_RESULTS, EvaluationReport, Observer, Training
 from sparksgd.training.value_rules import TEXT, WHOLE, MapOf, Table
@@ -52,6 +53,7 @@ log = logging.getLogger("sparksgd")
 _WEIGHTS_OF_A_RUN = re.compile(r"(weights|constants)(-\d+)?\.pt")
 _SECONDS_BETWEEN_SAVES = 10.0
 _SAVING_SHARE = 0.05
+_CHANCES = frozenset({Need.QUORUM, Need.ARRIVALS})
 
 
 def summary(training: Training, wall_s: float) -> dict[str, Any]:
@@ -60,6 +62,7 @@ def summary(training: Training, wall_s: float) -> dict[str, Any]:
     driver, *workers = training.numerics
     different = {str(index): w for index, w in enumerate(workers) if driver.differences(w)}
     config, changes = training.config, training.numerics_changes
+    staleness = training.participation.staleness
     return {
         "status": _status(training),
         **({"stopped_by": training.stopped_by} if training.stopped_by is not None else {}),
@@ -95,6 +98,8 @@ def summary(training: Training, wall_s: float) -> dict[str, Any]:
         "times_dealt": 1 + training.plan.deal,
         **({"resumed": [asdict(each) for each in training.resumed]} if training.resumed else {}),
         "arrivals": training.participation.by_worker(),
+        **({"staleness": dict(sorted(staleness.items()))} if staleness else {}),
+        **({} if training.virtual_s is None else {"virtual_s": training.virtual_s}),
     }
 
 
@@ -301,8 +306,8 @@ class RunFolder(Observer):
 
     def stepped(self, training: Training, report: StepReport) -> None:
         """Write the line of a step; before it, what chance decided."""
-        if report.trace and Need.QUORUM in training.needs:  # else every shard takes part in every step
-            self._write_trace(report)
+        if report.trace and training.needs & _CHANCES:  # else every shard takes part in every step
+            self._write_trace(training, report)
         exact = {
             "kind": "step",
             "step": report.step,
@@ -316,6 +321,8 @@ class RunFolder(Observer):
             "lr": report.lr,
             "deal": report.deal,
             "took_part": list(report.took_part),
+            **({"staleness": list(report.staleness)} if report.staleness else {}),
+            **({"virtual_s": report.virtual_s} if report.virtual_s is not None else {}),
         }
         workers = [
             {"worker": w.worker, "host": w.host, "rows": w.rows, "compute": w.compute_s}
@@ -396,7 +403,7 @@ class RunFolder(Observer):
         if before != weights:
             self._remove_weights(but=(weights, constants_beside(weights)))
 
-    def _write_trace(self, report: StepReport) -> None:
+    def _write_trace(self, training: Training, report: StepReport) -> None:
         """Write the events of a step to the trace; the first ones begin the file."""
         events = list(report.trace)
         if report.deal != self._deal:
@@ -407,7 +414,7 @@ class RunFolder(Observer):
         with self._told():
             if self._trace is None:
                 self._trace = _Growing(self.folder / TRACE)
-                self._trace.write(first_line("rounds") + "\n")
+                self._trace.write(first_line(family_of(training.config.solver)) + "\n")
             first, self._events = self._events, self._events + len(events)
             lines = [event_line(first + number, event) + "\n" for number, event in enumerate(events)]
             self._trace.write("".join(lines))

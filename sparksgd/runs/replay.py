@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from sparksgd.config import Config
-from sparksgd.engines.trace import read_trace, took_part_of
+from sparksgd.engines.trace import TraceEvent, read_trace, took_part_of
 from sparksgd.errors import ConfigError, DataError
 from sparksgd.imports import shortened, shown
 from sparksgd.imports.trust import trusted
 from sparksgd.runs.json_files import read_about_run, read_json
 from sparksgd.runs.metrics import read_metrics
 from sparksgd.runs.names import METRICS, RUN, SUMMARY, TRACE
+from sparksgd.solvers.rules import family_of
 from sparksgd.storage import Location, location
 from sparksgd.training.replay import Replay
 
@@ -54,16 +55,23 @@ def read_replay(folder: str | Path | Location, *, trust: Iterable[str] = ()) -> 
         steps = steps[:made]  # the last step may have been undone
         took_part = [frozenset(step["took_part"]) for step in steps]
         deals = [step["deal"] for step in steps]
+        events = None
         if (run / TRACE).exists():
-            took_part, deals = _traced(run / TRACE, len(steps))
+            family = family_of(Config.from_dict(about["config"]).solver)
+            events = _traced(run / TRACE, family)
+            if family == "rounds":
+                took_part, deals = took_part_of(events)
+                took_part, deals, events = took_part[: len(steps)], deals[: len(steps)], None
         is_whole = len(took_part) == summary.get("steps")
         _check_shards(folder, about["config"], took_part, deals)
         replay = Replay(
             config=about["config"],
             data_digest=about["data_digest"],
             model_name=about["model_name"],
-            took_part=took_part,
-            deals=deals,
+            took_part=took_part if events is None else (),
+            deals=deals if events is None else (),
+            arrivals=events,
+            arrival_steps=0 if events is None else len(steps),
             parameters_sha256=summary.get("parameters_sha256") if is_whole else None,
             test_digest=about.get("test_digest"),
             best_step=_best_step(summary),
@@ -78,7 +86,7 @@ def read_replay(folder: str | Path | Location, *, trust: Iterable[str] = ()) -> 
         ) from error
     for key, name in names.items():
         trusting.check_name(key, name)
-    if not replay.took_part:
+    if not replay.steps:
         raise DataError(f"{folder} holds a run that made no step: there is nothing to replay")
     return replay
 
@@ -125,10 +133,9 @@ def _check_shards(
         raise DataError(f"{folder} is not whole: its deals must be whole numbers that grow with the steps")
 
 
-def _traced(file: Location, steps: int) -> tuple[list[frozenset[int]], list[int]]:
-    """Return the shards and the deal of each step of a trace, for at most this many steps."""
-    family, events = read_trace(file.read_bytes().splitlines(keepends=True), str(file))
-    if family != "rounds":
-        raise DataError(f"{file} is a trace of {family}, but only rounds can be replayed")
-    took_part, deals = took_part_of(events)
-    return took_part[:steps], deals[:steps]
+def _traced(file: Location, family: str) -> list[TraceEvent]:
+    """Return the events of a trace, which must be of the family of the run's rule."""
+    found, events = read_trace(file.read_bytes().splitlines(keepends=True), str(file))
+    if found != family:
+        raise DataError(f"{file} is a trace of {found}, but the run's solver.name is a rule of {family}")
+    return events

@@ -11,6 +11,7 @@ number.  A solver decides; an engine carries it out.  There are three families, 
 
     rounds      the messages of all shards, or of the first ones, are summed; one step; one answer for all
     arrivals    each message reaches the centre by itself, which answers at once or holds the shard back
+                (its central half: arrivals.py)
     gossip      each message goes to other shards, along a graph that may change with the turn
 
 What a half keeps belongs to its shard, never to a worker or a host: local models, clocks, versions.
@@ -34,7 +35,7 @@ from sparksgd.arithmetic.flat import FlatModule, FlatStrip, Weights
 
 __all__ = [
     "Answer",
-    "ArrivalSolver",
+    "CentralSolver",
     "GossipSolver",
     "Gradient",
     "Halves",
@@ -50,7 +51,6 @@ __all__ = [
     "StepOutcome",
     "Touched",
     "Vector",
-    "Verdict",
     "Weighed",
     "WorkerHalf",
     "added_weights",
@@ -106,6 +106,7 @@ class Need(Enum):
 
     ROUNDS = "messages of all shards in one sum"
     ARRIVALS = "messages that reach the centre one by one"
+    RECORDED_ARRIVALS = "messages in the order of a trace"
     GOSSIP = "messages from shard to shard"
     QUORUM = "steps that end when the first shards have arrived"
     REPLAY = "steps of the shards that a trace names"
@@ -275,17 +276,6 @@ class StepOutcome:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Verdict:
-    """What the centre of an arrivals solver decides after a message."""
-
-    answers: Mapping[int, Answer] = field(default_factory=dict)
-    """The shards that may go on now, and their answers.  A sender that is not among them is held back."""
-
-    step: StepOutcome | None = None
-    """What the update did; None if the message caused none yet."""
-
-
-@dataclass(frozen=True, kw_only=True)
 class SolverState:
     """All that a solver's next step depends on, except its messages."""
 
@@ -400,8 +390,8 @@ class Solver(Protocol):
         ...
 
 
-class RoundSolver(Solver, Protocol):
-    """The central half of a solver whose messages meet in one sum."""
+class CentralSolver(Solver, Protocol):
+    """The central half of a solver that has a centre: rounds and arrivals."""
 
     by_strips: bool
     """Whether updates of separate strips give the same bits as one update of the whole vector."""
@@ -414,8 +404,33 @@ class RoundSolver(Solver, Protocol):
 
     @property
     def turns(self) -> int:
-        """Return how many turns every shard has made, which is the number of the next one."""
+        """Return how many turns every shard has made, which is the number of the next one.
+
+        Shards of arrivals make turns at their own pace: then it counts the rows that steps have used, in
+        K-ths of an epoch.
+        """
         ...
+
+    def readout(self) -> Weights:
+        """Return a copy of the weights that are evaluated and saved; the same object until the next step."""
+        ...
+
+    def evaluated(self, loss: float, accuracy: float | None) -> None:
+        """Take the result of an evaluation of these weights, which may change the rate of the next steps."""
+        ...
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether its state is of one version: not after `step_back`, nor if a step was cut off."""
+        ...
+
+    def step_back(self) -> None:
+        """Return to the weights before the last step; the run must end there."""
+        ...
+
+
+class RoundSolver(CentralSolver, Protocol):
+    """The central half of a solver whose messages meet in one sum."""
 
     def turns_at(self, turn: int) -> int:
         """Return how many turns a round has that begins at this turn."""
@@ -437,49 +452,12 @@ class RoundSolver(Solver, Protocol):
         """Take the sum of a round, and make one step; if this raises, the weights are as before."""
         ...
 
-    def readout(self) -> Weights:
-        """Return a copy of the weights that are evaluated and saved; the same object until the next step."""
-        ...
-
-    def evaluated(self, loss: float, accuracy: float | None) -> None:
-        """Take the result of an evaluation of these weights, which may change the rate of the next steps."""
-        ...
-
-    @property
-    def is_whole(self) -> bool:
-        """Whether its state is of one version: not after `step_back`, nor if a step was cut off."""
-        ...
-
-    def step_back(self) -> None:
-        """Return to the weights before the last step; the run must end there."""
-        ...
-
     def make_replica(self) -> MakeReplica:
         """Return a function that makes another solver of this kind, at version 0; it can be pickled."""
         ...
 
 
 MakeReplica = Callable[[FlatModule | FlatStrip], RoundSolver]
-
-
-class ArrivalSolver(Solver, Protocol):
-    """The central half of a solver whose messages arrive one by one."""
-
-    def begin(self, shard: int) -> Answer:
-        """Return what a shard begins with, at the start or after a loss."""
-        ...
-
-    def arrived(self, shard: int, message: Message, version_read: int) -> Verdict:
-        """Take a shard's message, computed from the weights of a version."""
-        ...
-
-    def lost(self, shard: int) -> Verdict:
-        """Continue without a shard; return which shards may go on, because they no longer wait for it."""
-        ...
-
-    def readout(self) -> Weights:
-        """Return a copy of the weights that are evaluated and saved."""
-        ...
 
 
 class GossipSolver(Solver, Protocol):

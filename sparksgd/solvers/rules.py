@@ -17,7 +17,7 @@ from sparksgd.imports import did_you_mean, shown
 
 if TYPE_CHECKING:  # a configuration must be read before torch is imported
     from sparksgd.arithmetic.flat import FlatModule
-    from sparksgd.solvers.protocol import Need, RoundSolver
+    from sparksgd.solvers.protocol import CentralSolver, Need
 
 __all__ = [
     "RULES",
@@ -25,6 +25,7 @@ __all__ = [
     "RuleSettings",
     "completed",
     "described",
+    "family_of",
     "make_solver",
     "needs_of",
     "require_at_least",
@@ -35,6 +36,12 @@ __all__ = [
 RULES = {
     "synchronous": "sparksgd.solvers.synchronous:SynchronousSettings:SynchronousSolver",
     "local_sgd": "sparksgd.solvers.local_sgd:LocalSGDSettings:LocalSGD",
+    "async_sgd": "sparksgd.solvers.async_sgd:AsyncSGDSettings:AsyncSGD",
+    "softsync": "sparksgd.solvers.softsync:SoftsyncSettings:Softsync",
+    "stale_synchronous": "sparksgd.solvers.stale_synchronous:StaleSynchronousSettings:StaleSynchronous",
+    "delay_compensated": "sparksgd.solvers.delay_compensated:DelayCompensatedSettings:DelayCompensated",
+    "gap_aware": "sparksgd.solvers.gap_aware:GapAwareSettings:GapAware",
+    "elastic_averaging": "sparksgd.solvers.elastic_averaging:ElasticSettings:ElasticAveraging",
 }
 """For each solver.name: the module of the rule, its settings, and its central half."""
 
@@ -74,6 +81,9 @@ class Experiment:
     total_turns: int
     """How many turns each shard will make."""
 
+    rows: int = 1
+    """How many rows an epoch has."""
+
     seed: int = 0
     """Of the run; what an optimiser of the user's own draws follows from it."""
 
@@ -88,7 +98,7 @@ class Experiment:
         return self.total_turns // self.turns_per_move
 
 
-def _named(config: SolverConfig) -> tuple[type[Any], Callable[..., RoundSolver]]:
+def _named(config: SolverConfig) -> tuple[type[Any], Callable[..., CentralSolver]]:
     if config.name not in RULES:
         raise ConfigError(
             f"solver.name is {shown(config.name)}, which is no rule{did_you_mean(config.name, RULES)}"
@@ -129,7 +139,7 @@ def make_solver(
     flat: FlatModule,
     experiment: Experiment,
     took_part: Sequence[frozenset[int]] | None = None,
-) -> RoundSolver:
+) -> CentralSolver:
     """Return the central half that a configuration names.
 
     Args:
@@ -146,6 +156,14 @@ def make_solver(
     return make(flat, settings, experiment, took_part)
 
 
+def family_of(config: SolverConfig) -> str:
+    """Return how the messages of a rule meet: rounds or arrivals."""
+    from sparksgd.solvers.protocol import Need
+
+    needs: frozenset[Need] = settings_of(config).needs()
+    return "arrivals" if Need.ARRIVALS in needs else "rounds"
+
+
 def needs_of(
     settings: RuleSettings, num_shards: int, took_part: Sequence[frozenset[int]] | None
 ) -> frozenset[Need]:
@@ -158,11 +176,14 @@ def needs_of(
     """
     from sparksgd.solvers.protocol import Need
 
+    needs = settings.needs()
     if took_part is None:
-        return settings.needs()
+        return needs
+    if Need.ARRIVALS in needs:
+        return needs - {Need.ARRIVALS} | {Need.RECORDED_ARRIVALS}
     everyone = frozenset(range(num_shards))
     is_partial = any(shards != everyone for shards in took_part)
-    return settings.needs() - {Need.QUORUM} | ({Need.REPLAY} if is_partial else set())
+    return needs - {Need.QUORUM} | ({Need.REPLAY} if is_partial else set())
 
 
 def described(config: SolverConfig) -> str:

@@ -31,7 +31,7 @@ from sparksgd.arithmetic.settings import changed_settings, set_by_the_user
 from sparksgd.config import Config
 from sparksgd.errors import ConfigError, DataError, ModelError, SparkSGDError
 from sparksgd.imports.trust import trusted
-from sparksgd.solvers.protocol import RoundSolver, SolverState
+from sparksgd.solvers.protocol import CentralSolver, SolverState
 from sparksgd.training.checkpoint_rules import check_run, check_solver, check_weights
 from sparksgd.training.composition import other_structure, structure
 from sparksgd.training.encoding import as_plain, of_plain, stranger_in
@@ -167,7 +167,7 @@ class Start:
     """How a run that cannot go on from it is trained anew, in the caller's words."""
 
 
-def taken(training: Training, solver: RoundSolver, observers: Sequence[Observer]) -> Checkpoint:
+def taken(training: Training, solver: CentralSolver, observers: Sequence[Observer]) -> Checkpoint:
     """Return the state of a run between two steps; everything is copied."""
     values = {
         "solver": _of_solver(solver.state()),
@@ -200,7 +200,7 @@ def _memory_of(name: str, observer: Observer) -> dict[str, Any]:
     return memory
 
 
-def go_on(training: Training, solver: RoundSolver, observers: Sequence[Observer], start: Start) -> None:
+def go_on(training: Training, solver: CentralSolver, observers: Sequence[Observer], start: Start) -> None:
     """Let a run that has made no step go on from a checkpoint.
 
     Args:
@@ -224,7 +224,7 @@ def go_on(training: Training, solver: RoundSolver, observers: Sequence[Observer]
                 observer.recall(remembered[name])
 
 
-def _load(start: Start, training: Training, solver: RoundSolver) -> None:
+def _load(start: Start, training: Training, solver: CentralSolver) -> None:
     checkpoint = start.checkpoint
     run, state = checkpoint.values("run"), checkpoint.values("solver")
     check_run(run, checkpoint.parts["run"].version, training, checkpoint.step, checkpoint.turns)
@@ -391,7 +391,7 @@ def _refuse_an_odd_evaluation(training: Training, anew: str) -> None:
         )
 
 
-def _load_best(training: Training, checkpoint: Checkpoint, solver: RoundSolver, step: int | None) -> None:
+def _load_best(training: Training, checkpoint: Checkpoint, solver: CentralSolver, step: int | None) -> None:
     """Take up the weights of the best evaluation so far, that of a step; None: there was none."""
     if step is None:
         return

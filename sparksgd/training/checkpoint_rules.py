@@ -21,7 +21,7 @@ from sparksgd.arithmetic.flat import FlatModule
 from sparksgd.arithmetic.numerics import Numerics
 from sparksgd.engines.protocol import Recovery
 from sparksgd.errors import DataError
-from sparksgd.solvers.protocol import RoundSolver
+from sparksgd.solvers.protocol import CentralSolver
 from sparksgd.training.state import EvaluationReport, NumericsChange, Resumed, Training
 from sparksgd.training.value_rules import (
     BOOL,
@@ -95,7 +95,7 @@ def check_run(run: Mapping[str, Any], version: int, training: Training, step: in
 
 
 def check_solver(
-    values: Mapping[str, Any], flat: FlatModule, solver: RoundSolver, step: int, turns: int
+    values: Mapping[str, Any], flat: FlatModule, solver: CentralSolver, step: int, turns: int
 ) -> None:
     """Refuse the part "solver" of a checkpoint where a value is none that this solver can have.
 
@@ -134,7 +134,7 @@ def check_solver(
                 _check_ranges(kind, state["groups"][0], path)
 
 
-def check_weights(values: Any, flat: FlatModule, solver: RoundSolver, step: int, path: str) -> None:
+def check_weights(values: Any, flat: FlatModule, solver: CentralSolver, step: int, path: str) -> None:
     """Refuse weights that the module cannot have.
 
     Args:

@@ -21,7 +21,7 @@ import torch
 from sparksgd.arithmetic.believed import NotBelieved
 from sparksgd.config import CheckpointConfig, Config
 from sparksgd.errors import ClusterError, ConfigError, ModelError, SparkSGDError, TrainingError
-from sparksgd.solvers.protocol import RoundSolver
+from sparksgd.solvers.protocol import CentralSolver
 from sparksgd.training.checkpoint import Checkpoint, RunIdentity, Start, check_state, taken
 from sparksgd.training.state import Observer, Training
 
@@ -108,7 +108,7 @@ class Checkpointing:
         """Return the turn, after these, at whose end one is due; None: no turn is named."""
         return min(((turns // every + 1) * every for every in self._every_turns), default=None)
 
-    def offer(self, training: Training, solver: RoundSolver, observers: Sequence[Observer]) -> None:
+    def offer(self, training: Training, solver: CentralSolver, observers: Sequence[Observer]) -> None:
         """Take a checkpoint if one is due.
 
         Raises:
@@ -123,7 +123,7 @@ class Checkpointing:
         elif is_named or self._least_pause_s > self._config.every_s:
             self._say_seldom()
 
-    def end(self, training: Training, solver: RoundSolver, observers: Sequence[Observer]) -> None:
+    def end(self, training: Training, solver: CentralSolver, observers: Sequence[Observer]) -> None:
         """Take a last checkpoint, where the run stands now, and wait until it is written."""
         self._collect(wait=True)
         if solver.turns != self._last_turns and not self._is_off:
@@ -144,7 +144,7 @@ class Checkpointing:
             return True
         return self._clock() - self._ended_s >= self._config.every_s
 
-    def _take(self, training: Training, solver: RoundSolver, observers: Sequence[Observer]) -> None:
+    def _take(self, training: Training, solver: CentralSolver, observers: Sequence[Observer]) -> None:
         began_s = self._clock()
         try:
             checkpoint = taken(training, solver, observers)

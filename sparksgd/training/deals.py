@@ -83,7 +83,7 @@ class Deals:
                 ),
                 ", and all rows are dealt anew for the next epoch" if goes_on else "",
             )
-        if goes_on and (starved if replay is None else replay.deals[training.version] != self.number):
+        if goes_on and (starved if replay is None else replay.deal_of(training.version) != self.number):
             self._deal_anew(training, engine)
 
     def _deal_anew(self, training: Training, engine: Engine) -> None:

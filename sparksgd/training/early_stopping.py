@@ -14,7 +14,7 @@ from sparksgd.config import Config, EarlyStoppingConfig
 from sparksgd.errors import ConfigError
 from sparksgd.models.losses import LossKind
 from sparksgd.models.metrics import check_metrics, is_less_better
-from sparksgd.solvers.protocol import RoundSolver
+from sparksgd.solvers.protocol import CentralSolver
 from sparksgd.training.replay import Replay
 from sparksgd.training.state import EvaluationReport, Training
 
@@ -116,7 +116,7 @@ def judge(training: Training) -> None:
         log.info("early stopping: %s", why)
 
 
-def keep_best(training: Training, solver: RoundSolver, replay: Replay | None) -> None:
+def keep_best(training: Training, solver: CentralSolver, replay: Replay | None) -> None:
     """Keep the weights of the newest evaluation, if it is the best one, and the run ends with those.
 
     Args:

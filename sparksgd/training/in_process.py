@@ -1,25 +1,63 @@
-"""Training in this process alone, on Parquet, without Spark."""
+"""Training in this process alone, on Parquet, without Spark: real or in virtual time."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from typing import Unpack
 
 from sparksgd.config import Config
 from sparksgd.data.held_out import sides_of
 from sparksgd.data.local_files import ParquetRows
+from sparksgd.data.source import Shards
 from sparksgd.data.tables import refuse_tables
+from sparksgd.engines.compute import Plan
 from sparksgd.engines.inline import InlineEngine
+from sparksgd.engines.kinds import INLINE, SIMULATED, EngineKind
+from sparksgd.engines.memory import RunSizes
+from sparksgd.engines.protocol import Engine
+from sparksgd.engines.recorded import RecordedArrivals
+from sparksgd.engines.simulated.engine import SimulatedEngine
 from sparksgd.errors import DataError
 from sparksgd.storage import local_copy
 from sparksgd.training.loop import Given, train
+from sparksgd.training.replay import Replay
 from sparksgd.training.state import Training
 
 __all__ = ["train_in_process"]
 
 
+@dataclass(frozen=True)
+class EngineInProcess:
+    """Makes the engine that a configuration names, if it computes in this process."""
+
+    config: Config
+
+    replay: Replay | None = None
+    """The run to be repeated."""
+
+    @property
+    def kinds(self) -> Sequence[EngineKind]:
+        """Return the engine."""
+        return [SIMULATED if self.config.engine.name == SIMULATED.name else INLINE]
+
+    def check_memory(self, sizes: RunSizes, num_shards: int) -> None:
+        """Refuse a run that takes more memory than this machine has."""
+        InlineEngine.check_memory(sizes, num_shards)
+
+    def __call__(self, plan: Plan, shards: Shards, test: Shards | None) -> Engine:
+        """Return the engine, not opened yet."""
+        if self.config.engine.name == SIMULATED.name:
+            workers = self.config.engine.num_workers or self.config.train.num_shards
+            return SimulatedEngine(plan, shards, test, self.config.cluster, workers)
+        if self.replay is not None and self.replay.arrivals is not None:
+            return RecordedArrivals(plan, shards, test, self.replay.arrivals)
+        return InlineEngine(plan, shards, test)
+
+
 def train_in_process(config: Config, rows: str, test: str | None = None, **given: Unpack[Given]) -> Training:
-    """Train a module on the rows of Parquet by the inline engine; files on other machines are copied first.
+    """Train a module on the rows of Parquet in this process; files on other machines are copied first.
 
     Args:
         config: what to train, and how; `data.train` and `data.test` are ignored.
@@ -41,7 +79,7 @@ def train_in_process(config: Config, rows: str, test: str | None = None, **given
             config,
             rows=ParquetRows(local[rows], trained),
             test=None if evaluated is None else ParquetRows(local[evaluated], held_out),
-            make_engine=InlineEngine,
+            make_engine=EngineInProcess(config, given.get("replay")),
             **given,
         )
 

@@ -12,7 +12,7 @@ import math
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack, closing
-from typing import TypedDict
+from typing import TypedDict, cast
 
 import torch
 from torch import nn
@@ -33,7 +33,7 @@ from sparksgd.errors import NotFinite, UpdateNotFinite
 from sparksgd.imports import out_of_memory_told
 from sparksgd.imports.sources import code_digests
 from sparksgd.models.metrics import metric_values
-from sparksgd.solvers.protocol import RoundSolver, total_weight
+from sparksgd.solvers.protocol import CentralSolver, Need, RoundSolver, total_weight
 from sparksgd.solvers.rules import completed, make_solver
 from sparksgd.training.checkpoint import RunIdentity, go_on, unreplaced_digest
 from sparksgd.training.checkpointing import Checkpointing, CheckpointStore
@@ -133,10 +133,10 @@ def train(
     sizes = sizes_of(config, flat, solver, checked.schema, checked.optimiser_bytes, evaluates=evaluates)
     make_engine.check_memory(sizes, config.train.num_shards)
     total_turns = _total_turns(checked, solver, replay)
-    if checkpoints is not None and solver.halves.keep_state:
+    if checkpoints is not None and (solver.halves.keep_state or Need.ARRIVALS in solver.needs):
         log.warning(
-            "this run has no checkpoints, and cannot go on if it is killed: its shards keep the states "
-            "of their optimisers (solver.inner_state)"
+            "this run has no checkpoints, and cannot go on if it is killed: its shards keep states that no "
+            "checkpoint holds"
         )
         checkpoints = None
     settings = driver_settings(config.train.threads)
@@ -215,7 +215,7 @@ def _identity(
     )
 
 
-def _solver(config: Config, flat: FlatModule, checked: Checked, replay: Replay | None) -> RoundSolver:
+def _solver(config: Config, flat: FlatModule, checked: Checked, replay: Replay | None) -> CentralSolver:
     took_part = None if replay is None else replay.took_part
     solver = make_solver(config, flat, checked.experiment, took_part)
     watch_steps(getattr(solver, "optimizers", ()))  # a rule may have none
@@ -229,7 +229,7 @@ def _plan(
     module: nn.Module,
     checked: Checked,
     deals: Deals,
-    solver: RoundSolver,
+    solver: CentralSolver,
     settings: Settings,
     probe: Probe,
 ) -> Plan:
@@ -255,20 +255,22 @@ def _plan(
     )
 
 
-def _total_turns(checked: Checked, solver: RoundSolver, replay: Replay | None) -> int:
+def _total_turns(checked: Checked, solver: CentralSolver, replay: Replay | None) -> int:
     """Return how many turns are made: those that were asked for, or those of the replayed steps."""
     total, turn = checked.experiment.total_turns, 0
     if replay is None:
         return total
+    if replay.arrivals is not None:
+        return total
     for _ in replay.took_part:
-        turn = min(total, turn + solver.turns_at(turn))
+        turn = min(total, turn + cast(RoundSolver, solver).turns_at(turn))
     return turn
 
 
 def _loop(
     training: Training,
     engine: Engine,
-    solver: RoundSolver,
+    solver: CentralSolver,
     observers: Sequence[Observer],
     deals: Deals,
     replay: Replay | None,
@@ -321,9 +323,12 @@ def _loop(
             training.start_up.reached("first_step")
             training.version, training.turns = solver.version, solver.turns
             training.sent_bytes += segment.sent_bytes
+            if not segment.steps:  # the trace that is repeated ends here
+                training.total_turns = solver.turns
             for report in segment.steps:
                 _note_replacements(training, report)
                 training.step_times.add(report)
+                training.virtual_s = report.virtual_s
                 training.participation.add(report)
                 for observer in observers:
                     observer.stepped(training, report)
@@ -354,11 +359,13 @@ def _loop(
                 all_of_them.callback(keeper.end, training, solver, observers)
 
 
-def steps_until(solver: RoundSolver, turn: int, most: int) -> int:
+def steps_until(solver: CentralSolver, turn: int, most: int) -> int:
     """Return how many steps bring every shard to this many turns: at least 1, at most `most`."""
+    if most == 1:
+        return 1
     steps, made = 0, solver.turns
     while steps < most and (made < turn or not steps):
-        made += solver.turns_at(made)
+        made += cast(RoundSolver, solver).turns_at(made)
         steps += 1
     return steps
 
@@ -381,7 +388,7 @@ def _note_replacements(training: Training, report: StepReport) -> None:
             )
 
 
-def _evaluated(training: Training, engine: Engine, solver: RoundSolver) -> EvaluationReport:
+def _evaluated(training: Training, engine: Engine, solver: CentralSolver) -> EvaluationReport:
     started = time.perf_counter()
     sums = engine.evaluate(solver)
     weight = total_weight(sums)

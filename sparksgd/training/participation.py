@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Iterable
 from typing import Any
 
@@ -32,11 +32,14 @@ class Participation:
         self._late: dict[int, int] = defaultdict(int)
         self._answers: dict[int, int] = defaultdict(int)
         self._arrivals_s: dict[int, deque[float]] = defaultdict(lambda: deque(maxlen=_KEPT))
+        self.staleness: Counter[int] = Counter()
+        """How many messages had each staleness, where shards make turns at their own pace."""
 
     def add(self, report: StepReport) -> None:
         """Note a step."""
+        self.staleness.update(report.staleness)
         self._steps += 1
-        self._epoch_steps += 1
+        self._epoch_steps += not report.staleness  # shards at their own pace are not starved of steps
         for shard in report.took_part:
             self._of_shard[shard] += 1
             self._epoch_of_shard[shard] += 1

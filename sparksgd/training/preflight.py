@@ -33,7 +33,7 @@ from sparksgd.engines.memory import RunSizes, require_for_trial
 from sparksgd.engines.trial.trial import Found, Use, try_out
 from sparksgd.errors import ConfigError, DataError, ModelError, UserCodeError
 from sparksgd.models.losses import Loss, is_of_classes, loss_kind, make_loss, num_classes
-from sparksgd.solvers.protocol import Need, RoundSolver
+from sparksgd.solvers.protocol import CentralSolver, Need
 from sparksgd.solvers.rules import Experiment, described, make_solver, needs_of, settings_of
 from sparksgd.solvers.schedules import own_schedule
 from sparksgd.solvers.torch_optimizers import own_optimizer
@@ -167,7 +167,9 @@ def check(
         rows=report,
         test_rows=test_report,
         needs=needs,
-        experiment=_experiment(config, turns_per_epoch, min(total_turns, config.train.steps or total_turns)),
+        experiment=_experiment(
+            config, turns_per_epoch, min(total_turns, config.train.steps or total_turns), report.rows
+        ),
         sample=sample,
         drawn=drawn,
     )
@@ -176,7 +178,7 @@ def check(
 def sizes_of(
     config: Config,
     flat: FlatModule,
-    solver: RoundSolver,
+    solver: CentralSolver,
     schema: RowSchema,
     optimiser_bytes: int,
     *,
@@ -300,13 +302,14 @@ def check_engine(config: Config, kinds: Sequence[EngineKind], needs: frozenset[N
             )
 
 
-def _experiment(config: Config, turns_per_epoch: int, total_turns: int) -> Experiment:
+def _experiment(config: Config, turns_per_epoch: int, total_turns: int, rows: int = 1) -> Experiment:
     return Experiment(
         optimizer=config.optimizer,
         schedule=config.schedule,
         num_shards=config.train.num_shards,
         turns_per_epoch=turns_per_epoch,
         total_turns=total_turns,
+        rows=rows,
         seed=config.train.seed,
     )
 

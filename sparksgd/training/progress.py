@@ -50,7 +50,7 @@ class ProgressLines(Observer):
 
     def stepped(self, training: Training, report: StepReport) -> None:
         """Log how far the run is, if that was not said just now."""
-        now = report.rows / report.timing.total
+        now = report.rows / max(report.timing.total, 1e-9)
         before = now if self._rows_per_s is None else self._rows_per_s
         self._rows_per_s = (1 - _NEWEST) * before + _NEWEST * now
         if self._of_steps and (now_s := self._clock()) - self._said_s >= _LINE_EVERY_S:

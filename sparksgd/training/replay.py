@@ -10,10 +10,11 @@ import hashlib
 import json
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from sparksgd.config import Config
+from sparksgd.engines.trace import TraceEvent
 from sparksgd.errors import ConfigError, DataError, ReplayDiffers
 from sparksgd.imports import resolve, shown
 from sparksgd.imports.trust import Trust
@@ -41,10 +42,10 @@ class Replay:
     """The name that built the module; None if the module was given in Python."""
 
     took_part: Sequence[frozenset[int]]
-    """The shards of each step."""
+    """The shards of each step; empty if shards made turns at their own pace."""
 
     deals: Sequence[int]
-    """How often the rows had been dealt again, at each step."""
+    """How often the rows had been dealt again, at each step; empty likewise."""
 
     parameters_sha256: str | None
     """The digest at its end; None if it was killed."""
@@ -55,8 +56,23 @@ class Replay:
     best_step: int | None = None
     """The step whose weights it ended with, where early stopping returned to one."""
 
+    arrivals: Sequence[TraceEvent] | None = None
+    """What happened, where shards made turns at their own pace."""
+
+    arrival_steps: int = 0
+    """How many steps that made."""
+
     trust: Trust | None = None
     """Whose code may run, if the configuration comes from a file; None: it was made in this process."""
+
+    @property
+    def steps(self) -> int:
+        """Return how many steps are repeated."""
+        return len(self.took_part) if self.arrivals is None else self.arrival_steps
+
+    def deal_of(self, version: int) -> int:
+        """Return how often the rows had been dealt again at the step that begins with a version."""
+        return self.deals[version] if self.deals else 0
 
     def names(self) -> dict[str, str]:
         """Return {key: name} of the code that the configuration names, other than by a name of ours."""
@@ -79,7 +95,9 @@ class Replay:
             resolve(key, name, {}, self.trust)
 
     def fingerprint(self) -> str:
-        """Return a digest of which shards take part in which step."""
+        """Return a digest of what is repeated: which shards take part in which step, or all events."""
+        if self.arrivals is not None:
+            return hashlib.sha256(json.dumps([asdict(event) for event in self.arrivals]).encode()).hexdigest()
         steps = [(sorted(shards), deal) for shards, deal in zip(self.took_part, self.deals, strict=True)]
         return hashlib.sha256(json.dumps(steps).encode()).hexdigest()
 
@@ -100,8 +118,10 @@ class Replay:
         """
         then, now = completed(Config.from_dict(self.config)).experiment(), completed(config).experiment()
         free = {"data.train", "data.test"}
-        if now.get("solver.name") == "synchronous":
-            free.add("train.steps")  # another rule's rounds are cut short there
+        if now.get("solver.name") != "local_sgd":
+            free.add("train.steps")  # its rounds are cut short there
+        if self.arrivals is not None:  # the trace says what these keys decided
+            free |= {key for key in then.keys() | now.keys() if key.startswith(("cluster.", "engine."))}
         for key in sorted(then.keys() | now.keys()):
             if then.get(key) != now.get(key) and key not in free:
                 raise ConfigError(
@@ -126,7 +146,7 @@ def check_end(training: Training, replay: Replay) -> None:
     Raises:
         ReplayDiffers: it made the same steps, but has other parameters.
     """
-    if replay.parameters_sha256 is None or training.version != len(replay.took_part):
+    if replay.parameters_sha256 is None or training.version != replay.steps:
         log.info("replayed %d steps; there is no digest of the run after that many", training.version)
         return
     ended = training.flat.parameters_sha256()

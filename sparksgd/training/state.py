@@ -126,6 +126,9 @@ class Training:
     turns: int = 0
     """How many turns each shard has made."""
 
+    virtual_s: float | None = None
+    """How long the run has taken, in virtual time; None if its times are real."""
+
     settled_turns: int = 0
     """The turns after which evaluation and the end of an epoch are done."""
 

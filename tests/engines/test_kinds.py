@@ -9,6 +9,7 @@ from sparksgd.engines.kinds import (
     ALLREDUCE,
     INLINE,
     KINDS,
+    SIMULATED,
     STAGES,
     TREE,
     EngineKind,
@@ -20,22 +21,24 @@ from sparksgd.imports import resolve
 from sparksgd.solvers.protocol import Need
 
 ROUNDS, ARRIVALS, GOSSIP, QUORUM = Need.ROUNDS, Need.ARRIVALS, Need.GOSSIP, Need.QUORUM
-REPLAY, SHARD_STATE, LAG = Need.REPLAY, Need.SHARD_STATE, Need.LAG
+RECORDED, REPLAY, SHARD_STATE, LAG = Need.RECORDED_ARRIVALS, Need.REPLAY, Need.SHARD_STATE, Need.LAG
 
 CARRIED = {
-    #             inline  tree   stages  allreduce
-    ROUNDS:      (True,   True,  True,   True),
-    ARRIVALS:    (False,  False, False,  False),
-    GOSSIP:      (False,  False, False,  False),
-    QUORUM:      (False,  False, True,   False),
-    REPLAY:      (True,   True,  True,   False),
-    SHARD_STATE: (True,   False, False,  False),
-    LAG:         (False,  False, False,  False),
+    #             inline  tree   stages  allreduce  simulated
+    ROUNDS:      (True,   True,  True,   True,      True),
+    ARRIVALS:    (False,  False, False,  False,     True),
+    RECORDED:    (True,   False, False,  False,     False),
+    GOSSIP:      (False,  False, False,  False,     False),
+    QUORUM:      (False,  False, True,   False,     True),
+    REPLAY:      (True,   True,  True,   False,     False),
+    SHARD_STATE: (True,   False, False,  False,     True),
+    LAG:         (False,  False, False,  False,     False),
 }  # fmt: skip
 
 WORDS = {
     ROUNDS: "messages of all shards in one sum",
     ARRIVALS: "messages that reach the centre one by one",
+    RECORDED: "messages in the order of a trace",
     GOSSIP: "messages from shard to shard",
     QUORUM: "steps that end when the first shards have arrived",
     REPLAY: "steps of the shards that a trace names",
@@ -44,13 +47,14 @@ WORDS = {
 }
 
 INSTEAD = {
-    ARRIVALS: "no engine of this version does",
+    ARRIVALS: 'use engine.name = "simulated" (in virtual time)',
+    RECORDED: 'use engine.name = "inline"',
     GOSSIP: "no engine of this version does",
-    QUORUM: 'use engine.name = "tree" (in ordinary stages)',
+    QUORUM: 'use engine.name = "tree" (in ordinary stages) or engine.name = "simulated" (in virtual time)',
     REPLAY: (
         'use engine.name = "inline" or engine.name = "tree" or engine.name = "tree" (in ordinary stages)'
     ),
-    SHARD_STATE: 'use engine.name = "inline"',
+    SHARD_STATE: 'use engine.name = "inline" or engine.name = "simulated" (in virtual time)',
     LAG: "no engine of this version does",
 }
 
@@ -59,12 +63,13 @@ CALLED = {
     TREE: 'engine.name = "tree"',
     STAGES: 'engine.name = "tree" (in ordinary stages)',
     ALLREDUCE: 'engine.name = "allreduce"',
+    SIMULATED: 'engine.name = "simulated" (in virtual time)',
 }
 
 PAIRS = [
     pytest.param(kind, need, carried, id=f"{CALLED[kind]} and {need.name}")
     for need, row in CARRIED.items()
-    for kind, carried in zip((INLINE, TREE, STAGES, ALLREDUCE), row, strict=True)
+    for kind, carried in zip(KINDS, row, strict=True)
 ]
 
 
@@ -92,7 +97,7 @@ def test_all_that_is_lacking_is_named_and_nothing_else() -> None:
         refuse_uncarried(TREE, frozenset({SHARD_STATE, ROUNDS, QUORUM}), "the rule")
     assert str(refused.value) == (
         f"the rule needs {WORDS[QUORUM]} and {WORDS[SHARD_STATE]}, which "
-        f'engine.name = "tree" does not carry: no engine of this version does'
+        f'engine.name = "tree" does not carry: use engine.name = "simulated" (in virtual time)'
     )
 
 
@@ -175,7 +180,7 @@ def test_an_engine_that_is_all_barrier_is_refused_without_it() -> None:
         ("Tree", "did you mean tree?"),
         ("in_line", "did you mean inline?"),
         ("automatic", "did you mean auto?"),
-        ("mpi", "valid: allreduce, auto, inline, tree"),
+        ("mpi", "valid: allreduce, auto, inline, simulated, tree"),
     ],
 )
 def test_an_engine_that_is_not_there_is_refused_with_the_nearest_name(name: str, nearest: str) -> None:
@@ -191,6 +196,7 @@ def test_what_engines_need_of_a_cluster() -> None:
         TREE:               (True,    True),
         STAGES:             (True,    False),
         ALLREDUCE:          (True,    True),
+        SIMULATED:          (False,   False),
     }  # fmt: skip
 
 

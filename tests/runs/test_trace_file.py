@@ -287,7 +287,9 @@ def test_a_trace_that_lacks_lines_is_refused(tmp_path: Path) -> None:
 def test_a_trace_of_another_family_is_refused(tmp_path: Path) -> None:
     out = run(tmp_path)
     change(out / "trace.jsonl", lambda lines: [first_line("arrivals") + "\n", *lines[1:]])
-    with pytest.raises(DataError, match=r"trace\.jsonl is a trace of arrivals, but only rounds can be"):
+    with pytest.raises(
+        DataError, match=r"is a trace of arrivals, but the run's solver.name is a rule of rounds"
+    ):
         read_replay(out)
 
 

@@ -19,9 +19,9 @@ from sparksgd.engines.gathering.arrivals import ArrivalGathering
 from sparksgd.engines.gathering.gossip import GossipGathering
 from sparksgd.engines.gathering.shards import Back, Begin, Decided, Deliver, Drop, Lost, Pushed, Start
 from sparksgd.engines.trace import TraceEvent, event_line, first_line, read_trace
-from sparksgd.solvers.protocol import (
+from sparksgd.solvers.arrivals import ArrivalSolver, ArrivalStep, Verdict
+from sparksgd.solvers.protocol import (  # fmt: skip
     Answer,
-    ArrivalSolver,
     GossipSolver,
     Gradient,
     Halves,
@@ -30,9 +30,8 @@ from sparksgd.solvers.protocol import (
     Settings,
     SolverState,
     StepOutcome,
-    Verdict,
     WorkerHalf,
-)  # fmt: skip
+)
 
 SHARDS = 4
 NONE = np.empty(0, np.float32)
@@ -103,7 +102,12 @@ class StaleSynchronous:
         self.version += 1
         self._clock[shard] += 1
         self._held.append(shard)
-        return Verdict(answers=self._released(), step=StepOutcome(lr=float(rate), gradient_norm=None))
+        outcome = StepOutcome(lr=float(rate), gradient_norm=None)
+        staleness = self.version - 1 - version_read
+        step = ArrivalStep(
+            outcome=outcome, rows=1, weight=1.0, loss=0.0, shards=(shard,), staleness=(staleness,)
+        )
+        return Verdict(answers=self._released(), steps=(step,))
 
     def lost(self, shard: int) -> Verdict:
         del self._clock[shard]

@@ -15,6 +15,7 @@ from sparksgd.engines.gathering.shards import (
     Pushed,
     ShardState,
     Start,
+    Turned,
 )
 from sparksgd.engines.trace import EventKind, Trace
 
@@ -39,10 +40,12 @@ class ArrivalGathering:
         """Return the first instructions: every shard begins."""
         return [Begin(shard=shard) for shard in self._shards]
 
-    def handle(self, event: Pushed | Decided | Lost | Back) -> list[Start | Deliver | Drop | Begin]:
+    def handle(self, event: Pushed | Turned | Decided | Lost | Back) -> list[Start | Deliver | Drop | Begin]:
         """Take an event; return the instructions, in their order."""
         if isinstance(event, Pushed):
             return self._pushed(event.shard)
+        if isinstance(event, Turned):
+            return self._turned(event.shard)
         if isinstance(event, Decided):
             return self._decided(event)
         shard = self._shards[event.shard]
@@ -65,6 +68,15 @@ class ArrivalGathering:
         self._note("push", number)
         shard.turn += 1
         return [Deliver(shard=number, version=shard.version), *self._start_next(shard.worker)]
+
+    def _turned(self, number: int) -> list[Start | Deliver | Drop | Begin]:
+        shard = self._shards[number]
+        if shard.is_lost or not shard.is_computing:
+            return []
+        shard.is_computing = False
+        shard.turn += 1
+        self._ready[shard.worker].append(number)
+        return [*self._start_next(shard.worker)]
 
     def _decided(self, event: Decided) -> list[Start | Deliver | Drop | Begin]:
         sender = event.sender

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-__all__ = ["Back", "Begin", "Decided", "Deliver", "Drop", "Lost", "Pushed", "ShardState", "Start"]
+__all__ = ["Back", "Begin", "Decided", "Deliver", "Drop", "Lost", "Pushed", "ShardState", "Start", "Turned"]
 
 
 # Events
@@ -17,6 +17,13 @@ class Pushed:
 
     The engine keeps back what comes from before a loss once the shard is there again.
     """
+
+    shard: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Turned:
+    """A shard made the turn that it was started for last, and has nothing to send after it."""
 
     shard: int
 

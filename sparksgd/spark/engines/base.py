@@ -25,7 +25,7 @@ from sparksgd.engines.compute import Plan
 from sparksgd.engines.protocol import Recovery, SegmentReport, StepTiming
 from sparksgd.engines.replies import Evaluation, Reply
 from sparksgd.errors import Cancelled, ClusterError, OutOfMemory, PeerLost, ShardMissing, SparkSGDError
-from sparksgd.solvers.protocol import RoundSolver
+from sparksgd.solvers.protocol import CentralSolver, RoundSolver
 from sparksgd.spark.cluster.cluster import Cluster
 from sparksgd.spark.cluster.environments import cannot_start
 from sparksgd.spark.cluster.failures import final_error, gist, session_stopped
@@ -135,7 +135,7 @@ class SparkEngine:
         """Make steps; if this raises, the solver is as after the last complete step."""
         raise NotImplementedError
 
-    def evaluate(self, solver: RoundSolver) -> Evaluation:
+    def evaluate(self, solver: CentralSolver) -> Evaluation:
         """Evaluate the solver's weights on the test rows."""
         assert self._test is not None
         weights = solver.readout()

@@ -48,7 +48,7 @@ from sparksgd.engines.kinds import STAGES
 from sparksgd.engines.protocol import Arrival, SegmentReport, StepReport, take_step
 from sparksgd.engines.replies import Evaluation, Reply
 from sparksgd.errors import NotEnoughSlots
-from sparksgd.solvers.protocol import Answer, Quorum, RoundSolver
+from sparksgd.solvers.protocol import Answer, CentralSolver, Quorum, RoundSolver
 from sparksgd.spark.cluster.cluster import Cluster
 from sparksgd.spark.cluster.failures import final_error, gist
 from sparksgd.spark.cluster.jobs import cancel_jobs, cleanup
@@ -152,7 +152,7 @@ class StagesEngine(SparkEngine):
         super().deal_anew(deal)
         before.close()
 
-    def evaluate(self, solver: RoundSolver) -> Evaluation:
+    def evaluate(self, solver: CentralSolver) -> Evaluation:
         """Evaluate the solver's weights on the test rows, where they are; late tasks end first."""
         self._rest()
         return super().evaluate(solver)

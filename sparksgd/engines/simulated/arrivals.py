@@ -1,0 +1,171 @@
+"""Shards that make turns at their own pace, in virtual time: a queue of events drives the gathering.
+
+begin ── answer down ── computing ── message up, one at a time at the server ── arrived ── decided
+            ^                                                                              │
+            └──────────────────────────────────────────────────────────────────────────────┘
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from sparksgd.engines.gathering.arrivals import ArrivalGathering
+from sparksgd.engines.gathering.shards import Back, Begin, Decided, Deliver, Drop, Lost, Pushed, Start, Turned
+from sparksgd.engines.shard_work import ShardWork
+from sparksgd.engines.simulated.costs import Costs, Link
+from sparksgd.engines.trace import TraceEvent
+from sparksgd.errors import ClusterError
+from sparksgd.solvers.arrivals import ArrivalSolver, ArrivalStep, Verdict
+from sparksgd.solvers.protocol import Answer, Message
+
+__all__ = ["VirtualArrivals"]
+
+_Instruction = Start | Deliver | Drop | Begin
+
+
+@dataclass(frozen=True, order=True)
+class _Event:
+    """What happens at a time; events of one time happen in the order in which they were made."""
+
+    time_s: float
+    number: int
+    kind: str
+    worker: int
+    life: int = 0
+    """Of the worker: an event of a worker that was lost meanwhile does not happen."""
+
+    shard: int = -1
+
+
+class VirtualArrivals:
+    """Runs a solver of arrivals in virtual time.
+
+    Args:
+        solver: the central half.
+        work: of the shards.
+        costs: of the cluster.
+        worker_of: the worker of each shard that has rows.
+    """
+
+    def __init__(
+        self, solver: ArrivalSolver, work: ShardWork, costs: Costs, worker_of: Mapping[int, int]
+    ) -> None:
+        self._solver, self._work, self._costs = solver, work, costs
+        self._worker_of = dict(worker_of)
+        self._gathering = ArrivalGathering(worker_of)
+        self._up, self._down = Link(), Link()
+        self.now_s = 0.0
+        self.ignored = 0
+        """How many messages were too old."""
+
+        self.losses = 0
+        """How many workers were lost."""
+
+        self._events: list[_Event] = []
+        self._numbers = 0
+        self._lives = dict.fromkeys(sorted(set(worker_of.values())), 0)
+        self._turns: dict[int, int] = {}
+        self._there_s: dict[int, float] = {}
+        self._messages: dict[int, Message] = {}
+        self._steps: list[ArrivalStep] = []
+        for worker in self._lives:
+            self._plan_loss(worker)
+        self._follow(self._gathering.begin())
+
+    def step(self) -> tuple[list[ArrivalStep], tuple[TraceEvent, ...]]:
+        """Let time pass until a step is made; return the steps, and what chance decided.
+
+        Raises:
+            ClusterError: no step will ever be made, because all workers wait.
+        """
+        while not self._steps:
+            if not any(event.kind != "lost" for event in self._events):
+                raise ClusterError(
+                    f"after {self.now_s:g} virtual seconds every shard waits, and no step can be made: this "
+                    f"rule holds all of them back"
+                )
+            self._happens(heapq.heappop(self._events))
+        steps, self._steps = self._steps, []
+        return steps, self._gathering.trace.take()
+
+    def _happens(self, event: _Event) -> None:
+        if event.life != self._lives[event.worker]:
+            return
+        self.now_s = event.time_s
+        if event.kind == "computed":
+            self._computed(event)
+        elif event.kind == "arrived":
+            self._follow(self._gathering.handle(Pushed(shard=event.shard)))
+        elif event.kind == "lost":
+            self._lose(event.worker)
+        else:
+            for shard in self._shards_of(event.worker):
+                self._follow(self._gathering.handle(Back(shard=shard)))
+            self._plan_loss(event.worker)
+
+    def _computed(self, event: _Event) -> None:
+        """Let a turn be made, and send what the half sends."""
+        message = self._work.turn(event.shard, self._turns[event.shard])
+        if message is None:
+            self._follow(self._gathering.handle(Turned(shard=event.shard)))
+            return
+        self._messages[event.shard] = message
+        vectors, config = len(message.vectors), self._costs.config
+        sent_s = self.now_s + config.latency_s + self._costs.vectors_s(vectors)
+        through_s = self._up.carry(sent_s, self._costs.at_server_s(vectors) + config.server_s)
+        self._at(through_s, "arrived", event.worker, event.shard)
+
+    def _follow(self, instructions: Iterable[_Instruction]) -> None:
+        for told in instructions:
+            if isinstance(told, Start):
+                self._compute(told.shard, told.turn)
+            elif isinstance(told, Deliver):
+                message = self._messages.pop(told.shard)
+                self._decided(self._solver.arrived(told.shard, message, told.version), told.shard)
+            elif isinstance(told, Drop):
+                self._work.forget(told.shard)
+                self._decided(self._solver.lost(told.shard), None)
+            else:
+                self._decided(Verdict(answers={told.shard: self._solver.begin(told.shard)}), None)
+
+    def _decided(self, verdict: Verdict, sender: int | None) -> None:
+        self._steps += verdict.steps
+        self.ignored += verdict.is_ignored
+        answers: Mapping[int, Answer] = verdict.answers
+        for shard, answer in answers.items():
+            self._work.take(shard, answer)
+            vectors = 1 + len(answer.vectors)
+            sent_s = self._down.carry(self.now_s, self._costs.at_server_s(vectors))
+            self._there_s[shard] = sent_s + self._costs.config.latency_s + self._costs.vectors_s(vectors)
+        versions = {shard: answer.weights.version for shard, answer in answers.items()}
+        self._follow(self._gathering.handle(Decided(answers=versions, sender=sender)))
+
+    def _compute(self, shard: int, turn: int) -> None:
+        """Begin a turn, when the answer that it begins from is there."""
+        worker, self._turns[shard] = self._worker_of[shard], turn
+        begins_s = max(self.now_s, self._there_s[shard])
+        self._at(begins_s + self._costs.turn_s(worker, shard, turn), "computed", worker, shard)
+
+    def _plan_loss(self, worker: int) -> None:
+        lives_s = self._costs.until_loss_s(worker, self._lives[worker])
+        if lives_s < math.inf:
+            self._at(self.now_s + lives_s, "lost", worker)
+
+    def _lose(self, worker: int) -> None:
+        """Lose a worker with all its shards; another one takes its place after a while."""
+        self._lives[worker] += 1
+        self.losses += 1
+        for shard in self._shards_of(worker):
+            self._messages.pop(shard, None)
+            self._follow(self._gathering.handle(Lost(shard=shard)))
+        self._at(self.now_s + self._costs.config.worker_back_s, "back", worker)
+
+    def _shards_of(self, worker: int) -> list[int]:
+        return [shard for shard, of in self._worker_of.items() if of == worker]
+
+    def _at(self, time_s: float, kind: str, worker: int, shard: int = -1) -> None:
+        self._numbers += 1
+        heapq.heappush(self._events, _Event(time_s, self._numbers, kind, worker, self._lives[worker], shard))

@@ -1,0 +1,84 @@
+"""What things cost in virtual time: computing, links, Spark jobs, losses of workers.
+
+Each cost is a pure function of the seed and of what it is the cost of.  So runs with different solvers on one
+cluster meet the same slow turns and the same losses, and can be compared in pairs.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from sparksgd.arithmetic.seeds import seed32
+from sparksgd.config import ClusterConfig
+
+__all__ = ["Costs", "Link"]
+
+
+class Costs:
+    """The costs of a cluster.
+
+    Args:
+        config: the section [cluster].
+        vector_bytes: of one vector of the parameters.
+    """
+
+    def __init__(self, config: ClusterConfig, vector_bytes: int) -> None:
+        self.config, self._vector_bytes = config, vector_bytes
+
+    def turn_s(self, worker: int, shard: int, turn: int) -> float:
+        """Return the seconds that a worker computes for a turn of a shard."""
+        config = self.config
+        drawn = self._drawn("turn", shard, turn)
+        seconds = config.turn_s
+        if config.turn_times == "lognormal":
+            seconds *= math.exp(config.spread * drawn.standard_normal())
+        elif config.turn_times == "exponential":
+            seconds *= drawn.standard_exponential()
+        if config.tail_share and drawn.random() < config.tail_share:
+            seconds += config.tail_s * (1 + drawn.pareto(config.tail_shape))
+        return seconds * (config.slow_factor if worker < config.slow_workers else 1.0)
+
+    def until_loss_s(self, worker: int, life: int) -> float:
+        """Return for how many seconds a worker lives; infinite if none is ever lost."""
+        mean_s = self.config.worker_life_s
+        return (
+            math.inf if mean_s is None else mean_s * self._drawn("life", worker, life).standard_exponential()
+        )
+
+    def vectors_s(self, vectors: int) -> float:
+        """Return the seconds that some vectors take on a worker's link, without its latency."""
+        return vectors * self._vector_bytes / self.config.link_bytes_per_s
+
+    def at_server_s(self, vectors: int) -> float:
+        """Return the seconds that some vectors take on the server's link."""
+        speed = self.config.server_bytes_per_s or self.config.link_bytes_per_s
+        return vectors * self._vector_bytes / speed
+
+    def all_reduce_s(self, vectors: int, workers: int) -> float:
+        """Return the seconds of a part-reduce and a part-broadcast between some workers.
+
+        Thakur, Rabenseifner, Gropp 2005: 2 (p - 1) / p of the bytes leave each worker; all at once.
+        """
+        if workers == 1:
+            return 0.0
+        return 2 * self.config.latency_s + 2 * (workers - 1) / workers * self.vectors_s(vectors)
+
+    def _drawn(self, purpose: str, *key: int) -> np.random.Generator:
+        return np.random.default_rng(seed32(self.config.seed, f"simulated {purpose}", *key))
+
+
+class Link:
+    """A link that carries one message after the other, in the order in which they come."""
+
+    def __init__(self) -> None:
+        self._free_s = 0.0
+        self.busy_s = 0.0
+        """How long it has carried messages."""
+
+    def carry(self, now_s: float, seconds: float) -> float:
+        """Return when a message is through that comes now, and takes this long."""
+        self._free_s = max(now_s, self._free_s) + seconds
+        self.busy_s += seconds
+        return self._free_s

@@ -1,0 +1,141 @@
+"""The simulated engine: it computes real gradients in this process, and lets virtual time pass.
+
+Where the order of arrival shapes what is trained, that order follows from the section [cluster].  Equal keys
+give equal bits and equal virtual times.  Rounds of all shards have the bits of every other engine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+from sparksgd.arithmetic.addition_tree import add_partial
+from sparksgd.arithmetic.numerics import Numerics
+from sparksgd.arithmetic.ranges import balanced_range
+from sparksgd.config import ClusterConfig
+from sparksgd.data.source import Shards
+from sparksgd.engines.compute import Plan
+from sparksgd.engines.inline import InlineEngine, raise_failure
+from sparksgd.engines.kinds import SIMULATED
+from sparksgd.engines.protocol import SegmentReport, StepReport, StepTiming, arrival_reports, take_step
+from sparksgd.engines.replies import Reply
+from sparksgd.engines.shard_work import ShardWork
+from sparksgd.engines.simulated.arrivals import VirtualArrivals
+from sparksgd.engines.simulated.costs import Costs
+from sparksgd.engines.simulated.rounds import VirtualRounds
+from sparksgd.solvers.arrivals import ArrivalSolver
+from sparksgd.solvers.protocol import Answer, CentralSolver, Need, RoundSolver
+
+__all__ = ["SimulatedEngine"]
+
+
+class SimulatedEngine(InlineEngine):
+    """Computes in this process, and says what it would have taken on a cluster.
+
+    Args:
+        plan: what to compute.
+        shards: rows to train on.
+        test: rows to evaluate on.
+        cluster: what things cost.
+        num_workers: how many workers there are.
+    """
+
+    kinds = (SIMULATED,)
+    name = SIMULATED.name
+    mode = SIMULATED.mode
+
+    def __init__(
+        self, plan: Plan, shards: Shards, test: Shards | None, cluster: ClusterConfig, num_workers: int
+    ) -> None:
+        super().__init__(plan, shards, test)
+        self._cluster, self._num_workers = cluster, num_workers
+        self._arrivals: VirtualArrivals | None = None
+        self._rounds: VirtualRounds | None = None
+        self._ended_s = 0.0
+
+    def open(self) -> None:
+        """Make the computer."""
+        super().open()
+        self._work = ShardWork(self._computer, self._shards.table, gradients=self._cluster.gradients)
+
+    def contact(self) -> list[Numerics]:
+        """Return this process's numerics, for each worker."""
+        return super().contact() * self._num_workers
+
+    def advance(self, solver: CentralSolver, steps: int) -> SegmentReport:
+        """Make steps."""
+        report = SegmentReport()
+        while len(report.steps) < steps:
+            if Need.ARRIVALS in solver.needs:
+                report.steps += self._arrival_steps(solver)  # type: ignore[arg-type]  # its needs say so
+            else:
+                report.steps.append(self._round(solver))  # type: ignore[arg-type]  # likewise
+        return report
+
+    def deal_anew(self, deal: Callable[[], tuple[Plan, Shards]]) -> None:
+        """Continue with the same rows in other shards."""
+        super().deal_anew(deal)
+        self._work = ShardWork(self._computer, self._shards.table, gradients=self._cluster.gradients)
+        self._rounds = None
+
+    def _owned(self) -> dict[int, tuple[int, ...]]:
+        """Return the shards of each worker."""
+        count = len(self._shards.table)
+        return {w: tuple(balanced_range(w, self._num_workers, count)) for w in range(self._num_workers)}
+
+    def _costs(self, solver: CentralSolver) -> Costs:
+        return Costs(self._cluster, solver.readout().parameters.nbytes)
+
+    def _arrival_steps(self, solver: ArrivalSolver) -> list[StepReport]:
+        if self._arrivals is None:
+            rows = self._plan.sampling.shard_rows
+            worker_of = {s: worker for worker, shards in self._owned().items() for s in shards if rows[s]}
+            self._arrivals = VirtualArrivals(solver, self._work, self._costs(solver), worker_of)
+        turns_before = solver.turns
+        steps, trace = self._arrivals.step()
+        return arrival_reports(
+            solver, self._plan, steps, turns_before, self._passed(self._arrivals.now_s), (), trace,
+            self._arrivals.now_s,
+        )  # fmt: skip
+
+    def _passed(self, now_s: float) -> StepTiming:
+        """Return the virtual seconds since the last step."""
+        timing, self._ended_s = StepTiming(total=now_s - self._ended_s), now_s
+        return timing
+
+    def _round(self, solver: RoundSolver) -> StepReport:
+        owned = self._owned()
+        if self._rounds is None:
+            self._rounds = VirtualRounds(self._costs(solver), owned, self._plan.sampling)
+            self._rounds.now_s = self._ended_s
+        made = self._rounds.next(solver)
+        self._ended_s = self._rounds.now_s
+        reply = self._reply(solver, {worker: owned[worker] for worker in made.workers})
+        return take_step(
+            solver, self._plan, reply, lambda: made.timing, late=made.late, arrivals=made.arrivals,
+            trace=made.trace, virtual_s=self._ended_s,
+        )  # fmt: skip
+
+    def _reply(self, solver: RoundSolver, shards_of: dict[int, tuple[int, ...]]) -> Reply:
+        """Return the sum of what these workers send in a round."""
+        asked, total = solver.quorum().shards, Reply(leaves=len(self._shards.table))
+        for worker, shards in shards_of.items():
+            if self._cluster.gradients:
+                table = [self._shards.table[shard] for shard in shards]
+                total += self._computer.round(worker, table, solver.answer(), asked)
+            else:
+                total += self._reply_of_zeros(worker, asked.intersection(shards), solver.answer())
+            raise_failure(total)
+        missing = set(range(len(self._shards.table))).difference(*shards_of.values())
+        for shard in sorted(missing):  # the tree needs to know that they are absent
+            add_partial(total.partials, (shard, shard + 1), None, total.leaves)
+        return total
+
+    def _reply_of_zeros(self, worker: int, shards: Iterable[int], answer: Answer) -> Reply:
+        """Return what a worker sends if every gradient is 0."""
+        reply = Reply(leaves=len(self._shards.table))
+        for shard in shards:
+            self._work.take(shard, answer)
+            sent = [self._work.turn(shard, answer.turn + number) for number in range(answer.turns)]
+            add_partial(reply.partials, (shard, shard + 1), sent[-1], reply.leaves)
+            reply.shards.append(shard)
+        return reply

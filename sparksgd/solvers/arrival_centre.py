@@ -1,0 +1,318 @@
+"""What the rules of arrivals share: keys, the weights, a count of rows, and steps of an optimiser.
+
+Each shard computes at its own pace.  So a turn of the run is over, and a schedule moves, when steps have used
+as many rows as one turn of all shards has, whichever shards they came from.
+
+Legend: S shards, P parameters, K turns per epoch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from sparksgd.arithmetic.flat import FlatModule, FlatStrip, Weights
+from sparksgd.arithmetic.seeds import seed32
+from sparksgd.config import Config
+from sparksgd.errors import ConfigError, ModelError
+from sparksgd.solvers.arrivals import ArrivalStep, Verdict
+from sparksgd.solvers.centre import Centre, step_along
+from sparksgd.solvers.flat_optimizer import FlatOptimizer
+from sparksgd.solvers.protocol import (
+    Answer,
+    Halves,
+    Message,
+    Need,
+    Settings,
+    SolverState,
+    StepOutcome,
+    Vector,
+    total_weight,
+)
+from sparksgd.solvers.rules import Experiment, require_at_least
+from sparksgd.solvers.schedules import make_schedule, own_schedule, remarks_on
+from sparksgd.solvers.synchronous import SendGradients
+from sparksgd.solvers.torch_optimizers import make_optimizer
+
+__all__ = ["ArrivalCentre", "ArrivalSettings", "GradientCentre", "GradientSettings", "refuse_took_part"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ArrivalSettings:
+    """The keys of every rule of arrivals."""
+
+    max_staleness: int | None = None
+    """A message is ignored, and counted, if more steps than this were made since its weights were read.  If
+    not set, every message is used."""
+
+    def check(self, config: Config) -> None:
+        """Refuse what does not fit the rest of the configuration."""
+        require_at_least("solver.max_staleness", self.max_staleness, 0)
+
+    def needs(self) -> frozenset[Need]:
+        """Return what the engine must carry."""
+        return frozenset({Need.ARRIVALS})
+
+
+@dataclass(frozen=True, kw_only=True)
+class GradientSettings(ArrivalSettings):
+    """The keys of every rule whose messages are gradients."""
+
+    clip_norm: float | None = None
+    """The largest Euclidean norm of a step's gradient.  If not set, gradients are not clipped."""
+
+    def check(self, config: Config) -> None:
+        """Refuse what does not fit the rest of the configuration."""
+        super().check(config)
+        require_at_least("solver.clip_norm", self.clip_norm, 0, above=True)
+
+
+class ArrivalCentre:
+    """The weights, and how many rows have made them.  A rule is a subclass that defines `arrived`.
+
+    Args:
+        flat: the module; the solver owns its parameters from now on.
+        settings: the rule's keys.
+        experiment: what a rule must know about the run.
+        halves: the worker halves.
+    """
+
+    by_strips = False
+
+    def __init__(
+        self, flat: FlatModule | FlatStrip, settings: ArrivalSettings, experiment: Experiment, halves: Halves
+    ) -> None:
+        self.flat, self._centre = flat, Centre(flat)
+        self.needs, self.halves = settings.needs(), halves
+        self.remarks: list[str] = []
+        self.revision = 0
+        self._experiment, self._max_staleness = experiment, settings.max_staleness
+        self._rows = 0
+        self._answer: Answer | None = None
+
+    @property
+    def version(self) -> int:
+        """Steps so far."""
+        return self._centre.version
+
+    @property
+    def turns(self) -> int:
+        """The rows that steps have used, in K-ths of an epoch."""
+        return self._turns_of(self._rows)
+
+    def _turns_of(self, rows: int) -> int:
+        return rows * self._experiment.turns_per_epoch // self._experiment.rows
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether its state is of one version."""
+        return self._centre.is_whole
+
+    def readout(self) -> Weights:
+        """Return a copy of the weights; the same object until the next step."""
+        return self._centre.readout()
+
+    def answer(self) -> Answer:
+        """Return the newest weights, and the settings of turns; the same object until the next step."""
+        if self._answer is None:
+            self._answer = Answer(weights=self.readout(), turn=self.turns, settings=(self._settings(),))
+        return self._answer
+
+    def _settings(self) -> Settings:
+        """Return the settings of the next turns."""
+        return {}
+
+    def begin(self, shard: int) -> Answer:
+        """Return the newest weights."""
+        return self.answer()
+
+    def lost(self, shard: int) -> Verdict:
+        """Release nobody: no shard waits for another."""
+        return Verdict()
+
+    def _made(
+        self, total: Message, shards: Sequence[int], staleness: Sequence[int], outcome: StepOutcome
+    ) -> ArrivalStep:
+        """Return the report of a step."""
+        weight = total_weight(total)
+        return ArrivalStep(
+            outcome=outcome,
+            rows=total.rows,
+            weight=weight,
+            loss=total.loss / weight,
+            shards=tuple(shards),
+            staleness=tuple(staleness),
+        )
+
+    def _is_too_old(self, version_read: int) -> bool:
+        return self._max_staleness is not None and self._staleness(version_read) > self._max_staleness
+
+    def _staleness(self, version_read: int) -> int:
+        return self.version - version_read
+
+    def _ignored(self, shard: int) -> Verdict:
+        """Let a shard go on whose message was too old to be used."""
+        return Verdict(answers={shard: self.answer()}, is_ignored=True)
+
+    @contextmanager
+    def _step(self, total: Message, key: str, rate: float) -> Iterator[int]:
+        """Let the block change the parameters, and make that the next version.
+
+        Args:
+            total: of all rows that the step uses.
+            key: of the rate, for errors.
+            rate: how far the step goes.
+
+        Yields:
+            The turns after the step.
+
+        Raises:
+            UpdateNotFinite: a parameter became NaN or infinite; the weights are as before.
+            ModelError: forward changed parameters or constants.
+        """
+        if total.changes is not None:
+            raise ModelError(
+                "forward changes a parameter or a buffer. Messages of this rule are computed from weights of "
+                "different versions, so what forward made of an older one would overwrite a newer one: use "
+                'solver.name = "synchronous" or "local_sgd"'
+            )
+        turns = self._turns_of(self._rows + total.rows)
+        with self._centre.changing(), self._centre.step(total, turns - self.turns, key, rate):
+            yield turns
+        self._rows += total.rows
+        self._answer = None
+
+    def _kept(self) -> tuple[dict[str, Vector], dict[str, Any]]:
+        """Return what the rule keeps beside the weights: vectors, float32[P] each, and the rest."""
+        return {}, {}
+
+    def _load_kept(self, state: SolverState) -> None:
+        """Continue from what another one kept."""
+
+    def state(self) -> SolverState:
+        """Return all that its next step depends on, except what shards hold and what it holds of them."""
+        vectors, rest = self._kept()
+        return SolverState(
+            weights=self.readout(), turns=self.turns, vectors=vectors, rest={**rest, "rows": self._rows}
+        )
+
+    def load_state(self, state: SolverState) -> None:
+        """Continue from the state of another solver, at any step."""
+        with self._centre.changing():
+            self._load_kept(state)
+            self._rows = state.rest["rows"]
+            self._centre.load(state)
+            self._answer = None
+
+    def evaluated(self, loss: float, accuracy: float | None) -> None:
+        """Change nothing."""
+
+    def step_back(self) -> None:
+        """Return to the weights before the last step; nothing else that it keeps changes."""
+        self._centre.step_back()
+        self._answer = None
+
+
+class GradientCentre(ArrivalCentre):
+    """A centre whose optimiser steps along the gradients that arrive.
+
+    Args:
+        flat: the module; the solver owns its parameters from now on.
+        settings: the rule's keys.
+        experiment: has the optimiser, the schedule, and how long they are used.
+        halves: the worker halves; None: each sends every gradient unchanged.
+    """
+
+    def __init__(
+        self,
+        flat: FlatModule | FlatStrip,
+        settings: GradientSettings,
+        experiment: Experiment,
+        halves: Halves | None = None,
+    ) -> None:
+        super().__init__(flat, settings, experiment, halves or Halves(make=SendGradients))
+        self._clip_norm, self._seed = settings.clip_norm, experiment.seed
+        shaped = own_schedule(experiment.schedule)
+        self._optimizer = make_optimizer(flat, experiment.optimizer, self._seed, shaped=shaped)
+        self._schedule = make_schedule(self._optimizer, experiment.schedule, experiment.moves, self._seed)
+        self.remarks = remarks_on(self._schedule, experiment.moves)
+
+    @property
+    def optimizers(self) -> Sequence[FlatOptimizer]:
+        """Return the optimisers that make its steps."""
+        return [self._optimizer]
+
+    @property
+    def lr(self) -> float:
+        """The learning rate of the next step."""
+        return self._optimizer.lr
+
+    def _settings(self) -> Settings:
+        return {"lr": self.lr}
+
+    def _step_along(
+        self, total: Message, gradient: Vector, weight: float, shards: Sequence[int], staleness: Sequence[int]
+    ) -> ArrivalStep:
+        """Make a step along a gradient.
+
+        Args:
+            total: of all messages that it uses.
+            gradient: float32[P].
+            weight: by which it is divided first.
+            shards: the sender of each message.
+            staleness: of each message.
+        """
+        lr, seed = self.lr, seed32(self._seed, "optimizer", self.version)
+        with self._step(total, "optimizer.lr", lr) as turns:
+            norm = step_along(
+                self._optimizer, gradient, weight, total.touched, self._clip_norm, seed, self._moves(turns)
+            )
+        return self._made(total, shards, staleness, StepOutcome(lr=lr, gradient_norm=norm))
+
+    def _moves(self, turns: int) -> Callable[[], object] | None:
+        """Return what moves the schedule to where it is after these turns; None: it stays."""
+        schedule, each = self._schedule, self._experiment.turns_per_move
+        due = range(self.turns // each + 1, turns // each + 1)
+        if schedule is None or not due:
+            return None
+
+        def move() -> None:
+            for number in due:
+                schedule.move(number * each)
+
+        return move
+
+    def _kept(self) -> tuple[dict[str, Vector], dict[str, Any]]:
+        vectors, rest = self._optimizer.state()
+        schedule = None if self._schedule is None else self._schedule.state()
+        return vectors, {"optimizer": rest, "schedule": schedule}
+
+    def _load_kept(self, state: SolverState) -> None:
+        self._load_optimizer(state.vectors, state)
+
+    def _load_optimizer(self, vectors: Mapping[str, Vector], state: SolverState) -> None:
+        """Let the optimiser and the schedule continue, with these vectors of the optimiser."""
+        self._optimizer.load_state(vectors, state.rest["optimizer"])
+        if self._schedule is not None:
+            self._schedule.load_state(state.rest["schedule"])
+
+    def evaluated(self, loss: float, accuracy: float | None) -> None:
+        """Let a schedule that evaluations move change the rate."""
+        if self._schedule is not None and self._schedule.evaluated(loss, accuracy):
+            self.revision += 1
+            self._answer = None
+
+
+def refuse_took_part(took_part: object) -> None:
+    """Refuse to repeat a run of rounds by a rule of arrivals.
+
+    Raises:
+        ConfigError: there are rounds to repeat.
+    """
+    if took_part:
+        raise ConfigError(
+            "the run to be replayed made rounds, but solver.name is a rule of arrivals: it was made by "
+            "another rule"
+        )

@@ -1,0 +1,304 @@
+"""Elastic averaging: each shard trains a model of its own, and a spring draws it and the centre together.
+
+    shard:   each turn      x <- optimiser(x, g)                g: mean gradient of the piece at x
+             each tau       send x;  e = alpha (x - theta);  x <- x - e
+    centre:                 e = alpha (x - theta);  theta <- theta + e       both with the same x and theta
+
+    alpha    beta / S, or eta rho, which follows the learning rate
+
+Zhang, Choromanska, LeCun 2015, "Deep learning with Elastic Averaging SGD" (NeurIPS), algorithm 1, which uses
+alpha = beta / S.  You et al. 2017, "Scaling deep learning on GPU and Knights Landing clusters" (SC17) use
+alpha = eta rho: first come, first served is their Async EASGD; in the order of the shards, Original EASGD.
+With torch's momentum inside it is their Async MEASGD.  With `lookahead`, too, it is EAMSGD (algorithm 2 of
+2015), for a constant rate: the gradient is taken where the momentum leads.
+
+    m <- mu m + g(x - eta mu m);  x <- x - eta m
+
+alpha = 0 leaves each shard alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from sparksgd.arithmetic.flat import FlatModule, FlatStrip
+from sparksgd.arithmetic.seeds import seed32
+from sparksgd.config import Config, OptimizerConfig
+from sparksgd.errors import ConfigError, ModelError
+from sparksgd.solvers.arrival_centre import ArrivalCentre, ArrivalSettings, refuse_took_part
+from sparksgd.solvers.arrivals import ArrivalStep, Verdict
+from sparksgd.solvers.centre import refuse_not_finite, step_along
+from sparksgd.solvers.flat_optimizer import FlatOptimizer
+from sparksgd.solvers.protocol import (
+    Answer,
+    Gradient,
+    Halves,
+    Message,
+    Settings,
+    SolverState,
+    StepOutcome,
+    Vector,
+    total_weight,
+)
+from sparksgd.solvers.rules import Experiment, require_at_least
+from sparksgd.solvers.schedules import Rates
+from sparksgd.solvers.torch_optimizers import another_optimizer, make_optimizer, own_optimizer
+
+__all__ = ["ElasticAveraging", "ElasticModel", "ElasticSettings"]
+
+_ALPHA = "alpha"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ElasticSettings(ArrivalSettings):
+    """The keys of solver.name = "elastic_averaging"."""
+
+    turns_per_exchange: int = 10
+    """tau: how many turns a shard makes between two exchanges with the centre."""
+
+    beta: float = 0.9
+    """The strength of the spring between the centre and all shards: alpha = beta / train.num_shards."""
+
+    rho: float | None = None
+    """The strength of the spring, in place of beta: alpha = learning rate * rho."""
+
+    lookahead: bool = False
+    """Whether gradients are taken where the momentum of optimizer.name = "SGD" leads: EAMSGD."""
+
+    order: Literal["arrival", "shard"] = "arrival"
+    """In which order the centre serves the shards: as they arrive, or each in its turn (shard)."""
+
+    clip_norm: float | None = None
+    """The largest Euclidean norm of a gradient that an optimiser takes.  If not set, gradients are not
+    clipped."""
+
+    def check(self, config: Config) -> None:
+        """Refuse what does not fit the rest of the configuration."""
+        super().check(config)
+        require_at_least("solver.turns_per_exchange", self.turns_per_exchange, 1)
+        require_at_least("solver.beta", self.beta, 0)
+        require_at_least("solver.rho", self.rho, 0)
+        require_at_least("solver.clip_norm", self.clip_norm, 0, above=True)
+        if self.beta > config.train.num_shards:
+            raise ConfigError(
+                f"solver.beta is {self.beta}, but there are {config.train.num_shards} shards, so alpha would "
+                f"be above 1, and an exchange go past the other side: set beta to 1 or less"
+            )
+        given = config.optimizer
+        if self.lookahead and (
+            given.name != "SGD" or not given.arguments.get("momentum") or given.arguments.get("nesterov")
+        ):
+            raise ConfigError(
+                'solver.lookahead is true, which needs optimizer.name = "SGD" with momentum and without '
+                f"nesterov, but the section [optimizer] has {given.name} with {dict(given.arguments)}: set "
+                f"optimizer.momentum, such as 0.9, or leave lookahead out"
+            )
+
+
+class ElasticModel:
+    """The worker half: a model that an optimiser moves, and that keeps near the centre's.
+
+    Args:
+        flat: a module of the run's shapes.
+        shard: the shard that it belongs to.
+        settings: the rule's keys.
+        optimizer: which class of torch.optim, and its arguments.
+        seed: of the run.
+    """
+
+    lag = 0
+
+    def __init__(
+        self,
+        flat: FlatModule,
+        shard: int,
+        *,
+        settings: ElasticSettings,
+        optimizer: OptimizerConfig,
+        seed: int,
+    ) -> None:
+        self._settings, self._seed = settings, seed
+        self._local = flat.parameters_like()
+        self._optimizer: FlatOptimizer = another_optimizer(self._local, optimizer, seed)
+        self._turns = 0
+        self._since: list[Gradient] = []
+        self._has_begun = False
+
+    def take(self, answer: Answer) -> None:
+        """Begin at the centre's weights; later, move towards the weights that the centre had."""
+        local, centre = self._local.parameters, torch.from_numpy(answer.weights.parameters)
+        if self._has_begun:
+            local.sub_(_elastic(local, centre, answer.scalars[_ALPHA]))
+        else:
+            local.copy_(centre)
+            self._has_begun = True
+
+    def point(self) -> Vector:
+        """Return the model, or where its momentum leads."""
+        local = self._local.parameters.numpy()
+        momentum = self._optimizer.state()[0].get("momentum_buffer") if self._settings.lookahead else None
+        if momentum is None:
+            return local
+        kind, group = local.dtype.type, self._optimizer.group
+        ahead: Vector = local - kind(group["lr"] * group["momentum"]) * momentum
+        return ahead
+
+    def turn(self, gradient: Gradient, settings: Settings) -> None:
+        """Let the optimiser make a step with the piece's mean gradient.
+
+        Raises:
+            UpdateNotFinite: a parameter became NaN or infinite.
+        """
+        optimizer = self._optimizer
+        optimizer.set(settings)
+        seed = seed32(self._seed, "optimizer", gradient.shard, gradient.turn)
+        weight, clip_norm = total_weight(gradient), self._settings.clip_norm
+        step_along(optimizer, gradient.vector, weight, gradient.touched, clip_norm, seed)
+        refuse_not_finite(self._local.parameters, "the shard's own step", "optimizer.lr", optimizer.lr)
+        self._since.append(replace(gradient, vector=gradient.vector[:0]))
+        self._turns += 1
+
+    def send(self) -> Message | None:
+        """Return the model, if an exchange is due."""
+        if self._turns % self._settings.turns_per_exchange:
+            return None
+        message = Message.of(self._since, {"model": self._local.parameters.numpy().copy()})
+        self._since = []
+        return message
+
+    def state(self) -> dict[str, npt.NDArray[Any]]:
+        """Return its model, how many turns it has made, and what its optimiser keeps."""
+        vectors, scalars = self._optimizer.averageable()
+        model = {"model": self._local.parameters.numpy(), "turns": np.array(self._turns)}
+        return {**model, **vectors, **{name: np.asarray(value) for name, value in scalars.items()}}
+
+    def load_state(self, state: Mapping[str, npt.NDArray[Any]]) -> None:
+        """Continue from the state of another half of the same shard, after an exchange."""
+        kept = dict(state)
+        self._local.parameters.copy_(torch.from_numpy(kept.pop("model")))
+        self._turns, self._has_begun = int(kept.pop("turns")), True
+        vectors = {name: value for name, value in kept.items() if value.ndim}
+        scalars = {name: float(value) for name, value in kept.items() if not value.ndim}
+        self._optimizer.load_averaged(vectors, scalars)
+
+
+class ElasticAveraging(ArrivalCentre):
+    """The central half: every model that arrives draws the centre towards it.
+
+    Args:
+        flat: the module; the solver owns its parameters from now on.
+        settings: the rule's keys.
+        experiment: has the optimiser, the schedule, and how long they are used.
+        took_part: must be None.
+    """
+
+    def __init__(
+        self,
+        flat: FlatModule | FlatStrip,
+        settings: ElasticSettings,
+        experiment: Experiment,
+        took_part: Sequence[frozenset[int]] | None = None,
+    ) -> None:
+        refuse_took_part(took_part)
+        make = partial(ElasticModel, settings=settings, optimizer=experiment.optimizer, seed=experiment.seed)
+        super().__init__(
+            flat, settings, experiment, Halves(make=make, have_local_models=True, keep_state=True)
+        )
+        make_optimizer(flat, experiment.optimizer, experiment.seed)  # tries it: halves make others alike
+        self._rule, self._num_shards = settings, experiment.num_shards
+        self._rates = Rates(
+            experiment.optimizer,
+            experiment.schedule,
+            experiment.turns_per_move,
+            experiment.moves,
+            experiment.seed,
+            flat.parameters_like() if own_optimizer(experiment.optimizer) else None,
+        )
+        self.remarks = self._rates.remarks
+        if self.readout().statistics.size:
+            raise ModelError(
+                'the module has batch-norm, but solver.name is "elastic_averaging", where every shard has '
+                "weights of its own and the centre sees no row, so nothing could measure the centre's "
+                "running statistics: use a norm without them, such as torch.nn.GroupNorm or LayerNorm"
+            )
+        self._there: set[int] = set()
+        self._queue: dict[int, tuple[Message, int]] = {}
+        self._next = 0
+
+    @property
+    def alpha(self) -> float:
+        """How far the next exchange draws both sides: 0 not at all, 1 to the other one's place."""
+        rho = self._rule.rho
+        return self._rule.beta / self._num_shards if rho is None else self._rates.lr * rho
+
+    def _settings(self) -> Settings:
+        return self._rates.now
+
+    def begin(self, shard: int) -> Answer:
+        """Return the newest weights."""
+        self._there.add(shard)
+        return self.answer()
+
+    def arrived(self, shard: int, message: Message, version_read: int) -> Verdict:
+        """Exchange with a shard, or with all whose turn it is."""
+        if self._is_too_old(version_read):
+            return Verdict(answers={shard: self._answer_of(0.0)}, is_ignored=True)
+        if self._rule.order == "arrival":
+            answer, step = self._exchange(shard, message, version_read)
+            return Verdict(answers={shard: answer}, steps=(step,))
+        self._queue[shard] = message, version_read
+        return self._served()
+
+    def lost(self, shard: int) -> Verdict:
+        """Serve those who waited for this shard alone."""
+        self._there.discard(shard)
+        self._queue.pop(shard, None)
+        return self._served()
+
+    def _served(self) -> Verdict:
+        """Serve the shards in their order, as long as the next one is there."""
+        answers: dict[int, Answer] = {}
+        steps: list[ArrivalStep] = []
+        while self._queue:
+            shard = min((one for one in self._there if one >= self._next), default=min(self._there))
+            if shard not in self._queue:
+                break
+            answers[shard], step = self._exchange(shard, *self._queue.pop(shard))
+            steps.append(step)
+            self._next = shard + 1
+        return Verdict(answers=answers, steps=tuple(steps))
+
+    def _exchange(self, shard: int, message: Message, version_read: int) -> tuple[Answer, ArrivalStep]:
+        """Draw the centre towards a model; return what draws the model towards the centre."""
+        alpha, lr, answer = self.alpha, self._rates.lr, self._answer_of(self.alpha)
+        model, staleness = torch.from_numpy(message.vectors["model"]), self._staleness(version_read)
+        before = self.turns
+        with self._step(message, "solver.beta", alpha) as turns:
+            centre = torch.from_numpy(answer.weights.parameters)
+            self.flat.parameters.add_(_elastic(model, centre, alpha))
+        self._rates.move(turns - before)
+        outcome = StepOutcome(lr=lr, gradient_norm=None)
+        return answer, self._made(message, [shard], [staleness], outcome)
+
+    def _answer_of(self, alpha: float) -> Answer:
+        """Return the weights as they are, for an exchange that draws this far."""
+        return replace(self.answer(), scalars={_ALPHA: alpha})
+
+    def _kept(self) -> tuple[dict[str, Vector], dict[str, Any]]:
+        return {}, {"rates": self._rates.state(), "next": self._next}
+
+    def _load_kept(self, state: SolverState) -> None:
+        self._rates.load_state(state.rest["rates"])
+        self._next = state.rest["next"]
+
+
+def _elastic(model: torch.Tensor, centre: torch.Tensor, alpha: float) -> torch.Tensor:
+    """Return alpha (model - centre), which both sides compute from the same values."""
+    return alpha * (model - centre)
