@@ -82,7 +82,8 @@ class DelayCompensated(GradientCentre):
         gradient = message.vectors["gradient"]
         mean = gradient / np.asarray(total_weight(message), gradient.dtype)
         moved = self.readout().parameters - self._read[shard]
-        compensated = mean + self._rate(mean) * mean * mean * moved
+        with np.errstate(over="ignore", invalid="ignore"):  # a step to infinity is refused
+            compensated = mean + self._rate(mean) * mean * mean * moved
         step = self._step_along(message, compensated, 1.0, [shard], [self._staleness(version_read)])
         return Verdict(answers={shard: self.begin(shard)}, steps=(step,))
 

@@ -29,7 +29,7 @@ __all__ = ["train_in_process"]
 
 
 @dataclass(frozen=True)
-class EngineInProcess:
+class _EngineInProcess:
     """Makes the engine that a configuration names, if it computes in this process."""
 
     config: Config
@@ -79,7 +79,7 @@ def train_in_process(config: Config, rows: str, test: str | None = None, **given
             config,
             rows=ParquetRows(local[rows], trained),
             test=None if evaluated is None else ParquetRows(local[evaluated], held_out),
-            make_engine=EngineInProcess(config, given.get("replay")),
+            make_engine=_EngineInProcess(config, given.get("replay")),
             **given,
         )
 
