@@ -91,6 +91,11 @@ class ElasticSettings(ArrivalSettings):
                 f"solver.beta is {self.beta}, but there are {config.train.num_shards} shards, so alpha would "
                 f"be above 1, and an exchange go past the other side: set beta to 1 or less"
             )
+        if self.order == "shard" and self.max_staleness is not None:
+            raise ConfigError(
+                f'solver.max_staleness is {self.max_staleness}, but solver.order is "shard": shards are '
+                f"served in turn, so the staleness of each is the same. Leave max_staleness out"
+            )
         given = config.optimizer
         if self.lookahead and (
             given.name != "SGD" or not given.arguments.get("momentum") or given.arguments.get("nesterov")

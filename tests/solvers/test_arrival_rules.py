@@ -106,7 +106,9 @@ def test_a_solver_goes_on_from_the_state_of_another(name: str) -> None:
 
 @every_row
 def test_the_best_place_is_approached(name: str) -> None:
-    run = made(name)
+    rule, keys, _ = ROWS[name]
+    optimizer = {"name": "SGD", "lr": 0.05} | ({"momentum": 0.5} if keys.get("lookahead") else {})
+    run = driven(rule, keys, optimizer)
     before = float(np.square(np.array([3.0, 2.0])).sum())  # the targets' mean is the best place
     sent_at_random(run, 240)
     assert float(np.square(np.array(run.theta) - [3.0, 2.0]).sum()) < before / 2
@@ -115,10 +117,14 @@ def test_the_best_place_is_approached(name: str) -> None:
 @every_row
 def test_old_messages_are_ignored_and_counted_and_their_shards_go_on(name: str) -> None:
     rule, keys, optimizer = ROWS[name]
+    if keys.get("order") == "shard":
+        with pytest.raises(ConfigError, match="are served in turn, so the staleness of each is the same"):
+            driven(rule, keys | {"max_staleness": 1}, optimizer)
+        return
     run = driven(rule, keys | {"max_staleness": 1}, optimizer)
     sent_at_random(run, 40)
     assert all(max(step.staleness) <= 1 for step in run.steps)
-    if name not in ("softsync, held", "stale-synchronous", "elastic, in order"):
+    if name not in ("softsync, held", "stale-synchronous"):
         assert run.ignored > 0
     assert len(run.steps) > 0
 
@@ -134,7 +140,7 @@ def test_a_step_to_infinity_is_refused_and_the_weights_are_as_before(name: str) 
     rule, keys, _ = ROWS[name]
     run = driven(rule, keys, {"name": "SGD", "lr": 1e4}, gradient=exploding)
     before = run.theta
-    with pytest.raises(UpdateNotFinite, match="optimizer.lr"):
+    with pytest.raises(UpdateNotFinite, match=r"optimizer\.lr"):
         sent_at_random(run, 4)
     assert run.theta == before
     assert run.solver.version == 0

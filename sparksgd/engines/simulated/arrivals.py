@@ -156,11 +156,11 @@ class VirtualArrivals:
 
     def _lose(self, worker: int) -> None:
         """Lose a worker with all its shards; another one takes its place after a while."""
-        self._lives[worker] += 1
         self.losses += 1
         for shard in self._shards_of(worker):
             self._messages.pop(shard, None)
             self._follow(self._gathering.handle(Lost(shard=shard)))
+        self._lives[worker] += 1  # at last: a shard that begins between two of these losses is lost, too
         self._at(self.now_s + self._costs.config.worker_back_s, "back", worker)
 
     def _shards_of(self, worker: int) -> list[int]:

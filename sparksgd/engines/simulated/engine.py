@@ -22,6 +22,7 @@ from sparksgd.engines.shard_work import ShardWork
 from sparksgd.engines.simulated.arrivals import VirtualArrivals
 from sparksgd.engines.simulated.costs import Costs
 from sparksgd.engines.simulated.rounds import VirtualRounds
+from sparksgd.errors import ConfigError
 from sparksgd.solvers.arrivals import ArrivalSolver
 from sparksgd.solvers.protocol import Answer, CentralSolver, Need, RoundSolver
 
@@ -53,7 +54,17 @@ class SimulatedEngine(InlineEngine):
         self._ended_s = 0.0
 
     def open(self) -> None:
-        """Make the computer."""
+        """Make the computer.
+
+        Raises:
+            ConfigError: there are more workers than shards, or more threads than cores.
+        """
+        count = len(self._shards.table)
+        if self._num_workers > count:
+            raise ConfigError(
+                f"engine.num_workers is {self._num_workers}, but there are {count} shards, and each worker "
+                f"needs one: set engine.num_workers to {count} or less, or raise train.num_shards"
+            )
         super().open()
         self._work = ShardWork(self._computer, self._shards.table, gradients=self._cluster.gradients)
 

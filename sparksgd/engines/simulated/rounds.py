@@ -64,7 +64,9 @@ class VirtualRounds:
         self._lives = dict.fromkeys(owned, 0)
         self._lost_at_s = {worker: costs.until_loss_s(worker, 0) for worker in owned}
         self._asked_at_s: dict[int, float] = {}
-        self._replies: list[tuple[float, int, int]] = []  # when, of which request, of which worker
+        self._replies: list[tuple[float, bool, int, int]] = []
+        """When; whether it is at the driver, or only computed; of which request, of which worker."""
+
         places = {worker: str(worker) for worker in owned}
         self._gathering.handle(Slots(count=len(owned), executors=frozenset(places.values())))
         self._gathering.handle(Placed(owned=owned, place_of=places))
@@ -80,14 +82,14 @@ class VirtualRounds:
         while True:
             for one in told:
                 if isinstance(one, Ask):
-                    self._ask(one, quorum, turns, solver.halves.vectors)
+                    self._ask(one, quorum, turns)
                 elif isinstance(one, Take):
                     taken.append(one.worker)
                 elif isinstance(one, Fail):
                     raise one.error
                 elif isinstance(one, Finish):
                     return self._over(solver.halves.vectors, began_s, taken, one.late, arrivals)
-            time_s, request, worker = heapq.heappop(self._replies)
+            time_s, request, worker = self._next_reply(solver.halves.vectors)
             self.now_s = max(self.now_s, time_s)
             version = self._gathering.version_of(request)
             assert version is not None  # requests are never given up here
@@ -100,18 +102,25 @@ class VirtualRounds:
     def _asked_of(self, worker: int, quorum: Quorum) -> tuple[int, ...]:
         return tuple(shard for shard in self._owned[worker] if shard in quorum.shards)
 
-    def _ask(self, ask: Ask, quorum: Quorum, turns: range, vectors: int) -> None:
+    def _next_reply(self, vectors: int) -> tuple[float, int, int]:
+        """Return when the next reply is there, of which request, and of which worker."""
+        while True:
+            time_s, is_there, request, worker = heapq.heappop(self._replies)
+            if is_there:
+                return time_s, request, worker
+            if self._sums_at_driver:
+                sent_s = time_s + self._costs.config.latency_s + self._costs.vectors_s(vectors)
+                time_s = self._up.carry(sent_s, self._costs.at_server_s(vectors))
+            heapq.heappush(self._replies, (time_s, True, request, worker))
+
+    def _ask(self, ask: Ask, quorum: Quorum, turns: range) -> None:
         """Plan the replies of some workers."""
         begins_s = self.now_s
         if self._sums_at_driver:
             begins_s += self._costs.config.job_s + self._costs.config.latency_s + self._costs.vectors_s(1)
-        computed = sorted((self._computed_s(w, begins_s, quorum, turns), w) for w in ask.workers)
-        for time_s, worker in computed:
-            arrives_s = time_s
-            if self._sums_at_driver:
-                sent_s = time_s + self._costs.config.latency_s + self._costs.vectors_s(vectors)
-                arrives_s = self._up.carry(sent_s, self._costs.at_server_s(vectors))
-            heapq.heappush(self._replies, (arrives_s, ask.request, worker))
+        for worker in ask.workers:
+            computed_s = self._computed_s(worker, begins_s, quorum, turns)
+            heapq.heappush(self._replies, (computed_s, False, ask.request, worker))
 
     def _computed_s(self, worker: int, begins_s: float, quorum: Quorum, turns: range) -> float:
         """Return when a worker has made its turns; if it is lost meanwhile, another one makes them again."""
