@@ -182,8 +182,8 @@ class Computer:
             standing = _Standing(self.flat, layout, self.plan)
             return self._reply(worker, shards, compute, is_asked, _turns_named(answer.turn, answer.turns))
 
-    def turn(self, shard: Descriptor, turn: int, half: WorkerHalf[Any], answer: Answer) -> bool:
-        """Let a shard make one turn; return whether its piece had rows.
+    def turn(self, shard: Descriptor, turn: int, half: WorkerHalf[Any], answer: Answer) -> Gradient | None:
+        """Let a shard make one turn; return its gradient, or None if the piece had no rows.
 
         Args:
             shard: the shard.
@@ -209,7 +209,7 @@ class Computer:
                 raise
             if gradient is not None:
                 half.turn(gradient, answer.settings[0] if answer.settings else {})
-            return gradient is not None
+            return gradient
 
     def evaluations(self, worker: int, shards: Iterable[Descriptor], weights: Weights) -> Reply:
         """Reply to an evaluation: sums over all rows of these shards."""

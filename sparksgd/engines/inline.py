@@ -8,16 +8,26 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
+from typing import cast
 
 from sparksgd.arithmetic.numerics import Numerics
 from sparksgd.data.source import Shards
 from sparksgd.engines.compute import Computer, Plan
+from sparksgd.engines.gossip_turns import GossipTurns, MakeTurn, TurnMade
 from sparksgd.engines.kinds import INLINE
 from sparksgd.engines.memory import RunSizes, require_here
-from sparksgd.engines.protocol import Recovery, SegmentReport, StepTiming, take_step
+from sparksgd.engines.protocol import (
+    Recovery,
+    SegmentReport,
+    StepReport,
+    StepTiming,
+    step_report,
+    take_step,
+)
 from sparksgd.engines.replies import Evaluation, Reply
 from sparksgd.errors import ConfigError, ShardMissing
-from sparksgd.solvers.protocol import CentralSolver, RoundSolver
+from sparksgd.solvers.gossip import GossipSolver
+from sparksgd.solvers.protocol import CentralSolver, Need, RoundSolver, total_weight
 
 __all__ = ["InlineEngine", "raise_failure"]
 
@@ -41,6 +51,7 @@ class InlineEngine:
         self._shards = shards
         self._test = test
         self.recovery = Recovery()
+        self._gossip_turns: GossipTurns | None = None
 
     @staticmethod
     def check_memory(sizes: RunSizes, num_shards: int) -> None:
@@ -65,8 +76,47 @@ class InlineEngine:
         """Return this process's numerics."""
         return [self._computer.numerics]
 
-    def advance(self, solver: RoundSolver, steps: int) -> SegmentReport:
+    def advance(self, solver: CentralSolver, steps: int) -> SegmentReport:
         """Make steps."""
+        if Need.GOSSIP in solver.needs:
+            return SegmentReport(steps=[self._gossip(cast(GossipSolver, solver)) for _ in range(steps)])
+        return self._rounds_of(cast(RoundSolver, solver), steps)
+
+    def _gossip(self, solver: GossipSolver) -> StepReport:
+        """Let all shards make a turn."""
+        started = time.perf_counter()
+        made = self._turns_of(solver).next()
+        return self._gossip_report(solver, made, StepTiming(total=time.perf_counter() - started))
+
+    @property
+    def _make_turn(self) -> MakeTurn:
+        return self._computer.turn
+
+    def _turns_of(self, solver: GossipSolver) -> GossipTurns:
+        if self._gossip_turns is None:
+            self._gossip_turns = GossipTurns(self._computer, self._make_turn, self._shards.table, solver)
+        return self._gossip_turns
+
+    def _gossip_report(
+        self, solver: GossipSolver, made: TurnMade, timing: StepTiming, virtual_s: float | None = None
+    ) -> StepReport:
+        total = made.total
+        return step_report(
+            self._plan,
+            version=solver.version - 1,
+            turn=solver.turns,
+            rows=total.rows,
+            weight=total_weight(total),
+            loss=total.loss / total_weight(total),
+            lr=made.outcome.lr,
+            timing=timing,
+            workers=(),
+            took_part=tuple(range(len(self._shards.table))),
+            shards=made.shards,
+            virtual_s=virtual_s,
+        )
+
+    def _rounds_of(self, solver: RoundSolver, steps: int) -> SegmentReport:
         report = SegmentReport()
         for _ in range(steps):
             started = time.perf_counter()

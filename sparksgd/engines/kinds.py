@@ -59,14 +59,14 @@ class EngineKind:
 INLINE = EngineKind(
     name="inline",
     mode="in one process",
-    carries=frozenset({Need.ROUNDS, Need.REPLAY, Need.RECORDED_ARRIVALS, Need.SHARD_STATE}),
+    carries=frozenset({Need.ROUNDS, Need.REPLAY, Need.RECORDED_ARRIVALS, Need.GOSSIP, Need.SHARD_STATE}),
     home="sparksgd.engines.inline:InlineEngine",
     on_spark=False,
 )
 SIMULATED = EngineKind(
     name="simulated",
     mode="in one process, in virtual time",
-    carries=frozenset({Need.ROUNDS, Need.ARRIVALS, Need.QUORUM, Need.SHARD_STATE}),
+    carries=frozenset({Need.ROUNDS, Need.ARRIVALS, Need.GOSSIP, Need.QUORUM, Need.SHARD_STATE}),
     home="sparksgd.engines.simulated.engine:SimulatedEngine",
     on_spark=False,
     setting=" (in virtual time)",

@@ -24,7 +24,10 @@ class ShardWork:
     """
 
     def __init__(self, computer: Computer, table: Sequence[Descriptor], *, gradients: bool = True) -> None:
-        self._computer, self._table, self._gradients = computer, table, gradients
+        self._computer, self._table = computer, table
+        self.make = computer.turn if gradients else self._turn_of_zeros
+        """Makes a turn of a half; returns its gradient, or None if the piece has no rows."""
+
         self._halves: dict[int, WorkerHalf[Any]] = {}
         self._answers: dict[int, Answer] = {}
 
@@ -42,13 +45,14 @@ class ShardWork:
             SparkSGDError: its module, its loss, its rows, or what it computed.
         """
         half, answer = self._halves[shard], self._answers[shard]
-        make = self._computer.turn if self._gradients else self._turn_of_zeros
-        return half.send() if make(self._table[shard], turn, half, answer) else None
+        return None if self.make(self._table[shard], turn, half, answer) is None else half.send()
 
-    def _turn_of_zeros(self, shard: Descriptor, turn: int, half: WorkerHalf[Any], answer: Answer) -> bool:
+    def _turn_of_zeros(
+        self, shard: Descriptor, turn: int, half: WorkerHalf[Any], answer: Answer
+    ) -> Gradient | None:
         rows, weights = self._computer.plan.sampling.piece_rows(shard.shard, turn), answer.weights
         if not rows:
-            return False
+            return None
         gradient = Gradient(
             vector=np.zeros_like(weights.parameters),
             statistics=weights.statistics,
@@ -59,7 +63,7 @@ class ShardWork:
             turn=turn,
         )
         half.turn(gradient, answer.settings[0] if answer.settings else {})
-        return True
+        return gradient
 
     def forget(self, shard: int) -> None:
         """Let a shard that is lost begin anew."""

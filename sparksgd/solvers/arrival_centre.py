@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from sparksgd.arithmetic.changes import Changes
 from sparksgd.arithmetic.flat import FlatModule, FlatStrip, Weights
 from sparksgd.arithmetic.seeds import seed32
 from sparksgd.config import Config
@@ -29,14 +30,24 @@ from sparksgd.solvers.protocol import (
     SolverState,
     StepOutcome,
     Vector,
+    WorkerHalf,
     total_weight,
 )
 from sparksgd.solvers.rules import Experiment, require_at_least
-from sparksgd.solvers.schedules import make_schedule, own_schedule, remarks_on
+from sparksgd.solvers.schedules import Rates, make_schedule, own_schedule, remarks_on
 from sparksgd.solvers.synchronous import SendGradients
 from sparksgd.solvers.torch_optimizers import make_optimizer
 
-__all__ = ["ArrivalCentre", "ArrivalSettings", "GradientCentre", "GradientSettings", "refuse_took_part"]
+__all__ = [
+    "ArrivalCentre",
+    "ArrivalSettings",
+    "GradientCentre",
+    "GradientSettings",
+    "ModelCentre",
+    "refuse_changes",
+    "refuse_statistics",
+    "refuse_took_part",
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,12 +183,7 @@ class ArrivalCentre:
             UpdateNotFinite: a parameter became NaN or infinite; the weights are as before.
             ModelError: forward changed parameters or constants.
         """
-        if total.changes is not None:
-            raise ModelError(
-                "forward changes a parameter or a buffer. Messages of this rule are computed from weights of "
-                "different versions, so what forward made of an older one would overwrite a newer one: use "
-                'solver.name = "synchronous" or "local_sgd"'
-            )
+        refuse_changes(total.changes)
         turns = self._turns_of(self._rows + total.rows)
         with self._centre.changing(), self._centre.step(total, turns - self.turns, key, rate):
             yield turns
@@ -303,6 +309,80 @@ class GradientCentre(ArrivalCentre):
         if self._schedule is not None and self._schedule.evaluated(loss, accuracy):
             self.revision += 1
             self._answer = None
+
+
+class ModelCentre(ArrivalCentre):
+    """A centre whose shards have models of their own, each with an optimiser; the centre only sets its rate.
+
+    Args:
+        flat: the module; the solver owns its parameters from now on.
+        settings: the rule's keys.
+        experiment: has the optimiser, the schedule, and how long they are used.
+        make: makes the worker half of a shard.
+
+    Raises:
+        ModelError: the module has running statistics.
+    """
+
+    def __init__(
+        self,
+        flat: FlatModule | FlatStrip,
+        settings: ArrivalSettings,
+        experiment: Experiment,
+        make: Callable[[FlatModule, int], WorkerHalf[Answer]],
+    ) -> None:
+        super().__init__(
+            flat, settings, experiment, Halves(make=make, have_local_models=True, keep_state=True)
+        )
+        refuse_statistics(self.readout())
+        make_optimizer(flat, experiment.optimizer, experiment.seed)  # tries it: halves make others alike
+        self._rates = Rates.of(experiment, flat)
+        self.remarks = self._rates.remarks
+
+    def _settings(self) -> Settings:
+        return self._rates.now
+
+    @contextmanager
+    def _exchange(self, message: Message, key: str, rate: float) -> Iterator[None]:
+        """Let the block change the parameters by a shard's message; see `_step`."""
+        before = self.turns
+        with self._step(message, key, rate) as turns:
+            yield
+        self._rates.move(turns - before)
+
+    def _kept(self) -> tuple[dict[str, Vector], dict[str, Any]]:
+        return {}, {"rates": self._rates.state()}
+
+    def _load_kept(self, state: SolverState) -> None:
+        self._rates.load_state(state.rest["rates"])
+
+
+def refuse_changes(changes: Changes | None) -> None:
+    """Refuse what forward changed of parameters and buffers.
+
+    Raises:
+        ModelError: it changed something.
+    """
+    if changes is not None:
+        raise ModelError(
+            "forward changes a parameter or a buffer. With this solver.name shards compute from different "
+            "weights at the same time, so what forward made of those of one shard would overwrite those of "
+            'another: use solver.name = "synchronous" or "local_sgd"'
+        )
+
+
+def refuse_statistics(weights: Weights) -> None:
+    """Refuse running statistics, where shards have models of their own.
+
+    Raises:
+        ModelError: there are some.
+    """
+    if weights.statistics.size:
+        raise ModelError(
+            "the module has batch-norm, but with this solver.name every shard has weights of its own, and "
+            "the centre sees no row, so nothing could measure running statistics for its weights: use a norm "
+            "without them, such as torch.nn.GroupNorm or LayerNorm"
+        )
 
 
 def refuse_took_part(took_part: object) -> None:

@@ -24,7 +24,12 @@ import numpy.typing as npt
 from sparksgd.arithmetic.flat import FlatModule, FlatStrip
 from sparksgd.config import Config
 from sparksgd.errors import ConfigError
-from sparksgd.solvers.arrival_centre import GradientCentre, GradientSettings, refuse_took_part
+from sparksgd.solvers.arrival_centre import (
+    GradientCentre,
+    GradientSettings,
+    refuse_statistics,
+    refuse_took_part,
+)
 from sparksgd.solvers.arrivals import Verdict
 from sparksgd.solvers.protocol import Answer, Gradient, Halves, Message, Settings, Vector, total_weight
 from sparksgd.solvers.rules import Experiment, require_at_least
@@ -133,6 +138,8 @@ class AsyncSGD(GradientCentre):
                 make=partial(Downpour, settings=settings), have_local_models=True, keep_state=True
             )
         super().__init__(flat, settings, experiment, halves)
+        if not self._is_plain:
+            refuse_statistics(self.readout())
 
     def arrived(self, shard: int, message: Message, version_read: int) -> Verdict:
         """Step along what a shard sent."""

@@ -31,15 +31,14 @@ import torch
 from sparksgd.arithmetic.flat import FlatModule, FlatStrip
 from sparksgd.arithmetic.seeds import seed32
 from sparksgd.config import Config, OptimizerConfig
-from sparksgd.errors import ConfigError, ModelError
-from sparksgd.solvers.arrival_centre import ArrivalCentre, ArrivalSettings, refuse_took_part
+from sparksgd.errors import ConfigError
+from sparksgd.solvers.arrival_centre import ArrivalSettings, ModelCentre, refuse_took_part
 from sparksgd.solvers.arrivals import ArrivalStep, Verdict
 from sparksgd.solvers.centre import refuse_not_finite, step_along
 from sparksgd.solvers.flat_optimizer import FlatOptimizer
 from sparksgd.solvers.protocol import (
     Answer,
     Gradient,
-    Halves,
     Message,
     Settings,
     SolverState,
@@ -48,8 +47,7 @@ from sparksgd.solvers.protocol import (
     total_weight,
 )
 from sparksgd.solvers.rules import Experiment, require_at_least
-from sparksgd.solvers.schedules import Rates
-from sparksgd.solvers.torch_optimizers import another_optimizer, make_optimizer, own_optimizer
+from sparksgd.solvers.torch_optimizers import another_optimizer
 
 __all__ = ["ElasticAveraging", "ElasticModel", "ElasticSettings"]
 
@@ -194,7 +192,7 @@ class ElasticModel:
         self._optimizer.load_averaged(vectors, scalars)
 
 
-class ElasticAveraging(ArrivalCentre):
+class ElasticAveraging(ModelCentre):
     """The central half: every model that arrives draws the centre towards it.
 
     Args:
@@ -213,26 +211,8 @@ class ElasticAveraging(ArrivalCentre):
     ) -> None:
         refuse_took_part(took_part)
         make = partial(ElasticModel, settings=settings, optimizer=experiment.optimizer, seed=experiment.seed)
-        super().__init__(
-            flat, settings, experiment, Halves(make=make, have_local_models=True, keep_state=True)
-        )
-        make_optimizer(flat, experiment.optimizer, experiment.seed)  # tries it: halves make others alike
+        super().__init__(flat, settings, experiment, make)
         self._rule, self._num_shards = settings, experiment.num_shards
-        self._rates = Rates(
-            experiment.optimizer,
-            experiment.schedule,
-            experiment.turns_per_move,
-            experiment.moves,
-            experiment.seed,
-            flat.parameters_like() if own_optimizer(experiment.optimizer) else None,
-        )
-        self.remarks = self._rates.remarks
-        if self.readout().statistics.size:
-            raise ModelError(
-                'the module has batch-norm, but solver.name is "elastic_averaging", where every shard has '
-                "weights of its own and the centre sees no row, so nothing could measure the centre's "
-                "running statistics: use a norm without them, such as torch.nn.GroupNorm or LayerNorm"
-            )
         self._there: set[int] = set()
         self._queue: dict[int, tuple[Message, int]] = {}
         self._next = 0
@@ -242,9 +222,6 @@ class ElasticAveraging(ArrivalCentre):
         """How far the next exchange draws both sides: 0 not at all, 1 to the other one's place."""
         rho = self._rule.rho
         return self._rule.beta / self._num_shards if rho is None else self._rates.lr * rho
-
-    def _settings(self) -> Settings:
-        return self._rates.now
 
     def begin(self, shard: int) -> Answer:
         """Return the newest weights."""
@@ -256,7 +233,7 @@ class ElasticAveraging(ArrivalCentre):
         if self._is_too_old(version_read):
             return Verdict(answers={shard: self._answer_of(0.0)}, is_ignored=True)
         if self._rule.order == "arrival":
-            answer, step = self._exchange(shard, message, version_read)
+            answer, step = self._meet(shard, message, version_read)
             return Verdict(answers={shard: answer}, steps=(step,))
         self._queue[shard] = message, version_read
         return self._served()
@@ -275,20 +252,18 @@ class ElasticAveraging(ArrivalCentre):
             shard = min((one for one in self._there if one >= self._next), default=min(self._there))
             if shard not in self._queue:
                 break
-            answers[shard], step = self._exchange(shard, *self._queue.pop(shard))
+            answers[shard], step = self._meet(shard, *self._queue.pop(shard))
             steps.append(step)
             self._next = shard + 1
         return Verdict(answers=answers, steps=tuple(steps))
 
-    def _exchange(self, shard: int, message: Message, version_read: int) -> tuple[Answer, ArrivalStep]:
+    def _meet(self, shard: int, message: Message, version_read: int) -> tuple[Answer, ArrivalStep]:
         """Draw the centre towards a model; return what draws the model towards the centre."""
         alpha, lr, answer = self.alpha, self._rates.lr, self._answer_of(self.alpha)
         model, staleness = torch.from_numpy(message.vectors["model"]), self._staleness(version_read)
-        before = self.turns
-        with self._step(message, "solver.beta", alpha) as turns:
+        with self._exchange(message, "solver.beta", alpha):
             centre = torch.from_numpy(answer.weights.parameters)
             self.flat.parameters.add_(_elastic(model, centre, alpha))
-        self._rates.move(turns - before)
         outcome = StepOutcome(lr=lr, gradient_norm=None)
         return answer, self._made(message, [shard], [staleness], outcome)
 
@@ -297,10 +272,11 @@ class ElasticAveraging(ArrivalCentre):
         return replace(self.answer(), scalars={_ALPHA: alpha})
 
     def _kept(self) -> tuple[dict[str, Vector], dict[str, Any]]:
-        return {}, {"rates": self._rates.state(), "next": self._next}
+        vectors, rest = super()._kept()
+        return vectors, {**rest, "next": self._next}
 
     def _load_kept(self, state: SolverState) -> None:
-        self._rates.load_state(state.rest["rates"])
+        super()._load_kept(state)
         self._next = state.rest["next"]
 
 

@@ -47,7 +47,7 @@ from sparksgd.solvers.protocol import (
 from sparksgd.solvers.rules import Experiment
 from sparksgd.solvers.schedules import Rates
 from sparksgd.solvers.synchronous import GRADIENT
-from sparksgd.solvers.torch_optimizers import another_optimizer, make_optimizer, own_optimizer, state_names
+from sparksgd.solvers.torch_optimizers import another_optimizer, make_optimizer, state_names
 
 __all__ = ["LocalSGD", "LocalSGDSettings"]
 
@@ -89,14 +89,7 @@ class LocalSGD:
             make = another_optimizer if is_replica else make_optimizer
             optimizer = make(flat, experiment.optimizer, experiment.seed)
             _refuse_several_groups(optimizer, experiment)
-        self._rates = Rates(
-            experiment.optimizer,
-            experiment.schedule,
-            experiment.turns_per_move,
-            experiment.moves,
-            experiment.seed,
-            flat.parameters_like() if own_optimizer(experiment.optimizer) else None,
-        )
+        self._rates = Rates.of(experiment, flat)
         if settings.inner_state != "drop" and not self._rates.is_elementwise:
             raise ConfigError(
                 f'solver.inner_state is "{settings.inner_state}", but optimizer.name is '

@@ -12,7 +12,7 @@ number.  A solver decides; an engine carries it out.  There are three families, 
     rounds      the messages of all shards, or of the first ones, are summed; one step; one answer for all
     arrivals    each message reaches the centre by itself, which answers at once or holds the shard back
                 (its central half: arrivals.py)
-    gossip      each message goes to other shards, along a graph that may change with the turn
+    gossip      each message goes to other shards, along a graph that may change with the turn (gossip.py)
 
 What a half keeps belongs to its shard, never to a worker or a host: local models, clocks, versions.
 
@@ -21,7 +21,7 @@ Legend: S shards, P elements of K parameters, Q running statistics, C counters, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from functools import reduce
@@ -36,7 +36,6 @@ from sparksgd.arithmetic.flat import FlatModule, FlatStrip, Weights
 __all__ = [
     "Answer",
     "CentralSolver",
-    "GossipSolver",
     "Gradient",
     "Halves",
     "MakeReplica",
@@ -458,15 +457,3 @@ class RoundSolver(CentralSolver, Protocol):
 
 
 MakeReplica = Callable[[FlatModule | FlatStrip], RoundSolver]
-
-
-class GossipSolver(Solver, Protocol):
-    """What all shards share if messages go from shard to shard: the graph, and the readout."""
-
-    def peers(self, turn: int, shard: int) -> Sequence[int]:
-        """Return the shards that a shard's message of a turn is sent to."""
-        ...
-
-    def readout(self, states: Iterable[Mapping[str, npt.NDArray[Any]]]) -> Vector:
-        """Return the parameters that are evaluated and saved, from the states of all halves in order."""
-        ...

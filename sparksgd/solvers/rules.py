@@ -35,12 +35,15 @@ __all__ = [
 
 RULES = {
     "synchronous": "sparksgd.solvers.synchronous:SynchronousSettings:SynchronousSolver",
+    "gradient_push": "sparksgd.solvers.gradient_push:GradientPushSettings:GradientPush",
+    "decentralised": "sparksgd.solvers.decentralised:DecentralisedSettings:Decentralised",
     "local_sgd": "sparksgd.solvers.local_sgd:LocalSGDSettings:LocalSGD",
     "async_sgd": "sparksgd.solvers.async_sgd:AsyncSGDSettings:AsyncSGD",
     "softsync": "sparksgd.solvers.softsync:SoftsyncSettings:Softsync",
     "stale_synchronous": "sparksgd.solvers.stale_synchronous:StaleSynchronousSettings:StaleSynchronous",
     "delay_compensated": "sparksgd.solvers.delay_compensated:DelayCompensatedSettings:DelayCompensated",
     "gap_aware": "sparksgd.solvers.gap_aware:GapAwareSettings:GapAware",
+    "delayed_nesterov": "sparksgd.solvers.delayed_nesterov:DelayedNesterovSettings:DelayedNesterov",
     "elastic_averaging": "sparksgd.solvers.elastic_averaging:ElasticSettings:ElasticAveraging",
 }
 """For each solver.name: the module of the rule, its settings, and its central half."""
@@ -157,11 +160,12 @@ def make_solver(
 
 
 def family_of(config: SolverConfig) -> str:
-    """Return how the messages of a rule meet: rounds or arrivals."""
+    """Return how the messages of a rule meet: rounds, arrivals or gossip."""
     from sparksgd.solvers.protocol import Need
 
     needs: frozenset[Need] = settings_of(config).needs()
-    return "arrivals" if Need.ARRIVALS in needs else "rounds"
+    of_need = {Need.ARRIVALS: "arrivals", Need.GOSSIP: "gossip"}
+    return next((family for need, family in of_need.items() if need in needs), "rounds")
 
 
 def needs_of(

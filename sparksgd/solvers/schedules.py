@@ -12,13 +12,13 @@ import copy
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import nn
 from torch.optim import Optimizer, lr_scheduler
 
-from sparksgd.arithmetic.flat import FlatParameters
+from sparksgd.arithmetic.flat import FlatModule, FlatParameters, FlatStrip
 from sparksgd.arithmetic.generators import generators_seeded
 from sparksgd.arithmetic.seeds import seed32
 from sparksgd.arithmetic.settings import without_autocast
@@ -28,11 +28,13 @@ from sparksgd.imports.torch_code import users_torch_code
 from sparksgd.solvers.carrying import CannotCarry, Carrier, holds_code
 from sparksgd.solvers.flat_optimizer import FlatOptimizer, in_shapes, is_of_torch
 from sparksgd.solvers.protocol import Settings
+from sparksgd.solvers.rules import Experiment
 from sparksgd.solvers.torch_optimizers import (
     Tried,
     another_optimizer,
     class_named,
     in_plain_torch,
+    own_optimizer,
     refuse_another_course,
     refusing,
     small,
@@ -401,6 +403,18 @@ class Rates:
         self._turns_per_move = turns_per_move
         self._turn = 0
         self.remarks = remarks_on(self._schedule, moves)
+
+    @classmethod
+    def of(cls, experiment: Experiment, flat: FlatModule | FlatStrip) -> Self:
+        """Return what the schedule of an experiment sets, for models like this one."""
+        return cls(
+            experiment.optimizer,
+            experiment.schedule,
+            experiment.turns_per_move,
+            experiment.moves,
+            experiment.seed,
+            flat.parameters_like() if own_optimizer(experiment.optimizer) else None,
+        )
 
     @property
     def _group(self) -> dict[str, Any]:

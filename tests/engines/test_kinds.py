@@ -28,7 +28,7 @@ CARRIED = {
     ROUNDS:      (True,   True,  True,   True,      True),
     ARRIVALS:    (False,  False, False,  False,     True),
     RECORDED:    (True,   False, False,  False,     False),
-    GOSSIP:      (False,  False, False,  False,     False),
+    GOSSIP:      (True,   False, False,  False,     True),
     QUORUM:      (False,  False, True,   False,     True),
     REPLAY:      (True,   True,  True,   False,     False),
     SHARD_STATE: (True,   False, False,  False,     True),
@@ -49,7 +49,7 @@ WORDS = {
 INSTEAD = {
     ARRIVALS: 'use engine.name = "simulated" (in virtual time)',
     RECORDED: 'use engine.name = "inline"',
-    GOSSIP: "no engine of this version does",
+    GOSSIP: 'use engine.name = "inline" or engine.name = "simulated" (in virtual time)',
     QUORUM: 'use engine.name = "tree" (in ordinary stages) or engine.name = "simulated" (in virtual time)',
     REPLAY: (
         'use engine.name = "inline" or engine.name = "tree" or engine.name = "tree" (in ordinary stages)'

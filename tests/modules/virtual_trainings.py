@@ -26,6 +26,7 @@ ARRIVALS: dict[str, dict[str, Any]] = {
     "stale_synchronous": {"bound": 2},
     "delay_compensated": {},
     "gap_aware": {},
+    "delayed_nesterov": {"turns_per_push": 3, "delay": 2},
     "elastic_averaging": {"turns_per_exchange": 3},
 }
 

@@ -31,6 +31,11 @@ ROWS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "delay-compensated, adaptive": ("delay_compensated", {"compensation": 2.0, "adaptive": True}, MOMENTUM),
     "gap-aware": ("gap_aware", {}, MOMENTUM),
     "gap-aware, plain": ("gap_aware", {}, {"name": "SGD", "lr": 0.1}),
+    "delayed Nesterov": (
+        "delayed_nesterov",
+        {"turns_per_push": 2, "outer_lr": 0.7, "delay": 2},
+        {"name": "Adam", "lr": 0.05},
+    ),
     "elastic": ("elastic_averaging", {"turns_per_exchange": 2}, MOMENTUM),
     "elastic, rho": ("elastic_averaging", {"turns_per_exchange": 1, "rho": 2.0}, ADAM),
     "elastic, in order": ("elastic_averaging", {"turns_per_exchange": 1, "order": "shard"}, MOMENTUM),
@@ -153,7 +158,10 @@ def test_what_forward_changes_of_parameters_is_refused(name: str) -> None:
         return Gradient(**found)
 
     run = made(name, gradient=changing)
-    with pytest.raises(ModelError, match="weights of different versions"):
+    if name == "delayed Nesterov":  # there it belongs to the shard's own model
+        sent_at_random(run, 12)
+        return
+    with pytest.raises(ModelError, match="from different weights at the same time"):
         sent_at_random(run, 12)
 
 
@@ -263,6 +271,15 @@ def test_gap_aware_sgd_divides_by_how_far_the_weights_have_moved() -> None:
     assert run.theta == pytest.approx([0.25 + 2 / 4 / 2, 1.0 + 3 / 4 / 2], rel=1e-6)
 
 
+def test_delayed_nesterov_applies_its_momentum_at_every_nth_arrival() -> None:
+    keys = {"turns_per_push": 1, "outer_lr": 0.5, "outer_momentum": 0.5, "delay": 2}
+    run = driven("delayed_nesterov", keys)
+    run.send(0)  # d = -(.25, 1); half of half of it
+    assert run.theta == [0.0625, 0.25]
+    run.send(1)  # d = -(.5, .75); m = (.25 + .5, 1 + .75) / 2, of which a quarter
+    assert run.theta == [0.0625 + 0.125 + 0.09375, 0.25 + 0.1875 + 0.21875]
+
+
 def test_elastic_averaging_draws_both_sides_together() -> None:
     run = driven("elastic_averaging", {"turns_per_exchange": 1, "beta": 1.5})  # alpha = 1/2
     run.send(0)  # x = (.25, 1), the centre (0, 0): they meet half way
@@ -335,9 +352,12 @@ def test_keys_that_do_not_fit_are_refused(
     assert words in str(refused.value)
 
 
-def test_running_statistics_are_refused_where_nobody_could_measure_them() -> None:
+@pytest.mark.parametrize(
+    ("rule", "keys"), [("elastic_averaging", {}), ("delayed_nesterov", {}), ("async_sgd", {"pull_every": 2})]
+)
+def test_running_statistics_are_refused_where_nobody_could_measure_them(rule: str, keys: Any) -> None:
     with pytest.raises(ModelError, match="GroupNorm"):
-        driven("elastic_averaging", module=nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2)))
+        driven(rule, keys, module=nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2)))
 
 
 def test_a_schedule_moves_with_the_rows_that_steps_used() -> None:

@@ -20,9 +20,9 @@ from sparksgd.engines.gathering.gossip import GossipGathering
 from sparksgd.engines.gathering.shards import Back, Begin, Decided, Deliver, Drop, Lost, Pushed, Start
 from sparksgd.engines.trace import TraceEvent, event_line, first_line, read_trace
 from sparksgd.solvers.arrivals import ArrivalSolver, ArrivalStep, Verdict
+from sparksgd.solvers.gossip import GossipSolver
 from sparksgd.solvers.protocol import (  # fmt: skip
     Answer,
-    GossipSolver,
     Gradient,
     Halves,
     Message,

@@ -63,7 +63,7 @@ def test_a_configuration_without_a_rule_is_synchronous_sgd(tables: dict[str, Any
         ({"name": "synchronus"}, "which is no rule (did you mean synchronous?)"),
         (
             {"name": "x"},
-            "solver.name is 'x', which is no rule (valid: async_sgd, delay_compensated, ela",
+            "solver.name is 'x', which is no rule (valid: async_sgd, decentralised, delay_compensated, ",
         ),
         ({"backup_worker": 1}, "unknown key solver.backup_worker (did you mean backup_workers?)"),
         ({"outer_lr": 1.0}, "unknown key solver.outer_lr (valid: backup_workers, clip_norm)"),

@@ -7,6 +7,7 @@ give equal bits and equal virtual times.  Rounds of all shards have the bits of 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from typing import cast
 
 from sparksgd.arithmetic.addition_tree import add_partial
 from sparksgd.arithmetic.numerics import Numerics
@@ -14,6 +15,7 @@ from sparksgd.arithmetic.ranges import balanced_range
 from sparksgd.config import ClusterConfig
 from sparksgd.data.source import Shards
 from sparksgd.engines.compute import Plan
+from sparksgd.engines.gossip_turns import MakeTurn
 from sparksgd.engines.inline import InlineEngine, raise_failure
 from sparksgd.engines.kinds import SIMULATED
 from sparksgd.engines.protocol import SegmentReport, StepReport, StepTiming, arrival_reports, take_step
@@ -21,9 +23,11 @@ from sparksgd.engines.replies import Reply
 from sparksgd.engines.shard_work import ShardWork
 from sparksgd.engines.simulated.arrivals import VirtualArrivals
 from sparksgd.engines.simulated.costs import Costs
+from sparksgd.engines.simulated.gossip import VirtualGossip
 from sparksgd.engines.simulated.rounds import VirtualRounds
 from sparksgd.errors import ConfigError
 from sparksgd.solvers.arrivals import ArrivalSolver
+from sparksgd.solvers.gossip import GossipSolver
 from sparksgd.solvers.protocol import Answer, CentralSolver, Need, RoundSolver
 
 __all__ = ["SimulatedEngine"]
@@ -51,6 +55,7 @@ class SimulatedEngine(InlineEngine):
         self._cluster, self._num_workers = cluster, num_workers
         self._arrivals: VirtualArrivals | None = None
         self._rounds: VirtualRounds | None = None
+        self._virtual_gossip: VirtualGossip | None = None
         self._ended_s = 0.0
 
     def open(self) -> None:
@@ -77,9 +82,11 @@ class SimulatedEngine(InlineEngine):
         report = SegmentReport()
         while len(report.steps) < steps:
             if Need.ARRIVALS in solver.needs:
-                report.steps += self._arrival_steps(solver)  # type: ignore[arg-type]  # its needs say so
+                report.steps += self._arrival_steps(cast(ArrivalSolver, solver))
+            elif Need.GOSSIP in solver.needs:
+                report.steps.append(self._gossip(cast(GossipSolver, solver)))
             else:
-                report.steps.append(self._round(solver))  # type: ignore[arg-type]  # likewise
+                report.steps.append(self._round(cast(RoundSolver, solver)))
         return report
 
     def deal_anew(self, deal: Callable[[], tuple[Plan, Shards]]) -> None:
@@ -87,6 +94,10 @@ class SimulatedEngine(InlineEngine):
         super().deal_anew(deal)
         self._work = ShardWork(self._computer, self._shards.table, gradients=self._cluster.gradients)
         self._rounds = None
+
+    @property
+    def _make_turn(self) -> MakeTurn:
+        return self._work.make
 
     def _owned(self) -> dict[int, tuple[int, ...]]:
         """Return the shards of each worker."""
@@ -107,6 +118,15 @@ class SimulatedEngine(InlineEngine):
             solver, self._plan, steps, turns_before, self._passed(self._arrivals.now_s), (), trace,
             self._arrivals.now_s,
         )  # fmt: skip
+
+    def _gossip(self, solver: GossipSolver) -> StepReport:
+        """Let all shards make a turn; return its report, at the time of the last one."""
+        turns = self._turns_of(solver)
+        if self._virtual_gossip is None:
+            worker_of = {shard: worker for worker, shards in self._owned().items() for shard in shards}
+            self._virtual_gossip = VirtualGossip(self._costs(solver), worker_of, turns.lag)
+        now_s = self._virtual_gossip.turn(solver, solver.turns)
+        return self._gossip_report(solver, turns.next(), self._passed(now_s), now_s)
 
     def _passed(self, now_s: float) -> StepTiming:
         """Return the virtual seconds since the last step."""

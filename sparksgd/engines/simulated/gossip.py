@@ -1,0 +1,55 @@
+"""Gossip in virtual time: when every shard has made its turn, and has what its peers have sent.
+
+Nothing waits for more than its own peers, so a slow shard delays its neighbours first, and all others later.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping
+
+from sparksgd.engines.simulated.costs import Costs
+from sparksgd.errors import ConfigError
+from sparksgd.solvers.gossip import GossipSolver
+
+__all__ = ["VirtualGossip"]
+
+
+class VirtualGossip:
+    """Counts the virtual seconds of the turns.
+
+    Args:
+        costs: of the cluster.
+        worker_of: the worker of each shard.
+        lag: 1: a message leaves before the gradient of its turn is computed; 0: after it.
+
+    Raises:
+        ConfigError: workers are lost on this cluster.
+    """
+
+    def __init__(self, costs: Costs, worker_of: Mapping[int, int], lag: int) -> None:
+        if costs.config.worker_life_s is not None:
+            raise ConfigError(
+                f"cluster.worker_life_s is {costs.config.worker_life_s}, but with gossip a lost worker takes "
+                f"the models of its shards along, and no rule says how they begin anew: leave it out"
+            )
+        self._costs, self._worker_of, self._lag = costs, worker_of, lag
+        self._ready_s = dict.fromkeys(worker_of, 0.0)
+
+    def turn(self, solver: GossipSolver, turn: int) -> float:
+        """Let every shard make a turn; return when the last one has what its peers have sent."""
+        config, free_s = self._costs.config, defaultdict[int, float](float)
+        has_all_s: dict[int, float] = {}
+        sent_s: dict[int, float] = {}
+        for shard, worker in sorted(self._worker_of.items()):
+            begins_s = max(self._ready_s[shard], free_s[worker])
+            ends_s = begins_s + self._costs.turn_s(worker, shard, turn)
+            free_s[worker] = has_all_s[shard] = ends_s
+            sent_s[shard] = begins_s if self._lag else ends_s
+        for shard in self._worker_of:
+            peers = solver.peers(turn, shard)
+            for number, peer in enumerate(peers, 1):  # one after the other on the sender's link
+                arrives_s = sent_s[shard] + config.latency_s + number * self._costs.vectors_s(1)
+                has_all_s[peer] = max(has_all_s[peer], arrives_s)
+        self._ready_s = has_all_s
+        return max(has_all_s.values())

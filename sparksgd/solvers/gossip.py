@@ -1,0 +1,284 @@
+"""Gossip: every shard has a model of its own, and sends messages to a few others in every turn.
+
+    lag 0    gradient; the half moves; it sends; it takes what its peers have sent in this turn
+    lag 1    it sends; gradient; the half moves; it takes what its peers have sent in this turn:
+             the exchange runs beside the computing
+
+Slow shards are waited for, so nothing here is chance: the bits do not depend on times, workers or losses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from sparksgd.arithmetic.flat import FlatModule, FlatStrip, Weights
+from sparksgd.arithmetic.seeds import seed32
+from sparksgd.config import Config, OptimizerConfig
+from sparksgd.errors import ConfigError
+from sparksgd.solvers.arrival_centre import refuse_changes, refuse_statistics
+from sparksgd.solvers.centre import Centre, refuse_not_finite, step_along
+from sparksgd.solvers.flat_optimizer import FlatOptimizer
+from sparksgd.solvers.protocol import (
+    Answer,
+    CentralSolver,
+    Gradient,
+    Halves,
+    Message,
+    Need,
+    Settings,
+    SolverState,
+    StepOutcome,
+    Vector,
+    WorkerHalf,
+    total_weight,
+)
+from sparksgd.solvers.rules import Experiment, require_at_least
+from sparksgd.solvers.schedules import Rates
+from sparksgd.solvers.torch_optimizers import another_optimizer, make_optimizer
+
+__all__ = ["GossipCentre", "GossipHalf", "GossipModel", "GossipSettings", "GossipSolver"]
+
+
+class GossipHalf(WorkerHalf[Mapping[int, Message]], Protocol):
+    """The worker half of a gossip solver."""
+
+    def begin(self, weights: Weights) -> None:
+        """Begin at the weights that all shards begin from."""
+        ...
+
+    @property
+    def share(self) -> tuple[Vector, float]:
+        """Return its model, float32[P], a view, and the weight of it: its share of the readout."""
+        ...
+
+
+class GossipSolver(CentralSolver, Protocol):
+    """What all shards share if messages go from shard to shard: the graph, and the readout."""
+
+    def peers(self, turn: int, shard: int) -> Sequence[int]:
+        """Return the shards that a shard's message of a turn is sent to."""
+        ...
+
+    def answer(self) -> Answer:
+        """Return the weights that a run begins from, and the settings of the next turn."""
+        ...
+
+    def turned(self, shares: Iterable[tuple[Vector, float]], total: Message) -> StepOutcome:
+        """Take the shares of all shards after a turn, in their order, and the sum of its rows and losses."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class GossipSettings:
+    """The keys of every rule of gossip."""
+
+    clip_norm: float | None = None
+    """The largest Euclidean norm of a gradient that an optimiser takes.  If not set, gradients are not
+    clipped."""
+
+    def check(self, config: Config) -> None:
+        """Refuse what does not fit the rest of the configuration."""
+        require_at_least("solver.clip_norm", self.clip_norm, 0, above=True)
+
+    def needs(self) -> frozenset[Need]:
+        """Return what the engine must carry."""
+        return frozenset({Need.GOSSIP, Need.SHARD_STATE})
+
+
+class GossipModel:
+    """A worker half's model, and the optimiser that moves it.  A rule is a subclass.
+
+    Args:
+        flat: a module of the run's shapes.
+        shard: the shard that it belongs to.
+        clip_norm: the largest norm of a gradient; None: none is clipped.
+        optimizer: which class of torch.optim, and its arguments.
+        seed: of the run.
+    """
+
+    lag = 0
+
+    def __init__(
+        self,
+        flat: FlatModule,
+        shard: int,
+        *,
+        clip_norm: float | None,
+        optimizer: OptimizerConfig,
+        seed: int,
+    ) -> None:
+        self._shard, self._clip_norm, self._seed = shard, clip_norm, seed
+        self._local = flat.parameters_like()
+        self._optimizer: FlatOptimizer = another_optimizer(self._local, optimizer, seed)
+        self._gradient: Gradient | None = None
+
+    @property
+    def model(self) -> torch.Tensor:
+        """The model's parameters, float32[P]."""
+        return self._local.parameters
+
+    def begin(self, weights: Weights) -> None:
+        """Begin at the weights that all shards begin from."""
+        self.model.copy_(torch.from_numpy(weights.parameters))
+
+    @property
+    def share(self) -> tuple[Vector, float]:
+        """Return the model, and weight 1."""
+        return self.model.numpy(), 1.0
+
+    def point(self) -> Vector:
+        """Return the model."""
+        return self.model.numpy()
+
+    def turn(self, gradient: Gradient, settings: Settings) -> None:
+        """Keep the gradient; a rule says when the optimiser steps along it."""
+        refuse_changes(gradient.changes)
+        self._optimizer.set(settings)
+        self._gradient = gradient
+
+    def _step(self) -> None:
+        """Let the optimiser step along the gradient of the turn, if its piece had rows.
+
+        Raises:
+            UpdateNotFinite: a parameter became NaN or infinite.
+        """
+        gradient, self._gradient = self._gradient, None
+        if gradient is None:
+            return
+        seed, weight = seed32(self._seed, "optimizer", gradient.shard, gradient.turn), total_weight(gradient)
+        step_along(self._optimizer, gradient.vector, weight, gradient.touched, self._clip_norm, seed)
+        refuse_not_finite(self.model, "the shard's own step", "optimizer.lr", self._optimizer.lr)
+
+    def _message(self, vectors: dict[str, Vector], **scalars: float) -> Message:
+        return Message(
+            vectors=vectors,
+            scalars=scalars,
+            statistics=np.empty(0, np.float32),
+            counters=np.empty(0, np.int64),
+            loss=0.0,
+            rows=0,
+        )
+
+    def state(self) -> dict[str, npt.NDArray[Any]]:
+        """Return its model, and what its optimiser keeps."""
+        vectors, scalars = self._optimizer.averageable()
+        numbers = {name: np.asarray(value) for name, value in scalars.items()}
+        return {"model": self.model.numpy(), **vectors, **numbers}
+
+    def load_state(self, state: Mapping[str, npt.NDArray[Any]]) -> None:
+        """Continue from the state of another half of the same shard, after a turn."""
+        kept = dict(state)
+        self.model.copy_(torch.from_numpy(kept.pop("model")))
+        vectors = {name: value for name, value in kept.items() if value.ndim}
+        scalars = {name: float(value) for name, value in kept.items() if not value.ndim}
+        self._optimizer.load_averaged(vectors, scalars)
+
+
+class GossipCentre:
+    """The readout of all shards' models, after every turn.  A rule is a subclass that defines `peers`.
+
+    Args:
+        flat: the module, which has the readout.
+        settings: the rule's keys.
+        experiment: has the optimiser, the schedule, and how long they are used.
+        make: makes the worker half of a shard.
+        took_part: of a run that is replayed; every turn is made by all shards.
+    """
+
+    by_strips = False
+
+    def __init__(
+        self,
+        flat: FlatModule | FlatStrip,
+        settings: GossipSettings,
+        experiment: Experiment,
+        make: Callable[[FlatModule, int], WorkerHalf[Any]],
+        took_part: Sequence[frozenset[int]] | None,
+    ) -> None:
+        everyone = frozenset(range(experiment.num_shards))
+        if took_part is not None and any(shards != everyone for shards in took_part):
+            raise ConfigError(
+                "the run to be replayed made steps of some shards only, but with this solver.name all shards "
+                "make every turn: it was made by another rule"
+            )
+        self.flat, self._centre = flat, Centre(flat)
+        refuse_statistics(self._centre.readout())
+        make_optimizer(flat, experiment.optimizer, experiment.seed)  # tries it: halves make others alike
+        self.needs, self.num_shards = settings.needs(), experiment.num_shards
+        self.halves = Halves(make=make, have_local_models=True, keep_state=True)
+        self._rates = Rates.of(experiment, flat)
+        self.remarks = self._rates.remarks
+        self.revision = 0
+
+    @property
+    def version(self) -> int:
+        """Turns so far."""
+        return self._centre.version
+
+    @property
+    def turns(self) -> int:
+        """Turns that every shard has made."""
+        return self._centre.turns
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether its state is of one version."""
+        return self._centre.is_whole
+
+    def turns_at(self, turn: int) -> int:
+        """Return 1: every turn is a step."""
+        return 1
+
+    def readout(self) -> Weights:
+        """Return a copy of the mean model; the same object until the next turn."""
+        return self._centre.readout()
+
+    def answer(self) -> Answer:
+        """Return the mean model, and the settings of the next turn."""
+        return Answer(weights=self.readout(), turn=self.turns, settings=(self._rates.now,))
+
+    def turned(self, shares: Iterable[tuple[Vector, float]], total: Message) -> StepOutcome:
+        """Read the mean model out.
+
+        Raises:
+            UpdateNotFinite: a parameter of it is NaN or infinite.
+        """
+        lr, mean = self._rates.lr, _mean(shares)
+        with self._centre.changing(), self._centre.step(total, 1, "optimizer.lr", lr):
+            self.flat.parameters.copy_(torch.from_numpy(mean))
+        self._rates.move(1)
+        return StepOutcome(lr=lr, gradient_norm=None)
+
+    def state(self) -> SolverState:
+        """Return all that its next step depends on, except what shards keep."""
+        return SolverState(weights=self.readout(), turns=self.turns, rest={"rates": self._rates.state()})
+
+    def load_state(self, state: SolverState) -> None:
+        """Continue from the state of another solver, at any turn."""
+        with self._centre.changing():
+            self._rates.load_state(state.rest["rates"])
+            self._centre.load(state)
+
+    def evaluated(self, loss: float, accuracy: float | None) -> None:
+        """Change nothing: its rates follow from the turns alone."""
+
+    def step_back(self) -> None:
+        """Return to the mean model before the last turn."""
+        self._centre.step_back()
+
+
+def _mean(shares: Iterable[tuple[Vector, float]]) -> Vector:
+    """Return the mean of the models by their weights, added in the order of the shards."""
+    total, weight = None, 0.0
+    for model, own in shares:
+        total = model.copy() if total is None else total + model
+        weight += own
+    assert total is not None
+    mean: Vector = total / np.asarray(weight, total.dtype)
+    return mean
