@@ -93,7 +93,12 @@ def _table(training: Training) -> Table:
     if training.resumed:
         table.add_row("resumed", f"from step {training.resumed[-1].step:,}")
     if training.turns != training.version:
-        table.add_row("solver", f"{training.config.solver.name}, {training.turns:,} turns of each shard")
+        table.add_row("solver", f"{training.config.solver.name}, {training.turns:,} turns")
+    if training.virtual_s is not None:
+        table.add_row("virtual time", f"{training.virtual_s:,.1f} s: rows/s and steps are in it")
+    if staleness := training.participation.staleness:
+        mean = sum(age * count for age, count in staleness.items()) / staleness.total()
+        table.add_row("staleness", f"mean {mean:.1f}, largest {max(staleness)} steps")
     workers = len(training.numerics) - 1
     table.add_row("engine", f"{training.engine}, {workers} workers, "
                             f"{training.config.train.num_shards} shards")  # fmt: skip

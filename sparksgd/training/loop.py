@@ -135,8 +135,8 @@ def train(
     total_turns = _total_turns(checked, solver, replay)
     if checkpoints is not None and (solver.halves.keep_state or Need.ARRIVALS in solver.needs):
         log.warning(
-            "this run has no checkpoints, and cannot go on if it is killed: its shards keep states that no "
-            "checkpoint holds"
+            "this run has no checkpoints, and cannot go on if it is killed: none holds what its shards keep, "
+            "or messages on their way"
         )
         checkpoints = None
     settings = driver_settings(config.train.threads)
