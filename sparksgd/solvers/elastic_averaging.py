@@ -40,6 +40,7 @@ from sparksgd.solvers.protocol import (
     Answer,
     Gradient,
     Message,
+    Need,
     Settings,
     SolverState,
     StepOutcome,
@@ -49,9 +50,10 @@ from sparksgd.solvers.protocol import (
 from sparksgd.solvers.rules import Experiment, require_at_least
 from sparksgd.solvers.torch_optimizers import another_optimizer
 
-__all__ = ["ElasticAveraging", "ElasticModel", "ElasticSettings"]
+__all__ = ["ALPHA", "ElasticAveraging", "ElasticModel", "ElasticSettings", "elastic"]
 
-_ALPHA = "alpha"
+ALPHA = "alpha"
+"""What an answer calls it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,8 +72,9 @@ class ElasticSettings(ArrivalSettings):
     lookahead: bool = False
     """Whether gradients are taken where the momentum of optimizer.name = "SGD" leads: EAMSGD."""
 
-    order: Literal["arrival", "shard"] = "arrival"
-    """In which order the centre serves the shards: as they arrive, or each in its turn (shard)."""
+    order: Literal["arrival", "shard", "together"] = "arrival"
+    """In which order the centre serves the shards: as they arrive, each in its turn (shard), or all at once,
+    in rounds (together)."""
 
     clip_norm: float | None = None
     """The largest Euclidean norm of a gradient that an optimiser takes.  If not set, gradients are not
@@ -89,10 +92,10 @@ class ElasticSettings(ArrivalSettings):
                 f"solver.beta is {self.beta}, but there are {config.train.num_shards} shards, so alpha would "
                 f"be above 1, and an exchange go past the other side: set beta to 1 or less"
             )
-        if self.order == "shard" and self.max_staleness is not None:
+        if self.order != "arrival" and self.max_staleness is not None:
             raise ConfigError(
-                f'solver.max_staleness is {self.max_staleness}, but solver.order is "shard": shards are '
-                f"served in turn, so the staleness of each is the same. Leave max_staleness out"
+                f'solver.max_staleness is {self.max_staleness}, but solver.order is "{self.order}": shards '
+                f"are served in turn, so the staleness of each is the same. Leave max_staleness out"
             )
         given = config.optimizer
         if self.lookahead and (
@@ -103,6 +106,21 @@ class ElasticSettings(ArrivalSettings):
                 f"nesterov, but the section [optimizer] has {given.name} with {dict(given.arguments)}: set "
                 f"optimizer.momentum, such as 0.9, or leave lookahead out"
             )
+
+    def needs(self) -> frozenset[Need]:
+        """Return what the engine must carry."""
+        if self.order == "together":
+            return frozenset({Need.ROUNDS, Need.SHARD_STATE})
+        return super().needs()
+
+    def alpha(self, lr: float, num_shards: int) -> float:
+        """Return how far an exchange draws both sides: 0 not at all, 1 to the other one's place.
+
+        Args:
+            lr: the learning rate.
+            num_shards: S.
+        """
+        return self.beta / num_shards if self.rho is None else lr * self.rho
 
 
 class ElasticModel:
@@ -132,13 +150,13 @@ class ElasticModel:
         self._optimizer: FlatOptimizer = another_optimizer(self._local, optimizer, seed)
         self._turns = 0
         self._since: list[Gradient] = []
-        self._has_begun = False
+        self._has_begun = self._has_sent = False
 
     def take(self, answer: Answer) -> None:
         """Begin at the centre's weights; later, move towards the weights that the centre had."""
         local, centre = self._local.parameters, torch.from_numpy(answer.weights.parameters)
         if self._has_begun:
-            local.sub_(_elastic(local, centre, answer.scalars[_ALPHA]))
+            local.sub_(elastic(local, centre, answer.scalars[ALPHA]))
         else:
             local.copy_(centre)
             self._has_begun = True
@@ -170,23 +188,26 @@ class ElasticModel:
 
     def send(self) -> Message | None:
         """Return the model, if an exchange is due."""
-        if self._turns % self._settings.turns_per_exchange:
-            return None
+        return None if self._turns % self._settings.turns_per_exchange else self._sent()
+
+    def _sent(self) -> Message:
         message = Message.of(self._since, {"model": self._local.parameters.numpy().copy()})
         self._since = []
         return message
 
     def state(self) -> dict[str, npt.NDArray[Any]]:
-        """Return its model, how many turns it has made, and what its optimiser keeps."""
+        """Return its model, how far it is, and what its optimiser keeps."""
         vectors, scalars = self._optimizer.averageable()
-        model = {"model": self._local.parameters.numpy(), "turns": np.array(self._turns)}
+        counts = np.array([self._turns, self._has_begun, self._has_sent])
+        model = {"model": self._local.parameters.numpy(), "counts": counts}
         return {**model, **vectors, **{name: np.asarray(value) for name, value in scalars.items()}}
 
     def load_state(self, state: Mapping[str, npt.NDArray[Any]]) -> None:
         """Continue from the state of another half of the same shard, after an exchange."""
         kept = dict(state)
         self._local.parameters.copy_(torch.from_numpy(kept.pop("model")))
-        self._turns, self._has_begun = int(kept.pop("turns")), True
+        turns, begun, sent = kept.pop("counts").tolist()
+        self._turns, self._has_begun, self._has_sent = turns, bool(begun), bool(sent)
         vectors = {name: value for name, value in kept.items() if value.ndim}
         scalars = {name: float(value) for name, value in kept.items() if not value.ndim}
         self._optimizer.load_averaged(vectors, scalars)
@@ -216,12 +237,6 @@ class ElasticAveraging(ModelCentre):
         self._there: set[int] = set()
         self._queue: dict[int, tuple[Message, int]] = {}
         self._next = 0
-
-    @property
-    def alpha(self) -> float:
-        """How far the next exchange draws both sides: 0 not at all, 1 to the other one's place."""
-        rho = self._rule.rho
-        return self._rule.beta / self._num_shards if rho is None else self._rates.lr * rho
 
     def begin(self, shard: int) -> Answer:
         """Return the newest weights."""
@@ -259,17 +274,19 @@ class ElasticAveraging(ModelCentre):
 
     def _meet(self, shard: int, message: Message, version_read: int) -> tuple[Answer, ArrivalStep]:
         """Draw the centre towards a model; return what draws the model towards the centre."""
-        alpha, lr, answer = self.alpha, self._rates.lr, self._answer_of(self.alpha)
+        lr = self._rates.lr
+        alpha = self._rule.alpha(lr, self._num_shards)
+        answer = self._answer_of(alpha)
         model, staleness = torch.from_numpy(message.vectors["model"]), self._staleness(version_read)
         with self._exchange(message, "solver.beta", alpha):
             centre = torch.from_numpy(answer.weights.parameters)
-            self.flat.parameters.add_(_elastic(model, centre, alpha))
+            self.flat.parameters.add_(elastic(model, centre, alpha))
         outcome = StepOutcome(lr=lr, gradient_norm=None)
         return answer, self._made(message, [shard], [staleness], outcome)
 
     def _answer_of(self, alpha: float) -> Answer:
         """Return the weights as they are, for an exchange that draws this far."""
-        return replace(self.answer(), scalars={_ALPHA: alpha})
+        return replace(self.answer(), scalars={ALPHA: alpha})
 
     def _kept(self) -> tuple[dict[str, Vector], dict[str, Any]]:
         vectors, rest = super()._kept()
@@ -280,6 +297,6 @@ class ElasticAveraging(ModelCentre):
         self._next = state.rest["next"]
 
 
-def _elastic(model: torch.Tensor, centre: torch.Tensor, alpha: float) -> torch.Tensor:
+def elastic(model: torch.Tensor, centre: torch.Tensor, alpha: float) -> torch.Tensor:
     """Return alpha (model - centre), which both sides compute from the same values."""
     return alpha * (model - centre)

@@ -148,9 +148,7 @@ class LocalSGD:
         """Return H, or fewer if the epoch or the run ends before; 1 before the local turns begin."""
         if turn < self._settings.synchronous_steps:
             return 1
-        epoch = self._experiment.turns_per_epoch
-        end = min(self._experiment.total_turns, (turn // epoch + 1) * epoch)
-        return min(self._settings.turns_per_round, max(1, end - turn))
+        return self._experiment.turns_ahead(turn, self._settings.turns_per_round)
 
     def shape_at(self, turn: int) -> MessageShape:
         """Return the names in the messages: the gradient, or the difference and what else is averaged."""

@@ -44,7 +44,7 @@ RULES = {
     "delay_compensated": "sparksgd.solvers.delay_compensated:DelayCompensatedSettings:DelayCompensated",
     "gap_aware": "sparksgd.solvers.gap_aware:GapAwareSettings:GapAware",
     "delayed_nesterov": "sparksgd.solvers.delayed_nesterov:DelayedNesterovSettings:DelayedNesterov",
-    "elastic_averaging": "sparksgd.solvers.elastic_averaging:ElasticSettings:ElasticAveraging",
+    "elastic_averaging": "sparksgd.solvers.elastic_rounds:ElasticSettings:make_elastic",
 }
 """For each solver.name: the module of the rule, its settings, and its central half."""
 
@@ -89,6 +89,11 @@ class Experiment:
 
     seed: int = 0
     """Of the run; what an optimiser of the user's own draws follows from it."""
+
+    def turns_ahead(self, turn: int, most: int) -> int:
+        """Return how many turns follow until the epoch or the run ends: at least 1, at most `most`."""
+        end = min(self.total_turns, (turn // self.turns_per_epoch + 1) * self.turns_per_epoch)
+        return min(most, max(1, end - turn))
 
     @property
     def turns_per_move(self) -> int:

@@ -54,6 +54,8 @@ ROWS = [
         optimizer=MOMENTUM,
     ),
     Row(rule="local_sgd", keys={"synchronous_steps": 99}, optimizer=MOMENTUM),
+    Row(rule="elastic_averaging", keys={"order": "together", "turns_per_exchange": 3}, optimizer=MOMENTUM),
+    Row(rule="elastic_averaging", keys={"order": "together", "rho": 2.0}, schedule=COSINE),
 ]
 
 every_row = pytest.mark.parametrize("row", ROWS, ids=str)

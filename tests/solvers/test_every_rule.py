@@ -21,9 +21,16 @@ from sparksgd.solvers.protocol import Answer, Gradient, Message, Need, RoundSolv
 from sparksgd.solvers.rules import RULES, Experiment, completed, family_of, make_solver, settings_of
 
 
-def module() -> FlatModule:
+def module(rule: str) -> FlatModule:
+    """Return a module; with running statistics, unless the rule refuses them."""
     torch.manual_seed(4)
-    return FlatModule(nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2)))
+    norm = nn.LayerNorm(4) if rule == "elastic_averaging" else nn.BatchNorm1d(4)
+    return FlatModule(nn.Sequential(nn.Linear(3, 4), norm, nn.Linear(4, 2)))
+
+
+def like(flat: FlatModule) -> FlatModule:
+    """Return a module of the same kind."""
+    return module("synchronous" if flat.statistics().size else "elastic_averaging")
 
 
 def made(row: Row) -> Any:
@@ -36,7 +43,7 @@ def made(row: Row) -> Any:
         turns_per_epoch=EPOCH,
         total_turns=TURNS,
     )
-    return make_solver(completed(config), module(), experiment)
+    return make_solver(completed(config), module(row.rule), experiment)
 
 
 def bits(value: Any) -> Any:
@@ -54,13 +61,13 @@ def bits(value: Any) -> Any:
     return value
 
 
-def gradient(shard: int, turn: int, point: np.ndarray) -> Gradient:
+def gradient(shard: int, turn: int, point: np.ndarray, flat: FlatModule) -> Gradient:
     """Return a gradient that depends on where it is taken; of no meaning otherwise."""
     drawn, rows = np.random.default_rng((shard, turn)), 1 + (shard + turn) % 3
     return Gradient(
         vector=(point + drawn.standard_normal(point.shape, np.float32)) * np.float32(rows),
-        statistics=drawn.random(8, np.float32),
-        counters=np.array([turn + 1]),
+        statistics=drawn.random(flat.statistics().size, np.float32),
+        counters=np.full_like(flat.counters(), turn + 1),
         loss=1.0,
         rows=rows,
     )
@@ -71,12 +78,13 @@ class Workers:
 
     def __init__(self, solver: RoundSolver) -> None:
         self._make, self._keeps = solver.halves.make, solver.halves.keep_state
-        self.halves = {shard: self._make(module(), shard) for shard in range(SHARDS)}
+        self._flat: FlatModule = solver.flat  # type: ignore[attr-defined]  # every rule has it
+        self.halves = {shard: self._make(like(self._flat), shard) for shard in range(SHARDS)}
 
     def messages(self, answer: Answer) -> list[Message]:
         """Return what each shard sends in a round."""
         if not self._keeps:
-            self.halves = {shard: self._make(module(), shard) for shard in range(SHARDS)}
+            self.halves = {shard: self._make(like(self._flat), shard) for shard in range(SHARDS)}
         return [self._sent(shard, half, answer) for shard, half in self.halves.items()]
 
     def _sent(self, shard: int, half: WorkerHalf[Answer], answer: Answer) -> Message:
@@ -84,7 +92,7 @@ class Workers:
         half.take(answer)
         assert half.lag == 0  # rounds wait
         for index in range(answer.turns):
-            fresh = gradient(shard, answer.turn + index, half.point())
+            fresh = gradient(shard, answer.turn + index, half.point(), self._flat)
             before = bits(fresh)
             half.turn(fresh, answer.settings[index] if answer.settings else {})
             assert bits(fresh) == before, "a half changed its gradient"
@@ -137,7 +145,7 @@ def of_family(family: str) -> set[str]:
 
 
 def test_every_rule_of_rounds_has_a_row() -> None:
-    assert {row.rule for row in ROWS} == of_family("rounds")
+    assert {row.rule for row in ROWS} == of_family("rounds") | {"elastic_averaging"}
 
 
 @every_row
@@ -180,7 +188,7 @@ def test_messages_have_the_shape_that_was_told(row: Row) -> None:
         solver.receive(total(messages))
 
 
-@every_row
+@pytest.mark.parametrize("row", [row for row in ROWS if row.rule != "elastic_averaging"], ids=str)
 def test_halves_begin_a_round_at_the_centre_s_weights(row: Row) -> None:
     solver, workers = after(row, 1)
     answer = solver.answer()
@@ -213,7 +221,7 @@ def test_a_state_that_was_sent_goes_on_to_the_same_bits_at_any_step(row: Row) ->
     steady = made(row)
     workers, replica_of = Workers(steady), pickle.loads(pickle.dumps(steady.make_replica()))
     for _ in range(steps_of(row)):
-        moved = replica_of(module())
+        moved = replica_of(like(steady.flat))
         assert (moved.version, moved.turns) == (0, 0)
         moved.load_state(pickle.loads(pickle.dumps(steady.state())))
         assert (moved.version, moved.turns) == (steady.version, steady.turns)
@@ -353,10 +361,10 @@ def test_a_replay_of_all_shards_needs_nothing_more_and_one_of_some_needs_a_repla
         total_turns=TURNS,
     )  # fmt: skip
     some = [frozenset({0, 2}), frozenset({1, 2})]
-    solver = make_solver(config, module(), experiment, some)
+    solver = make_solver(config, module(row.rule), experiment, some)
     assert solver.needs == {Need.ROUNDS, Need.REPLAY}
     assert (solver.quorum().shards, solver.quorum().enough) == ({0, 2}, 2)
     step(solver, Workers(solver))
     assert (solver.quorum().shards, solver.quorum().enough) == ({1, 2}, 2)
-    everyone = make_solver(config, module(), experiment, [frozenset(range(SHARDS))] * 2)
+    everyone = make_solver(config, module(row.rule), experiment, [frozenset(range(SHARDS))] * 2)
     assert everyone.needs == {Need.ROUNDS}

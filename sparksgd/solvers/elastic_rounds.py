@@ -1,0 +1,213 @@
+"""Synchronous elastic averaging: all shards exchange with the centre at once, after tau turns of each.
+
+    shard:   tau turns      x_s <- optimiser(x_s, g)
+             exchange       x_s <- x_s - alpha (x_s - theta)                  with the theta before its step
+    centre:                 theta <- theta + alpha (sum over s of x_s - S theta)
+
+You, Buluc, Demmel 2017, "Scaling deep learning on GPU and Knights Landing clusters" (SC17): Sync EASGD.  See
+elastic_averaging.py for the exchanges one by one.  A shard whose pieces of a round have no row takes no part
+in its exchange.  The round is cut short at the end of an epoch and of the run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+
+import torch
+
+from sparksgd.arithmetic.flat import FlatModule, FlatStrip, Weights
+from sparksgd.errors import ConfigError
+from sparksgd.solvers.arrival_centre import refuse_changes, refuse_statistics
+from sparksgd.solvers.centre import Centre
+from sparksgd.solvers.elastic_averaging import (
+    ALPHA,
+    ElasticAveraging,
+    ElasticModel,
+    ElasticSettings,
+    elastic,
+)
+from sparksgd.solvers.protocol import (
+    Answer,
+    CentralSolver,
+    Halves,
+    MakeReplica,
+    Message,
+    MessageShape,
+    Quorum,
+    SolverState,
+    StepOutcome,
+    Vector,
+)
+from sparksgd.solvers.rules import Experiment
+from sparksgd.solvers.schedules import Rates
+from sparksgd.solvers.torch_optimizers import make_optimizer
+
+__all__ = ["ElasticRoundModel", "ElasticRounds", "ElasticSettings", "make_elastic"]
+
+_BEFORE = "before"
+
+
+class ElasticRoundModel(ElasticModel):
+    """The worker half: it sends its model at the end of every round."""
+
+    def take(self, answer: Answer) -> None:
+        """Begin at the centre's weights; later, move towards those that the centre had before its step."""
+        if not self._has_begun:
+            super().take(answer)
+        elif self._has_sent:
+            centre = torch.from_numpy(answer.vectors[_BEFORE])
+            self._local.parameters.sub_(elastic(self._local.parameters, centre, answer.scalars[ALPHA]))
+        self._has_sent = False
+
+    def send(self) -> Message | None:
+        """Return the model; None if no piece of the round had rows."""
+        if not self._since:
+            return None
+        self._has_sent = True
+        return self._sent()
+
+
+class ElasticRounds:
+    """The central half: the sum of all models draws the centre towards it.
+
+    Args:
+        flat: the module; the solver owns its parameters from now on.
+        settings: the rule's keys.
+        experiment: has the optimiser, the schedule, and how long they are used.
+        took_part: of a run that is replayed; every step is made of all shards.
+    """
+
+    by_strips = False
+
+    def __init__(
+        self,
+        flat: FlatModule | FlatStrip,
+        settings: ElasticSettings,
+        experiment: Experiment,
+        took_part: Sequence[frozenset[int]] | None = None,
+    ) -> None:
+        everyone = frozenset(range(experiment.num_shards))
+        if took_part is not None and any(shards != everyone for shards in took_part):
+            raise ConfigError(
+                "the run to be replayed made steps of some shards only, but with this solver.name all shards "
+                "take part in every step: it was made by another rule"
+            )
+        self.flat, self._quorum, self._centre = flat, Quorum.of_all(everyone), Centre(flat)
+        refuse_statistics(self._centre.readout())
+        make_optimizer(flat, experiment.optimizer, experiment.seed)  # tries it: halves make others alike
+        self._rule, self._experiment = settings, experiment
+        self._make_replica = partial(ElasticRounds, settings=settings, experiment=experiment)
+        self.needs = settings.needs()
+        make = partial(
+            ElasticRoundModel, settings=settings, optimizer=experiment.optimizer, seed=experiment.seed
+        )
+        self.halves = Halves(make=make, have_local_models=True, keep_state=True)
+        self._rates = Rates.of(experiment, flat)
+        self.remarks = self._rates.remarks
+        self.revision = 0
+        self._before: Vector = self._centre.readout().parameters
+        self._alpha = 0.0
+        self._answer: Answer | None = None
+
+    @property
+    def version(self) -> int:
+        """Steps so far."""
+        return self._centre.version
+
+    @property
+    def turns(self) -> int:
+        """Turns that every shard has made."""
+        return self._centre.turns
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether its state is of one version."""
+        return self._centre.is_whole
+
+    def turns_at(self, turn: int) -> int:
+        """Return tau, or fewer if the epoch or the run ends before."""
+        return self._experiment.turns_ahead(turn, self._rule.turns_per_exchange)
+
+    def shape_at(self, turn: int) -> MessageShape:
+        """Return the name in every message: the model."""
+        return MessageShape(vectors=("model",))
+
+    def quorum(self) -> Quorum:
+        """Return that every shard takes part."""
+        return self._quorum
+
+    def answer(self) -> Answer:
+        """Return the weights now and before the last step, and the settings of each turn."""
+        if self._answer is None:
+            turns = self.turns_at(self.turns)
+            self._answer = Answer(
+                weights=self.readout(),
+                turn=self.turns,
+                turns=turns,
+                settings=self._rates.ahead(turns),
+                vectors={_BEFORE: self._before},
+                scalars={ALPHA: self._alpha},
+            )
+        return self._answer
+
+    def receive(self, total: Message) -> StepOutcome:
+        """Step towards the sum of the models.
+
+        Raises:
+            UpdateNotFinite: the step would make a parameter NaN or infinite; the weights stay as before.
+            ModelError: forward changed parameters or constants.
+        """
+        refuse_changes(total.changes)
+        lr, turns, before = self._rates.lr, self.turns_at(self.turns), self.readout().parameters
+        alpha = self._rule.alpha(lr, self._experiment.num_shards)
+        with self._centre.changing(), self._centre.step(total, turns, "solver.beta", alpha):
+            models, centre = torch.from_numpy(total.vectors["model"]), torch.from_numpy(before)
+            self.flat.parameters.add_(elastic(models, total.shards * centre, alpha))
+        self._rates.move(turns)
+        self._before, self._alpha, self._answer = before, alpha, None
+        return StepOutcome(lr=lr, gradient_norm=None)
+
+    def readout(self) -> Weights:
+        """Return a copy of the weights; the same object until the next step."""
+        return self._centre.readout()
+
+    def state(self) -> SolverState:
+        """Return all that its next step depends on, except what shards keep."""
+        return SolverState(
+            weights=self.readout(),
+            turns=self.turns,
+            vectors={_BEFORE: self._before},
+            rest={"rates": self._rates.state(), ALPHA: self._alpha},
+        )
+
+    def load_state(self, state: SolverState) -> None:
+        """Continue from the state of another solver, at any step."""
+        with self._centre.changing():
+            self._rates.load_state(state.rest["rates"])
+            self._before, self._alpha = state.vectors[_BEFORE].copy(), state.rest[ALPHA]
+            self._centre.load(state)
+            self._answer = None
+
+    def evaluated(self, loss: float, accuracy: float | None) -> None:
+        """Change nothing: its rates follow from the turns alone."""
+
+    def step_back(self) -> None:
+        """Return to the weights before the last step."""
+        self._centre.step_back()
+        self._answer = None
+
+    def make_replica(self) -> MakeReplica:
+        """Return a function that makes another solver of this kind, at version 0; it can be pickled."""
+        return self._make_replica
+
+
+def make_elastic(
+    flat: FlatModule | FlatStrip,
+    settings: ElasticSettings,
+    experiment: Experiment,
+    took_part: Sequence[frozenset[int]] | None = None,
+) -> CentralSolver:
+    """Return the central half for the order that the keys name."""
+    make = ElasticRounds if settings.order == "together" else ElasticAveraging
+    return make(flat, settings, experiment, took_part)
