@@ -20,7 +20,7 @@ from sparksgd.arithmetic import instruction_set
 from sparksgd.cli.command_line import add_log_format, exit_status, parser_of
 from sparksgd.cli.logs import log_to, new_run_id, open_console
 from sparksgd.config import Config
-from sparksgd.runs.comparing.question import read_question
+from sparksgd.runs.comparing.reading import read_question
 from sparksgd.training.interrupts import end_in_order
 
 

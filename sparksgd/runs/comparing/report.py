@@ -134,10 +134,11 @@ def sentence(comparison: Comparison, cluster: str) -> str:
     )
 
 
-def _rank(comparison: Comparison, entry: Entry) -> tuple[float, float]:
-    """Return what orders solvers: the ratio, then how many runs never reach the target."""
+def _rank(comparison: Comparison, entry: Entry) -> tuple[bool, float, int]:
+    """Return what orders solvers: first those that are shown to be faster, then by the ratio."""
+    found = comparison.difference(entry)
     never = sum(math.isinf(time) for time in entry.times(comparison.target))
-    return comparison.difference(entry).ratio, never
+    return not (found.is_shown and found.ratio < 1), found.ratio, never
 
 
 def csv_of(comparison: Comparison) -> str:

@@ -12,7 +12,8 @@ from comparisons import TUNED, compared, comparison_file, run_of
 
 from sparksgd.errors import ConfigError
 from sparksgd.runs.comparing.plots import drawn, require_matplotlib
-from sparksgd.runs.comparing.question import Question, read_question
+from sparksgd.runs.comparing.question import Question
+from sparksgd.runs.comparing.reading import read_question
 from sparksgd.runs.comparing.report import COLUMNS, csv_of, sentence, table_rows, target_line, tuning_line
 
 SLOW = [run_of([0.5, 0.6, 0.8, 0.9])] * 8
@@ -36,6 +37,13 @@ def test_the_best_solver_is_named_with_its_ratio_and_interval(question: Question
         "On fast: async_sgd is best; its time to the target is that of synchronous times 0.2 (95 % interval "
         "0.2 to 0.2, 8 seeds)."
     )
+
+
+def test_a_solver_that_is_shown_to_be_faster_goes_before_one_that_may_be(question: Question) -> None:
+    doubtful = [*SOON[:5], *NEVER[:3]]
+    certain = [run_of([0.5, 0.9, 0.9], seconds=1.2)] * 8
+    found = compared(question, synchronous=SLOW, async_sgd=doubtful, local_sgd=certain)
+    assert sentence(found, "fast").startswith("On fast: local_sgd is best; ")
 
 
 def test_where_the_reference_is_best_the_next_one_is_named(question: Question) -> None:

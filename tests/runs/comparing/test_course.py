@@ -14,7 +14,7 @@ from sparksgd.errors import TrainingError
 from sparksgd.runs.comparing.course import Comparison, compare
 from sparksgd.runs.comparing.grid import Settings
 from sparksgd.runs.comparing.kept_runs import KeptRuns
-from sparksgd.runs.comparing.question import read_question
+from sparksgd.runs.comparing.reading import read_question
 from sparksgd.solvers.rules import completed
 from sparksgd.storage import location
 

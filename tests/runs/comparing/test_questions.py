@@ -12,7 +12,7 @@ from sparksgd.errors import ConfigError
 from sparksgd.runs.comparing.course import compare, refuse_what_cannot_run
 from sparksgd.runs.comparing.grid import Settings
 from sparksgd.runs.comparing.kept_runs import KeptRuns
-from sparksgd.runs.comparing.question import read_question
+from sparksgd.runs.comparing.reading import read_question
 from sparksgd.storage import location
 
 ROOT = Path(__file__).parents[3]
