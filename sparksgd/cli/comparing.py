@@ -7,7 +7,7 @@ import logging
 import time
 from dataclasses import dataclass, field
 
-from rich.console import Console, Group
+from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -44,18 +44,18 @@ def run_comparison(question: Question, out: str, console: Console) -> None:
     with _Bar(console) as bar:
         comparison = compare(question, kept, bar.told)
     log.info("%d runs were made", kept.made)
-    shown, text = _shown(comparison), io.StringIO()
-    Console(file=text, width=_WIDTH).print(shown)
+    text = io.StringIO()
+    _show(comparison, Console(file=text, width=_WIDTH))
     (folder / "table.txt").write_bytes(text.getvalue().encode())
     (folder / "runs.csv").write_bytes(csv_of(comparison).encode())
     for cluster in question.clusters:
         (folder / f"{cluster}.png").write_bytes(drawn(comparison, cluster))
-    Console(width=None if Console().is_terminal else _WIDTH).print(shown)
+    _show(comparison, Console(width=None if Console().is_terminal else _WIDTH))
 
 
-def _shown(comparison: Comparison) -> Group:
-    """Return the tables of all clusters, each with its sentence."""
-    parts: list[Table | str] = [target_line(comparison), tuning_line(comparison)]
+def _show(comparison: Comparison, console: Console) -> None:
+    """Print the tables of all clusters, each with its sentence."""
+    console.print(target_line(comparison), tuning_line(comparison), sep="\n", soft_wrap=True)
     for cluster in comparison.question.clusters:
         table = Table(title=cluster, title_justify="left", show_lines=True)
         for number, name in enumerate(COLUMNS):
@@ -65,8 +65,8 @@ def _shown(comparison: Comparison) -> Group:
                 table.add_column(name, min_width=24)
         for row in table_rows(comparison, cluster):
             table.add_row(*map(escape, row))
-        parts += [table, escape(sentence(comparison, cluster))]
-    return Group(*parts)
+        console.print(table)
+        console.print(escape(sentence(comparison, cluster)), soft_wrap=True)
 
 
 @dataclass
