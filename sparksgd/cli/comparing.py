@@ -83,7 +83,7 @@ class _Bar:
             TextColumn("{task.description}"),
             console=self.console, disable=not self.console.is_terminal,
         )  # fmt: skip
-        self._task = self._progress.add_task("")
+        self._task = self._progress.add_task("", total=None)
 
     def __enter__(self) -> _Bar:
         self._progress.start()
