@@ -22,6 +22,9 @@ class ClusterConfig:
     """Seconds that a worker computes for one turn of a shard: all of them, the median (lognormal), or the
     mean (exponential)."""
 
+    row_s: float = cluster_key(0.0)
+    """Seconds that each row of a turn adds to turn_s, so that larger pieces take longer."""
+
     turn_times: Literal["constant", "lognormal", "exponential"] = cluster_key("lognormal")
     """How these seconds vary."""
 

@@ -25,7 +25,7 @@ from sparksgd.training.loop import Given, train
 from sparksgd.training.replay import Replay
 from sparksgd.training.state import Training
 
-__all__ = ["EngineInProcess", "train_in_process"]
+__all__ = ["train_in_process"]
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 from sparksgd.engines.gathering.arrivals import ArrivalGathering
@@ -48,12 +48,18 @@ class VirtualArrivals:
         work: of the shards.
         costs: of the cluster.
         worker_of: the worker of each shard that has rows.
+        rows_of: returns the rows of a shard's turn.
     """
 
     def __init__(
-        self, solver: ArrivalSolver, work: ShardWork, costs: Costs, worker_of: Mapping[int, int]
+        self,
+        solver: ArrivalSolver,
+        work: ShardWork,
+        costs: Costs,
+        worker_of: Mapping[int, int],
+        rows_of: Callable[[int, int], int],
     ) -> None:
-        self._solver, self._work, self._costs = solver, work, costs
+        self._solver, self._work, self._costs, self._rows_of = solver, work, costs, rows_of
         self._worker_of = dict(worker_of)
         self._gathering = ArrivalGathering(worker_of)
         self._up, self._down = Link(), Link()
@@ -147,7 +153,12 @@ class VirtualArrivals:
         """Begin a turn, when the answer that it begins from is there."""
         worker, self._turns[shard] = self._worker_of[shard], turn
         begins_s = max(self.now_s, self._there_s[shard])
-        self._at(begins_s + self._costs.turn_s(worker, shard, turn), "computed", worker, shard)
+        self._at(
+            begins_s + self._costs.turn_s(worker, shard, turn, self._rows_of(shard, turn)),
+            "computed",
+            worker,
+            shard,
+        )
 
     def _plan_loss(self, worker: int) -> None:
         lives_s = self._costs.until_loss_s(worker, self._lives[worker])

@@ -13,7 +13,7 @@ import numpy as np
 from sparksgd.arithmetic.seeds import seed32
 from sparksgd.config import ClusterConfig
 
-__all__ = ["Costs", "Link"]
+__all__ = ["Costs", "Link", "sums_at_driver"]
 
 
 class Costs:
@@ -27,11 +27,11 @@ class Costs:
     def __init__(self, config: ClusterConfig, vector_bytes: int) -> None:
         self.config, self._vector_bytes = config, vector_bytes
 
-    def turn_s(self, worker: int, shard: int, turn: int) -> float:
-        """Return the seconds that a worker computes for a turn of a shard."""
+    def turn_s(self, worker: int, shard: int, turn: int, rows: int) -> float:
+        """Return the seconds that a worker computes for a turn of a shard, of so many rows."""
         config = self.config
         drawn = self._drawn("turn", shard, turn)
-        seconds = config.turn_s
+        seconds = config.turn_s + rows * config.row_s
         if config.turn_times == "lognormal":
             seconds *= math.exp(config.spread * drawn.standard_normal())
         elif config.turn_times == "exponential":
@@ -67,6 +67,18 @@ class Costs:
 
     def _drawn(self, purpose: str, *key: int) -> np.random.Generator:
         return np.random.default_rng(seed32(self.config.seed, f"simulated {purpose}", *key))
+
+
+def sums_at_driver(workers: int) -> int:
+    """Return how many partial sums of so many workers reach the driver, as treeAggregate divides them.
+
+    >>> [sums_at_driver(workers) for workers in (4, 8, 30)]
+    [4, 2, 5]
+    """
+    scale, left = max(2, math.ceil(math.sqrt(workers))), workers
+    while left > scale + math.ceil(left / scale):
+        left //= scale
+    return left
 
 
 class Link:

@@ -92,8 +92,9 @@ class SimulatedEngine(InlineEngine):
     def deal_anew(self, deal: Callable[[], tuple[Plan, Shards]]) -> None:
         """Continue with the same rows in other shards."""
         super().deal_anew(deal)
+        if self._rounds is not None:
+            self._rounds.sampling = self._plan.sampling
         self._work = ShardWork(self._computer, self._shards.table, gradients=self._cluster.gradients)
-        self._rounds = None
 
     @property
     def _make_turn(self) -> MakeTurn:
@@ -111,7 +112,9 @@ class SimulatedEngine(InlineEngine):
         if self._arrivals is None:
             rows = self._plan.sampling.shard_rows
             worker_of = {s: worker for worker, shards in self._owned().items() for s in shards if rows[s]}
-            self._arrivals = VirtualArrivals(solver, self._work, self._costs(solver), worker_of)
+            self._arrivals = VirtualArrivals(
+                solver, self._work, self._costs(solver), worker_of, self._plan.sampling.piece_rows
+            )
         turns_before = solver.turns
         steps, trace = self._arrivals.step()
         return arrival_reports(
@@ -124,7 +127,9 @@ class SimulatedEngine(InlineEngine):
         turns = self._turns_of(solver)
         if self._virtual_gossip is None:
             worker_of = {shard: worker for worker, shards in self._owned().items() for shard in shards}
-            self._virtual_gossip = VirtualGossip(self._costs(solver), worker_of, turns.lag)
+            self._virtual_gossip = VirtualGossip(
+                self._costs(solver), worker_of, self._plan.sampling.piece_rows, turns.lag
+            )
         now_s = self._virtual_gossip.turn(solver, solver.turns)
         return self._gossip_report(solver, turns.next(), self._passed(now_s), now_s)
 

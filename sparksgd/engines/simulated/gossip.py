@@ -6,7 +6,7 @@ Nothing waits for more than its own peers, so a slow shard delays its neighbours
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from sparksgd.engines.simulated.costs import Costs
 from sparksgd.errors import ConfigError
@@ -21,19 +21,22 @@ class VirtualGossip:
     Args:
         costs: of the cluster.
         worker_of: the worker of each shard.
+        rows_of: returns the rows of a shard's turn.
         lag: 1: a message leaves before the gradient of its turn is computed; 0: after it.
 
     Raises:
         ConfigError: workers are lost on this cluster.
     """
 
-    def __init__(self, costs: Costs, worker_of: Mapping[int, int], lag: int) -> None:
+    def __init__(
+        self, costs: Costs, worker_of: Mapping[int, int], rows_of: Callable[[int, int], int], lag: int
+    ) -> None:
         if costs.config.worker_life_s is not None:
             raise ConfigError(
                 f"cluster.worker_life_s is {costs.config.worker_life_s}, but with gossip a lost worker takes "
                 f"the models of its shards along, and no rule says how they begin anew: leave it out"
             )
-        self._costs, self._worker_of, self._lag = costs, worker_of, lag
+        self._costs, self._worker_of, self._rows_of, self._lag = costs, worker_of, rows_of, lag
         self._ready_s = dict.fromkeys(worker_of, 0.0)
 
     def turn(self, solver: GossipSolver, turn: int) -> float:
@@ -43,7 +46,7 @@ class VirtualGossip:
         sent_s: dict[int, float] = {}
         for shard, worker in sorted(self._worker_of.items()):
             begins_s = max(self._ready_s[shard], free_s[worker])
-            ends_s = begins_s + self._costs.turn_s(worker, shard, turn)
+            ends_s = begins_s + self._costs.turn_s(worker, shard, turn, self._rows_of(shard, turn))
             free_s[worker] = has_all_s[shard] = ends_s
             sent_s[shard] = begins_s if self._lag else ends_s
         for shard in self._worker_of:

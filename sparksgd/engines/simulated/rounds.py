@@ -23,7 +23,7 @@ from sparksgd.engines.gathering.rounds import (
     Take,
 )
 from sparksgd.engines.protocol import Arrival, StepTiming
-from sparksgd.engines.simulated.costs import Costs, Link
+from sparksgd.engines.simulated.costs import Costs, Link, sums_at_driver
 from sparksgd.engines.trace import TraceEvent
 from sparksgd.solvers.protocol import Quorum, RoundSolver
 
@@ -53,7 +53,7 @@ class VirtualRounds:
     """
 
     def __init__(self, costs: Costs, owned: Mapping[int, tuple[int, ...]], sampling: Sampling) -> None:
-        self._costs, self._owned, self._sampling = costs, owned, sampling
+        self._costs, self._owned, self.sampling = costs, owned, sampling
         self._sums_at_driver = costs.config.rounds == "tree"
         self._gathering = RoundGathering()
         self.now_s = 0.0
@@ -76,61 +76,78 @@ class VirtualRounds:
         began_s, quorum = self.now_s, solver.quorum()
         turns = range(solver.turns, solver.turns + solver.turns_at(solver.turns))
         self._asked_at_s[solver.version] = began_s
+        waits_for_all, workers = quorum.enough == len(quorum.shards), len(self._owned)
+        share = sums_at_driver(workers) / workers if waits_for_all else 1.0
         arrivals: list[Arrival] = []
         taken: list[int] = []
         told = self._gathering.handle(Began(version=solver.version, turn=turns.start, quorum=quorum))
         while True:
             for one in told:
                 if isinstance(one, Ask):
-                    self._ask(one, quorum, turns)
+                    self._ask(one, quorum, turns, 1 + len(solver.answer().vectors))
                 elif isinstance(one, Take):
                     taken.append(one.worker)
                 elif isinstance(one, Fail):
                     raise one.error
                 elif isinstance(one, Finish):
                     return self._over(solver.halves.vectors, began_s, taken, one.late, arrivals)
-            time_s, request, worker = self._next_reply(solver.halves.vectors)
+            time_s, request, worker = self._next_reply(solver.halves.vectors, share)
             self.now_s = max(self.now_s, time_s)
             version = self._gathering.version_of(request)
             assert version is not None  # requests are never given up here
             since_s = time_s - self._asked_at_s[version]
             arrivals.append(Arrival(worker=worker, host="simulated", version=version, arrived_s=since_s))
             shards = self._asked_of(worker, quorum)
-            rows = self._sampling.rows_of_round(turns, shards)
+            rows = self.sampling.rows_of_round(turns, shards)
             told = self._gathering.handle(Arrived(request=request, worker=worker, shards=shards, rows=rows))
 
     def _asked_of(self, worker: int, quorum: Quorum) -> tuple[int, ...]:
         return tuple(shard for shard in self._owned[worker] if shard in quorum.shards)
 
-    def _next_reply(self, vectors: int) -> tuple[float, int, int]:
-        """Return when the next reply is there, of which request, and of which worker."""
+    def _next_reply(self, vectors: int, share: float) -> tuple[float, int, int]:
+        """Return when the next reply is there, of which request, and of which worker.
+
+        Args:
+            vectors: in each.
+            share: what part of it reaches the driver, on average.
+        """
         while True:
             time_s, is_there, request, worker = heapq.heappop(self._replies)
             if is_there:
                 return time_s, request, worker
             if self._sums_at_driver:
                 sent_s = time_s + self._costs.config.latency_s + self._costs.vectors_s(vectors)
-                time_s = self._up.carry(sent_s, self._costs.at_server_s(vectors))
+                time_s = self._up.carry(sent_s, share * self._costs.at_server_s(vectors))
             heapq.heappush(self._replies, (time_s, True, request, worker))
 
-    def _ask(self, ask: Ask, quorum: Quorum, turns: range) -> None:
+    def _ask(self, ask: Ask, quorum: Quorum, turns: range, vectors: int) -> None:
         """Plan the replies of some workers."""
         begins_s = self.now_s
         if self._sums_at_driver:
-            begins_s += self._costs.config.job_s + self._costs.config.latency_s + self._costs.vectors_s(1)
+            begins_s += (
+                self._costs.config.job_s + self._costs.config.latency_s + self._costs.vectors_s(vectors)
+            )
         for worker in ask.workers:
-            computed_s = self._computed_s(worker, begins_s, quorum, turns)
+            computed_s = self.computed_s(worker, begins_s, quorum, turns)
             heapq.heappush(self._replies, (computed_s, False, ask.request, worker))
 
-    def _computed_s(self, worker: int, begins_s: float, quorum: Quorum, turns: range) -> float:
+    def computed_s(self, worker: int, begins_s: float, quorum: Quorum, turns: range) -> float:
         """Return when a worker has made its turns; if it is lost meanwhile, another one makes them again."""
         shards, config = self._asked_of(worker, quorum), self._costs.config
-        takes_s = sum(self._costs.turn_s(worker, shard, turn) for shard in shards for turn in turns)
+        takes_s = sum(
+            self._costs.turn_s(worker, shard, turn, self.sampling.piece_rows(shard, turn))
+            for shard in shards
+            for turn in turns
+        )
         while self._lost_at_s[worker] < begins_s + takes_s:
-            begins_s = max(begins_s, self._lost_at_s[worker]) + config.worker_back_s
+            begins_s = max(begins_s, self._lost_at_s[worker] + config.worker_back_s)
             self.losses += 1
             self._lives[worker] += 1
-            self._lost_at_s[worker] = begins_s + self._costs.until_loss_s(worker, self._lives[worker])
+            self._lost_at_s[worker] = (
+                self._lost_at_s[worker]
+                + config.worker_back_s
+                + self._costs.until_loss_s(worker, self._lives[worker])
+            )
         return begins_s + takes_s
 
     def _over(
