@@ -17,9 +17,9 @@ from sparksgd.arithmetic.changes import Changes
 from sparksgd.arithmetic.flat import FlatModule, FlatStrip, Weights
 from sparksgd.arithmetic.seeds import seed32
 from sparksgd.config import Config
-from sparksgd.errors import ConfigError, ModelError
+from sparksgd.errors import ModelError
 from sparksgd.solvers.arrivals import ArrivalStep, Verdict
-from sparksgd.solvers.centre import Centre, step_along
+from sparksgd.solvers.centre import OnCentre, step_along
 from sparksgd.solvers.flat_optimizer import FlatOptimizer
 from sparksgd.solvers.protocol import (
     Answer,
@@ -46,7 +46,6 @@ __all__ = [
     "ModelCentre",
     "refuse_changes",
     "refuse_statistics",
-    "refuse_took_part",
 ]
 
 
@@ -80,7 +79,7 @@ class GradientSettings(ArrivalSettings):
         require_at_least("solver.clip_norm", self.clip_norm, 0, above=True)
 
 
-class ArrivalCentre:
+class ArrivalCentre(OnCentre):
     """The weights, and how many rows have made them.  A rule is a subclass that defines `arrived`.
 
     Args:
@@ -95,18 +94,10 @@ class ArrivalCentre:
     def __init__(
         self, flat: FlatModule | FlatStrip, settings: ArrivalSettings, experiment: Experiment, halves: Halves
     ) -> None:
-        self.flat, self._centre = flat, Centre(flat)
+        super().__init__(flat)
         self.needs, self.halves = settings.needs(), halves
-        self.remarks: list[str] = []
-        self.revision = 0
         self._experiment, self._max_staleness = experiment, settings.max_staleness
         self._rows = 0
-        self._answer: Answer | None = None
-
-    @property
-    def version(self) -> int:
-        """Steps so far."""
-        return self._centre.version
 
     @property
     def turns(self) -> int:
@@ -115,15 +106,6 @@ class ArrivalCentre:
 
     def _turns_of(self, rows: int) -> int:
         return rows * self._experiment.turns_per_epoch // self._experiment.rows
-
-    @property
-    def is_whole(self) -> bool:
-        """Whether its state is of one version."""
-        return self._centre.is_whole
-
-    def readout(self) -> Weights:
-        """Return a copy of the weights; the same object until the next step."""
-        return self._centre.readout()
 
     def answer(self) -> Answer:
         """Return the newest weights, and the settings of turns; the same object until the next step."""
@@ -211,14 +193,6 @@ class ArrivalCentre:
             self._rows = state.rest["rows"]
             self._centre.load(state)
             self._answer = None
-
-    def evaluated(self, loss: float, accuracy: float | None) -> None:
-        """Change nothing."""
-
-    def step_back(self) -> None:
-        """Return to the weights before the last step; nothing else that it keeps changes."""
-        self._centre.step_back()
-        self._answer = None
 
 
 class GradientCentre(ArrivalCentre):
@@ -382,17 +356,4 @@ def refuse_statistics(weights: Weights) -> None:
             "the module has batch-norm, but with this solver.name every shard has weights of its own, and "
             "the centre sees no row, so nothing could measure running statistics for its weights: use a norm "
             "without them, such as torch.nn.GroupNorm or LayerNorm"
-        )
-
-
-def refuse_took_part(took_part: object) -> None:
-    """Refuse to repeat a run of rounds by a rule of arrivals.
-
-    Raises:
-        ConfigError: there are rounds to repeat.
-    """
-    if took_part:
-        raise ConfigError(
-            "the run to be replayed made rounds, but solver.name is a rule of arrivals: it was made by "
-            "another rule"
         )

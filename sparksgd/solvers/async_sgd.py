@@ -13,7 +13,7 @@ of the shard's own updates, because both multiply by eta.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -28,7 +28,6 @@ from sparksgd.solvers.arrival_centre import (
     GradientCentre,
     GradientSettings,
     refuse_statistics,
-    refuse_took_part,
 )
 from sparksgd.solvers.arrivals import Verdict
 from sparksgd.solvers.protocol import Answer, Gradient, Halves, Message, Settings, Vector, total_weight
@@ -120,7 +119,6 @@ class AsyncSGD(GradientCentre):
         flat: the module; the solver owns its parameters from now on.
         settings: the rule's keys.
         experiment: has the optimiser, the schedule, and how long they are used.
-        took_part: must be None.
     """
 
     def __init__(
@@ -128,9 +126,7 @@ class AsyncSGD(GradientCentre):
         flat: FlatModule | FlatStrip,
         settings: AsyncSGDSettings,
         experiment: Experiment,
-        took_part: Sequence[frozenset[int]] | None = None,
     ) -> None:
-        refuse_took_part(took_part)
         self._is_plain = settings.push_every == settings.pull_every == 1
         halves = Halves(make=SendGradients)
         if not self._is_plain:

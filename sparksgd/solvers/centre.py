@@ -14,9 +14,9 @@ import torch
 from sparksgd.arithmetic.flat import FlatModule, FlatStrip, Weights
 from sparksgd.errors import UpdateNotFinite
 from sparksgd.solvers.flat_optimizer import FlatOptimizer
-from sparksgd.solvers.protocol import Message, SolverState, Touched, Vector
+from sparksgd.solvers.protocol import Answer, Message, SolverState, Touched, Vector
 
-__all__ = ["Centre", "clip", "refuse_not_finite", "step_along"]
+__all__ = ["Centre", "OnCentre", "clip", "refuse_not_finite", "step_along"]
 
 
 class Centre:
@@ -104,6 +104,51 @@ class Centre:
             self.flat.load(weights)
             self.version = weights.version
         self._current = self._before = None
+
+
+class OnCentre:
+    """A central half that has a centre: what all of them tell of it.
+
+    Args:
+        flat: the module, or a strip of it; the solver owns its parameters from now on.
+        is_replica: see `Centre`.
+    """
+
+    def __init__(self, flat: FlatModule | FlatStrip, *, is_replica: bool = False) -> None:
+        self.flat, self._centre = flat, Centre(flat, is_replica=is_replica)
+        self.remarks: list[str] = []
+        self.revision = 0
+        self._answer: Answer | None = None
+
+    @property
+    def version(self) -> int:
+        """Steps so far."""
+        return self._centre.version
+
+    @property
+    def turns(self) -> int:
+        """Turns that every shard has made."""
+        return self._centre.turns
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether its state is of one version."""
+        return self._centre.is_whole
+
+    def readout(self) -> Weights:
+        """Return a copy of the weights, or a replica's view; the same object until the next step."""
+        return self._centre.readout()
+
+    def evaluated(self, loss: float, accuracy: float | None) -> None:
+        """Change nothing; a rule whose schedule evaluations move has its own."""
+
+    def step_back(self) -> None:
+        """Return to the weights before the last step, which had a finite loss.
+
+        The run must end here, because nothing else that the solver keeps changes.
+        """
+        self._centre.step_back()
+        self._answer = None
 
 
 def step_along(

@@ -13,7 +13,6 @@ for the Hessian's diagonal.  lambda = 0 is asynchronous SGD.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +20,7 @@ import numpy as np
 
 from sparksgd.arithmetic.flat import FlatModule, FlatStrip
 from sparksgd.config import Config
-from sparksgd.solvers.arrival_centre import GradientCentre, GradientSettings, refuse_took_part
+from sparksgd.solvers.arrival_centre import GradientCentre, GradientSettings
 from sparksgd.solvers.arrivals import Verdict
 from sparksgd.solvers.protocol import Answer, Message, SolverState, Vector, total_weight
 from sparksgd.solvers.rules import Experiment, require_at_least
@@ -54,7 +53,6 @@ class DelayCompensated(GradientCentre):
         flat: the module; the solver owns its parameters from now on.
         settings: the rule's keys.
         experiment: has the optimiser, the schedule, and how long they are used.
-        took_part: must be None.
     """
 
     def __init__(
@@ -62,9 +60,7 @@ class DelayCompensated(GradientCentre):
         flat: FlatModule | FlatStrip,
         settings: DelayCompensatedSettings,
         experiment: Experiment,
-        took_part: Sequence[frozenset[int]] | None = None,
     ) -> None:
-        refuse_took_part(took_part)
         super().__init__(flat, settings, experiment)
         self._compensation = settings.compensation
         self._squares: Vector | None = np.zeros_like(self.readout().parameters) if settings.adaptive else None

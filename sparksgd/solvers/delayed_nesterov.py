@@ -11,7 +11,6 @@ SGD of one shard.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -22,7 +21,7 @@ import torch
 from sparksgd.arithmetic.flat import FlatModule, FlatStrip
 from sparksgd.config import Config
 from sparksgd.errors import ConfigError
-from sparksgd.solvers.arrival_centre import ArrivalSettings, ModelCentre, refuse_took_part
+from sparksgd.solvers.arrival_centre import ArrivalSettings, ModelCentre
 from sparksgd.solvers.arrivals import Verdict
 from sparksgd.solvers.local_turns import LocalSGDSettings, LocalTurns
 from sparksgd.solvers.protocol import (
@@ -102,7 +101,6 @@ class DelayedNesterov(ModelCentre):
         flat: the module; the solver owns its parameters from now on.
         settings: the rule's keys.
         experiment: has the optimiser, the schedule, and how long they are used.
-        took_part: must be None.
     """
 
     def __init__(
@@ -110,9 +108,7 @@ class DelayedNesterov(ModelCentre):
         flat: FlatModule | FlatStrip,
         settings: DelayedNesterovSettings,
         experiment: Experiment,
-        took_part: Sequence[frozenset[int]] | None = None,
     ) -> None:
-        refuse_took_part(took_part)
         make = partial(
             AsyncLocalTurns,
             turns=settings.turns_per_push,

@@ -19,7 +19,7 @@ alpha = 0 leaves each shard alone.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
@@ -32,7 +32,7 @@ from sparksgd.arithmetic.flat import FlatModule, FlatStrip
 from sparksgd.arithmetic.seeds import seed32
 from sparksgd.config import Config, OptimizerConfig
 from sparksgd.errors import ConfigError
-from sparksgd.solvers.arrival_centre import ArrivalSettings, ModelCentre, refuse_took_part
+from sparksgd.solvers.arrival_centre import ArrivalSettings, ModelCentre
 from sparksgd.solvers.arrivals import ArrivalStep, Verdict
 from sparksgd.solvers.centre import refuse_not_finite, step_along
 from sparksgd.solvers.flat_optimizer import FlatOptimizer
@@ -220,7 +220,6 @@ class ElasticAveraging(ModelCentre):
         flat: the module; the solver owns its parameters from now on.
         settings: the rule's keys.
         experiment: has the optimiser, the schedule, and how long they are used.
-        took_part: must be None.
     """
 
     def __init__(
@@ -228,9 +227,7 @@ class ElasticAveraging(ModelCentre):
         flat: FlatModule | FlatStrip,
         settings: ElasticSettings,
         experiment: Experiment,
-        took_part: Sequence[frozenset[int]] | None = None,
     ) -> None:
-        refuse_took_part(took_part)
         make = partial(ElasticModel, settings=settings, optimizer=experiment.optimizer, seed=experiment.seed)
         super().__init__(flat, settings, experiment, make)
         self._rule, self._num_shards = settings, experiment.num_shards

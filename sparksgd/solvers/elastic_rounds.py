@@ -16,10 +16,10 @@ from functools import partial
 
 import torch
 
-from sparksgd.arithmetic.flat import FlatModule, FlatStrip, Weights
+from sparksgd.arithmetic.flat import FlatModule, FlatStrip
 from sparksgd.errors import ConfigError
 from sparksgd.solvers.arrival_centre import refuse_changes, refuse_statistics
-from sparksgd.solvers.centre import Centre
+from sparksgd.solvers.centre import OnCentre
 from sparksgd.solvers.elastic_averaging import (
     ALPHA,
     ElasticAveraging,
@@ -68,7 +68,7 @@ class ElasticRoundModel(ElasticModel):
         return self._sent()
 
 
-class ElasticRounds:
+class ElasticRounds(OnCentre):
     """The central half: the sum of all models draws the centre towards it.
 
     Args:
@@ -93,7 +93,8 @@ class ElasticRounds:
                 "the run to be replayed made steps of some shards only, but with this solver.name all shards "
                 "take part in every step: it was made by another rule"
             )
-        self.flat, self._quorum, self._centre = flat, Quorum.of_all(everyone), Centre(flat)
+        super().__init__(flat)
+        self._quorum = Quorum.of_all(everyone)
         refuse_statistics(self._centre.readout())
         make_optimizer(flat, experiment.optimizer, experiment.seed)  # tries it: halves make others alike
         self._rule, self._experiment = settings, experiment
@@ -105,25 +106,8 @@ class ElasticRounds:
         self.halves = Halves(make=make, have_local_models=True, keep_state=True)
         self._rates = Rates.of(experiment, flat)
         self.remarks = self._rates.remarks
-        self.revision = 0
         self._before: Vector = self._centre.readout().parameters
         self._alpha = 0.0
-        self._answer: Answer | None = None
-
-    @property
-    def version(self) -> int:
-        """Steps so far."""
-        return self._centre.version
-
-    @property
-    def turns(self) -> int:
-        """Turns that every shard has made."""
-        return self._centre.turns
-
-    @property
-    def is_whole(self) -> bool:
-        """Whether its state is of one version."""
-        return self._centre.is_whole
 
     def turns_at(self, turn: int) -> int:
         """Return tau, or fewer if the epoch or the run ends before."""
@@ -168,10 +152,6 @@ class ElasticRounds:
         self._before, self._alpha, self._answer = before, alpha, None
         return StepOutcome(lr=lr, gradient_norm=None)
 
-    def readout(self) -> Weights:
-        """Return a copy of the weights; the same object until the next step."""
-        return self._centre.readout()
-
     def state(self) -> SolverState:
         """Return all that its next step depends on, except what shards keep."""
         return SolverState(
@@ -189,14 +169,6 @@ class ElasticRounds:
             self._centre.load(state)
             self._answer = None
 
-    def evaluated(self, loss: float, accuracy: float | None) -> None:
-        """Change nothing: its rates follow from the turns alone."""
-
-    def step_back(self) -> None:
-        """Return to the weights before the last step."""
-        self._centre.step_back()
-        self._answer = None
-
     def make_replica(self) -> MakeReplica:
         """Return a function that makes another solver of this kind, at version 0; it can be pickled."""
         return self._make_replica
@@ -209,5 +181,6 @@ def make_elastic(
     took_part: Sequence[frozenset[int]] | None = None,
 ) -> CentralSolver:
     """Return the central half for the order that the keys name."""
-    make = ElasticRounds if settings.order == "together" else ElasticAveraging
-    return make(flat, settings, experiment, took_part)
+    if settings.order == "together":
+        return ElasticRounds(flat, settings, experiment, took_part)
+    return ElasticAveraging(flat, settings, experiment)

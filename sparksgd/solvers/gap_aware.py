@@ -14,7 +14,6 @@ not moved since they were read, it is asynchronous SGD.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +22,7 @@ import numpy as np
 from sparksgd.arithmetic.flat import FlatModule, FlatStrip
 from sparksgd.config import Config
 from sparksgd.errors import ConfigError
-from sparksgd.solvers.arrival_centre import GradientCentre, GradientSettings, refuse_took_part
+from sparksgd.solvers.arrival_centre import GradientCentre, GradientSettings
 from sparksgd.solvers.arrivals import Verdict
 from sparksgd.solvers.protocol import Answer, Message, SolverState, Vector, total_weight
 from sparksgd.solvers.rules import Experiment
@@ -60,7 +59,6 @@ class GapAware(GradientCentre):
         flat: the module; the solver owns its parameters from now on.
         settings: the rule's keys.
         experiment: has the optimiser, the schedule, and how long they are used.
-        took_part: must be None.
     """
 
     def __init__(
@@ -68,9 +66,7 @@ class GapAware(GradientCentre):
         flat: FlatModule | FlatStrip,
         settings: GapAwareSettings,
         experiment: Experiment,
-        took_part: Sequence[frozenset[int]] | None = None,
     ) -> None:
-        refuse_took_part(took_part)
         super().__init__(flat, settings, experiment)
         self._squares = np.zeros_like(self.readout().parameters)
         self._rate = self.lr

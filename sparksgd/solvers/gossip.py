@@ -22,7 +22,7 @@ from sparksgd.arithmetic.seeds import seed32
 from sparksgd.config import Config, OptimizerConfig
 from sparksgd.errors import ConfigError
 from sparksgd.solvers.arrival_centre import refuse_changes, refuse_statistics
-from sparksgd.solvers.centre import Centre, refuse_not_finite, step_along
+from sparksgd.solvers.centre import OnCentre, refuse_not_finite, step_along
 from sparksgd.solvers.flat_optimizer import FlatOptimizer
 from sparksgd.solvers.protocol import (
     Answer,
@@ -180,7 +180,7 @@ class GossipModel:
         self._optimizer.load_averaged(vectors, scalars)
 
 
-class GossipCentre:
+class GossipCentre(OnCentre):
     """The readout of all shards' models, after every turn.  A rule is a subclass that defines `peers`.
 
     Args:
@@ -207,37 +207,17 @@ class GossipCentre:
                 "the run to be replayed made steps of some shards only, but with this solver.name all shards "
                 "make every turn: it was made by another rule"
             )
-        self.flat, self._centre = flat, Centre(flat)
+        super().__init__(flat)
         refuse_statistics(self._centre.readout())
         make_optimizer(flat, experiment.optimizer, experiment.seed)  # tries it: halves make others alike
         self.needs, self.num_shards = settings.needs(), experiment.num_shards
         self.halves = Halves(make=make, have_local_models=True, keep_state=True)
         self._rates = Rates.of(experiment, flat)
         self.remarks = self._rates.remarks
-        self.revision = 0
-
-    @property
-    def version(self) -> int:
-        """Turns so far."""
-        return self._centre.version
-
-    @property
-    def turns(self) -> int:
-        """Turns that every shard has made."""
-        return self._centre.turns
-
-    @property
-    def is_whole(self) -> bool:
-        """Whether its state is of one version."""
-        return self._centre.is_whole
 
     def turns_at(self, turn: int) -> int:
         """Return 1: every turn is a step."""
         return 1
-
-    def readout(self) -> Weights:
-        """Return a copy of the mean model; the same object until the next turn."""
-        return self._centre.readout()
 
     def answer(self) -> Answer:
         """Return the mean model, and the settings of the next turn."""
@@ -264,13 +244,6 @@ class GossipCentre:
         with self._centre.changing():
             self._rates.load_state(state.rest["rates"])
             self._centre.load(state)
-
-    def evaluated(self, loss: float, accuracy: float | None) -> None:
-        """Change nothing: its rates follow from the turns alone."""
-
-    def step_back(self) -> None:
-        """Return to the mean model before the last turn."""
-        self._centre.step_back()
 
 
 def _mean(shares: Iterable[tuple[Vector, float]]) -> Vector:

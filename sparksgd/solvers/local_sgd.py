@@ -25,10 +25,10 @@ from functools import partial
 import numpy as np
 import torch
 
-from sparksgd.arithmetic.flat import FlatModule, FlatStrip, Weights
+from sparksgd.arithmetic.flat import FlatModule, FlatStrip
 from sparksgd.arithmetic.seeds import seed32
 from sparksgd.errors import ConfigError
-from sparksgd.solvers.centre import Centre, step_along
+from sparksgd.solvers.centre import OnCentre, step_along
 from sparksgd.solvers.flat_optimizer import HAS, FlatOptimizer, means
 from sparksgd.solvers.local_turns import LocalSGDSettings, LocalTurns
 from sparksgd.solvers.protocol import (
@@ -52,7 +52,7 @@ from sparksgd.solvers.torch_optimizers import another_optimizer, make_optimizer,
 __all__ = ["LocalSGD", "LocalSGDSettings"]
 
 
-class LocalSGD:
+class LocalSGD(OnCentre):
     """The central half: it steps along the mean of the shards' differences.
 
     Args:
@@ -79,8 +79,8 @@ class LocalSGD:
                 'solver.name is "local_sgd", which makes every step of all shards, but the run to be '
                 "replayed made some of fewer: it was made by another rule"
             )
-        self.flat, self._quorum = flat, Quorum.of_all(everyone)
-        self._centre = Centre(flat, is_replica=is_replica)
+        super().__init__(flat, is_replica=is_replica)
+        self._quorum = Quorum.of_all(everyone)
         self.needs = settings.needs()
         self._settings, self._experiment = settings, experiment
         self._make_replica = partial(LocalSGD, settings=settings, experiment=experiment, is_replica=True)
@@ -113,11 +113,9 @@ class LocalSGD:
             vectors=1 + len(self._state_names[0]),
         )
         self.remarks = self._rates.remarks + _remarks(settings, experiment, self._rates)
-        self.revision = 0
         self._momentum = torch.zeros_like(flat.parameters) if settings.outer_momentum else None
         self._vectors: dict[str, Vector] = {}
         self._scalars: dict[str, float] = {}
-        self._answer: Answer | None = None
 
     @property
     def optimizers(self) -> Sequence[FlatOptimizer]:
@@ -125,24 +123,9 @@ class LocalSGD:
         return [] if self._inner is None else [self._inner]
 
     @property
-    def version(self) -> int:
-        """Steps so far."""
-        return self._centre.version
-
-    @property
-    def turns(self) -> int:
-        """Turns that every shard has made."""
-        return self._centre.turns
-
-    @property
     def _is_local(self) -> bool:
         """Whether the next round has local turns."""
         return self.turns >= self._settings.synchronous_steps
-
-    @property
-    def is_whole(self) -> bool:
-        """Whether its state is of one version."""
-        return self._centre.is_whole
 
     def turns_at(self, turn: int) -> int:
         """Return H, or fewer if the epoch or the run ends before; 1 before the local turns begin."""
@@ -238,10 +221,6 @@ class LocalSGD:
         vectors = {name: total.vectors[name] for name in self._state_names[0]}
         return means(vectors, total.scalars, total_weight(total), self.flat.parts)
 
-    def readout(self) -> Weights:
-        """Return a copy of the weights, or a replica's view; the same object until the next step."""
-        return self._centre.readout()
-
     def state(self) -> SolverState:
         """Return what its next step depends on."""
         vectors, rest = ({}, None) if self._inner is None else self._inner.state()
@@ -274,14 +253,6 @@ class LocalSGD:
             self._rates.load_state(state.rest["rates"])
             self._centre.load(state)
             self._answer = None
-
-    def evaluated(self, loss: float, accuracy: float | None) -> None:
-        """Change nothing: its rates follow from the turns alone."""
-
-    def step_back(self) -> None:
-        """Return to the weights before the last step; the state of the optimisers does not change."""
-        self._centre.step_back()
-        self._answer = None
 
     def make_replica(self) -> MakeReplica:
         """Return a function that makes another solver of this kind, at version 0; it can be pickled."""

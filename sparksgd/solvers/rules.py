@@ -160,8 +160,15 @@ def make_solver(
         ConfigError: the rule, the optimiser or the schedule cannot be made.
     """
     _, make = _named(config.solver)
-    settings = settings_of(config.solver)
-    return make(flat, settings, experiment, took_part)
+    settings, family = settings_of(config.solver), family_of(config.solver)
+    if family != "arrivals":
+        return make(flat, settings, experiment, took_part)
+    if took_part:
+        raise ConfigError(
+            f'the run to be replayed made rounds, but solver.name = "{config.solver.name}" is a rule of '
+            f"{family}: it was made by another rule"
+        )
+    return make(flat, settings, experiment)
 
 
 def family_of(config: SolverConfig) -> str:

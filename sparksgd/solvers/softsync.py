@@ -18,7 +18,6 @@ c = 1 with `ignore` is asynchronous SGD.  c = S with `release = "step"` is synch
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -28,7 +27,7 @@ from sparksgd.arithmetic.addition_tree import Partials, add_partial
 from sparksgd.arithmetic.flat import FlatModule, FlatStrip
 from sparksgd.config import Config
 from sparksgd.errors import ConfigError
-from sparksgd.solvers.arrival_centre import GradientCentre, GradientSettings, refuse_took_part
+from sparksgd.solvers.arrival_centre import GradientCentre, GradientSettings
 from sparksgd.solvers.arrivals import ArrivalStep, Verdict
 from sparksgd.solvers.protocol import Answer, Message, total_weight
 from sparksgd.solvers.rules import Experiment, require_at_least
@@ -81,7 +80,6 @@ class Softsync(GradientCentre):
         flat: the module; the solver owns its parameters from now on.
         settings: the rule's keys.
         experiment: has the optimiser, the schedule, and how long they are used.
-        took_part: must be None.
     """
 
     def __init__(
@@ -89,9 +87,7 @@ class Softsync(GradientCentre):
         flat: FlatModule | FlatStrip,
         settings: SoftsyncSettings,
         experiment: Experiment,
-        took_part: Sequence[frozenset[int]] | None = None,
     ) -> None:
-        refuse_took_part(took_part)
         super().__init__(flat, settings, experiment)
         self._rule, self._num_shards = settings, experiment.num_shards
         self._waiting: list[tuple[int, int, Message]] = []

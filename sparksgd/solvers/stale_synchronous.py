@@ -10,12 +10,11 @@ A shard that is lost leaves the minimum; when it is back, it begins at the clock
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from sparksgd.arithmetic.flat import FlatModule, FlatStrip
 from sparksgd.config import Config
-from sparksgd.solvers.arrival_centre import GradientCentre, GradientSettings, refuse_took_part
+from sparksgd.solvers.arrival_centre import GradientCentre, GradientSettings
 from sparksgd.solvers.arrivals import ArrivalStep, Verdict
 from sparksgd.solvers.protocol import Answer, Message, total_weight
 from sparksgd.solvers.rules import Experiment, require_at_least
@@ -43,7 +42,6 @@ class StaleSynchronous(GradientCentre):
         flat: the module; the solver owns its parameters from now on.
         settings: the rule's keys.
         experiment: has the optimiser, the schedule, and how long they are used.
-        took_part: must be None.
     """
 
     def __init__(
@@ -51,9 +49,7 @@ class StaleSynchronous(GradientCentre):
         flat: FlatModule | FlatStrip,
         settings: StaleSynchronousSettings,
         experiment: Experiment,
-        took_part: Sequence[frozenset[int]] | None = None,
     ) -> None:
-        refuse_took_part(took_part)
         super().__init__(flat, settings, experiment)
         self._bound = settings.bound
         self._clocks: dict[int, int] = {}

@@ -16,11 +16,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-from sparksgd.arithmetic.flat import FlatModule, FlatStrip, Weights
+from sparksgd.arithmetic.flat import FlatModule, FlatStrip
 from sparksgd.arithmetic.seeds import seed32
 from sparksgd.config import Config
 from sparksgd.errors import ConfigError
-from sparksgd.solvers.centre import Centre, step_along
+from sparksgd.solvers.centre import OnCentre, step_along
 from sparksgd.solvers.flat_optimizer import FlatOptimizer
 from sparksgd.solvers.protocol import (
     Answer,
@@ -127,7 +127,7 @@ class SendGradients:
         """Keep nothing."""
 
 
-class SynchronousSolver:
+class SynchronousSolver(OnCentre):
     """Synchronous SGD with any torch optimiser and learning-rate schedule.
 
     Args:
@@ -148,7 +148,7 @@ class SynchronousSolver:
         *,
         is_replica: bool = False,
     ) -> None:
-        self.flat, self._centre = flat, Centre(flat, is_replica=is_replica)
+        super().__init__(flat, is_replica=is_replica)
         self.halves = Halves(make=SendGradients, send_gradients=True)
         self._make_replica = partial(
             SynchronousSolver, settings=settings, experiment=experiment, is_replica=True
@@ -169,28 +169,11 @@ class SynchronousSolver:
             self._optimizer, experiment.schedule, experiment.moves, self._seed, is_tried=is_replica
         )
         self.remarks = remarks_on(self._schedule, experiment.moves)
-        self.revision = 0
-        self._answer: Answer | None = None
 
     @property
     def optimizers(self) -> Sequence[FlatOptimizer]:
         """Return the optimisers that make its steps."""
         return [self._optimizer]
-
-    @property
-    def version(self) -> int:
-        """Steps so far."""
-        return self._centre.version
-
-    @property
-    def turns(self) -> int:
-        """Turns that every shard has made: one a step."""
-        return self._centre.turns
-
-    @property
-    def is_whole(self) -> bool:
-        """Whether its state is of one version."""
-        return self._centre.is_whole
 
     def turns_at(self, turn: int) -> int:
         """Return 1: every turn is a round."""
@@ -229,10 +212,6 @@ class SynchronousSolver:
                 self._schedule.load_state(state.rest["schedule"])
             self._centre.load(state)
 
-    def readout(self) -> Weights:
-        """Return a copy of the weights, or a replica's view; the same object until the next step."""
-        return self._centre.readout()
-
     def quorum(self) -> Quorum:
         """Return the shards that the next step needs: all but the backups, or those of the trace."""
         if self._took_part is None:
@@ -268,10 +247,3 @@ class SynchronousSolver:
         """Let a schedule that evaluations move change the rate."""
         if self._schedule is not None and self._schedule.evaluated(loss, accuracy):
             self.revision += 1
-
-    def step_back(self) -> None:
-        """Return to the weights before the last step, which had a finite loss.
-
-        The run must end here, because the optimiser's state does not change.
-        """
-        self._centre.step_back()
