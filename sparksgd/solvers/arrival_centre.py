@@ -13,6 +13,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from sparksgd.arithmetic.changes import Changes
 from sparksgd.arithmetic.flat import FlatModule, FlatStrip, Weights
 from sparksgd.arithmetic.seeds import seed32
@@ -41,6 +43,7 @@ from sparksgd.solvers.torch_optimizers import make_optimizer
 __all__ = [
     "ArrivalCentre",
     "ArrivalSettings",
+    "CorrectedCentre",
     "GradientCentre",
     "GradientSettings",
     "ModelCentre",
@@ -283,6 +286,52 @@ class GradientCentre(ArrivalCentre):
         if self._schedule is not None and self._schedule.evaluated(loss, accuracy):
             self.revision += 1
             self._answer = None
+
+
+class CorrectedCentre(GradientCentre):
+    """A centre that corrects each gradient by how far its weights have moved since the sender read them.
+
+    Args:
+        flat: the module; the solver owns its parameters from now on.
+        settings: the rule's keys.
+        experiment: has the optimiser, the schedule, and how long they are used.
+    """
+
+    def __init__(
+        self, flat: FlatModule | FlatStrip, settings: GradientSettings, experiment: Experiment
+    ) -> None:
+        super().__init__(flat, settings, experiment)
+        self._read: dict[int, Vector] = {}
+
+    def _corrected(self, mean: Vector, moved: Vector) -> Vector:
+        """Return what the optimiser steps along.
+
+        Args:
+            mean: the mean gradient of the message, float32[P].
+            moved: the weights now, less those that it was computed from, float32[P].
+        """
+        raise NotImplementedError
+
+    def begin(self, shard: int) -> Answer:
+        """Return the newest weights, and remember that the shard has them."""
+        self._read[shard] = self.readout().parameters
+        return self.answer()
+
+    def arrived(self, shard: int, message: Message, version_read: int) -> Verdict:
+        """Step along the corrected gradient."""
+        if self._is_too_old(version_read):
+            return Verdict(answers={shard: self.begin(shard)}, is_ignored=True)
+        gradient, staleness = message.vectors["gradient"], self._staleness(version_read)
+        mean = gradient / np.asarray(total_weight(message), gradient.dtype)
+        with np.errstate(over="ignore", invalid="ignore"):  # a step to infinity is refused
+            corrected = self._corrected(mean, self.readout().parameters - self._read[shard])
+        step = self._step_along(message, corrected, 1.0, [shard], [staleness])
+        return Verdict(answers={shard: self.begin(shard)}, steps=(step,))
+
+    def lost(self, shard: int) -> Verdict:
+        """Forget what the shard has read."""
+        self._read.pop(shard, None)
+        return Verdict()
 
 
 class ModelCentre(ArrivalCentre):

@@ -5,7 +5,7 @@
     theta <- optimiser(theta, g)
 
     theta_read   the weights that the shard computed from; each shard has its own
-    adaptive:    lambda = lambda_0 / sqrt(v + 1e-7);  v <- 0.95 v + 0.05 g_mean g_mean
+    adaptive:    v <- 0.95 v + 0.05 g_mean g_mean;  lambda = lambda_0 / sqrt(v + 1e-7)
 
 Zheng et al. 2017, "Asynchronous Stochastic Gradient Descent with Delay Compensation" (ICML), where g g stands
 for the Hessian's diagonal.  lambda = 0 is asynchronous SGD.
@@ -20,9 +20,8 @@ import numpy as np
 
 from sparksgd.arithmetic.flat import FlatModule, FlatStrip
 from sparksgd.config import Config
-from sparksgd.solvers.arrival_centre import GradientCentre, GradientSettings
-from sparksgd.solvers.arrivals import Verdict
-from sparksgd.solvers.protocol import Answer, Message, SolverState, Vector, total_weight
+from sparksgd.solvers.arrival_centre import CorrectedCentre, GradientSettings
+from sparksgd.solvers.protocol import SolverState, Vector
 from sparksgd.solvers.rules import Experiment, require_at_least
 
 __all__ = ["DelayCompensated", "DelayCompensatedSettings"]
@@ -46,7 +45,7 @@ class DelayCompensatedSettings(GradientSettings):
         require_at_least("solver.compensation", self.compensation, 0)
 
 
-class DelayCompensated(GradientCentre):
+class DelayCompensated(CorrectedCentre):
     """The central half: it compensates each gradient, and steps.
 
     Args:
@@ -64,29 +63,10 @@ class DelayCompensated(GradientCentre):
         super().__init__(flat, settings, experiment)
         self._compensation = settings.compensation
         self._squares: Vector | None = np.zeros_like(self.readout().parameters) if settings.adaptive else None
-        self._read: dict[int, Vector] = {}
 
-    def begin(self, shard: int) -> Answer:
-        """Return the newest weights, and remember that the shard has them."""
-        self._read[shard] = self.readout().parameters
-        return self.answer()
-
-    def arrived(self, shard: int, message: Message, version_read: int) -> Verdict:
-        """Step along the compensated gradient."""
-        if self._is_too_old(version_read):
-            return Verdict(answers={shard: self.begin(shard)}, is_ignored=True)
-        gradient = message.vectors["gradient"]
-        mean = gradient / np.asarray(total_weight(message), gradient.dtype)
-        moved = self.readout().parameters - self._read[shard]
-        with np.errstate(over="ignore", invalid="ignore"):  # a step to infinity is refused
-            compensated = mean + self._rate(mean) * mean * mean * moved
-        step = self._step_along(message, compensated, 1.0, [shard], [self._staleness(version_read)])
-        return Verdict(answers={shard: self.begin(shard)}, steps=(step,))
-
-    def lost(self, shard: int) -> Verdict:
-        """Forget what the shard has read."""
-        self._read.pop(shard, None)
-        return Verdict()
+    def _corrected(self, mean: Vector, moved: Vector) -> Vector:
+        compensated: Vector = mean + self._rate(mean) * mean * mean * moved
+        return compensated
 
     def _rate(self, mean: Vector) -> Any:
         """Return lambda, for each parameter if it is adaptive."""

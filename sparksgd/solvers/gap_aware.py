@@ -22,9 +22,9 @@ import numpy as np
 from sparksgd.arithmetic.flat import FlatModule, FlatStrip
 from sparksgd.config import Config
 from sparksgd.errors import ConfigError
-from sparksgd.solvers.arrival_centre import GradientCentre, GradientSettings
+from sparksgd.solvers.arrival_centre import CorrectedCentre, GradientSettings
 from sparksgd.solvers.arrivals import Verdict
-from sparksgd.solvers.protocol import Answer, Message, SolverState, Vector, total_weight
+from sparksgd.solvers.protocol import Message, SolverState, Vector
 from sparksgd.solvers.rules import Experiment
 
 __all__ = ["GapAware", "GapAwareSettings"]
@@ -52,7 +52,7 @@ class GapAwareSettings(GradientSettings):
             )
 
 
-class GapAware(GradientCentre):
+class GapAware(CorrectedCentre):
     """The central half: it divides each gradient by its gap, and steps.
 
     Args:
@@ -69,31 +69,19 @@ class GapAware(GradientCentre):
     ) -> None:
         super().__init__(flat, settings, experiment)
         self._squares = np.zeros_like(self.readout().parameters)
-        self._rate = self.lr
-        self._read: dict[int, Vector] = {}
-
-    def begin(self, shard: int) -> Answer:
-        """Return the newest weights, and remember that the shard has them."""
-        self._read[shard] = self.readout().parameters
-        return self.answer()
+        self._rate, self._mean = self.lr, self._squares
 
     def arrived(self, shard: int, message: Message, version_read: int) -> Verdict:
-        """Step along the gradient, divided by its gap."""
-        if self._is_too_old(version_read):
-            return Verdict(answers={shard: self.begin(shard)}, is_ignored=True)
-        gradient = message.vectors["gradient"]
-        mean = gradient / np.asarray(total_weight(message), gradient.dtype)
-        moved = np.abs(self.readout().parameters - self._read[shard])
-        self._rate = max(self._rate, self.lr)
-        gradient, staleness = mean / (1 + self._gap(moved)), self._staleness(version_read)
-        step = self._step_along(message, gradient, 1.0, [shard], [staleness])
-        self._note_step(mean)
-        return Verdict(answers={shard: self.begin(shard)}, steps=(step,))
+        """Step along the gradient, divided by its gap; note how large the step was."""
+        verdict = super().arrived(shard, message, version_read)
+        if verdict.steps:
+            self._note_step(self._mean)
+        return verdict
 
-    def lost(self, shard: int) -> Verdict:
-        """Forget what the shard has read."""
-        self._read.pop(shard, None)
-        return Verdict()
+    def _corrected(self, mean: Vector, moved: Vector) -> Vector:
+        self._mean, self._rate = mean, max(self._rate, self.lr)
+        corrected: Vector = mean / (1 + self._gap(np.abs(moved)))
+        return corrected
 
     def _gap(self, moved: Vector) -> Vector:
         """Return how many usual steps the weights have moved; 0 before the first step."""
