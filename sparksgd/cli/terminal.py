@@ -95,10 +95,14 @@ def _table(training: Training) -> Table:
     if training.turns != training.version:
         table.add_row("solver", f"{training.config.solver.name}, {training.turns:,} turns")
     if training.virtual_s is not None:
-        table.add_row("virtual time", f"{training.virtual_s:,.1f} s: rows/s and steps are in it")
+        lost = training.participation.lost_workers
+        more = f"; {lost} workers were lost" if lost else ""
+        table.add_row("virtual time", f"{training.virtual_s:,.1f} s: rows/s and steps are in it{more}")
     if staleness := training.participation.staleness:
-        mean = sum(age * count for age, count in staleness.items()) / staleness.total()
-        table.add_row("staleness", f"mean {mean:.1f}, largest {max(staleness)} steps")
+        ignored = training.participation.ignored
+        more = f"; {ignored:,} messages were older, and ignored" if ignored else ""
+        mean = training.participation.mean_staleness
+        table.add_row("staleness", f"mean {mean:.1f}, largest {max(staleness)} steps{more}")
     workers = len(training.numerics) - 1
     table.add_row("engine", f"{training.engine}, {workers} workers, "
                             f"{training.config.train.num_shards} shards")  # fmt: skip

@@ -95,6 +95,12 @@ def check_cluster(config: ClusterConfig) -> None:
             raise ConfigError(f"cluster.{field.name} is {value}, but must be above 0")
         if value < 0:
             raise ConfigError(f"cluster.{field.name} is {value}, but must be at least 0")
+    for name, value, least, most in (
+        ("spread", config.spread, 0.0, 10.0),
+        ("tail_shape", config.tail_shape, 0.1, 1e6),
+    ):
+        if not least <= value <= most:
+            raise ConfigError(f"cluster.{name} is {value}, but must be between {least:g} and {most:g}")
     if config.tail_share > 1:
         raise ConfigError(f"cluster.tail_share is {config.tail_share}, but is a part: 1 at most")
     if not -(2**63) <= config.seed < 2**64:

@@ -53,6 +53,7 @@ from sparksgd.imports import out_of_memory_told
 from sparksgd.models.losses import Loss
 from sparksgd.models.metrics import metric_sums
 from sparksgd.solvers.protocol import Answer, Gradient, Halves, Message, Vector, WorkerHalf
+from sparksgd.solvers.protocol import Settings as RateSettings
 
 __all__ = ["Computer", "Plan"]
 
@@ -200,16 +201,14 @@ class Computer:
             standing = _Standing(self.flat, stack.enter_context(ExitStack()), self.plan)
             self.flat.load_buffers(answer.weights.statistics, answer.weights.counters)
             self.flat.load_constants(answer.weights.constants)
-            standing.move_to(half.point())
+            settings, is_own = (
+                answer.settings[0] if answer.settings else {},
+                self.plan.halves.have_local_models,
+            )
             try:
-                gradient = self._piece(shard, turn, None)
-            except NotFinite as error:
-                if self.plan.halves.have_local_models:  # the centre's weights may be good
-                    raise UpdateNotFinite(str(error)) from error
-                raise
-            if gradient is not None:
-                half.turn(gradient, answer.settings[0] if answer.settings else {})
-            return gradient
+                return self._turn(shard, turn, half, settings, standing, has_moved=is_own)
+            except SparkSGDError as error:
+                raise with_place(error, 0, f"turn {turn + 1} of shard {shard.shard}") from error
 
     def evaluations(self, worker: int, shards: Iterable[Descriptor], weights: Weights) -> Reply:
         """Reply to an evaluation: sums over all rows of these shards."""
@@ -280,23 +279,45 @@ class Computer:
         has_moved = False
         for index in range(answer.turns):
             turn = answer.turn + index
-            standing.move_to(half.point())
-            try:
-                gradient = self._piece(shard, turn, take_part)
-            except NotFinite as error:
-                if has_moved:  # the round's weights are good: what diverged is the shard's own model
-                    raise UpdateNotFinite(str(error)) from error
-                raise
+            settings = answer.settings[index] if answer.settings else {}
+            gradient = self._turn(shard, turn, half, settings, standing, take_part, has_moved=has_moved)
             if gradient is None:
                 continue
-            try:
-                half.turn(gradient, answer.settings[index] if answer.settings else {})
-            except UpdateNotFinite as error:
-                raise UpdateNotFinite(f"turn {turn + 1} of shard {shard.shard}: {error}") from error
             has_moved = True
             if gradient.changes is not None and index + 1 < answer.turns:
                 self.flat.standing.apply_constants(gradient.changes)
         return half.send()
+
+    def _turn(
+        self,
+        shard: Descriptor,
+        turn: int,
+        half: WorkerHalf[Any],
+        settings: RateSettings,
+        standing: _Standing,
+        take_part: TakePart | None = None,
+        *,
+        has_moved: bool,
+    ) -> Gradient | None:
+        """Give a half the gradient of a piece, and return it; None if the piece is empty.
+
+        Args:
+            has_moved: whether the half has left the weights that it was given, which may be good although
+                this gradient is not finite.
+        """
+        standing.move_to(half.point())
+        try:
+            gradient = self._piece(shard, turn, take_part)
+        except NotFinite as error:
+            if has_moved:
+                raise UpdateNotFinite(str(error)) from error
+            raise
+        if gradient is not None:
+            try:
+                half.turn(gradient, settings)
+            except UpdateNotFinite as error:
+                raise UpdateNotFinite(f"turn {turn + 1} of shard {shard.shard}: {error}") from error
+        return gradient
 
     def _half(self, shard: int) -> WorkerHalf[Answer]:
         """Return the worker half of a shard; where halves keep no state, one serves all shards in turn."""

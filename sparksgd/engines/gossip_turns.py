@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import cast
 
 from sparksgd.data.shard import Descriptor
 from sparksgd.engines.compute import Computer
+from sparksgd.engines.shard_work import MakeTurn
 from sparksgd.solvers.gossip import GossipHalf, GossipSolver
-from sparksgd.solvers.protocol import Answer, Gradient, Message, StepOutcome, WorkerHalf
+from sparksgd.solvers.protocol import Gradient, Message, StepOutcome
 
-__all__ = ["GossipTurns", "MakeTurn", "TurnMade"]
-
-MakeTurn = Callable[[Descriptor, int, WorkerHalf[Any], Answer], Gradient | None]
+__all__ = ["GossipTurns", "TurnMade"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +30,7 @@ class GossipTurns:
 
     Args:
         computer: has the halves' shapes.
-        make: makes a turn of a half, as `Computer.turn` does.
+        make: makes a turn.
         table: all shards.
         solver: says who sends to whom.
     """

@@ -8,12 +8,13 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
-from typing import cast
+from typing import Any, cast
 
 from sparksgd.arithmetic.numerics import Numerics
+from sparksgd.data.shard import Descriptor
 from sparksgd.data.source import Shards
 from sparksgd.engines.compute import Computer, Plan
-from sparksgd.engines.gossip_turns import GossipTurns, MakeTurn, TurnMade
+from sparksgd.engines.gossip_turns import GossipTurns, TurnMade
 from sparksgd.engines.kinds import INLINE
 from sparksgd.engines.memory import RunSizes, require_here
 from sparksgd.engines.protocol import (
@@ -21,13 +22,22 @@ from sparksgd.engines.protocol import (
     SegmentReport,
     StepReport,
     StepTiming,
+    VirtualCost,
     step_report,
     take_step,
 )
 from sparksgd.engines.replies import Evaluation, Reply
 from sparksgd.errors import ConfigError, ShardMissing
 from sparksgd.solvers.gossip import GossipSolver
-from sparksgd.solvers.protocol import CentralSolver, Need, RoundSolver, total_weight
+from sparksgd.solvers.protocol import (
+    Answer,
+    CentralSolver,
+    Gradient,
+    Need,
+    RoundSolver,
+    WorkerHalf,
+    total_weight,
+)
 
 __all__ = ["InlineEngine", "raise_failure"]
 
@@ -56,7 +66,7 @@ class InlineEngine:
     @staticmethod
     def check_memory(sizes: RunSizes, num_shards: int) -> None:
         """Refuse a run that takes more memory than this machine has."""
-        require_here(sizes)
+        require_here(sizes, num_shards)
 
     def open(self) -> None:
         """Make the computer.
@@ -88,17 +98,20 @@ class InlineEngine:
         made = self._turns_of(solver).next()
         return self._gossip_report(solver, made, StepTiming(total=time.perf_counter() - started))
 
-    @property
-    def _make_turn(self) -> MakeTurn:
-        return self._computer.turn
+    def _turn(self, shard: Descriptor, turn: int, half: WorkerHalf[Any], answer: Answer) -> Gradient | None:
+        """Let a shard make a turn; see `MakeTurn`."""
+        try:
+            return self._computer.turn(shard, turn, half, answer)
+        except ShardMissing as error:
+            raise _not_rewritten(error) from error
 
     def _turns_of(self, solver: GossipSolver) -> GossipTurns:
         if self._gossip_turns is None:
-            self._gossip_turns = GossipTurns(self._computer, self._make_turn, self._shards.table, solver)
+            self._gossip_turns = GossipTurns(self._computer, self._turn, self._shards.table, solver)
         return self._gossip_turns
 
     def _gossip_report(
-        self, solver: GossipSolver, made: TurnMade, timing: StepTiming, virtual_s: float | None = None
+        self, solver: GossipSolver, made: TurnMade, timing: StepTiming, virtual: VirtualCost | None = None
     ) -> StepReport:
         total = made.total
         return step_report(
@@ -113,7 +126,7 @@ class InlineEngine:
             workers=(),
             took_part=tuple(range(len(self._shards.table))),
             shards=made.shards,
-            virtual_s=virtual_s,
+            virtual=virtual,
         )
 
     def _rounds_of(self, solver: RoundSolver, steps: int) -> SegmentReport:
@@ -154,10 +167,14 @@ def raise_failure(reply: Reply) -> None:
     """Raise what failed; here nobody writes a shard again."""
     failure = reply.failure
     if isinstance(failure, ShardMissing):
-        raise ShardMissing(
-            f"{failure}. The inline engine writes no shard again: run again, and test this disk if it "
-            f"happens again",
-            failure.shards,
-        )
+        raise _not_rewritten(failure)
     if failure is not None:
         raise failure
+
+
+def _not_rewritten(missing: ShardMissing) -> ShardMissing:
+    return ShardMissing(
+        f"{missing}. The inline engine writes no shard again: run again, and test this disk if it "
+        f"happens again",
+        missing.shards,
+    )

@@ -49,6 +49,9 @@ class EngineKind:
     barrier: bool = False
     """Whether its Spark jobs start all tasks together; this excludes dynamic allocation."""
 
+    resumes: bool = True
+    """Whether its runs have checkpoints to go on from."""
+
     setting: str = ""
     """What selects it, besides engine.name."""
 
@@ -69,6 +72,7 @@ SIMULATED = EngineKind(
     carries=frozenset({Need.ROUNDS, Need.ARRIVALS, Need.GOSSIP, Need.QUORUM, Need.SHARD_STATE}),
     home="sparksgd.engines.simulated.engine:SimulatedEngine",
     on_spark=False,
+    resumes=False,
     setting=" (in virtual time)",
 )
 TREE = EngineKind(

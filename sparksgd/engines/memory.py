@@ -86,6 +86,9 @@ class RunSizes:
     evaluates: bool = False
     """Whether test rows are evaluated."""
 
+    reads_differ: bool = False
+    """Whether each shard may have weights of another version, as messages that arrive one by one let it."""
+
     keeps_best: bool = False
     """Whether the driver keeps the weights of the best evaluation, and a copy of them in each checkpoint."""
 
@@ -310,13 +313,20 @@ def machine_bytes() -> int:
     return min(found)
 
 
-def require_here(sizes: RunSizes) -> None:
-    """Refuse a run of the inline engine that takes more than this machine has.
+def require_here(sizes: RunSizes, num_shards: int) -> None:
+    """Refuse a run that is computed in this process, and takes more than this machine has.
+
+    Args:
+        sizes: of the run.
+        num_shards: S.
 
     Raises:
         OutOfMemory: with the arithmetic.
     """
     needed, limit = takes(INLINE, sizes).driver_python, machine_bytes()
+    of_shard = sizes.weights * sizes.reads_differ + sizes.local_model * sizes.keeps_shards
+    if of_shard:
+        needed = (*needed, Part("what each shard keeps", num_shards, of_shard))
     if total(needed) > limit:
         raise OutOfMemory(
             f"this machine, or its container, has {decimal(limit)} of memory, but the run takes "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from sparksgd.arithmetic.numerics import Numerics
@@ -24,6 +24,7 @@ __all__ = [
     "SegmentReport",
     "StepReport",
     "StepTiming",
+    "VirtualCost",
     "arrival_reports",
     "step_report",
     "take_step",
@@ -66,6 +67,20 @@ class Arrival:
 
     arrived_s: float
     """Seconds from the beginning of that version's step."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class VirtualCost:
+    """What a step took on a cluster in virtual time."""
+
+    ends_s: float
+    """When it was made, in virtual seconds from the run's start."""
+
+    sent_bytes: int
+    """Bytes of vectors on all links since the last step."""
+
+    lost_workers: int = 0
+    """How many workers were lost since the last step."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,8 +138,16 @@ class StepReport:
     staleness: tuple[int, ...] = ()
     """Of each message, in the order of `took_part`, where shards make turns at their own pace."""
 
-    virtual_s: float | None = None
-    """When it was made, in virtual seconds; None if its times are real."""
+    ignored: int = 0
+    """How many messages were too old to be used, since the last step."""
+
+    virtual: VirtualCost | None = None
+    """What it took in virtual time; None if its times are real."""
+
+    @property
+    def virtual_s(self) -> float | None:
+        """Return when it was made, in virtual seconds."""
+        return None if self.virtual is None else self.virtual.ends_s
 
 
 @dataclass(kw_only=True)
@@ -224,7 +247,7 @@ def take_step(
     late: Sequence[int] = (),
     arrivals: Sequence[Arrival] = (),
     trace: Sequence[TraceEvent] = (),
-    virtual_s: float | None = None,
+    virtual: VirtualCost | None = None,
 ) -> StepReport:
     """Give a round's sum to the solver and report it.
 
@@ -236,7 +259,7 @@ def take_step(
         late: workers that did not answer in time.
         arrivals: which workers answered, and when.
         trace: what chance decided.
-        virtual_s: when it was made, in virtual time.
+        virtual: what it took in virtual time.
 
     Raises:
         TrainingError: no shard sent a message.
@@ -263,7 +286,7 @@ def take_step(
         late=late,
         arrivals=arrivals,
         trace=trace,
-        virtual_s=virtual_s,
+        virtual=virtual,
     )
 
 
@@ -271,11 +294,12 @@ def arrival_reports(
     solver: ArrivalSolver,
     plan: Plan,
     steps: Sequence[ArrivalStep],
+    *,
     turns_before: int,
     timing: StepTiming,
-    workers: Iterable[WorkerReport],
     trace: Sequence[TraceEvent],
-    virtual_s: float | None = None,
+    ignored: int,
+    virtual: VirtualCost | None = None,
 ) -> list[StepReport]:
     """Report the steps that the centre of an arrivals solver made after one message.
 
@@ -285,11 +309,12 @@ def arrival_reports(
         steps: as the centre told them.
         turns_before: the solver's turns before them.
         timing: of the first; the others took no time.
-        workers: who computed.
         trace: what chance decided.
-        virtual_s: when they were made, in virtual time.
+        ignored: how many messages were too old.
+        virtual: what the first one took in virtual time.
     """
     first = solver.version - len(steps)
+    nothing_more = None if virtual is None else replace(virtual, sent_bytes=0, lost_workers=0)
     return [
         step_report(
             plan,
@@ -301,12 +326,13 @@ def arrival_reports(
             loss=step.loss,
             lr=step.outcome.lr,
             timing=timing if number == 0 else StepTiming(total=0.0),
-            workers=workers if number == 0 else (),
+            workers=(),
             took_part=step.shards,
             shards=len(step.shards),
             trace=trace if number == 0 else (),
             staleness=step.staleness,
-            virtual_s=virtual_s,
+            ignored=ignored if number == 0 else 0,
+            virtual=virtual if number == 0 else nothing_more,
         )
         for number, step in enumerate(steps)
     ]
@@ -329,7 +355,8 @@ def step_report(
     arrivals: Sequence[Arrival] = (),
     trace: Sequence[TraceEvent] = (),
     staleness: Sequence[int] = (),
-    virtual_s: float | None = None,
+    ignored: int = 0,
+    virtual: VirtualCost | None = None,
     epoch: int | None = None,
 ) -> StepReport:
     """Assemble the report of a step; all engines use this.
@@ -350,7 +377,8 @@ def step_report(
         arrivals: which workers answered, and when.
         trace: what chance decided.
         staleness: of each message, where shards make turns at their own pace.
-        virtual_s: when it was made, in virtual time.
+        ignored: how many messages were too old.
+        virtual: what it took in virtual time.
         epoch: of its last turn, from 1; None: that of the turn.
     """
     return StepReport(
@@ -371,5 +399,6 @@ def step_report(
         arrivals=tuple(arrivals),
         trace=tuple(trace),
         staleness=tuple(staleness),
-        virtual_s=virtual_s,
+        ignored=ignored,
+        virtual=virtual,
     )

@@ -27,44 +27,66 @@ class RecordedArrivals(InlineEngine):
         shards: rows to train on.
         test: rows to evaluate on.
         events: of the trace.
+        most_steps: how many steps are made; the run may have undone its last one.
     """
 
-    def __init__(self, plan: Plan, shards: Shards, test: Shards | None, events: Sequence[TraceEvent]) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        shards: Shards,
+        test: Shards | None,
+        events: Sequence[TraceEvent],
+        most_steps: int,
+    ) -> None:
         super().__init__(plan, shards, test)
-        self._events = deque(enumerate(events))
+        self._events, self._most_steps = deque(enumerate(events)), most_steps
+        self._ignored = 0
         self._begun: set[int] = set()
         self._answers: dict[int, Answer] = {}
         self._turns: dict[int, int] = {}  # that each shard has started, and not made yet
+        self._due: dict[int, range] = {}  # which turns may be the next one of each shard
+        self._versions: dict[int, int] = {}  # that each shard has taken
 
     def open(self) -> None:
         """Make the computer."""
         super().open()
-        self._work = ShardWork(self._computer, self._shards.table)
+        self._work = ShardWork(self._computer, self._shards.table, self._turn)
 
     def advance(self, solver: ArrivalSolver, steps: int) -> SegmentReport:  # type: ignore[override]  # the trace is of arrivals, and so is the solver
         """Make steps; fewer, if the trace ends before."""
         report = SegmentReport()
-        while len(report.steps) < steps and self._events:
+        while len(report.steps) < steps and self._events and solver.version < self._most_steps:
             began, turns_before, trace = time.perf_counter(), solver.turns, list[TraceEvent]()
             made: Sequence[ArrivalStep] = ()
+            ignored_before = self._ignored
             while self._events and not made:
                 number, event = self._events.popleft()
                 made = self._happens(solver, number, event)
                 trace.append(event)
-            timing = StepTiming(total=time.perf_counter() - began)
-            report.steps += arrival_reports(solver, self._plan, made, turns_before, timing, (), trace)
+            report.steps += arrival_reports(
+                solver,
+                self._plan,
+                made,
+                turns_before=turns_before,
+                timing=StepTiming(total=time.perf_counter() - began),
+                trace=trace,
+                ignored=self._ignored - ignored_before,
+            )
         return report
 
     def _happens(self, solver: ArrivalSolver, number: int, event: TraceEvent) -> Sequence[ArrivalStep]:
         shard = event.shard
         if shard is None or shard not in range(len(self._shards.table)):
             raise _unfit(number, event, f"there are {len(self._shards.table)} shards")
+        if event.kind in ("start", "push") and self._versions.get(shard) != event.version:
+            raise _unfit(number, event, f"the shard has taken version {self._versions.get(shard)}")
         if event.kind == "start":
+            due = self._due.get(shard, range(1))
+            if event.turn not in due:
+                raise _unfit(number, event, f"its next turn is {due.start}")
             if shard in self._turns and self._work.turn(shard, self._turns[shard]) is not None:
                 raise _unfit(number, event, "the shard has sent a message before, which is not there")
-            if shard not in self._begun:
-                raise _unfit(number, event, "the shard has taken no weights")
-            self._turns[shard] = event.turn
+            self._turns[shard], self._due[shard] = event.turn, range(event.turn + 1, event.turn + 2)
         elif event.kind == "push":
             return self._push(solver, number, event, shard)
         elif event.kind == "pull":
@@ -76,9 +98,15 @@ class RecordedArrivals(InlineEngine):
                 now = "nothing" if answer is None else f"version {answer.weights.version}"
                 raise _unfit(number, event, f"the centre's answer is {now}")
             self._work.take(shard, answer)
+            self._versions[shard] = event.version
         elif event.kind == "lost":
+            if shard not in self._begun:
+                raise _unfit(number, event, "the shard is lost already")
             self._begun.discard(shard)
-            self._turns.pop(shard, None)
+            self._versions.pop(shard, None)
+            started = self._turns.pop(shard, None)
+            if started is not None:  # nobody noted whether that turn was made
+                self._due[shard] = range(started, started + 2)
             self._answers.pop(shard, None)
             self._work.forget(shard)
             verdict = solver.lost(shard)
@@ -95,6 +123,7 @@ class RecordedArrivals(InlineEngine):
         if message is None:
             raise _unfit(number, event, "the shard sends nothing after that turn")
         verdict = solver.arrived(shard, message, event.version)
+        self._ignored += verdict.is_ignored
         self._answers |= verdict.answers
         return verdict.steps
 

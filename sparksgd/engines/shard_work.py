@@ -2,32 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
+from sparksgd.data.sampling import Sampling
 from sparksgd.data.shard import Descriptor
 from sparksgd.engines.compute import Computer
 from sparksgd.solvers.protocol import Answer, Gradient, Message, WorkerHalf
 
-__all__ = ["ShardWork"]
+__all__ = ["MakeTurn", "ShardWork", "zeros_of"]
+
+MakeTurn = Callable[[Descriptor, int, WorkerHalf[Any], Answer], Gradient | None]
+"""Lets a shard's half make a turn; returns its gradient, or None if the piece has no rows."""
 
 
 class ShardWork:
     """Lets shards take answers, make turns, and send.
 
     Args:
-        computer: computes gradients.
+        computer: knows the halves, and the module's shapes.
         table: all shards.
-        gradients: whether gradients are computed; if not, all are zeros, and no row is read.
+        make: makes a turn.
     """
 
-    def __init__(self, computer: Computer, table: Sequence[Descriptor], *, gradients: bool = True) -> None:
-        self._computer, self._table = computer, table
-        self.make = computer.turn if gradients else self._turn_of_zeros
-        """Makes a turn of a half; returns its gradient, or None if the piece has no rows."""
-
+    def __init__(self, computer: Computer, table: Sequence[Descriptor], make: MakeTurn) -> None:
+        self._computer, self._table, self._make = computer, table, make
         self._halves: dict[int, WorkerHalf[Any]] = {}
         self._answers: dict[int, Answer] = {}
 
@@ -44,13 +45,29 @@ class ShardWork:
         Raises:
             SparkSGDError: its module, its loss, its rows, or what it computed.
         """
-        half, answer = self._halves[shard], self._answers[shard]
-        return None if self.make(self._table[shard], turn, half, answer) is None else half.send()
+        half = self._halves[shard]
+        return (
+            None if self._make(self._table[shard], turn, half, self._answers[shard]) is None else half.send()
+        )
 
-    def _turn_of_zeros(
-        self, shard: Descriptor, turn: int, half: WorkerHalf[Any], answer: Answer
-    ) -> Gradient | None:
-        rows, weights = self._computer.plan.sampling.piece_rows(shard.shard, turn), answer.weights
+    def round(self, shard: int, answer: Answer) -> Message | None:
+        """Let a shard make the turns of a round; return what it sends at its end."""
+        self.take(shard, answer)
+        for turn in range(answer.turn, answer.turn + answer.turns):
+            self._make(self._table[shard], turn, self._halves[shard], answer)
+        return self._halves[shard].send()
+
+    def forget(self, shard: int) -> None:
+        """Let a shard that is lost begin anew."""
+        self._halves.pop(shard, None)
+        self._answers.pop(shard, None)
+
+
+def zeros_of(sampling: Sampling) -> MakeTurn:
+    """Return what makes turns whose gradients are zeros, without reading a row."""
+
+    def make(shard: Descriptor, turn: int, half: WorkerHalf[Any], answer: Answer) -> Gradient | None:
+        rows, weights = sampling.piece_rows(shard.shard, turn), answer.weights
         if not rows:
             return None
         gradient = Gradient(
@@ -65,7 +82,4 @@ class ShardWork:
         half.turn(gradient, answer.settings[0] if answer.settings else {})
         return gradient
 
-    def forget(self, shard: int) -> None:
-        """Let a shard that is lost begin anew."""
-        self._halves.pop(shard, None)
-        self._answers.pop(shard, None)
+    return make

@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 from sparksgd.config import Config
-from sparksgd.engines.protocol import StepReport
+from sparksgd.engines.protocol import StepReport, VirtualCost
 from sparksgd.engines.trace import TraceEvent, event_line, first_line
 from sparksgd.errors import ClusterError, DataError
 from sparksgd.runs.checkpoints import CheckpointFolder, trained_anew
@@ -62,7 +62,7 @@ def summary(training: Training, wall_s: float) -> dict[str, Any]:
     driver, *workers = training.numerics
     different = {str(index): w for index, w in enumerate(workers) if driver.differences(w)}
     config, changes = training.config, training.numerics_changes
-    staleness = training.participation.staleness
+    came = training.participation
     return {
         "status": _status(training),
         **({"stopped_by": training.stopped_by} if training.stopped_by is not None else {}),
@@ -98,13 +98,24 @@ def summary(training: Training, wall_s: float) -> dict[str, Any]:
         "times_dealt": 1 + training.plan.deal,
         **({"resumed": [asdict(each) for each in training.resumed]} if training.resumed else {}),
         "arrivals": training.participation.by_worker(),
-        **({"staleness": dict(sorted(staleness.items()))} if staleness else {}),
-        **({} if training.virtual_s is None else {"virtual_s": training.virtual_s}),
+        **({"staleness": dict(sorted(came.staleness.items()))} if came.staleness else {}),
+        **({"ignored_messages": came.ignored} if came.staleness else {}),
+        **({} if training.virtual_s is None else _virtual_end(training, training.virtual_s)),
     }
 
 
 def _finite_results(report: EvaluationReport) -> dict[str, float | None]:
     return {name: None if value is None else finite(value) for name, value in report.named().items()}
+
+
+def _virtual_end(training: Training, virtual_s: float) -> dict[str, float]:
+    lost_workers = training.participation.lost_workers
+    return {"virtual_s": virtual_s, "sent_bytes": training.sent_bytes, "lost_workers": lost_workers}
+
+
+def _virtual(cost: VirtualCost) -> dict[str, float]:
+    lost = {"lost_workers": cost.lost_workers} if cost.lost_workers else {}
+    return {"virtual_s": cost.ends_s, "sent_bytes": cost.sent_bytes, **lost}
 
 
 def _status(training: Training) -> str:
@@ -322,7 +333,8 @@ class RunFolder(Observer):
             "deal": report.deal,
             "took_part": list(report.took_part),
             **({"staleness": list(report.staleness)} if report.staleness else {}),
-            **({"virtual_s": report.virtual_s} if report.virtual_s is not None else {}),
+            **({"ignored": report.ignored} if report.ignored else {}),
+            **(_virtual(report.virtual) if report.virtual else {}),
         }
         workers = [
             {"worker": w.worker, "host": w.host, "rows": w.rows, "compute": w.compute_s}

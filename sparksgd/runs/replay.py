@@ -62,6 +62,10 @@ def read_replay(folder: str | Path | Location, *, trust: Iterable[str] = ()) -> 
             if family == "rounds":
                 took_part, deals = took_part_of(events)
                 took_part, deals, events = took_part[: len(steps)], deals[: len(steps)], None
+        elif family_of(Config.from_dict(about["config"]).solver) == "arrivals":
+            raise DataError(
+                f"{folder} has no {TRACE}, and a run of arrivals can be repeated from it alone: restore it"
+            )
         is_whole = len(took_part) == summary.get("steps")
         _check_shards(folder, about["config"], took_part, deals)
         replay = Replay(
@@ -71,7 +75,7 @@ def read_replay(folder: str | Path | Location, *, trust: Iterable[str] = ()) -> 
             took_part=took_part if events is None else (),
             deals=deals if events is None else (),
             arrivals=events,
-            arrival_steps=0 if events is None else len(steps),
+            arrival_losses=[] if events is None else [_loss(step) for step in steps],
             parameters_sha256=summary.get("parameters_sha256") if is_whole else None,
             test_digest=about.get("test_digest"),
             best_step=_best_step(summary),
@@ -89,6 +93,14 @@ def read_replay(folder: str | Path | Location, *, trust: Iterable[str] = ()) -> 
     if not replay.steps:
         raise DataError(f"{folder} holds a run that made no step: there is nothing to replay")
     return replay
+
+
+def _loss(step: dict[str, Any]) -> float:
+    """Return the loss of a step's line."""
+    loss = step["loss"]
+    if type(loss) not in (int, float):
+        raise TypeError(f"a loss is {shown(loss)}, but must be a number")
+    return float(loss)
 
 
 def _best_step(summary: dict[str, Any]) -> int | None:

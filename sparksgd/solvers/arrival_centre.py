@@ -100,7 +100,7 @@ class ArrivalCentre(OnCentre):
         super().__init__(flat)
         self.needs, self.halves = settings.needs(), halves
         self._experiment, self._max_staleness = experiment, settings.max_staleness
-        self._rows = 0
+        self._rows = self._rows_before = 0
 
     @property
     def turns(self) -> int:
@@ -169,7 +169,7 @@ class ArrivalCentre(OnCentre):
             ModelError: forward changed parameters or constants.
         """
         refuse_changes(total.changes)
-        turns = self._turns_of(self._rows + total.rows)
+        turns, self._rows_before = self._turns_of(self._rows + total.rows), self._rows
         with self._centre.changing(), self._centre.step(total, turns - self.turns, key, rate):
             yield turns
         self._rows += total.rows
@@ -196,6 +196,11 @@ class ArrivalCentre(OnCentre):
             self._rows = state.rest["rows"]
             self._centre.load(state)
             self._answer = None
+
+    def step_back(self) -> None:
+        """Return to the weights before the last step, which had a finite loss."""
+        super().step_back()
+        self._rows = self._rows_before
 
 
 class GradientCentre(ArrivalCentre):
@@ -257,7 +262,8 @@ class GradientCentre(ArrivalCentre):
     def _moves(self, turns: int) -> Callable[[], object] | None:
         """Return what moves the schedule to where it is after these turns; None: it stays."""
         schedule, each = self._schedule, self._experiment.turns_per_move
-        due = range(self.turns // each + 1, turns // each + 1)
+        last = min(turns // each, self._experiment.moves)  # the last step may go beyond the end
+        due = range(self.turns // each + 1, last + 1)
         if schedule is None or not due:
             return None
 

@@ -7,14 +7,14 @@
 
 n_push = n_fetch = 1, the default, is asynchronous SGD with any optimiser at the centre.  Larger numbers are
 Downpour SGD (Dean et al. 2012, "Large Scale Distributed Deep Networks", algorithm 1): what is pushed is the
-sum of the mean gradients since the last push, not their mean.  With plain SGD at the centre that is the sum
-of the shard's own updates, because both multiply by eta.
+sum of the mean gradients since the last push, not their mean.  With plain SGD at the centre, and a constant
+rate, that is the sum of the shard's own updates, because both multiply by eta.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -92,7 +92,7 @@ class Downpour:
         mean = gradient.vector / np.asarray(total_weight(gradient), gradient.vector.dtype)
         self._model = self.point() - mean.dtype.type(settings["lr"]) * mean
         self._sum = mean if self._sum is None else self._sum + mean
-        self._since.append(gradient)
+        self._since.append(replace(gradient, vector=np.empty(0, mean.dtype)))
         self._turns += 1
 
     def send(self) -> Message | None:
@@ -127,6 +127,9 @@ class AsyncSGD(GradientCentre):
         settings: AsyncSGDSettings,
         experiment: Experiment,
     ) -> None:
+        self._pushes_per_pull = settings.pull_every // settings.push_every
+        self._read: dict[int, int] = {}  # the version that each shard has
+        self._pushes: dict[int, int] = {}
         self._is_plain = settings.push_every == settings.pull_every == 1
         halves = Halves(make=SendGradients)
         if not self._is_plain:
@@ -137,11 +140,22 @@ class AsyncSGD(GradientCentre):
         if not self._is_plain:
             refuse_statistics(self.readout())
 
+    def begin(self, shard: int) -> Answer:
+        """Return the newest weights."""
+        self._read[shard], self._pushes[shard] = self.version, 0
+        return self.answer()
+
     def arrived(self, shard: int, message: Message, version_read: int) -> Verdict:
-        """Step along what a shard sent."""
-        if self._is_too_old(version_read):
-            return self._ignored(shard)
-        weight = total_weight(message) if self._is_plain else 1.0
-        gradient, staleness = message.vectors["gradient"], self._staleness(version_read)
-        step = self._step_along(message, gradient, weight, [shard], [staleness])
-        return Verdict(answers={shard: self.answer()}, steps=(step,))
+        """Step along what a shard sent; a shard takes the answer's weights only where that is due."""
+        read = self._read[shard]
+        self._pushes[shard] += 1
+        if self._is_too_old(read):
+            verdict = self._ignored(shard)
+        else:
+            weight = total_weight(message) if self._is_plain else 1.0
+            gradient, staleness = message.vectors["gradient"], self._staleness(read)
+            step = self._step_along(message, gradient, weight, [shard], [staleness])
+            verdict = Verdict(answers={shard: self.answer()}, steps=(step,))
+        if self._pushes[shard] % self._pushes_per_pull == 0:
+            self._read[shard] = self.version
+        return verdict

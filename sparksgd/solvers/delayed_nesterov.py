@@ -5,8 +5,8 @@
              m <- beta m + (mean of the last N d);  theta <- theta - epsilon beta m      at every N-th one
 
 Liu et al. 2024, "Asynchronous Local-SGD Training for Language Modeling" (arXiv:2401.09135), algorithm 3, with
-c = 0.  An optimiser inside begins anew in each of these periods.  N = 1 and beta = 0 with one shard is local
-SGD of one shard.
+c = 0.  An optimiser inside begins anew in each of these periods, whose turns all have one rate: that of the
+answer they begin with.  With a constant rate, N = 1, beta = 0 and one shard it is local SGD of one shard.
 """
 
 from __future__ import annotations

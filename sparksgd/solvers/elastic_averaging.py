@@ -28,10 +28,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from sparksgd.arithmetic.flat import FlatModule, FlatStrip
+from sparksgd.arithmetic.flat import FlatModule, FlatStrip, Weights
 from sparksgd.arithmetic.seeds import seed32
 from sparksgd.config import Config, OptimizerConfig
-from sparksgd.errors import ConfigError
+from sparksgd.errors import ConfigError, UpdateNotFinite
 from sparksgd.solvers.arrival_centre import ArrivalSettings, ModelCentre
 from sparksgd.solvers.arrivals import ArrivalStep, Verdict
 from sparksgd.solvers.centre import refuse_not_finite, step_along
@@ -92,6 +92,12 @@ class ElasticSettings(ArrivalSettings):
                 f"solver.beta is {self.beta}, but there are {config.train.num_shards} shards, so alpha would "
                 f"be above 1, and an exchange go past the other side: set beta to 1 or less"
             )
+        lr = config.optimizer.arguments.get("lr", 0)
+        if self.rho is not None and isinstance(lr, int | float) and lr * self.rho > 1:
+            raise ConfigError(
+                f"solver.rho is {self.rho} and optimizer.lr {lr}, so alpha = {lr * self.rho:g} would be "
+                f"above 1, and an exchange go past the other side: set rho to {1 / lr:g} or less"
+            )
         if self.order != "arrival" and self.max_staleness is not None:
             raise ConfigError(
                 f'solver.max_staleness is {self.max_staleness}, but solver.order is "{self.order}": shards '
@@ -112,6 +118,11 @@ class ElasticSettings(ArrivalSettings):
         if self.order == "together":
             return frozenset({Need.ROUNDS, Need.SHARD_STATE})
         return super().needs()
+
+    @property
+    def strength(self) -> tuple[str, float]:
+        """Return the key that says how strong the spring is, and its value."""
+        return ("solver.beta", self.beta) if self.rho is None else ("solver.rho", self.rho)
 
     def alpha(self, lr: float, num_shards: int) -> float:
         """Return how far an exchange draws both sides: 0 not at all, 1 to the other one's place.
@@ -150,10 +161,11 @@ class ElasticModel:
         self._optimizer: FlatOptimizer = another_optimizer(self._local, optimizer, seed)
         self._turns = 0
         self._since: list[Gradient] = []
-        self._has_begun = self._has_sent = False
+        self._has_begun = False
 
     def take(self, answer: Answer) -> None:
         """Begin at the centre's weights; later, move towards the weights that the centre had."""
+        self._optimizer.set(answer.settings[0])  # a lookahead needs the rate before the turn
         local, centre = self._local.parameters, torch.from_numpy(answer.weights.parameters)
         if self._has_begun:
             local.sub_(elastic(local, centre, answer.scalars[ALPHA]))
@@ -183,7 +195,7 @@ class ElasticModel:
         weight, clip_norm = total_weight(gradient), self._settings.clip_norm
         step_along(optimizer, gradient.vector, weight, gradient.touched, clip_norm, seed)
         refuse_not_finite(self._local.parameters, "the shard's own step", "optimizer.lr", optimizer.lr)
-        self._since.append(replace(gradient, vector=gradient.vector[:0]))
+        self._since.append(replace(gradient, vector=np.empty(0, gradient.vector.dtype)))
         self._turns += 1
 
     def send(self) -> Message | None:
@@ -198,7 +210,7 @@ class ElasticModel:
     def state(self) -> dict[str, npt.NDArray[Any]]:
         """Return its model, how far it is, and what its optimiser keeps."""
         vectors, scalars = self._optimizer.averageable()
-        counts = np.array([self._turns, self._has_begun, self._has_sent])
+        counts = np.array([self._turns, self._has_begun])
         model = {"model": self._local.parameters.numpy(), "counts": counts}
         return {**model, **vectors, **{name: np.asarray(value) for name, value in scalars.items()}}
 
@@ -206,8 +218,8 @@ class ElasticModel:
         """Continue from the state of another half of the same shard, after an exchange."""
         kept = dict(state)
         self._local.parameters.copy_(torch.from_numpy(kept.pop("model")))
-        turns, begun, sent = kept.pop("counts").tolist()
-        self._turns, self._has_begun, self._has_sent = turns, bool(begun), bool(sent)
+        turns, begun = kept.pop("counts").tolist()
+        self._turns, self._has_begun = turns, bool(begun)
         vectors = {name: value for name, value in kept.items() if value.ndim}
         scalars = {name: float(value) for name, value in kept.items() if not value.ndim}
         self._optimizer.load_averaged(vectors, scalars)
@@ -234,6 +246,7 @@ class ElasticAveraging(ModelCentre):
         self._there: set[int] = set()
         self._queue: dict[int, tuple[Message, int]] = {}
         self._next = 0
+        self._failure: UpdateNotFinite | None = None
 
     def begin(self, shard: int) -> Answer:
         """Return the newest weights."""
@@ -243,10 +256,12 @@ class ElasticAveraging(ModelCentre):
     def arrived(self, shard: int, message: Message, version_read: int) -> Verdict:
         """Exchange with a shard, or with all whose turn it is."""
         if self._is_too_old(version_read):
-            return Verdict(answers={shard: self._answer_of(0.0)}, is_ignored=True)
+            return Verdict(answers={shard: self._answer_of(self.readout(), 0.0)}, is_ignored=True)
         if self._rule.order == "arrival":
             answer, step = self._meet(shard, message, version_read)
             return Verdict(answers={shard: answer}, steps=(step,))
+        if self._failure is not None:
+            raise self._failure
         self._queue[shard] = message, version_read
         return self._served()
 
@@ -264,7 +279,13 @@ class ElasticAveraging(ModelCentre):
             shard = min((one for one in self._there if one >= self._next), default=min(self._there))
             if shard not in self._queue:
                 break
-            answers[shard], step = self._meet(shard, *self._queue.pop(shard))
+            try:
+                answers[shard], step = self._meet(shard, *self._queue.pop(shard))
+            except UpdateNotFinite as error:
+                if not steps:
+                    raise
+                self._failure = error  # told after the steps that were made are
+                break
             steps.append(step)
             self._next = shard + 1
         return Verdict(answers=answers, steps=tuple(steps))
@@ -273,17 +294,20 @@ class ElasticAveraging(ModelCentre):
         """Draw the centre towards a model; return what draws the model towards the centre."""
         lr = self._rates.lr
         alpha = self._rule.alpha(lr, self._num_shards)
-        answer = self._answer_of(alpha)
-        model, staleness = torch.from_numpy(message.vectors["model"]), self._staleness(version_read)
-        with self._exchange(message, "solver.beta", alpha):
-            centre = torch.from_numpy(answer.weights.parameters)
+        before, staleness = self.readout(), self._staleness(version_read)
+        model, centre = torch.from_numpy(message.vectors["model"]), torch.from_numpy(before.parameters)
+        with self._exchange(message, *self._rule.strength):
             self.flat.parameters.add_(elastic(model, centre, alpha))
-        outcome = StepOutcome(lr=lr, gradient_norm=None)
-        return answer, self._made(message, [shard], [staleness], outcome)
+        step = self._made(message, [shard], [staleness], StepOutcome(lr=lr, gradient_norm=None))
+        return self._answer_of(before, alpha), step
 
-    def _answer_of(self, alpha: float) -> Answer:
-        """Return the weights as they are, for an exchange that draws this far."""
-        return replace(self.answer(), scalars={ALPHA: alpha})
+    def _answer_of(self, weights: Weights, alpha: float) -> Answer:
+        """Return weights for an exchange that draws this far, and the settings of now.
+
+        They count as of this version: the shard's own exchange makes nothing stale.
+        """
+        weights = replace(weights, version=self.version)
+        return replace(self.answer(), weights=weights, scalars={ALPHA: alpha})
 
     def _kept(self) -> tuple[dict[str, Vector], dict[str, Any]]:
         vectors, rest = super()._kept()

@@ -1,7 +1,7 @@
 """Synchronous elastic averaging: all shards exchange with the centre at once, after tau turns of each.
 
     shard:   tau turns      x_s <- optimiser(x_s, g)
-             exchange       x_s <- x_s - alpha (x_s - theta)                  with the theta before its step
+             exchange       send x_s;  x_s <- x_s - alpha (x_s - theta)       theta: that of the round
     centre:                 theta <- theta + alpha (sum over s of x_s - S theta)
 
 You, Buluc, Demmel 2017, "Scaling deep learning on GPU and Knights Landing clusters" (SC17): Sync EASGD.  See
@@ -37,7 +37,6 @@ from sparksgd.solvers.protocol import (
     Quorum,
     SolverState,
     StepOutcome,
-    Vector,
 )
 from sparksgd.solvers.rules import Experiment
 from sparksgd.solvers.schedules import Rates
@@ -45,27 +44,24 @@ from sparksgd.solvers.torch_optimizers import make_optimizer
 
 __all__ = ["ElasticRoundModel", "ElasticRounds", "ElasticSettings", "make_elastic"]
 
-_BEFORE = "before"
-
 
 class ElasticRoundModel(ElasticModel):
-    """The worker half: it sends its model at the end of every round."""
+    """The worker half: at the end of every round it sends its model, and moves towards the weights."""
 
     def take(self, answer: Answer) -> None:
-        """Begin at the centre's weights; later, move towards those that the centre had before its step."""
+        """Take a round's weights; the first ones are where the model begins."""
         if not self._has_begun:
             super().take(answer)
-        elif self._has_sent:
-            centre = torch.from_numpy(answer.vectors[_BEFORE])
-            self._local.parameters.sub_(elastic(self._local.parameters, centre, answer.scalars[ALPHA]))
-        self._has_sent = False
+        self._centre, self._alpha = torch.from_numpy(answer.weights.parameters), answer.scalars[ALPHA]
 
     def send(self) -> Message | None:
-        """Return the model; None if no piece of the round had rows."""
+        """Return the model, and exchange; None if no piece of the round had rows."""
         if not self._since:
             return None
-        self._has_sent = True
-        return self._sent()
+        message = self._sent()
+        local = self._local.parameters
+        local.sub_(elastic(local, self._centre, self._alpha))
+        return message
 
 
 class ElasticRounds(OnCentre):
@@ -106,8 +102,6 @@ class ElasticRounds(OnCentre):
         self.halves = Halves(make=make, have_local_models=True, keep_state=True)
         self._rates = Rates.of(experiment, flat)
         self.remarks = self._rates.remarks
-        self._before: Vector = self._centre.readout().parameters
-        self._alpha = 0.0
 
     def turns_at(self, turn: int) -> int:
         """Return tau, or fewer if the epoch or the run ends before."""
@@ -122,7 +116,7 @@ class ElasticRounds(OnCentre):
         return self._quorum
 
     def answer(self) -> Answer:
-        """Return the weights now and before the last step, and the settings of each turn."""
+        """Return the weights, how far the exchange draws, and the settings of each turn."""
         if self._answer is None:
             turns = self.turns_at(self.turns)
             self._answer = Answer(
@@ -130,8 +124,7 @@ class ElasticRounds(OnCentre):
                 turn=self.turns,
                 turns=turns,
                 settings=self._rates.ahead(turns),
-                vectors={_BEFORE: self._before},
-                scalars={ALPHA: self._alpha},
+                scalars={ALPHA: self._rule.alpha(self._rates.lr, self._experiment.num_shards)},
             )
         return self._answer
 
@@ -145,27 +138,21 @@ class ElasticRounds(OnCentre):
         refuse_changes(total.changes)
         lr, turns, before = self._rates.lr, self.turns_at(self.turns), self.readout().parameters
         alpha = self._rule.alpha(lr, self._experiment.num_shards)
-        with self._centre.changing(), self._centre.step(total, turns, "solver.beta", alpha):
+        with self._centre.changing(), self._centre.step(total, turns, *self._rule.strength):
             models, centre = torch.from_numpy(total.vectors["model"]), torch.from_numpy(before)
             self.flat.parameters.add_(elastic(models, total.shards * centre, alpha))
         self._rates.move(turns)
-        self._before, self._alpha, self._answer = before, alpha, None
+        self._answer = None
         return StepOutcome(lr=lr, gradient_norm=None)
 
     def state(self) -> SolverState:
         """Return all that its next step depends on, except what shards keep."""
-        return SolverState(
-            weights=self.readout(),
-            turns=self.turns,
-            vectors={_BEFORE: self._before},
-            rest={"rates": self._rates.state(), ALPHA: self._alpha},
-        )
+        return SolverState(weights=self.readout(), turns=self.turns, rest={"rates": self._rates.state()})
 
     def load_state(self, state: SolverState) -> None:
         """Continue from the state of another solver, at any step."""
         with self._centre.changing():
             self._rates.load_state(state.rest["rates"])
-            self._before, self._alpha = state.vectors[_BEFORE].copy(), state.rest[ALPHA]
             self._centre.load(state)
             self._answer = None
 

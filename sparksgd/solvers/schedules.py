@@ -400,7 +400,7 @@ class Rates:
             self._group.update(scheduled)
         self._moved: set[str] = set()
         self._note_moved()
-        self._turns_per_move = turns_per_move
+        self._turns_per_move, self._moves = turns_per_move, moves
         self._turn = 0
         self.remarks = remarks_on(self._schedule, moves)
 
@@ -437,7 +437,7 @@ class Rates:
             return
         for _ in range(turns):
             self._turn += 1
-            if self._turn % self._turns_per_move == 0:
+            if self._turn % self._turns_per_move == 0 and self._turn <= self._moves * self._turns_per_move:
                 self._schedule.move(self._turn)
                 self._note_moved()
 

@@ -6,8 +6,8 @@
     tau_i   staleness: steps made since the shard read its weights
     f_i     1 (ignore), 1 / tau_i where tau_i > 1 (divide), or c / S (average)
 
-Zhang, Gupta, Lian, Liu 2016, "Staleness-aware Async-SGD for Distributed Deep Learning" (IJCAI), equations 4
-to 7, where S is lambda, and n = S / c; `divide` is their modulation of the rate, for each gradient.
+Zhang, Gupta, Lian, Liu 2016, "Staleness-aware Async-SGD for Distributed Deep Learning" (IJCAI), where S is
+lambda, and n = S / c; `divide` is their modulation of the rate, for each gradient.
 `average` divides every gradient by n, the mean staleness (Gupta, Zhang, Wang 2016, arXiv:1509.04210).
 With weights of rows, the sum is over these in place of the rows.
 
@@ -64,6 +64,12 @@ class SoftsyncSettings(GradientSettings):
                 f'solver.release is "step" and solver.gradients_per_step {self.gradients_per_step}, but '
                 f"there are {config.train.num_shards} shards, which would all wait for a step: set "
                 f'gradients_per_step to {config.train.num_shards} or less, or solver.release = "push"'
+            )
+        if self.staleness == "average" and self.gradients_per_step > config.train.num_shards:
+            raise ConfigError(
+                f'solver.staleness is "average", which multiplies by gradients_per_step / num_shards, but '
+                f"{self.gradients_per_step} / {config.train.num_shards} is above 1: set gradients_per_step "
+                f'to {config.train.num_shards} or less, or solver.staleness = "ignore"'
             )
         if self.staleness != "ignore" and config.optimizer.name in _SCALE_FREE:
             raise ConfigError(

@@ -52,7 +52,7 @@ class _EngineInProcess:
             workers = self.config.engine.num_workers or self.config.train.num_shards
             return SimulatedEngine(plan, shards, test, self.config.cluster, workers)
         if self.replay is not None and self.replay.arrivals is not None:
-            return RecordedArrivals(plan, shards, test, self.replay.arrivals)
+            return RecordedArrivals(plan, shards, test, self.replay.arrivals, self.replay.steps)
         return InlineEngine(plan, shards, test)
 
 

@@ -49,7 +49,7 @@ from sparksgd.training.preflight import (
     sizes_of,
     warn_of_differences,
 )
-from sparksgd.training.replay import Replay, check_end
+from sparksgd.training.replay import Replay, check_end, check_steps, refuse_short_trace
 from sparksgd.training.start_up import StartUp
 from sparksgd.training.state import (
     NO_PROBE,
@@ -133,10 +133,11 @@ def train(
     sizes = sizes_of(config, flat, solver, checked.schema, checked.optimiser_bytes, evaluates=evaluates)
     make_engine.check_memory(sizes, config.train.num_shards)
     total_turns = _total_turns(checked, solver, replay)
-    if checkpoints is not None and (solver.halves.keep_state or Need.ARRIVALS in solver.needs):
+    resumes = all(kind.resumes for kind in make_engine.kinds)
+    if checkpoints is not None and (not resumes or solver.halves.keep_state or Need.ARRIVALS in solver.needs):
         log.warning(
-            "this run has no checkpoints, and cannot go on if it is killed: none holds what its shards keep, "
-            "or messages on their way"
+            "this run has no checkpoints, and cannot go on if it is killed: they do not hold what shards "
+            "keep, messages on their way, or virtual time"
         )
         checkpoints = None
     settings = driver_settings(config.train.threads)
@@ -323,12 +324,17 @@ def _loop(
             training.start_up.reached("first_step")
             training.version, training.turns = solver.version, solver.turns
             training.sent_bytes += segment.sent_bytes
-            if not segment.steps:  # the trace that is repeated ends here
-                training.total_turns = solver.turns
+            if replay is not None:
+                check_steps(segment.steps, replay)
+                if not segment.steps:  # its trace ends here
+                    refuse_short_trace(solver.version, replay)
+                    training.total_turns = solver.turns
             for report in segment.steps:
                 _note_replacements(training, report)
                 training.step_times.add(report)
                 training.virtual_s = report.virtual_s
+                if report.virtual is not None:
+                    training.sent_bytes += report.virtual.sent_bytes
                 training.participation.add(report)
                 for observer in observers:
                     observer.stepped(training, report)
@@ -346,6 +352,12 @@ def _loop(
         if isinstance(error, NotFinite):
             if not isinstance(error, UpdateNotFinite):
                 solver.step_back()
+                if Need.ARRIVALS in solver.needs:
+                    log.warning(
+                        "the weights of step %d are kept, but a loss was not finite at weights that were "
+                        "some steps older: they may be of no use. Lower optimizer.lr",
+                        solver.version,
+                    )
             if training.best_weights is not None:  # the last ones are on the way to NaN
                 keeper = None
                 restore_best(training)

@@ -35,9 +35,18 @@ class Participation:
         self.staleness: Counter[int] = Counter()
         """How many messages had each staleness, where shards make turns at their own pace."""
 
+        self.ignored = 0
+        """How many messages were too old to be used."""
+
+        self.lost_workers = 0
+        """How many workers were lost, in virtual time."""
+
     def add(self, report: StepReport) -> None:
         """Note a step."""
         self.staleness.update(report.staleness)
+        self.ignored += report.ignored
+        if report.virtual is not None:
+            self.lost_workers += report.virtual.lost_workers
         self._steps += 1
         self._epoch_steps += not report.staleness  # shards at their own pace are not starved of steps
         for shard in report.took_part:
@@ -79,6 +88,12 @@ class Participation:
         self._of_shard, self._epoch_of_shard = list(memory["of_shard"]), list(memory["epoch_of_shard"])
         self._late.update(memory["late"])
         self._answers.update(memory["answers"])
+
+    @property
+    def mean_staleness(self) -> float:
+        """Return the mean staleness of all messages; 0 where all are of the newest weights."""
+        messages = self.staleness.total()
+        return sum(age * count for age, count in self.staleness.items()) / messages if messages else 0.0
 
     def shares(self) -> list[float]:
         """Return in which share of all steps each shard took part."""

@@ -28,6 +28,7 @@ class ProgressLines(Observer):
     def __init__(self, *, of_steps: bool = True, clock: Callable[[], float] = time.monotonic) -> None:
         self._of_steps, self._clock = of_steps, clock
         self._rows_per_s: float | None = None
+        self._rows = 0  # of steps whose time is still to come
         self._said_s = clock()
 
     @property
@@ -50,9 +51,11 @@ class ProgressLines(Observer):
 
     def stepped(self, training: Training, report: StepReport) -> None:
         """Log how far the run is, if that was not said just now."""
-        now = report.rows / max(report.timing.total, 1e-9)
-        before = now if self._rows_per_s is None else self._rows_per_s
-        self._rows_per_s = (1 - _NEWEST) * before + _NEWEST * now
+        self._rows += report.rows
+        if report.timing.total:  # of several steps at one moment, the first has the time
+            now = self._rows / report.timing.total
+            before = now if self._rows_per_s is None else self._rows_per_s
+            self._rows_per_s, self._rows = (1 - _NEWEST) * before + _NEWEST * now, 0
         if self._of_steps and (now_s := self._clock()) - self._said_s >= _LINE_EVERY_S:
             self._said_s = now_s
             log.info(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
@@ -18,12 +19,13 @@ from sparksgd.engines.trace import TraceEvent
 from sparksgd.errors import ConfigError, DataError, ReplayDiffers
 from sparksgd.imports import resolve, shown
 from sparksgd.imports.trust import Trust
-from sparksgd.solvers.rules import completed
+from sparksgd.solvers.rules import completed, family_of
 
 if TYPE_CHECKING:  # it imports torch, and the instruction set must be pinned before that
+    from sparksgd.engines.protocol import StepReport
     from sparksgd.training.state import Training
 
-__all__ = ["Replay", "check_end"]
+__all__ = ["Replay", "check_end", "check_steps", "refuse_short_trace"]
 
 log = logging.getLogger("sparksgd")
 
@@ -59,8 +61,8 @@ class Replay:
     arrivals: Sequence[TraceEvent] | None = None
     """What happened, where shards made turns at their own pace."""
 
-    arrival_steps: int = 0
-    """How many steps that made."""
+    arrival_losses: Sequence[float] = ()
+    """The losses of the steps that this made."""
 
     trust: Trust | None = None
     """Whose code may run, if the configuration comes from a file; None: it was made in this process."""
@@ -68,7 +70,7 @@ class Replay:
     @property
     def steps(self) -> int:
         """Return how many steps are repeated."""
-        return len(self.took_part) if self.arrivals is None else self.arrival_steps
+        return len(self.took_part) if self.arrivals is None else len(self.arrival_losses)
 
     def deal_of(self, version: int) -> int:
         """Return how often the rows had been dealt again at the step that begins with a version."""
@@ -118,16 +120,21 @@ class Replay:
         """
         then, now = completed(Config.from_dict(self.config)).experiment(), completed(config).experiment()
         free = {"data.train", "data.test"}
-        if now.get("solver.name") != "local_sgd":
-            free.add("train.steps")  # its rounds are cut short there
-        if self.arrivals is not None:  # the trace says what these keys decided
-            free |= {key for key in then.keys() | now.keys() if key.startswith(("cluster.", "engine."))}
+        if family_of(config.solver) != "rounds" or config.solver.name == "synchronous":
+            free.add("train.steps")  # rounds of several turns are cut short there
+        # Those of a simulated run; what they decided is in the trace.
+        free |= {key for key in then.keys() | now.keys() if key.startswith(("cluster.", "engine."))}
         for key in sorted(then.keys() | now.keys()):
             if then.get(key) != now.get(key) and key not in free:
                 raise ConfigError(
                     f"{key} is {shown(now.get(key))}, but was {shown(then.get(key))} in the run to be "
                     f"replayed, and it shapes the parameters: leave it out"
                 )
+        if then.get("cluster.gradients") is False:
+            raise ConfigError(
+                "cluster.gradients was false in the run to be replayed: it computed no gradient, so there is "
+                "nothing to repeat"
+            )
         if self.data_digest not in (data_digest, content_digest):
             raise DataError(
                 f"the rows are not those of the run to be replayed: their digest is {data_digest}, but was "
@@ -138,6 +145,38 @@ class Replay:
                 f"the rows to evaluate on are not those of the run to be replayed, which shaped its "
                 f"parameters: their digest is {test_digest}, but was {self.test_digest}"
             )
+
+
+def check_steps(reports: Sequence[StepReport], replay: Replay) -> None:
+    """Check that the steps of a replay of arrivals are those of the run.
+
+    Raises:
+        DataError: the trace has fewer steps than the run made.
+        ReplayDiffers: a step has another loss.
+    """
+    if replay.arrivals is None:
+        return
+    for report in reports:
+        then = replay.arrival_losses[report.version]
+        if report.loss != then and not (math.isnan(report.loss) and math.isnan(then)):
+            raise ReplayDiffers(
+                f"step {report.step} of the replay has a loss of {report.loss}, but had {then} in the run: "
+                f"the trace was changed or is of another run, or torch computes differently here (see "
+                f"numerics in summary.json; train.instruction_set holds machines to one)"
+            )
+
+
+def refuse_short_trace(steps: int, replay: Replay) -> None:
+    """Refuse a trace that ends before the steps that the run made.
+
+    Raises:
+        DataError: with both numbers.
+    """
+    if steps < replay.steps:
+        raise DataError(
+            f"the trace ends after {steps} steps, but the run made {replay.steps}: lines are missing at its "
+            f"end"
+        )
 
 
 def check_end(training: Training, replay: Replay) -> None:
@@ -153,7 +192,7 @@ def check_end(training: Training, replay: Replay) -> None:
     if ended != replay.parameters_sha256:
         raise ReplayDiffers(
             f"the replay ended at parameters {ended}, but the run at {replay.parameters_sha256}: the same "
-            f"rows and shards, so torch computes differently here (see numerics in both summary.json; "
-            f"train.instruction_set holds machines to one)"
+            f"rows and shards, so torch computes differently here, or the trace was changed (see numerics in "
+            f"both summary.json; train.instruction_set holds machines to one)"
         )
     log.info("replayed: the same %d steps, the same parameters", training.version)

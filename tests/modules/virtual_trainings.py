@@ -65,13 +65,16 @@ def trained(
     out: Path | None = None,
     replay: Replay | None = None,
     test: str | None = None,
+    optimizer: dict[str, Any] | None = None,
+    schedule: dict[str, Any] | None = None,
     **train_keys: Any,
 ) -> tuple[Training, list[Any]]:
     """Train; return the run and the reports of its steps."""
     config = {
         "data": {"features": "x", "label": "y"},
         "loss": {"name": "squared_error"},
-        "optimizer": {"name": "SGD", "lr": 0.02},
+        "optimizer": optimizer or {"name": "SGD", "lr": 0.02},
+        "schedule": schedule or {},
         "solver": solver,
         "engine": engine or {"name": "simulated"},
         "train": {"rows_per_step": 16, "num_shards": 4, "epochs": 2, "seed": 3} | train_keys,

@@ -12,7 +12,7 @@ import pytest
 from virtual_trainings import ARRIVALS, CONSTANT, trained, written
 
 import sparksgd
-from sparksgd.errors import ConfigError, DataError, ReplayDiffers
+from sparksgd.errors import ConfigError, DataError, NotFinite, ReplayDiffers
 
 INLINE = {"name": "inline"}
 NOISY = {"spread": 0.6, "tail_share": 0.1, "worker_life_s": 0.5, "worker_back_s": 0.05}
@@ -106,7 +106,9 @@ def test_two_arrivals_that_are_swapped_are_noticed(rows: str, tmp_path: Path) ->
     [
         (lambda found: found[1].update(shard=7), "there are 4 shards"),
         (lambda found: found[1].update(version=5), "the centre's answer is version 0"),
-        (lambda found: found.pop(1), "the shard has taken no weights"),
+        (lambda found: found.pop(1), "the shard has taken version None"),
+        (lambda found: found[2].update(turn=3), "its next turn is 0"),
+        (lambda found: found[2].update(version=1), "the shard has taken version 0"),
         (lambda found: found.pop(2), "the shard has not started that turn"),
     ],
 )
@@ -129,6 +131,56 @@ def test_a_run_that_was_killed_is_repeated_as_far_as_it_went(rows: str, tmp_path
     again, repeated = trained(rows, {"name": "async_sgd"}, engine=INLINE, replay=sparksgd.read_replay(out))
     assert again.version == len(repeated) >= 10
     assert [r.loss for r in repeated] == [r.loss for r in reports[: len(repeated)]]
+
+
+def test_a_trace_that_ends_too_early_is_refused(rows: str, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    run, _ = trained(rows, {"name": "async_sgd"}, CONSTANT, out=out)
+    changed(out, lambda found: found.__delitem__(slice(-6, None)))
+    with pytest.raises(DataError, match=rf"the trace ends after \d+ steps, but the run made {run.version}"):
+        trained(rows, {"name": "async_sgd"}, engine=INLINE, replay=sparksgd.read_replay(out))
+    (out / "trace.jsonl").unlink()
+    with pytest.raises(DataError, match=r"has no trace.jsonl, and a run of arrivals can be repeated from it"):
+        sparksgd.read_replay(out)
+
+
+def test_a_trace_of_another_run_is_noticed_at_its_first_other_step(rows: str, tmp_path: Path) -> None:
+    for seed in (1, 2):
+        trained(rows, {"name": "async_sgd"}, {"seed": seed, "spread": 0.6}, out=tmp_path / str(seed))
+    (tmp_path / "1" / "summary.json").unlink()  # as if it was killed: no digest
+    (tmp_path / "1" / "trace.jsonl").write_bytes((tmp_path / "2" / "trace.jsonl").read_bytes())
+    with pytest.raises(ReplayDiffers, match=r"of the replay has a loss of .* the trace was changed or is of"):
+        trained(rows, {"name": "async_sgd"}, engine=INLINE, replay=sparksgd.read_replay(tmp_path / "1"))
+
+
+def test_a_run_that_undid_its_last_step_is_repeated_without_it(rows: str, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    with pytest.raises(NotFinite):
+        trained(rows, {"name": "async_sgd"}, CONSTANT, out=out, optimizer={"name": "SGD", "lr": 1e30})
+    summary = json.loads((out / "summary.json").read_text())
+    again, _ = trained(
+        rows,
+        {"name": "async_sgd"},
+        engine=INLINE,
+        replay=sparksgd.read_replay(out),
+        optimizer={"name": "SGD", "lr": 1e30},
+    )
+    assert again.version == summary["steps"] > 0
+    assert again.flat.parameters_sha256() == summary["parameters_sha256"]
+
+
+def test_virtual_backup_workers_and_gossip_are_repeated_on_inline(rows: str, tmp_path: Path) -> None:
+    for number, solver in enumerate([{"backup_workers": 1}, {"name": "decentralised"}]):
+        out = tmp_path / str(number)
+        run, _ = trained(rows, solver, {"spread": 0.6}, out=out)
+        again, _ = trained(rows, solver, engine=INLINE, replay=sparksgd.read_replay(out))
+        assert again.flat.parameters_sha256() == run.flat.parameters_sha256()
+
+
+def test_a_run_without_gradients_has_nothing_to_repeat(rows: str, tmp_path: Path) -> None:
+    trained(rows, {"name": "async_sgd"}, {"gradients": False}, out=tmp_path / "run")
+    with pytest.raises(ConfigError, match=r"cluster.gradients was false"):
+        trained(rows, {"name": "async_sgd"}, engine=INLINE, replay=sparksgd.read_replay(tmp_path / "run"))
 
 
 def test_a_run_of_arrivals_is_not_repeated_by_other_engines_or_rules(rows: str, tmp_path: Path) -> None:

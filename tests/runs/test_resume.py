@@ -120,5 +120,5 @@ def test_local_sgd_that_keeps_the_states_of_shards_has_no_checkpoints_and_says_s
 ) -> None:
     keeps = {"solver": {"name": "local_sgd", "turns_per_round": 3, "inner_state": "keep"}}
     jobs.run("keeps", EVERY_STEP, keeps, {"optimizer": {"name": "SGD", "lr": 0.05, "momentum": 0.9}})
-    assert "this run has no checkpoints, and cannot go on if it is killed: its shards keep" in caplog.text
+    assert "this run has no checkpoints, and cannot go on if it is killed: they do not hold" in caplog.text
     assert not (jobs.folder / "keeps" / "checkpoints").exists()

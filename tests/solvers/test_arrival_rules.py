@@ -289,6 +289,17 @@ def test_elastic_averaging_draws_both_sides_together() -> None:
     assert run.theta == [0.125 + (0.5 - 0.125) / 2, 0.5 + (0.75 - 0.5) / 2]
 
 
+def test_the_rate_that_comes_with_an_exchange_is_that_of_the_turns_after_it() -> None:
+    schedule = {"name": "StepLR", "step_size": 1, "gamma": 0.5}
+    run = driven("elastic_averaging", {"turns_per_exchange": 2}, schedule=schedule)
+    run.send(0)  # two of the three rows of a turn
+    assert run.answers[0].settings[0].get("lr", 0.25) == 0.25  # nothing has moved yet
+    run.send(1)
+    assert run.answers[1].settings[0] == {"lr": 0.125}
+    assert run.answers[1].weights.version == run.solver.version  # its own exchange makes nothing stale
+    assert [step.staleness for step in run.steps] == [(0,), (1,)]
+
+
 def test_alpha_may_follow_the_rate() -> None:
     run = driven("elastic_averaging", {"turns_per_exchange": 1, "rho": 2.0})  # alpha = 1/4 * 2
     run.send(0)

@@ -187,7 +187,9 @@ def test_any_optimiser_moves_the_models() -> None:
 def test_what_cannot_be_is_refused(rows: str) -> None:
     with pytest.raises(ModelError, match="GroupNorm"):
         turns_of(RULES_OF_GOSSIP["ring"], 3, module=nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2)))
-    with pytest.raises(ConfigError, match=r"cluster.worker_life_s is 3.0, but with gossip"):
+    with pytest.raises(
+        ConfigError, match=r"cluster.worker_life_s is 3.0, but with this solver a lost worker"
+    ):
         trained(rows, RULES_OF_GOSSIP["ring"], CONSTANT | {"worker_life_s": 3.0})
     with pytest.raises(ConfigError, match=r"messages from shard to shard"):
         trained(rows, RULES_OF_GOSSIP["ring"], engine={"name": "tree"})

@@ -34,6 +34,7 @@ class ArrivalGathering:
     def __init__(self, worker_of: Mapping[int, int]) -> None:
         self.trace = Trace()
         self._shards = {shard: ShardState(worker=worker) for shard, worker in sorted(worker_of.items())}
+        self._busy: set[int] = set()
         self._ready: dict[int, deque[int]] = {worker: deque() for worker in sorted(set(worker_of.values()))}
 
     def begin(self) -> list[Begin]:
@@ -52,7 +53,8 @@ class ArrivalGathering:
         if isinstance(event, Lost) == shard.is_lost:
             return []  # known already
         if isinstance(event, Lost):
-            shard.is_lost, shard.is_computing = True, False
+            shard.is_lost = True
+            self._stop(shard)
             if event.shard in self._ready[shard.worker]:
                 self._ready[shard.worker].remove(event.shard)
             self._note("lost", event.shard)
@@ -64,7 +66,7 @@ class ArrivalGathering:
         shard = self._shards[number]
         if shard.is_lost or not shard.is_computing:
             return []  # of a shard that was given up meanwhile
-        shard.is_computing = False
+        self._stop(shard)
         self._note("push", number)
         shard.turn += 1
         return [Deliver(shard=number, version=shard.version), *self._start_next(shard.worker)]
@@ -73,7 +75,7 @@ class ArrivalGathering:
         shard = self._shards[number]
         if shard.is_lost or not shard.is_computing:
             return []
-        shard.is_computing = False
+        self._stop(shard)
         shard.turn += 1
         self._ready[shard.worker].append(number)
         return [*self._start_next(shard.worker)]
@@ -95,14 +97,19 @@ class ArrivalGathering:
             workers.append(shard.worker)
         return [start for worker in dict.fromkeys(workers) for start in self._start_next(worker)]
 
+    def _stop(self, shard: ShardState) -> None:
+        if shard.is_computing:
+            shard.is_computing = False
+            self._busy.discard(shard.worker)
+
     def _start_next(self, worker: int) -> list[Start]:
         """Start the next shard of a worker that has nothing to do."""
-        is_busy = any(shard.is_computing for shard in self._shards.values() if shard.worker == worker)
-        if is_busy or not self._ready[worker]:
+        if worker in self._busy or not self._ready[worker]:
             return []
         number = self._ready[worker].popleft()
         shard = self._shards[number]
         shard.is_computing = True
+        self._busy.add(worker)
         self._note("start", number)
         return [Start(shard=number, turn=shard.turn, version=shard.version)]
 

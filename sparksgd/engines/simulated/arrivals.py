@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from sparksgd.engines.gathering.arrivals import ArrivalGathering
 from sparksgd.engines.gathering.shards import Back, Begin, Decided, Deliver, Drop, Lost, Pushed, Start, Turned
 from sparksgd.engines.shard_work import ShardWork
-from sparksgd.engines.simulated.costs import Costs, Link
+from sparksgd.engines.simulated.costs import Costs, Link, refuse_endless_losses
 from sparksgd.engines.trace import TraceEvent
 from sparksgd.errors import ClusterError
 from sparksgd.solvers.arrivals import ArrivalSolver, ArrivalStep, Verdict
@@ -62,13 +62,17 @@ class VirtualArrivals:
         self._solver, self._work, self._costs, self._rows_of = solver, work, costs, rows_of
         self._worker_of = dict(worker_of)
         self._gathering = ArrivalGathering(worker_of)
-        self._up, self._down = Link(), Link()
+        self._up, self._down, self._served = Link(), Link(), Link()
+        self._to_worker = {worker: Link() for worker in set(worker_of.values())}
         self.now_s = 0.0
         self.ignored = 0
         """How many messages were too old."""
 
         self.losses = 0
         """How many workers were lost."""
+
+        self.sent_bytes = 0
+        """Bytes of vectors, up and down."""
 
         self._events: list[_Event] = []
         self._numbers = 0
@@ -87,11 +91,14 @@ class VirtualArrivals:
         Raises:
             ClusterError: no step will ever be made, because all workers wait.
         """
+        losses = self.losses
         while not self._steps:
+            refuse_endless_losses(self._costs.config, self.losses - losses, len(self._lives))
             if not any(event.kind != "lost" for event in self._events):
                 raise ClusterError(
-                    f"after {self.now_s:g} virtual seconds every shard waits, and no step can be made: this "
-                    f"rule holds all of them back"
+                    f"after {self.now_s:g} virtual seconds every shard waits, and no step can be made, "
+                    f"because solver.name holds all of them back: let more shards take part "
+                    f"(train.num_shards), or fewer make a step"
                 )
             self._happens(heapq.heappop(self._events))
         steps, self._steps = self._steps, []
@@ -120,9 +127,10 @@ class VirtualArrivals:
             return
         self._messages[event.shard] = message
         vectors, config = len(message.vectors), self._costs.config
-        sent_s = self.now_s + config.latency_s + self._costs.vectors_s(vectors)
-        through_s = self._up.carry(sent_s, self._costs.at_server_s(vectors) + config.server_s)
-        self._at(through_s, "arrived", event.worker, event.shard)
+        first_s, busy_s = self.now_s + config.latency_s, self._costs.at_server_s(vectors)
+        received_s = max(self._up.carry(first_s, busy_s), first_s + self._costs.vectors_s(vectors))
+        self.sent_bytes += vectors * self._costs.vector_bytes
+        self._at(self._served.carry(received_s, config.server_s), "arrived", event.worker, event.shard)
 
     def _follow(self, instructions: Iterable[_Instruction]) -> None:
         for told in instructions:
@@ -145,7 +153,10 @@ class VirtualArrivals:
             self._work.take(shard, answer)
             vectors = 1 + len(answer.vectors)
             sent_s = self._down.carry(self.now_s, self._costs.at_server_s(vectors))
-            self._there_s[shard] = sent_s + self._costs.config.latency_s + self._costs.vectors_s(vectors)
+            to_worker = self._to_worker[self._worker_of[shard]]
+            received_s = max(sent_s, to_worker.carry(self.now_s, self._costs.vectors_s(vectors)))
+            self._there_s[shard] = received_s + self._costs.config.latency_s
+            self.sent_bytes += vectors * self._costs.vector_bytes
         versions = {shard: answer.weights.version for shard, answer in answers.items()}
         self._follow(self._gathering.handle(Decided(answers=versions, sender=sender)))
 

@@ -12,8 +12,9 @@ import numpy as np
 
 from sparksgd.arithmetic.seeds import seed32
 from sparksgd.config import ClusterConfig
+from sparksgd.errors import ClusterError
 
-__all__ = ["Costs", "Link", "sums_at_driver"]
+__all__ = ["Costs", "Link", "refuse_endless_losses", "sums_at_driver"]
 
 
 class Costs:
@@ -25,7 +26,7 @@ class Costs:
     """
 
     def __init__(self, config: ClusterConfig, vector_bytes: int) -> None:
-        self.config, self._vector_bytes = config, vector_bytes
+        self.config, self.vector_bytes = config, vector_bytes
 
     def turn_s(self, worker: int, shard: int, turn: int, rows: int) -> float:
         """Return the seconds that a worker computes for a turn of a shard, of so many rows."""
@@ -49,12 +50,12 @@ class Costs:
 
     def vectors_s(self, vectors: int) -> float:
         """Return the seconds that some vectors take on a worker's link, without its latency."""
-        return vectors * self._vector_bytes / self.config.link_bytes_per_s
+        return vectors * self.vector_bytes / self.config.link_bytes_per_s
 
     def at_server_s(self, vectors: int) -> float:
         """Return the seconds that some vectors take on the server's link."""
         speed = self.config.server_bytes_per_s or self.config.link_bytes_per_s
-        return vectors * self._vector_bytes / speed
+        return vectors * self.vector_bytes / speed
 
     def all_reduce_s(self, vectors: int, workers: int) -> float:
         """Return the seconds of a part-reduce and a part-broadcast between some workers.
@@ -67,6 +68,23 @@ class Costs:
 
     def _drawn(self, purpose: str, *key: int) -> np.random.Generator:
         return np.random.default_rng(seed32(self.config.seed, f"simulated {purpose}", *key))
+
+
+_MOST_LOSSES = 1000  # of a worker, without a step
+
+
+def refuse_endless_losses(config: ClusterConfig, losses: int, workers: int) -> None:
+    """Refuse to go on where workers are lost before they get anything done.
+
+    Raises:
+        ClusterError: each was lost a thousand times since the last step.
+    """
+    if losses > _MOST_LOSSES * workers:
+        raise ClusterError(
+            f"{workers} workers were lost {losses} times without a step: cluster.worker_life_s is "
+            f"{config.worker_life_s}, but their turns take longer: raise it, or let shards send after fewer "
+            f"turns"
+        )
 
 
 def sums_at_driver(workers: int) -> int:
@@ -86,11 +104,8 @@ class Link:
 
     def __init__(self) -> None:
         self._free_s = 0.0
-        self.busy_s = 0.0
-        """How long it has carried messages."""
 
     def carry(self, now_s: float, seconds: float) -> float:
         """Return when a message is through that comes now, and takes this long."""
         self._free_s = max(now_s, self._free_s) + seconds
-        self.busy_s += seconds
         return self._free_s

@@ -23,7 +23,7 @@ from sparksgd.engines.gathering.rounds import (
     Take,
 )
 from sparksgd.engines.protocol import Arrival, StepTiming
-from sparksgd.engines.simulated.costs import Costs, Link, sums_at_driver
+from sparksgd.engines.simulated.costs import Costs, Link, refuse_endless_losses, sums_at_driver
 from sparksgd.engines.trace import TraceEvent
 from sparksgd.solvers.protocol import Quorum, RoundSolver
 
@@ -59,6 +59,9 @@ class VirtualRounds:
         self.now_s = 0.0
         self.losses = 0
         """How many workers were lost."""
+
+        self.sent_bytes = 0
+        """Bytes of vectors, up and down, or between the workers."""
 
         self._up = Link()
         self._lives = dict.fromkeys(owned, 0)
@@ -116,17 +119,18 @@ class VirtualRounds:
             if is_there:
                 return time_s, request, worker
             if self._sums_at_driver:
-                sent_s = time_s + self._costs.config.latency_s + self._costs.vectors_s(vectors)
-                time_s = self._up.carry(sent_s, share * self._costs.at_server_s(vectors))
+                first_s = time_s + self._costs.config.latency_s
+                through_s = self._up.carry(first_s, share * self._costs.at_server_s(vectors))
+                time_s = max(through_s, first_s + self._costs.vectors_s(vectors))
+                self.sent_bytes += vectors * self._costs.vector_bytes
             heapq.heappush(self._replies, (time_s, True, request, worker))
 
     def _ask(self, ask: Ask, quorum: Quorum, turns: range, vectors: int) -> None:
         """Plan the replies of some workers."""
-        begins_s = self.now_s
+        begins_s, costs = self.now_s, self._costs
         if self._sums_at_driver:
-            begins_s += (
-                self._costs.config.job_s + self._costs.config.latency_s + self._costs.vectors_s(vectors)
-            )
+            begins_s += costs.config.job_s + costs.config.latency_s + costs.vectors_s(vectors)
+            self.sent_bytes += len(ask.workers) * vectors * costs.vector_bytes
         for worker in ask.workers:
             computed_s = self.computed_s(worker, begins_s, quorum, turns)
             heapq.heappush(self._replies, (computed_s, False, ask.request, worker))
@@ -139,7 +143,9 @@ class VirtualRounds:
             for shard in shards
             for turn in turns
         )
+        losses = self.losses
         while self._lost_at_s[worker] < begins_s + takes_s:
+            refuse_endless_losses(config, self.losses - losses, 1)
             begins_s = max(begins_s, self._lost_at_s[worker] + config.worker_back_s)
             self.losses += 1
             self._lives[worker] += 1
@@ -155,7 +161,9 @@ class VirtualRounds:
     ) -> VirtualRound:
         computed_s = self.now_s
         if not self._sums_at_driver:
-            self.now_s += self._costs.all_reduce_s(vectors, len(self._owned))
+            workers = len(self._owned)
+            self.now_s += self._costs.all_reduce_s(vectors, workers)
+            self.sent_bytes += 2 * (workers - 1) * vectors * self._costs.vector_bytes
         self._forget_versions()
         timing = StepTiming(
             total=self.now_s - began_s, compute=computed_s - began_s, aggregate=self.now_s - computed_s
