@@ -31,7 +31,7 @@ from typing import Any
 
 from sparksgd.config import Config
 from sparksgd.engines.protocol import StepReport, VirtualCost
-from sparksgd.engines.trace import TraceEvent, event_line, first_line
+from sparksgd.engines.trace import CHANCES, TraceEvent, event_line, first_line
 from sparksgd.errors import ClusterError, DataError
 from sparksgd.runs.checkpoints import CheckpointFolder, trained_anew
 from sparksgd.runs.earlier import Found
@@ -40,7 +40,6 @@ from sparksgd.runs.json_files import finite, write_json
 from sparksgd.runs.lease import IfRunning, Lease, remove_leases, unwritable
 from sparksgd.runs.model import check_saved, constants_beside, model_of, save_model
 from sparksgd.runs.names import CHECKPOINTS, METRICS, MODEL, RUN, RUN_BEFORE, SUMMARY, TRACE, WEIGHTS
-from sparksgd.solvers.protocol import Need
 from sparksgd.solvers.rules import family_of
 from sparksgd.storage import Location, Throttle, location, remove_parts
 from sparksgd.training.state import NO_RESULTS, EvaluationReport, Observer, Training
@@ -53,7 +52,6 @@ log = logging.getLogger("sparksgd")
 _WEIGHTS_OF_A_RUN = re.compile(r"(weights|constants)(-\d+)?\.pt")
 _SECONDS_BETWEEN_SAVES = 10.0
 _SAVING_SHARE = 0.05
-_CHANCES = frozenset({Need.QUORUM, Need.ARRIVALS})
 
 
 def summary(training: Training, wall_s: float) -> dict[str, Any]:
@@ -317,7 +315,7 @@ class RunFolder(Observer):
 
     def stepped(self, training: Training, report: StepReport) -> None:
         """Write the line of a step; before it, what chance decided."""
-        if report.trace and training.needs & _CHANCES:  # else every shard takes part in every step
+        if report.trace and training.needs & CHANCES:  # else every shard takes part in every step
             self._write_trace(training, report)
         exact = {
             "kind": "step",
