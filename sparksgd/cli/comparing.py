@@ -42,7 +42,7 @@ def run_comparison(question: Question, out: str, console: Console) -> None:
     folder = location(out)
     kept = KeptRuns(folder / "runs")
     with _Bar(console) as bar:
-        comparison = compare(question, kept, bar.told)
+        comparison = compare(question, kept, bar.show)
     log.info("%d runs were made", kept.made)
     text = io.StringIO()
     _show(comparison, Console(file=text, width=_WIDTH))
@@ -92,7 +92,7 @@ class _Bar:
     def __exit__(self, *_: object) -> None:
         self._progress.stop()
 
-    def told(self, done: int, total: int, what: str) -> None:
+    def show(self, done: int, total: int, what: str) -> None:
         """Show how far the comparison is."""
         self._progress.update(self._task, completed=done, total=total, description=what)
         now_s = time.monotonic()

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from sparksgd.config import Config
+from sparksgd.engines.trace import CHANCES
 from sparksgd.errors import ConfigError, TrainingError
 from sparksgd.runs.comparing.grid import (
     MOST_EXTENSIONS,
@@ -25,23 +26,23 @@ from sparksgd.runs.comparing.kept_runs import KeptRuns
 from sparksgd.runs.comparing.outcomes import Outcome
 from sparksgd.runs.comparing.question import Competitor, Question
 from sparksgd.runs.comparing.statistics import Difference, difference, target_of
-from sparksgd.solvers.protocol import Need
 from sparksgd.solvers.rules import completed, settings_of
 from sparksgd.training.preflight import allowed_engines
 
-__all__ = ["Comparison", "Entry", "Told", "Tuned", "compare", "refuse_what_cannot_run"]
+__all__ = ["Comparison", "Entry", "OnProgress", "Tuned", "compare", "refuse_what_cannot_run"]
 
 log = logging.getLogger("sparksgd")
 
-Told = Callable[[int, int, str], None]
+OnProgress = Callable[[int, int, str], None]
 """Called before each run, and at the end: how many are over, how many there will be, and what comes."""
-
-_DEPENDS_ON_TIME = frozenset({Need.ARRIVALS, Need.QUORUM})
 
 
 @dataclass(frozen=True, kw_only=True)
 class Tuned:
     """How a solver was tuned, and what was chosen."""
+
+    cluster: str | None
+    """Where the trials ran; None: in one process."""
 
     chosen: Settings
     trials: int
@@ -52,7 +53,7 @@ class Tuned:
     """Of all trials."""
 
     virtual_s: float
-    """Of all trials."""
+    """Of all trials, on that cluster."""
 
     at_edge: bool
     """Whether the best rate still is the smallest or the largest, after the last extension."""
@@ -93,21 +94,21 @@ class Comparison:
         return difference(entry.times(self.target), reference.times(self.target))
 
 
-def compare(question: Question, kept: KeptRuns, told: Told) -> Comparison:
+def compare(question: Question, kept: KeptRuns, on_progress: OnProgress) -> Comparison:
     """Answer a question; runs that are kept are not made again.
 
     Args:
         question: what is compared.
         kept: makes the runs.
-        told: hears of the progress.
+        on_progress: is called before each run, and at the end.
 
     Raises:
-        ConfigError: a run is refused, before the first one is made.
+        ConfigError: a run is refused, before the first one is made; or one had fewer than two evaluations.
         TrainingError: there is no target, because most runs in one process diverged.
         SparkSGDError: a run failed otherwise than by values that are not finite.
     """
     refuse_what_cannot_run(question)
-    return _Course(question, kept, told).run()
+    return _Course(question, kept, on_progress).run()
 
 
 def refuse_what_cannot_run(question: Question) -> None:
@@ -141,13 +142,17 @@ def _config(
 class _Course:
     """Makes the runs in their order, and counts them."""
 
-    def __init__(self, question: Question, kept: KeptRuns, told: Told) -> None:
-        self._question, self._kept, self._told = question, kept, told
+    def __init__(self, question: Question, kept: KeptRuns, on_progress: OnProgress) -> None:
+        self._question, self._kept, self._on_progress = question, kept, on_progress
+        self._depend_on_time = {
+            each.label for each in question.competitors if _depends_on_time(question, each)
+        }
         self._tuned_once: dict[str, Tuned] = {}
         self._done = 0
         budget = question.budget
         tunings = 1 + sum(
-            len(question.clusters) if self._depends_on_time(each) else 1 for each in question.competitors
+            len(question.clusters) if each.label in self._depend_on_time else 1
+            for each in question.competitors
         )
         entries = len(question.competitors) * len(question.clusters)
         self._total = tunings * budget.trials + (1 + entries) * budget.seeds
@@ -160,33 +165,25 @@ class _Course:
         target = target_of(scores, question.budget.margin)
         if not math.isfinite(target):
             raise TrainingError(
-                f"there is no target: of {len(scores)} runs in one process with {_told(one_process.chosen)} "
-                f"most diverged; lower compare.rates, now {list(question.budget.rates)}"
+                f"there is no target: of {len(scores)} runs in one process with "
+                f"{one_process.chosen.text(None)} most diverged; lower compare.rates, now "
+                f"{list(question.budget.rates)}"
             )
         log.info("the target is a score of %.4f, held at two evaluations", target)
         entries = [
             self._entry(each, cluster) for cluster in question.clusters for each in question.competitors
         ]
-        self._told(self._done, self._total, "over")
+        self._on_progress(self._done, self._total, "over")
         return Comparison(question=question, target=target, one_process=one_process, entries=tuple(entries))
 
     def _entry(self, competitor: Competitor, cluster: str) -> Entry:
         tuned = self._tuned_once.get(competitor.label)
         if tuned is None:
             tuned = self._tune(competitor, cluster)
-            if not self._depends_on_time(competitor):
+            if competitor.label not in self._depend_on_time:
                 self._tuned_once[competitor.label] = tuned
         outcomes = self._reported(competitor, cluster, tuned)
         return Entry(cluster=cluster, competitor=competitor, tuned=tuned, outcomes=tuple(outcomes))
-
-    def _depends_on_time(self, competitor: Competitor) -> bool:
-        """Return whether what is trained depends on who comes first."""
-        configs = (
-            _config(self._question, competitor, cluster, trial, 0)
-            for cluster in self._question.clusters
-            for trial in _trials(self._question, competitor)
-        )
-        return any(settings_of(config.solver).needs() & _DEPENDS_ON_TIME for config in configs)
 
     def _tune(self, competitor: Competitor, cluster: str | None) -> Tuned:
         """Try settings, and choose those of the highest score on the validation rows."""
@@ -210,6 +207,7 @@ class _Course:
                 MOST_EXTENSIONS,
             )  # fmt: skip
         return Tuned(
+            cluster=cluster,
             chosen=best_of(scores),
             trials=len(outcomes),
             diverged=sum(outcome.diverged for outcome in outcomes),
@@ -227,16 +225,36 @@ class _Course:
         self, competitor: Competitor, cluster: str | None, settings: Settings, seed: int, does: str
     ) -> Outcome:
         where = "" if cluster is None else f" on {cluster}"
-        what = f"{competitor.label} {does}{where}: {_told(settings)}, seed {seed}"
-        self._told(self._done, self._total, what)
-        outcome = self._kept.outcome(_config(self._question, competitor, cluster, settings, seed))
+        what = f"{competitor.label} {does}{where}: {settings.text(competitor.knob)}, seed {seed}"
+        self._on_progress(self._done, self._total, what)
+        config = _config(self._question, competitor, cluster, settings, seed)
+        outcome = self._kept.outcome(config)
+        _require_two_evaluations(outcome, f"{competitor.label}{where}", config.train.eval_every)
         self._done += 1
         return outcome
 
 
-def _told(settings: Settings) -> str:
-    return ", ".join(
-        f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}"
-        for name, value in vars(settings).items()
-        if value is not None
+def _depends_on_time(question: Question, competitor: Competitor) -> bool:
+    """Return whether what is trained depends on who comes first."""
+    cluster = next(iter(question.clusters))  # rules say what they need from their own keys
+    configs = (_config(question, competitor, cluster, trial, 0) for trial in _trials(question, competitor))
+    return any(settings_of(config.solver).needs() & CHANCES for config in configs)
+
+
+def _require_two_evaluations(outcome: Outcome, who: str, every: int | None) -> None:
+    """Refuse a run that can hold no target, although it did not diverge.
+
+    Raises:
+        ConfigError: it has fewer than two evaluations.
+    """
+    count, most = len(outcome.evaluations), outcome.turns // 2
+    if outcome.diverged or count >= 2:
+        return
+    if most and (every is None or every > most):
+        move = f"set it to {most} or less"
+    else:
+        move = "an evaluation waits for the end of a round, so train longer (train.epochs, train.steps)"
+    raise ConfigError(
+        f"train.eval_every is {'not set' if every is None else every}, and {who} made {outcome.turns} turns "
+        f"with {count} evaluation{'s' * (count != 1)}, but a target must be held at two: {move}"
     )

@@ -1,7 +1,7 @@
 """The trials of a solver: a log-grid of rates, momentum 0 or 0.9, one knob of its own.
 
-Every solver gets the same number.  If the best trial lies at an edge of the rates, the grid is extended
-there.
+Every solver gets the same number.  Every combination of momentum and knob is tried from the smallest rate to
+the largest.  If the best trial lies at an edge of the rates, the grid is extended there.
 """
 
 from __future__ import annotations
@@ -13,7 +13,18 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["MOST_EXTENSIONS", "Settings", "best_of", "extension", "is_at_edge", "trials_of"]
+__all__ = [
+    "FEWEST_RATES",
+    "MOST_EXTENSIONS",
+    "Settings",
+    "best_of",
+    "extension",
+    "is_at_edge",
+    "trials_of",
+]
+
+FEWEST_RATES = 2
+"""How many rates each combination of momentum and knob is tried with, at least: the ends of the grid."""
 
 MOST_EXTENSIONS = 6
 """How often the grid of a solver is extended."""
@@ -32,6 +43,15 @@ class Settings:
     knob: Any = None
     """The value of the solver's own knob; None: it has none."""
 
+    def text(self, knob: str | None) -> str:
+        """Return the settings for people; `knob` is the name of the solver's knob, None if it has none."""
+        parts = [f"lr {self.rate:g}"]
+        if self.momentum is not None:
+            parts.append(f"momentum {self.momentum:g}")
+        if knob is not None:
+            parts.append(f"{knob} {self.knob}")
+        return ", ".join(parts)
+
 
 def trials_of(
     ends: tuple[float, float],
@@ -39,26 +59,34 @@ def trials_of(
     momenta: Sequence[float | None] = (None,),
     knobs: Sequence[Any] = (None,),
 ) -> list[Settings]:
-    """Return the trials: every combination, if their number divides `trials`, else evenly some of them.
+    """Return the trials: for each combination of momentum and knob, a log-grid of rates between the ends.
+
+    If the number of combinations does not divide `trials`, some of them, spread over momenta and knobs, get a
+    grid that is finer by one rate.
 
     Args:
         ends: the smallest and the largest rate.
-        trials: how many trials, 2 at least.
+        trials: how many trials; at least FEWEST_RATES for each combination.
         momenta: what is tried as momentum.
         knobs: what is tried as the knob.
 
     >>> [one.rate for one in trials_of((0.1, 0.4), 3)]
     [0.1, 0.2, 0.4]
     """
-    each = len(momenta) * len(knobs)
-    rates = [float(f"{rate:.4g}") for rate in np.geomspace(*ends, max(2, math.ceil(trials / each)))]
+    share, finer = divmod(trials, len(momenta) * len(knobs))
     return [
-        Settings(
-            rate=rates[number * len(rates) // trials],
-            momentum=momenta[number % len(momenta)],
-            knob=knobs[number // len(momenta) % len(knobs)],
-        )
-        for number in range(trials)
+        Settings(rate=float(f"{rate:.4g}"), momentum=momentum, knob=knob)
+        for number, (momentum, knob) in enumerate(_combinations(momenta, knobs))
+        for rate in np.geomspace(*ends, share + (number < finer))
+    ]
+
+
+def _combinations(momenta: Sequence[float | None], knobs: Sequence[Any]) -> list[tuple[float | None, Any]]:
+    """Return every combination once; the first ones have momenta and knobs about equally often."""
+    period = math.lcm(len(momenta), len(knobs))
+    return [
+        (momenta[number % len(momenta)], knobs[(number + number // period) % len(knobs)])
+        for number in range(len(momenta) * len(knobs))
     ]
 
 

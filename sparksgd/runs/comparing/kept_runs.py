@@ -1,4 +1,7 @@
-"""Makes each run once, and keeps it: OUT/runs/DIGEST, where the digest is of its full configuration."""
+"""Makes each run once, and keeps it: OUT/runs/DIGEST.
+
+The digest is of the full configuration, the rows, the user's code, and the versions of sparksgd and torch.
+"""
 
 from __future__ import annotations
 
@@ -7,18 +10,19 @@ import json
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
 
+import torch
+
+import sparksgd
 from sparksgd.config import Config
 from sparksgd.errors import ConfigError, NotFinite
-from sparksgd.runs.comparing.outcomes import MESSAGES, Outcome, read_outcome
+from sparksgd.runs.comparing.outcomes import Outcome, read_outcome
 from sparksgd.runs.fingerprints import fingerprints_of
 from sparksgd.runs.folder import RunFolder
-from sparksgd.runs.json_files import read_json, write_json
+from sparksgd.runs.json_files import read_json
 from sparksgd.runs.names import SUMMARY
 from sparksgd.storage import Location
 from sparksgd.training.in_process import train_in_process
-from sparksgd.training.state import Observer, Training
 
 __all__ = ["KeptRuns"]
 
@@ -50,16 +54,26 @@ class KeptRuns:
         Raises:
             SparkSGDError: the run failed otherwise than by values that are not finite.
         """
-        if self._fingerprints is None:  # all runs have the same rows and code
-            self._fingerprints = fingerprints_of(config)
-        text = json.dumps([config.to_dict(), self._fingerprints], sort_keys=True)
-        digest = hashlib.sha256(text.encode()).hexdigest()[:16]
-        if digest not in self._read:
-            folder = self._folder / digest
+        name = self.name_of(config)
+        if name not in self._read:
+            folder = self._folder / name
             if not _is_over(folder):
                 self._make(config, folder)
-            self._read[digest] = _outcome(folder)
-        return self._read[digest]
+            self._read[name] = _outcome(folder)
+        return self._read[name]
+
+    def name_of(self, config: Config) -> str:
+        """Return the name of a run's folder: a digest of all that its result depends on.
+
+        Raises:
+            DataError: the rows are missing, or cannot be read.
+            ClusterError: their file system does not answer.
+        """
+        if self._fingerprints is None:  # all runs have the same rows and code
+            self._fingerprints = fingerprints_of(config)
+        versions = {"sparksgd": sparksgd.__version__, "torch": str(torch.__version__)}
+        text = json.dumps([config.to_dict(), self._fingerprints, versions], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def _make(self, config: Config, folder: Location) -> None:
         assert config.data.train is not None
@@ -67,7 +81,7 @@ class KeptRuns:
         with run.held(), _without_ordinary_lines():
             run.require_writable()
             try:
-                train_in_process(config, config.data.train, observers=[run, _MessagesNoted(folder)])
+                train_in_process(config, config.data.train, observers=[run])
             except NotFinite:
                 if not _is_over(folder):  # before the first step: that is no divergence
                     raise
@@ -83,20 +97,6 @@ def _without_ordinary_lines() -> Iterator[None]:
         yield
     finally:
         log.setLevel(level)
-
-
-class _MessagesNoted(Observer):
-    """Writes how large messages are."""
-
-    def __init__(self, folder: Location) -> None:
-        self._folder = folder
-
-    def started(self, training: Training) -> None:
-        """Write it."""
-        vector = training.flat.parameters
-        size = training.plan.halves.vectors * vector.numel() * vector.element_size()
-        about: dict[str, Any] = {"message_bytes": size, "rounds": training.config.cluster.rounds}
-        write_json(self._folder / MESSAGES, about)
 
 
 def _is_over(folder: Location) -> bool:

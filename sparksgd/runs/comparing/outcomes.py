@@ -14,10 +14,7 @@ from sparksgd.runs.metrics import read_metrics
 from sparksgd.runs.names import METRICS, SUMMARY
 from sparksgd.storage import Location
 
-__all__ = ["MESSAGES", "Evaluated", "Outcome", "read_outcome"]
-
-MESSAGES = "messages.json"
-"""How large messages were: a file that a comparison adds to a run's folder."""
+__all__ = ["Evaluated", "Outcome", "read_outcome"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +24,7 @@ class Evaluated:
     virtual_s: float
     rows: int
     sent_bytes: float
-    """Bytes of the messages that steps had used, and of the answers to them."""
+    """Bytes on all links, as the simulated engine counts them."""
 
     loss: float
     accuracy: float | None
@@ -45,7 +42,7 @@ class Outcome:
     """What a run gave."""
 
     folder: str
-    """The name of its folder: the digest of its configuration."""
+    """The name of its folder."""
 
     diverged: bool
     workers: int
@@ -54,6 +51,9 @@ class Outcome:
 
     rows: int
     """Of the whole run."""
+
+    turns: int
+    """Of each shard, in the whole run."""
 
     evaluations: tuple[Evaluated, ...]
     staleness: Mapping[int, int]
@@ -96,12 +96,10 @@ def read_outcome(folder: Location) -> Outcome:
         OSError, ValueError, LookupError, TypeError: the folder holds no such run.
     """
     summary, metrics = read_json(folder / SUMMARY), read_metrics(folder / METRICS)
-    messages = read_json(folder / MESSAGES)
     spent: dict[int, tuple[float, int, float]] = {}
     virtual_s, rows, sent, staleness = 0.0, 0, 0.0, Counter[int]()
     for step in metrics.steps:
-        virtual_s, rows = step["virtual_s"], rows + step["rows"]
-        sent += _sent_bytes(step, messages, summary["num_workers"])
+        virtual_s, rows, sent = step["virtual_s"], rows + step["rows"], sent + step["sent_bytes"]
         spent[step["step"]] = virtual_s, rows, sent
         staleness.update(step.get("staleness", ()))
     return Outcome(
@@ -110,6 +108,7 @@ def read_outcome(folder: Location) -> Outcome:
         workers=summary["num_workers"],
         virtual_s=virtual_s,
         rows=rows,
+        turns=summary["turns"],
         evaluations=tuple(_evaluated(line, *spent[line["step"]]) for line in metrics.evaluations),
         staleness=staleness,
     )
@@ -124,19 +123,3 @@ def _evaluated(line: Mapping[str, Any], virtual_s: float, rows: int, sent: float
         loss=math.nan if loss is None else loss,
         accuracy=line.get("test_accuracy"),
     )
-
-
-def _sent_bytes(step: Mapping[str, Any], messages: Mapping[str, Any], workers: int) -> float:
-    """Return the bytes of a step's messages and answers.
-
-    tree         each worker that took part sends a message, and gets an answer
-    allreduce    2 (p - 1) / p of a message leave each of p workers
-    arrivals     each shard's message has an answer
-    """
-    if "staleness" in step:
-        exchanges = 2.0 * len(step["took_part"])
-    elif messages["rounds"] == "allreduce":
-        exchanges = 2.0 * (workers - 1)
-    else:
-        exchanges = 2.0 * len(step["timing"]["workers"])
-    return exchanges * float(messages["message_bytes"])

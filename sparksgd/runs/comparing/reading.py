@@ -11,6 +11,7 @@ from sparksgd.config import Config, read_section
 from sparksgd.config.tables import read_toml
 from sparksgd.errors import ConfigError
 from sparksgd.imports import did_you_mean, shown
+from sparksgd.runs.comparing.grid import FEWEST_RATES
 from sparksgd.runs.comparing.question import REFERENCE, Budget, Competitor, Question
 
 __all__ = ["read_question"]
@@ -42,12 +43,14 @@ def read_question(file: str | Path, data: str | None = None) -> Question:
     if data is not None:
         base.setdefault("data", {})["train"] = data
     given = _table("compare", tables.get("compare", {}))
-    return Question(
+    question = Question(
         base=_checked_base(base),
         competitors=_competitors(_table("solvers", tables.get("solvers", {}))),
         clusters=_clusters(_table("clusters", tables.get("clusters", {}))),
         budget=_budget(given),
     )
+    _require_enough_trials(question)
+    return question
 
 
 def _table(name: str, value: Any) -> dict[str, Any]:
@@ -98,6 +101,10 @@ def _checked_base(base: dict[str, Any]) -> dict[str, Any]:
                 f"{key} is {shown(value)}, but runs are compared that are made to their end: "
                 f'set = {{ {section} = {{ {name} = "none" }} }} leaves it out'
             )
+    if "seed" in base.get("cluster", {}):
+        raise _own_seed(
+            "cluster.seed", base["cluster"]["seed"], 'set = { cluster = { seed = "none" } } leaves it out'
+        )
     steps, every = config.train.steps, config.train.eval_every
     if steps is not None and every is not None and steps < 2 * every:
         raise ConfigError(
@@ -157,7 +164,19 @@ def _clusters(tables: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
         )
     for name in tables:
         _require_name("clusters", name)
-    return {name: _table(f"clusters.{name}", table) for name, table in tables.items()}
+    clusters = {name: _table(f"clusters.{name}", table) for name, table in tables.items()}
+    for name, table in clusters.items():
+        if "seed" in table:
+            raise _own_seed(f"clusters.{name}.seed", table["seed"], "leave it out")
+    return clusters
+
+
+def _own_seed(key: str, value: Any, move: str) -> ConfigError:
+    """Return the refusal of a cluster's seed."""
+    return ConfigError(
+        f"{key} is {shown(value)}, but the comparison sets the seeds, so that all solvers meet the same "
+        f"noise: train.seed of the base for trials, and the next ones for reported runs; {move}"
+    )
 
 
 def _require_name(section: str, name: str) -> None:
@@ -191,3 +210,24 @@ def _budget(table: dict[str, Any]) -> Budget:
         margin=counts.margin,
         rates=(float(rates[0]), float(rates[1])),
     )
+
+
+def _require_enough_trials(question: Question) -> None:
+    """Refuse trials that are too few for every combination of momentum and knob.
+
+    Raises:
+        ConfigError: it names the solver's knob.
+    """
+    trials, momenta = question.budget.trials, len(question.momenta)
+    for competitor in question.competitors:
+        knobs = len(competitor.knob_values)
+        fewest = FEWEST_RATES * momenta * knobs
+        if trials >= fewest:
+            continue
+        what, move = [f"{momenta} momenta"] if momenta > 1 else [], "raise trials"
+        if knobs > 1:
+            what.append(f"{knobs} values of solvers.{competitor.label}.knob")
+            move += ", or shorten the knob"
+        raise ConfigError(
+            f"compare.trials is {trials}, but {' and '.join(what)} need {fewest} for two rates: {move}"
+        )

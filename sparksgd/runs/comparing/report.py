@@ -10,7 +10,6 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from sparksgd.runs.comparing.course import Comparison, Entry, Tuned
-from sparksgd.runs.comparing.grid import Settings
 from sparksgd.runs.comparing.outcomes import Evaluated, Outcome
 from sparksgd.runs.comparing.question import ONE_PROCESS, REFERENCE
 from sparksgd.runs.comparing.statistics import FEWEST_PAIRS, Difference, ratio_of
@@ -56,8 +55,8 @@ def table_rows(comparison: Comparison, cluster: str) -> list[tuple[str, ...]]:
                 "\n".join(
                     (
                         entry.competitor.label,
-                        _settings_text(entry.tuned.chosen, entry.competitor.knob),
-                        _tuning_text(entry.tuned),
+                        entry.tuned.chosen.text(entry.competitor.knob),
+                        _tuning_text(entry.tuned, cluster),
                     )
                 ),
                 _number(_median_of(entry, target, lambda at, _: at.virtual_s)),
@@ -87,22 +86,14 @@ def target_line(comparison: Comparison) -> str:
 def tuning_line(comparison: Comparison) -> str:
     """Return how the run in one process was tuned."""
     tuned = comparison.one_process
-    return f"{ONE_PROCESS}: {_settings_text(tuned.chosen, None)}; {_tuning_text(tuned)}"
+    return f"{ONE_PROCESS}: {tuned.chosen.text(None)}; {_tuning_text(tuned, None)}"
 
 
-def _settings_text(chosen: Settings, knob: str | None) -> str:
-    """Return the settings that were chosen."""
-    parts = [f"lr {chosen.rate:g}"]
-    if chosen.momentum is not None:
-        parts.append(f"momentum {chosen.momentum:g}")
-    if knob is not None:
-        parts.append(f"{knob} {chosen.knob}")
-    return ", ".join(parts)
-
-
-def _tuning_text(tuned: Tuned) -> str:
-    """Return what the tuning cost."""
-    parts = [f"{tuned.trials} trials, {_number(tuned.virtual_s)} s, {_number(tuned.rows)} rows"]
+def _tuning_text(tuned: Tuned, cluster: str | None) -> str:
+    """Return what the tuning cost: rows, and seconds if it ran on this cluster."""
+    parts = [f"{tuned.trials} trials", f"{_number(tuned.rows)} rows"]
+    if tuned.cluster == cluster:
+        parts.append(f"{_number(tuned.virtual_s)} s")
     if tuned.diverged:
         parts.append(f"{tuned.diverged} diverged")
     if tuned.at_edge:
@@ -115,23 +106,24 @@ def sentence(comparison: Comparison, cluster: str) -> str:
     reference, *others = comparison.of(cluster)
     best = min(others, key=lambda entry: _rank(comparison, entry))
     found, label, seeds = comparison.difference(best), best.competitor.label, len(best.outcomes)
-    numbers = f"{_number(found.ratio)} (95 % interval {_interval(found)}, {seeds} seeds)"
-    if not found.is_shown:
-        why = f"; fewer than {FEWEST_PAIRS} seeds cannot show one" if seeds < FEWEST_PAIRS else ""
-        if all(math.isinf(time) for entry in (reference, *others) for time in entry.times(comparison.target)):
-            why = "; no run reached the target"
+    if all(math.isinf(time) for entry in (reference, *others) for time in entry.times(comparison.target)):
         return (
-            f"On {cluster}: no difference shown between {label} and {REFERENCE}; the ratio of their times to "
-            f"the target is {numbers}{why}."
+            f"On {cluster}: no difference shown between {label} and {REFERENCE}. No run reached the target "
+            f"({seeds} seeds)."
         )
-    if found.ratio < 1:
-        return (
-            f"On {cluster}: {label} is best; its time to the target is that of {REFERENCE} times {numbers}."
-        )
-    return (
-        f"On {cluster}: {REFERENCE} is best; the next is {label}, whose time to the target is that of "
-        f"{REFERENCE} times {numbers}."
-    )
+    is_never = found.low == found.high and found.ratio in (0, math.inf)  # the words say it all
+    shown_by = f"({seeds} seeds)" if is_never else f"(95 % interval {_interval(found)}, {seeds} seeds)"
+    needs = f"needs {_number(found.ratio)} times the time of {REFERENCE} {shown_by}."
+    if math.isinf(found.ratio):
+        needs = f"does not reach the target in half of the runs or more, where {REFERENCE} does {shown_by}."
+    elif found.ratio == 0:
+        needs = f"reaches the target in half of the runs or more, where {REFERENCE} does not {shown_by}."
+    if found.is_shown and found.ratio < 1:
+        return f"On {cluster}: {label} is best. It {needs}"
+    if found.is_shown:
+        return f"On {cluster}: {REFERENCE} is best. The next is {label}. It {needs}"
+    too_few = f" Fewer than {FEWEST_PAIRS} seeds cannot show one." if seeds < FEWEST_PAIRS else ""
+    return f"On {cluster}: no difference shown between {label} and {REFERENCE}. {label} {needs}{too_few}"
 
 
 def _rank(comparison: Comparison, entry: Entry) -> tuple[bool, float, int]:
@@ -167,7 +159,12 @@ def csv_of(comparison: Comparison) -> str:
 
 
 def _interval(found: Difference) -> str:
-    return f"{_number(found.low)} to {_number(found.high)}"
+    """Return an interval for people."""
+    if not math.isinf(found.high):
+        return f"{_number(found.low)} to {_number(found.high)}"
+    if math.isinf(found.low):
+        return "never"
+    return f"{_number(found.low)} or more" if found.low else "not bounded"
 
 
 def _number(value: float) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +17,9 @@ from sparksgd.runs.comparing.outcomes import Evaluated, Outcome
 from sparksgd.runs.comparing.question import Competitor, Question
 
 TUNED = Tuned(
-    chosen=Settings(rate=0.1, momentum=0.9), trials=12, diverged=1, rows=2400, virtual_s=36.0, at_edge=False
-)
+    cluster="fast", chosen=Settings(rate=0.1, momentum=0.9), trials=12, diverged=1, rows=2400,
+    virtual_s=36.0, at_edge=False,
+)  # fmt: skip
 
 
 def points_net() -> nn.Module:
@@ -28,8 +30,8 @@ def numbers_net() -> nn.Module:
     return nn.Sequential(nn.Linear(2, 1), nn.Flatten(0))
 
 
-def comparison_file(folder: Path, *more: str) -> Path:
-    """Write rows, and a comparison of two solvers on two clusters."""
+def comparison_file(folder: Path, *more: str, trials: int = 4) -> Path:
+    """Write rows, and a comparison of three solvers on two clusters."""
     source = np.random.default_rng(5)
     points = source.normal(size=(40, 2)).astype(np.float32)
     labels = (points[:, 0] > points[:, 1]).astype(np.int64)
@@ -47,7 +49,7 @@ def comparison_file(folder: Path, *more: str) -> Path:
         num_shards = 2
         eval_every = 1
         [compare]
-        trials = 2
+        trials = {trials}
         seeds = 1
         margin = 1.0
         rates = [0.1, 0.4]
@@ -65,7 +67,12 @@ def comparison_file(folder: Path, *more: str) -> Path:
 
 
 def run_of(
-    scores: Sequence[float], *, seconds: float = 1.0, diverged: bool = False, workers: int = 2
+    scores: Sequence[float],
+    *,
+    seconds: float = 1.0,
+    diverged: bool = False,
+    workers: int = 2,
+    turns: int | None = None,
 ) -> Outcome:
     """Return a run with an evaluation after each of its steps, `seconds` long, of 10 rows and 100 bytes."""
     evaluations = tuple(
@@ -74,7 +81,7 @@ def run_of(
     )
     return Outcome(
         folder="0123", diverged=diverged, workers=workers, virtual_s=len(scores) * seconds,
-        rows=10 * len(scores), evaluations=evaluations, staleness={},
+        rows=10 * len(scores), turns=turns or len(scores), evaluations=evaluations, staleness={},
     )  # fmt: skip
 
 
@@ -87,4 +94,5 @@ def compared(question: Question, **runs: Sequence[Outcome]) -> Comparison:
         )
         for label, outcomes in runs.items()
     )  # fmt: skip
-    return Comparison(question=question, target=0.8, one_process=TUNED, entries=entries)
+    one_process = replace(TUNED, cluster=None)
+    return Comparison(question=question, target=0.8, one_process=one_process, entries=entries)

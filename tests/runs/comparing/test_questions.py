@@ -82,6 +82,20 @@ REFUSED = {
     "values": ("[solvers.softsync]\nknob = { release = 'push' }", "but must be a list of values"),
     "twice": ("[solvers.softsync]\nknob = { release = ['push', 'push'] }", "must have different numbers"),
     "reference": ("[solvers.synchronous]\nname = 'softsync'", "but that label is the reference"),
+    "seed": (
+        "[clusters.far]\nseed = 3",
+        "clusters.far.seed is 3, but the comparison sets the seeds, so that all solvers meet the same noise",
+    ),
+    "seed of the base": ("[set.cluster]\nseed = 0", "cluster.seed is 0, but the comparison sets the seeds"),
+    "trials": (
+        "[solvers.softsync]\nknob = { gradients_per_step = [1, 2, 3, 4] }",
+        "compare.trials is 4, but 2 momenta and 4 values of solvers.softsync.knob need 16 for two rates: "
+        "raise trials, or shorten the knob",
+    ),
+    "trials without momenta": (
+        "[set]\noptimizer = { name = 'Adam' }\n[solvers.softsync]\nknob = { gradients_per_step = [1, 2, 3] }",
+        "compare.trials is 4, but 3 values of solvers.softsync.knob need 6 for two rates: raise trials, or",
+    ),
     "name": ('[clusters."../far"]', "clusters has the name '../far', but files are named so"),
 }
 
@@ -96,6 +110,7 @@ def test_what_cannot_be_asked_is_refused(tmp_path: Path, more: str, message: str
     ("budget", "message"),
     [
         ("trials = 1", "compare.trials is 1, but must be at least 2"),
+        ("trials = 3", "compare.trials is 3, but 2 momenta need 4 for two rates: raise trials"),
         ("seeds = 0", "compare.seeds is 0, but must be at least 1"),
         ("margin = -1", "compare.margin is -1.0, but must be at least 0"),
         ("rates = [0.3, 0.1]", "compare.rates is [0.3, 0.1], but must be the ends of a grid"),
@@ -115,7 +130,7 @@ def test_a_budget_that_cannot_be_is_refused(tmp_path: Path, budget: str, message
         ("[clusters.far]\nlatency = 1", "unknown key cluster.latency (did you mean latency_s?)"),
         ("[solvers.softsync]\nstalenes = 1", "softsync on fast: unknown key solver.stalenes (did you mean"),
         ("[solvers.sofstync]", "sofstync on fast: solver.name is 'sofstync', which is no rule (did you mean"),
-        ("[solvers.softsync]\nknob = { bound = [1, 2] }", "softsync on fast: unknown key solver.bound"),
+        ("[solvers.softsync]\nknob = { bound = [1] }", "softsync on fast: unknown key solver.bound"),
         (
             "[solvers.backups]\nname = 'synchronous'\nbackup_workers = 1",
             "backups on slow: solver.backup_workers is 1, which takes one shard per worker",

@@ -38,38 +38,47 @@ def test_the_score_is_what_two_evaluations_hold() -> None:
 
 
 def step(number: int, **more: object) -> dict[str, object]:
-    return {"kind": "step", "step": number, "rows": 8, "virtual_s": 1.5 * number, **more}
+    return {
+        "kind": "step",
+        "step": number,
+        "rows": 8,
+        "virtual_s": 1.5 * number,
+        "sent_bytes": 100.0 * number,
+        **more,
+    }
 
 
 def evaluation(number: int, loss: float | None, accuracy: float | None) -> dict[str, object]:
     return {"kind": "evaluation", "step": number, "test_loss": loss, "test_accuracy": accuracy}
 
 
-def recorded(folder: Path, lines: list[dict[str, object]], rounds: str = "tree") -> Outcome:
+def recorded(folder: Path, lines: list[dict[str, object]]) -> Outcome:
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    (folder / "summary.json").write_text(json.dumps({"status": "finished", "num_workers": 4}))
-    (folder / "messages.json").write_text(json.dumps({"message_bytes": 100, "rounds": rounds}))
+    (folder / "summary.json").write_text(json.dumps({"status": "finished", "num_workers": 4, "turns": 2}))
     return read_outcome(location(folder))
 
 
-def test_arrivals_are_counted_by_message(tmp_path: Path) -> None:
+def test_time_rows_bytes_and_staleness_are_those_of_the_steps(tmp_path: Path) -> None:
     lines = [step(1, took_part=[2], staleness=[0]), step(2, took_part=[0, 1], staleness=[1, 3])]
     found = recorded(tmp_path, [*lines, evaluation(2, 0.5, 0.75)])
     (evaluated,) = found.evaluations
-    assert (evaluated.virtual_s, evaluated.rows, evaluated.sent_bytes) == (3.0, 16, 600)
+    assert (evaluated.virtual_s, evaluated.rows, evaluated.sent_bytes) == (3.0, 16, 300)
     assert found.staleness == {0: 1, 1: 1, 3: 1}
     assert found.mean_staleness == pytest.approx(4 / 3)
 
 
-@pytest.mark.parametrize(("rounds", "sent_bytes"), [("tree", 400), ("allreduce", 600)])
-def test_rounds_are_counted_by_worker(tmp_path: Path, rounds: str, sent_bytes: float) -> None:
-    """Tree: 2 workers with 2 vectors each; all-reduce: 2 times 3 / 4 of a vector from each of 4 workers."""
-    line = step(1, took_part=[0, 1, 2, 3], timing={"workers": [{"worker": 0}, {"worker": 1}]})
-    found = recorded(tmp_path, [line, evaluation(1, None, None)], rounds)
+def test_a_loss_that_is_not_finite_has_no_score(tmp_path: Path) -> None:
+    found = recorded(tmp_path, [step(1, took_part=[0, 1]), evaluation(1, None, None)])
     (evaluated,) = found.evaluations
-    assert evaluated.sent_bytes == sent_bytes
     assert evaluated.score == -math.inf
     assert found.mean_staleness == 0
+
+
+def test_without_bytes_there_is_no_outcome(tmp_path: Path) -> None:
+    line = step(1, took_part=[0])
+    del line["sent_bytes"]
+    with pytest.raises(LookupError, match="sent_bytes"):
+        recorded(tmp_path, [line, evaluation(1, 0.5, 0.75)])
 
 
 def test_without_an_accuracy_the_score_is_the_negative_loss(tmp_path: Path) -> None:

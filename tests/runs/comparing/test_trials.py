@@ -21,12 +21,24 @@ def test_without_a_knob_the_grid_of_rates_is_finer() -> None:
     assert sorted({one.rate for one in trials}) == [0.01, 0.02, 0.04, 0.08, 0.16, 0.32]
 
 
-@pytest.mark.parametrize("trials", [2, 3, 5, 7, 12])
+@pytest.mark.parametrize("trials", [28, 30, 31, 41, 42, 64])
 @pytest.mark.parametrize("knobs", [1, 2, 5, 7])
-def test_every_solver_has_as_many_trials_as_were_asked_for(trials: int, knobs: int) -> None:
+def test_every_combination_gets_its_share_of_rates(trials: int, knobs: int) -> None:
     found = trials_of((0.01, 0.32), trials, (0.0, 0.9), range(knobs))
-    assert len(set(found)) == trials
-    assert len({one.rate for one in found}) >= 2
+    assert len(found) == len(set(found)) == trials
+    shares = Counter((one.momentum, one.knob) for one in found)
+    assert shares.keys() == set(product((0.0, 0.9), range(knobs)))
+    assert set(shares.values()) <= {trials // (2 * knobs), -(-trials // (2 * knobs))}
+    for momentum, knob in shares:
+        rates = [one.rate for one in found if (one.momentum, one.knob) == (momentum, knob)]
+        assert (min(rates), max(rates)) == (0.01, 0.32)
+
+
+@pytest.mark.parametrize("knobs", [2, 4, 5])
+def test_finer_grids_are_spread_over_momenta_and_knobs(knobs: int) -> None:
+    found = trials_of((0.01, 0.32), 4 * knobs + knobs, (0.0, 0.9), range(knobs))
+    for of in (Counter(one.momentum for one in found), Counter(one.knob for one in found)):
+        assert max(of.values()) - min(of.values()) <= 1
 
 
 def scores(*of_rates: tuple[float, float]) -> dict[Settings, float]:
