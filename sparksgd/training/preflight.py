@@ -21,7 +21,7 @@ from torch.nn.parameter import is_lazy
 from sparksgd.arithmetic.copies import copied
 from sparksgd.arithmetic.flat import FlatModule, mixes_rows, mixes_rows_of_evaluations
 from sparksgd.arithmetic.numerics import Numerics
-from sparksgd.config import ClusterConfig, Config, DataConfig, OptimizerConfig, ScheduleConfig
+from sparksgd.config import Config, DataConfig, OptimizerConfig, ScheduleConfig
 from sparksgd.data.held_out import check_column
 from sparksgd.data.row_reading import read_rows
 from sparksgd.data.row_report import RowReport
@@ -30,6 +30,7 @@ from sparksgd.data.schema import RowSchema
 from sparksgd.data.source import RowSource
 from sparksgd.engines.kinds import SIMULATED, EngineKind, candidates, refuse_uncarried
 from sparksgd.engines.memory import RunSizes, require_for_trial
+from sparksgd.engines.simulated.costs import refuse_impossible
 from sparksgd.engines.trial.trial import Found, Use, try_out
 from sparksgd.errors import ConfigError, DataError, ModelError, UserCodeError
 from sparksgd.models.losses import Loss, is_of_classes, loss_kind, make_loss, num_classes
@@ -297,30 +298,12 @@ def check_engine(config: Config, kinds: Sequence[EngineKind], needs: frozenset[N
     for kind in kinds:
         refuse_uncarried(kind, needs, described(config.solver))
         if kind == SIMULATED:
-            _check_cluster(config.cluster, needs)
+            refuse_impossible(config.cluster, needs)
         if config.data.placement == "in_place" and not kind.on_spark:
             raise ConfigError(
                 f'data.placement is "in_place", but {kind}, which has no partitions: use "hashed", or '
                 f'engine.name = "tree"'
             )
-
-
-def _check_cluster(cluster: ClusterConfig, needs: frozenset[Need]) -> None:
-    """Refuse what no cluster of this kind does.
-
-    Raises:
-        ConfigError: with the key, and why.
-    """
-    if cluster.worker_life_s is not None and Need.SHARD_STATE in needs:
-        raise ConfigError(
-            f"cluster.worker_life_s is {cluster.worker_life_s}, but with this solver a lost worker takes the "
-            f"models of its shards along, and no rule says how they begin anew: leave it out"
-        )
-    if cluster.rounds == "allreduce" and Need.QUORUM in needs:
-        raise ConfigError(
-            'cluster.rounds is "allreduce", but solver.backup_workers is set, and all workers wait for each '
-            'other in such a sum: use cluster.rounds = "tree"'
-        )
 
 
 def _experiment(config: Config, turns_per_epoch: int, total_turns: int, rows: int = 1) -> Experiment:

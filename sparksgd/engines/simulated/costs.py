@@ -12,9 +12,10 @@ import numpy as np
 
 from sparksgd.arithmetic.seeds import seed32
 from sparksgd.config import ClusterConfig
-from sparksgd.errors import ClusterError
+from sparksgd.errors import ClusterError, ConfigError
+from sparksgd.solvers.protocol import Need
 
-__all__ = ["Costs", "Link", "refuse_endless_losses", "sums_at_driver"]
+__all__ = ["Costs", "Link", "refuse_endless_losses", "refuse_impossible", "sums_at_driver"]
 
 
 class Costs:
@@ -68,6 +69,24 @@ class Costs:
 
     def _drawn(self, purpose: str, *key: int) -> np.random.Generator:
         return np.random.default_rng(seed32(self.config.seed, f"simulated {purpose}", *key))
+
+
+def refuse_impossible(cluster: ClusterConfig, needs: frozenset[Need]) -> None:
+    """Refuse what no cluster of this kind does.
+
+    Raises:
+        ConfigError: with the key, and why.
+    """
+    if cluster.worker_life_s is not None and Need.SHARD_STATE in needs:
+        raise ConfigError(
+            f"cluster.worker_life_s is {cluster.worker_life_s}, but with this solver a lost worker takes the "
+            f"models of its shards along, and no rule says how they begin anew: leave it out"
+        )
+    if cluster.rounds == "allreduce" and Need.QUORUM in needs:
+        raise ConfigError(
+            'cluster.rounds is "allreduce", but solver.backup_workers is set, and all workers wait for each '
+            'other in such a sum: use cluster.rounds = "tree"'
+        )
 
 
 _MOST_LOSSES = 1000  # of a worker, without a step
