@@ -122,7 +122,7 @@ class SolverConfig:
     name: str = experiment_key("synchronous")
     """The rule that makes the steps: synchronous, local_sgd (local SGD and DiLoCo), async_sgd, softsync,
     stale_synchronous, delay_compensated, gap_aware, delayed_nesterov, elastic_averaging,
-    gradient_push or decentralised."""
+    gradient_push, decentralised, or your own as package.module:class."""
 
     arguments: Mapping[str, Any] = arguments()
     """Keys of the rule."""

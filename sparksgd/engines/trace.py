@@ -23,10 +23,8 @@ from typing import Literal, get_args
 
 from sparksgd.errors import DataError
 from sparksgd.imports import shortened, shown
-from sparksgd.solvers.protocol import Need
 
 __all__ = [
-    "CHANCES",
     "FORMAT",
     "EventKind",
     "Trace",
@@ -38,9 +36,6 @@ __all__ = [
 ]
 
 FORMAT = 1
-
-CHANCES = frozenset({Need.QUORUM, Need.ARRIVALS})
-"""Needs of solvers whose steps chance shapes: they write a trace."""
 
 EventKind = Literal["start", "push", "pull", "hold", "lost", "deal"]
 

@@ -268,7 +268,10 @@ def _differences(
         fingerprints: of that run.
         free: keys that may differ.
     """
-    was, now = completed(Config.from_dict(then["config"])).experiment(), completed(config).experiment()
+    then_config = Config.from_dict(then["config"])
+    if then_config.solver.name == config.solver.name:  # else its rule may be code that nobody trusts
+        then_config = completed(then_config)
+    was, now = then_config.experiment(), completed(config).experiment()
     files = then["fingerprints"]
     found = [
         f"{key} is {shown(now.get(key))}, but was {shown(was.get(key))}"

@@ -41,6 +41,7 @@ def fingerprints_of(config: Config, replay: Replay | None = None) -> dict[str, s
         "loss.name": config.loss.name,
         "optimizer.name": config.optimizer.name,
         "schedule.name": config.schedule.name,
+        "solver.name": config.solver.name,
     }
     found |= code_digests(code)
     if replay is not None:

@@ -31,7 +31,7 @@ from typing import Any
 
 from sparksgd.config import Config
 from sparksgd.engines.protocol import StepReport, VirtualCost
-from sparksgd.engines.trace import CHANCES, TraceEvent, event_line, first_line
+from sparksgd.engines.trace import TraceEvent, event_line, first_line
 from sparksgd.errors import ClusterError, DataError
 from sparksgd.runs.checkpoints import CheckpointFolder, trained_anew
 from sparksgd.runs.earlier import Found
@@ -40,6 +40,7 @@ from sparksgd.runs.json_files import finite, write_json
 from sparksgd.runs.lease import IfRunning, Lease, remove_leases, unwritable
 from sparksgd.runs.model import check_saved, constants_beside, model_of, save_model
 from sparksgd.runs.names import CHECKPOINTS, METRICS, MODEL, RUN, RUN_BEFORE, SUMMARY, TRACE, WEIGHTS
+from sparksgd.solvers.protocol import CHANCES
 from sparksgd.solvers.rules import family_of
 from sparksgd.storage import Location, Throttle, location, remove_parts
 from sparksgd.training.state import NO_RESULTS, EvaluationReport, Observer, Training

@@ -14,7 +14,6 @@ from sparksgd.imports.trust import trusted
 from sparksgd.runs.json_files import read_about_run, read_json
 from sparksgd.runs.metrics import read_metrics
 from sparksgd.runs.names import METRICS, RUN, SUMMARY, TRACE
-from sparksgd.solvers.rules import family_of
 from sparksgd.storage import Location, location
 from sparksgd.training.replay import Replay
 
@@ -55,14 +54,13 @@ def read_replay(folder: str | Path | Location, *, trust: Iterable[str] = ()) -> 
         steps = steps[:made]  # the last step may have been undone
         took_part = [frozenset(step["took_part"]) for step in steps]
         deals = [step["deal"] for step in steps]
-        events = None
+        events, is_of_arrivals = None, any("staleness" in step for step in steps)
         if (run / TRACE).exists():
-            family = family_of(Config.from_dict(about["config"]).solver)
-            events = _traced(run / TRACE, family)
-            if family == "rounds":
+            events = _traced(run / TRACE, "arrivals" if is_of_arrivals else "rounds")
+            if not is_of_arrivals:
                 took_part, deals = took_part_of(events)
                 took_part, deals, events = took_part[: len(steps)], deals[: len(steps)], None
-        elif family_of(Config.from_dict(about["config"]).solver) == "arrivals":
+        elif is_of_arrivals:
             raise DataError(
                 f"{folder} has no {TRACE}, and a run of arrivals can be repeated from it alone: restore it"
             )
@@ -146,8 +144,8 @@ def _check_shards(
 
 
 def _traced(file: Location, family: str) -> list[TraceEvent]:
-    """Return the events of a trace, which must be of the family of the run's rule."""
+    """Return the events of a trace, which must be of the family of the run's steps."""
     found, events = read_trace(file.read_bytes().splitlines(keepends=True), str(file))
     if found != family:
-        raise DataError(f"{file} is a trace of {found}, but the run's solver.name is a rule of {family}")
+        raise DataError(f"{file} is a trace of {found}, but the steps of {METRICS} are of {family}")
     return events

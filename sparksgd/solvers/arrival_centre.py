@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -28,13 +28,13 @@ from sparksgd.solvers.protocol import (
     Halves,
     Message,
     Need,
-    Settings,
     SolverState,
     StepOutcome,
     Vector,
     WorkerHalf,
     total_weight,
 )
+from sparksgd.solvers.protocol import Settings as RateSettings
 from sparksgd.solvers.rules import Experiment, require_at_least
 from sparksgd.solvers.schedules import Rates, make_schedule, own_schedule, remarks_on
 from sparksgd.solvers.synchronous import SendGradients
@@ -116,7 +116,7 @@ class ArrivalCentre(OnCentre):
             self._answer = Answer(weights=self.readout(), turn=self.turns, settings=(self._settings(),))
         return self._answer
 
-    def _settings(self) -> Settings:
+    def _settings(self) -> RateSettings:
         """Return the settings of the next turns."""
         return {}
 
@@ -142,13 +142,15 @@ class ArrivalCentre(OnCentre):
             staleness=tuple(staleness),
         )
 
-    def _is_too_old(self, version_read: int) -> bool:
-        return self._max_staleness is not None and self._staleness(version_read) > self._max_staleness
+    def is_too_old(self, version_read: int) -> bool:
+        """Return whether a message that was computed from this version must be ignored."""
+        return self._max_staleness is not None and self.staleness_of(version_read) > self._max_staleness
 
-    def _staleness(self, version_read: int) -> int:
+    def staleness_of(self, version_read: int) -> int:
+        """Return how many steps were made since this version."""
         return self.version - version_read
 
-    def _ignored(self, shard: int) -> Verdict:
+    def ignored(self, shard: int) -> Verdict:
         """Let a shard go on whose message was too old to be used."""
         return Verdict(answers={shard: self.answer()}, is_ignored=True)
 
@@ -206,12 +208,17 @@ class ArrivalCentre(OnCentre):
 class GradientCentre(ArrivalCentre):
     """A centre whose optimiser steps along the gradients that arrive.
 
+    A rule of one's own, which solver.name names by its import path, may be derived from it.
+
     Args:
         flat: the module; the solver owns its parameters from now on.
         settings: the rule's keys.
         experiment: has the optimiser, the schedule, and how long they are used.
         halves: the worker halves; None: each sends every gradient unchanged.
     """
+
+    Settings: ClassVar[type[GradientSettings]] = GradientSettings
+    """The keys; a rule of one's own may have more."""
 
     def __init__(
         self,
@@ -237,10 +244,10 @@ class GradientCentre(ArrivalCentre):
         """The learning rate of the next step."""
         return self._optimizer.lr
 
-    def _settings(self) -> Settings:
+    def _settings(self) -> RateSettings:
         return {"lr": self.lr}
 
-    def _step_along(
+    def step_on(
         self, total: Message, gradient: Vector, weight: float, shards: Sequence[int], staleness: Sequence[int]
     ) -> ArrivalStep:
         """Make a step along a gradient.
@@ -325,13 +332,13 @@ class CorrectedCentre(GradientCentre):
 
     def arrived(self, shard: int, message: Message, version_read: int) -> Verdict:
         """Step along the corrected gradient."""
-        if self._is_too_old(version_read):
+        if self.is_too_old(version_read):
             return Verdict(answers={shard: self.begin(shard)}, is_ignored=True)
-        gradient, staleness = message.vectors["gradient"], self._staleness(version_read)
+        gradient, staleness = message.vectors["gradient"], self.staleness_of(version_read)
         mean = gradient / np.asarray(total_weight(message), gradient.dtype)
         with np.errstate(over="ignore", invalid="ignore"):  # a step to infinity is refused
             corrected = self._corrected(mean, self.readout().parameters - self._read[shard])
-        step = self._step_along(message, corrected, 1.0, [shard], [staleness])
+        step = self.step_on(message, corrected, 1.0, [shard], [staleness])
         return Verdict(answers={shard: self.begin(shard)}, steps=(step,))
 
     def lost(self, shard: int) -> Verdict:
@@ -368,7 +375,7 @@ class ModelCentre(ArrivalCentre):
         self._rates = Rates.of(experiment, flat)
         self.remarks = self._rates.remarks
 
-    def _settings(self) -> Settings:
+    def _settings(self) -> RateSettings:
         return self._rates.now
 
     @contextmanager

@@ -149,12 +149,12 @@ class AsyncSGD(GradientCentre):
         """Step along what a shard sent; a shard takes the answer's weights only where that is due."""
         read = self._read[shard]
         self._pushes[shard] += 1
-        if self._is_too_old(read):
-            verdict = self._ignored(shard)
+        if self.is_too_old(read):
+            verdict = self.ignored(shard)
         else:
             weight = total_weight(message) if self._is_plain else 1.0
-            gradient, staleness = message.vectors["gradient"], self._staleness(read)
-            step = self._step_along(message, gradient, weight, [shard], [staleness])
+            gradient, staleness = message.vectors["gradient"], self.staleness_of(read)
+            step = self.step_on(message, gradient, weight, [shard], [staleness])
             verdict = Verdict(answers={shard: self.answer()}, steps=(step,))
         if self._pushes[shard] % self._pushes_per_pull == 0:
             self._read[shard] = self.version

@@ -124,9 +124,9 @@ class DelayedNesterov(ModelCentre):
 
     def arrived(self, shard: int, message: Message, version_read: int) -> Verdict:
         """Step along a difference."""
-        if self._is_too_old(version_read):
-            return self._ignored(shard)
-        lr, staleness = self._rates.lr, self._staleness(version_read)
+        if self.is_too_old(version_read):
+            return self.ignored(shard)
+        lr, staleness = self._rates.lr, self.staleness_of(version_read)
         difference = message.vectors["difference"]
         mean = difference / np.asarray(total_weight(message), difference.dtype)
         momentum, gathered = self._momentum, self._sum + mean

@@ -255,7 +255,7 @@ class ElasticAveraging(ModelCentre):
 
     def arrived(self, shard: int, message: Message, version_read: int) -> Verdict:
         """Exchange with a shard, or with all whose turn it is."""
-        if self._is_too_old(version_read):
+        if self.is_too_old(version_read):
             return Verdict(answers={shard: self._answer_of(self.readout(), 0.0)}, is_ignored=True)
         if self._rule.order == "arrival":
             answer, step = self._meet(shard, message, version_read)
@@ -294,7 +294,7 @@ class ElasticAveraging(ModelCentre):
         """Draw the centre towards a model; return what draws the model towards the centre."""
         lr = self._rates.lr
         alpha = self._rule.alpha(lr, self._num_shards)
-        before, staleness = self.readout(), self._staleness(version_read)
+        before, staleness = self.readout(), self.staleness_of(version_read)
         model, centre = torch.from_numpy(message.vectors["model"]), torch.from_numpy(before.parameters)
         with self._exchange(message, *self._rule.strength):
             self.flat.parameters.add_(elastic(model, centre, alpha))

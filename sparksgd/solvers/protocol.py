@@ -34,6 +34,7 @@ from sparksgd.arithmetic.changes import Changes, unite
 from sparksgd.arithmetic.flat import FlatModule, FlatStrip, Weights
 
 __all__ = [
+    "CHANCES",
     "Answer",
     "CentralSolver",
     "Gradient",
@@ -111,6 +112,10 @@ class Need(Enum):
     REPLAY = "steps of the shards that a trace names"
     SHARD_STATE = "a state of each shard that outlives the round"
     LAG = "an exchange that runs beside the next turn"
+
+
+CHANCES = frozenset({Need.QUORUM, Need.ARRIVALS})
+"""Needs of solvers whose steps are shaped by chance: their runs write a trace."""
 
 
 @dataclass(frozen=True, kw_only=True)

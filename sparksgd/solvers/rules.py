@@ -1,6 +1,7 @@
 """All rules by their names: the settings, which the section [solver] fills, and the solver.
 
 To add a rule, write a file beside this one, and add a line to RULES.  No configuration module changes.
+A rule of the user's own is named by its import path.
 """
 
 from __future__ import annotations
@@ -8,12 +9,12 @@ from __future__ import annotations
 import importlib
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, is_dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 from sparksgd.config import MOST, Config, OptimizerConfig, ScheduleConfig, SolverConfig, read_section
 from sparksgd.errors import ConfigError
-from sparksgd.imports import did_you_mean, shown
+from sparksgd.imports import did_you_mean, resolve, shown
 
 if TYPE_CHECKING:  # a configuration must be read before torch is imported
     from sparksgd.arithmetic.flat import FlatModule
@@ -107,6 +108,8 @@ class Experiment:
 
 
 def _named(config: SolverConfig) -> tuple[type[Any], Callable[..., CentralSolver]]:
+    if ":" in config.name:
+        return _own(config.name)
     if config.name not in RULES:
         raise ConfigError(
             f"solver.name is {shown(config.name)}, which is no rule{did_you_mean(config.name, RULES)}"
@@ -114,6 +117,23 @@ def _named(config: SolverConfig) -> tuple[type[Any], Callable[..., CentralSolver
     module_name, settings, solver = RULES[config.name].split(":")
     module = importlib.import_module(module_name)
     return getattr(module, settings), getattr(module, solver)
+
+
+def _own(name: str) -> tuple[type[Any], Callable[..., CentralSolver]]:
+    """Return the keys and the central half of a rule of the user's own.
+
+    Raises:
+        ConfigError: there is no such class, or it is no rule.
+    """
+    kind: Any = resolve("solver.name", name, {})
+    settings: Any = getattr(kind, "Settings", None)
+    if not isinstance(kind, type) or not is_dataclass(settings) or not hasattr(settings, "needs"):
+        raise ConfigError(
+            f"solver.name is {shown(name)}, which is no rule: derive a class from GradientCentre of "
+            f"sparksgd.solvers.arrival_centre, or from another central half, and give it its keys as "
+            f"Settings, a frozen dataclass derived from GradientSettings"
+        )
+    return settings, kind
 
 
 def settings_type(name: str) -> type[Any]:
@@ -161,14 +181,9 @@ def make_solver(
     """
     _, make = _named(config.solver)
     settings, family = settings_of(config.solver), family_of(config.solver)
-    if family != "arrivals":
-        return make(flat, settings, experiment, took_part)
-    if took_part:
-        raise ConfigError(
-            f'the run to be replayed made rounds, but solver.name = "{config.solver.name}" is a rule of '
-            f"{family}: it was made by another rule"
-        )
-    return make(flat, settings, experiment)
+    if family == "arrivals":  # a trace says who comes when: nothing to tell the rule
+        return make(flat, settings, experiment)
+    return make(flat, settings, experiment, took_part)
 
 
 def family_of(config: SolverConfig) -> str:

@@ -107,9 +107,9 @@ class Softsync(GradientCentre):
 
     def arrived(self, shard: int, message: Message, version_read: int) -> Verdict:
         """Keep a gradient; step if it is the c-th."""
-        if self._is_too_old(version_read):
-            return self._ignored(shard)
-        staleness = self._staleness(version_read)
+        if self.is_too_old(version_read):
+            return self.ignored(shard)
+        staleness = self.staleness_of(version_read)
         self._weaken(message, staleness)
         self._waiting.append((shard, staleness, message))
         self._held.add(shard)
@@ -146,4 +146,4 @@ class Softsync(GradientCentre):
         total = partials[(0, len(messages))]
         assert isinstance(total, Message)
         gradient = total.vectors["gradient"]
-        return self._step_along(total, gradient, total_weight(total), shards, staleness)
+        return self.step_on(total, gradient, total_weight(total), shards, staleness)

@@ -64,11 +64,11 @@ class StaleSynchronous(GradientCentre):
         """Step along a gradient."""
         self._clocks[shard] += 1
         self._held.add(shard)
-        if self._is_too_old(version_read):
+        if self.is_too_old(version_read):
             return self._released(is_ignored=True)
         gradient, weight = message.vectors["gradient"], total_weight(message)
-        staleness = self._staleness(version_read)
-        return self._released(self._step_along(message, gradient, weight, [shard], [staleness]))
+        staleness = self.staleness_of(version_read)
+        return self._released(self.step_on(message, gradient, weight, [shard], [staleness]))
 
     def lost(self, shard: int) -> Verdict:
         """Let shards go on that waited for this one alone."""

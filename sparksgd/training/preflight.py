@@ -282,6 +282,7 @@ def allowed_engines(config: Config, replay: Replay | None = None) -> list[Engine
     """
     if replay is not None:
         replay.check_code()
+        replay.check_family(config)
     check_solver(config, replay)
     needs = needs_in(config, replay)
     kinds = candidates(config.engine, needs, described(config.solver))

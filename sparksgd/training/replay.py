@@ -83,8 +83,23 @@ class Replay:
             "loss.name": self.config.get("loss", {}).get("name"),
             "optimizer.name": self.config.get("optimizer", {}).get("name"),
             "schedule.name": self.config.get("schedule", {}).get("name"),
+            "solver.name": self.config.get("solver", {}).get("name"),
         }
         return {key: name for key, name in named.items() if name is not None and ":" in name}
+
+    def check_family(self, config: Config) -> None:
+        """Refuse a rule whose messages meet otherwise than those of the run.
+
+        Raises:
+            ConfigError: with both.
+        """
+        family = family_of(config.solver)
+        if (family == "arrivals") != (self.arrivals is not None):
+            then = "arrivals" if self.arrivals is not None else "rounds or gossip"
+            raise ConfigError(
+                f'solver.name is "{config.solver.name}", a rule of {family}, but the run to be replayed is '
+                f"of {then}: leave solver.name out"
+            )
 
     def check_code(self) -> None:
         """Import the code that the configuration names, and refuse what is not of a trusted package.

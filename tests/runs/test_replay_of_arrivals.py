@@ -189,7 +189,7 @@ def test_a_run_of_arrivals_is_not_repeated_by_other_engines_or_rules(rows: str, 
     replay = sparksgd.read_replay(out)
     with pytest.raises(ConfigError, match=r'messages in the order of a trace.*use engine.name = "inline"'):
         trained(rows, {"name": "async_sgd"}, replay=replay)
-    with pytest.raises(ConfigError, match="in the run to be replayed"):
+    with pytest.raises(ConfigError, match=r"a rule of rounds, but the run to be replayed is of arrivals"):
         trained(rows, {"name": "synchronous"}, engine=INLINE, replay=replay)
 
 

@@ -288,7 +288,7 @@ def test_a_trace_of_another_family_is_refused(tmp_path: Path) -> None:
     out = run(tmp_path)
     change(out / "trace.jsonl", lambda lines: [first_line("arrivals") + "\n", *lines[1:]])
     with pytest.raises(
-        DataError, match=r"is a trace of arrivals, but the run's solver.name is a rule of rounds"
+        DataError, match=r"is a trace of arrivals, but the steps of metrics.jsonl are of rounds"
     ):
         read_replay(out)
 

@@ -12,7 +12,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from sparksgd.config import Config
-from sparksgd.engines.trace import CHANCES
 from sparksgd.errors import ConfigError, TrainingError
 from sparksgd.runs.comparing.grid import (
     MOST_EXTENSIONS,
@@ -26,6 +25,7 @@ from sparksgd.runs.comparing.kept_runs import KeptRuns
 from sparksgd.runs.comparing.outcomes import Outcome
 from sparksgd.runs.comparing.question import Competitor, Question
 from sparksgd.runs.comparing.statistics import Difference, difference, target_of
+from sparksgd.solvers.protocol import CHANCES
 from sparksgd.solvers.rules import completed, settings_of
 from sparksgd.training.preflight import allowed_engines
 
