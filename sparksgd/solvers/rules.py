@@ -10,7 +10,7 @@ import importlib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields, is_dataclass, replace
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from sparksgd.config import MOST, Config, OptimizerConfig, ScheduleConfig, SolverConfig, read_section
 from sparksgd.errors import ConfigError
@@ -133,7 +133,7 @@ def _own(name: str) -> tuple[type[Any], Callable[..., CentralSolver]]:
             f"sparksgd.solvers.arrival_centre, or from another central half, and give it its keys as "
             f"Settings, a frozen dataclass derived from GradientSettings"
         )
-    return settings, kind
+    return cast(type[Any], settings), kind
 
 
 def settings_type(name: str) -> type[Any]:
