@@ -11,6 +11,7 @@ import math
 import tomllib
 import types
 from collections.abc import Iterable, Iterator, Mapping
+from functools import cache
 from itertools import chain
 from pathlib import Path
 from typing import Any, Literal, Protocol, Union, get_args, get_origin, get_type_hints
@@ -127,6 +128,12 @@ def _parsed(text: str, where: str) -> dict[str, Any]:
         ) from error
 
 
+@cache
+def _hints(kind: type[Any]) -> Mapping[str, Any]:
+    """Return the types of a section's keys."""
+    return get_type_hints(kind)
+
+
 def read_section(section: str, kind: type[Any], table: Mapping[str, Any]) -> Any:
     """Return the dataclass of a section, with the values of a table.
 
@@ -138,7 +145,7 @@ def read_section(section: str, kind: type[Any], table: Mapping[str, Any]) -> Any
     Raises:
         ConfigError: a key is unknown, or a value of another type.
     """
-    hints = get_type_hints(kind)
+    hints = _hints(kind)  # type: ignore[arg-type]  # a class can be hashed
     keys = [name for name in hints if name != "arguments"]
     values: dict[str, Any] = {}
     arguments: dict[str, Any] = {}
@@ -163,7 +170,7 @@ def checked_section(section: str, kind: type[Any], given: Any) -> Any:
     """
     if not isinstance(given, kind):
         raise ConfigError(f"{section} is {shown(given)}, but must be a {kind.__name__}")
-    hints = get_type_hints(kind)
+    hints = _hints(kind)  # type: ignore[arg-type]  # a class can be hashed
     keys = [name for name in hints if name != "arguments"]
     values = {key: _checked(f"{section}.{key}", getattr(given, key), hints[key]) for key in keys}
     if "arguments" in hints:

@@ -243,6 +243,7 @@ def test_several_columns_are_arguments_of_forward(people):
         model.predict([1.0, 2.0])
 
 
+@pytest.mark.soak
 def test_one_column_of_several_is_the_model_s_too(points, tmp_path):
     named = points.withColumn("x", F.col("features")).withColumn(
         "features", F.lit(None).cast("array<double>")
@@ -373,6 +374,7 @@ def test_a_classifier_and_a_regressor_are_told_apart(points, trained, tmp_path):
 # Validation, early stopping, callbacks, history
 
 
+@pytest.mark.soak
 def test_a_fit_is_validated_ends_early_and_tells_of_it(points, tmp_path):
     classifier = TorchClassifier(
         module=linear(),

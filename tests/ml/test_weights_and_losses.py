@@ -62,6 +62,7 @@ def test_a_fit_has_the_bits_of_a_training_with_the_same_weights(points):
     assert "w" in model.transform(points).columns
 
 
+@pytest.mark.soak
 def test_bad_weights_are_refused_or_left_out(points):
     bad = points.selectExpr("features", "label", "IF(a > 1, -1.0, double(w)) AS w")
     fit = TorchClassifier(module=linear(2), weightCol="w", **BRIEF)

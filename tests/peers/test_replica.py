@@ -218,7 +218,7 @@ def contents(state: SolverState) -> tuple[Any, ...]:
     )
 
 
-SLOW = ("clamps all", "momentum")
+SLOW = ("clamps all", "momentum", "local SGD after synchronous steps")
 
 
 @pytest.mark.parametrize(

@@ -93,7 +93,7 @@ class Interruption:
         return self._trace
 
 
-@pytest.mark.parametrize("stride", [11, pytest.param(1, marks=pytest.mark.soak)])
+@pytest.mark.parametrize("stride", [23, pytest.param(1, marks=pytest.mark.soak)])
 def test_an_evaluation_has_one_line_wherever_the_run_is_interrupted(jobs: Jobs, stride: int) -> None:
     """From the evaluation's result to the next step."""
     tables = SHORT | {

@@ -157,10 +157,11 @@ def test_gradients_that_go_out_while_others_are_computed_change_no_bit(spark, sm
     ("shards", "overlap", "said"),
     [
         (2, "auto", 1),
-        pytest.param(2, "never", 0, marks=pytest.mark.soak),
-        pytest.param(4, "auto", 0, marks=pytest.mark.soak),
+        (2, "never", 0),
+        (4, "auto", 0),
     ],
 )
+@pytest.mark.soak
 def test_sums_begin_early_once_they_have_taken_long(spark, small, caplog, monkeypatch, shards, overlap, said):
     monkeypatch.setattr("sparksgd.spark.engines.allreduce._OVERLAP_PAYS_S", 0.0)
     settings = ("train.steps=12", *WIDE)
@@ -171,6 +172,7 @@ def test_sums_begin_early_once_they_have_taken_long(spark, small, caplog, monkey
     assert caplog.text.count("from now on it begins before gradients are complete") == said
 
 
+@pytest.mark.soak
 def test_gradients_that_come_in_parts_go_out_whole(spark, small, caplog):
     config = configured(
         *ALLREDUCE, *OVERLAPPING, "model.name=users_modules:TwiceNet", "train.num_shards=2", "train.steps=8"

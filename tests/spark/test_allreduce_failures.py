@@ -153,6 +153,7 @@ def test_a_user_error_ends_the_run_with_the_remote_traceback_worker_and_step(spa
     assert (watch.training.version, watch.training.recovery.retries) == (4, 0)
 
 
+@pytest.mark.soak
 def test_a_user_error_beside_a_worker_that_hangs_is_still_the_users(spark, small, flags):
     config = configured(*ALLREDUCE, FLAG_NET, f"model.folder={flags}", "engine.peer_timeout_s=2")
 
@@ -166,6 +167,7 @@ def test_a_user_error_beside_a_worker_that_hangs_is_still_the_users(spark, small
     assert (watch.training.version, watch.training.recovery.retries) == (4, 0)
 
 
+@pytest.mark.soak
 def test_an_optimiser_of_the_users_that_raises_on_a_worker_ends_the_run(spark, small):
     watch = AtStep(0, lambda _: None)
     config = configured(*ALLREDUCE, "optimizer.name=users_modules:TiredSGD")

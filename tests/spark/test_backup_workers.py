@@ -142,6 +142,7 @@ def test_a_killed_run_is_replayed_as_far_as_it_goes(spark, small, tmp_path):
     assert train(spark, config, spark.read.parquet(small), replay=replay).version == 5
 
 
+@pytest.mark.soak
 def test_b_0_waits_for_stragglers_and_has_the_bits_of_plain_synchronous_sgd(spark, small):
     config = configured(*FOUR, "engine.barrier=false")
     training = train(

@@ -45,7 +45,12 @@ def inline(path: str, settings: tuple[str, ...]) -> Training:
 @pytest.mark.parametrize(
     ("settings", "engine", "workers"),
     [
-        pytest.param(settings, engine, workers, marks=pytest.mark.soak if workers == 1 else ())
+        pytest.param(
+            settings,
+            engine,
+            workers,
+            marks=() if workers == 3 and (settings, engine) != (LOCAL, "tree") else pytest.mark.soak,
+        )
         for settings in (CHANGING, LOCAL)
         for engine in ("tree", "allreduce")
         for workers in (1, 3)

@@ -242,6 +242,7 @@ def test_a_cancelled_job_ends_the_run_and_is_not_tried_again(spark, small, flags
     assert (watch.training.version, watch.training.recovery.retries) == (3, 0)
 
 
+@pytest.mark.soak
 def test_a_failure_that_repeats_ends_the_run_with_sparks_own_words(spark, small, flags):
     config = configured("model.name=users_modules:FlagNet", f"model.folder={flags}", "engine.max_attempts=2")
     watch = AtStep(2, lambda _: (flags / "kill-always").touch())

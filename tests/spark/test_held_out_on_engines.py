@@ -74,6 +74,7 @@ def lowered(layouts):
 @pytest.mark.parametrize(
     "place", [pytest.param("tree, 2 workers", marks=pytest.mark.soak), "allreduce, 2 workers"]
 )
+@pytest.mark.soak
 def test_a_plateau_reaches_the_optimisers_of_all_workers(spark, layouts, lowered, place):
     rates = []
 

@@ -72,6 +72,7 @@ def test_a_run_of_three_epochs_goes_on_from_each_of_twenty_checkpoints(spark, sm
         assert digests(again) == digests(whole)
 
 
+@pytest.mark.soak
 def test_with_backup_workers_the_traces_before_and_after_are_one(spark, small, tmp_path):
     config = configured(
         "engine.num_workers=4", "train.num_shards=4", "solver.backup_workers=1", "train.epochs=2",
