@@ -29,13 +29,11 @@ import numpy.typing as npt
 import torch
 
 from sparksgd.arithmetic.flat import FlatModule, FlatStrip, Weights
-from sparksgd.arithmetic.seeds import seed32
 from sparksgd.config import Config, OptimizerConfig
 from sparksgd.errors import ConfigError, UpdateNotFinite
 from sparksgd.solvers.arrival_centre import ArrivalSettings, ModelCentre
 from sparksgd.solvers.arrivals import ArrivalStep, Verdict
-from sparksgd.solvers.centre import refuse_not_finite, step_along
-from sparksgd.solvers.flat_optimizer import FlatOptimizer
+from sparksgd.solvers.local_model import LocalModel
 from sparksgd.solvers.protocol import (
     Answer,
     Gradient,
@@ -45,10 +43,8 @@ from sparksgd.solvers.protocol import (
     SolverState,
     StepOutcome,
     Vector,
-    total_weight,
 )
 from sparksgd.solvers.rules import Experiment, require_at_least
-from sparksgd.solvers.torch_optimizers import another_optimizer
 
 __all__ = ["ALPHA", "ElasticAveraging", "ElasticModel", "ElasticSettings", "elastic"]
 
@@ -156,16 +152,15 @@ class ElasticModel:
         optimizer: OptimizerConfig,
         seed: int,
     ) -> None:
-        self._settings, self._seed = settings, seed
-        self._local = flat.parameters_like()
-        self._optimizer: FlatOptimizer = another_optimizer(self._local, optimizer, seed)
+        self._settings = settings
+        self._local = LocalModel(flat, optimizer, seed, settings.clip_norm)
         self._turns = 0
         self._since: list[Gradient] = []
         self._has_begun = False
 
     def take(self, answer: Answer) -> None:
         """Begin at the centre's weights; later, move towards the weights that the centre had."""
-        self._optimizer.set(answer.settings[0])  # a lookahead needs the rate before the turn
+        self._local.optimizer.set(answer.settings[0])  # a lookahead needs the rate before the turn
         local, centre = self._local.parameters, torch.from_numpy(answer.weights.parameters)
         if self._has_begun:
             local.sub_(elastic(local, centre, answer.scalars[ALPHA]))
@@ -176,10 +171,12 @@ class ElasticModel:
     def point(self) -> Vector:
         """Return the model, or where its momentum leads."""
         local = self._local.parameters.numpy()
-        momentum = self._optimizer.state()[0].get("momentum_buffer") if self._settings.lookahead else None
+        if not self._settings.lookahead:
+            return local
+        momentum = self._local.optimizer.state()[0].get("momentum_buffer")
         if momentum is None:
             return local
-        kind, group = local.dtype.type, self._optimizer.group
+        kind, group = local.dtype.type, self._local.optimizer.group
         ahead: Vector = local - kind(group["lr"] * group["momentum"]) * momentum
         return ahead
 
@@ -189,12 +186,7 @@ class ElasticModel:
         Raises:
             UpdateNotFinite: a parameter became NaN or infinite.
         """
-        optimizer = self._optimizer
-        optimizer.set(settings)
-        seed = seed32(self._seed, "optimizer", gradient.shard, gradient.turn)
-        weight, clip_norm = total_weight(gradient), self._settings.clip_norm
-        step_along(optimizer, gradient.vector, weight, gradient.touched, clip_norm, seed)
-        refuse_not_finite(self._local.parameters, "the shard's own step", "optimizer.lr", optimizer.lr)
+        self._local.step(gradient, settings)
         self._since.append(replace(gradient, vector=np.empty(0, gradient.vector.dtype)))
         self._turns += 1
 
@@ -209,10 +201,8 @@ class ElasticModel:
 
     def state(self) -> dict[str, npt.NDArray[Any]]:
         """Return its model, how far it is, and what its optimiser keeps."""
-        vectors, scalars = self._optimizer.averageable()
         counts = np.array([self._turns, self._has_begun])
-        model = {"model": self._local.parameters.numpy(), "counts": counts}
-        return {**model, **vectors, **{name: np.asarray(value) for name, value in scalars.items()}}
+        return {"model": self._local.parameters.numpy(), "counts": counts, **self._local.kept()}
 
     def load_state(self, state: Mapping[str, npt.NDArray[Any]]) -> None:
         """Continue from the state of another half of the same shard, after an exchange."""
@@ -220,9 +210,7 @@ class ElasticModel:
         self._local.parameters.copy_(torch.from_numpy(kept.pop("model")))
         turns, begun = kept.pop("counts").tolist()
         self._turns, self._has_begun = turns, bool(begun)
-        vectors = {name: value for name, value in kept.items() if value.ndim}
-        scalars = {name: float(value) for name, value in kept.items() if not value.ndim}
-        self._optimizer.load_averaged(vectors, scalars)
+        self._local.load_kept(kept)
 
 
 class ElasticAveraging(ModelCentre):

@@ -18,12 +18,11 @@ import numpy.typing as npt
 import torch
 
 from sparksgd.arithmetic.flat import FlatModule, FlatStrip, Weights
-from sparksgd.arithmetic.seeds import seed32
 from sparksgd.config import Config, OptimizerConfig
 from sparksgd.errors import ConfigError
 from sparksgd.solvers.arrival_centre import refuse_changes, refuse_statistics
-from sparksgd.solvers.centre import OnCentre, refuse_not_finite, step_along
-from sparksgd.solvers.flat_optimizer import FlatOptimizer
+from sparksgd.solvers.centre import OnCentre
+from sparksgd.solvers.local_model import LocalModel
 from sparksgd.solvers.protocol import (
     Answer,
     CentralSolver,
@@ -36,11 +35,10 @@ from sparksgd.solvers.protocol import (
     StepOutcome,
     Vector,
     WorkerHalf,
-    total_weight,
 )
 from sparksgd.solvers.rules import Experiment, require_at_least
 from sparksgd.solvers.schedules import Rates
-from sparksgd.solvers.torch_optimizers import another_optimizer, make_optimizer
+from sparksgd.solvers.torch_optimizers import make_optimizer
 
 __all__ = ["GossipCentre", "GossipHalf", "GossipModel", "GossipSettings", "GossipSolver"]
 
@@ -113,10 +111,9 @@ class GossipModel:
         optimizer: OptimizerConfig,
         seed: int,
     ) -> None:
-        self._shard, self._clip_norm, self._seed = shard, clip_norm, seed
-        self._local = flat.parameters_like()
-        self._optimizer: FlatOptimizer = another_optimizer(self._local, optimizer, seed)
-        self._gradient: Gradient | None = None
+        self._shard = shard
+        self._local = LocalModel(flat, optimizer, seed, clip_norm)
+        self._gradient: tuple[Gradient, Settings] | None = None
 
     @property
     def model(self) -> torch.Tensor:
@@ -139,8 +136,7 @@ class GossipModel:
     def turn(self, gradient: Gradient, settings: Settings) -> None:
         """Keep the gradient; a rule says when the optimiser steps along it."""
         refuse_changes(gradient.changes)
-        self._optimizer.set(settings)
-        self._gradient = gradient
+        self._gradient = gradient, settings
 
     def _step(self) -> None:
         """Let the optimiser step along the gradient of the turn, if its piece had rows.
@@ -148,12 +144,9 @@ class GossipModel:
         Raises:
             UpdateNotFinite: a parameter became NaN or infinite.
         """
-        gradient, self._gradient = self._gradient, None
-        if gradient is None:
-            return
-        seed, weight = seed32(self._seed, "optimizer", gradient.shard, gradient.turn), total_weight(gradient)
-        step_along(self._optimizer, gradient.vector, weight, gradient.touched, self._clip_norm, seed)
-        refuse_not_finite(self.model, "the shard's own step", "optimizer.lr", self._optimizer.lr)
+        given, self._gradient = self._gradient, None
+        if given is not None:
+            self._local.step(*given)
 
     def _message(self, vectors: dict[str, Vector], **scalars: float) -> Message:
         return Message(
@@ -167,17 +160,13 @@ class GossipModel:
 
     def state(self) -> dict[str, npt.NDArray[Any]]:
         """Return its model, and what its optimiser keeps."""
-        vectors, scalars = self._optimizer.averageable()
-        numbers = {name: np.asarray(value) for name, value in scalars.items()}
-        return {"model": self.model.numpy(), **vectors, **numbers}
+        return {"model": self.model.numpy(), **self._local.kept()}
 
     def load_state(self, state: Mapping[str, npt.NDArray[Any]]) -> None:
         """Continue from the state of another half of the same shard, after a turn."""
         kept = dict(state)
         self.model.copy_(torch.from_numpy(kept.pop("model")))
-        vectors = {name: value for name, value in kept.items() if value.ndim}
-        scalars = {name: float(value) for name, value in kept.items() if not value.ndim}
-        self._optimizer.load_averaged(vectors, scalars)
+        self._local.load_kept(kept)
 
 
 class GossipCentre(OnCentre):

@@ -12,11 +12,10 @@ import torch
 
 from sparksgd.arithmetic.changes import bits, constants_changed
 from sparksgd.arithmetic.flat import FlatModule
-from sparksgd.arithmetic.seeds import seed32
 from sparksgd.config import Config, OptimizerConfig
 from sparksgd.errors import ConfigError
-from sparksgd.solvers.centre import refuse_not_finite, step_along
-from sparksgd.solvers.flat_optimizer import HAS, FlatOptimizer
+from sparksgd.solvers.flat_optimizer import HAS
+from sparksgd.solvers.local_model import LocalModel
 from sparksgd.solvers.protocol import (
     Answer,
     Gradient,
@@ -30,7 +29,6 @@ from sparksgd.solvers.protocol import (
 )
 from sparksgd.solvers.rules import require_at_least
 from sparksgd.solvers.synchronous import SendGradients
-from sparksgd.solvers.torch_optimizers import another_optimizer
 
 __all__ = ["LocalSGDSettings", "LocalTurns", "numbers_of"]
 
@@ -101,12 +99,11 @@ class LocalTurns:
         state_names: tuple[tuple[str, ...], tuple[str, ...]],
         seed: int,
     ) -> None:
-        self._settings, self._config, self._state_names = settings, optimizer, state_names
-        self._seed = seed
+        self._settings, self._state_names = settings, state_names
         self._synchronous = SendGradients(flat, shard)
-        self._local = flat.parameters_like()
-        self._optimizer: FlatOptimizer | None = None
+        self._local = LocalModel(flat, optimizer, seed, settings.clip_norm)
         self._round: Answer | None = None
+        self._has_begun = False
         self._made: Gradient | None = None  # rows and losses of the round's turns, and its last statistics
 
     def take(self, answer: Answer) -> None:
@@ -118,10 +115,11 @@ class LocalTurns:
             return
         self._round = answer
         self._local.parameters.copy_(torch.from_numpy(answer.weights.parameters))
-        if self._optimizer is None or self._settings.inner_state != "keep":
-            self._optimizer = another_optimizer(self._local, self._config, self._seed)
+        if not self._has_begun or self._settings.inner_state != "keep":
+            self._local.begin_anew()
             if answer.scalars:
-                self._optimizer.load_averaged(answer.vectors, answer.scalars)
+                self._local.optimizer.load_averaged(answer.vectors, answer.scalars)
+        self._has_begun = True
 
     def point(self) -> Vector:
         """Return the local model."""
@@ -136,15 +134,10 @@ class LocalTurns:
         if self._round is None:
             self._synchronous.turn(gradient, settings)
             return
-        assert self._optimizer is not None
-        optimizer, before, changed = self._optimizer, self._made, gradient.changes
+        before, changed = self._made, gradient.changes
         if changed is not None and changed.parameters is not None:
             changed.parameters.write(bits(self._local.parameters))
-        optimizer.set(settings)
-        seed = seed32(self._seed, "optimizer", gradient.shard, gradient.turn)
-        weight, clip_norm = total_weight(gradient), self._settings.clip_norm
-        step_along(optimizer, gradient.vector, weight, gradient.touched, clip_norm, seed)
-        refuse_not_finite(self._local.parameters, "the shard's own step", "optimizer.lr", optimizer.lr)
+        self._local.step(gradient, settings)
         self._made = replace(
             gradient,
             vector=gradient.vector[:0],
@@ -170,8 +163,7 @@ class LocalTurns:
         vectors = {"difference": (self._round.weights.parameters - local) * weight}
         scalars: dict[str, float] = {}
         if self._settings.inner_state == "average":
-            assert self._optimizer is not None
-            of_elements, of_all = self._optimizer.averageable()
+            of_elements, of_all = self._local.optimizer.averageable()
             of_elements, of_all = self._or_zeros(of_elements, of_all)
             found = tuple(sorted(of_elements)), numbers_of(of_all)
             if found != self._state_names:
@@ -192,23 +184,18 @@ class LocalTurns:
         if any(numbers.values()) or vectors:
             return vectors, numbers
         names, of_all = self._state_names
-        zeros = {f"{name}.{k}": 0.0 for name in of_all for k in range(len(self._local.parts))}
+        zeros = {f"{name}.{k}": 0.0 for name in of_all for k in range(len(self._local.flat.parts))}
         return {name: np.zeros_like(self._local.parameters.numpy()) for name in names}, numbers | zeros
 
     def state(self) -> dict[str, npt.NDArray[Any]]:
         """Return the optimiser's state, if it is kept."""
-        if self._optimizer is None or self._settings.inner_state != "keep":
-            return {}
-        vectors, scalars = self._optimizer.averageable()
-        return {**vectors, **{name: np.asarray(value) for name, value in scalars.items()}}
+        return self._local.kept() if self._has_begun and self._settings.inner_state == "keep" else {}
 
     def load_state(self, state: Mapping[str, npt.NDArray[Any]]) -> None:
         """Continue from the state of another half."""
         if state:
-            self._optimizer = another_optimizer(self._local, self._config, self._seed)
-            vectors = {name: value for name, value in state.items() if value.ndim}
-            scalars = {name: float(value) for name, value in state.items() if not value.ndim}
-            self._optimizer.load_averaged(vectors, scalars)
+            self._local.load_kept(state)
+            self._has_begun = True
 
 
 def numbers_of(of_each: Mapping[str, float]) -> tuple[str, ...]:
