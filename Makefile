@@ -10,6 +10,7 @@ READY  := $(VENV)/.installed
 SPARK35 := .venv-spark35
 SPARK35_TESTS ?= tests/spark tests/test_jobs.py tests/test_readme.py
 ONLY   ?= cluster
+OF_CHECK := --ignore=tests/test_rooms.py --ignore=tests/test_purity.py
 
 # Folders are in the list, too: a folder's time changes when a file in it is removed.
 SOURCES := $(filter-out %__pycache__/,$(wildcard sparksgd/ sparksgd/*/ sparksgd/*/*/ sparksgd/py.typed sparksgd/*.py sparksgd/*/*.py sparksgd/*/*/*.py))
@@ -99,7 +100,7 @@ test-quick: $(READY) ## Run the tests that need no JVM (a minute)
 	@$(BIN)/python -m pytest -m 'not jvm and not soak and not cluster' $(TESTS)
 
 test: $(READY) ## Run the quick tests and those that share a few Spark sessions (6 minutes); TESTS=... runs some of them
-	$(pytest) --numprocesses 2 --dist loadgroup -m 'not soak and not cluster' $(TESTS)
+	$(pytest) --numprocesses 2 --dist loadgroup -m 'not soak and not cluster' $(OF_CHECK) $(TESTS)
 
 test-all: ## Run every test: test, soak, test-cluster, test-spark35 (before a piece of work is called done)
 	$(MAKE) check

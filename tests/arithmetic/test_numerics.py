@@ -51,6 +51,7 @@ def numerics_under(**environment: str) -> tuple[str, Numerics]:
     return capability, Numerics(**numerics)
 
 
+@pytest.mark.soak
 def test_another_instruction_set_is_reported_as_such() -> None:
     capability, best = numerics_under()
     if capability == "DEFAULT":

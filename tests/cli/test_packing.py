@@ -113,6 +113,7 @@ def test_the_zip_has_the_package_at_its_top_and_nothing_else(tmp_path):
     assert times == {(1980, 1, 1, 0, 0, 0)}
 
 
+@pytest.mark.soak
 def test_the_inline_engine_trains_from_the_zip(tmp_path):
     packing.pack_package(tmp_path / "sparksgd.zip")
     out = python(sys.executable, TRAIN_INLINE, tmp_path / "rows.parquet", path=tmp_path / "sparksgd.zip")

@@ -407,6 +407,7 @@ def test_a_fit_is_validated_ends_early_and_tells_of_it(points, tmp_path):
     assert len(TorchClassificationModel.load(str(tmp_path / "model")).history) == 0
 
 
+@pytest.mark.soak
 def test_a_column_and_a_callback_are_params_of_a_fit(points, tmp_path):
     marked = points.withColumn("held out", F.rand(3) < 0.2).localCheckpoint()
     seen = []

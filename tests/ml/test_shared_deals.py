@@ -110,6 +110,7 @@ def test_fits_that_nobody_asks_for_leave_no_shards(points, standing):
     assert standing == {}
 
 
+@pytest.mark.soak
 def test_fits_in_threads_take_turns_and_say_so(points, caplog, deals):
     estimator = TorchClassifier(module=linear(), **BRIEF)
     fits = estimator.fitMultiple(points, [{estimator.seed: seed} for seed in range(4)])

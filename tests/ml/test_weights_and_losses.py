@@ -49,6 +49,7 @@ def test_a_row_of_weight_w_counts_as_w_rows(points, kind, outputs):
     assert not torch.allclose(of["weighted"], of["plain"], atol=1e-4)
 
 
+@pytest.mark.soak
 def test_a_fit_has_the_bits_of_a_training_with_the_same_weights(points):
     model = TorchClassifier(module=linear(2), weightCol="w", **BRIEF).fit(points)
     config = {
@@ -89,6 +90,7 @@ def test_bad_weights_are_refused_or_left_out(points):
         ),
     ],
 )
+@pytest.mark.soak
 def test_an_estimator_says_the_kind_of_a_loss(points, kind, outputs, params, says, tmp_path):
     model = kind(module=linear(outputs), **BRIEF | params).fit(points)
     assert model.saved.kind == says

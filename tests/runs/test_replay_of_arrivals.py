@@ -42,10 +42,10 @@ def test_a_run_with_lost_workers_is_repeated_to_the_same_bits(
 ) -> None:
     solver, engine = {"name": rule} | ARRIVALS[rule], {"name": "simulated", "num_workers": workers}
     out = tmp_path / "run"
-    run, reports = trained(rows, solver, NOISY, engine=engine, out=out, epochs=5, test=rows)
+    run, reports = trained(rows, solver, NOISY, engine=engine, out=out, epochs=3, test=rows)
     assert sum(line.get("kind") == "lost" for line in lines(out)) > 0
     replay = sparksgd.read_replay(out)
-    again, repeated = trained(rows, solver, {}, engine=INLINE, replay=replay, epochs=5, test=rows)
+    again, repeated = trained(rows, solver, {}, engine=INLINE, replay=replay, epochs=3, test=rows)
     assert again.flat.parameters_sha256() == run.flat.parameters_sha256()
     assert [(r.version, r.took_part, r.staleness, r.loss) for r in repeated] == [
         (r.version, r.took_part, r.staleness, r.loss) for r in reports

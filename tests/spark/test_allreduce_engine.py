@@ -119,6 +119,7 @@ def test_reports_and_evaluations_are_those_of_the_reference(spark, small):
 
 
 @pytest.mark.session("local[5]")
+@pytest.mark.soak
 def test_two_runs_at_once_on_the_same_executors_do_not_meet(spark, small):
     frame = spark.read.parquet(small)
     configs = [configured(*ALLREDUCE, "train.steps=12", f"train.seed={seed}") for seed in (1, 2)]
@@ -138,7 +139,7 @@ def test_two_runs_at_once_on_the_same_executors_do_not_meet(spark, small):
     [
         (2, ("engine.encrypt=true", "engine.segment_steps=3")),
         pytest.param(3, ("optimizer.name=Adam",), marks=pytest.mark.soak),
-        (2, ("solver.clip_norm=0.5",)),
+        pytest.param(2, ("solver.clip_norm=0.5",), marks=pytest.mark.soak),
     ],
     ids=str,
 )

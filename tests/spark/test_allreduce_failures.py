@@ -48,6 +48,7 @@ WAITS_FOR_NOBODY = (f"engine.peer_timeout_s={ENDLESS_S}",)
     "flag",
     ["raise", *(pytest.param(flag, marks=pytest.mark.soak) for flag in ("kill-worker", "nan", "sleep"))],
 )
+@pytest.mark.soak
 def test_a_worker_that_fails_when_half_of_its_gradient_has_gone(spark, small, flags, flag):
     config = configured(
         *ALLREDUCE, *OVERLAPPING, "model.name=users_modules:BackwardFlagNet", f"model.folder={flags}",
@@ -212,6 +213,7 @@ def test_a_loss_that_becomes_nan_stops_the_run_at_the_last_good_weights(spark, s
     assert lengths[2] > 1
 
 
+@pytest.mark.soak
 def test_an_update_that_is_infinite_is_taken_back_on_every_engine(spark, small):
     ends = []
     for segment_steps in (1, 3, 50):

@@ -47,7 +47,7 @@ pytestmark = pytest.mark.session("local[5]")
     [
         pytest.param(("train.num_shards=4",), marks=pytest.mark.soak),
         ("train.num_shards=7",),
-        ("model.name=users_modules:NormNet",),
+        pytest.param(("model.name=users_modules:NormNet",), marks=pytest.mark.soak),
     ],
     ids=str,
 )
@@ -61,6 +61,7 @@ def test_ordinary_stages_reach_the_digest_of_the_reference(spark, small, setting
     assert training.mode == "an ordinary stage for each step"
 
 
+@pytest.mark.soak
 def test_a_worker_that_is_always_late_holds_up_nothing_and_is_named(spark, small, caplog, tmp_path):
     reports = StepsMade(tmp_path / "made")  # worker 2 is held back until each step is made without it
     config = configured(*ONE_BACKUP, "train.epochs=2")

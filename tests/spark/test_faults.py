@@ -160,9 +160,9 @@ def test_only_the_worker_whose_file_is_gone_writes_its_shards_again(spark, local
     ("engine", "which"),
     [
         (("engine.name=tree",), "training"),
-        (("engine.name=tree", "engine.barrier=false"), "training"),
+        pytest.param(("engine.name=tree", "engine.barrier=false"), "training", marks=pytest.mark.soak),
         (("engine.name=allreduce", "engine.segment_steps=4"), "training"),
-        (("engine.name=allreduce", "engine.segment_steps=4"), "test"),
+        pytest.param(("engine.name=allreduce", "engine.segment_steps=4"), "test", marks=pytest.mark.soak),
     ],
     ids=["tree", "stages", "allreduce", "allreduce, test rows"],
 )
@@ -251,6 +251,7 @@ def test_a_failure_that_repeats_ends_the_run_with_sparks_own_words(spark, small,
     assert watch.training.version == 2
 
 
+@pytest.mark.soak
 def test_a_loss_that_becomes_nan_stops_the_run_and_leaves_the_last_good_weights(spark, small):
     config = configured("loss.name=users_modules:nan_after", "train.epochs=10")
     watch = AtStep(0, lambda _: None)

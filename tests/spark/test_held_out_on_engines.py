@@ -88,6 +88,7 @@ def test_a_plateau_reaches_the_optimisers_of_all_workers(spark, layouts, lowered
     assert len(set(rates)) > 2
 
 
+@pytest.mark.soak
 def test_a_column_holds_rows_out_as_two_frames_do(spark, layouts):
     rows = spark.read.parquet(layouts[0]).selectExpr("*", "label = 3 as `is held.out`")
     settings = ("train.epochs=2", "loss.name=cross_entropy")

@@ -313,6 +313,7 @@ def test_on_yarn_sockets_are_where_driver_and_containers_may_write(monkeypatch, 
     assert conf.get("spark.python.unix.domain.socket.dir") == folder
 
 
+@pytest.mark.soak
 def test_a_job_whose_slots_do_not_come_ends(spark, monkeypatch):
     cluster = Cluster(spark, demand_of(configured("engine.slots_timeout_s=1")))
     cluster.settle()

@@ -58,6 +58,7 @@ def test_every_engine_and_every_number_of_workers_end_at_one_digest(spark, small
     assert digests(training) == digests(inline)
 
 
+@pytest.mark.soak
 def test_workers_send_a_vector_a_round_and_not_a_turn(spark, small):
     where = ("engine.name=allreduce", "engine.num_workers=2", "engine.segment_steps=4", "train.steps=16")
     every_turn = train(

@@ -45,6 +45,7 @@ def job(path: str, out: object) -> PredictionJob:
     )  # fmt: skip
 
 
+@pytest.mark.soak
 def test_rows_are_written_as_asked(spark, model, path, tmp_path):
     asked = job(path, tmp_path / "out")
     assert write_predictions(spark, model, asked) == 3

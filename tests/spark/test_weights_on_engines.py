@@ -35,9 +35,21 @@ def rows(tmp_path_factory):
     return str(file)
 
 
-@pytest.mark.parametrize("solver", [(), LOCAL_SGD], ids=["synchronous", "local SGD"])
+QUICK = (("tree", ()), ("allreduce", LOCAL_SGD))
+
+
 @pytest.mark.parametrize(
-    "place", [pytest.param(p, marks=pytest.mark.soak if p in ("stages", "encrypted") else ()) for p in PLACES]
+    ("place", "solver"),
+    [
+        pytest.param(
+            place,
+            solver,
+            id=f"{place}-{'local SGD' if solver else 'synchronous'}",
+            marks=() if (place, solver) in QUICK else pytest.mark.soak,
+        )
+        for place in PLACES
+        for solver in ((), LOCAL_SGD)
+    ],
 )
 def test_every_engine_ends_at_the_bits_of_the_reference(spark, rows, place, solver):
     inline = sparksgd.train(configured(*WEIGHTED, *solver, "engine.name=inline"), rows)

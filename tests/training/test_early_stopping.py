@@ -145,6 +145,7 @@ def test_patience_counts_evaluations_of_eval_every(jobs: Jobs) -> None:
 
 
 @pytest.mark.usefixtures("every_checkpoint")
+@pytest.mark.soak
 def test_a_run_that_is_stopped_and_goes_on_ends_at_the_same_step(jobs: Jobs, tmp_path: Path) -> None:
     config = config_of(jobs, KEPT_EACH)
     whole = sparksgd.train(config, rows_of(jobs))

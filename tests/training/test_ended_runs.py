@@ -258,6 +258,7 @@ class Named(Observer):
 
 
 @pytest.mark.usefixtures("every_checkpoint")
+@pytest.mark.soak
 def test_a_replay_with_early_stopping_goes_on(jobs: Jobs, tmp_path: Path) -> None:
     config = config_of(jobs, KEPT_EACH)
     whole = sparksgd.train(config, rows_of(jobs), out=tmp_path / "run")

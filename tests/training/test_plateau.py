@@ -76,6 +76,7 @@ def test_a_plateau_of_mode_max_judges_by_the_accuracy(jobs: Jobs) -> None:
 
 
 @pytest.mark.usefixtures("every_checkpoint")
+@pytest.mark.soak
 def test_a_run_with_a_plateau_goes_on_to_the_same_bits(jobs: Jobs, tmp_path: Path) -> None:
     config = plateau(jobs)
     config["train"]["epochs"] = 12
