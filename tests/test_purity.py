@@ -108,7 +108,7 @@ def test_the_wire_and_what_executors_run_on_rows_import_where_torch_is_absent_to
 
 
 def test_only_the_modules_of_spark_s_room_may_ask_for_spark() -> None:
-    tasks = [f"sparksgd.spark.tasks.{name}_tasks" for name in ("predict", "row", "score", "step")]
+    tasks = [f"sparksgd.spark.tasks.{name}_tasks" for name in ("predict", "row", "score", "server", "step")]
     allowed = [*SPARK, *tasks]
     for name in set(MODULES) - set(allowed):
         found = [module for module in imported(syntax(name)) if module.split(".")[0] in ("pyspark", "py4j")]

@@ -103,6 +103,8 @@ def _table(training: Training) -> Table:
         more = f"; {ignored:,} messages were older, and ignored" if ignored else ""
         mean = training.participation.mean_staleness
         table.add_row("staleness", f"mean {mean:.1f}, largest {max(staleness)} steps{more}")
+    if (server := training.participation.server()) is not None:
+        table.add_row("server", _server_told(training, **server))
     workers = len(training.numerics) - 1
     table.add_row("engine", f"{training.engine}, {workers} workers, "
                             f"{training.config.train.num_shards} shards")  # fmt: skip
@@ -125,6 +127,19 @@ def _table(training: Training) -> Table:
         table.add_row("start", f"{sum(start.values()):.1f} s:  {'  '.join(parts)}")
     table.add_row("parameters", f"{training.flat.parameters_sha256()[:16]}…")
     return table
+
+
+_BUSY, _WAITING = 0.8, 0.2
+
+
+def _server_told(training: Training, busy_share: float, waiting_share: float) -> str:
+    """Return how busy the server was, and whether it holds the workers up."""
+    told = f"busy {busy_share:.0%} of the time; workers waited {waiting_share:.0%} of theirs"
+    if busy_share > _BUSY and waiting_share > _WAITING:
+        told += ": the server holds them up, and more workers would wait longer"
+    if lost := training.participation.lost_workers:
+        told += f"; workers were lost {lost} times"
+    return told
 
 
 def _arrivals_table(training: Training) -> Table:

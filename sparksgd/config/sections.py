@@ -134,7 +134,9 @@ class EngineConfig:
 
     name: str = cluster_key("tree")
     """tree: one Spark job for each step.  allreduce: one Spark job for many steps; workers exchange their
-    sums directly.  auto: allreduce if there are several workers and they can reach each other, else tree.
+    sums directly.  server: one Spark job for each worker; workers exchange with the driver at their own pace,
+    for solvers of arrivals.  auto: server for these; else allreduce if there are several workers and they can
+    reach each other, or tree.
     inline: in this process, without Spark.  simulated: in this process, too, on the cluster of the section
     [cluster], in virtual time."""
 
@@ -150,27 +152,32 @@ class EngineConfig:
     for sessions with dynamic allocation.  Backup workers always use ordinary stages."""
 
     max_attempts: int = cluster_key(4)
-    """How often a step is tried before the run fails, when executors are lost (allreduce: a segment)."""
+    """How often a step is tried before the run fails, when executors are lost (allreduce: a segment; server:
+    how often a worker may fail without a turn between)."""
 
     step_timeout_s: float = cluster_key(600.0)
     """How long the tasks of a step may run.  After that they count as hung, and the step is tried again.  A
-    segment may take longer, by the time that its steps should take."""
+    segment may take longer, by the time that its steps should take.  server: how long a shard's turn may
+    take; then its worker is given up and asked again, and the others go on."""
 
     segment_steps: int | None = cluster_key(None)
     """allreduce: steps of one Spark job.  If not set: as many as fit into some seconds."""
 
     peer_timeout_s: float = cluster_key(30.0)
-    """allreduce: how long a worker waits for another.  After that the segment is tried again."""
+    """allreduce: how long a worker waits for another.  After that the segment is tried again.  server: how
+    long a worker tries to reach the driver."""
 
     encrypt: bool = cluster_key(False)
-    """allreduce: use TLS between workers even if Spark's own traffic is not encrypted."""
+    """allreduce, server: use TLS between workers, and with the driver, even if Spark's own traffic is not
+    encrypted."""
 
     overlap: Literal["auto", "always", "never"] = cluster_key("auto")
     """allreduce: whether the gradients of the last layers are sent while those of earlier layers are still
     computed.  It needs one shard for each worker.  auto: if a sum takes 2 ms or more, as between hosts."""
 
     ports: str | None = cluster_key(None)
-    """allreduce: the ports that driver and workers may listen on, such as "40000-40099".  If not set: any."""
+    """allreduce: the ports that driver and workers may listen on, such as "40000-40099"; server: that the
+    driver may.  If not set: any."""
 
     @property
     def port_range(self) -> range | None:

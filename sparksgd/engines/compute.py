@@ -183,7 +183,9 @@ class Computer:
             standing = _Standing(self.flat, layout, self.plan)
             return self._reply(worker, shards, compute, is_asked, _turns_named(answer.turn, answer.turns))
 
-    def turn(self, shard: Descriptor, turn: int, half: WorkerHalf[Any], answer: Answer) -> Gradient | None:
+    def turn(
+        self, shard: Descriptor, turn: int, half: WorkerHalf[Any], answer: Answer, worker: int = 0
+    ) -> Gradient | None:
         """Let a shard make one turn; return its gradient, or None if the piece had no rows.
 
         Args:
@@ -191,6 +193,7 @@ class Computer:
             turn: which of its turns.
             half: of the shard; it has taken the answer.
             answer: what the centre answered last.
+            worker: its number, for errors.
 
         Raises:
             SparkSGDError: as `round` replies.
@@ -208,7 +211,7 @@ class Computer:
             try:
                 return self._turn(shard, turn, half, settings, standing, has_moved=is_own)
             except SparkSGDError as error:
-                raise with_place(error, 0, f"turn {turn + 1} of shard {shard.shard}") from error
+                raise with_place(error, worker, f"turn {turn + 1} of shard {shard.shard}") from error
 
     def evaluations(self, worker: int, shards: Iterable[Descriptor], weights: Weights) -> Reply:
         """Reply to an evaluation: sums over all rows of these shards."""

@@ -17,6 +17,7 @@ __all__ = [
     "ALLREDUCE",
     "INLINE",
     "KINDS",
+    "SERVER",
     "SIMULATED",
     "STAGES",
     "TREE",
@@ -97,7 +98,15 @@ ALLREDUCE = EngineKind(
     barrier=True,
 )
 
-KINDS = (INLINE, TREE, STAGES, ALLREDUCE, SIMULATED)
+SERVER = EngineKind(
+    name="server",
+    mode="a Spark job for each worker, as long as the run",
+    carries=frozenset({Need.ARRIVALS}),
+    home="sparksgd.spark.engines.server:ServerEngine",
+    resumes=False,
+)
+
+KINDS = (INLINE, TREE, STAGES, ALLREDUCE, SERVER, SIMULATED)
 
 _AUTO = "auto"
 _NAMES = (*dict.fromkeys(kind.name for kind in KINDS), _AUTO)
@@ -121,7 +130,7 @@ def candidates(config: EngineConfig, needs: Iterable[Need], solver: str) -> list
     wanted = frozenset(needs)
     named = [kind for kind in KINDS if kind.name == config.name]
     if config.name == _AUTO:
-        named = [ALLREDUCE, TREE, STAGES]
+        named = [ALLREDUCE, TREE, STAGES, SERVER]
     if not config.barrier:
         named = [kind for kind in named if not kind.barrier] or named
     able = [kind for kind in named if wanted <= kind.carries]

@@ -20,7 +20,7 @@ from pathlib import Path
 from rich.filesize import decimal
 
 from sparksgd.engines.forward import EVALUATION_ROWS, TRIAL_ROWS
-from sparksgd.engines.kinds import ALLREDUCE, INLINE, EngineKind
+from sparksgd.engines.kinds import ALLREDUCE, INLINE, SERVER, EngineKind
 from sparksgd.errors import OutOfMemory
 
 __all__ = [
@@ -212,6 +212,14 @@ def takes(kind: EngineKind, sizes: RunSizes, places: Places | None = None) -> Ta
             rows=sizes.rows,
         )  # fmt: skip
         return Takes(driver_python=max(trial, steps, key=total))
+    spark = Part("Spark", 1, _SPARK_MIB * _MIB)
+    if kind is SERVER:  # its vectors travel beside Spark
+        return Takes(
+            driver_python=max(trial, _of_server(sizes, places, best), key=total),
+            driver_heap=(spark,),
+            executor_heap=() if places.in_driver else (spark,),
+            worker_python=_of_server_s_worker(sizes, places),
+        )
     result, results = _results(kind, sizes, places)
     by_allreduce = kind is ALLREDUCE
     driver = _held(
@@ -219,7 +227,6 @@ def takes(kind: EngineKind, sizes: RunSizes, places: Places | None = None) -> Ta
         results=(3, results),
     )  # fmt: skip  # it reads no rows
     sent = Part("what is sent to workers", _SENT, sizes.weights + (sizes.optimiser if by_allreduce else 0))
-    spark = Part("Spark", 1, _SPARK_MIB * _MIB)
     returning = Part("results that executors return", _RETURNING * places.workers_per_executor, result)
     arriving = Part("results that arrive", _ARRIVING, results)
     return Takes(
@@ -230,6 +237,24 @@ def takes(kind: EngineKind, sizes: RunSizes, places: Places | None = None) -> Ta
         results=results,
         largest_result=result if by_allreduce else places.sums_of_task * sizes.message,
     )
+
+
+def _of_server(sizes: RunSizes, places: Places, best: int) -> Parts:
+    """Return what the driver holds: for each shard the weights that it has read, and its message."""
+    shards = places.num_workers * places.shards_of_worker
+    return _held(
+        _DRIVER_MIB, sizes, weights=6 + best + shards, optimisers=1, constants=3 + best,
+        results=(shards, sizes.message),
+    )  # fmt: skip
+
+
+def _of_server_s_worker(sizes: RunSizes, places: Places) -> Parts:
+    """Return what one of its workers holds: each shard has an answer of its own, and maybe a model."""
+    return _held(
+        _WORKER_MIB, sizes, weights=8.75 + places.shards_of_worker, constants=3,
+        local_models=places.shards_of_worker if sizes.keeps_shards else 1,
+        results=(2, sizes.message), rows=sizes.rows,
+    )  # fmt: skip
 
 
 def _results(kind: EngineKind, sizes: RunSizes, places: Places) -> tuple[int, int]:

@@ -22,6 +22,7 @@ __all__ = [
     "MakeEngine",
     "Recovery",
     "SegmentReport",
+    "ServerUse",
     "StepReport",
     "StepTiming",
     "VirtualCost",
@@ -84,6 +85,23 @@ class VirtualCost:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ServerUse:
+    """What the server and its workers did since the last step."""
+
+    busy_s: float
+    """Seconds in which the server's thread did not wait for workers."""
+
+    waited_s: float
+    """Seconds for which workers, that had made a turn, waited for the next one; the sum of all."""
+
+    computed_s: float
+    """Seconds in which workers made turns; the sum of all."""
+
+    lost_workers: int = 0
+    """How many connections of workers ended."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class StepReport:
     """One step: first what is exact, then what was measured."""
 
@@ -143,6 +161,9 @@ class StepReport:
 
     virtual: VirtualCost | None = None
     """What it took in virtual time; None if its times are real."""
+
+    server: ServerUse | None = None
+    """What the server did; None if there is none."""
 
     @property
     def virtual_s(self) -> float | None:
@@ -300,6 +321,8 @@ def arrival_reports(
     trace: Sequence[TraceEvent],
     ignored: int,
     virtual: VirtualCost | None = None,
+    workers: Sequence[WorkerReport] = (),
+    server: ServerUse | None = None,
 ) -> list[StepReport]:
     """Report the steps that the centre of an arrivals solver made after one message.
 
@@ -312,6 +335,8 @@ def arrival_reports(
         trace: what chance decided.
         ignored: how many messages were too old.
         virtual: what the first one took in virtual time.
+        workers: whose turns ended since the last step.
+        server: what the server did.
     """
     first = solver.version - len(steps)
     nothing_more = None if virtual is None else replace(virtual, sent_bytes=0, lost_workers=0)
@@ -326,13 +351,14 @@ def arrival_reports(
             loss=step.loss,
             lr=step.outcome.lr,
             timing=timing if number == 0 else StepTiming(total=0.0),
-            workers=(),
+            workers=workers if number == 0 else (),
             took_part=step.shards,
             shards=len(step.shards),
             trace=trace if number == 0 else (),
             staleness=step.staleness,
             ignored=ignored if number == 0 else 0,
             virtual=virtual if number == 0 else nothing_more,
+            server=server if number == 0 else None,
         )
         for number, step in enumerate(steps)
     ]
@@ -357,6 +383,7 @@ def step_report(
     staleness: Sequence[int] = (),
     ignored: int = 0,
     virtual: VirtualCost | None = None,
+    server: ServerUse | None = None,
     epoch: int | None = None,
 ) -> StepReport:
     """Assemble the report of a step; all engines use this.
@@ -379,6 +406,7 @@ def step_report(
         staleness: of each message, where shards make turns at their own pace.
         ignored: how many messages were too old.
         virtual: what it took in virtual time.
+        server: what the server did.
         epoch: of its last turn, from 1; None: that of the turn.
     """
     return StepReport(
@@ -401,4 +429,5 @@ def step_report(
         staleness=tuple(staleness),
         ignored=ignored,
         virtual=virtual,
+        server=server,
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -23,11 +23,13 @@ class ShardWork:
 
     Args:
         computer: knows the halves, and the module's shapes.
-        table: all shards.
+        table: the shards, by their numbers.
         make: makes a turn.
     """
 
-    def __init__(self, computer: Computer, table: Sequence[Descriptor], make: MakeTurn) -> None:
+    def __init__(
+        self, computer: Computer, table: Sequence[Descriptor] | Mapping[int, Descriptor], make: MakeTurn
+    ) -> None:
         self._computer, self._table, self._make = computer, table, make
         self._halves: dict[int, WorkerHalf[Any]] = {}
         self._answers: dict[int, Answer] = {}

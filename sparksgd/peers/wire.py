@@ -24,7 +24,7 @@ import ssl
 import struct
 import threading
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -42,6 +42,7 @@ __all__ = [
     "Listener",
     "Transfer",
     "address_towards",
+    "advanced",
     "connect",
     "exchange",
 ]
@@ -252,7 +253,7 @@ class _Moving:
             if sent < 0:
                 return
             self.moved += sent
-            _advance(self.outgoing, sent)
+            advanced(self.outgoing, sent)
 
     def _receive(self) -> None:
         while self.incoming:
@@ -263,7 +264,7 @@ class _Moving:
             if received == 0:
                 raise PeerLost(f"{self.name} closed its connection")
             in_header = self.incoming[0].obj is self._header
-            _advance(self.incoming, received)
+            advanced(self.incoming, received)
             if in_header and (not self.incoming or self.incoming[0].obj is not self._header):
                 self._check_header()
 
@@ -550,13 +551,13 @@ def _framed(header: Header, buffers: Sequence[memoryview]) -> list[memoryview]:
     return [memoryview(header.pack(sum(view.nbytes for view in views))), *views]
 
 
-def _advance(buffers: list[memoryview], count: int) -> None:
+def advanced(buffers: list[memoryview] | deque[memoryview], count: int) -> None:
     """Drop this many first bytes of some buffers."""
     while count:
         first = buffers[0]
         if first.nbytes <= count:
             count -= first.nbytes
-            buffers.pop(0)
+            del buffers[0]
         else:
             buffers[0] = first[count:]
             count = 0

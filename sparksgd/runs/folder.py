@@ -99,6 +99,11 @@ def summary(training: Training, wall_s: float) -> dict[str, Any]:
         "arrivals": training.participation.by_worker(),
         **({"staleness": dict(sorted(came.staleness.items()))} if came.staleness else {}),
         **({"ignored_messages": came.ignored} if came.staleness else {}),
+        **(
+            {}
+            if (server := came.server()) is None
+            else {"server": server | {"lost_workers": came.lost_workers}}
+        ),
         **({} if training.virtual_s is None else _virtual_end(training, training.virtual_s)),
     }
 
@@ -340,6 +345,8 @@ class RunFolder(Observer):
             for w in sorted(report.workers, key=lambda w: w.worker)
         ]
         timing = asdict(report.timing) | {"workers": workers}
+        if report.server is not None:
+            timing |= {"server": asdict(report.server)}
         if report.arrivals:
             timing |= {"late": list(report.late), "arrivals": [asdict(one) for one in report.arrivals]}
         self._line(exact | {"timing": timing})

@@ -39,7 +39,10 @@ class Participation:
         """How many messages were too old to be used."""
 
         self.lost_workers = 0
-        """How many workers were lost, in virtual time."""
+        """How many workers were lost, in virtual time or from the server."""
+
+        self._server_s = self._server_busy_s = 0.0
+        self._turns_s = self._waits_s = 0.0
 
     def add(self, report: StepReport) -> None:
         """Note a step."""
@@ -47,6 +50,12 @@ class Participation:
         self.ignored += report.ignored
         if report.virtual is not None:
             self.lost_workers += report.virtual.lost_workers
+        if report.server is not None:
+            self.lost_workers += report.server.lost_workers
+            self._server_s += report.timing.total
+            self._server_busy_s += report.server.busy_s
+            self._turns_s += report.server.computed_s
+            self._waits_s += report.server.waited_s
         self._steps += 1
         self._epoch_steps += not report.staleness  # shards at their own pace are not starved of steps
         for shard in report.took_part:
@@ -94,6 +103,18 @@ class Participation:
         """Return the mean staleness of all messages; 0 where all are of the newest weights."""
         messages = self.staleness.total()
         return sum(age * count for age, count in self.staleness.items()) / messages if messages else 0.0
+
+    def server(self) -> dict[str, float] | None:
+        """Return how busy the server was, and how long workers waited for it; None: there was none.
+
+        Both are shares: of the time of all steps, and of the time of all turns and waits.
+        """
+        if not self._server_s:
+            return None
+        return {
+            "busy_share": self._server_busy_s / self._server_s,
+            "waiting_share": self._waits_s / max(self._turns_s + self._waits_s, 1e-9),
+        }
 
     def shares(self) -> list[float]:
         """Return in which share of all steps each shard took part."""

@@ -9,6 +9,7 @@ from sparksgd.engines.kinds import (
     ALLREDUCE,
     INLINE,
     KINDS,
+    SERVER,
     SIMULATED,
     STAGES,
     TREE,
@@ -24,15 +25,15 @@ ROUNDS, ARRIVALS, GOSSIP, QUORUM = Need.ROUNDS, Need.ARRIVALS, Need.GOSSIP, Need
 RECORDED, REPLAY, SHARD_STATE, LAG = Need.RECORDED_ARRIVALS, Need.REPLAY, Need.SHARD_STATE, Need.LAG
 
 CARRIED = {
-    #             inline  tree   stages  allreduce  simulated
-    ROUNDS:      (True,   True,  True,   True,      True),
-    ARRIVALS:    (False,  False, False,  False,     True),
-    RECORDED:    (True,   False, False,  False,     False),
-    GOSSIP:      (True,   False, False,  False,     True),
-    QUORUM:      (False,  False, True,   False,     True),
-    REPLAY:      (True,   True,  True,   False,     False),
-    SHARD_STATE: (True,   False, False,  False,     True),
-    LAG:         (False,  False, False,  False,     False),
+    #             inline  tree   stages  allreduce  server  simulated
+    ROUNDS:      (True,   True,  True,   True,      False,  True),
+    ARRIVALS:    (False,  False, False,  False,     True,   True),
+    RECORDED:    (True,   False, False,  False,     False,  False),
+    GOSSIP:      (True,   False, False,  False,     False,  True),
+    QUORUM:      (False,  False, True,   False,     False,  True),
+    REPLAY:      (True,   True,  True,   False,     False,  False),
+    SHARD_STATE: (True,   False, False,  False,     False,  True),
+    LAG:         (False,  False, False,  False,     False,  False),
 }  # fmt: skip
 
 WORDS = {
@@ -47,7 +48,11 @@ WORDS = {
 }
 
 INSTEAD = {
-    ARRIVALS: 'use engine.name = "simulated" (in virtual time)',
+    ROUNDS: (
+        'use engine.name = "inline" or engine.name = "tree" or engine.name = "tree" (in ordinary stages) or '
+        'engine.name = "allreduce" or engine.name = "simulated" (in virtual time)'
+    ),
+    ARRIVALS: 'use engine.name = "server" or engine.name = "simulated" (in virtual time)',
     RECORDED: 'use engine.name = "inline"',
     GOSSIP: 'use engine.name = "inline" or engine.name = "simulated" (in virtual time)',
     QUORUM: 'use engine.name = "tree" (in ordinary stages) or engine.name = "simulated" (in virtual time)',
@@ -63,6 +68,7 @@ CALLED = {
     TREE: 'engine.name = "tree"',
     STAGES: 'engine.name = "tree" (in ordinary stages)',
     ALLREDUCE: 'engine.name = "allreduce"',
+    SERVER: 'engine.name = "server"',
     SIMULATED: 'engine.name = "simulated" (in virtual time)',
 }
 
@@ -124,6 +130,8 @@ def short(value: object) -> str:
         (engine("tree", barrier=False), {ROUNDS, QUORUM}, [STAGES]),
         (engine("allreduce"), {ROUNDS}, [ALLREDUCE]),
         (engine("auto"), {ROUNDS}, [ALLREDUCE, TREE, STAGES]),
+        (engine("auto"), {ARRIVALS}, [SERVER]),
+        (engine("auto", barrier=False), {ARRIVALS}, [SERVER]),
         (engine("auto"), {ROUNDS, REPLAY}, [TREE, STAGES]),
         (engine("auto"), {ROUNDS, QUORUM}, [STAGES]),
         (engine("auto", barrier=False), {ROUNDS}, [STAGES]),
@@ -152,7 +160,8 @@ def test_the_engines_that_a_configuration_allows_in_the_order_in_which_they_are_
         ),
         (engine("tree", barrier=False), {ROUNDS, SHARD_STATE}, INSTEAD[SHARD_STATE]),
         (engine("auto"), {ROUNDS, SHARD_STATE}, INSTEAD[SHARD_STATE]),
-        (engine("auto"), {ARRIVALS}, INSTEAD[ARRIVALS]),
+        (engine("auto"), {GOSSIP}, INSTEAD[GOSSIP]),
+        (engine("tree"), {ARRIVALS}, INSTEAD[ARRIVALS]),
     ],
     ids=short,
 )
@@ -180,7 +189,7 @@ def test_an_engine_that_is_all_barrier_is_refused_without_it() -> None:
         ("Tree", "did you mean tree?"),
         ("in_line", "did you mean inline?"),
         ("automatic", "did you mean auto?"),
-        ("mpi", "valid: allreduce, auto, inline, simulated, tree"),
+        ("mpi", "valid: allreduce, auto, inline, server, simulated, tree"),
     ],
 )
 def test_an_engine_that_is_not_there_is_refused_with_the_nearest_name(name: str, nearest: str) -> None:
@@ -196,6 +205,7 @@ def test_what_engines_need_of_a_cluster() -> None:
         TREE:               (True,    True),
         STAGES:             (True,    False),
         ALLREDUCE:          (True,    True),
+        SERVER:             (True,    False),
         SIMULATED:          (False,   False),
     }  # fmt: skip
 

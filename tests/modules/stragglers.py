@@ -43,6 +43,43 @@ class HeldBack:
 
 
 @dataclass(frozen=True)
+class HeldUntil:
+    """Holds all workers back, from a turn on, until so many processes have made turns.
+
+    Args:
+        folder: where each process leaves its number.
+        processes: how many, with the successors of those that are lost.
+        turn: from which one on.
+    """
+
+    folder: str
+    processes: int
+    turn: int
+
+    def __call__(self, worker: int, turn: int) -> None:
+        Path(self.folder, str(os.getpid())).touch()
+        while turn >= self.turn and len(list(Path(self.folder).iterdir())) < self.processes:
+            time.sleep(0.005)
+
+
+@dataclass(frozen=True)
+class HeldWhile:
+    """Holds all workers back, from a turn on, while a file is there.
+
+    Args:
+        named_in: a file that says which one.
+        turn: from which one on.
+    """
+
+    named_in: str
+    turn: int
+
+    def __call__(self, worker: int, turn: int) -> None:
+        while turn >= self.turn and Path(Path(self.named_in).read_text()).exists():
+            time.sleep(0.005)
+
+
+@dataclass(frozen=True)
 class Straggler:
     """Lets one worker sleep before it computes, wherever it runs.
 

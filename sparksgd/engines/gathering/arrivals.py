@@ -33,12 +33,19 @@ class ArrivalGathering:
 
     def __init__(self, worker_of: Mapping[int, int]) -> None:
         self.trace = Trace()
-        self._shards = {shard: ShardState(worker=worker) for shard, worker in sorted(worker_of.items())}
+        self._shards = {
+            shard: ShardState(worker=worker, is_lost=True) for shard, worker in sorted(worker_of.items())
+        }
         self._busy: set[int] = set()
         self._ready: dict[int, deque[int]] = {worker: deque() for worker in sorted(set(worker_of.values()))}
 
     def begin(self) -> list[Begin]:
-        """Return the first instructions: every shard begins."""
+        """Return the first instructions where all shards have a worker: every one begins.
+
+        Else each begins when it is `Back`: none is lost that was not there.
+        """
+        for shard in self._shards.values():
+            shard.is_lost = False
         return [Begin(shard=shard) for shard in self._shards]
 
     def handle(self, event: Pushed | Turned | Decided | Lost | Back) -> list[Start | Deliver | Drop | Begin]:

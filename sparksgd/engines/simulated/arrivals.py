@@ -9,21 +9,18 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from sparksgd.engines.gathering.arrivals import ArrivalGathering
-from sparksgd.engines.gathering.shards import Back, Begin, Decided, Deliver, Drop, Lost, Pushed, Start, Turned
+from sparksgd.engines.arrival_exchange import ArrivalExchange
 from sparksgd.engines.shard_work import ShardWork
 from sparksgd.engines.simulated.costs import Costs, Link, refuse_endless_losses
 from sparksgd.engines.trace import TraceEvent
 from sparksgd.errors import ClusterError
-from sparksgd.solvers.arrivals import ArrivalSolver, ArrivalStep, Verdict
+from sparksgd.solvers.arrivals import ArrivalSolver, ArrivalStep
 from sparksgd.solvers.protocol import Answer, Message
 
 __all__ = ["VirtualArrivals"]
-
-_Instruction = Start | Deliver | Drop | Begin
 
 
 @dataclass(frozen=True, order=True)
@@ -59,15 +56,12 @@ class VirtualArrivals:
         worker_of: Mapping[int, int],
         rows_of: Callable[[int, int], int],
     ) -> None:
-        self._solver, self._work, self._costs, self._rows_of = solver, work, costs, rows_of
+        self._work, self._costs, self._rows_of = work, costs, rows_of
         self._worker_of = dict(worker_of)
-        self._gathering = ArrivalGathering(worker_of)
+        self._exchange = ArrivalExchange(solver, worker_of, self)
         self._up, self._down, self._served = Link(), Link(), Link()
         self._to_worker = {worker: Link() for worker in set(worker_of.values())}
         self.now_s = 0.0
-        self.ignored = 0
-        """How many messages were too old."""
-
         self.losses = 0
         """How many workers were lost."""
 
@@ -79,11 +73,15 @@ class VirtualArrivals:
         self._lives = dict.fromkeys(sorted(set(worker_of.values())), 0)
         self._turns: dict[int, int] = {}
         self._there_s: dict[int, float] = {}
-        self._messages: dict[int, Message] = {}
-        self._steps: list[ArrivalStep] = []
+        self._sent: dict[int, Message] = {}
         for worker in self._lives:
             self._plan_loss(worker)
-        self._follow(self._gathering.begin())
+        self._exchange.begin()
+
+    @property
+    def ignored(self) -> int:
+        """Return how many messages were too old."""
+        return self._exchange.ignored
 
     def step(self) -> tuple[list[ArrivalStep], tuple[TraceEvent, ...]]:
         """Let time pass until a step is made; return the steps, and what chance decided.
@@ -92,7 +90,7 @@ class VirtualArrivals:
             ClusterError: no step will ever be made, because all workers wait.
         """
         losses = self.losses
-        while not self._steps:
+        while not self._exchange.has_steps:
             refuse_endless_losses(self._costs.config, self.losses - losses, len(self._lives))
             if not any(event.kind != "lost" for event in self._events):
                 raise ClusterError(
@@ -101,8 +99,7 @@ class VirtualArrivals:
                     f"(train.num_shards), or fewer make a step"
                 )
             self._happens(heapq.heappop(self._events))
-        steps, self._steps = self._steps, []
-        return steps, self._gathering.trace.take()
+        return self._exchange.take_steps()
 
     def _happens(self, event: _Event) -> None:
         if event.life != self._lives[event.worker]:
@@ -111,56 +108,42 @@ class VirtualArrivals:
         if event.kind == "computed":
             self._computed(event)
         elif event.kind == "arrived":
-            self._follow(self._gathering.handle(Pushed(shard=event.shard)))
+            self._exchange.pushed(event.shard, self._sent.pop(event.shard))
         elif event.kind == "lost":
             self._lose(event.worker)
         else:
             for shard in self._shards_of(event.worker):
-                self._follow(self._gathering.handle(Back(shard=shard)))
+                self._exchange.back(shard)
             self._plan_loss(event.worker)
 
     def _computed(self, event: _Event) -> None:
         """Let a turn be made, and send what the half sends."""
         message = self._work.turn(event.shard, self._turns[event.shard])
         if message is None:
-            self._follow(self._gathering.handle(Turned(shard=event.shard)))
+            self._exchange.turned(event.shard)
             return
-        self._messages[event.shard] = message
+        self._sent[event.shard] = message
         vectors, config = len(message.vectors), self._costs.config
         first_s, busy_s = self.now_s + config.latency_s, self._costs.at_server_s(vectors)
         received_s = max(self._up.carry(first_s, busy_s), first_s + self._costs.vectors_s(vectors))
         self.sent_bytes += vectors * self._costs.vector_bytes
         self._at(self._served.carry(received_s, config.server_s), "arrived", event.worker, event.shard)
 
-    def _follow(self, instructions: Iterable[_Instruction]) -> None:
-        for told in instructions:
-            if isinstance(told, Start):
-                self._compute(told.shard, told.turn)
-            elif isinstance(told, Deliver):
-                message = self._messages.pop(told.shard)
-                self._decided(self._solver.arrived(told.shard, message, told.version), told.shard)
-            elif isinstance(told, Drop):
-                self._work.forget(told.shard)
-                self._decided(self._solver.lost(told.shard), None)
-            else:
-                self._decided(Verdict(answers={told.shard: self._solver.begin(told.shard)}), None)
+    def take(self, shard: int, answer: Answer) -> None:
+        """Give a shard the centre's answer, and note when it is there."""
+        self._work.take(shard, answer)
+        vectors = 1 + len(answer.vectors)
+        sent_s = self._down.carry(self.now_s, self._costs.at_server_s(vectors))
+        to_worker = self._to_worker[self._worker_of[shard]]
+        received_s = max(sent_s, to_worker.carry(self.now_s, self._costs.vectors_s(vectors)))
+        self._there_s[shard] = received_s + self._costs.config.latency_s
+        self.sent_bytes += vectors * self._costs.vector_bytes
 
-    def _decided(self, verdict: Verdict, sender: int | None) -> None:
-        self._steps += verdict.steps
-        self.ignored += verdict.is_ignored
-        answers: Mapping[int, Answer] = verdict.answers
-        for shard, answer in answers.items():
-            self._work.take(shard, answer)
-            vectors = 1 + len(answer.vectors)
-            sent_s = self._down.carry(self.now_s, self._costs.at_server_s(vectors))
-            to_worker = self._to_worker[self._worker_of[shard]]
-            received_s = max(sent_s, to_worker.carry(self.now_s, self._costs.vectors_s(vectors)))
-            self._there_s[shard] = received_s + self._costs.config.latency_s
-            self.sent_bytes += vectors * self._costs.vector_bytes
-        versions = {shard: answer.weights.version for shard, answer in answers.items()}
-        self._follow(self._gathering.handle(Decided(answers=versions, sender=sender)))
+    def forget(self, shard: int) -> None:
+        """Let a shard that is lost begin anew when it is back."""
+        self._work.forget(shard)
 
-    def _compute(self, shard: int, turn: int) -> None:
+    def start(self, shard: int, turn: int) -> None:
         """Begin a turn, when the answer that it begins from is there."""
         worker, self._turns[shard] = self._worker_of[shard], turn
         begins_s = max(self.now_s, self._there_s[shard])
@@ -180,8 +163,8 @@ class VirtualArrivals:
         """Lose a worker with all its shards; another one takes its place after a while."""
         self.losses += 1
         for shard in self._shards_of(worker):
-            self._messages.pop(shard, None)
-            self._follow(self._gathering.handle(Lost(shard=shard)))
+            self._sent.pop(shard, None)
+            self._exchange.lost(shard)
         self._lives[worker] += 1  # at last: a shard that begins between two of these losses is lost, too
         self._at(self.now_s + self._costs.config.worker_back_s, "back", worker)
 

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from typing import Any, TypeVar
 
 from pyspark import RDD, Broadcast, cloudpickle
@@ -36,13 +37,13 @@ from sparksgd.spark.cluster.shards import SparkShards
 from sparksgd.spark.engines.step_rdd import StepRDD
 from sparksgd.spark.tasks import step_tasks
 
-__all__ = ["Exchange", "SparkEngine", "destroy"]
+__all__ = ["DYING_S", "Exchange", "SparkEngine", "destroy"]
 
 log = logging.getLogger("sparksgd")
 
 T = TypeVar("T")
 
-_DYING_S = 5.0
+DYING_S = 5.0
 """A killed container's folder goes before its executor does, which fails all tasks until then.  YARN took two
 seconds to notice."""
 
@@ -185,6 +186,26 @@ class SparkEngine:
         """Return the RDD of a task over the workers' shards, in barrier mode."""
         return StepRDD(shards.rdd, task, self._cluster.num_workers)
 
+    def _map_in_place(
+        self, shards: SparkShards, task: Callable[[int, Iterable[Descriptor]], Iterable[T]]
+    ) -> RDD[T]:
+        """Return the RDD of a task in an ordinary stage; for test shards, with at most as many tasks."""
+        if shards is not self._test:
+            return shards.rdd.mapPartitionsWithIndex(task)
+        places, partition_of = shards.places(), shards.partition_of
+        at_place: dict[str | None, list[Descriptor]] = {}
+        for descriptor in shards.table:
+            at_place.setdefault(places[partition_of[descriptor.shard]], []).append(descriptor)
+        slots = min(self._cluster.slots(), self._cluster.num_workers)
+        tasks = max(1, slots // max(1, len(at_place)))
+        placed = [
+            self._cluster.at_place(mine[number::tasks], place)
+            for place, mine in at_place.items()
+            for number in range(min(tasks, len(mine)))
+        ]
+        flat = self._cluster.placed_rdd(placed).mapPartitions(chain.from_iterable)
+        return flat.mapPartitionsWithIndex(task)
+
     def _await_slots(self) -> None:
         """Wait for the slots that a job needs."""
         self._cluster.wait_for_slots(self._cluster.num_workers)
@@ -210,7 +231,7 @@ class SparkEngine:
         for attempt in range(self._max_attempts):
             try:
                 if is_dying:
-                    time.sleep(_DYING_S)
+                    time.sleep(DYING_S)
                 if attempt:
                     self.recovery.retries += 1
                     self._await_slots()

@@ -19,7 +19,6 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import reduce
-from itertools import chain
 from operator import add
 from typing import Any, TypeVar
 
@@ -406,19 +405,5 @@ class StagesEngine(SparkEngine):
         self._tidy()
 
     def _map(self, shards: SparkShards, task: Callable[[int, Iterable[Descriptor]], Iterable[T]]) -> RDD[T]:
-        """Return the RDD of a task over the workers' shards; for test shards, with at most as many tasks."""
-        if shards is not self._test:
-            return shards.rdd.mapPartitionsWithIndex(task)
-        places, partition_of = shards.places(), shards.partition_of
-        at_place: dict[str | None, list[Descriptor]] = {}
-        for descriptor in shards.table:
-            at_place.setdefault(places[partition_of[descriptor.shard]], []).append(descriptor)
-        slots = min(self._cluster.slots(), self._cluster.num_workers)
-        tasks = max(1, slots // max(1, len(at_place)))
-        placed = [
-            self._cluster.at_place(mine[number::tasks], place)
-            for place, mine in at_place.items()
-            for number in range(min(tasks, len(mine)))
-        ]
-        flat = self._cluster.placed_rdd(placed).mapPartitions(chain.from_iterable)
-        return flat.mapPartitionsWithIndex(task)
+        """Return the RDD of a task over the workers' shards, in an ordinary stage."""
+        return self._map_in_place(shards, task)

@@ -42,7 +42,7 @@ def test_its_job_is_tried_again_after_a_while(slept):
     job, ran = failing(3)
     assert Engine()._run(job, None, "step 5") == "done"
     assert len(ran) == 4
-    assert slept == [base._DYING_S] * 3
+    assert slept == [base.DYING_S] * 3
 
 
 def test_a_python_that_stays_away_is_named_in_the_end(slept):

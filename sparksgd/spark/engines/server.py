@@ -1,0 +1,480 @@
+"""The server engine: workers exchange with the driver at their own pace, over connections of their own.
+
+    driver ── one ordinary Spark job for each worker ──> executors, see server_jobs.py
+    worker <── turns, answers, evaluations ──> driver, in frames, see peers/server_frames.py
+
+The driver applies messages one by one, in the order in which they arrive.  An executor may go and another one
+come: the shards of a lost worker begin anew, as the rule says, and the others go on meanwhile.
+"""
+
+from __future__ import annotations
+
+import logging
+import secrets
+import time
+from collections import deque
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Any, TypeVar
+
+from pyspark import RDD
+
+from sparksgd.arithmetic.addition_tree import add_partial
+from sparksgd.arithmetic.numerics import Numerics
+from sparksgd.config import EngineConfig
+from sparksgd.data.shard import Descriptor
+from sparksgd.data.source import Shards
+from sparksgd.engines.arrival_exchange import ArrivalExchange
+from sparksgd.engines.compute import Plan
+from sparksgd.engines.gathering.evaluations import EvaluationGathering
+from sparksgd.engines.kinds import SERVER
+from sparksgd.engines.protocol import SegmentReport, ServerUse, StepReport, StepTiming, arrival_reports
+from sparksgd.engines.replies import Evaluation, Reply, WorkerReport
+from sparksgd.errors import PeerLost, ShardMissing
+from sparksgd.peers.frames import Frame
+from sparksgd.peers.server_desk import Came, Joined, Left, ServerDesk
+from sparksgd.peers.server_frames import (
+    EVALUATED,
+    FAILED,
+    HERE,
+    LEAVE,
+    MISSING,
+    SENT,
+    TURNED,
+    Vectors,
+    evaluate_frame,
+    evaluation_in,
+    failure_in,
+    field_of,
+    message_in,
+    numerics_in,
+    times_in,
+    turn_frame,
+)
+from sparksgd.peers.strangers import StrangersLog
+from sparksgd.peers.wire import Credentials
+from sparksgd.solvers.arrivals import ArrivalSolver
+from sparksgd.solvers.protocol import Answer, CentralSolver
+from sparksgd.spark.cluster.cluster import Cluster
+from sparksgd.spark.cluster.shards import SparkShards
+from sparksgd.spark.engines.allreduce import encrypts
+from sparksgd.spark.engines.base import DYING_S, SparkEngine
+from sparksgd.spark.engines.server_jobs import ServerJobs
+from sparksgd.spark.tasks.server_tasks import WorkerTask, work
+
+__all__ = ["ServerEngine"]
+
+log = logging.getLogger("sparksgd")
+
+T = TypeVar("T")
+
+_LOOK_S = 0.5
+_GATHER_S = 10.0
+_PATIENCE_S = 5.0
+
+
+class ServerEngine(SparkEngine):
+    """Lets workers exchange with the centre, which is the driver, at their own pace.
+
+    Args:
+        cluster: where the workers are.
+        config: how workers connect, and how often one is asked.
+        plan: what to compute.
+        shards: rows to train on.
+        test: rows to evaluate on.
+    """
+
+    name = SERVER.name
+    mode = SERVER.mode
+    segment_steps = 1
+
+    def __init__(
+        self, cluster: Cluster, config: EngineConfig, plan: Plan, shards: Shards, test: Shards | None
+    ) -> None:
+        super().__init__(cluster, config, plan, shards, test)
+        self._desk = _desk_of(cluster, config)
+        self._strangers = StrangersLog()
+        self._jobs = ServerJobs(
+            cluster, self.recovery, self._max_attempts,
+            submit=self._submit, mend=self._mend, is_dying=self._is_dying, dying_s=DYING_S,
+        )  # fmt: skip
+        self._exchange: ArrivalExchange | None = None
+        self._vectors: Vectors
+        self._owned: dict[int, list[int]] = {}  # the shards with rows of each worker
+        self._worker_of: dict[int, int] = {}
+        self._hosts: dict[int, tuple[str, Numerics]] = {}  # of the workers that are here
+        self._begins_at_s = 0.0  # when those who are here begin; 0: it has begun
+        self._held: deque[Joined | Left | Came] = deque()  # while an evaluation goes on
+        self._answers: dict[int, Answer] = {}  # that wait for the shard's next turn
+        self._started: dict[int, tuple[int, float]] = {}  # the turn that each shard makes, and since when
+        self._looked_at_s = 0.0
+        self._forget_use()
+
+    @staticmethod
+    def check(cluster: Cluster, config: EngineConfig) -> None:
+        """Refuse what cannot work at the driver, before the rows are dealt.
+
+        Raises:
+            ClusterError: no port is free.
+            ConfigError: the package for encryption is not installed.
+        """
+        desk = _desk_of(cluster, config)
+        try:
+            desk.start(most_bytes=0)
+        finally:
+            desk.close()
+
+    def advance(self, solver: ArrivalSolver, steps: int) -> SegmentReport:  # type: ignore[override]  # it carries arrivals only
+        """Make steps."""
+        report = SegmentReport()
+        sent_before = self._desk.sent_bytes + self._desk.received_bytes
+        self._context.setJobDescription("sparksgd: workers of the server")
+        with self._cluster.job_watch.over(1):
+            if not self._owned:
+                self._begin(solver)
+            while len(report.steps) < steps:
+                report.steps += self._next_steps(solver)
+        report.sent_bytes = self._desk.sent_bytes + self._desk.received_bytes - sent_before
+        return report
+
+    def evaluate(self, solver: CentralSolver) -> Evaluation:
+        """Evaluate the solver's weights on the test rows, by the workers, each on those that its host has.
+
+        If a host with test rows has no worker, all workers leave, and Spark evaluates.
+        """
+        found = self._evaluated_by_workers(solver)
+        if found is None:
+            self._release()
+            return super().evaluate(solver)
+        total = Reply(leaves=len(found))
+        for shard, sums in sorted(found.items()):
+            add_partial(total.partials, (shard, shard + 1), sums, total.leaves)
+        evaluation = total.total()
+        assert isinstance(evaluation, Evaluation)
+        return evaluation
+
+    def deal_anew(self, deal: Callable[[], tuple[Plan, Shards]]) -> None:
+        """Continue with the same rows in other shards."""
+        raise AssertionError("shards of arrivals make turns at their own pace: none is starved")
+
+    def close(self) -> None:
+        """End the workers' jobs, and stop listening."""
+        self._jobs.close()
+        self._release()
+        self._desk.close()
+        self._note_dropped()
+        self._strangers.say(is_last=True)
+        super().close()
+
+    # What the exchange carries
+
+    def take(self, shard: int, answer: Answer) -> None:
+        """Keep a shard's answer for its next turn."""
+        self._answers[shard] = answer
+
+    def start(self, shard: int, turn: int) -> None:
+        """Tell a shard's worker to make a turn."""
+        self._started[shard] = turn, time.monotonic()
+        self._desk.send(self._worker_of[shard], turn_frame(shard, turn, self._answers.pop(shard, None)))
+
+    def forget(self, shard: int) -> None:
+        """Forget what is on its way to a shard."""
+        self._answers.pop(shard, None)
+        self._started.pop(shard, None)
+
+    # Steps
+
+    def _begin(self, solver: ArrivalSolver) -> None:
+        """Listen, and ask all workers."""
+        rows, partition_of = self._plan.sampling.shard_rows, self._shards.partition_of
+        self._worker_of = {shard: self._workers[partition_of[shard]] for shard in sorted(partition_of)}
+        for worker in sorted(self._workers):
+            mine = [shard for shard, of in self._worker_of.items() if of == worker]
+            self._owned[worker] = [shard for shard in mine if rows[shard]]
+        self._exchange = ArrivalExchange(
+            solver, {shard: worker for worker, mine in self._owned.items() for shard in mine}, self
+        )
+        self._vectors = Vectors.of(solver.readout())
+        self._desk.start(self._vectors.most_bytes(self._plan.halves.vectors))
+        self._ask_all()
+
+    def _ask_all(self) -> None:
+        self._begins_at_s = time.monotonic() + _GATHER_S
+        self._jobs.ask(worker for worker, shards in self._owned.items() if shards)
+
+    def _submit(self, worker: int, request: int) -> Any:
+        """Submit the job of a worker."""
+        partition = self._workers.index(worker)
+        partition_of = self._shards.partition_of
+        task = WorkerTask(
+            request=request,
+            worker=worker,
+            shards=[shard for shard in self._shards.table if partition_of[shard.shard] == partition],
+            test_shards=[] if self._test is None else self._test.table,
+            server=self._desk.address,
+        )
+        self._desk.expect(worker, request)
+        placed = self._cluster.at_place(task, self._shards.places()[partition])
+        return (
+            self._cluster.placed_rdd([placed])
+            .mapPartitions(partial(work, self._shipped))
+            ._jrdd.collectAsync()
+        )
+
+    def _next_steps(self, solver: ArrivalSolver) -> list[StepReport]:
+        """Let things happen until a step is made; return the reports of the steps."""
+        exchange = self._exchange
+        assert exchange is not None
+        began_s, turns_before, ignored = time.perf_counter(), solver.turns, exchange.ignored
+        while not exchange.has_steps:
+            self._look()
+            self._begin_those_who_are_here()
+            event = self._held.popleft() if self._held else self._desk.next(_LOOK_S * self._jobs.are_out)
+            if event is not None:
+                self._happens(event)
+            elif not self._jobs.are_out:
+                self._ask_all()  # they had left for an evaluation
+        steps, trace = exchange.take_steps()
+        total_s = time.perf_counter() - began_s
+        use = ServerUse(
+            busy_s=max(0.0, total_s - (self._desk.idle_s - self._idle_before_s)),
+            waited_s=self._waited_s,
+            computed_s=sum(report.compute_s for report in self._reports),
+            lost_workers=self._lost,
+        )
+        slowest_s = max((report.compute_s for report in self._reports), default=0.0)
+        reports = arrival_reports(
+            solver,
+            self._plan,
+            steps,
+            turns_before=turns_before,
+            timing=StepTiming(total=total_s, compute=slowest_s, update=self._update_s),
+            trace=trace,
+            ignored=exchange.ignored - ignored,
+            workers=self._reports,
+            server=use,
+        )
+        self._forget_use()
+        return reports
+
+    def _forget_use(self) -> None:
+        """Begin to count what happens until the next step."""
+        self._reports: list[WorkerReport] = []
+        self._waited_s = self._update_s = 0.0
+        self._lost = 0
+        self._idle_before_s = self._desk.idle_s
+
+    def _happens(self, event: Joined | Left | Came) -> None:
+        """Take note of what a worker did."""
+        assert self._exchange is not None
+        worker = event.worker
+        if isinstance(event, Left):
+            was_here = self._hosts.pop(worker, None) is not None
+            log.debug("worker %d left: %s", worker, event.why)
+            if was_here and not self._begins_at_s:
+                self._lost += 1
+                for shard in self._owned[worker]:
+                    self._exchange.lost(shard)
+        elif isinstance(event, Came):
+            try:
+                self._came(worker, event.frame)
+            except PeerLost as error:
+                self._cut_off(worker, error)
+
+    def _came(self, worker: int, frame: Frame) -> None:
+        """Take a worker's frame.
+
+        Raises:
+            PeerLost: it is none that was due.
+        """
+        assert self._exchange is not None
+        if frame.kind == HERE:
+            self._note_who_is_here(worker, frame)
+            if not self._begins_at_s:
+                for shard in self._owned[worker]:
+                    self._exchange.back(shard)
+            return
+        if frame.kind == FAILED:
+            self._failed(worker, frame)
+            return
+        if frame.kind in (EVALUATED, MISSING):
+            return  # of an evaluation that has ended without it
+        shard, turn = field_of(frame, "shard", int), field_of(frame, "turn", int)
+        if frame.kind not in (SENT, TURNED) or worker not in self._hosts or shard not in self._owned[worker]:
+            raise PeerLost(f'it sent a frame of kind "{frame.kind}" of shard {shard}')
+        if self._started.get(shard, (None, 0.0))[0] != turn:
+            raise PeerLost(f"it made turn {turn} of shard {shard}, which was not asked for")
+        message = message_in(frame, self._vectors) if frame.kind == SENT else None
+        self._note_turn(worker, shard, turn, frame)
+        del self._started[shard]
+        self._jobs.progressed(worker)
+        began_s = time.perf_counter()
+        if message is None:
+            self._exchange.turned(shard)
+        else:
+            self._exchange.pushed(shard, message)
+            self._update_s += time.perf_counter() - began_s
+
+    def _failed(self, worker: int, frame: Frame) -> None:
+        """Take a worker's error: it ends the run, unless it is a shard's file, which is written again."""
+        failure = failure_in(frame)
+        if not isinstance(failure, ShardMissing):
+            raise failure
+        self._jobs.lacks(worker, failure)
+
+    def _cut_off(self, worker: int, error: PeerLost) -> None:
+        """End the connection of a worker that sent what was not due; it is asked again."""
+        log.warning("worker %d is cut off: %s", worker, error)
+        self._desk.drop(worker, str(error))
+
+    def _note_who_is_here(self, worker: int, frame: Frame) -> None:
+        self._hosts[worker] = field_of(frame, "host", str), numerics_in(frame)
+
+    def _note_turn(self, worker: int, shard: int, turn: int, frame: Frame) -> None:
+        times, (host, numerics) = times_in(frame), self._hosts[worker]
+        self._waited_s += times.waited_s
+        self._reports.append(
+            WorkerReport(
+                worker=worker,
+                host=host,
+                rows=self._plan.sampling.piece_rows(shard, turn),
+                started_at_s=times.started_at_s,
+                ended_at_s=times.started_at_s + times.computed_s,
+                numerics=numerics,
+            )
+        )
+
+    def _begin_those_who_are_here(self) -> None:
+        """Let all shards begin together, or, after a while, those of the workers that are here."""
+        assert self._exchange is not None
+        if not self._begins_at_s or not self._hosts:
+            return
+        wanted = {worker for worker, shards in self._owned.items() if shards}
+        if self._hosts.keys() >= wanted or time.monotonic() > self._begins_at_s:
+            self._begins_at_s = 0.0
+            for shard, worker in self._worker_of.items():
+                if worker in self._hosts and shard in self._owned[worker]:
+                    self._exchange.back(shard)
+
+    def _look_at_jobs(self) -> bool:
+        """Now and then: look at jobs, and at who was not let in; return whether it was done now."""
+        now_s = time.monotonic()
+        if now_s - self._looked_at_s < _LOOK_S:
+            return False
+        self._looked_at_s = now_s
+        self._jobs.look()
+        self._note_dropped()
+        return True
+
+    def _look(self) -> None:
+        """Now and then: look at jobs, and at turns that take too long."""
+        if not self._look_at_jobs():
+            return
+        now_s = time.monotonic()
+        for shard, (turn, since_s) in list(self._started.items()):
+            if now_s - since_s > self._step_timeout_s:
+                worker = self._worker_of[shard]
+                why = f"turn {turn + 1} of shard {shard} took longer than {self._step_timeout_s:g} s"
+                log.warning("worker %d is given up: %s (engine.step_timeout_s)", worker, why)
+                self._jobs.give_up(worker)
+                self._desk.drop(worker, why)
+
+    def _note_dropped(self) -> None:
+        """Count the connections that were refused, and log them now and then."""
+        dropped = self._desk.take_dropped()
+        self.recovery.strangers += dropped.total()
+        self._strangers.note("the driver", dropped)
+        self._strangers.say()
+
+    def _mend(self, missing: tuple[int, ...]) -> None:
+        """Write lost shards again, and these training shards; called in a thread."""
+        self.recovery.rebuilt_shards += self._shards.recover(missing)
+        if self._test is not None:
+            self.recovery.rebuilt_shards += self._test.recover(())
+
+    # Evaluations
+
+    def _evaluated_by_workers(self, solver: CentralSolver) -> dict[int, Evaluation | None] | None:
+        """Let workers evaluate, each when it has ended its turn; None if they cannot."""
+        assert self._test is not None
+        weights = solver.readout()
+        gathering = EvaluationGathering({shard.shard: shard.host for shard in self._test.table})
+        has_weights: set[int] = set()
+
+        def give(worker: int) -> None:
+            shard = gathering.give(worker, self._hosts[worker][0])
+            if shard is not None:
+                given = None if worker in has_weights else weights
+                self._desk.send(worker, evaluate_frame(shard, weights.version, given))
+                has_weights.add(worker)
+
+        for worker in self._here():
+            give(worker)
+        began_s = answered_s = time.monotonic()
+        while not gathering.is_complete:
+            if not gathering.can_go_on({self._hosts[worker][0] for worker in self._here()}):
+                return None
+            self._look_at_jobs()
+            event = self._desk.next(_LOOK_S)
+            if event is None:
+                if time.monotonic() - answered_s > self._step_timeout_s:
+                    return None
+                continue
+            if not (isinstance(event, Came) and event.frame.kind in (EVALUATED, MISSING)):
+                self._held.append(event)
+            if isinstance(event, Left):
+                gathering.left(event.worker)
+                has_weights.discard(event.worker)
+            elif isinstance(event, Came):
+                try:
+                    if event.frame.kind == HERE:
+                        self._note_who_is_here(event.worker, event.frame)
+                        give(event.worker)
+                    elif event.frame.kind == FAILED:
+                        self._failed(event.worker, event.frame)
+                    elif event.frame.kind == MISSING:
+                        return None
+                    elif event.frame.kind == EVALUATED and event.worker in has_weights:
+                        if field_of(event.frame, "version", int) == weights.version:  # else of one before
+                            sums = evaluation_in(event.frame)
+                            gathering.answered(field_of(event.frame, "shard", int), sums)
+                            answered_s = time.monotonic()
+                        give(event.worker)
+                except PeerLost as error:
+                    self._cut_off(event.worker, error)
+        lasted_s = time.monotonic() - began_s  # which is not the time of turns
+        self._started = {
+            shard: (turn, since_s + lasted_s) for shard, (turn, since_s) in self._started.items()
+        }
+        return gathering.found
+
+    def _here(self) -> list[int]:
+        """Return the workers that are connected, and have said who they are."""
+        return sorted(self._hosts.keys() & self._desk.workers)
+
+    def _release(self) -> None:
+        """Let all workers leave; what they sent before is used at the next step."""
+        for worker in self._desk.workers:
+            self._desk.send(worker, Frame(kind=LEAVE))
+        self._jobs.end(_PATIENCE_S)
+
+    def _await_slots(self) -> None:
+        """Wait for one slot: workers may come later."""
+        self._cluster.wait_for_slots(1)
+
+    def _map(self, shards: SparkShards, task: Callable[[int, Iterable[Descriptor]], Iterable[T]]) -> RDD[T]:
+        """Return the RDD of a task over the workers' shards, in an ordinary stage."""
+        return self._map_in_place(shards, task)
+
+
+def _desk_of(cluster: Cluster, config: EngineConfig) -> ServerDesk:
+    """Return where the workers of a run come."""
+    return ServerDesk(
+        run=secrets.token_bytes(8),
+        credentials=Credentials.new(encrypt=encrypts(cluster, config)),
+        host=cluster.driver_host,
+        listen_on=cluster.driver_bind_address,
+        ports=config.port_range,
+        num_workers=cluster.num_workers,
+        timeout_s=config.peer_timeout_s,
+    )

@@ -1,0 +1,193 @@
+"""The Spark jobs of the server engine: one for each worker, asked again when it ends too early.
+
+A worker that is lost is a worker that is silent: the others go on.  Its shards are written again behind them,
+in the slot that became free.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from typing import Any
+
+from pyspark.serializers import CPickleSerializer
+
+from sparksgd.engines.protocol import Recovery
+from sparksgd.errors import ClusterError, ShardMissing, SparkSGDError
+from sparksgd.spark.cluster.cluster import Cluster
+from sparksgd.spark.cluster.failures import final_error, gist
+from sparksgd.spark.cluster.jobs import cleanup
+from sparksgd.spark.cluster.lost_executors import advice_of
+
+__all__ = ["ServerJobs"]
+
+log = logging.getLogger("sparksgd")
+
+_LOOK_S = 0.05
+
+
+@dataclass(kw_only=True)
+class _Asked:
+    """A worker's job."""
+
+    request: int
+    job: Any
+    """The JVM's JavaFutureAction."""
+
+    is_hung: bool = False
+    """Whether it was cancelled, because a turn took too long."""
+
+    missing: ShardMissing | None = None
+    """What ended it, if that was the file of a shard."""
+
+
+class ServerJobs:
+    """Asks workers, and asks those again whose jobs end.
+
+    Args:
+        cluster: where they are.
+        recovery: is told of jobs that are tried again.
+        max_attempts: how often a worker is asked, without a turn of it between, before the run fails.
+        submit: submits the job of a worker and a request; returns the JVM's JavaFutureAction.
+        mend: writes the shards again that are lost, and these; called in a thread of its own.
+        is_dying: whether a failure may be that of an executor that is about to be lost, for some seconds.
+        dying_s: how long that takes.
+    """
+
+    def __init__(
+        self,
+        cluster: Cluster,
+        recovery: Recovery,
+        max_attempts: int,
+        *,
+        submit: Callable[[int, int], Any],
+        mend: Callable[[tuple[int, ...]], None],
+        is_dying: Callable[[Exception], bool],
+        dying_s: float,
+    ) -> None:
+        self._cluster, self._recovery, self._max_attempts = cluster, recovery, max_attempts
+        self._submit, self._mend, self._is_dying, self._dying_s = submit, mend, is_dying, dying_s
+        self._asked: dict[int, _Asked] = {}
+        self._mending: dict[int, Future[None]] = {}
+        self._failures: dict[int, int] = {}
+        self._requests = 0
+        self._thread = ThreadPoolExecutor(1, "sparksgd-mend")
+
+    def ask(self, workers: Iterable[int]) -> None:
+        """Submit a job for each of these workers."""
+        for worker in workers:
+            self._requests += 1
+            job = self._submit(worker, self._requests)
+            self._asked[worker] = _Asked(request=self._requests, job=job)
+
+    def progressed(self, worker: int) -> None:
+        """Note that a worker has made a turn: failures before do not count any more."""
+        self._failures.pop(worker, None)
+
+    def lacks(self, worker: int, missing: ShardMissing) -> None:
+        """Note that a worker ends because the file of a shard is gone, or damaged."""
+        if worker in self._asked:
+            self._asked[worker].missing = missing
+
+    def give_up(self, worker: int) -> None:
+        """Cancel the job of a worker that hangs; it is asked again."""
+        asked = self._asked.get(worker)
+        if asked is not None:
+            asked.is_hung = True
+            with cleanup():
+                asked.job.cancel()
+
+    def look(self) -> None:
+        """Find jobs that ended, and ask their workers again, once what they lost is mended.
+
+        Raises:
+            SparkSGDError: what no retry can help, or what happens again and again.
+        """
+        for worker, asked in list(self._asked.items()):
+            if asked.job.isDone():
+                del self._asked[worker]
+                self._ended(worker, asked)
+        if all(mending.done() for mending in self._mending.values()):  # else shards are about to move
+            mended, self._mending = self._mending, {}
+            for worker, mending in mended.items():
+                mending.result()
+                self.ask([worker])
+
+    @property
+    def are_out(self) -> bool:
+        """Return whether workers are asked, or will be."""
+        return bool(self._asked or self._mending)
+
+    def end(self, patience_s: float) -> None:
+        """Wait until all jobs have ended, and what is lost is mended; cancel those that take too long.
+
+        Args:
+            patience_s: for how long they may go on.
+        """
+        wait(self._mending.values())
+        self._mending.clear()
+        deadline = time.monotonic() + patience_s
+        with cleanup():
+            while not all(asked.job.isDone() for asked in self._asked.values()):
+                if time.monotonic() > deadline:
+                    for asked in self._asked.values():
+                        asked.job.cancel()
+                    break
+                time.sleep(_LOOK_S)
+        self._asked.clear()
+
+    def close(self) -> None:
+        """Let no worker be asked again."""
+        self._thread.shutdown(cancel_futures=True)
+        self._mending.clear()
+
+    def _ended(self, worker: int, asked: _Asked) -> None:
+        """Let a worker be asked again, after its shards are mended if they may be lost."""
+        missing: tuple[int, ...] | None = ()
+        wait_s = 0.0
+        try:
+            failure = _result(asked.job)
+        except Exception as error:
+            is_dying = self._is_dying(error)
+            final = None if is_dying or asked.is_hung else final_error(error, self._cluster.context)
+            if final is not None:
+                raise final from error
+            wait_s = self._dying_s if is_dying else 0.0
+            why = "a turn took too long (engine.step_timeout_s)" if asked.is_hung else gist(str(error))
+        else:
+            why, missing = str(failure or "its connection ended"), None
+            if asked.missing is not None:
+                why, missing = str(asked.missing), asked.missing.shards
+        with cleanup():
+            self._cluster.lost_executors.look()
+        failures = self._failures[worker] = self._failures.get(worker, 0) + 1
+        if failures >= self._max_attempts:
+            advice = advice_of(self._cluster.context)
+            raise ClusterError(
+                f"worker {worker} failed {failures} times without a turn between, as often as "
+                f"engine.max_attempts allows{f', because {advice}' if advice else ''}. The last "
+                f"failure:\n{why}"
+            )
+        log.warning("worker %d failed and is asked again, the others go on: %s", worker, why)
+        self._recovery.retries += 1
+        self._mending[worker] = self._thread.submit(self._mended, missing, wait_s)
+
+    def _mended(self, missing: tuple[int, ...] | None, wait_s: float) -> None:
+        """In the thread: write again what is lost; None: nothing can be."""
+        if missing is None:
+            return
+        time.sleep(wait_s)
+        context = self._cluster.context
+        context.setJobGroup(self._cluster.run_id, "sparksgd")  # it is the thread's
+        self._mend(missing)
+
+
+def _result(job: Any) -> SparkSGDError | None:
+    """Return what the one task of a job yielded."""
+    serializer: Any = CPickleSerializer()
+    (found,) = [one for batch in job.get() for one in serializer.loads(bytes(batch))]
+    failure: SparkSGDError | None = found
+    return failure

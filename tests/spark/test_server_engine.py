@@ -1,0 +1,211 @@
+"""The server engine: workers at their own pace, and the same bits when the run's trace is replayed."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from spark_helpers import AtStep, StepsMade, configured, flip_bit, write_rows
+from stragglers import HeldBack, HeldUntil, HeldWhile  # tests/modules
+from virtual_trainings import ARRIVALS  # tests/modules
+
+from sparksgd.engines.protocol import StepReport
+from sparksgd.errors import ClusterError, NotFinite, UserCodeError
+from sparksgd.runs.folder import RunFolder
+from sparksgd.runs.replay import read_replay
+from sparksgd.spark.train import train
+from sparksgd.training.in_process import train_in_process
+from sparksgd.training.state import Observer, Probe, Training
+
+pytestmark = pytest.mark.session("local[5]")
+
+SERVER = ("engine.name=server", "optimizer.lr=0.02", "engine.num_workers=4")
+
+
+class Steps(Observer):
+    """Keeps the reports of all steps."""
+
+    def __init__(self) -> None:
+        self.reports: list[StepReport] = []
+
+    def stepped(self, training: Training, report: StepReport) -> None:
+        self.reports.append(report)
+
+
+def rule(name: str, **keys: Any) -> tuple[str, ...]:
+    return f"solver.name={name}", *(f"solver.{key}={json.dumps(value)}" for key, value in keys.items())
+
+
+def served(
+    spark: Any,
+    path: str,
+    out: Path,
+    *settings: str,
+    test: str | None = None,
+    observers: tuple[Observer, ...] = (),
+    **given: Any,
+) -> tuple[Training, list[StepReport]]:
+    """Train on the server; hold the run to its replay; return it, and the reports of its steps."""
+    steps = Steps()
+    config = configured(*SERVER, *settings)
+    test = test or path
+    run = train(spark, config, path, test, observers=[steps, RunFolder(out), *observers], **given)
+    assert run.is_finished
+    again, replayed = repeated(path, test, out, *settings)
+    assert again.flat.parameters_sha256() == run.flat.parameters_sha256()
+    assert [e.loss for e in again.evaluations] == [e.loss for e in run.evaluations]
+    assert [(r.took_part, r.staleness, r.loss) for r in replayed] == [
+        (r.took_part, r.staleness, r.loss) for r in steps.reports
+    ]
+    return run, steps.reports
+
+
+def repeated(path: str, test: str, out: Path, *settings: str) -> tuple[Training, list[StepReport]]:
+    """Replay a run of the server in this process."""
+    steps, replay = Steps(), read_replay(out, trust=["users_modules"])
+    config = configured(*SERVER, *settings, "engine.name=inline", "engine.num_workers=1")
+    run = train_in_process(config, path, test, observers=[steps], replay=replay)
+    return run, steps.reports
+
+
+def events(out: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (out / "trace.jsonl").read_text().splitlines()[1:]]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        name if name in ("async_sgd", "elastic_averaging") else pytest.param(name, marks=pytest.mark.soak)
+        for name in ARRIVALS
+    ],
+)
+def test_every_rule_of_arrivals_trains_and_is_its_own_replay(
+    spark: Any, small: str, tmp_path: Path, name: str
+) -> None:
+    run, reports = served(spark, small, tmp_path / "run", *rule(name, **ARRIVALS[name]))
+    assert len({report.took_part for report in reports}) > 1
+    assert run.participation.server() is not None
+    assert all(report.server is not None for report in reports if report.timing.total)
+
+
+class Flags(Observer):
+    """Puts a flag for a FlagNet after some steps.
+
+    Args:
+        folder: of the flags.
+        of: the flag after each of these steps.
+    """
+
+    def __init__(self, folder: Path, of: dict[int, str]) -> None:
+        self.folder, self.of = folder, of
+
+    def stepped(self, training: Training, report: StepReport) -> None:
+        if flag := self.of.get(report.step):
+            (self.folder / flag).touch()
+
+
+def flagged(flags: Path) -> tuple[str, ...]:
+    return "model.name=users_modules:FlagNet", f"model.folder={flags}"
+
+
+@pytest.mark.parametrize("held", [0, 2])
+def test_two_runs_differ_and_each_is_its_own_replay(
+    spark: Any, small: str, tmp_path: Path, held: int, digests_of_both: set[str]
+) -> None:
+    made = StepsMade(tmp_path / "made")  # one worker is held back until others have made steps without it
+    probe = Probe(before_gradients=HeldBack(worker=held, made=str(made.file), steps=8))
+    run, _ = served(spark, small, tmp_path / "run", *rule("async_sgd"), observers=(made,), probe=probe)
+    assert max(run.participation.staleness) >= 3
+    digests_of_both.add(run.flat.parameters_sha256())
+    assert len(digests_of_both) == 1 + (held > 0)
+
+
+@pytest.fixture(scope="module")
+def digests_of_both() -> set[str]:
+    return set()
+
+
+def held_until(folder: Path, processes: int) -> Probe:
+    """Return a probe that holds workers back until those that were lost have successors."""
+    seen = folder / "processes"
+    seen.mkdir()
+    return Probe(before_gradients=HeldUntil(folder=str(seen), processes=processes, turn=48))
+
+
+def test_a_killed_worker_begins_anew_and_the_others_go_on(
+    spark: Any, small: str, flags: Path, tmp_path: Path
+) -> None:
+    strikes = Flags(flags, {10: "kill-worker", 20: "kill-worker"})
+    settings = (*rule("elastic_averaging", turns_per_exchange=2), *flagged(flags), "train.epochs=6")
+    run, reports = served(
+        spark, small, tmp_path / "run", *settings, observers=(strikes,), probe=held_until(tmp_path, 6)
+    )
+    assert run.recovery.retries == 2
+    assert run.participation.lost_workers == 2
+    found = [event["shard"] for event in events(tmp_path / "run") if event["kind"] == "lost"]
+    assert len(found) == 2
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["server"]["lost_workers"] == 2
+    assert {shard for report in reports[-20:] for shard in report.took_part} == {0, 1, 2, 3}
+
+
+def shard_files(local_dir: Path) -> list[Path]:
+    """Return the files of all shards: first those of the few test rows."""
+    return sorted(local_dir.rglob("sparksgd-*/shard-*"), key=lambda file: file.stat().st_size)
+
+
+@pytest.mark.parametrize("which", ["training", "test"])
+def test_a_damaged_shard_is_written_again(
+    spark: Any, small: str, local_dir: Path, tmp_path: Path, which: str
+) -> None:
+    few = write_rows(tmp_path / "few", 100, seed=1)
+
+    def damage(_: Training) -> None:
+        files = shard_files(local_dir)
+        assert len(files) == 8
+        damaged = files[0 if which == "test" else 7]
+        (tmp_path / "damaged").write_text(str(damaged))
+        flip_bit(damaged)
+
+    settings = (*rule("stale_synchronous", bound=2), "train.epochs=6")
+    held = HeldWhile(named_in=str(tmp_path / "damaged"), turn=48)  # until it is written again, elsewhere
+    run, _ = served(
+        spark, small, tmp_path / "run", *settings, test=few, observers=(AtStep(20, damage),),
+        probe=Probe(before_gradients=held),
+    )  # fmt: skip
+    assert run.recovery.rebuilt_shards == 1
+    assert run.recovery.retries == 1
+
+
+@pytest.mark.parametrize(("flag", "error", "words"), [("raise", UserCodeError, "the user's own mistake")])
+def test_a_mistake_of_the_module_ends_the_run_and_says_where(
+    spark: Any, small: str, flags: Path, flag: str, error: type[Exception], words: str
+) -> None:
+    config = configured(*SERVER, *rule("async_sgd"), *flagged(flags))
+    with pytest.raises(error) as raised:
+        train(spark, config, small, observers=[Flags(flags, {10: flag})])
+    assert words in str(raised.value)
+    assert re.search(r"in turn \d+ of shard \d, on worker \d at ", str(raised.value))
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_with_the_weights_before(spark: Any, small: str) -> None:
+    config = configured(*SERVER, *rule("async_sgd"), "optimizer.lr=1e30")
+    with pytest.raises(NotFinite):
+        train(spark, config, small)
+
+
+def test_a_turn_that_hangs_is_given_up_and_the_others_go_on(
+    spark: Any, small: str, flags: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    settings = (*rule("stale_synchronous", bound=1), *flagged(flags), "engine.step_timeout_s=2")
+    run, _ = served(spark, small, tmp_path / "run", *settings, observers=(Flags(flags, {10: "sleep"}),))
+    assert run.participation.lost_workers == 1  # until it was lost, the others waited for its clock
+    assert re.search(r"worker \d is given up: turn \d+ of shard \d took longer than 2 s", caplog.text)
+
+
+def test_a_worker_that_fails_again_and_again_ends_the_run(spark: Any, small: str, flags: Path) -> None:
+    config = configured(*SERVER, *rule("async_sgd"), *flagged(flags), "engine.max_attempts=2")
+    with pytest.raises(ClusterError, match=r"worker \d failed 2 times without a turn between"):
+        train(spark, config, small, observers=[Flags(flags, {10: "kill-always"})])
