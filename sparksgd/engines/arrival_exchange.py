@@ -40,11 +40,20 @@ class ArrivalExchange:
         solver: the central half.
         worker_of: the worker of each shard that has rows.
         carrier: carries out what was decided.
+        turns: where the run goes on from a checkpoint, the turn that each shard makes first.
     """
 
-    def __init__(self, solver: ArrivalSolver, worker_of: Mapping[int, int], carrier: Carrier) -> None:
+    def __init__(
+        self,
+        solver: ArrivalSolver,
+        worker_of: Mapping[int, int],
+        carrier: Carrier,
+        turns: Mapping[int, int] | None = None,
+    ) -> None:
         self._solver, self._carrier = solver, carrier
-        self._gathering = ArrivalGathering(worker_of)
+        self._gathering = ArrivalGathering(worker_of, turns)
+        if turns is not None:
+            self._gathering.trace.note("anew", turn=0, version=solver.version)
         self._messages: dict[int, Message] = {}
         self._steps: list[ArrivalStep] = []
         self.ignored = 0

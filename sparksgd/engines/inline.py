@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, cast
 
 from sparksgd.arithmetic.numerics import Numerics
@@ -81,6 +81,9 @@ class InlineEngine:
                 f"train.threads={cores} or less"
             )
         self._computer = Computer(self._plan)
+
+    def go_on(self, turns: Mapping[int, int]) -> None:
+        """Go on as from the beginning: all that the next step depends on is the solver's."""
 
     def contact(self) -> list[Numerics]:
         """Return this process's numerics."""

@@ -103,7 +103,6 @@ SERVER = EngineKind(
     mode="a Spark job for each worker, as long as the run",
     carries=frozenset({Need.ARRIVALS}),
     home="sparksgd.spark.engines.server:ServerEngine",
-    resumes=False,
 )
 
 KINDS = (INLINE, TREE, STAGES, ALLREDUCE, SERVER, SIMULATED)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -213,6 +213,14 @@ class Engine(Protocol):
 
     def open(self) -> None:
         """Refuse what cannot work, and get what the engine needs until `close`."""
+        ...
+
+    def go_on(self, turns: Mapping[int, int]) -> None:
+        """Take note, before the first step, that the run goes on from a checkpoint.
+
+        Args:
+            turns: where shards make turns at their own pace, the turn that each makes next.
+        """
         ...
 
     def contact(self) -> list[Numerics]:

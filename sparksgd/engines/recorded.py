@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from collections import deque
 from collections.abc import Sequence
@@ -46,6 +47,7 @@ class RecordedArrivals(InlineEngine):
         self._turns: dict[int, int] = {}  # that each shard has started, and not made yet
         self._due: dict[int, range] = {}  # which turns may be the next one of each shard
         self._versions: dict[int, int] = {}  # that each shard has taken
+        self._pushed: dict[int, int] = {}  # the turn of each shard's last push
 
     def open(self) -> None:
         """Make the computer."""
@@ -75,6 +77,9 @@ class RecordedArrivals(InlineEngine):
         return report
 
     def _happens(self, solver: ArrivalSolver, number: int, event: TraceEvent) -> Sequence[ArrivalStep]:
+        if event.kind == "anew":
+            self._begin_anew(solver, number, event)
+            return ()
         shard = event.shard
         if shard is None or shard not in range(len(self._shards.table)):
             raise _unfit(number, event, f"there are {len(self._shards.table)} shards")
@@ -114,6 +119,18 @@ class RecordedArrivals(InlineEngine):
             return verdict.steps
         return ()
 
+    def _begin_anew(self, solver: ArrivalSolver, number: int, event: TraceEvent) -> None:
+        """Let all shards begin anew, as the run did when it went on from a checkpoint."""
+        if event.version != solver.version:
+            raise _unfit(number, event, f"the centre is at version {solver.version}")
+        solver.load_state(copy.deepcopy(solver.state()))
+        for known in (self._begun, self._answers, self._turns, self._versions):
+            known.clear()
+        for shard in range(len(self._shards.table)):
+            self._work.forget(shard)
+            after = self._pushed.get(shard, -1) + 1
+            self._due[shard] = range(after, after + 1)
+
     def _push(
         self, solver: ArrivalSolver, number: int, event: TraceEvent, shard: int
     ) -> Sequence[ArrivalStep]:
@@ -122,6 +139,7 @@ class RecordedArrivals(InlineEngine):
         message = self._work.turn(shard, event.turn)
         if message is None:
             raise _unfit(number, event, "the shard sends nothing after that turn")
+        self._pushed[shard] = event.turn
         verdict = solver.arrived(shard, message, event.version)
         self._ignored += verdict.is_ignored
         self._answers |= verdict.answers

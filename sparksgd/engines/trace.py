@@ -12,6 +12,7 @@ The first line has the format's version, and the solver's family.  Kinds of even
     hold    it must wait for its answer
     lost    no worker has it any more; its next event is how it begins again
     deal    all rows are dealt again; `turn` is the first turn of the new deal
+    anew    all shards begin anew, each with the turn after its last push: the run went on from a checkpoint
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ __all__ = [
 
 FORMAT = 1
 
-EventKind = Literal["start", "push", "pull", "hold", "lost", "deal"]
+EventKind = Literal["start", "push", "pull", "hold", "lost", "deal", "anew"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +57,7 @@ class TraceEvent:
     """The worker that had the shard; a replay ignores it."""
 
     shard: int | None = None
-    """None for a deal."""
+    """None if it is of all shards."""
 
     strip: int | None = None
     """The strip of the vector, if the centre has several."""

@@ -101,6 +101,10 @@ class ArrivalCentre(OnCentre):
         self.needs, self.halves = settings.needs(), halves
         self._experiment, self._max_staleness = experiment, settings.max_staleness
         self._rows = self._rows_before = 0
+        self._hold_nothing()
+
+    def _hold_nothing(self) -> None:
+        """Forget what it holds of shards, beside what `state` returns: all of them begin anew."""
 
     @property
     def turns(self) -> int:
@@ -192,9 +196,10 @@ class ArrivalCentre(OnCentre):
         )
 
     def load_state(self, state: SolverState) -> None:
-        """Continue from the state of another solver, at any step."""
+        """Continue from the state of another solver, at any step; all shards begin anew."""
         with self._centre.changing():
             self._load_kept(state)
+            self._hold_nothing()
             self._rows = state.rest["rows"]
             self._centre.load(state)
             self._answer = None
@@ -310,10 +315,7 @@ class CorrectedCentre(GradientCentre):
         experiment: has the optimiser, the schedule, and how long they are used.
     """
 
-    def __init__(
-        self, flat: FlatModule | FlatStrip, settings: GradientSettings, experiment: Experiment
-    ) -> None:
-        super().__init__(flat, settings, experiment)
+    def _hold_nothing(self) -> None:
         self._read: dict[int, Vector] = {}
 
     def _corrected(self, mean: Vector, moved: Vector) -> Vector:

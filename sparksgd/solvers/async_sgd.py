@@ -128,8 +128,6 @@ class AsyncSGD(GradientCentre):
         experiment: Experiment,
     ) -> None:
         self._pushes_per_pull = settings.pull_every // settings.push_every
-        self._read: dict[int, int] = {}  # the version that each shard has
-        self._pushes: dict[int, int] = {}
         self._is_plain = settings.push_every == settings.pull_every == 1
         halves = Halves(make=SendGradients)
         if not self._is_plain:
@@ -139,6 +137,10 @@ class AsyncSGD(GradientCentre):
         super().__init__(flat, settings, experiment, halves)
         if not self._is_plain:
             refuse_statistics(self.readout())
+
+    def _hold_nothing(self) -> None:
+        self._read: dict[int, int] = {}  # the version that each shard has
+        self._pushes: dict[int, int] = {}
 
     def begin(self, shard: int) -> Answer:
         """Return the newest weights."""

@@ -231,9 +231,11 @@ class ElasticAveraging(ModelCentre):
         make = partial(ElasticModel, settings=settings, optimizer=experiment.optimizer, seed=experiment.seed)
         super().__init__(flat, settings, experiment, make)
         self._rule, self._num_shards = settings, experiment.num_shards
+        self._next = 0
+
+    def _hold_nothing(self) -> None:
         self._there: set[int] = set()
         self._queue: dict[int, tuple[Message, int]] = {}
-        self._next = 0
         self._failure: UpdateNotFinite | None = None
 
     def begin(self, shard: int) -> Answer:

@@ -96,6 +96,8 @@ class Softsync(GradientCentre):
     ) -> None:
         super().__init__(flat, settings, experiment)
         self._rule, self._num_shards = settings, experiment.num_shards
+
+    def _hold_nothing(self) -> None:
         self._waiting: list[tuple[int, int, Message]] = []
         self._held: set[int] = set()
         self._there: set[int] = set()

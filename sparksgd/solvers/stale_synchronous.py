@@ -52,6 +52,8 @@ class StaleSynchronous(GradientCentre):
     ) -> None:
         super().__init__(flat, settings, experiment)
         self._bound = settings.bound
+
+    def _hold_nothing(self) -> None:
         self._clocks: dict[int, int] = {}
         self._held: set[int] = set()
 

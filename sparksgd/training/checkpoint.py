@@ -43,9 +43,9 @@ __all__ = ["Checkpoint", "Part", "RunIdentity", "Start", "check_state", "go_on",
 
 log = logging.getLogger("sparksgd")
 
-_VERSIONS = {"solver": 1, "run": 4, "observers": 1, "best": 1}
-_STILL_READ = {("run", 1), ("run", 2), ("run", 3)}
-# 1 had no settings, 2 no end before the last turn, 3 no metrics of evaluations
+_VERSIONS = {"solver": 1, "run": 5, "observers": 1, "best": 1}
+_STILL_READ = {("run", 1), ("run", 2), ("run", 3), ("run", 4)}
+# 1 had no settings, 2 no end before the last turn, 3 no metrics of evaluations, 4 no turns of each shard
 _NOT_OURS = (
     LookupError, TypeError, ValueError, AttributeError, RuntimeError, EOFError, ImportError, ArithmeticError,
     AssertionError, pickle.UnpicklingError,

@@ -64,6 +64,13 @@ def check_run(run: Mapping[str, Any], version: int, training: Training, step: in
         "late": MapOf(WHOLE, steps),
         "answers": MapOf(WHOLE, WHOLE),
     }
+    if version > 4:
+        participation |= {
+            "staleness": MapOf(WHOLE, WHOLE),
+            "ignored": WHOLE,
+            "lost_workers": WHOLE,
+            "next_turns": ListOf(WHOLE, training.config.train.num_shards),
+        }
     rules: dict[str, Rule] = {
         "structure": MapOf(TEXT, TEXT),
         "deal": steps,

@@ -101,7 +101,8 @@ class Checkpointing:
         self._copied_s = 0.0  # how long the copy of the one that is written took
         self._ended_s = self._clock()  # of the last one
         self._took_s = self._least_pause_s = 0.0  # the pause keeps the share
-        self._last_turns: int | None = None
+        self._last_step: int | None = None
+        self._offered_turns: int | None = None
         self._has_said = self._is_tried = self._is_off = False
 
     def next_turn(self, turns: int) -> int | None:
@@ -114,7 +115,9 @@ class Checkpointing:
         Raises:
             ClusterError: the place belongs to another run now.
         """
-        is_named = any(solver.turns % every == 0 for every in self._every_turns)
+        before, self._offered_turns = self._offered_turns, solver.turns
+        passed = solver.turns - 1 if before is None else before  # steps of arrivals may pass several turns
+        is_named = any(solver.turns // every > passed // every for every in self._every_turns)
         self._collect(wait=False)
         if self._is_off or self._writing is not None or not (is_named or self._is_due(training)):
             return
@@ -126,10 +129,10 @@ class Checkpointing:
     def end(self, training: Training, solver: CentralSolver, observers: Sequence[Observer]) -> None:
         """Take a last checkpoint, where the run stands now, and wait until it is written."""
         self._collect(wait=True)
-        if solver.turns != self._last_turns and not self._is_off:
+        if solver.version != self._last_step and not self._is_off:
             self._take(training, solver, observers)
             self._collect(wait=True)
-        if training.error is not None and self._last_turns == solver.turns and not self._is_off:
+        if training.error is not None and self._last_step == solver.version and not self._is_off:
             log.info("a later run can go on from step %d", solver.version)
 
     def close(self) -> None:
@@ -152,7 +155,7 @@ class Checkpointing:
             self._give_up(error)
             return
         self._copied_s = self._clock() - began_s
-        self._last_turns = solver.turns
+        self._last_step = solver.version
         self._writing = self._behind.submit(self._write, checkpoint, training.config)
 
     def _write(self, checkpoint: Checkpoint, config: Config) -> float:
@@ -208,7 +211,7 @@ class Checkpointing:
             return
         except OSError as error:
             log.warning("no checkpoint can be written now, but training goes on: %s", error.strerror or error)
-            took_s, self._last_turns = self._copied_s, None
+            took_s, self._last_step = self._copied_s, None
         self._ended_s = self._clock()
         self._took_s, self._least_pause_s = took_s, took_s * (1 / SHARE - 1)
 

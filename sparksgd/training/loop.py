@@ -134,10 +134,11 @@ def train(
     make_engine.check_memory(sizes, config.train.num_shards)
     total_turns = _total_turns(checked, solver, replay)
     resumes = all(kind.resumes for kind in make_engine.kinds)
-    if checkpoints is not None and (not resumes or solver.halves.keep_state or Need.ARRIVALS in solver.needs):
+    keeps_state = solver.halves.keep_state and Need.ARRIVALS not in solver.needs  # else shards begin anew
+    if checkpoints is not None and (not resumes or keeps_state):
         log.warning(
             "this run has no checkpoints, and cannot go on if it is killed: they do not hold what shards "
-            "keep, messages on their way, or virtual time"
+            "keep, or virtual time"
         )
         checkpoints = None
     settings = driver_settings(config.train.threads)
@@ -188,6 +189,7 @@ def train(
             if start is not None:
                 go_on(training, solver, observers, start)
                 start = None  # it holds copies of all weights
+                engine.go_on(training.participation.next_turns())
 
             try:
                 _loop(training, engine, solver, observers, deals, replay, keeper, evaluates=test is not None)

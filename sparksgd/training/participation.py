@@ -41,6 +41,7 @@ class Participation:
         self.lost_workers = 0
         """How many workers were lost, in virtual time or from the server."""
 
+        self._next_turns = [0] * num_shards
         self._server_s = self._server_busy_s = 0.0
         self._turns_s = self._waits_s = 0.0
 
@@ -48,6 +49,9 @@ class Participation:
         """Note a step."""
         self.staleness.update(report.staleness)
         self.ignored += report.ignored
+        for event in report.trace:
+            if event.kind == "push" and event.shard is not None:
+                self._next_turns[event.shard] = event.turn + 1
         if report.virtual is not None:
             self.lost_workers += report.virtual.lost_workers
         if report.server is not None:
@@ -89,6 +93,10 @@ class Participation:
             "epoch_of_shard": list(self._epoch_of_shard),
             "late": dict(self._late),
             "answers": dict(self._answers),
+            "staleness": dict(self.staleness),
+            "ignored": self.ignored,
+            "lost_workers": self.lost_workers,
+            "next_turns": list(self._next_turns),
         }
 
     def recall(self, memory: dict[str, Any]) -> None:
@@ -97,6 +105,14 @@ class Participation:
         self._of_shard, self._epoch_of_shard = list(memory["of_shard"]), list(memory["epoch_of_shard"])
         self._late.update(memory["late"])
         self._answers.update(memory["answers"])
+        if "next_turns" in memory:  # of a checkpoint before these, in which shards had no pace of their own
+            self.staleness.update(memory["staleness"])
+            self.ignored, self.lost_workers = memory["ignored"], memory["lost_workers"]
+            self._next_turns = list(memory["next_turns"])
+
+    def next_turns(self) -> dict[int, int]:
+        """Return, where shards make turns at their own pace, each one's turn after its last message."""
+        return dict(enumerate(self._next_turns))
 
     @property
     def mean_staleness(self) -> float:

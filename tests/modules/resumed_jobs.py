@@ -56,6 +56,13 @@ KINDS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
+def without_turns_of_shards(run: dict[str, Any]) -> dict[str, Any]:
+    """Return the part "run" of a checkpoint as version 4 had it."""
+    new = {"staleness", "ignored", "lost_workers", "next_turns"}
+    participation = {key: value for key, value in run["participation"].items() if key not in new}
+    return run | {"participation": participation}
+
+
 class Stops(Observer):
     """Interrupts a run when it tells of a step."""
 

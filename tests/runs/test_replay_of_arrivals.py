@@ -196,7 +196,7 @@ def test_a_run_of_arrivals_is_not_repeated_by_other_engines_or_rules(rows: str, 
 def test_a_run_of_arrivals_needs_an_engine_that_carries_them(rows: str) -> None:
     with pytest.raises(ConfigError) as refused:
         trained(rows, {"name": "async_sgd"}, engine=INLINE)
-    assert 'use engine.name = "simulated" (in virtual time)' in str(refused.value)
+    assert 'use engine.name = "server" or engine.name = "simulated" (in virtual time)' in str(refused.value)
 
 
 def test_what_a_folder_says_of_virtual_time(rows: str, tmp_path: Path) -> None:

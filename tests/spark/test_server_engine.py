@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from resumed_jobs import Stops  # tests/modules
 from spark_helpers import AtStep, StepsMade, configured, flip_bit, write_rows
 from stragglers import HeldBack, HeldUntil, HeldWhile  # tests/modules
 from virtual_trainings import ARRIVALS  # tests/modules
 
+import sparksgd
 from sparksgd.engines.protocol import StepReport
 from sparksgd.errors import ClusterError, NotFinite, UserCodeError
-from sparksgd.runs.folder import RunFolder
 from sparksgd.runs.replay import read_replay
 from sparksgd.spark.train import train
 from sparksgd.training.in_process import train_in_process
@@ -52,14 +53,14 @@ def served(
     steps = Steps()
     config = configured(*SERVER, *settings)
     test = test or path
-    run = train(spark, config, path, test, observers=[steps, RunFolder(out), *observers], **given)
+    rows, test_rows = (spark.read.parquet(one) for one in (path, test))
+    run = sparksgd.train(config, rows, test_rows, observers=[steps, *observers], out=out, **given)
     assert run.is_finished
     again, replayed = repeated(path, test, out, *settings)
     assert again.flat.parameters_sha256() == run.flat.parameters_sha256()
     assert [e.loss for e in again.evaluations] == [e.loss for e in run.evaluations]
-    assert [(r.took_part, r.staleness, r.loss) for r in replayed] == [
-        (r.took_part, r.staleness, r.loss) for r in steps.reports
-    ]
+    made = [(r.took_part, r.staleness, r.loss) for r in steps.reports]
+    assert [(r.took_part, r.staleness, r.loss) for r in replayed][-len(made) :] == made
     return run, steps.reports
 
 
@@ -149,6 +150,39 @@ def test_a_killed_worker_begins_anew_and_the_others_go_on(
     assert len(found) == 2
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["server"]["lost_workers"] == 2
     assert {shard for report in reports[-20:] for shard in report.took_part} == {0, 1, 2, 3}
+
+
+RESUMED = ARRIVALS | {
+    "softsync, held": {"name": "softsync", "gradients_per_step": 3, "release": "step"},
+    "Downpour": {"name": "async_sgd", "push_every": 2, "pull_every": 4},
+    "in the order of shards": {"name": "elastic_averaging", "turns_per_exchange": 2, "order": "shard"},
+}
+
+
+@pytest.mark.usefixtures("every_checkpoint")
+@pytest.mark.parametrize(
+    "name",
+    [name if name == "softsync" else pytest.param(name, marks=pytest.mark.soak) for name in RESUMED],
+)
+def test_a_run_goes_on_from_a_checkpoint_and_is_one_replay(
+    spark: Any, small: str, tmp_path: Path, name: str
+) -> None:
+    keys = {"name": name} | RESUMED[name]
+    settings = (*rule(**keys), "schedule.name=StepLR", "schedule.step_size=9", "train.epochs=3")
+    config, out = configured(*SERVER, *settings, "checkpoint.every_steps=1"), tmp_path / "run"
+    for last in (11, 23):
+        with pytest.raises(KeyboardInterrupt):
+            sparksgd.train(
+                config, *[spark.read.parquet(small)] * 2, out=out, observers=[Stops(last)],
+                resume_from=out if last > 11 else None,
+            )  # fmt: skip
+    run, _ = served(spark, small, out, *settings, "checkpoint.every_steps=1", resume_from=out)
+    first, second = (each.step for each in run.resumed)
+    assert 0 < first <= 10 < second <= 22
+    assert [event["version"] for event in events(out) if event["kind"] == "anew"] == [first, second]
+    turns = [(event["shard"], event["turn"]) for event in events(out) if event["kind"] == "push"]
+    assert len(turns) == len(set(turns)), "no turn is used twice"
+    assert sum(run.participation.staleness.values()) >= run.version
 
 
 def shard_files(local_dir: Path) -> list[Path]:

@@ -29,12 +29,14 @@ class ArrivalGathering:
 
     Args:
         worker_of: the worker that has each shard.
+        turns: the turn that each shard makes first; none where it is 0.
     """
 
-    def __init__(self, worker_of: Mapping[int, int]) -> None:
+    def __init__(self, worker_of: Mapping[int, int], turns: Mapping[int, int] | None = None) -> None:
         self.trace = Trace()
         self._shards = {
-            shard: ShardState(worker=worker, is_lost=True) for shard, worker in sorted(worker_of.items())
+            shard: ShardState(worker=worker, turn=(turns or {}).get(shard, 0), is_lost=True)
+            for shard, worker in sorted(worker_of.items())
         }
         self._busy: set[int] = set()
         self._ready: dict[int, deque[int]] = {worker: deque() for worker in sorted(set(worker_of.values()))}

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -119,6 +119,9 @@ class SparkEngine:
         before, self._shards = self._shipped, shards
         self._ship(plan)
         destroy(before)
+
+    def go_on(self, turns: Mapping[int, int]) -> None:
+        """Go on as from the beginning: all that the next step depends on is the solver's."""
 
     def contact(self) -> list[Numerics]:
         """Reach every worker once, and return their numerics, in their order."""

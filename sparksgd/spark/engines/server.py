@@ -13,7 +13,7 @@ import logging
 import secrets
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any, TypeVar
 
@@ -99,6 +99,7 @@ class ServerEngine(SparkEngine):
             submit=self._submit, mend=self._mend, is_dying=self._is_dying, dying_s=DYING_S,
         )  # fmt: skip
         self._exchange: ArrivalExchange | None = None
+        self._turns: Mapping[int, int] | None = None
         self._vectors: Vectors
         self._owned: dict[int, list[int]] = {}  # the shards with rows of each worker
         self._worker_of: dict[int, int] = {}
@@ -123,6 +124,10 @@ class ServerEngine(SparkEngine):
             desk.start(most_bytes=0)
         finally:
             desk.close()
+
+    def go_on(self, turns: Mapping[int, int]) -> None:
+        """Let each shard begin anew, with the centre's weights and the turn after its last message."""
+        self._turns = turns
 
     def advance(self, solver: ArrivalSolver, steps: int) -> SegmentReport:  # type: ignore[override]  # it carries arrivals only
         """Make steps."""
@@ -191,9 +196,8 @@ class ServerEngine(SparkEngine):
         for worker in sorted(self._workers):
             mine = [shard for shard, of in self._worker_of.items() if of == worker]
             self._owned[worker] = [shard for shard in mine if rows[shard]]
-        self._exchange = ArrivalExchange(
-            solver, {shard: worker for worker, mine in self._owned.items() for shard in mine}, self
-        )
+        worker_of = {shard: worker for worker, mine in self._owned.items() for shard in mine}
+        self._exchange = ArrivalExchange(solver, worker_of, self, self._turns)
         self._vectors = Vectors.of(solver.readout())
         self._desk.start(self._vectors.most_bytes(self._plan.halves.vectors))
         self._ask_all()
