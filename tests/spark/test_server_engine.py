@@ -9,71 +9,17 @@ from typing import Any
 
 import pytest
 from resumed_jobs import Stops  # tests/modules
+from served_runs import SERVER, Flags, events, flagged, rule, served
 from spark_helpers import AtStep, StepsMade, configured, flip_bit, write_rows
 from stragglers import HeldBack, HeldUntil, HeldWhile  # tests/modules
 from virtual_trainings import ARRIVALS  # tests/modules
 
 import sparksgd
-from sparksgd.engines.protocol import StepReport
 from sparksgd.errors import ClusterError, NotFinite, UserCodeError
-from sparksgd.runs.replay import read_replay
 from sparksgd.spark.train import train
-from sparksgd.training.in_process import train_in_process
-from sparksgd.training.state import Observer, Probe, Training
+from sparksgd.training.state import Probe, Training
 
 pytestmark = pytest.mark.session("local[5]")
-
-SERVER = ("engine.name=server", "optimizer.lr=0.02", "engine.num_workers=4")
-
-
-class Steps(Observer):
-    """Keeps the reports of all steps."""
-
-    def __init__(self) -> None:
-        self.reports: list[StepReport] = []
-
-    def stepped(self, training: Training, report: StepReport) -> None:
-        self.reports.append(report)
-
-
-def rule(name: str, **keys: Any) -> tuple[str, ...]:
-    return f"solver.name={name}", *(f"solver.{key}={json.dumps(value)}" for key, value in keys.items())
-
-
-def served(
-    spark: Any,
-    path: str,
-    out: Path,
-    *settings: str,
-    test: str | None = None,
-    observers: tuple[Observer, ...] = (),
-    **given: Any,
-) -> tuple[Training, list[StepReport]]:
-    """Train on the server; hold the run to its replay; return it, and the reports of its steps."""
-    steps = Steps()
-    config = configured(*SERVER, *settings)
-    test = test or path
-    rows, test_rows = (spark.read.parquet(one) for one in (path, test))
-    run = sparksgd.train(config, rows, test_rows, observers=[steps, *observers], out=out, **given)
-    assert run.is_finished
-    again, replayed = repeated(path, test, out, *settings)
-    assert again.flat.parameters_sha256() == run.flat.parameters_sha256()
-    assert [e.loss for e in again.evaluations] == [e.loss for e in run.evaluations]
-    made = [(r.took_part, r.staleness, r.loss) for r in steps.reports]
-    assert [(r.took_part, r.staleness, r.loss) for r in replayed][-len(made) :] == made
-    return run, steps.reports
-
-
-def repeated(path: str, test: str, out: Path, *settings: str) -> tuple[Training, list[StepReport]]:
-    """Replay a run of the server in this process."""
-    steps, replay = Steps(), read_replay(out, trust=["users_modules"])
-    config = configured(*SERVER, *settings, "engine.name=inline", "engine.num_workers=1")
-    run = train_in_process(config, path, test, observers=[steps], replay=replay)
-    return run, steps.reports
-
-
-def events(out: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (out / "trace.jsonl").read_text().splitlines()[1:]]
 
 
 @pytest.mark.parametrize(
@@ -92,41 +38,16 @@ def test_every_rule_of_arrivals_trains_and_is_its_own_replay(
     assert all(report.server is not None for report in reports if report.timing.total)
 
 
-class Flags(Observer):
-    """Puts a flag for a FlagNet after some steps.
-
-    Args:
-        folder: of the flags.
-        of: the flag after each of these steps.
-    """
-
-    def __init__(self, folder: Path, of: dict[int, str]) -> None:
-        self.folder, self.of = folder, of
-
-    def stepped(self, training: Training, report: StepReport) -> None:
-        if flag := self.of.get(report.step):
-            (self.folder / flag).touch()
-
-
-def flagged(flags: Path) -> tuple[str, ...]:
-    return "model.name=users_modules:FlagNet", f"model.folder={flags}"
-
-
-@pytest.mark.parametrize("held", [0, 2])
-def test_two_runs_differ_and_each_is_its_own_replay(
-    spark: Any, small: str, tmp_path: Path, held: int, digests_of_both: set[str]
-) -> None:
-    made = StepsMade(tmp_path / "made")  # one worker is held back until others have made steps without it
-    probe = Probe(before_gradients=HeldBack(worker=held, made=str(made.file), steps=8))
-    run, _ = served(spark, small, tmp_path / "run", *rule("async_sgd"), observers=(made,), probe=probe)
-    assert max(run.participation.staleness) >= 3
-    digests_of_both.add(run.flat.parameters_sha256())
-    assert len(digests_of_both) == 1 + (held > 0)
-
-
-@pytest.fixture(scope="module")
-def digests_of_both() -> set[str]:
-    return set()
+def test_two_runs_differ_and_each_is_its_own_replay(spark: Any, small: str, tmp_path: Path) -> None:
+    digests = set()
+    for held in (0, 2):
+        made = StepsMade(tmp_path / f"made {held}")  # this worker waits until others have made steps
+        probe = Probe(before_gradients=HeldBack(worker=held, made=str(made.file), steps=8))
+        out = tmp_path / f"run {held}"
+        run, _ = served(spark, small, out, *rule("async_sgd"), observers=(made,), probe=probe)
+        assert max(run.participation.staleness) >= 3
+        digests.add(run.flat.parameters_sha256())
+    assert len(digests) == 2
 
 
 def held_until(folder: Path, processes: int) -> Probe:
