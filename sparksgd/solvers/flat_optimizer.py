@@ -31,6 +31,7 @@ from sparksgd.errors import ConfigError
 from sparksgd.imports.torch_code import users_torch_code
 from sparksgd.solvers.carrying import CannotCarry, Carrier
 from sparksgd.solvers.protocol import Settings, Touched, Vector
+from sparksgd.solvers.unlabelled_step import make_step
 
 __all__ = [
     "ELEMENTWISE",
@@ -179,7 +180,7 @@ class FlatOptimizer:
                 seeded(type(self.optimizer), seed),
                 without_autocast(),  # around a training it is for forward
             ):
-                self.optimizer.step()
+                make_step(self.optimizer)
             if then is not None:
                 then()
 
