@@ -15,13 +15,13 @@ import errno
 import os
 import socket
 import uuid
-import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any, Self
+from zlib import crc32
 
 import numpy as np
 import numpy.typing as npt
@@ -34,6 +34,7 @@ from sparksgd.storage.scratch import PREFIX
 __all__ = ["Descriptor", "ShardWriter", "deal_folder", "read_records", "stored"]
 
 _WRITE_BYTES = 1 << 16  # of a call; a worker writes all its shards at once
+_32_BITS = 0xFFFFFFFF
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,7 +105,7 @@ class ShardWriter:
         content = np.ascontiguousarray(records)
         for row, record in enumerate(content, self._rows):
             self._file.write(record)
-            self._file.write(_checksum(record, self._start, row).to_bytes(4, "little"))
+            self._file.write(crc32(record, self._start + row & _32_BITS).to_bytes(4, "little"))
         self._digest.update(content.data)
         self._rows += len(records)
         self._row_digest = add_digests(self._row_digest, digest_of(keys))
@@ -174,10 +175,15 @@ def read_records(
             the records that were written.
     """
     lines = np.empty(len(rows), stored(record))
-    width = lines.itemsize
+    width, inner = lines.itemsize, record.itemsize
     data = memoryview(lines.view(np.uint8).data)
+    numbers = rows if isinstance(rows, range) else rows.tolist()
     with _opened(shard, shard.rows * width) as file:
-        for start, stop, first in _stretches(rows):
+        start = 0
+        while start < len(numbers):
+            first, stop = numbers[start], start + 1
+            while stop < len(numbers) and numbers[stop] - first == stop - start:
+                stop += 1
             wanted = data[start * width : stop * width]
             done = os.preadv(file, [wanted], first * width)
             while done < len(wanted):  # one call reads less than 2 GiB
@@ -185,35 +191,23 @@ def read_records(
                 if not more:
                     raise _missing(shard, "it was cut off while it was read")
                 done += more
-    starts, inner = range(0, len(data), width), record.itemsize
-    begun_with = _start_of(shard.path)
-    numbers = rows if isinstance(rows, range) else rows.tolist()
-    for row, start, written in zip(numbers, starts, lines["checksum"].tolist(), strict=True):
-        if _checksum(data[start : start + inner], begun_with, row) != written:
-            raise _missing(shard, f"record {row} is not what was written there")
+            start = stop
+    begun_with, starts = _start_of(shard.path), range(0, len(data), width)
+    found = [
+        crc32(data[start : start + inner], begun_with + row & _32_BITS)
+        for row, start in zip(numbers, starts, strict=True)
+    ]
+    if found != (written := lines["checksum"].tolist()):
+        row = next(row for row, one, other in zip(numbers, found, written, strict=True) if one != other)
+        raise _missing(shard, f"record {row} is not what was written there")
     return lines["record"]
 
 
 def _start_of(file: str) -> int:
     """Return what the checksums of a file begin with.  Its name is unique: it has random digits."""
-    return zlib.crc32(os.path.basename(file).encode())  # noqa: PTH119  # a Path costs six times as much, for each step
-
-
-def _checksum(record: Any, start: int, row: int) -> int:
-    """Return the checksum of a record's bytes as row `row` of a file whose checksums begin with `start`."""
-    return zlib.crc32(record, (start + row) & 0xFFFFFFFF)
+    return crc32(os.path.basename(file).encode())  # noqa: PTH119  # a Path costs six times as much, for each step
 
 
 def _missing(shard: Descriptor, why: str) -> ShardMissing:
     where = f"shard {shard.shard}: {shard.path} on {socket.gethostname()}"
     return ShardMissing(f"{where}: {why}", (shard.shard,))
-
-
-def _stretches(rows: npt.NDArray[np.integer] | range) -> Iterable[tuple[int, int, int]]:
-    """Return (first position, position after the last, first row) of each run of consecutive rows."""
-    if isinstance(rows, range):
-        return [(0, len(rows), rows.start)]
-    if not len(rows):
-        return []
-    starts = [0, *(np.flatnonzero(rows[1:] - rows[:-1] != 1) + 1).tolist()]
-    return zip(starts, [*starts[1:], len(rows)], rows[starts].tolist(), strict=True)
