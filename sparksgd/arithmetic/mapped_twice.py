@@ -28,7 +28,7 @@ import mmap
 import os
 import sys
 from collections.abc import Iterator
-from weakref import WeakSet
+from weakref import WeakSet, finalize
 
 import numpy as np
 import numpy.typing as npt
@@ -63,6 +63,9 @@ class MappedTwice:
         shared: whole pages.
         private: the same pages.
         like: float[P], of the vector's size and type.
+
+    Raises:
+        OSError: the system does not tell of pages.
     """
 
     def __init__(self, shared: mmap.mmap, private: mmap.mmap, like: torch.Tensor) -> None:
@@ -80,6 +83,8 @@ class MappedTwice:
         self.stands, self.words = bits(self.vector), bits(self.seen)
         self._bytes = np.frombuffer(shared, np.uint8), np.frombuffer(private, np.uint8)
         self._first, self._pages = self._bytes[1].ctypes.data // _PAGE, len(private) // _PAGE
+        self._file = _open_pagemap()  # it stays open: to open it takes longer than to read it
+        finalize(self, os.close, self._file).atexit = False
 
     def stand_at(self, point: torch.Tensor) -> None:
         """Let a point, float[P], be what stands, and what the module has.
@@ -130,13 +135,14 @@ class MappedTwice:
 
     def written(self) -> npt.NDArray[np.int64] | None:
         """Return which pages the module has written, ascending; None if the system does not say."""
+        own = os.getpid() == self._process
         try:
-            # It is opened each time: an open one would tell of another process after a fork.
-            file = os.open("/proc/self/pagemap", os.O_RDONLY | os.O_CLOEXEC)
+            file = self._file if own else _open_pagemap()  # after a fork, it would tell of the parent
             try:
                 entries = os.pread(file, _ENTRY * self._pages, _ENTRY * self._first)
             finally:
-                os.close(file)
+                if not own:
+                    os.close(file)
         except OSError:
             return None
         if len(entries) != _ENTRY * self._pages:
@@ -207,6 +213,10 @@ def mapped_twice(values: torch.Tensor) -> MappedTwice | None:
         return None
     _LIVE.add(made)
     return made
+
+
+def _open_pagemap() -> int:
+    return os.open("/proc/self/pagemap", os.O_RDONLY | os.O_CLOEXEC)
 
 
 def _runs(pages: npt.NDArray[np.int64]) -> Iterator[range]:

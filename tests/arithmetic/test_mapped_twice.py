@@ -229,16 +229,13 @@ def test_where_the_system_does_not_do_it_there_is_none(
     assert own_maps() == before
 
 
-@pytest.mark.parametrize("read", [no_pagemap, None], ids=["no pagemap", "a short one"])
+@pytest.mark.parametrize("read", [refusing("pread"), lambda *_: b""], ids=["no pagemap", "a short one"])
 def test_if_the_system_stops_telling_all_bytes_are_compared(
-    monkeypatch: pytest.MonkeyPatch, read: Callable[..., int] | None
+    monkeypatch: pytest.MonkeyPatch, read: Callable[..., bytes]
 ) -> None:
     one = mapped()
     one.seen[0] = 1
-    if read is None:
-        monkeypatch.setattr(module_here.os, "pread", lambda *_: b"")
-    else:
-        monkeypatch.setattr(module_here.os, "open", read)
+    monkeypatch.setattr(module_here.os, "pread", read)
     assert one.written() is None
     one.seen[2 * PAGE] = 3
     assert one.is_changed()
@@ -335,12 +332,19 @@ def test_a_fork_is_no_change() -> None:
 def test_a_forked_process_tells_of_its_own_pages() -> None:
     one = mapped()
 
-    def child() -> list[int]:
+    def child() -> tuple[list[int], int]:
         one.restore()
+        files = own_files()
         one.seen.numpy()[3 * PAGE] = 1
-        return written(one)
+        return written(one), own_files() - files
 
-    assert in_child(child, lambda: None) == [3]
+    def parent() -> None:
+        one.restore()
+        one.seen.numpy()[5 * PAGE] = 1
+        assert written(one) == [5]
+
+    assert in_child(child, parent) == ([3], 0)
+    assert written(one) == [5]
 
 
 def test_a_forked_process_that_goes_on_training_is_refused() -> None:
