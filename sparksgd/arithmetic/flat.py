@@ -15,7 +15,8 @@ import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
-from functools import partial, reduce
+from functools import cache, partial, reduce
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -218,11 +219,11 @@ class FlatModule:
 
     def statistics(self) -> npt.NDArray[np.floating]:
         """Return a copy of batch-norm's running statistics, float[Q], in the widest of their types."""
-        return _flat(self._statistics, self._statistics_type).numpy()
+        return _flat(self._statistics, self._statistics_type)
 
     def counters(self) -> npt.NDArray[np.int64]:
         """Return a copy of batch-norm's counters, int64[C]."""
-        return _flat(self._counters, torch.int64).numpy()
+        return _flat(self._counters, torch.int64)
 
     def load(self, weights: Weights) -> None:
         """Overwrite everything that training changes."""
@@ -482,11 +483,14 @@ def _slots(norm: _BatchNorm, *keys: str) -> list[Slot]:
     return [Slot(norm._buffers, key) for key in keys if norm._buffers.get(key) is not None]
 
 
-def _flat(slots: list[Slot], dtype: torch.dtype) -> torch.Tensor:
+def _flat(slots: list[Slot], dtype: torch.dtype) -> npt.NDArray[Any]:
     tensors = [tensor for slot in slots if (tensor := slot.now()) is not None]
     if not tensors:
-        return torch.empty(0, dtype=dtype)
-    return torch.cat([tensor.detach().reshape(-1).to(dtype) for tensor in tensors])
+        return _none(dtype)
+    return torch.cat([tensor.detach().reshape(-1).to(dtype) for tensor in tensors]).numpy()
+
+
+_none = cache(lambda dtype: torch.empty(0, dtype=dtype).numpy())  # a step asks for it several times
 
 
 def _sha256(tensors: Iterable[torch.Tensor]) -> str:

@@ -78,6 +78,8 @@ class AllReduce:
             next(number for number, bucket in enumerate(self._buckets) if max(0, end - 1) in bucket)
             for end in itertools.accumulate(sizes)
         ]
+        self._cuts = [[self._cut(bucket, peer) for peer in self._peers] for bucket in self._buckets]
+        self._awaited: dict[int, dict[int, list[memoryview]]] = {}  # by bucket and peer: where it is put
         self._thread = ThreadPoolExecutor(1, "sparksgd-reduce") if len(self._buckets) > 1 else None
         self._begin()
 
@@ -225,27 +227,38 @@ class AllReduce:
         if not self._tails or self._tails[0]["scalars"].shape[1:] != (scalars,):
             tail = _tail_type(self._flat, scalars)
             self._tails = [np.zeros(len(nodes), tail) for nodes in self._nodes]
+            self._awaited = {}
         for rank, nodes in enumerate(self._nodes):
             received = self._received[rank]
             if rank == self._rank or (received and len(received[0]) == vectors):
                 continue
             self._received[rank] = [[self._new_strip() for _ in range(vectors)] for _ in nodes]
+            self._awaited = {}
 
     def _exchange(self, step: int, bucket: int, mine: Sequence[Sequence[Vector]]) -> None:
         """Send each peer its strip's part of a bucket, and receive this strip's part of theirs.
 
         The records of the sums are sent with the last bucket.
         """
-        part, sends, receives = self._buckets[bucket], {}, {}
-        for peer in self._peers:
-            theirs, here = (_common(part, strip) for strip in (self._strips[peer], self.strip))
-            within = slice(here.start - self.strip.start, here.stop - self.strip.start)
-            sends[peer] = [_bytes(v[_slice(theirs)]) for vectors in mine for v in vectors if theirs]
-            receives[peer] = [_bytes(v[within]) for vectors in self._received[peer] for v in vectors if here]
-            if bucket == len(self._buckets) - 1:
-                sends[peer].append(_bytes(self._tails[self._rank]))
-                receives[peer].append(_bytes(self._tails[peer]))
+        is_last = bucket == len(self._buckets) - 1
+        receives = self._awaited.get(bucket)
+        if receives is None:
+            receives = self._awaited[bucket] = {
+                peer: [_bytes(v[here]) for vectors in self._received[peer] for v in vectors if _has(here)]
+                + [_bytes(self._tails[peer])] * is_last
+                for peer, _, here in self._cuts[bucket]
+            }
+        sends = {
+            peer: [_bytes(v[theirs]) for vectors in mine for v in vectors if _has(theirs)]
+            + [_bytes(self._tails[self._rank])] * is_last
+            for peer, theirs, _ in self._cuts[bucket]
+        }
         self._mesh.exchange(self._meeting, step, _REDUCE + bucket, sends, receives)
+
+    def _cut(self, part: range, peer: int) -> tuple[int, slice, slice]:
+        """Return a peer, its strip's part of a bucket, and where in this strip is this strip's part of it."""
+        theirs, here = (_common(part, strip) for strip in (self._strips[peer], self.strip))
+        return peer, _slice(theirs), slice(here.start - self.strip.start, here.stop - self.strip.start)
 
 
 def buckets_of(sizes: Sequence[int], least: int) -> list[range]:
@@ -272,6 +285,11 @@ def _common(one: range, other: range) -> range:
 
 def _slice(strip: range) -> slice:
     return slice(strip.start, strip.stop)
+
+
+def _has(part: slice) -> bool:
+    """Return whether there is an element in it."""
+    return bool(part.stop > part.start)
 
 
 def _bytes(array: npt.NDArray[Any]) -> memoryview:
@@ -309,16 +327,17 @@ def _fill(tail: Any, message: Message | None, shape: MessageShape) -> None:
 
 def _read(tail: Any, vectors: Sequence[Vector], shape: MessageShape) -> Message | None:
     """Return the sum that a record and a strip of its vectors hold."""
-    if not tail["rows"]:
+    rows, shards, loss, weight, _, scalars, counters, statistics, touched = tail.item()
+    if not rows:
         return None
     return Message(
         vectors=dict(zip(shape.vectors, vectors, strict=True)),
-        scalars=dict(zip(shape.scalars, tail["scalars"].tolist(), strict=True)),
-        statistics=tail["statistics"].copy(),
-        counters=tail["counters"].copy(),
-        loss=float(tail["loss"]),
-        rows=int(tail["rows"]),
-        weight=float(tail["weight"]) or None,
-        shards=int(tail["shards"]),
-        touched=None if tail["touched"].all() else tail["touched"].copy(),
+        scalars=dict(zip(shape.scalars, scalars.tolist(), strict=True)),
+        statistics=statistics.copy(),
+        counters=counters.copy(),
+        loss=loss,
+        rows=rows,
+        weight=weight or None,
+        shards=shards,
+        touched=None if touched.all() else touched.copy(),
     )
