@@ -207,11 +207,11 @@ class FlatModule:
         self.whole = _parameter(self.parameters, self.gradient)
         self.standing.hold(mapped)
 
-    def weights(self, version: int) -> Weights:
-        """Return a copy of everything that training changes."""
+    def weights(self, version: int, copied: Callable[[Any], Any] = np.copy) -> Weights:
+        """Return a copy of everything that training changes; `copied` copies the parameters."""
         return Weights(
             version=version,
-            parameters=self.parameters.numpy().copy(),
+            parameters=copied(self.parameters.numpy()),
             statistics=self.statistics(),
             counters=self.counters(),
             constants=self.changed_constants(),
@@ -365,9 +365,9 @@ class FlatStrip:
         """Return parameters like the module's, see `FlatModule.parameters_like`."""
         return self._flat.parameters_like()
 
-    def weights(self, version: int) -> Weights:
+    def weights(self, version: int, copied: Callable[[Any], Any] = np.copy) -> Weights:
         """Return a copy of the strip's parameters and of all statistics."""
-        parameters = self.parameters.numpy().copy()
+        parameters = copied(self.parameters.numpy())
         return replace(self.view(version), parameters=parameters, constants=self._flat.changed_constants())
 
     def view(self, version: int) -> Weights:

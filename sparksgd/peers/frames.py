@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from sparksgd.arithmetic.reused import ReusedArrays
 from sparksgd.errors import PeerLost
 from sparksgd.peers.wire import Connection, advanced
 
@@ -103,10 +104,19 @@ class FrameReader:
         run: which run, 8 bytes.
         name: the other end's, for errors.
         most_bytes: how many bytes the arrays of a frame may have.
+        arrays: which arrays are received into; None: new ones.
     """
 
-    def __init__(self, connection: Connection, run: bytes, name: str, most_bytes: int) -> None:
+    def __init__(
+        self,
+        connection: Connection,
+        run: bytes,
+        name: str,
+        most_bytes: int,
+        arrays: ReusedArrays | None = None,
+    ) -> None:
         self._connection, self._run, self._name, self._most_bytes = connection, run, name, most_bytes
+        self._take = np.empty if arrays is None else arrays.take
         self._begin()
 
     def _begin(self) -> None:
@@ -162,7 +172,7 @@ class FrameReader:
                 raise ValueError("its arrays have other lengths than it says")
         except (ValueError, TypeError, RecursionError) as error:
             raise PeerLost(f"{self._name} sent what is no frame: {error}") from error
-        self._arrays = {name: np.empty(shape, kind) for name, (kind, shape) in shapes.items()}
+        self._arrays = {name: self._take(shape, kind) for name, (kind, shape) in shapes.items()}
         self._due += [_bytes_of(array) for array in self._arrays.values() if array.nbytes]
 
 

@@ -14,6 +14,7 @@ import time
 from collections import Counter, deque
 from dataclasses import dataclass
 
+from sparksgd.arithmetic.reused import ReusedArrays
 from sparksgd.errors import PeerLost
 from sparksgd.peers.frames import Frame, FrameReader, FrameWriter
 from sparksgd.peers.server_worker import HELLO, ServerAddress
@@ -50,9 +51,11 @@ class Came:
 class _Seat:
     """A connected worker."""
 
-    def __init__(self, connection: Connection, run: bytes, worker: int, most_bytes: int) -> None:
+    def __init__(
+        self, connection: Connection, run: bytes, worker: int, most_bytes: int, arrays: ReusedArrays
+    ) -> None:
         self.connection, self.worker = connection, worker
-        self.reader = FrameReader(connection, run, f"worker {worker}", most_bytes)
+        self.reader = FrameReader(connection, run, f"worker {worker}", most_bytes, arrays)
         self.writer = FrameWriter(connection, run)
         self.waits_to_write = False
 
@@ -90,6 +93,7 @@ class ServerDesk:
         self._poll = select.poll()
         self._poll.register(self._bell, select.POLLIN)
         self._most_bytes = 0
+        self._arrays = ReusedArrays()
         self._expected: dict[int, int] = {}
         self._seats: dict[int, _Seat] = {}
         self._by_file: dict[int, _Seat] = {}
@@ -201,7 +205,7 @@ class ServerDesk:
                 connection.close()
                 continue
             self.drop(worker, "another task has taken its place")
-            seat = _Seat(connection, self._run, worker, self._most_bytes)
+            seat = _Seat(connection, self._run, worker, self._most_bytes, self._arrays)
             self._seats[worker] = self._by_file[connection.sock.fileno()] = seat
             self._poll.register(connection.sock, select.POLLIN)
             self._events.append(Joined(worker=worker))

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from sparksgd.arithmetic.flat import Weights
+from sparksgd.arithmetic.reused import ReusedArrays
 from sparksgd.data.shard import Descriptor
 from sparksgd.engines.compute import Computer
 from sparksgd.engines.replies import Evaluation, with_place
@@ -108,7 +109,7 @@ class _Worker:
         table: Mapping[int, Descriptor] = {shard.shard: shard for shard in shards}
         self._work = ShardWork(computer, table, partial(computer.turn, worker=worker))
         most = self._vectors.most_bytes(computer.plan.halves.vectors + 1)
-        self._reader = FrameReader(connection, run, "the driver", most)
+        self._reader = FrameReader(connection, run, "the driver", most, ReusedArrays())
         self._writer = FrameWriter(connection, run)
         self._poll = select.poll()
         self._poll.register(connection.sock, select.POLLIN)

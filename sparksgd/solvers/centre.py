@@ -12,6 +12,7 @@ from contextlib import contextmanager
 import torch
 
 from sparksgd.arithmetic.flat import FlatModule, FlatStrip, Weights
+from sparksgd.arithmetic.reused import ReusedArrays
 from sparksgd.errors import UpdateNotFinite
 from sparksgd.solvers.flat_optimizer import FlatOptimizer
 from sparksgd.solvers.protocol import Answer, Message, SolverState, Touched, Vector
@@ -40,14 +41,17 @@ class Centre:
         """Whether all that the solver keeps is of one version: not while it changes, nor if that was cut
         off."""
 
+        self._copies = ReusedArrays()
         self._current: Weights | None = None
         self._before: tuple[Weights, int] | None = None
 
     def readout(self) -> Weights:
         """Return a copy of the weights, or a replica's view; the same object until the next step."""
         if self._current is None:
-            read = self.flat.view if self._is_replica else self.flat.weights
-            self._current = read(self.version)
+            if self._is_replica:
+                self._current = self.flat.view(self.version)
+            else:
+                self._current = self.flat.weights(self.version, self._copies.copy_of)
         return self._current
 
     @contextmanager

@@ -16,6 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as nps
 
+from sparksgd.arithmetic.reused import ReusedArrays
 from sparksgd.errors import PeerLost
 from sparksgd.peers.frames import Frame, FrameReader, FrameWriter
 from sparksgd.peers.wire import Connection
@@ -90,6 +91,23 @@ def test_a_frame_larger_than_the_buffers_of_sockets_is_sent_in_parts(
     assert 0 < writer.write() < large.nbytes
     assert not writer.is_empty
     assert told(writer, reader, ends[1]).arrays["it"].tobytes() == large.tobytes()
+
+
+def test_frames_are_received_into_arrays_that_nobody_has_any_more(
+    ends: tuple[Connection, Connection],
+) -> None:
+    vector = np.arange(1000, dtype=np.float32)
+    writer, reader = FrameWriter(ends[0], RUN), FrameReader(ends[1], RUN, "it", MOST, ReusedArrays())
+    places, kept = set(), []
+    for number in range(6):
+        writer.put(Frame(kind="it", arrays={"v": vector + number}))
+        frame = told(writer, reader, ends[1])
+        places.add(frame.arrays["v"].ctypes.data)
+        if number == 3:
+            kept.append(frame.arrays["v"][1:])
+        del frame
+    assert len(places) == 2
+    assert kept[0].tolist() == (vector + 3)[1:].tolist()
 
 
 def arrived(connection: Connection, count: int) -> None:

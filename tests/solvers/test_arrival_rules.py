@@ -109,6 +109,16 @@ def test_a_solver_goes_on_from_the_state_of_another(name: str) -> None:
 
 
 @every_row
+def test_a_step_takes_no_new_memory_for_its_answer(name: str) -> None:
+    run = made(name)
+    places = set()
+    for _ in range(40):
+        run.send(run.free[0])
+        places.add(run.solver.readout().parameters.ctypes.data)
+    assert len(places) <= 4 + 2 * SHARDS  # each shard may still have an older one
+
+
+@every_row
 def test_the_best_place_is_approached(name: str) -> None:
     rule, keys, _ = ROWS[name]
     optimizer = {"name": "SGD", "lr": 0.05} | ({"momentum": 0.5} if keys.get("lookahead") else {})
