@@ -63,14 +63,16 @@ class EngineKind:
 INLINE = EngineKind(
     name="inline",
     mode="in one process",
-    carries=frozenset({Need.ROUNDS, Need.REPLAY, Need.RECORDED_ARRIVALS, Need.GOSSIP, Need.SHARD_STATE}),
+    carries=frozenset(
+        {Need.ROUNDS, Need.REPLAY, Need.RECORDED_ARRIVALS, Need.GOSSIP, Need.SHARD_STATE, Need.LAG}
+    ),
     home="sparksgd.engines.inline:InlineEngine",
     on_spark=False,
 )
 SIMULATED = EngineKind(
     name="simulated",
     mode="in one process, in virtual time",
-    carries=frozenset({Need.ROUNDS, Need.ARRIVALS, Need.GOSSIP, Need.QUORUM, Need.SHARD_STATE}),
+    carries=frozenset({Need.ROUNDS, Need.ARRIVALS, Need.GOSSIP, Need.QUORUM, Need.SHARD_STATE, Need.LAG}),
     home="sparksgd.engines.simulated.engine:SimulatedEngine",
     on_spark=False,
     resumes=False,
@@ -101,7 +103,7 @@ ALLREDUCE = EngineKind(
 SERVER = EngineKind(
     name="server",
     mode="a Spark job for each worker, as long as the run",
-    carries=frozenset({Need.ARRIVALS}),
+    carries=frozenset({Need.ARRIVALS, Need.LAG}),
     home="sparksgd.spark.engines.server:ServerEngine",
 )
 

@@ -6,6 +6,7 @@ import select
 import socket
 import struct
 import time
+from collections import deque
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -113,7 +114,9 @@ class _Worker:
         self._writer = FrameWriter(connection, run)
         self._poll = select.poll()
         self._poll.register(connection.sock, select.POLLIN)
-        self._ready_since_s: float | None = None  # None: it did something else than turns
+        self._ended_s: float | None = None  # the turn before; None: it did something else since
+        self._ahead: deque[tuple[int, int]] = deque()  # turns that no order has come for yet
+        self._ahead_s: dict[int, float] = {}  # how long those took that are computed
         self._evaluated: Weights | None = None
 
     def run(self) -> None:
@@ -131,7 +134,7 @@ class _Worker:
 
     def _obey(self) -> None:
         self._send(here_frame(socket.gethostname(), self._computer.numerics))
-        while (frame := self._receive()).kind != LEAVE:
+        while (frame := self._next()).kind != LEAVE:
             if frame.kind == TURN:
                 self._make_turn(frame)
             elif frame.kind == EVALUATE:
@@ -140,24 +143,28 @@ class _Worker:
                 raise PeerLost(f'the driver sent a frame of kind "{frame.kind}"')
 
     def _make_turn(self, frame: Frame) -> None:
-        waited_s = 0.0 if self._ready_since_s is None else time.perf_counter() - self._ready_since_s
-        started_at_s = time.time()
+        told_s, started_at_s = time.perf_counter(), time.time()
         shard, turn = field_of(frame, "shard", int), field_of(frame, "turn", int)
-        if self._computer.plan.before_gradients is not None:
-            self._computer.plan.before_gradients(self._worker, turn)
+        if (shard, turn) in self._ahead:
+            self._ahead.remove((shard, turn))  # the order came before there was time for it
+        ahead_s = self._ahead_s.pop(shard, 0.0)
         answer = answer_in(frame, self._vectors)
-        began_s = time.perf_counter()
         if answer is not None:
             self._work.take(shard, answer)
+        if not ahead_s:
+            self._before(turn)
         message = self._work.turn(shard, turn)
         if message is not None:
             refuse_changes(message.changes)
-        times = Times(started_at_s=started_at_s, computed_s=time.perf_counter() - began_s, waited_s=waited_s)
-        told = (
+        ended_s = time.perf_counter()
+        waited_s = 0.0 if self._ended_s is None else max(0.0, told_s - self._ended_s - ahead_s)
+        times = Times(started_at_s=started_at_s, computed_s=ended_s - told_s + ahead_s, waited_s=waited_s)
+        self._send(
             turned_frame(shard, turn, times) if message is None else sent_frame(shard, turn, message, times)
         )
-        self._send(told)
-        self._ready_since_s = time.perf_counter()
+        self._ended_s = time.perf_counter()
+        if message is not None and self._work.may_compute_ahead(shard):
+            self._ahead.append((shard, turn + 1))
 
     def _evaluate(self, frame: Frame) -> None:
         if frame.arrays:
@@ -174,7 +181,24 @@ class _Worker:
             (sums,) = reply.partials.values()
             assert sums is None or isinstance(sums, Evaluation)
             self._send(evaluated_frame(number, version, sums))
-        self._ready_since_s = None
+        self._ended_s = None
+
+    def _next(self) -> Frame:
+        """Return the next frame; compute turns ahead until it is there."""
+        while self._ahead:
+            frame = self._reader.read()
+            if frame is not None:
+                return frame
+            shard, turn = self._ahead.popleft()
+            began_s = time.perf_counter()
+            self._before(turn)
+            self._work.compute(shard, turn)
+            self._ahead_s[shard] = time.perf_counter() - began_s
+        return self._receive()
+
+    def _before(self, turn: int) -> None:
+        if self._computer.plan.before_gradients is not None:
+            self._computer.plan.before_gradients(self._worker, turn)
 
     def _receive(self) -> Frame:
         while (frame := self._reader.read()) is None:

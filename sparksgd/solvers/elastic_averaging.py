@@ -14,6 +14,10 @@ With torch's momentum inside it is their Async MEASGD.  With `lookahead`, too, i
 
     m <- mu m + g(x - eta mu m);  x <- x - eta m
 
+With `overlap` the exchange runs beside the next turn, and e is taken after that: algorithm 1 of 2015.
+
+    x' <- optimiser(x, g(x)) - e           e: of the x that was sent, and of theta when it arrived
+
 alpha = 0 leaves each shard alone.
 """
 
@@ -72,6 +76,9 @@ class ElasticSettings(ArrivalSettings):
     """In which order the centre serves the shards: as they arrive, each in its turn (shard), or all at once,
     in rounds (together)."""
 
+    overlap: bool = False
+    """Whether a shard makes its next turn while it exchanges, and moves towards the centre after that."""
+
     clip_norm: float | None = None
     """The largest Euclidean norm of a gradient that an optimiser takes.  If not set, gradients are not
     clipped."""
@@ -99,6 +106,11 @@ class ElasticSettings(ArrivalSettings):
                 f'solver.max_staleness is {self.max_staleness}, but solver.order is "{self.order}": shards '
                 f"are served in turn, so the staleness of each is the same. Leave max_staleness out"
             )
+        if self.overlap and self.order != "arrival":
+            raise ConfigError(
+                f'solver.overlap is true, but solver.order is "{self.order}": a shard that waits for others '
+                f'cannot compute meanwhile. Set solver.order = "arrival", or leave overlap out'
+            )
         given = config.optimizer
         if self.lookahead and (
             given.name != "SGD" or not given.arguments.get("momentum") or given.arguments.get("nesterov")
@@ -113,7 +125,7 @@ class ElasticSettings(ArrivalSettings):
         """Return what the engine must carry."""
         if self.order == "together":
             return frozenset({Need.ROUNDS, Need.SHARD_STATE})
-        return super().needs()
+        return super().needs() | ({Need.LAG} if self.overlap else set())
 
     @property
     def strength(self) -> tuple[str, float]:
@@ -141,8 +153,6 @@ class ElasticModel:
         seed: of the run.
     """
 
-    lag = 0
-
     def __init__(
         self,
         flat: FlatModule,
@@ -152,7 +162,8 @@ class ElasticModel:
         optimizer: OptimizerConfig,
         seed: int,
     ) -> None:
-        self._settings = settings
+        self._settings, self.lag = settings, int(settings.overlap)
+        self._exchanged: Vector | None = None  # the model that was sent last
         self._local = LocalModel(flat, optimizer, seed, settings.clip_norm)
         self._turns = 0
         self._since: list[Gradient] = []
@@ -163,7 +174,8 @@ class ElasticModel:
         self._local.optimizer.set(answer.settings[0])  # a lookahead needs the rate before the turn
         local, centre = self._local.parameters, torch.from_numpy(answer.weights.parameters)
         if self._has_begun:
-            local.sub_(elastic(local, centre, answer.scalars[ALPHA]))
+            assert self._exchanged is not None
+            local.sub_(elastic(torch.from_numpy(self._exchanged), centre, answer.scalars[ALPHA]))
         else:
             local.copy_(centre)
             self._has_begun = True
@@ -195,7 +207,8 @@ class ElasticModel:
         return None if self._turns % self._settings.turns_per_exchange else self._sent()
 
     def _sent(self) -> Message:
-        message = Message.of(self._since, {"model": self._local.parameters.numpy().copy()})
+        self._exchanged = self._local.parameters.numpy().copy()
+        message = Message.of(self._since, {"model": self._exchanged})
         self._since = []
         return message
 

@@ -33,7 +33,7 @@ CARRIED = {
     QUORUM:      (False,  False, True,   False,     False,  True),
     REPLAY:      (True,   True,  True,   False,     False,  False),
     SHARD_STATE: (True,   False, False,  False,     False,  True),
-    LAG:         (False,  False, False,  False,     False,  False),
+    LAG:         (True,   False, False,  False,     True,   True),
 }  # fmt: skip
 
 WORDS = {
@@ -60,7 +60,9 @@ INSTEAD = {
         'use engine.name = "inline" or engine.name = "tree" or engine.name = "tree" (in ordinary stages)'
     ),
     SHARD_STATE: 'use engine.name = "inline" or engine.name = "simulated" (in virtual time)',
-    LAG: "no engine of this version does",
+    LAG: (
+        'use engine.name = "inline" or engine.name = "server" or engine.name = "simulated" (in virtual time)'
+    ),
 }
 
 CALLED = {

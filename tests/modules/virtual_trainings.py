@@ -15,7 +15,7 @@ import sparksgd
 from sparksgd.training.replay import Replay
 from sparksgd.training.state import Observer, Training
 
-__all__ = ["ARRIVALS", "CONSTANT", "Steps", "net", "trained", "written"]
+__all__ = ["ARRIVALS", "CONSTANT", "OVERLAPPED", "Steps", "net", "trained", "written"]
 
 CONSTANT = {"turn_times": "constant", "turn_s": 1.0, "latency_s": 0.0, "link_bytes_per_s": 1e18, "job_s": 0.0}
 """A cluster where nothing but computing takes time."""
@@ -29,6 +29,8 @@ ARRIVALS: dict[str, dict[str, Any]] = {
     "delayed_nesterov": {"turns_per_push": 3, "delay": 2},
     "elastic_averaging": {"turns_per_exchange": 3},
 }
+
+OVERLAPPED = {"name": "elastic_averaging", "turns_per_exchange": 1, "overlap": True}
 
 
 def net() -> nn.Module:

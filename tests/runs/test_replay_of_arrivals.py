@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from virtual_trainings import ARRIVALS, CONSTANT, trained, written
+from virtual_trainings import ARRIVALS, CONSTANT, OVERLAPPED, trained, written
 
 import sparksgd
 from sparksgd.errors import ConfigError, DataError, NotFinite, ReplayDiffers
@@ -60,6 +60,8 @@ def test_the_order_of_the_shards_and_downpour_are_repeated_too(rows: str, tmp_pa
             {"name": "async_sgd", "push_every": 2, "pull_every": 4},
             {"name": "softsync", "gradients_per_step": 3, "release": "step"},
             {"name": "async_sgd", "max_staleness": 2},
+            OVERLAPPED,
+            OVERLAPPED | {"turns_per_exchange": 3},
         ]
     ):
         out = tmp_path / str(number)

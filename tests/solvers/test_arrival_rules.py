@@ -298,6 +298,24 @@ def test_elastic_averaging_draws_both_sides_together() -> None:
     assert run.theta == [0.125 + (0.5 - 0.125) / 2, 0.5 + (0.75 - 0.5) / 2]
 
 
+def test_an_overlapped_exchange_draws_by_the_model_that_was_sent() -> None:
+    run = driven("elastic_averaging", {"turns_per_exchange": 1, "beta": 1.5, "overlap": True})  # alpha = 1/2
+    half, solver = run.halves[0], run.solver
+    answer = run.answers.pop(0)
+    x, theta, models = np.zeros(2), np.zeros(2), []
+    for turn in range(4):  # algorithm 1 of Zhang et al. 2015, with one shard that exchanges
+        half.turn(quadratic(0, turn, half.point()), answer.settings[0])
+        if turn:
+            half.take(answer)
+        message = half.send()
+        answer = solver.arrived(0, message, answer.weights.version).answers[0]
+        models.append(half.point().tolist())
+        before, e = x, 0.5 * (x - theta)
+        x, theta = x - 0.25 * (before - [1, 4]) - (e if turn else 0), theta + (e if turn else 0)
+        assert models[-1] == x.tolist()
+        assert run.theta == (theta + 0.5 * (x - theta)).tolist()
+
+
 def test_the_rate_that_comes_with_an_exchange_is_that_of_the_turns_after_it() -> None:
     schedule = {"name": "StepLR", "step_size": 1, "gamma": 0.5}
     run = driven("elastic_averaging", {"turns_per_exchange": 2}, schedule=schedule)
@@ -356,6 +374,7 @@ def test_in_the_order_of_the_shards_nobody_overtakes() -> None:
         ("gap_aware", {}, MOMENTUM | {"weight_decay": 0.1}, "optimizer.weight_decay is 0.1"),
         ("elastic_averaging", {"beta": 9.0}, {}, "alpha would be above 1"),
         ("elastic_averaging", {"lookahead": True}, ADAM, "needs optimizer.name = \"SGD\" with momentum"),
+        ("elastic_averaging", {"overlap": True, "order": "shard"}, {}, "cannot compute meanwhile"),
         ("elastic_averaging", {"turns_per_exchanges": 2}, {}, "did you mean turns_per_exchange?"),
     ],
 )  # fmt: skip

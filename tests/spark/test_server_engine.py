@@ -12,7 +12,7 @@ from resumed_jobs import Stops  # tests/modules
 from served_runs import SERVER, Flags, events, flagged, rule, served
 from spark_helpers import AtStep, StepsMade, configured, flip_bit, write_rows
 from stragglers import HeldBack, HeldUntil, HeldWhile  # tests/modules
-from virtual_trainings import ARRIVALS  # tests/modules
+from virtual_trainings import ARRIVALS, OVERLAPPED  # tests/modules
 
 import sparksgd
 from sparksgd.errors import ClusterError, NotFinite, UserCodeError
@@ -50,6 +50,14 @@ def test_two_runs_differ_and_each_is_its_own_replay(spark: Any, small: str, tmp_
     assert len(digests) == 2
 
 
+@pytest.mark.parametrize("workers", [pytest.param(2, marks=pytest.mark.soak), 4])
+def test_an_exchange_that_runs_beside_the_next_turn_is_repeated_too(
+    spark: Any, small: str, tmp_path: Path, workers: int
+) -> None:
+    _, reports = served(spark, small, tmp_path / "run", *rule(**OVERLAPPED), f"engine.num_workers={workers}")
+    assert len({report.took_part for report in reports}) == 4
+
+
 def held_until(folder: Path, processes: int) -> Probe:
     """Return a probe that holds workers back until those that were lost have successors."""
     seen = folder / "processes"
@@ -76,6 +84,8 @@ def test_a_killed_worker_begins_anew_and_the_others_go_on(
 RESUMED = ARRIVALS | {
     "softsync, held": {"name": "softsync", "gradients_per_step": 3, "release": "step"},
     "Downpour": {"name": "async_sgd", "push_every": 2, "pull_every": 4},
+    "overlapped": OVERLAPPED,
+    "overlapped, seldom": OVERLAPPED | {"turns_per_exchange": 3},
     "in the order of shards": {"name": "elastic_averaging", "turns_per_exchange": 2, "order": "shard"},
 }
 

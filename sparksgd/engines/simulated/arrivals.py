@@ -72,8 +72,10 @@ class VirtualArrivals:
         self._numbers = 0
         self._lives = dict.fromkeys(sorted(set(worker_of.values())), 0)
         self._turns: dict[int, int] = {}
+        self._free_s = dict.fromkeys(self._lives, 0.0)  # when each worker ended a turn
         self._there_s: dict[int, float] = {}
         self._sent: dict[int, Message] = {}
+        self._has_sent: set[int] = set()  # of the shards that are there
         for worker in self._lives:
             self._plan_loss(worker)
         self._exchange.begin()
@@ -118,11 +120,13 @@ class VirtualArrivals:
 
     def _computed(self, event: _Event) -> None:
         """Let a turn be made, and send what the half sends."""
+        self._free_s[event.worker] = self.now_s
         message = self._work.turn(event.shard, self._turns[event.shard])
         if message is None:
             self._exchange.turned(event.shard)
             return
         self._sent[event.shard] = message
+        self._has_sent.add(event.shard)
         vectors, config = len(message.vectors), self._costs.config
         first_s, busy_s = self.now_s + config.latency_s, self._costs.at_server_s(vectors)
         received_s = max(self._up.carry(first_s, busy_s), first_s + self._costs.vectors_s(vectors))
@@ -142,17 +146,20 @@ class VirtualArrivals:
     def forget(self, shard: int) -> None:
         """Let a shard that is lost begin anew when it is back."""
         self._work.forget(shard)
+        self._has_sent.discard(shard)
 
     def start(self, shard: int, turn: int) -> None:
-        """Begin a turn, when the answer that it begins from is there."""
+        """Begin a turn, when the answer that it begins from is there.
+
+        With a lag it has begun before, as soon as the worker was free; it ends when the answer is there.
+        """
         worker, self._turns[shard] = self._worker_of[shard], turn
-        begins_s = max(self.now_s, self._there_s[shard])
-        self._at(
-            begins_s + self._costs.turn_s(worker, shard, turn, self._rows_of(shard, turn)),
-            "computed",
-            worker,
-            shard,
-        )
+        takes_s = self._costs.turn_s(worker, shard, turn, self._rows_of(shard, turn))
+        if shard in self._has_sent and self._work.may_compute_ahead(shard):
+            ends_s = max(self._free_s[worker] + takes_s, self._there_s[shard], self.now_s)
+        else:
+            ends_s = max(self.now_s, self._there_s[shard]) + takes_s
+        self._at(ends_s, "computed", worker, shard)
 
     def _plan_loss(self, worker: int) -> None:
         lives_s = self._costs.until_loss_s(worker, self._lives[worker])

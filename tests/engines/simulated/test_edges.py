@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from virtual_trainings import CONSTANT, trained, written
 
@@ -75,6 +76,19 @@ def test_a_shard_trains_with_the_rate_of_now(rows: str) -> None:
     _, reports = trained(rows, solver, CONSTANT, schedule=schedule, num_shards=1)
     assert [report.lr for report in reports] == [0.02, 0.01, 0.005, 0.0025]
     assert [report.staleness for report in reports] == [(0,)] * 4
+
+
+@pytest.mark.parametrize(
+    ("turn_s", "overlap", "per_turn_s"), [(1.0, False, 5.0), (1.0, True, 4.0), (6.0, True, 6.0)]
+)
+def test_an_exchange_that_runs_beside_the_next_turn_costs_what_is_longer(
+    rows: str, turn_s: float, overlap: bool, per_turn_s: float
+) -> None:
+    cluster = CONSTANT | {"turn_s": turn_s, "link_bytes_per_s": 4.0 * P / 2, "server_bytes_per_s": 1e18}
+    solver = {"name": "elastic_averaging", "turns_per_exchange": 1, "overlap": overlap}
+    _, reports = trained(rows, solver, cluster, num_shards=1, steps=6)  # two seconds up, two down
+    made = ends(reports)
+    assert np.diff(made)[1:] == pytest.approx(per_turn_s)
 
 
 def test_downpour_counts_staleness_from_the_weights_that_a_shard_has(rows: str) -> None:
