@@ -28,6 +28,10 @@ class ClusterConfig:
     turn_times: Literal["constant", "lognormal", "exponential"] = cluster_key("lognormal")
     """How these seconds vary."""
 
+    recorded: str | None = cluster_key(None)
+    """The folder of a run on Spark: turns take as long as they did there, drawn from those of the worker of
+    the same number.  It replaces turn_s, row_s, turn_times and spread.  If not set: these say how long."""
+
     spread: float = cluster_key(0.15)
     """lognormal: the standard deviation of the logarithm of the seconds."""
 
@@ -101,6 +105,13 @@ def check_cluster(config: ClusterConfig) -> None:
     ):
         if not least <= value <= most:
             raise ConfigError(f"cluster.{name} is {value}, but must be between {least:g} and {most:g}")
+    if config.recorded is not None:
+        for name in ("turn_s", "row_s", "turn_times", "spread"):
+            if getattr(config, name) != getattr(ClusterConfig(), name):
+                raise ConfigError(
+                    f"cluster.{name} is set, but so is cluster.recorded, which says how long turns take: "
+                    f"leave one of them out"
+                )
     if config.tail_share > 1:
         raise ConfigError(f"cluster.tail_share is {config.tail_share}, but is a part: 1 at most")
     if not -(2**63) <= config.seed < 2**64:

@@ -12,6 +12,7 @@ import numpy as np
 
 from sparksgd.arithmetic.seeds import seed32
 from sparksgd.config import ClusterConfig
+from sparksgd.engines.simulated.recorded_times import recorded_turns_s
 from sparksgd.errors import ClusterError, ConfigError
 from sparksgd.solvers.protocol import Need
 
@@ -24,17 +25,23 @@ class Costs:
     Args:
         config: the section [cluster].
         vector_bytes: of one vector of the parameters.
+
+    Raises:
+        DataError: cluster.recorded names no run, or too short a one.
     """
 
     def __init__(self, config: ClusterConfig, vector_bytes: int) -> None:
         self.config, self.vector_bytes = config, vector_bytes
+        self._recorded_s = None if config.recorded is None else recorded_turns_s(config.recorded)
 
     def turn_s(self, worker: int, shard: int, turn: int, rows: int) -> float:
         """Return the seconds that a worker computes for a turn of a shard, of so many rows."""
         config = self.config
         drawn = self._drawn("turn", shard, turn)
         seconds = config.turn_s + rows * config.row_s
-        if config.turn_times == "lognormal":
+        if self._recorded_s is not None:
+            seconds = float(drawn.choice(self._recorded_s[worker % len(self._recorded_s)]))
+        elif config.turn_times == "lognormal":
             seconds *= math.exp(config.spread * drawn.standard_normal())
         elif config.turn_times == "exponential":
             seconds *= drawn.standard_exponential()
@@ -76,7 +83,10 @@ def refuse_impossible(cluster: ClusterConfig, needs: frozenset[Need]) -> None:
 
     Raises:
         ConfigError: with the key, and why.
+        DataError: cluster.recorded names no run, or too short a one.
     """
+    if cluster.recorded is not None:
+        recorded_turns_s(cluster.recorded)
     if cluster.worker_life_s is not None and Need.SHARD_STATE in needs:
         raise ConfigError(
             f"cluster.worker_life_s is {cluster.worker_life_s}, but with this solver a lost worker takes the "

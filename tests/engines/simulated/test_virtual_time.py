@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from sparksgd.config import ClusterConfig, Config
 from sparksgd.data.sampling import Sampling
 from sparksgd.engines.simulated.costs import Costs, Link, sums_at_driver
 from sparksgd.engines.simulated.rounds import VirtualRounds
-from sparksgd.errors import ConfigError
+from sparksgd.errors import ConfigError, DataError
 from sparksgd.solvers.protocol import Quorum
 
 P = 21
@@ -209,6 +210,56 @@ def test_times_of_turns_have_the_distribution_that_is_said(
     assert np.median(seconds) == pytest.approx(median_s, rel=0.04)
     assert np.mean(seconds) == pytest.approx(mean_s, rel=0.06)
     assert seconds[:9] == [costs.turn_s(1, 0, turn, 3) for turn in range(9)]  # whoever computes it
+
+
+def written_run(folder: Path, steps: list[dict[str, Any]]) -> str:
+    """Write the metrics of a run."""
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(step) + "\n" for step in steps))
+    return str(folder)
+
+
+def step_of(seconds: dict[int, float], **more: Any) -> dict[str, Any]:
+    workers = [{"worker": worker, "compute": compute} for worker, compute in seconds.items()]
+    return {"kind": "step", "took_part": [0], "timing": {"workers": workers}} | more
+
+
+def test_turns_take_as_long_as_those_of_the_same_worker_in_a_run(tmp_path: Path) -> None:
+    steps = [step_of({n % 2: 1.0 + n % 2 + n / 1000}, staleness=[0]) for n in range(100)]
+    costs = Costs(ClusterConfig(recorded=written_run(tmp_path, steps)), 4)
+    drawn = {worker: {costs.turn_s(worker, 0, turn, 3) for turn in range(400)} for worker in range(3)}
+    assert drawn[0] == {1.0 + n / 1000 for n in range(0, 100, 2)}
+    assert drawn[1] == {2.0 + n / 1000 for n in range(1, 100, 2)}
+    assert drawn[2] == drawn[0]
+
+
+def test_workers_of_rounds_computed_several_turns_in_a_step(tmp_path: Path) -> None:
+    steps = [step_of({0: 4.0, 1: 2.0}, took_part=[0, 1, 2, 3])] * 20
+    costs = Costs(ClusterConfig(recorded=written_run(tmp_path, steps)), 4)
+    assert (costs.turn_s(0, 0, 0, 3), costs.turn_s(1, 0, 0, 3)) == (2.0, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("steps", "words"),
+    [
+        ([], "tells of 0 turns of a worker"),
+        ([step_of({0: 1.0})] * 30 + [step_of({1: 1.0})] * 19, "tells of 19 turns of a worker"),
+        ([step_of({0: float("nan")})] * 30, "nan is no time"),
+        ([step_of({0: -1.0})] * 30, "-1.0 is no time"),
+        ([{"kind": "step"}], "holds no steps of a run: KeyError"),
+        ([7], "holds no steps of a run: AttributeError"),
+    ],
+)
+def test_what_is_no_run_is_refused(rows: str, tmp_path: Path, steps: list[Any], words: str) -> None:
+    with pytest.raises(DataError) as refused:
+        trained(rows, {"name": "async_sgd"}, {"recorded": written_run(tmp_path, steps)})
+    assert words in str(refused.value)
+
+
+def test_recorded_times_beside_other_times_are_refused(rows: str) -> None:
+    with pytest.raises(ConfigError, match=r"cluster.turn_s is set, but so is cluster.recorded"):
+        trained(rows, {"name": "async_sgd"}, {"recorded": "runs/a", "turn_s": 1.0})
+    with pytest.raises(DataError, match=r"cluster.recorded is 'runs/a', but .* FileNotFoundError"):
+        trained(rows, {"name": "async_sgd"}, {"recorded": "runs/a"})
 
 
 def test_a_turn_takes_longer_with_its_rows() -> None:
