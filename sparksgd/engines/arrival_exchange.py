@@ -11,10 +11,19 @@ from typing import Protocol
 from sparksgd.engines.gathering.arrivals import ArrivalGathering
 from sparksgd.engines.gathering.shards import Back, Begin, Decided, Deliver, Drop, Lost, Pushed, Start, Turned
 from sparksgd.engines.trace import TraceEvent
+from sparksgd.errors import ClusterError
 from sparksgd.solvers.arrivals import ArrivalSolver, ArrivalStep, Verdict
 from sparksgd.solvers.protocol import Answer, Message
 
-__all__ = ["ArrivalExchange", "Carrier"]
+__all__ = ["ArrivalExchange", "Carrier", "all_are_held"]
+
+
+def all_are_held(after: str) -> ClusterError:
+    """Return the error of a run in which every shard waits for a step that none of them can cause."""
+    return ClusterError(
+        f"after {after} every shard waits, and no step can be made, because solver.name holds all of them "
+        f"back: let more shards take part (train.num_shards), or fewer make a step"
+    )
 
 
 class Carrier(Protocol):

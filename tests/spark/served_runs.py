@@ -10,7 +10,9 @@ from spark_helpers import configured  # tests/spark
 
 import sparksgd
 from sparksgd.engines.protocol import StepReport
+from sparksgd.runs.folder import RunFolder
 from sparksgd.runs.replay import read_replay
+from sparksgd.spark.train import train
 from sparksgd.training.in_process import train_in_process
 from sparksgd.training.state import Observer, Training
 
@@ -47,7 +49,10 @@ def served(
     config = configured(*SERVER, *settings)
     test = test or path
     rows, test_rows = (spark.read.parquet(one) for one in (path, test))
-    run = sparksgd.train(config, rows, test_rows, observers=[steps, *observers], out=out, **given)
+    if "resume_from" in given:
+        run = sparksgd.train(config, rows, test_rows, observers=[steps, *observers], out=out, **given)
+    else:
+        run = train(spark, config, rows, test_rows, observers=[steps, RunFolder(out), *observers], **given)
     assert run.is_finished
     again, replayed = repeated(path, test, out, *settings)
     assert again.flat.parameters_sha256() == run.flat.parameters_sha256()

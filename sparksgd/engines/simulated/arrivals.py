@@ -12,11 +12,10 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from sparksgd.engines.arrival_exchange import ArrivalExchange
+from sparksgd.engines.arrival_exchange import ArrivalExchange, all_are_held
 from sparksgd.engines.shard_work import ShardWork
 from sparksgd.engines.simulated.costs import Costs, Link, refuse_endless_losses
 from sparksgd.engines.trace import TraceEvent
-from sparksgd.errors import ClusterError
 from sparksgd.solvers.arrivals import ArrivalSolver, ArrivalStep
 from sparksgd.solvers.protocol import Answer, Message
 
@@ -95,11 +94,7 @@ class VirtualArrivals:
         while not self._exchange.has_steps:
             refuse_endless_losses(self._costs.config, self.losses - losses, len(self._lives))
             if not any(event.kind != "lost" for event in self._events):
-                raise ClusterError(
-                    f"after {self.now_s:g} virtual seconds every shard waits, and no step can be made, "
-                    f"because solver.name holds all of them back: let more shards take part "
-                    f"(train.num_shards), or fewer make a step"
-                )
+                raise all_are_held(f"{self.now_s:g} virtual seconds")
             self._happens(heapq.heappop(self._events))
         return self._exchange.take_steps()
 

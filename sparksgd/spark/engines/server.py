@@ -24,12 +24,12 @@ from sparksgd.arithmetic.numerics import Numerics
 from sparksgd.config import EngineConfig
 from sparksgd.data.shard import Descriptor
 from sparksgd.data.source import Shards
-from sparksgd.engines.arrival_exchange import ArrivalExchange
+from sparksgd.engines.arrival_exchange import ArrivalExchange, all_are_held
 from sparksgd.engines.compute import Plan
 from sparksgd.engines.gathering.evaluations import EvaluationGathering
 from sparksgd.engines.kinds import SERVER
-from sparksgd.engines.protocol import SegmentReport, ServerUse, StepReport, StepTiming, arrival_reports
-from sparksgd.engines.replies import Evaluation, Reply, WorkerReport
+from sparksgd.engines.protocol import SegmentReport, StepReport, arrival_reports
+from sparksgd.engines.replies import Evaluation, Reply
 from sparksgd.errors import PeerLost, ShardMissing
 from sparksgd.peers.frames import Frame
 from sparksgd.peers.server_desk import Came, Joined, Left, ServerDesk
@@ -60,6 +60,7 @@ from sparksgd.spark.cluster.shards import SparkShards
 from sparksgd.spark.engines.allreduce import encrypts
 from sparksgd.spark.engines.base import DYING_S, SparkEngine
 from sparksgd.spark.engines.server_jobs import ServerJobs
+from sparksgd.spark.engines.server_use import UseSinceStep
 from sparksgd.spark.tasks.server_tasks import WorkerTask, work
 
 __all__ = ["ServerEngine"]
@@ -71,6 +72,7 @@ T = TypeVar("T")
 _LOOK_S = 0.5
 _GATHER_S = 10.0
 _PATIENCE_S = 5.0
+_AWAY_S = 60.0
 
 
 class ServerEngine(SparkEngine):
@@ -108,8 +110,11 @@ class ServerEngine(SparkEngine):
         self._held: deque[Joined | Left | Came] = deque()  # while an evaluation goes on
         self._answers: dict[int, Answer] = {}  # that wait for the shard's next turn
         self._started: dict[int, tuple[int, float]] = {}  # the turn that each shard makes, and since when
+        self._wanted: set[int] = set()  # the workers that have shards
+        self._seen_s: dict[int, float] = {}  # when each of them was here last
+        self._made = 0  # steps
         self._looked_at_s = 0.0
-        self._forget_use()
+        self._use = UseSinceStep(self._desk)
 
     @staticmethod
     def check(cluster: Cluster, config: EngineConfig) -> None:
@@ -145,11 +150,13 @@ class ServerEngine(SparkEngine):
     def evaluate(self, solver: CentralSolver) -> Evaluation:
         """Evaluate the solver's weights on the test rows, by the workers, each on those that its host has.
 
-        If a host with test rows has no worker, all workers leave, and Spark evaluates.
+        If a host with test rows has no worker, Spark evaluates; if it has no free slot, all workers leave it.
         """
         found = self._evaluated_by_workers(solver)
         if found is None:
-            self._release()
+            if sum(self._cluster.running_tasks()) >= self._cluster.slots() or self._jobs.mends:
+                with self._cluster.job_watch.over(1):
+                    self._release()
             return super().evaluate(solver)
         total = Reply(leaves=len(found))
         for shard, sums in sorted(found.items()):
@@ -164,8 +171,8 @@ class ServerEngine(SparkEngine):
 
     def close(self) -> None:
         """End the workers' jobs, and stop listening."""
-        self._jobs.close()
         self._release()
+        self._jobs.close()
         self._desk.close()
         self._note_dropped()
         self._strangers.say(is_last=True)
@@ -197,6 +204,8 @@ class ServerEngine(SparkEngine):
             mine = [shard for shard, of in self._worker_of.items() if of == worker]
             self._owned[worker] = [shard for shard in mine if rows[shard]]
         worker_of = {shard: worker for worker, mine in self._owned.items() for shard in mine}
+        self._wanted = set(worker_of.values())
+        self._seen_s = dict.fromkeys(self._wanted, time.monotonic())
         self._exchange = ArrivalExchange(solver, worker_of, self, self._turns)
         self._vectors = Vectors.of(solver.readout())
         self._desk.start(self._vectors.most_bytes(self._plan.halves.vectors))
@@ -204,7 +213,7 @@ class ServerEngine(SparkEngine):
 
     def _ask_all(self) -> None:
         self._begins_at_s = time.monotonic() + _GATHER_S
-        self._jobs.ask(worker for worker, shards in self._owned.items() if shards)
+        self._jobs.ask(sorted(self._wanted))
 
     def _submit(self, worker: int, request: int) -> Any:
         """Submit the job of a worker."""
@@ -239,34 +248,21 @@ class ServerEngine(SparkEngine):
             elif not self._jobs.are_out:
                 self._ask_all()  # they had left for an evaluation
         steps, trace = exchange.take_steps()
+        self._made += len(steps)
         total_s = time.perf_counter() - began_s
-        use = ServerUse(
-            busy_s=max(0.0, total_s - (self._desk.idle_s - self._idle_before_s)),
-            waited_s=self._waited_s,
-            computed_s=sum(report.compute_s for report in self._reports),
-            lost_workers=self._lost,
-        )
-        slowest_s = max((report.compute_s for report in self._reports), default=0.0)
         reports = arrival_reports(
             solver,
             self._plan,
             steps,
             turns_before=turns_before,
-            timing=StepTiming(total=total_s, compute=slowest_s, update=self._update_s),
+            timing=self._use.timing(total_s),
             trace=trace,
             ignored=exchange.ignored - ignored,
-            workers=self._reports,
-            server=use,
+            workers=self._use.workers,
+            server=self._use.told(total_s),
         )
-        self._forget_use()
+        self._use = UseSinceStep(self._desk)
         return reports
-
-    def _forget_use(self) -> None:
-        """Begin to count what happens until the next step."""
-        self._reports: list[WorkerReport] = []
-        self._waited_s = self._update_s = 0.0
-        self._lost = 0
-        self._idle_before_s = self._desk.idle_s
 
     def _happens(self, event: Joined | Left | Came) -> None:
         """Take note of what a worker did."""
@@ -276,7 +272,7 @@ class ServerEngine(SparkEngine):
             was_here = self._hosts.pop(worker, None) is not None
             log.debug("worker %d left: %s", worker, event.why)
             if was_here and not self._begins_at_s:
-                self._lost += 1
+                self._use.lost_workers += 1
                 for shard in self._owned[worker]:
                     self._exchange.lost(shard)
         elif isinstance(event, Came):
@@ -309,7 +305,9 @@ class ServerEngine(SparkEngine):
         if self._started.get(shard, (None, 0.0))[0] != turn:
             raise PeerLost(f"it made turn {turn} of shard {shard}, which was not asked for")
         message = message_in(frame, self._vectors) if frame.kind == SENT else None
-        self._note_turn(worker, shard, turn, frame)
+        host, numerics = self._hosts[worker]
+        rows = self._plan.sampling.piece_rows(shard, turn)
+        self._use.note_turn(worker, host, numerics, rows, times_in(frame))
         del self._started[shard]
         self._jobs.progressed(worker)
         began_s = time.perf_counter()
@@ -317,7 +315,7 @@ class ServerEngine(SparkEngine):
             self._exchange.turned(shard)
         else:
             self._exchange.pushed(shard, message)
-            self._update_s += time.perf_counter() - began_s
+            self._use.update_s += time.perf_counter() - began_s
 
     def _failed(self, worker: int, frame: Frame) -> None:
         """Take a worker's error: it ends the run, unless it is a shard's file, which is written again."""
@@ -334,27 +332,12 @@ class ServerEngine(SparkEngine):
     def _note_who_is_here(self, worker: int, frame: Frame) -> None:
         self._hosts[worker] = field_of(frame, "host", str), numerics_in(frame)
 
-    def _note_turn(self, worker: int, shard: int, turn: int, frame: Frame) -> None:
-        times, (host, numerics) = times_in(frame), self._hosts[worker]
-        self._waited_s += times.waited_s
-        self._reports.append(
-            WorkerReport(
-                worker=worker,
-                host=host,
-                rows=self._plan.sampling.piece_rows(shard, turn),
-                started_at_s=times.started_at_s,
-                ended_at_s=times.started_at_s + times.computed_s,
-                numerics=numerics,
-            )
-        )
-
     def _begin_those_who_are_here(self) -> None:
         """Let all shards begin together, or, after a while, those of the workers that are here."""
         assert self._exchange is not None
         if not self._begins_at_s or not self._hosts:
             return
-        wanted = {worker for worker, shards in self._owned.items() if shards}
-        if self._hosts.keys() >= wanted or time.monotonic() > self._begins_at_s:
+        if self._hosts.keys() >= self._wanted or time.monotonic() > self._begins_at_s:
             self._begins_at_s = 0.0
             for shard, worker in self._worker_of.items():
                 if worker in self._hosts and shard in self._owned[worker]:
@@ -374,7 +357,12 @@ class ServerEngine(SparkEngine):
         """Now and then: look at jobs, and at turns that take too long."""
         if not self._look_at_jobs():
             return
-        now_s = time.monotonic()
+        now_s, here = time.monotonic(), set(self._here())
+        if self._begins_at_s or self._held:
+            return
+        if not self._started and here >= self._wanted:
+            raise all_are_held(f"step {self._made}")
+        self._say_who_is_away(here, now_s)
         for shard, (turn, since_s) in list(self._started.items()):
             if now_s - since_s > self._step_timeout_s:
                 worker = self._worker_of[shard]
@@ -382,6 +370,19 @@ class ServerEngine(SparkEngine):
                 log.warning("worker %d is given up: %s (engine.step_timeout_s)", worker, why)
                 self._jobs.give_up(worker)
                 self._desk.drop(worker, why)
+
+    def _say_who_is_away(self, here: set[int], now_s: float) -> None:
+        """Warn now and then of workers that are gone for long: the rows of their shards are not used."""
+        self._seen_s.update(dict.fromkeys(here, now_s))
+        away = {w: since_s for w in self._wanted - here if now_s - (since_s := self._seen_s[w]) > _AWAY_S}
+        for worker, since_s in sorted(away.items()):
+            self._seen_s[worker] = now_s
+            shards = ", ".join(map(str, self._owned[worker]))
+            log.warning(
+                "worker %d is away for %.0f s more, and rows of shards %s are not used: it waits for a slot, "
+                "or for its executor",
+                worker, now_s - since_s, shards,
+            )  # fmt: skip
 
     def _note_dropped(self) -> None:
         """Count the connections that were refused, and log them now and then."""

@@ -19,7 +19,7 @@ from sparksgd.engines.protocol import Recovery
 from sparksgd.errors import ClusterError, ShardMissing, SparkSGDError
 from sparksgd.spark.cluster.cluster import Cluster
 from sparksgd.spark.cluster.failures import final_error, gist
-from sparksgd.spark.cluster.jobs import cleanup
+from sparksgd.spark.cluster.jobs import cancel_jobs, cleanup
 from sparksgd.spark.cluster.lost_executors import advice_of
 
 __all__ = ["ServerJobs"]
@@ -27,6 +27,7 @@ __all__ = ["ServerJobs"]
 log = logging.getLogger("sparksgd")
 
 _LOOK_S = 0.05
+_MENDING_S = 60.0
 
 
 @dataclass(kw_only=True)
@@ -122,13 +123,11 @@ class ServerJobs:
         return bool(self._asked or self._mending)
 
     def end(self, patience_s: float) -> None:
-        """Wait until all jobs have ended, and what is lost is mended; cancel those that take too long.
+        """Wait until all jobs have ended, and what is lost is mended; cancel what takes too long.
 
         Args:
             patience_s: for how long they may go on.
         """
-        wait(self._mending.values())
-        self._mending.clear()
         deadline = time.monotonic() + patience_s
         with cleanup():
             while not all(asked.job.isDone() for asked in self._asked.values()):
@@ -138,6 +137,16 @@ class ServerJobs:
                     break
                 time.sleep(_LOOK_S)
         self._asked.clear()
+        _, stuck = wait(self._mending.values(), _MENDING_S)
+        if stuck:  # it may wait for a slot that never comes
+            cancel_jobs(self._cluster.context, self._cluster.run_id)
+            wait(stuck)
+        self._mending.clear()
+
+    @property
+    def mends(self) -> bool:
+        """Return whether shards are being written again."""
+        return not all(mending.done() for mending in self._mending.values())
 
     def close(self) -> None:
         """Let no worker be asked again."""
