@@ -95,9 +95,10 @@ class Vectors:
             statistics_type=weights.statistics.dtype,
         )
 
-    def most_bytes(self, vectors: int) -> int:
-        """Return the most bytes that the arrays of a frame with so many vectors have."""
-        touched, sums = self.parameters, 1 << 20  # K is no more than P; metrics have sums for each class
+    def most_bytes(self, vectors: int, evaluated_rows: int = 0) -> int:
+        """Return the most bytes that the arrays of a frame have: vectors, or sums over so many rows."""
+        touched = self.parameters  # K is no more than P
+        sums = (1 << 20) + 32 * evaluated_rows  # metrics have some for each class, or for each row
         each = self.parameters * self.type.itemsize
         return vectors * each + (self.statistics + self.counters) * 8 + touched + sums
 

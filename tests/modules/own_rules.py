@@ -32,5 +32,13 @@ class Fading(GradientCentre):
         return Verdict(answers={shard: self.answer()}, steps=(step,))
 
 
+class Holding(GradientCentre):
+    """Holds every shard back, and makes no step."""
+
+    def arrived(self, shard: int, message: Message, version_read: int) -> Verdict:
+        """Answer nobody."""
+        return Verdict()
+
+
 class NoRule:
     """Is no rule."""

@@ -24,10 +24,7 @@ pytestmark = pytest.mark.session("local[5]")
 
 @pytest.mark.parametrize(
     "name",
-    [
-        name if name in ("async_sgd", "elastic_averaging") else pytest.param(name, marks=pytest.mark.soak)
-        for name in ARRIVALS
-    ],
+    [name if name == "async_sgd" else pytest.param(name, marks=pytest.mark.soak) for name in ARRIVALS],
 )
 def test_every_rule_of_arrivals_trains_and_is_its_own_replay(
     spark: Any, small: str, tmp_path: Path, name: str
@@ -50,7 +47,8 @@ def test_two_runs_differ_and_each_is_its_own_replay(spark: Any, small: str, tmp_
     assert len(digests) == 2
 
 
-@pytest.mark.parametrize("workers", [pytest.param(2, marks=pytest.mark.soak), 4])
+@pytest.mark.soak
+@pytest.mark.parametrize("workers", [2, 4])
 def test_an_exchange_that_runs_beside_the_next_turn_is_repeated_too(
     spark: Any, small: str, tmp_path: Path, workers: int
 ) -> None:
@@ -121,7 +119,7 @@ def shard_files(local_dir: Path) -> list[Path]:
     return sorted(local_dir.rglob("sparksgd-*/shard-*"), key=lambda file: file.stat().st_size)
 
 
-@pytest.mark.parametrize("which", ["training", "test"])
+@pytest.mark.parametrize("which", [pytest.param("training", marks=pytest.mark.soak), "test"])
 def test_a_damaged_shard_is_written_again(
     spark: Any, small: str, local_dir: Path, tmp_path: Path, which: str
 ) -> None:
@@ -161,6 +159,13 @@ def test_a_loss_that_is_not_finite_ends_the_run_with_the_weights_before(spark: A
         train(spark, config, small)
 
 
+def test_a_rule_that_holds_everybody_ends_the_run_in_words(spark: Any, small: str) -> None:
+    config = configured(*SERVER, "solver.name=own_rules:Holding")
+    with pytest.raises(ClusterError, match="after step 0 every shard waits, and no step can be made"):
+        train(spark, config, small)
+
+
+@pytest.mark.soak
 def test_a_turn_that_hangs_is_given_up_and_the_others_go_on(
     spark: Any, small: str, flags: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -170,6 +175,7 @@ def test_a_turn_that_hangs_is_given_up_and_the_others_go_on(
     assert re.search(r"worker \d is given up: turn \d+ of shard \d took longer than 2 s", caplog.text)
 
 
+@pytest.mark.soak
 def test_a_worker_that_fails_again_and_again_ends_the_run(spark: Any, small: str, flags: Path) -> None:
     config = configured(*SERVER, *rule("async_sgd"), *flagged(flags), "engine.max_attempts=2")
     with pytest.raises(ClusterError, match=r"worker \d failed 2 times without a turn between"):

@@ -208,7 +208,8 @@ class ServerEngine(SparkEngine):
         self._seen_s = dict.fromkeys(self._wanted, time.monotonic())
         self._exchange = ArrivalExchange(solver, worker_of, self, self._turns)
         self._vectors = Vectors.of(solver.readout())
-        self._desk.start(self._vectors.most_bytes(self._plan.halves.vectors))
+        evaluated = 0 if self._test is None else max(shard.rows for shard in self._test.table)
+        self._desk.start(self._vectors.most_bytes(self._plan.halves.vectors, evaluated))
         self._ask_all()
 
     def _ask_all(self) -> None:
