@@ -21,6 +21,7 @@ from sparksgd.data.schema import RowSchema
 from sparksgd.errors import ModelError
 from sparksgd.imports.torch_code import users_torch_code
 from sparksgd.models.losses import Loss
+from sparksgd.models.outputs import tensors_of
 
 __all__ = [
     "EVALUATION_ROWS",
@@ -73,7 +74,7 @@ def forward(
     schema: RowSchema,
     records: npt.NDArray[Any],
     dtype: torch.dtype = torch.float32,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[Any, torch.Tensor]:
     """Run a module and its loss over records.
 
     Args:
@@ -88,7 +89,8 @@ def forward(
 
     Raises:
         UserCodeError: the module or the loss raised.
-        ModelError: the output is no tensor, or the loss is not one value per row.
+        ModelError: the output is no tensor, nor some in a tuple or a dictionary; or the loss is not one value
+            per row.
     """
     output = output_of(module, schema, records, dtype)
     label = _tensor(schema.label_array(records))
@@ -117,7 +119,7 @@ def weighted(losses: torch.Tensor, schema: RowSchema, records: npt.NDArray[Any])
 
 def output_of(
     module: nn.Module, schema: RowSchema, records: npt.NDArray[Any], dtype: torch.dtype = torch.float32
-) -> torch.Tensor:
+) -> Any:
     """Return what a module gives for the features of records, see `forward`."""
     features = {name: _tensor(values) for name, values in schema.feature_arrays(records).items()}
     if dtype == torch.float64:
@@ -127,7 +129,7 @@ def output_of(
     with users_torch_code("the module or its loss"):
         output = module(*features.values()) if len(features) == 1 else module(**features)
     if not isinstance(output, torch.Tensor):
-        raise ModelError(f"the module gives a {type(output).__name__}, but must give one tensor")
+        tensors_of(output)  # refuses what is neither
     return output
 
 

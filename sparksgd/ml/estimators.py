@@ -15,8 +15,10 @@ from weakref import finalize
 
 import pyarrow as pa
 from pyspark import SparkContext
+from pyspark.ml.base import Estimator
 from pyspark.ml.classification import ProbabilisticClassifier
 from pyspark.ml.param import Param
+from pyspark.ml.param.shared import HasFeaturesCol, HasLabelCol, HasPredictionCol
 from pyspark.ml.regression import Regressor
 from pyspark.ml.util import MLReadable, MLWritable
 from pyspark.sql import DataFrame
@@ -29,9 +31,9 @@ from sparksgd.data.row_reading import WEIGHTS
 from sparksgd.data.schema import require_column
 from sparksgd.errors import BadRows, ConfigError, DataError
 from sparksgd.imports import shown
-from sparksgd.ml.models import TorchClassificationModel, TorchRegressionModel
+from sparksgd.ml.models import TorchClassificationModel, TorchModel, TorchRegressionModel
 from sparksgd.ml.module_spec import ModuleSpec
-from sparksgd.ml.params import PREDICTION_DEFAULTS, TrainingParams
+from sparksgd.ml.params import PREDICTION_DEFAULTS, OutputParams, TrainingParams
 from sparksgd.ml.records import TrainingRecord, is_shown
 from sparksgd.ml.saving import EstimatorReader, EstimatorWriter
 from sparksgd.models.losses import LossKind, loss_kind
@@ -48,7 +50,7 @@ from sparksgd.training.history import History
 from sparksgd.training.preflight import typical_row
 from sparksgd.training.state import Observer
 
-__all__ = ["TorchClassifier", "TorchRegressor"]
+__all__ = ["TorchClassifier", "TorchEstimator", "TorchRegressor"]
 
 log = logging.getLogger("sparksgd")
 
@@ -58,14 +60,15 @@ _DEFAULTS = {"optimizer": "AdamW", "learningRate": 1e-3, "maxEpochs": 10, "engin
 _FIRST_ROWS = 64
 
 
-class _TorchEstimator(TrainingParams, MLWritable, MLReadable[Any]):
+class _OurEstimator(TrainingParams, MLWritable, MLReadable[Any]):
     """What our Estimators share."""
 
-    _loss: str
-    """The loss by default."""
+    _loss: str | None
+    """The loss by default; None: it must be given."""
 
     _kinds: tuple[LossKind, ...]
-    """The kinds of losses that it trains with; the first is that of a loss whose kind is not known."""
+    """The kinds of losses that it trains with; the first is that of a loss whose kind is not known.  If there
+    are none, it trains with any."""
 
     _model: type[Any]
     """The class of the Models that it makes."""
@@ -75,7 +78,7 @@ class _TorchEstimator(TrainingParams, MLWritable, MLReadable[Any]):
         config = Config()
         self._setDefault(
             **_DEFAULTS | PREDICTION_DEFAULTS,
-            loss=self._loss,
+            **{} if self._loss is None else {"loss": self._loss},
             batchSize=config.train.rows_per_step,
             seed=config.train.seed,
         )
@@ -88,10 +91,17 @@ class _TorchEstimator(TrainingParams, MLWritable, MLReadable[Any]):
             given: `config`.
 
         Raises:
-            ConfigError: the loss is of another kind.
+            ConfigError: there is no loss, or it is of another kind.
         """
+        if not self.isDefined("loss"):
+            raise ConfigError(
+                f"{type(self).__name__} has no loss: pass loss=, the import path of your own as "
+                f"package.module:name, or the name of one such as SmoothL1Loss"
+            )
         table = {**given.get("loss", {}), "name": self.getOrDefault("loss")}
         kind = loss_kind(Config.from_dict({"loss": table}).loss)
+        if not self._kinds:
+            return {}
         if kind is None:
             return {"kind": self._kinds[0]}
         if kind not in self._kinds:
@@ -232,7 +242,7 @@ class _TorchEstimator(TrainingParams, MLWritable, MLReadable[Any]):
         return EstimatorReader(cls, trust).load(path)
 
 
-class TorchClassifier(_TorchEstimator, ProbabilisticClassifier):
+class TorchClassifier(_OurEstimator, ProbabilisticClassifier):
     """Trains a torch module that gives logits of classes.
 
     Args:
@@ -259,7 +269,7 @@ class TorchClassifier(_TorchEstimator, ProbabilisticClassifier):
     _model = TorchClassificationModel
 
 
-class TorchRegressor(_TorchEstimator, Regressor[Any]):
+class TorchRegressor(_OurEstimator, Regressor[Any]):
     """Trains a torch module that gives one number for each row.
 
     Args:
@@ -272,6 +282,32 @@ class TorchRegressor(_TorchEstimator, Regressor[Any]):
     _loss = "squared_error"
     _kinds = ("numbers",)
     _model = TorchRegressionModel
+
+
+class TorchEstimator(
+    OutputParams, _OurEstimator, Estimator[Any], HasFeaturesCol, HasLabelCol, HasPredictionCol
+):
+    """Trains a torch module of any outputs with any loss; its Model gives each output as a column.
+
+    Args:
+        params: Params by their names, as those of `TorchClassifier`, and outputCols. `loss` must be given:
+            the import path of a function (output, label), which gets what the module gives: a tensor, a
+            tuple of tensors, or a dictionary of tensors by their names, and gives one value for each row; or
+            a loss of ours, which takes one tensor. Labels are whole numbers or floats, as their column is;
+            config={"loss": {"kind": "classes"}} has them checked, and the accuracy told.
+
+    Raises:
+        ConfigError: there is no Param of such a name.
+
+    Example:
+
+        estimator = TorchEstimator(module="mymodels:Autoencoder", loss="mylosses:reconstruction")
+        scored = estimator.fit(train).transform(test)
+    """
+
+    _loss = None
+    _kinds = ()
+    _model = TorchModel
 
 
 class _Fits:

@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+from pyspark.ml.base import Model
 from pyspark.ml.classification import ProbabilisticClassificationModel
 from pyspark.ml.linalg import DenseVector, Vector, Vectors
+from pyspark.ml.param.shared import HasFeaturesCol, HasLabelCol, HasPredictionCol
 from pyspark.ml.regression import RegressionModel
 from pyspark.ml.util import MLReadable, MLWritable
 from pyspark.sql import DataFrame
@@ -19,21 +21,23 @@ from torch import nn
 from sparksgd.data.row_reading import read_features
 from sparksgd.data.schema import RowSchema
 from sparksgd.errors import ConfigError, DataError
-from sparksgd.ml.params import PREDICTION_DEFAULTS, PredictionParams
+from sparksgd.imports import shown
+from sparksgd.ml.params import PREDICTION_DEFAULTS, OutputParams, PredictionParams
 from sparksgd.ml.records import TrainingRecord
 from sparksgd.ml.saving import ModelReader, ModelWriter
 from sparksgd.models.losses import LossKind, is_of_classes
+from sparksgd.models.outputs import Output
 from sparksgd.runs.model import SavedModel
 from sparksgd.spark.prediction import NewColumns, with_predictions
-from sparksgd.spark.tasks.predict_tasks import PredictionPlan, computed
+from sparksgd.spark.tasks.predict_tasks import PredictionPlan, columns_of, computed
 
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["TorchClassificationModel", "TorchRegressionModel"]
+__all__ = ["TorchClassificationModel", "TorchModel", "TorchRegressionModel"]
 
 
-class _TorchModel(PredictionParams, MLWritable, MLReadable[Any]):
+class _OurModel(PredictionParams, MLWritable, MLReadable[Any]):
     """What our Models share.
 
     Args:
@@ -105,12 +109,7 @@ class _TorchModel(PredictionParams, MLWritable, MLReadable[Any]):
         return with_predictions(
             dataset,
             replace(self.saved, schema=self._schema()),
-            NewColumns(
-                kind=self._kind(),
-                names={what: name for what, name in self._names().items() if name},
-                as_vectors=self.getOrDefault("outputFormat") == "vector",
-                thresholds=self._thresholds(),
-            ),
+            self._new_columns(),
             on_bad_row=self.getOrDefault("handleInvalid"),
             rows_per_forward=self.getOrDefault("predictBatchSize"),
             advice='mend the data, or set handleInvalid to "skip" or "keep"',
@@ -123,8 +122,22 @@ class _TorchModel(PredictionParams, MLWritable, MLReadable[Any]):
             return schema
         return replace(schema, features=(replace(schema.features[0], name=self.getOrDefault("featuresCol")),))
 
-    def _kind(self) -> LossKind:
+    def _new_columns(self) -> NewColumns:
+        """Return which columns are added."""
+        names = self._names()
+        return NewColumns(
+            kind=self._kind(),
+            outputs=self._outputs(),
+            names={what: name for what, name in names.items() if name},
+            as_vectors=self.getOrDefault("outputFormat") == "vector",
+            thresholds=self._thresholds(),
+        )
+
+    def _kind(self) -> LossKind | None:
         raise NotImplementedError
+
+    def _outputs(self) -> tuple[Output, ...]:
+        return ()
 
     def _names(self) -> dict[str, str]:
         return {"prediction": self.getOrDefault("predictionCol")}
@@ -150,6 +163,7 @@ class _TorchModel(PredictionParams, MLWritable, MLReadable[Any]):
             schema=schema,
             columns=pa.schema([(feature.name, column.type)]),
             kind=self._kind(),
+            outputs=self._outputs(),
             thresholds=self._thresholds(),
             rows_per_forward=1,
             bad_row_advice="pass a vector of finite numbers, as many as the model takes",
@@ -159,7 +173,7 @@ class _TorchModel(PredictionParams, MLWritable, MLReadable[Any]):
         return computed(plan, read)
 
 
-class TorchClassificationModel(_TorchModel, ProbabilisticClassificationModel):
+class TorchClassificationModel(_OurModel, ProbabilisticClassificationModel):
     """A trained module that gives logits of classes.
 
     `transform` adds rawPredictionCol (logarithms of probabilities; (-z, z) for one logit z), probabilityCol
@@ -210,7 +224,7 @@ class TorchClassificationModel(_TorchModel, ProbabilisticClassificationModel):
         return limits
 
 
-class TorchRegressionModel(_TorchModel, RegressionModel[Any]):
+class TorchRegressionModel(_OurModel, RegressionModel[Any]):
     """A trained module that gives one number for each row; `transform` adds it as predictionCol, a double."""
 
     def predict(self, value: Any) -> float:
@@ -224,6 +238,41 @@ class TorchRegressionModel(_TorchModel, RegressionModel[Any]):
                 f"TorchClassificationModel"
             )
         return "numbers"
+
+
+class TorchModel(OutputParams, _OurModel, Model, HasFeaturesCol, HasLabelCol, HasPredictionCol):
+    """A trained module of any loss; `transform` adds each of its outputs as a column, see `outputCols`.
+
+    An output of one number for each row is a double; any other one, its numbers in the order of memory, is a
+    vector, or an array with outputFormat="array".
+    """
+
+    def predict(self, value: Any) -> dict[str, Any]:
+        """Return the outputs of one row, its features in a vector, by their columns: a number or float[N]."""
+        found, names = self._columns(value), self._names()
+        return {name: found[what][0] for what, name in names.items() if name}
+
+    def _kind(self) -> LossKind | None:
+        return None
+
+    def _outputs(self) -> tuple[Output, ...]:
+        return self.saved.outputs
+
+    def _names(self) -> dict[str, str]:
+        outputs, one = self.saved.outputs, self.getOrDefault("predictionCol")
+        told = [output.name or one for output in outputs] or [one]
+        if one not in told and self.isSet("predictionCol"):
+            raise ConfigError(
+                f"predictionCol is {shown(one)}, but the module gives outputs by names "
+                f"({', '.join(told)}): set outputCols instead, a name for each"
+            )
+        names = self.getOrDefault("outputCols") if self.isDefined("outputCols") else told
+        if len(names) != len(told):
+            raise ConfigError(
+                f"outputCols is {shown(names)}, but the module gives {', '.join(told)}: give as many names, "
+                f'and "" for an output that is left out'
+            )
+        return dict(zip(columns_of(None, outputs), names, strict=True))
 
 
 def _loss_of(saved: SavedModel) -> str:

@@ -13,7 +13,7 @@ from sparksgd.errors import ConfigError
 from sparksgd.imports import did_you_mean, shown
 from sparksgd.spark.prediction import OnBadRow
 
-__all__ = ["ALIASES", "KEYS", "PREDICTION_DEFAULTS", "PredictionParams", "TrainingParams"]
+__all__ = ["ALIASES", "KEYS", "PREDICTION_DEFAULTS", "OutputParams", "PredictionParams", "TrainingParams"]
 
 ALIASES = {"rowsPerStep": "batchSize", "num_workers": "numWorkers", "numTrainWorkers": "numWorkers"}
 """Other names by which a Param can be given, such as those of other libraries."""
@@ -102,8 +102,19 @@ class PredictionParams(_NamedParams):
     predictBatchSize: Any = _param("predictBatchSize", "the most rows of one forward of transform", _positive)
     outputFormat: Any = _param(
         "outputFormat",
-        "vector or array: the type of rawPredictionCol and probabilityCol",
+        "vector or array: the type of rawPredictionCol, probabilityCol and outputCols",
         _one_of("vector", "array"),
+    )
+
+
+class OutputParams(_NamedParams):
+    """What the Estimator and the Model of any outputs share."""
+
+    outputCols: Any = _param(
+        "outputCols",
+        'the columns of the module\'s outputs, in their order, "" for one that is left out; if not set: '
+        "predictionCol for a single tensor, the names of a dictionary, output_0, output_1, ... of a tuple",
+        TypeConverters.toListString,
     )
 
 

@@ -1,5 +1,7 @@
 """Losses: functions of (output, label) with one value for each row; the trainer adds them.
 
+The output is what the module gives: a tensor, or several, see outputs.py; losses of ours take one tensor.
+
 A mean would not do: a mean times the number of rows has other bits than the sum.  The trainer divides the
 sum by the number of rows; or, with data.weight, the sum of the losses times the rows' weights by the sum of
 these weights.  Weights of classes only weigh rows here: torch's own CrossEntropyLoss(weight=w) divides its
@@ -43,7 +45,8 @@ __all__ = [
     "squared_error",
 ]
 
-Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+Loss = Callable[[Any, torch.Tensor], torch.Tensor]
+"""Takes the module's output and the labels."""
 
 LossKind = Literal["classes", "binary", "numbers"]
 
@@ -58,7 +61,16 @@ def cross_entropy(output: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
     return F.cross_entropy(output, label, reduction="none")
 
 
+def _require_tensor(name: str, output: object) -> None:
+    if not isinstance(output, torch.Tensor):
+        raise ModelError(
+            f"the module gives a {type(output).__name__}, but {name} takes one tensor: let the module give "
+            f"that, or train with a loss of your own, without loss.kind"
+        )
+
+
 def _require_logits(name: str, output: torch.Tensor, label: torch.Tensor) -> None:
+    _require_tensor(name, output)
     if output.shape in (label.shape, (*label.shape, 1)):
         raise ModelError(
             f"the module gives {tuple(output.shape)} for {len(label)} rows, but {name} takes a logit "
@@ -68,6 +80,7 @@ def _require_logits(name: str, output: torch.Tensor, label: torch.Tensor) -> Non
 
 def binary_cross_entropy(output: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
     """Return the logistic loss, float[B], of logits float[B] or [B, 1] and labels 0 or 1, [B]."""
+    _require_tensor("binary_cross_entropy", output)
     return F.binary_cross_entropy_with_logits(
         output.reshape(len(label)), label.to(output.dtype), reduction="none"
     )
@@ -75,6 +88,7 @@ def binary_cross_entropy(output: torch.Tensor, label: torch.Tensor) -> torch.Ten
 
 def squared_error(output: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
     """Return (output - label)^2, float[B], of predictions float[B] or [B, 1] and labels [B]."""
+    _require_tensor("squared_error", output)
     return (output.reshape(len(label)) - label.to(output.dtype)).square()
 
 
@@ -87,6 +101,7 @@ class _OfTorch(nn.Module):
 
     def forward(self, output: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
         """Return the losses, float[B]."""
+        _require_tensor(type(self.loss).__name__, output)
         if output.dtype in (torch.bfloat16, torch.float16):  # arguments are of 32 bits
             output = output.float()
         if self.kind == "classes":
@@ -148,15 +163,25 @@ def is_of_classes(kind: LossKind | None) -> bool:
     return kind in ("classes", "binary")
 
 
-def num_classes(kind: LossKind | None, output: tuple[int, ...]) -> int | None:
-    """Return how many classes an output of this shape, for the first rows, tells apart; None: there are none.
+def num_classes(kind: LossKind | None, shapes: Mapping[str, tuple[int, ...]]) -> int | None:
+    """Return how many classes a module's output tells apart; None: there are none.
+
+    Args:
+        kind: of the loss.
+        shapes: of the module's tensors for the first rows, by their names.
 
     Raises:
         ModelError: a loss of this kind takes another shape.
     """
-    width = math.prod(output[1:])
     if kind is None:
         return None
+    if shapes.keys() != {""}:
+        raise ModelError(
+            f'the module gives tensors by names ({", ".join(shapes)}), but a loss whose kind is "{kind}" '
+            f"takes one: let the module give that, or train with a loss of your own, without loss.kind"
+        )
+    output = shapes[""]
+    width = math.prod(output[1:])
     if kind == "classes" and len(output) == 2 and width > 1:
         return width
     if kind != "classes" and width == 1:

@@ -2,12 +2,13 @@
 
 Every field is checked as it is read, like a configuration, and so is a digest of them all.
 
-    format                  7; 2 to 6 are still read
+    format                  8; 2 to 7 are still read
     weights, constants      name, size and SHA-256 of each file; constants may be null
     finished, version       whether the run finished, and its step
     model, seed, structure  how to build the module again, and what it must consist of
     parts                   the module itself, if it has only parts of torch.nn; see training/torch_parts.py
     features, label, loss   what a row must be, and the loss
+    outputs                 what the module gives of a row; none if that is not known
     code                    digests of the code that model.name and loss.name lead to
     differs                 why the module is not built again from its name, if it cannot be
     sha256                  of all other fields
@@ -28,6 +29,7 @@ from sparksgd.data.schema import FEATURE_DTYPES, LABEL_DTYPES, MOST_RECORD_BYTES
 from sparksgd.errors import DataError
 from sparksgd.imports import out_of_memory_told
 from sparksgd.models.losses import LossKind
+from sparksgd.models.outputs import OUTPUT_DTYPES, Output
 from sparksgd.runs.checked_files import FileEntry, check_name, is_sha256, shown
 from sparksgd.runs.json_files import read_json, write_json
 from sparksgd.runs.names import MANIFEST
@@ -42,10 +44,11 @@ if TYPE_CHECKING:  # to load a model needs nothing of the training
 
 __all__ = ["FORMAT", "Manifest", "describe", "read_manifest", "write_manifest"]
 
-FORMAT = 7
-_STILL_READ = (2, 3, 4, 5, 6, FORMAT)
+FORMAT = 8
+_STILL_READ = (2, 3, 4, 5, 6, 7, FORMAT)
 # 2 had no constants, and built the module from seed 0; 3 had neither plain values nor a structure; 4 had
-# neither sizes nor digests of files and code; 5 had no parts; 6 had only the name of the loss.
+# neither sizes nor digests of files and code; 5 had no parts; 6 had only the name of the loss; 7 had no
+# outputs.
 _CHECKED_SINCE = 5
 _MOST = 2**63 - 1
 
@@ -87,6 +90,9 @@ class Manifest:
     loss: LossConfig
     """The section [loss]."""
 
+    outputs: tuple[Output, ...]
+    """What the module gives of a row; none if that is not known, as before format 8."""
+
     code: Mapping[str, str] | None
     """Digests of code by the keys that name it; None before format 5."""
 
@@ -100,7 +106,13 @@ class Manifest:
         """Return what `describe` returned, with what earlier formats lack; `module` is the one described."""
         gone = ("format", "weights", "constants", "state_sha256", "constants_sha256")
         described = {key: value for key, value in self.fields.items() if key not in gone}
-        lacking = {"seed": self.seed, "structure": structure(module), "parts": None, "code": {}}
+        lacking = {
+            "seed": self.seed,
+            "structure": structure(module),
+            "parts": None,
+            "code": {},
+            "outputs": [],
+        }
         return lacking | described | {"loss": _loss_table(self.loss)}
 
 
@@ -116,6 +128,7 @@ def describe(training: Training) -> dict[str, Any]:
         "features": [asdict(feature) for feature in schema.features],
         "label": {"name": schema.label, "dtype": schema.label_dtype, "classes": schema.classes},
         "loss": _loss_table(config.loss),
+        "outputs": [asdict(output) for output in training.outputs],
         "code": dict(training.code),
         "version": training.module_step,
         "parameters_sha256": training.flat.parameters_sha256(),
@@ -181,6 +194,7 @@ def _read(fields: _Fields, number: int, described: dict[str, Any]) -> Manifest:
         differs=fields.take("differs", lambda v: v is None or isinstance(v, str), "a text", None),
         schema=_schema(fields),
         loss=_loss(fields) if number > 6 else LossConfig(name=fields.take("loss", _is_text, "a name")),
+        outputs=_outputs(fields) if number > 7 else (),
         code=None
         if is_old
         else fields.take("code", _is_code, "a table of digests by keys of a configuration"),
@@ -229,6 +243,24 @@ def _loss(fields: _Fields) -> LossConfig:
     return config
 
 
+def _outputs(fields: _Fields) -> tuple[Output, ...]:
+    found = []
+    for number, values in enumerate(fields.take("outputs", lambda v: isinstance(v, list), "a list")):
+        each = _Fields(values, fields.where, f"outputs[{number}]")
+        found.append(
+            Output(
+                name=each.take("name", _is_text, "a text"),
+                length=each.take("length", *_LENGTH),
+                dtype=each.take("dtype", lambda v: v in OUTPUT_DTYPES, f"one of {', '.join(OUTPUT_DTYPES)}"),
+            )
+        )
+        each.end()
+    names = [output.name for output in found]
+    if len(set(names)) < len(names) or ("" in names and len(names) > 1):
+        raise DataError(f"{fields.where}: outputs has the names {shown(names)}, but each must be another")
+    return tuple(found)
+
+
 def _schema(fields: _Fields) -> RowSchema:
     features = []
     for number, values in enumerate(fields.take("features", lambda v: isinstance(v, list) and v, "a list")):
@@ -236,11 +268,7 @@ def _schema(fields: _Fields) -> RowSchema:
         feature = Feature(
             name=each.take("name", _is_text, "a text"),
             dtype=each.take("dtype", lambda v: v in FEATURE_DTYPES, f"one of {', '.join(FEATURE_DTYPES)}"),
-            length=each.take(
-                "length",
-                lambda v: v is None or _is_whole(0, MOST_RECORD_BYTES)(v),
-                f"a whole number from 0 to {MOST_RECORD_BYTES}, or null",
-            ),
+            length=each.take("length", *_LENGTH),
         )
         each.end()
         features.append(feature)
@@ -267,6 +295,10 @@ def _schema(fields: _Fields) -> RowSchema:
     return schema
 
 
+_LENGTH = (
+    lambda v: v is None or _is_whole(0, MOST_RECORD_BYTES)(v),
+    f"a whole number from 0 to {MOST_RECORD_BYTES}, or null",
+)
 _ITEM_BYTES = {"uint8": 1, "int64": 8, "float32": 4}
 
 

@@ -30,6 +30,7 @@ from sparksgd.imports.sources import code_digest
 from sparksgd.imports.trust import Trust, trusted
 from sparksgd.models import MODELS
 from sparksgd.models.losses import LOSSES, Loss, LossKind, loss_kind, make_loss
+from sparksgd.models.outputs import Output
 from sparksgd.runs.checked_files import FileEntry, read_checked, read_unlisted, write_checked
 from sparksgd.runs.manifest import FORMAT, Manifest, describe, read_manifest, write_manifest
 from sparksgd.runs.names import MANIFEST, WEIGHTS
@@ -65,6 +66,7 @@ def model_of(training: Training) -> SavedModel:
         schema=replace(training.plan.schema, id=None, weight=None),  # as it is loaded
         loss=training.plan.loss,
         kind=loss_kind(training.config.loss),
+        outputs=training.outputs,
         about=describe(training),
         drawn=training.drawn,
     )
@@ -181,6 +183,9 @@ class SavedModel:
     kind: LossKind | None
     """What the loss is of; None if that is not known."""
 
+    outputs: tuple[Output, ...] = ()
+    """What the module gives of a row; none if that is not known, as of formats before 8."""
+
     about: Mapping[str, Any] = field(default_factory=dict)
     """What model.json says of it, but for its files."""
 
@@ -248,6 +253,7 @@ def load_model(
         schema=manifest.schema,
         loss=loss,
         kind=kind,
+        outputs=manifest.outputs,
         about=manifest.about(module),
         drawn=frozenset(saved.constants),
     )

@@ -32,6 +32,7 @@ from sparksgd.config import TrainConfig
 from sparksgd.engines.forward import EVALUATION_ROWS
 from sparksgd.errors import ConfigError
 from sparksgd.models.losses import LossKind
+from sparksgd.models.outputs import Output
 from sparksgd.runs.model import SavedModel
 from sparksgd.spark.cluster.cluster import refuse_connect
 from sparksgd.spark.frame_rows import (
@@ -45,7 +46,7 @@ from sparksgd.spark.frame_rows import (
 from sparksgd.spark.given_rows import described_value, frame_or_path
 from sparksgd.spark.session import start_session
 from sparksgd.spark.tasks import predict_tasks
-from sparksgd.spark.tasks.predict_tasks import COMPLETE, GOOD, PredictionPlan, ShippedPlan
+from sparksgd.spark.tasks.predict_tasks import COMPLETE, GOOD, HAS_NAN, PredictionPlan, ShippedPlan
 
 __all__ = ["NewColumns", "OnBadRow", "predict", "with_predictions"]
 
@@ -61,10 +62,13 @@ class NewColumns:
     """What the module's output is."""
 
     names: Mapping[str, str]
-    """The new columns, by what they hold, see `predict_tasks.predicted_columns`; others are left out."""
+    """The new columns, by what they hold, see `predict_tasks.columns_of`; others are left out."""
+
+    outputs: tuple[Output, ...] = ()
+    """See `PredictionPlan`."""
 
     as_vectors: bool = False
-    """Whether logits and probabilities are vectors of Spark ML; else they are arrays."""
+    """Whether logits, probabilities and outputs are vectors of Spark ML; else they are arrays."""
 
     thresholds: tuple[float, ...] | None = None
     """See `PredictionPlan`."""
@@ -117,6 +121,11 @@ def predict(
         raise ConfigError(f"prediction is {prediction!r}, but must be the name of a column")
     if raw is not None and "raw" not in predict_tasks.columns_of(model.kind):
         raise ConfigError(f"raw is {raw!r}, but the model's loss is not one of classes: leave raw out")
+    if told := ", ".join(output.name for output in model.outputs):
+        raise ConfigError(
+            f"the model's module gives outputs by names ({told}), but predict adds one column of "
+            f"predictions: use sparksgd.ml.TorchModel, whose transform adds a column for each"
+        )
     if isinstance(given, str):
         given = read_parquet(start_session("sparksgd", TrainConfig()), given)
     wanted = {"prediction": prediction, "probability": probability, "raw": raw}
@@ -166,6 +175,7 @@ def with_predictions(
         schema=model.schema,
         columns=_arrow_columns(frame.select(*features), model),
         kind=new.kind,
+        outputs=new.outputs,
         thresholds=new.thresholds,
         rows_per_forward=rows_per_forward,
         bad_row_advice=advice if on_bad_row == "error" else None,
@@ -281,23 +291,23 @@ def _udf(session: SparkSession, plan: PredictionPlan, *, is_filtered: bool) -> A
         return predict_tasks.predict(shipped, frames)
 
     make_udf: Any = pandas_udf  # its types leave out frames
-    function = make_udf(predicted, _result(plan.kind))
+    function = make_udf(predicted, _result(plan))
     return function.asNondeterministic() if is_filtered else function
 
 
-def _result(kind: LossKind | None) -> str:
+def _result(plan: PredictionPlan) -> str:
     """Return the type of the function's result, as SQL names it."""
-    types = dict.fromkeys(predict_tasks.columns_of(kind), "array<float>")
-    if kind is not None:
-        types["prediction"] = "double"
-    return f"struct<{GOOD}: boolean, {', '.join(f'{name}: {of}' for name, of in types.items())}>"
+    fields = {GOOD: "boolean", HAS_NAN: "boolean", **predict_tasks.columns_of(plan.kind, plan.outputs)}
+    return f"struct<{', '.join(f'`{name}`: {of}' for name, of in fields.items())}>"
 
 
 def _new_column(result: Column, what: str, new: NewColumns) -> Column:
     """Return one column of the function's result, in the type that was asked for."""
-    column = result[what]
-    if what == "prediction":
-        if new.kind is None:
-            return column
-        return F.when(result[GOOD], F.coalesce(column, F.lit(float("nan"))))
+    column, nan = result[what], F.lit(float("nan"))
+    kind = predict_tasks.columns_of(new.kind, new.outputs)[what]
+    if kind == "double":
+        return F.when(result[GOOD], F.coalesce(column, nan))
+    number = kind.removeprefix("array<").removesuffix(">")
+    whole = F.transform(column, lambda value: F.coalesce(value, nan.cast(number)))
+    column = F.when(result[HAS_NAN], whole).otherwise(column)
     return F.when(column.isNotNull(), array_to_vector(column)) if new.as_vectors else column

@@ -176,6 +176,7 @@ def train(
             mode=engine.mode,
             start_up=start_up,
             sample=checked.sample,
+            outputs=checked.outputs,
             drawn=checked.drawn,
             code=code,
             unreplaced=unreplaced,

@@ -34,6 +34,7 @@ from sparksgd.engines.simulated.costs import refuse_impossible
 from sparksgd.engines.trial.trial import Found, Use, try_out
 from sparksgd.errors import ConfigError, DataError, ModelError, UserCodeError
 from sparksgd.models.losses import Loss, is_of_classes, loss_kind, make_loss, num_classes
+from sparksgd.models.outputs import Output
 from sparksgd.solvers.protocol import CentralSolver, Need
 from sparksgd.solvers.rules import Experiment, described, make_solver, needs_of, settings_of
 from sparksgd.solvers.schedules import own_schedule
@@ -84,6 +85,9 @@ class Checked:
 
     float16: bool
     """See Plan.float16."""
+
+    outputs: tuple[Output, ...]
+    """What the module gives of a row; none if that is not known, because all of the first rows are bad."""
 
     optimiser_bytes: int
     """Bytes of what the optimiser keeps."""
@@ -164,6 +168,7 @@ def check(
         channels_last=found.channels_last,
         float16=found.float16,
         harmless=found.harmless,
+        outputs=found.outputs,
         optimiser_bytes=found.optimiser_bytes,
         rows=report,
         test_rows=test_report,
@@ -409,7 +414,7 @@ def _tried(
         if not made_up:
             raise
         return schema, Found(), sample  # zeros may not suit it; the inspection will name the bad rows
-    schema = replace(schema, classes=num_classes(kind, found.output))
+    schema = replace(schema, classes=num_classes(kind, found.shapes))
     return schema, found, sample
 
 

@@ -32,6 +32,7 @@ from sparksgd.engines.held import is_opaque
 from sparksgd.errors import ModelError, SparkSGDError
 from sparksgd.imports import shown
 from sparksgd.imports.torch_code import users_torch_code
+from sparksgd.models.outputs import tensors_of
 from sparksgd.training.composition import Told, first_difference, name_of, other_structure, structure
 from sparksgd.training.modules import build_module
 from sparksgd.training.plain_values import is_plain, is_torchs
@@ -176,7 +177,7 @@ def _outputs(module: nn.Module, sample: Sample) -> bytes | SparkSGDError:
             output, _ = forward(module, _no_loss, sample.schema, sample.records, sample.dtype)
     except SparkSGDError as error:
         return error
-    return bits(output.to_dense()).tobytes()
+    return b"".join(bits(tensor.to_dense()).tobytes() for tensor in tensors_of(output).values())
 
 
 def _no_loss(output: object, label: torch.Tensor) -> torch.Tensor:

@@ -17,6 +17,7 @@ from sparksgd.engines.compute import Plan
 from sparksgd.engines.protocol import Recovery, StepReport
 from sparksgd.errors import ConfigError
 from sparksgd.imports import shown
+from sparksgd.models.outputs import Output
 from sparksgd.solvers.protocol import Need
 from sparksgd.training.participation import Participation
 from sparksgd.training.rebuilding import Sample
@@ -161,6 +162,9 @@ class Training:
 
     sample: Sample
     """Some rows, to compare the module with the one that is built again."""
+
+    outputs: tuple[Output, ...]
+    """What the module gives of a row; none if that is not known."""
 
     drawn: frozenset[str]
     """Paths of the plain values that are others when the module is built again."""

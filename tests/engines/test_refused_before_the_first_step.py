@@ -83,7 +83,7 @@ def test_a_module_that_gives_no_tensor_is_refused(tmp_path: Path) -> None:
     def first(output: tuple[torch.Tensor, int], label: torch.Tensor) -> torch.Tensor:
         return squared_error(output[0], label)
 
-    with pytest.raises(ModelError, match="the module gives a tuple, but must give one tensor"):
+    with pytest.raises(ModelError, match="gives a tuple with a int as output_1, but must give a tensor, a"):
         Job(tmp_path, Pair(), [ROWS], loss=first).tried()
 
 

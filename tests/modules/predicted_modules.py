@@ -70,3 +70,30 @@ class Quiet(Observer):
 def focal(output, label):
     losses = torch.nn.functional.cross_entropy(output, label, reduction="none")
     return (1 - torch.exp(-losses)) ** 2 * losses
+
+
+class Gaussian(nn.Module):
+    """Gives the mean and the logarithm of the spread of a number, and what these are computed from."""
+
+    def __init__(self, num_features: int) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(num_features, 3), nn.Linear(3, 2)
+
+    def forward(self, features: torch.Tensor) -> dict[str, torch.Tensor]:
+        hidden = torch.tanh(self.first(features))
+        mean, spread = self.last(hidden).unbind(1)
+        return {"mean": mean, "spread": spread, "hidden": hidden}
+
+
+def likelihood(output, label):
+    """Return minus the logarithm of a normal density, without its constant."""
+    return ((label - output["mean"]) / output["spread"].exp()) ** 2 / 2 + output["spread"]
+
+
+class Shaped(nn.Module):
+    """Gives tensors of several shapes and types, and NaN where the second number is negative."""
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        root = x[:, 1].sqrt()
+        pairs = torch.stack([x[:, 0], root], 1)
+        return root, pairs, x[:, :0], x[:, :1].round().long(), pairs.double()[:, None].expand(-1, 2, -1)

@@ -81,13 +81,13 @@ class Job:
         assert isinstance(total, Evaluation)
         return total
 
-    def tried(self, rows: int | None = None) -> tuple[torch.Size, bool]:
+    def tried(self, rows: int | None = None) -> tuple[tuple[int, ...], bool]:
         records = read_records(self.table[0], range(self.table[0].rows), self.plan.schema.record)[:rows]
         plan = self.plan
         without_compiler()
         use = Use(loss=plan.loss, schema=plan.schema, dtype=plan.dtype, classifies=plan.loss is cross_entropy)
         found = try_out(plan.module, records, use)
-        return found.output, found.channels_last
+        return found.shapes[""], found.channels_last
 
 
 def written(folder: Path, schema: RowSchema, number: int, rows: Sequence[Row]) -> Descriptor:

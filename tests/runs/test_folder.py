@@ -100,7 +100,10 @@ def test_half_a_model_is_refused(trained: Path, tmp_path: Path, missing: str) ->
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        (lambda about: about.update(format=1), "is of format 1, but this version reads 2, 3, 4, 5, 6 and 7"),
+        (
+            lambda about: about.update(format=1),
+            "is of format 1, but this version reads 2, 3, 4, 5, 6, 7 and 8",
+        ),
         (lambda about: about.pop("features"), "features is missing, but must be a list"),
         (lambda about: about["model"]["arguments"].update(out_features=3), "size mismatch"),
         (lambda about: about["model"].update(name="nowhere:Net"), "no module 'nowhere'"),

@@ -180,6 +180,17 @@ def test_a_prediction_that_is_nan_is_no_bad_row(spark):
         assert [str(value) for value in found] == ["nan", "0.0"]
 
 
+def test_a_nan_among_probabilities_or_outputs_is_a_value(spark):
+    module = nn.Module()
+    module.forward = lambda x: torch.stack([x[:, 0].log(), x[:, 0]], 1)
+    frame = spark.createDataFrame([(0, [-1.0]), (1, [1.0])], "id long, x array<float>").coalesce(1)
+    for loss, column in ((cross_entropy, "probability"), (lambda output, label: output[:, 0], "prediction")):
+        model = model_of(module, loss, 2, (("x", "float32", 1),))
+        found = [row[column] for row in sparksgd.predict(frame, model).orderBy("id").collect()]
+        assert np.isnan(found[0]).tolist() == ([True, True] if loss is cross_entropy else [True, False])
+        assert not np.isnan(found[1]).any()
+
+
 def test_the_module_is_loaded_once_in_each_python_worker(rows):
     model = model_of(Counted(), squared_error, None)
     found = sparksgd.predict(rows.repartition(8), model).select("prediction").distinct().collect()

@@ -5,7 +5,7 @@ Legend: B rows, P parameters.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -15,6 +15,7 @@ from torch import nn
 
 from sparksgd.arithmetic.changes import Changes
 from sparksgd.engines.trial.operations import Operations
+from sparksgd.models.outputs import shapes_of
 
 __all__ = ["Measured", "distance", "excess", "gradient_of", "measured"]
 
@@ -23,8 +24,8 @@ __all__ = ["Measured", "distance", "excess", "gradient_of", "measured"]
 class Measured:
     """Losses and gradient of some rows."""
 
-    output: Any
-    """The module's."""
+    shapes: Mapping[str, tuple[int, ...]]
+    """Of the module's tensors, by their names."""
 
     losses: torch.Tensor
     """float64[B]."""
@@ -51,7 +52,7 @@ def measured(
     output: Any, losses: torch.Tensor, gradient: torch.Tensor, seen: Operations, changes: Changes | None
 ) -> Measured:
     return Measured(
-        output=output.detach() if isinstance(output, torch.Tensor) else output,
+        shapes=shapes_of(output),
         losses=losses.detach().double().clone(),
         gradient=gradient,
         epsilon=seen.epsilon,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -21,6 +21,7 @@ from sparksgd.engines.trial.use import Use
 from sparksgd.engines.watch import Watch
 from sparksgd.errors import ModelError, UserCodeError
 from sparksgd.models.losses import Loss
+from sparksgd.models.outputs import Output, outputs_of, shapes_of
 
 __all__ = ["Piece"]
 
@@ -88,8 +89,14 @@ class Piece:
         self._watch.require_unchanged()
         return torch.from_numpy(gradient).div_(len(records))
 
-    def evaluate(self, records: npt.NDArray[Any], trained: torch.Size) -> None:
-        """Evaluate some rows, and refuse what evaluations after an epoch could not use."""
+    def evaluate(
+        self, records: npt.NDArray[Any], trained: Mapping[str, tuple[int, ...]]
+    ) -> tuple[Output, ...]:
+        """Evaluate some rows, and return what a row's outputs are.
+
+        Raises:
+            ModelError: evaluations after an epoch could not use it.
+        """
         rows = len(records)
         try:
             with evaluating(self._flat), self._computing(rows):
@@ -107,19 +114,20 @@ class Piece:
                 f"forward changes {name} in evaluation, but an evaluation leaves no trace: any worker may "
                 "make it. Change it in training only: if self.training"
             )
-        form = tuple(output.shape) if isinstance(output, torch.Tensor) else type(output).__name__
+        shapes = shapes_of(output)
+        wanted = {name: (rows, *shape[1:]) for name, shape in trained.items()}
         if (
-            not isinstance(output, torch.Tensor)
-            or not output.ndim
-            or len(output) != rows
-            or (self._use.classifies and output.shape[1:] != trained[1:])
+            shapes.keys() != wanted.keys()
+            or any(shape[:1] != (rows,) for shape in shapes.values())
+            or (self._use.classifies and shapes != wanted)
         ):
             raise ModelError(
-                f"in evaluation mode the module gives {form} for {_counted(rows)}, but "
-                f"{(rows, *trained[1:])} in training: give the same form in both modes"
+                f"in evaluation mode the module gives {_told(shapes)} for {_counted(rows)}, but "
+                f"{_told(wanted)} in training: give the same form in both modes, a row of it for each row"
             )
-        if self._use.classifies:
+        if self._use.classifies and isinstance(output, torch.Tensor):
             predictions(output)
+        return outputs_of(output)
 
     @contextmanager
     def _computing(self, rows: int) -> Iterator[None]:
@@ -138,6 +146,10 @@ class Piece:
                 raise
         self._owned.refuse(seen.met)
         self._dtypes |= seen.dtypes
+
+
+def _told(shapes: Mapping[str, tuple[int, ...]]) -> str:
+    return str(shapes.get("", dict(shapes)))
 
 
 def _counted(rows: int) -> str:

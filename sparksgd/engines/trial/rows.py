@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from sparksgd.data.schema import RowSchema
 
@@ -20,15 +19,18 @@ CROSSED_ROWS = 4
 FIRST_ROWS = DIFFERENT_ROWS + CROSSED_ROWS
 
 
-def varied(label: npt.NDArray[Any], output: object) -> npt.NDArray[Any]:
-    """Return labels of all classes, [B], if labels are numbers of classes: files are often sorted by them."""
-    if not (
-        isinstance(output, torch.Tensor) and output.ndim == 2 and output.shape[1] > 1 and label.ndim == 1
-    ):
+def varied(label: npt.NDArray[Any], output: tuple[int, ...]) -> npt.NDArray[Any]:
+    """Return labels of all classes, [B], if labels are numbers of classes: files are often sorted by them.
+
+    Args:
+        label: the labels.
+        output: the shape of what the module gives.
+    """
+    if len(output) != 2 or output[1] < 2 or label.ndim != 1:
         return label
-    if label.dtype.kind not in "iu" or label.min() < 0 or label.max() >= output.shape[1]:
+    if label.dtype.kind not in "iu" or label.min() < 0 or label.max() >= output[1]:
         return label
-    return (np.arange(len(label)) % output.shape[1]).astype(label.dtype)
+    return (np.arange(len(label)) % output[1]).astype(label.dtype)
 
 
 def labelled_0(records: npt.NDArray[Any], schema: RowSchema, *, classifies: bool) -> npt.NDArray[Any]:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any
@@ -59,6 +59,7 @@ from sparksgd.engines.trial.state_trial import harmless_state
 from sparksgd.engines.trial.use import Found, Use
 from sparksgd.errors import ModelError, UserCodeError
 from sparksgd.models.losses import Loss
+from sparksgd.models.outputs import Output
 from sparksgd.solvers.schedules import make_schedule, own_schedule
 from sparksgd.solvers.torch_optimizers import make_optimizer, own_optimizer, treats_sparse_alike
 
@@ -161,6 +162,7 @@ class _Trial:
         self.remarks: list[str] = []
         self.untouched: list[str] = []
         self._optimiser_bytes = 0
+        self._outputs: tuple[Output, ...] = ()
         self._dtypes: set[torch.dtype] = set()
 
     def run(self) -> Found:
@@ -176,9 +178,10 @@ class _Trial:
                 label[:] = 0
         probe = Probe(*self._copies[0], use.schema, tried, use.dtype, has_pieces=use.has_pieces)
         measured = probe.measure(range(TRIED_ROWS))
-        first = measured.output
+        shapes = measured.shapes
+        first = shapes.get("", ())
         if use.classifies:
-            classes = first.shape[1] if first.ndim == 2 and first.shape[1] > 1 else 2
+            classes = first[1] if len(first) == 2 and first[1] > 1 else 2
             for label, values in zip(labels, wanted, strict=True):
                 label[:] = np.where((values >= 0) & (values < classes), values, 0)
         labels[1][:DIFFERENT_ROWS] = varied(labels[1], first)[:DIFFERENT_ROWS]
@@ -197,7 +200,7 @@ class _Trial:
         self._refuse_scaling(probe.scaling())  # first: what clips depends on the other rows, too
         if not use.rows_mix:
             self._refuse_mixing(mixing(probe, evaluates=use.evaluates))
-        later = self._steps(first.shape, channels_last=channels_last, float16=measured.float16)
+        later = self._steps(shapes, channels_last=channels_last, float16=measured.float16)
         if later is not None and not use.rows_mix:
             self._refuse_later_mixing(probe, later)
         if plainly is not None:
@@ -208,7 +211,8 @@ class _Trial:
         if float16:
             self.remarks.append("it computes in float16: gradients are scaled by a power of 2")
         return Found(
-            output=first.shape,
+            shapes=shapes,
+            outputs=self._outputs,
             channels_last=channels_last,
             float16=float16,
             harmless=self._harmless,
@@ -245,7 +249,9 @@ class _Trial:
                 "the gradient"
             )
 
-    def _steps(self, output: torch.Size, *, channels_last: bool, float16: bool) -> Later | None:
+    def _steps(
+        self, shapes: Mapping[str, tuple[int, ...]], *, channels_last: bool, float16: bool
+    ) -> Later | None:
         """Make steps with updates, and evaluate between them; return what they made, if it is finite."""
         use = self._use
         module, loss = self._copies[1]
@@ -272,7 +278,7 @@ class _Trial:
             is_finite = _are_finite(gradient)
             if step == 1 or (step == 0 and not is_finite):
                 for size in evaluated:
-                    piece.evaluate(self._rows(size, 0), output)
+                    self._outputs = piece.evaluate(self._rows(size, 0), shapes)
             if not is_finite:
                 break  # the run will say in which rows
             touched = flat.touched

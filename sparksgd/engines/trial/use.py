@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -10,6 +11,7 @@ from sparksgd.config import OptimizerConfig, ScheduleConfig
 from sparksgd.data.schema import RowSchema
 from sparksgd.engines.trial.probe import TRIED_ROWS
 from sparksgd.models.losses import Loss
+from sparksgd.models.outputs import Output
 
 __all__ = ["Found", "Use"]
 
@@ -59,8 +61,11 @@ class Use:
 class Found:
     """What a trial found."""
 
-    output: tuple[int, ...] = ()
-    """The shape of the output, [B, ...]."""
+    shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    """Of the module's tensors by their names, in training: [B, ...]."""
+
+    outputs: tuple[Output, ...] = ()
+    """What it gives of a row in evaluation."""
 
     channels_last: bool = False
     """See Plan.channels_last."""

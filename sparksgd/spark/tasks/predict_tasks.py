@@ -7,6 +7,7 @@ Legend: B rows, C classes.
 
 from __future__ import annotations
 
+import math
 import pickle
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -29,6 +30,7 @@ from sparksgd.data.schema import RowSchema
 from sparksgd.engines.forward import evaluated_parts, output_of, predictions
 from sparksgd.errors import ModelError
 from sparksgd.models.losses import LossKind, is_of_classes
+from sparksgd.models.outputs import Output, arrays_of
 from sparksgd.spark.tasks.worker_exit import leave_quietly
 
 if TYPE_CHECKING:
@@ -37,6 +39,7 @@ if TYPE_CHECKING:
 __all__ = [
     "COMPLETE",
     "GOOD",
+    "HAS_NAN",
     "PredictionPlan",
     "ShippedPlan",
     "columns_of",
@@ -45,13 +48,14 @@ __all__ = [
     "predicted_columns",
 ]
 
-"""What a module's output is of a row: logits of C classes; the logit of class 1; one number; some numbers."""
-
 COMPLETE = "complete"
 """The column that says whether a row has no null; the others are the features, numbered."""
 
 GOOD = "good"
 """The column that says whether a row is good: a prediction that is NaN reaches Spark as null, too."""
+
+HAS_NAN = "has_nan"
+"""The column that says whether a value has a NaN inside, which reaches Spark as null."""
 
 Array = npt.NDArray[Any]
 
@@ -71,6 +75,9 @@ class PredictionPlan:
 
     kind: LossKind | None
     """What the module's output is."""
+
+    outputs: tuple[Output, ...]
+    """What the module gives, if each output is to be a column; none: the columns are those of the kind."""
 
     thresholds: tuple[float, ...] | None
     """One for each class: that of the largest probability / threshold is predicted; None: all are equal."""
@@ -155,13 +162,24 @@ def predict(shipped: Broadcast[ShippedPlan], frames: Iterable[pd.DataFrame]) -> 
         yield _predicted(plan, frame, as_loaded)
 
 
-def columns_of(kind: LossKind | None) -> tuple[str, ...]:
-    """Return the names of what `predicted_columns` gives."""
-    return ("raw", "probability", "prediction") if is_of_classes(kind) else ("prediction",)
+def columns_of(kind: LossKind | None, outputs: Sequence[Output] = ()) -> dict[str, str]:
+    """Return the columns that are computed, see `PredictionPlan`: their types in SQL by their names.
+
+    >>> columns_of("classes")
+    {'raw': 'array<float>', 'probability': 'array<float>', 'prediction': 'double'}
+    """
+    if outputs:
+        numbers = {"float32": "float", "float64": "double"}
+        return {
+            f"output {number}": "double" if output.length is None else f"array<{numbers[output.dtype]}>"
+            for number, output in enumerate(outputs)
+        }
+    of_classes = {"raw": "array<float>", "probability": "array<float>"} if is_of_classes(kind) else {}
+    return {**of_classes, "prediction": "array<float>" if kind is None else "double"}
 
 
 def predicted_columns(
-    kind: LossKind | None, output: torch.Tensor, rows: int, thresholds: tuple[float, ...] | None
+    kind: LossKind | None, output: Any, rows: int, thresholds: tuple[float, ...] | None
 ) -> dict[str, Array]:
     """Return the columns that are made of a module's output, by name.
 
@@ -178,6 +196,8 @@ def predicted_columns(
     Raises:
         ModelError: the output is not of this kind.
     """
+    if not isinstance(output, torch.Tensor):
+        raise ModelError(f"the module gives a {type(output).__name__}, but must give one tensor")
     shape = tuple(output.shape)
     if not output.is_floating_point():
         raise ModelError(f"the module gives {output.dtype}, but must give floating-point numbers")
@@ -226,10 +246,17 @@ def computed(plan: PredictionPlan, rows: FeatureRows, as_loaded: _AsLoaded | Non
         with torch.no_grad(), thread_count(1), generators_seeded(seed32(0, "predicting", part.start)):
             try:
                 output = output_of(plan.module, plan.schema, records)
-                parts.append(predicted_columns(plan.kind, output, len(records), plan.thresholds))
+                parts.append(_columns(plan, output, len(records)))
             finally:
                 as_loaded.restore()
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]} if parts else {}
+
+
+def _columns(plan: PredictionPlan, output: Any, rows: int) -> dict[str, Array]:
+    if not plan.outputs:
+        return predicted_columns(plan.kind, output, rows, plan.thresholds)
+    names = columns_of(plan.kind, plan.outputs)
+    return dict(zip(names, arrays_of(plan.outputs, output, rows), strict=True))
 
 
 def _predicted(plan: PredictionPlan, frame: pd.DataFrame, as_loaded: _AsLoaded) -> pd.DataFrame:
@@ -244,7 +271,8 @@ def _predicted(plan: PredictionPlan, frame: pd.DataFrame, as_loaded: _AsLoaded) 
     if plan.bad_row_advice is not None:
         rows.report.check(None, done="predicted, of one batch", move=plan.bad_row_advice)
     positions = np.flatnonzero(complete)[rows.positions]
-    return _spread(columns_of(plan.kind), computed(plan, rows, as_loaded), positions, len(frame))
+    names = [*columns_of(plan.kind, plan.outputs)]
+    return _spread(names, computed(plan, rows, as_loaded), positions, len(frame))
 
 
 def _spread(
@@ -253,7 +281,10 @@ def _spread(
     """Return the columns as a frame: a value stands where its row does, a bad row has None."""
     good = np.zeros(rows, bool)
     good[positions] = True
-    spread: dict[str, Array] = {GOOD: good}
+    has_nan = np.zeros(rows, bool)
+    for values in columns.values():
+        has_nan[positions] |= np.isnan(values).reshape(len(values), math.prod(values.shape[1:])).any(1)
+    spread: dict[str, Array] = {GOOD: good, HAS_NAN: has_nan}
     for name in names:
         spread[name] = np.full(rows, None, object)
         for position, value in zip(positions, columns.get(name, ()), strict=name in columns):

@@ -73,7 +73,7 @@ class Evaluated(Counting):
 @pytest.mark.parametrize("first", [2, 1000])
 def test_so_are_those_of_evaluations(first: int) -> None:
     refused(Evaluated(lambda n: n > first), "in evaluation mode, ", "depends on the other rows")
-    assert tried(Evaluated(lambda n: n > first), evaluates=False).output == (4, 1)
+    assert tried(Evaluated(lambda n: n > first), evaluates=False).shapes[""] == (4, 1)
 
 
 class Normed(Around):
@@ -113,4 +113,4 @@ class Scheduled(Around):
 
 @pytest.mark.parametrize("make", [lambda: Counting(lambda n: False), Scheduled])
 def test_a_counter_is_no_false_alarm(make: Callable[[], nn.Module]) -> None:
-    assert tried(make()).output == (4, 1)
+    assert tried(make()).shapes[""] == (4, 1)

@@ -49,7 +49,7 @@ NOISE = {
 
 @pytest.mark.parametrize("kind", NOISE)
 def test_noise_is_no_mixing_and_hides_none(kind: str) -> None:
-    assert tried(With(NOISE[kind])).output == (4, 1)
+    assert tried(With(NOISE[kind])).shapes[""] == (4, 1)
     refused(With(lambda x: NOISE[kind](x - x.mean(0))), "depends on the other rows of its piece")
 
 
@@ -74,7 +74,7 @@ def test_a_seeded_projection_is_no_mixing() -> None:
             * np.random.RandomState(0).rand()
         )
 
-    assert tried(With(projected)).output == (4, 1)
+    assert tried(With(projected)).shapes[""] == (4, 1)
 
 
 def test_a_permutation_of_numpy_s_mixes() -> None:
@@ -139,7 +139,7 @@ def test_noise_that_cannot_be_held_is_refused_by_what_to_do() -> None:
         return x * noise(draw(len(x), 1))
 
     refused(With(by_default), "a default, an attribute or a partial", "model.rows_mix = true")
-    assert tried(With(by_default), rows_mix=True).output == (4, 1)
+    assert tried(With(by_default), rows_mix=True).shapes[""] == (4, 1)
 
 
 def test_a_loop_that_waits_for_another_number_ends() -> None:
@@ -149,7 +149,7 @@ def test_a_loop_that_waits_for_another_number_ends() -> None:
             second = random.randrange(4)
         return x * (first - second)
 
-    assert tried(With(pairs)).output == (4, 1)
+    assert tried(With(pairs)).shapes[""] == (4, 1)
     refused(With(lambda x: pairs(x - x.mean(0))), "model.rows_mix = true")
 
 

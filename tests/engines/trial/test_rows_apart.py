@@ -147,4 +147,4 @@ def test_operations_are_looked_at_in_one_piece_where_it_does_nothing_special(mon
 @pytest.mark.parametrize("kind", APART)
 def test_rows_that_do_not_mix_are_no_false_alarm(kind: str) -> None:
     make, use = APART[kind]
-    assert tried(make(), **use).output[0] == 4
+    assert tried(make(), **use).shapes[""][0] == 4
