@@ -136,6 +136,7 @@ def test_the_signature_of_train_is_what_users_need_and_no_more():
         "rows",
         "test",
         "module",
+        "loss",
         "observers",
         "out",
         "replay",
@@ -143,7 +144,7 @@ def test_the_signature_of_train_is_what_users_need_and_no_more():
         "checkpoint_dir",
     ]
     assert [name for name, p in parameters.items() if p.kind is p.KEYWORD_ONLY] == [
-        "module", "observers", "out", "replay", "resume_from", "checkpoint_dir"
+        "module", "loss", "observers", "out", "replay", "resume_from", "checkpoint_dir"
     ]  # fmt: skip
     documented = sparksgd.train.__doc__ or ""
     assert all(f"        {name}: " in documented for name in parameters)

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 from sparksgd.errors import ConfigError, OutOfMemory, SparkSGDError, UserCodeError
 from sparksgd.imports.trust import Trust
 
-__all__ = ["did_you_mean", "out_of_memory_told", "resolve", "shortened", "shown", "users_code"]
+__all__ = ["did_you_mean", "import_path", "out_of_memory_told", "resolve", "shortened", "shown", "users_code"]
 
 T = TypeVar("T")
 
@@ -109,6 +109,18 @@ def resolve(key: str, name: str, ours: Mapping[str, T], trust: Trust | None = No
     if trust is not None:
         trust.check_value(key, name, value)
     return value
+
+
+def import_path(value: object) -> str | None:
+    """Return the name under which another process imports a function or class; None: it has none."""
+    home, name = getattr(value, "__module__", None), getattr(value, "__qualname__", "")
+    if not isinstance(home, str) or home == "__main__" or not name.isidentifier():
+        return None
+    try:
+        found = getattr(importlib.import_module(home), name, None)
+    except ImportError:
+        return None
+    return f"{home}:{name}" if found is value else None
 
 
 @contextmanager

@@ -46,6 +46,7 @@ from sparksgd.spark.given_rows import described_value
 from sparksgd.spark.library import train
 from sparksgd.spark.shared_rows import SharedRows
 from sparksgd.training.callbacks import Callback
+from sparksgd.training.given_loss import with_loss
 from sparksgd.training.history import History
 from sparksgd.training.preflight import typical_row
 from sparksgd.training.state import Observer
@@ -98,8 +99,15 @@ class _OurEstimator(TrainingParams, MLWritable, MLReadable[Any]):
                 f"{type(self).__name__} has no loss: pass loss=, the import path of your own as "
                 f"package.module:name, or the name of one such as SmoothL1Loss"
             )
-        table = {**given.get("loss", {}), "name": self.getOrDefault("loss")}
-        kind = loss_kind(Config.from_dict({"loss": table}).loss)
+        loss, table = self.getOrDefault("loss"), given.get("loss", {})
+        if callable(loss) and "name" in table:
+            raise ConfigError(
+                f"loss is {described_value(loss)}, but config sets loss.name to {shown(table['name'])}: give "
+                f"one of the two"
+            )
+        named = table if callable(loss) else {**table, "name": loss}
+        config, _ = with_loss(Config.from_dict({"loss": named}), loss if callable(loss) else None)
+        kind = loss_kind(config.loss)
         if not self._kinds:
             return {}
         if kind is None:
@@ -107,7 +115,7 @@ class _OurEstimator(TrainingParams, MLWritable, MLReadable[Any]):
         if kind not in self._kinds:
             other = "TorchRegressor" if kind == "numbers" else "TorchClassifier"
             raise ConfigError(
-                f'loss is {shown(table["name"])}, whose kind is "{kind}", but {type(self).__name__} trains '
+                f'loss is {shown(loss)}, whose kind is "{kind}", but {type(self).__name__} trains '
                 f"with losses of {' or '.join(self._kinds)}: use {other}"
             )
         return {}
@@ -160,11 +168,13 @@ class _OurEstimator(TrainingParams, MLWritable, MLReadable[Any]):
         module = spec.module({**config.model.arguments, **sizes}, config.train.seed)
         checkpoints = self.getOrDefault("checkpointDir") if self.isDefined("checkpointDir") else None
         history, began_s = History(), time.perf_counter()
+        loss = self.getOrDefault("loss")
         try:
             training = train(
                 config,
                 rows,
                 module=module,
+                loss=loss if callable(loss) else None,
                 observers=[history, *self._callbacks()],
                 checkpoint_dir=checkpoints,
             )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ from torch import nn
 
 from sparksgd.arithmetic.copies import copied
 from sparksgd.errors import ConfigError
-from sparksgd.imports import resolve
+from sparksgd.imports import import_path, resolve
 from sparksgd.models import MODELS
 from sparksgd.spark.given_rows import described_value
 from sparksgd.training.modules import built_by
@@ -48,7 +47,7 @@ class ModuleSpec:
         if isinstance(value, str):
             return cls(factory=resolve("module", value, MODELS), name=value)
         if callable(value):
-            return cls(factory=value, name=_import_path(value))
+            return cls(factory=value, name=import_path(value))
         raise ConfigError(
             f"module is {described_value(value)}, but must be a torch.nn.Module, a function or class that "
             f"makes one, or the import path of one, as package.module:name"
@@ -83,15 +82,3 @@ class ModuleSpec:
         assert self.factory is not None
         name = getattr(self.factory, "__qualname__", type(self.factory).__qualname__)
         return built_by(self.factory, arguments, seed, f"module is {name}")
-
-
-def _import_path(value: object) -> str | None:
-    """Return the name under which another process imports a function or class; None: it has none."""
-    home, name = getattr(value, "__module__", None), getattr(value, "__qualname__", "")
-    if not isinstance(home, str) or home == "__main__" or not name.isidentifier():
-        return None
-    try:
-        found = getattr(importlib.import_module(home), name, None)
-    except ImportError:
-        return None
-    return f"{home}:{name}" if found is value else None

@@ -57,6 +57,12 @@ def _one_of(*choices: str) -> Callable[[Any], str]:
     return convert
 
 
+def _named_or_callable(value: Any) -> Any:
+    if not (isinstance(value, str) or callable(value)):
+        raise TypeError(f"{shown(value)}, but must be a name, an import path, a function or an nn.Module")
+    return value
+
+
 def _positive(value: Any) -> int:
     number = TypeConverters.toInt(value)
     if number < 1:
@@ -132,7 +138,12 @@ class TrainingParams(PredictionParams):
         "which gets num_features and num_classes if it has arguments of these names; or the import path of "
         "one, package.module:name",
     )
-    loss: Any = _param("loss", "the loss: a name or an import path, as loss.name", TypeConverters.toString)
+    loss: Any = _param(
+        "loss",
+        "the loss: a name or an import path, as loss.name; or a function (output, label), an nn.Module, or a "
+        "class of such, as loss of sparksgd.train",
+        _named_or_callable,
+    )
     optimizer: Any = _param(
         "optimizer", "a class of torch.optim, or an import path, as optimizer.name", TypeConverters.toString
     )
@@ -218,6 +229,8 @@ class TrainingParams(PredictionParams):
         for name, key in KEYS.items():
             section, _, field = key.partition(".")
             table = merged.setdefault(section, {})
+            if self.isSet(name) and callable(self.getOrDefault(name)):
+                continue  # a loss that no key can hold
             if self.isSet(name):
                 value = self.getOrDefault(name)
                 if field in table and table[field] != value:

@@ -16,7 +16,7 @@ from pyspark import SparkContext
 from pyspark.ml.util import DefaultParamsReader, DefaultParamsWriter, MLReader, MLWriter
 
 from sparksgd.errors import ConfigError, DataError
-from sparksgd.imports import resolve, shown
+from sparksgd.imports import import_path, resolve, shown
 from sparksgd.imports.trust import trusted
 from sparksgd.ml.module_spec import ModuleSpec
 from sparksgd.ml.records import TrainingRecord
@@ -41,7 +41,7 @@ class EstimatorWriter(MLWriter):
         """Write to a path.
 
         Raises:
-            ConfigError: the module or a callback has no name by which another process could make it.
+            ConfigError: the module, the loss or a callback has no name by which another process makes it.
         """
         params = {param.name: value for param, value in self._estimator._paramMap.items()}
         if "module" in params:
@@ -51,6 +51,13 @@ class EstimatorWriter(MLWriter):
                     "the Estimator cannot be saved, because its module is an object of this process: pass "
                     "what makes it, by an import path (package.module:name), or save the fitted Model alone "
                     "(the bestModel of a CrossValidatorModel)"
+                )
+        if callable(params.get("loss")):
+            params["loss"] = import_path(params["loss"])
+            if params["loss"] is None:
+                raise ConfigError(
+                    "the Estimator cannot be saved, because its loss is an object of this process: pass an "
+                    "import path (package.module:name), or save the fitted Model alone"
                 )
         if not all(isinstance(one, str) for one in params.get("callbacks", ())):
             raise ConfigError(

@@ -33,13 +33,18 @@ from sparksgd.imports import did_you_mean, resolve, shown
 from sparksgd.imports.trust import Trust
 
 __all__ = [
+    "GIVEN",
     "LOSSES",
     "Loss",
     "LossKind",
     "binary_cross_entropy",
     "cross_entropy",
+    "given_kind",
+    "is_given",
     "is_of_classes",
+    "known_name",
     "loss_kind",
+    "loss_of",
     "make_loss",
     "num_classes",
     "squared_error",
@@ -133,6 +138,9 @@ _KINDS: dict[str, LossKind] = {
 LOSSES = (*_PLAIN, *_KINDS)
 """The names of losses that are no import paths."""
 
+GIVEN = "given in Python"
+"""How the name of a loss begins that was given in Python, and has no import path."""
+
 _REFUSED = {
     **dict.fromkeys(("reduction", "reduce", "size_average"), "the trainer adds the rows' losses itself"),
     "ignore_index": "leave such rows out of the data",
@@ -156,6 +164,24 @@ def loss_kind(config: LossConfig) -> LossKind | None:
             f"leave loss.kind out"
         )
     return known or config.kind
+
+
+def given_kind(loss: object) -> LossKind | None:
+    """Return what a loss that is given in Python is of: an instance of torch.nn's is known."""
+    is_torchs = type(loss).__module__.startswith("torch.nn.")
+    return _KINDS.get(type(loss).__name__) if is_torchs else None
+
+
+def known_name(loss: object) -> str | None:
+    """Return the name of a loss of ours or a class of torch.nn that is given in Python; None: it has none."""
+    if isinstance(loss, type) and loss.__module__.startswith("torch.nn.") and loss.__name__ in _KINDS:
+        return loss.__name__
+    return next((name for name, (plain, _) in _PLAIN.items() if plain is loss), None)
+
+
+def is_given(name: str) -> bool:
+    """Return whether a name is that of a loss that was given in Python."""
+    return name.startswith(f"{GIVEN} ")
 
 
 def is_of_classes(kind: LossKind | None) -> bool:
@@ -214,12 +240,29 @@ def make_loss(config: LossConfig, seed: int, trust: Trust | None = None) -> Loss
         return _of_torch(config, of_torch) if config.arguments else plain
     if config.name in _KINDS:
         return _of_torch(config, config.name)
-    found = resolve("loss.name", config.name, dict.fromkeys(LOSSES), trust)
+    if is_given(config.name):
+        raise ConfigError(f"loss.name is {shown(config.name)}: pass that loss, as loss=")
+    return loss_of(config, resolve("loss.name", config.name, dict.fromkeys(LOSSES), trust), seed)
+
+
+def loss_of(config: LossConfig, found: object, seed: int) -> Loss:
+    """Return the loss that an object is, with the arguments of a configuration.
+
+    Args:
+        config: the arguments, and the name for errors.
+        found: a function, a class, or an instance.
+        seed: see `make_loss`.
+
+    Raises:
+        ConfigError: it is none of these, or does not take the arguments.
+    """
     if not callable(found):
         raise ConfigError(
             f"loss.name is {shown(config.name)}, which is {shown(found)}, but must be a function (output, "
             f"label), or a class whose instances are such"
         )
+    if isinstance(found, nn.Module) and (kind := given_kind(found)) is not None:
+        found = _OfTorch(found, kind)
     if isinstance(found, type):
         _refuse_unknown(config, _parameters(found))
         with generators_seeded(seed32(seed, "loss")):
@@ -231,7 +274,7 @@ def make_loss(config: LossConfig, seed: int, trust: Trust | None = None) -> Loss
             )
         return loss
     if not config.arguments:
-        return found  # type: ignore[no-any-return]  # it is callable
+        return found
     _refuse_unknown(config, _parameters(found, without=2))
     return partial(found, **config.arguments)
 

@@ -29,13 +29,14 @@ from sparksgd.imports import out_of_memory_told
 from sparksgd.imports.sources import code_digest
 from sparksgd.imports.trust import Trust, trusted
 from sparksgd.models import MODELS
-from sparksgd.models.losses import LOSSES, Loss, LossKind, loss_kind, make_loss
+from sparksgd.models.losses import LOSSES, Loss, LossKind, is_given, loss_kind, loss_of, make_loss
 from sparksgd.models.outputs import Output
 from sparksgd.runs.checked_files import FileEntry, read_checked, read_unlisted, write_checked
 from sparksgd.runs.manifest import FORMAT, Manifest, describe, read_manifest, write_manifest
 from sparksgd.runs.names import MANIFEST, WEIGHTS
 from sparksgd.storage import Location, location
 from sparksgd.training.composition import other_structure, structure
+from sparksgd.training.given_loss import given_name
 from sparksgd.training.modules import build_module
 from sparksgd.training.saved_state import SavedState, load_state, saved_state
 from sparksgd.training.torch_parts import assembled, described_parts
@@ -177,8 +178,8 @@ class SavedModel:
     schema: RowSchema
     """What a row must be."""
 
-    loss: Loss
-    """The loss that it was trained with."""
+    loss: Loss | None
+    """The loss that it was trained with; None: it was given in Python, and is not known here."""
 
     kind: LossKind | None
     """What the loss is of; None if that is not known."""
@@ -197,6 +198,7 @@ def load_model(
     folder: str | Path | Location,
     module: nn.Module | None = None,
     *,
+    loss: Loss | None = None,
     trust: Iterable[str] = (),
     strict: bool = False,
 ) -> SavedModel:
@@ -207,6 +209,8 @@ def load_model(
         module: the untrained module, if the run was given one in Python that could not be saved whole (see
             training/torch_parts.py), or if you rather build it yourself.  Then nothing that model.name names
             is run; loss.name still is.
+        loss: the loss, if the run was given one in Python, or if you rather pass it yourself.  Then nothing
+            that loss.name names is run.  Without the loss a model predicts, but is not evaluated.
         trust: packages whose code may run, if model.name or loss.name is of them, as ["mymodels"]; besides
             those of `sparksgd.trust` and of SPARKSGD_TRUST.  Models and losses of sparksgd need no trust.
         strict: refuse a model whose code is not that of the training, or of which no digest was saved.
@@ -223,7 +227,8 @@ def load_model(
     folder = location(folder)
     trusting = trusted(trust, where=f"{folder}/{MANIFEST}")
     manifest = read_manifest(folder)
-    names = {"loss.name": manifest.loss.name}
+    is_own = loss is not None or is_given(manifest.loss.name)
+    names = {} if is_own else {"loss.name": manifest.loss.name}
     if module is None:
         if manifest.model is not None:
             names = {"model.name": manifest.model.name} | names
@@ -233,7 +238,8 @@ def load_model(
     try:
         with out_of_memory_told(f"loading {folder}"):
             saved = _values(folder, manifest)
-            loss, kind = make_loss(manifest.loss, manifest.seed, trusting), loss_kind(manifest.loss)
+            made = _given(loss, manifest) if is_own else make_loss(manifest.loss, manifest.seed, trusting)
+            kind = loss_kind(manifest.loss)
             if module is None:
                 module = _built(folder, manifest, saved, trusting)
                 load_state(module, saved)
@@ -251,12 +257,21 @@ def load_model(
     return SavedModel(
         module=module,
         schema=manifest.schema,
-        loss=loss,
+        loss=made,
         kind=kind,
         outputs=manifest.outputs,
         about=manifest.about(module),
         drawn=frozenset(saved.constants),
     )
+
+
+def _given(loss: Loss | None, manifest: Manifest) -> Loss | None:
+    """Return the loss that a loader was given, and tell if it is not that of the training."""
+    if loss is None:
+        return None
+    if is_given(manifest.loss.name) and given_name(loss) != manifest.loss.name:
+        log.warning("the loss given to load_model is not that of the training: its code or values differ")
+    return loss_of(manifest.loss, loss, manifest.seed)
 
 
 def _check_code(

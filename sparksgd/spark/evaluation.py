@@ -69,6 +69,10 @@ def evaluate(rows: DataFrame | str | Path, model: SavedModel) -> Scores:
         raise ConfigError(
             f"model is {described_value(model)}, but must be what sparksgd.load_model(folder) returns"
         )
+    if model.loss is None:
+        raise ConfigError(
+            "the loss of model was given in Python, and no file holds it: pass it to load_model, as loss="
+        )
     if isinstance(given, str):
         return evaluate_parquet(start_session("sparksgd", TrainConfig()), given, model)
     frame = without_vectors(given)

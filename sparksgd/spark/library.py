@@ -45,6 +45,7 @@ def train(
     test: DataFrame | SharedRows | str | Path | None = None,
     *,
     module: nn.Module | None = None,
+    loss: Callable[..., Any] | None = None,
     observers: Sequence[Observer] = (),
     out: str | Path | None = None,
     replay: Replay | None = None,
@@ -73,6 +74,10 @@ def train(
             `data.validation_column` holds out, or none.
         module: a module of your own, with float32 parameters, instead of the one that `model.name` names;
             it is trained in place.
+        loss: a loss of your own instead of the one that `loss.name` names: a function (output, label) that
+            gives one value for each row, an `nn.Module` that does, or a class of such; `loss.kind` says what
+            it is of. One that has an import path is taken by that, and so are model files and checkpoints
+            that name it; any other one is sent by value, and `load_model` takes it as loss= again.
         observers: objects that watch the run, each an `Observer`; they may end it by `training.stop`.
         out: a folder, path or URI, for the run's files: metrics.jsonl, summary.json, and the model in
             model/, which `load_model` reads. It is created if it does not exist; the files of an earlier
@@ -128,10 +133,11 @@ def train(
     config = _with_paths(config, rows, test)
 
     from sparksgd.solvers.rules import completed
+    from sparksgd.training.given_loss import with_loss
     from sparksgd.training.preflight import allowed_engines
     from sparksgd.training.progress import ProgressLines
 
-    config = completed(config)
+    config, own_loss = with_loss(completed(config), loss)
     kinds = allowed_engines(config, replay)
     on_spark = kinds[0].on_spark
     lead_to_hadoop()
@@ -143,6 +149,7 @@ def train(
             observers = (folder, *observers)
         given: Given = {
             "module": module,
+            "loss": own_loss,
             "observers": (
                 *observers,
                 ProgressLines(),

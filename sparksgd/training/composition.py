@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import types
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -12,10 +13,20 @@ import torch
 from torch import nn
 from torch.nn.modules.lazy import LazyModuleMixin
 
+from sparksgd.arithmetic.changes import bits
 from sparksgd.arithmetic.copies import parts
+from sparksgd.imports import shown
 from sparksgd.training.plain_values import is_plain, is_torchs
 
-__all__ = ["Told", "first_difference", "name_of", "other_structure", "structure"]
+__all__ = [
+    "Told",
+    "code_told",
+    "first_difference",
+    "name_of",
+    "other_structure",
+    "structure",
+    "value_told",
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,6 +93,24 @@ def name_of(value: Any) -> str:
     if isinstance(value, LazyModuleMixin) and kind.cls_to_become is not None:
         kind = kind.cls_to_become  # at the first forward
     return kind.__qualname__
+
+
+def code_told(code: types.CodeType) -> str:
+    """Return what code does, wherever it was written."""
+    constants = [code_told(each) if isinstance(each, types.CodeType) else each for each in code.co_consts]
+    plain = [sorted(map(repr, each)) if isinstance(each, frozenset) else each for each in constants]
+    return repr((code.co_code, code.co_names, plain))
+
+
+def value_told(value: Any) -> Told:
+    """Return what is told of a tensor, an array, or a value that Python writes as it is."""
+    if isinstance(value, torch.Tensor):
+        if value.is_meta or value.is_nested or value.layout is not torch.strided:
+            return Told(text="a tensor")
+        return Told(text=shown(value), digest=hashlib.sha256(bits(value).tobytes()).hexdigest())
+    if isinstance(value, np.ndarray) and not value.dtype.hasobject:
+        return Told(text=shown(value), digest=hashlib.sha256(value.tobytes()).hexdigest())
+    return Told(text=shown(value), digest=hashlib.sha256(repr(value).encode()).hexdigest())
 
 
 def _names_in(path: str, value: Any, seen: set[int]) -> Iterator[tuple[str, str]]:

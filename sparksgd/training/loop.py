@@ -32,6 +32,7 @@ from sparksgd.engines.trial.outside import watch_steps
 from sparksgd.errors import NotFinite, UpdateNotFinite
 from sparksgd.imports import out_of_memory_told
 from sparksgd.imports.sources import code_digests
+from sparksgd.models.losses import Loss
 from sparksgd.models.metrics import metric_values
 from sparksgd.solvers.protocol import CentralSolver, Need, RoundSolver, total_weight
 from sparksgd.solvers.rules import completed, make_solver
@@ -69,6 +70,7 @@ class Given(TypedDict, total=False):
     """What a run may be given beside its configuration and rows, on its way to `train`, which explains it."""
 
     module: nn.Module | None
+    loss: Loss | None
     observers: Sequence[Observer]
     replay: Replay | None
     start_up: StartUp | None
@@ -87,6 +89,7 @@ def train(
     test: RowSource | None,
     make_engine: MakeEngine,
     module: nn.Module | None = None,
+    loss: Loss | None = None,
     observers: Sequence[Observer] = (),
     replay: Replay | None = None,
     start_up: StartUp | None = None,
@@ -102,6 +105,7 @@ def train(
         make_engine: builds the engine from the plan and the dealt rows.
         module: the module, instead of the one that config.model names.  It is trained in place: its
             parameters become views of one vector.
+        loss: the loss, where the name of config.loss does not lead to it.
         observers: who watches.
         replay: an earlier run of the same experiment, to be repeated: the same shards take part.
         start_up: what the run's start took so far.
@@ -124,7 +128,7 @@ def train(
         module = build_module(config.model, config.train.seed)
     begin_training(module)
     checked = check(
-        config, module, rows, test,
+        config, module, rows, test, loss=loss,
         kinds=make_engine.kinds, replay=replay, dtype=probe.dtype, is_named=model_name is not None,
     )  # fmt: skip
     flat = FlatModule(module, probe.dtype)

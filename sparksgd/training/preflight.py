@@ -117,6 +117,7 @@ def check(
     rows: RowSource,
     test: RowSource | None,
     *,
+    loss: Loss | None,
     kinds: Sequence[EngineKind],
     replay: Replay | None,
     dtype: torch.dtype,
@@ -129,6 +130,7 @@ def check(
         module: the module.
         rows: rows to train on; every one is read once.
         test: rows to evaluate on; every one is read once.
+        loss: the loss; None: the configuration names it.
         kinds: the engines that may compute it.
         replay: the run to be repeated.
         dtype: type of the parameters.
@@ -138,7 +140,7 @@ def check(
         SparkSGDError: see errors.py.
     """
     without_compiler()  # before this process makes its first optimiser
-    loss, kind = make_loss(config.loss, config.train.seed), loss_kind(config.loss)
+    loss, kind = loss or make_loss(config.loss, config.train.seed), loss_kind(config.loss)
     needs = needs_in(config, replay)
     check_engine(config, kinds, needs)
     check_judged(config, evaluates=test is not None, classifies=is_of_classes(kind))

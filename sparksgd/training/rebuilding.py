@@ -30,10 +30,17 @@ from sparksgd.data.schema import RowSchema
 from sparksgd.engines.forward import forward
 from sparksgd.engines.held import is_opaque
 from sparksgd.errors import ModelError, SparkSGDError
-from sparksgd.imports import shown
 from sparksgd.imports.torch_code import users_torch_code
 from sparksgd.models.outputs import tensors_of
-from sparksgd.training.composition import Told, first_difference, name_of, other_structure, structure
+from sparksgd.training.composition import (
+    Told,
+    code_told,
+    first_difference,
+    name_of,
+    other_structure,
+    structure,
+    value_told,
+)
 from sparksgd.training.modules import build_module
 from sparksgd.training.plain_values import is_plain, is_torchs
 from sparksgd.training.saved_state import (
@@ -192,7 +199,7 @@ def _all_parts(module: nn.Module) -> dict[str, Told]:
 def _told(path: str, value: Any, seen: set[int], *, is_own: bool) -> Iterator[tuple[str, Told]]:
     if isinstance(value, torch.Tensor | np.ndarray) or is_plain(value):
         if not is_own:
-            yield path.lstrip("."), _told_of(value)
+            yield path.lstrip("."), value_told(value)
         return
     if id(value) in seen:
         return
@@ -201,28 +208,18 @@ def _told(path: str, value: Any, seen: set[int], *, is_own: bool) -> Iterator[tu
     if isinstance(value, nn.Module):
         inner = [(step, part) for step, part in inner if not is_torchs(step.removeprefix("."))]
     elif isinstance(value, types.FunctionType):
-        code = hashlib.sha256(value.__code__.co_code).hexdigest()
+        code = hashlib.sha256(code_told(value.__code__).encode()).hexdigest()
         yield f"{path.lstrip('.')}'s code", Told(text=f"code of digest {code[:8]}")
         inner += [("'s defaults", value.__defaults__), ("'s keywords", value.__kwdefaults__)]
     is_container = isinstance(value, Mapping | list | tuple)
     if isinstance(value, set | frozenset):
-        yield path.lstrip("."), _told_of(sorted(map(repr, value)))
+        yield path.lstrip("."), value_told(sorted(map(repr, value)))
         return
     if not is_container:
         yield path.lstrip("."), Told(text=name_of(value))
         if not inner and " at 0x" not in repr(value):  # an enum, a date, a path, a dtype
-            yield f"{path.lstrip('.')}'s value", _told_of(value)
+            yield f"{path.lstrip('.')}'s value", value_told(value)
     if not is_opaque(value) or isinstance(value, nn.Module):
         inside = is_own and (is_container or isinstance(value, nn.Module))
         for step, part in inner:
             yield from _told(path + step, part, seen, is_own=inside)
-
-
-def _told_of(value: Any) -> Told:
-    if isinstance(value, torch.Tensor):
-        if value.is_meta or value.is_nested or value.layout is not torch.strided:
-            return Told(text="a tensor")
-        return Told(text=shown(value), digest=hashlib.sha256(bits(value).tobytes()).hexdigest())
-    if isinstance(value, np.ndarray) and not value.dtype.hasobject:
-        return Told(text=shown(value), digest=hashlib.sha256(value.tobytes()).hexdigest())
-    return Told(text=shown(value), digest=hashlib.sha256(repr(value).encode()).hexdigest())

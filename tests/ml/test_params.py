@@ -40,6 +40,8 @@ def test_a_misspelt_param_is_refused_with_the_nearest():
         TorchClassifier(batchSize="many")
     with pytest.raises(TypeError, match=r"'skpi', but must be error or skip or keep \(did you mean skip\?\)"):
         TorchClassifier(handleInvalid="skpi")
+    with pytest.raises(TypeError, match=r"loss.*3, but must be a name, an import path, a function or an nn"):
+        TorchClassifier(loss=3)
     with pytest.raises(TypeError, match=r"predictBatchSize.*0, but must be at least 1"):
         TorchClassifier(predictBatchSize=0)
 

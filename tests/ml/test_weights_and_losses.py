@@ -5,12 +5,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from predicted_modules import focal  # tests/modules
 from pyspark.ml.feature import VectorAssembler
 from torch import nn
 
 import sparksgd
-from sparksgd.errors import BadRows, DataError
-from sparksgd.ml import TorchClassifier, TorchRegressor
+from sparksgd.errors import BadRows, ConfigError, DataError
+from sparksgd.ml import TorchClassificationModel, TorchClassifier, TorchRegressor
 
 pytestmark = pytest.mark.session("local[2]")
 
@@ -100,3 +101,50 @@ def test_an_estimator_says_the_kind_of_a_loss(points, kind, outputs, params, say
     assert scored[0] == scored[1]
     plain = kind(module=linear(outputs), **BRIEF).fit(points)
     assert plain.summary.value["parameters_sha256"] != model.summary.value["parameters_sha256"]
+
+
+# Losses that are given in Python
+
+
+def test_a_loss_of_a_notebook_travels_by_value_and_is_not_needed_to_predict(points, tmp_path):
+    def smoothed(output, label):
+        return nn.functional.cross_entropy(output, label, label_smoothing=0.2, reduction="none")
+
+    model = TorchClassifier(module=linear(2), loss=smoothed, **BRIEF).fit(points)
+    model.save(str(tmp_path / "model"))
+    loaded = TorchClassificationModel.load(str(tmp_path / "model"))
+    assert (loaded.saved.loss, loaded.saved.kind) == (None, "classes")
+    scored = [each.transform(points).select("probability").collect() for each in (model, loaded)]
+    assert scored[0] == scored[1]
+    with pytest.raises(ConfigError, match="cannot be saved, because its loss is an object of this process"):
+        TorchClassifier(module="predicted_modules:mlp", loss=smoothed).save(str(tmp_path / "estimator"))
+
+
+@pytest.mark.soak
+def test_an_instance_by_value_has_the_bits_of_its_name_and_is_taken_again_to_evaluate(points, tmp_path):
+    loss = nn.CrossEntropyLoss(label_smoothing=0.2, reduction="none")
+    model = TorchClassifier(module=linear(2), loss=loss, **BRIEF).fit(points)
+    named = TorchClassifier(module=linear(2), config={"loss": {"label_smoothing": 0.2}}, **BRIEF).fit(points)
+    told = [each.summary.value["parameters_sha256"] for each in (model, named)]
+    assert told[0] == told[1]
+    model.save(str(tmp_path / "model"))
+    again = sparksgd.load_model(tmp_path / "model" / "model", loss=loss)
+    assert sparksgd.evaluate(points, again).loss == sparksgd.evaluate(points, named.saved).loss
+
+
+@pytest.mark.soak
+def test_an_instance_of_torch_s_is_its_name_and_an_importable_function_its_path(points, tmp_path):
+    of_torch = TorchRegressor(module=linear(1), loss=nn.HuberLoss(reduction="none", delta=0.3), **BRIEF)
+    named = TorchRegressor(module=linear(1), loss="HuberLoss", config={"loss": {"delta": 0.3}}, **BRIEF)
+    told = [each.fit(points).summary.value["parameters_sha256"] for each in (of_torch, named)]
+    assert told[0] == told[1]
+    with pytest.raises(ConfigError, match=r'kind is "numbers", but TorchClassifier trains with .*use T'):
+        TorchClassifier(module=linear(1), loss=nn.HuberLoss(reduction="none"), **BRIEF).fit(points)
+    twice = TorchClassifier(module=linear(2), loss=focal, config={"loss": {"name": "cross_entropy"}}, **BRIEF)
+    with pytest.raises(ConfigError, match=r"but config sets loss\.name to 'cross_entropy': give one"):
+        twice.fit(points)
+    TorchClassifier(module="predicted_modules:mlp", loss=focal).save(str(tmp_path / "estimator"))
+    with pytest.raises(DataError, match="predicted_modules is not trusted"):
+        TorchClassifier.load(str(tmp_path / "estimator"))
+    loaded = TorchClassifier.load(str(tmp_path / "estimator"), trust=["predicted_modules"])
+    assert loaded.getOrDefault("loss") == "predicted_modules:focal"
