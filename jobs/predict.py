@@ -2,9 +2,10 @@
 
     spark-submit jobs/predict.py --model runs/mnist-lenet/model --data data/mnist/test.parquet --out predicted
 
-A classifier gives the columns prediction (the class, a double) and probability (an array of floats). A
-regression gives prediction, a double. Where the loss is your own, and loss.kind was not set, prediction is an
-array of floats: what the module gives. Bytes and shorts of Parquet are written as integers.
+A classifier gives the columns prediction (the class, a double) and probability (an array of floats); where a
+row has several labels, prediction is an array of doubles, 0 or 1. A regression gives prediction, a double.
+Where the loss is your own, and loss.kind was not set, prediction is an array of floats: what the module
+gives. Bytes and shorts of Parquet are written as integers.
 
 Exit status: 0 done, 2 refused (model or data), 3 the model failed, 4 the cluster failed, 130 interrupted.
 """

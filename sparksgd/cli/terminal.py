@@ -170,7 +170,7 @@ def scores_tables(
         figures.add_row("accuracy", f"[bold green]{accuracy:.4f}[/]")
     figures.add_row("loss", f"{loss:.4f}")
     figures.add_row("rows", f"{rows:,}")
-    if confusion is None:
+    if confusion is None or confusion.ndim > 2:
         return [figures]
     matrix = Table(title="Confusion matrix: label down, prediction across", title_justify="left")
     matrix.add_column("", style="bold")

@@ -73,10 +73,11 @@ class LossConfig:
     """A loss of sparksgd.models.losses, or of torch.nn such as SmoothL1Loss, or your own as
     package.module:name: a function (output, label) -> Tensor[B], or a class of such."""
 
-    kind: Literal["classes", "binary", "numbers"] | None = experiment_key(None)
-    """What outputs and labels of your own loss are: classes (a logit for each), binary (one logit) or
-    numbers.  Then labels are checked, and evaluations tell the accuracy of classes.  A loss of ours or of
-    torch.nn has its kind."""
+    kind: Literal["classes", "binary", "several labels", "numbers"] | None = experiment_key(None)
+    """What outputs and labels of your own loss are: classes (a logit for each), binary (one logit), several
+    labels (a logit for each; a row's labels are a list of 0 and 1) or numbers.  Then labels are checked, and
+    evaluations tell the accuracy of classes and labels.  A loss of ours or of torch.nn has its kind;
+    binary_cross_entropy may also be of several labels."""
 
     arguments: Mapping[str, Any] = arguments()
     """Keyword arguments of the loss."""

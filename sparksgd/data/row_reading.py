@@ -105,14 +105,10 @@ def read_rows(batch: pa.RecordBatch, schema: RowSchema, side: Side | None = None
         batch = side.by_column(batch, report)
     batch = _without(batch, report, schema, schema.columns)
     records, good = _features(batch, report, schema)
-    labels, whole = _labels(batch.column(schema.label), schema)
-    for reason, right in (
-        (f"a label that is no whole number in {schema.label!r}", whole),
-        (f"{OUTSIDE_CLASSES} 0..{(schema.classes or 0) - 1}", _in_range(labels, schema.classes)),
-        (f"a label that is NaN or infinite in {schema.label!r}", np.isfinite(labels)),
-    ):
+    labels, rules = _labels(batch.column(schema.label), schema)
+    for reason, right, examples in rules:
         wrong = np.flatnonzero(good & ~right)
-        report.found(reason, batch.column(schema.label).take(pa.array(wrong)).to_pylist())
+        report.found(reason, examples.take(pa.array(wrong)).to_pylist())
         good &= right
     if schema.weight is not None:
         column = batch.column(schema.weight)
@@ -170,7 +166,8 @@ def _without(
         null = batch.column(name).is_null()
         report.found(f"null in {name!r}", [None] * (pc.sum(null).as_py() or 0))
         batch = batch.filter(pc.invert(null))
-    for feature in schema.features:
+    several = [schema.labels] if schema.labels is not None and schema.label in columns else []
+    for feature in (*schema.features, *several):
         if feature.length is None:
             continue
         column = batch.column(feature.name)
@@ -209,15 +206,29 @@ def _numbers(column: pa.Array) -> Array:
     return numbers
 
 
-def _labels(column: pa.Array, schema: RowSchema) -> tuple[Array, npt.NDArray[np.bool_]]:
-    """Return the labels as numbers, and which of them fit the label's type."""
+def _labels(
+    column: pa.Array, schema: RowSchema
+) -> tuple[Array, list[tuple[str, npt.NDArray[np.bool_], pa.Array]]]:
+    """Return the labels as numbers, and the rules: what is said, which rows keep it, an example of each."""
+    if schema.labels is not None:
+        several = _values(column, schema.labels) + np.float32(0)  # -0.0 becomes 0.0
+        right = (several == 0) | (several == 1)
+        first = pa.array(several[np.arange(len(several)), (~right).argmax(axis=1)])
+        return several, [(f"a label that is neither 0 nor 1 in {schema.label!r}", right.all(axis=1), first)]
     labels = _numbers(column)
+    is_whole = np.ones(len(labels), bool)
     if schema.label_dtype == "float32":
         with np.errstate(over="ignore"):
-            return labels.astype(np.float32), np.ones(len(labels), bool)
-    if labels.dtype.kind == "f":
-        return labels, labels == np.floor(labels)
-    return labels.astype(np.int64), np.ones(len(labels), bool)
+            labels = labels.astype(np.float32)
+    elif labels.dtype.kind == "f":
+        is_whole = labels == np.floor(labels)
+    else:
+        labels = labels.astype(np.int64)
+    return labels, [
+        (f"a label that is no whole number in {schema.label!r}", is_whole, column),
+        (f"{OUTSIDE_CLASSES} 0..{(schema.classes or 0) - 1}", _in_range(labels, schema.classes), column),
+        (f"a label that is NaN or infinite in {schema.label!r}", np.isfinite(labels), column),
+    ]
 
 
 def _in_range(labels: Array, classes: int | None) -> npt.NDArray[np.bool_]:

@@ -97,6 +97,9 @@ class RowSchema:
     weight: str | None = None
     """The column of weights; None: rows have none, and count equally."""
 
+    num_labels: int | None = None
+    """L, where a row has several labels, each 0 or 1; None: it has one label."""
+
     @classmethod
     def of(
         cls,
@@ -108,17 +111,19 @@ class RowSchema:
         id: str | None,
         weight: str | None = None,
         whole_labels: bool,
+        several_labels: bool = False,
     ) -> Self:
         """Derive the schema from a table's columns and a typical row.
 
         Args:
             schema: the table's.
-            first: {column: value} of that row; it sets the length of each list.
+            first: {column: value} of that row; it sets the length of each list; it may have no label.
             features: columns of features.
             label: column of labels.
             id: column of identities, if any.
             weight: column of weights, if any.
             whole_labels: labels are class numbers, even if the column holds floats.
+            several_labels: a row has a list of labels.
 
         Raises:
             DataError: a column is missing, or of a type that cannot be trained on.
@@ -132,10 +137,15 @@ class RowSchema:
                 f"as a number or a text: cast it, for example to_json({id})"
             )
         for what, column in (("label", label), ("weight", weight)):
-            if column is not None and _record_type(column, schema.field(column).type)[1]:
-                raise DataError(
-                    f"{what} column {column!r} is {schema.field(column).type}, but must be a number per row"
-                )
+            if column is None:
+                continue
+            is_several = several_labels and what == "label"
+            if _record_type(column, kind := schema.field(column).type)[1] != is_several:
+                rule = "a list of 0 and 1 per row, as loss.kind says" if is_several else "a number per row"
+                other = ': for a list of 0 and 1 set loss.kind = "several labels"'
+                move = other if what == "label" and not is_several else ""
+                raise DataError(f"{what} column {column!r} is {kind}, but must be {rule}{move}")
+        num_labels = len(first[label]) if several_labels and label in first else None
         return cls(
             features=tuple(
                 Feature(name=name, dtype=dtype, length=len(first[name]) if is_list else None)
@@ -143,9 +153,10 @@ class RowSchema:
                 for dtype, is_list in [_record_type(name, schema.field(name).type)]
             ),
             label=label,
-            label_dtype="int64" if whole_labels else _record_type(label, schema.field(label).type)[0],
+            label_dtype=_label_type(schema.field(label).type, label, whole_labels, several_labels),
             id=id,
             weight=weight,
+            num_labels=num_labels,
         )
 
     def check_columns(self, columns: pa.Schema, first: pa.Table, where: str) -> None:
@@ -160,6 +171,7 @@ class RowSchema:
             DataError: a column is missing, or of another type.
         """
         lengths = {feature.name: range(feature.length or 0) for feature in self.features}
+        lengths[self.label] = range(self.num_labels or 0)
         RowSchema.of(  # refuses a label or an id
             columns,
             (first.to_pylist() or [lengths])[0],
@@ -168,6 +180,7 @@ class RowSchema:
             id=self.id,
             weight=self.weight,
             whole_labels=self.classes is not None,
+            several_labels=self.num_labels is not None,
         )
         self.check_features(columns, where)
 
@@ -183,6 +196,13 @@ class RowSchema:
                 )
 
     @property
+    def labels(self) -> Feature | None:
+        """Return the column of labels as one of features; None: it is one number for each row."""
+        if self.num_labels is None:
+            return None
+        return Feature(name=self.label, dtype="float32", length=self.num_labels)
+
+    @property
     def columns(self) -> list[str]:
         """Return the columns that are read."""
         names = [*(feature.name for feature in self.features), self.label, self.id, self.weight]
@@ -192,7 +212,8 @@ class RowSchema:
     def record(self) -> np.dtype[np.void]:
         """Return the packed type of one row."""
         fields = [(f.field, np.dtype(f.dtype).newbyteorder("<"), f.shape) for f in self.features]
-        fields.append((LABEL_FIELD, np.dtype(self.label_dtype).newbyteorder("<"), ()))
+        of_label = () if self.num_labels is None else (self.num_labels,)
+        fields.append((LABEL_FIELD, np.dtype(self.label_dtype).newbyteorder("<"), of_label))
         if self.weight is not None:
             fields.append((WEIGHT_FIELD, np.dtype("<f4"), ()))
         return np.dtype(fields)
@@ -202,12 +223,18 @@ class RowSchema:
         return {feature.name: records[feature.field] for feature in self.features}
 
     def label_array(self, records: Array) -> Array:
-        """Return the labels, [B], of records."""
+        """Return the labels, [B], or [B, L] where a row has several, of records."""
         return records[LABEL_FIELD]
 
     def weight_array(self, records: Array) -> Array | None:
         """Return the weights, float32[B], of records; None if rows have none."""
         return None if self.weight is None else records[WEIGHT_FIELD]
+
+
+def _label_type(kind: pa.DataType, label: str, whole: bool, several: bool) -> str:
+    if several:
+        return "float32"
+    return "int64" if whole else _record_type(label, kind)[0]
 
 
 def require_column(name: str, columns: pa.Schema) -> None:

@@ -38,7 +38,7 @@ from sparksgd.engines.forward import (
     evaluated_parts,
     forward,
     gradient_shift,
-    predictions,
+    predicted_labels,
     weighted,
 )
 from sparksgd.engines.modes import evaluating
@@ -51,7 +51,7 @@ from sparksgd.errors import (
 )
 from sparksgd.imports import out_of_memory_told
 from sparksgd.models.losses import Loss
-from sparksgd.models.metrics import metric_sums
+from sparksgd.models.metrics import metric_sums, weight_of_hits
 from sparksgd.solvers.protocol import Answer, Gradient, Halves, Message, Vector, WorkerHalf
 from sparksgd.solvers.protocol import Settings as RateSettings
 
@@ -385,16 +385,16 @@ class Computer:
             records = read_records(shard, rows, self.plan.schema.record)
             output, losses = self._forward(records)
             label = torch.from_numpy(self.plan.schema.label_array(records).copy())
-            classes = self.plan.schema.classes
-            predicted = None if classes is None else predictions(output)
-            hits = None if predicted is None else (predicted == label).numpy()
+            predicted = predicted_labels(self.plan.schema, output)
             weights = self.plan.schema.weight_array(records)
             part = Evaluation(
                 loss=float(weighted(losses.double(), self.plan.schema, records).sum()),
-                correct=None if hits is None else _total(hits if weights is None else weights[hits]),
+                correct=None if predicted is None else weight_of_hits(predicted, label, weights),
                 rows=len(records),
                 weight=None if weights is None else _total(weights),
-                sums=metric_sums(self.plan.metrics, output, label, predicted, weights, classes),
+                sums=metric_sums(
+                    self.plan.metrics, output, label, predicted, weights, self.plan.schema.classes
+                ),
             )
             if total is None:
                 total = part

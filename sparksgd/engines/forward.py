@@ -31,6 +31,7 @@ __all__ = [
     "forward",
     "gradient_shift",
     "output_of",
+    "predicted_labels",
     "predictions",
     "weighted",
 ]
@@ -148,6 +149,14 @@ def predictions(output: torch.Tensor) -> torch.Tensor:
     if output.ndim == 2 and output.shape[1] > 1:
         return output.argmax(1)
     return (output.reshape(len(output)) > 0).long()
+
+
+def predicted_labels(schema: RowSchema, output: Any) -> torch.Tensor | None:
+    """Return what is predicted in place of the labels, int64[B], or [B, L]; None: there are no classes."""
+    if schema.num_labels is not None:
+        predicted: torch.Tensor = (output > 0).long()
+        return predicted
+    return None if schema.classes is None else predictions(output)
 
 
 def _tensor(values: npt.NDArray[Any]) -> torch.Tensor:

@@ -23,7 +23,7 @@ class Evaluation:
     """Sum of the loss, by weight."""
 
     correct: float | None
-    """The weight of the rows that were classified correctly; None if there are no classes."""
+    """See `weight_of_hits`; None if there are neither classes nor several labels."""
 
     rows: int
     """How many rows."""

@@ -46,9 +46,9 @@ from sparksgd.spark.given_rows import described_value
 from sparksgd.spark.library import train
 from sparksgd.spark.shared_rows import SharedRows
 from sparksgd.training.callbacks import Callback
+from sparksgd.training.first_rows import typical_row
 from sparksgd.training.given_loss import with_loss
 from sparksgd.training.history import History
-from sparksgd.training.preflight import typical_row
 from sparksgd.training.state import Observer
 
 __all__ = ["TorchClassifier", "TorchEstimator", "TorchRegressor"]
@@ -85,8 +85,8 @@ class _OurEstimator(TrainingParams, MLWritable, MLReadable[Any]):
         )
         self.setParams(**params)
 
-    def _loss_table(self, given: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-        """Return what [loss] must have beside the keys of the user: the kind, if it is not known.
+    def _kind_of_loss(self, given: Mapping[str, Mapping[str, Any]]) -> tuple[LossKind | None, dict[str, Any]]:
+        """Return what the loss is of, and what [loss] must have beside the keys of the user to say so.
 
         Args:
             given: `config`.
@@ -108,17 +108,15 @@ class _OurEstimator(TrainingParams, MLWritable, MLReadable[Any]):
         named = table if callable(loss) else {**table, "name": loss}
         config, _ = with_loss(Config.from_dict({"loss": named}), loss if callable(loss) else None)
         kind = loss_kind(config.loss)
-        if not self._kinds:
-            return {}
-        if kind is None:
-            return {"kind": self._kinds[0]}
-        if kind not in self._kinds:
+        if kind is None and self._kinds:
+            return self._kinds[0], {"kind": self._kinds[0]}
+        if self._kinds and kind not in self._kinds:
             other = "TorchRegressor" if kind == "numbers" else "TorchClassifier"
             raise ConfigError(
                 f'loss is {shown(loss)}, whose kind is "{kind}", but {type(self).__name__} trains '
                 f"with losses of {' or '.join(self._kinds)}: use {other}"
             )
-        return {}
+        return kind, {}
 
     def fitMultiple(
         self,
@@ -151,14 +149,16 @@ class _OurEstimator(TrainingParams, MLWritable, MLReadable[Any]):
         features, label = self._columns()
         data: dict[str, Any] = {"features": features, "label": label}
         given = self._given_config()
-        of_loss = self._loss_table(given)
+        kind, of_loss = self._kind_of_loss(given)
         if self.getOrDefault("handleInvalid") == "skip":
             data["on_bad_row"] = "skip"
             if "max_bad_rows" not in given.get("data", {}):
                 data["max_bad_rows"] = MOST
         found = {
             "num_features": partial(_num_features, dataset, features),
-            "num_classes": partial(_num_classes, self._counted(dataset, features, label), label),
+            "num_classes": partial(_num_labels, dataset, label)
+            if kind == "several labels"
+            else partial(_num_classes, self._counted(dataset, features, label), label),
         }
         sizes = {name: found[name]() for name in spec.sizes()}
         tables: dict[str, Mapping[str, Any]] = {"data": data, "loss": of_loss}
@@ -259,10 +259,12 @@ class TorchClassifier(_OurEstimator, ProbabilisticClassifier):
         params: Params by their names; see `explainParams()`. `module` must be given. The most used:
             featuresCol: one column of features, a vector or an array of numbers; its default is "features".
             featuresCols: several columns instead, arguments of forward by their names.
-            labelCol: whole numbers from 0, also as doubles, as StringIndexer gives them.
+            labelCol: whole numbers from 0, also as doubles, as StringIndexer gives them; vectors or arrays of
+                0 and 1 where a row has several labels.
             weightCol: numbers above 0: how much each row counts, in evaluations, too.
             loss: cross_entropy for C logits (the default), binary_cross_entropy for one, or your own by its
-                import path; of one logit with config={"loss": {"kind": "binary"}}.
+                import path; of one logit with config={"loss": {"kind": "binary"}}. A row has several labels
+                with loss="binary_cross_entropy", config={"loss": {"kind": "several labels"}}.
             optimizer, learningRate, maxEpochs, batchSize: by default AdamW, 0.001, 10 and 128.
 
     Raises:
@@ -275,7 +277,7 @@ class TorchClassifier(_OurEstimator, ProbabilisticClassifier):
     """
 
     _loss = "cross_entropy"
-    _kinds = ("classes", "binary")
+    _kinds = ("classes", "binary", "several labels")
     _model = TorchClassificationModel
 
 
@@ -388,6 +390,20 @@ def _num_features(dataset: DataFrame, features: list[str]) -> int:
         raise DataError(f"every row has a null in {', '.join(features)}, so num_features is not known")
     row = typical_row(rows, features)
     return sum(len(value) if isinstance(value, Sized) else 1 for value in row.values())
+
+
+def _num_labels(dataset: DataFrame, label: str) -> int:
+    """Return how many labels a row has: as the first rows have."""
+    schema, first = first_rows(without_vectors(dataset), [label], _FIRST_ROWS)
+    require_column(label, schema)
+    rows = first.to_pylist()
+    value = typical_row(rows, [label])[label] if rows else None
+    if not isinstance(value, Sized):
+        raise DataError(
+            f"the labels in {label!r} are {shown(value)}, but must be vectors or arrays of 0 and 1, as "
+            f"loss.kind says"
+        )
+    return len(value)
 
 
 def _num_classes(dataset: DataFrame, label: str) -> int:

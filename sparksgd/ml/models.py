@@ -25,7 +25,7 @@ from sparksgd.imports import shown
 from sparksgd.ml.params import PREDICTION_DEFAULTS, OutputParams, PredictionParams
 from sparksgd.ml.records import TrainingRecord
 from sparksgd.ml.saving import ModelReader, ModelWriter
-from sparksgd.models.losses import LossKind, is_of_classes
+from sparksgd.models.losses import LossKind, has_accuracy
 from sparksgd.models.outputs import Output
 from sparksgd.runs.model import SavedModel
 from sparksgd.spark.prediction import NewColumns, with_predictions
@@ -176,21 +176,31 @@ class _OurModel(PredictionParams, MLWritable, MLReadable[Any]):
 class TorchClassificationModel(_OurModel, ProbabilisticClassificationModel):
     """A trained module that gives logits of classes.
 
-    `transform` adds rawPredictionCol (logarithms of probabilities; (-z, z) for one logit z), probabilityCol
-    and predictionCol (a double); a column that is set to "" is left out.
+    `transform` adds rawPredictionCol (logarithms of probabilities; (-z, z) for one logit z; the logits of
+    several labels), probabilityCol and predictionCol (a double; an array of doubles, 0 or 1, of several
+    labels); a column that is set to "" is left out.
     """
 
     @property
     def numClasses(self) -> int:
-        """How many classes there are."""
-        return self.saved.schema.classes or 0
+        """How many classes there are, or labels of a row."""
+        return self.saved.schema.classes or self.saved.schema.num_labels or 0
 
     def predict(self, value: Any) -> float:
-        """Return the class of one row, its features in a vector."""
+        """Return the class of one row, its features in a vector.
+
+        Raises:
+            ConfigError: the model gives several labels.
+        """
+        if self._kind() == "several labels":
+            raise ConfigError(
+                "predict gives one class, but the model gives several labels: use predictProbability, or "
+                "transform"
+            )
         return float(self._columns(value)["prediction"][0])
 
     def predictRaw(self, value: Any) -> DenseVector:
-        """Return the logarithms of the probabilities of one row."""
+        """Return the logarithms of the probabilities of one row; the logits of several labels."""
         return Vectors.dense(self._columns(value)["raw"][0])
 
     def predictProbability(self, value: Any) -> DenseVector:
@@ -199,7 +209,7 @@ class TorchClassificationModel(_OurModel, ProbabilisticClassificationModel):
 
     def _kind(self) -> LossKind:
         kind = self.saved.kind
-        if kind is None or not is_of_classes(kind):
+        if kind is None or not has_accuracy(kind):
             raise ConfigError(
                 f"the module was trained with {_loss_of(self.saved)}, not as a classifier: load it as "
                 f"TorchRegressionModel, or use sparksgd.predict"
@@ -213,6 +223,11 @@ class TorchClassificationModel(_OurModel, ProbabilisticClassificationModel):
     def _thresholds(self) -> tuple[float, ...] | None:
         if not self.isDefined("thresholds"):
             return None
+        if self._kind() == "several labels":
+            raise ConfigError(
+                "thresholds choose one of the classes, but the model gives several labels: leave them "
+                "out, and compare the probabilities of labels with limits of your own"
+            )
         limits = tuple(self.getOrDefault("thresholds"))
         if len(limits) != self.numClasses:
             raise ConfigError(
@@ -232,7 +247,7 @@ class TorchRegressionModel(_OurModel, RegressionModel[Any]):
         return float(self._columns(value)["prediction"][0])
 
     def _kind(self) -> LossKind:
-        if is_of_classes(self.saved.kind):
+        if has_accuracy(self.saved.kind):
             raise ConfigError(
                 f"the module was trained with {_loss_of(self.saved)}, as a classifier: load it as "
                 f"TorchClassificationModel"

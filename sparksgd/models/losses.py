@@ -40,6 +40,7 @@ __all__ = [
     "binary_cross_entropy",
     "cross_entropy",
     "given_kind",
+    "has_accuracy",
     "is_given",
     "is_of_classes",
     "known_name",
@@ -53,7 +54,7 @@ __all__ = [
 Loss = Callable[[Any, torch.Tensor], torch.Tensor]
 """Takes the module's output and the labels."""
 
-LossKind = Literal["classes", "binary", "numbers"]
+LossKind = Literal["classes", "binary", "several labels", "numbers"]
 
 
 def cross_entropy(output: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
@@ -109,12 +110,17 @@ class _OfTorch(nn.Module):
         _require_tensor(type(self.loss).__name__, output)
         if output.dtype in (torch.bfloat16, torch.float16):  # arguments are of 32 bits
             output = output.float()
+        name = type(self.loss).__name__
         if self.kind == "classes":
-            _require_logits(type(self.loss).__name__, output, label)
+            _require_logits(name, output, label)
+        elif self.kind == "several labels":
+            label = label.to(output.dtype)
+            if output.shape != label.shape:
+                raise ModelError(_other_labels(tuple(output.shape), tuple(label.shape)))
         else:
             output, label = output.reshape(len(label)), label.to(output.dtype)
         losses: torch.Tensor = self.loss(output, label)
-        return losses
+        return losses.mean(1) if self.kind == "several labels" and losses.ndim == 2 else losses
 
 
 _PLAIN: dict[str, tuple[Loss, str]] = {
@@ -124,16 +130,16 @@ _PLAIN: dict[str, tuple[Loss, str]] = {
 }
 """Losses without arguments, and the classes of torch.nn that are the same with arguments."""
 
-_KINDS: dict[str, LossKind] = {
-    "BCEWithLogitsLoss": "binary",
-    "CrossEntropyLoss": "classes",
-    "HuberLoss": "numbers",
-    "L1Loss": "numbers",
-    "MSELoss": "numbers",
-    "NLLLoss": "classes",
-    "SmoothL1Loss": "numbers",
+_KINDS: dict[str, tuple[LossKind, ...]] = {
+    "BCEWithLogitsLoss": ("binary", "several labels"),
+    "CrossEntropyLoss": ("classes",),
+    "HuberLoss": ("numbers",),
+    "L1Loss": ("numbers",),
+    "MSELoss": ("numbers",),
+    "NLLLoss": ("classes",),
+    "SmoothL1Loss": ("numbers",),
 }
-"""Classes of torch.nn that are losses here."""
+"""Classes of torch.nn that are losses here, and of what; the first is meant if loss.kind does not say."""
 
 LOSSES = (*_PLAIN, *_KINDS)
 """The names of losses that are no import paths."""
@@ -157,24 +163,37 @@ def loss_kind(config: LossConfig) -> LossKind | None:
         ConfigError: loss.kind is another than that of a known loss.
     """
     name = _PLAIN[config.name][1] if config.name in _PLAIN else config.name
-    known = _KINDS.get(name)
-    if known is not None and config.kind not in (None, known):
+    return _agreed(config.kind, _KINDS.get(name), f"loss.name is {shown(config.name)}")
+
+
+def given_kind(config: LossConfig, loss: object) -> LossKind | None:
+    """Return what a loss that is given in Python is of; that of an instance of torch.nn's is known.
+
+    Raises:
+        ConfigError: loss.kind is another than that.
+    """
+    return _agreed(config.kind, _of_torchs(type(loss)), f"loss is a {type(loss).__name__}")
+
+
+def _of_torchs(kind: type) -> tuple[LossKind, ...] | None:
+    """Return what a class of torch.nn that is a loss here is of; None: it is another class."""
+    return _KINDS.get(kind.__name__) if kind.__module__.startswith("torch.nn.") else None
+
+
+def _agreed(given: LossKind | None, known: tuple[LossKind, ...] | None, what: str) -> LossKind | None:
+    """Return the kind that is given, or else the known one."""
+    if known is None:
+        return given
+    if given not in (None, *known):
         raise ConfigError(
-            f'loss.kind is "{config.kind}", but loss.name is {shown(config.name)}, whose kind is "{known}": '
-            f"leave loss.kind out"
+            f'loss.kind is "{given}", but {what}, whose kind is "{known[0]}": leave loss.kind out'
         )
-    return known or config.kind
-
-
-def given_kind(loss: object) -> LossKind | None:
-    """Return what a loss that is given in Python is of: an instance of torch.nn's is known."""
-    is_torchs = type(loss).__module__.startswith("torch.nn.")
-    return _KINDS.get(type(loss).__name__) if is_torchs else None
+    return given or known[0]
 
 
 def known_name(loss: object) -> str | None:
     """Return the name of a loss of ours or a class of torch.nn that is given in Python; None: it has none."""
-    if isinstance(loss, type) and loss.__module__.startswith("torch.nn.") and loss.__name__ in _KINDS:
+    if isinstance(loss, type) and _of_torchs(loss) is not None:
         return loss.__name__
     return next((name for name, (plain, _) in _PLAIN.items() if plain is loss), None)
 
@@ -189,12 +208,27 @@ def is_of_classes(kind: LossKind | None) -> bool:
     return kind in ("classes", "binary")
 
 
-def num_classes(kind: LossKind | None, shapes: Mapping[str, tuple[int, ...]]) -> int | None:
+def has_accuracy(kind: LossKind | None) -> bool:
+    """Return whether outputs choose among classes, or say which labels a row has."""
+    return kind not in (None, "numbers")
+
+
+def _other_labels(output: tuple[int, ...], labels: tuple[int, ...]) -> str:
+    return (
+        f"the module gives {output} for {labels[0]} rows of {labels[1]} labels each, but a loss of several "
+        f"labels takes a logit for each label, {labels}: let it give that"
+    )
+
+
+def num_classes(
+    kind: LossKind | None, shapes: Mapping[str, tuple[int, ...]], labels: int | None = None
+) -> int | None:
     """Return how many classes a module's output tells apart; None: there are none.
 
     Args:
         kind: of the loss.
         shapes: of the module's tensors for the first rows, by their names.
+        labels: how many labels a row has, if it has several.
 
     Raises:
         ModelError: a loss of this kind takes another shape.
@@ -207,6 +241,10 @@ def num_classes(kind: LossKind | None, shapes: Mapping[str, tuple[int, ...]]) ->
             f"takes one: let the module give that, or train with a loss of your own, without loss.kind"
         )
     output = shapes[""]
+    if labels is not None:
+        if output != (output[0], labels):
+            raise ModelError(_other_labels(output, (output[0], labels)))
+        return None
     width = math.prod(output[1:])
     if kind == "classes" and len(output) == 2 and width > 1:
         return width
@@ -237,7 +275,8 @@ def make_loss(config: LossConfig, seed: int, trust: Trust | None = None) -> Loss
     """
     if config.name in _PLAIN:
         plain, of_torch = _PLAIN[config.name]
-        return _of_torch(config, of_torch) if config.arguments else plain
+        is_plain = not config.arguments and loss_kind(config) != "several labels"
+        return plain if is_plain else _of_torch(config, of_torch)
     if config.name in _KINDS:
         return _of_torch(config, config.name)
     if is_given(config.name):
@@ -261,7 +300,7 @@ def loss_of(config: LossConfig, found: object, seed: int) -> Loss:
             f"loss.name is {shown(config.name)}, which is {shown(found)}, but must be a function (output, "
             f"label), or a class whose instances are such"
         )
-    if isinstance(found, nn.Module) and (kind := given_kind(found)) is not None:
+    if isinstance(found, nn.Module) and _of_torchs(type(found)) and (kind := given_kind(config, found)):
         found = _OfTorch(found, kind)
     if isinstance(found, type):
         _refuse_unknown(config, _parameters(found))
@@ -280,7 +319,7 @@ def loss_of(config: LossConfig, found: object, seed: int) -> Loss:
 
 
 def _of_torch(config: LossConfig, name: str) -> Loss:
-    kind = getattr(nn, name)
+    kind, of = getattr(nn, name), loss_kind(config) or _KINDS[name][0]
     if name == "BCEWithLogitsLoss" and "weight" in config.arguments:
         raise ConfigError(
             f"loss.weight is no argument of {config.name} here, because torch's is of a batch: use "
@@ -291,7 +330,7 @@ def _of_torch(config: LossConfig, name: str) -> Loss:
     def made(**arguments: Any) -> Loss:
         for key in set(arguments).intersection(_TENSORS):
             arguments[key] = torch.tensor(arguments[key], dtype=torch.float32)
-        return _OfTorch(kind(**arguments, reduction="none"), _KINDS[name])
+        return _OfTorch(kind(**arguments, reduction="none"), of)
 
     loss: Loss = _instance(config, made, config.arguments)
     return loss

@@ -5,12 +5,15 @@ Values are those of scikit-learn's functions (f1_score, log_loss, r2_score, ...)
     of classes          accuracy, f1_macro, f1_weighted, precision_macro, recall_macro, log_loss, and top_3 or
                         any other number: the share of rows whose label has one of so many greatest logits
     of two classes      f1, precision, recall of class 1, too
+    of several labels   accuracy (the share of labels that are right, over all rows and labels), f1_macro,
+                        f1_weighted, precision_macro, recall_macro: means over the labels
     of numbers          rmse, mae, r2
 
 As there, a share of nothing counts as 0, such as the precision of a class that is never predicted; and the
-mean over classes (macro) leaves out those that are neither labels nor predictions.
+mean over classes (macro) leaves out those that are neither labels nor predictions; of several labels it does
+not.
 
-Legend: B rows, C classes.
+Legend: B rows, C classes, L labels of a row.
 """
 
 from __future__ import annotations
@@ -26,18 +29,27 @@ from torch.nn import functional as F
 
 from sparksgd.errors import ConfigError
 from sparksgd.imports import did_you_mean, shown
-from sparksgd.models.losses import LossKind, is_of_classes
+from sparksgd.models.losses import LossKind, has_accuracy, is_of_classes
 
-__all__ = ["Sums", "add_sums", "check_metrics", "is_less_better", "metric_sums", "metric_values"]
+__all__ = [
+    "Sums",
+    "add_sums",
+    "check_metrics",
+    "is_less_better",
+    "metric_sums",
+    "metric_values",
+    "weight_of_hits",
+]
 
 Sums = dict[str, npt.NDArray[np.float64]]
 """What a metric is computed from, by name: `_COUNTS` are hits, labels and predictions of each class,
-float64[3, C]; `_SPREAD` is weight, mean, squared deviations, least and greatest of labels, float64[5]; others
-are float64[1]."""
+float64[3, C], and `_OF_LABELS` of each label, float64[3, L]; `_SPREAD` is weight, mean, squared deviations,
+least and greatest of labels, float64[5]; others are float64[1]."""
 
 Values = npt.NDArray[np.float64]
 
 _COUNTS, _SPREAD, _SQUARES, _ABSOLUTE, _LOGS = "counts", "spread", "squares", "absolute", "logs"
+_OF_LABELS = "of labels"
 
 
 def _shares(parts: Values, wholes: Values) -> Values:
@@ -56,20 +68,21 @@ def _f1(hits: Values, labels: Values, predicted: Values) -> Values:
     return _shares(2 * hits, labels + predicted)
 
 
-def _macro(of_classes: Callable[[Values, Values, Values], Values]) -> Callable[[Values], float]:
-    def mean(counts: Values) -> float:
+def _macro(of_classes: Callable[[Values, Values, Values], Values]) -> Callable[[Values, bool], float]:
+    def mean(counts: Values, are_labels: bool) -> float:
         _, labels, predicted = counts
-        return float(of_classes(*counts)[labels + predicted > 0].mean())
+        return float(of_classes(*counts)[(labels + predicted > 0) | are_labels].mean())
 
     return mean
 
 
-def _f1_weighted(counts: Values) -> float:
+def _f1_weighted(counts: Values, are_labels: bool) -> float:
     _, labels, _ = counts
-    return float(_f1(*counts) @ labels / labels.sum())
+    total = labels.sum()
+    return float(_f1(*counts) @ labels / total) if total else 0.0
 
 
-_OF_CLASSES: Mapping[str, Callable[[Values], float]] = {
+_OF_CLASSES: Mapping[str, Callable[[Values, bool], float]] = {
     "f1_macro": _macro(_f1),
     "f1_weighted": _f1_weighted,
     "precision_macro": _macro(_precision),
@@ -118,7 +131,7 @@ def check_metrics(names: Iterable[str], key: str, kind: LossKind | None, classes
     """
     known = {"loss": True}
     of_classes = is_of_classes(kind)
-    known |= dict.fromkeys(("accuracy", "log_loss", *_OF_CLASSES), of_classes)
+    known |= dict.fromkeys(("accuracy", *_OF_CLASSES), has_accuracy(kind)) | {"log_loss": of_classes}
     known |= dict.fromkeys(_OF_TWO, of_classes and classes in (2, None))
     known |= dict.fromkeys(_OF_NUMBERS, kind == "numbers")
     fitting = [name for name, fits in known.items() if fits] + ["top_3"] * of_classes
@@ -151,8 +164,8 @@ def metric_sums(
     Args:
         names: of the metrics.
         output: of the module: logits [B, C], one logit or number, [B] or [B, 1].
-        label: [B].
-        prediction: the class, int64[B]; None where there are no classes.
+        label: [B], or [B, L] of several labels.
+        prediction: the class, int64[B], or labels 0 and 1, [B, L]; None where there are none.
         weights: of the rows, [B]; None: each weighs 1.
         classes: C; None where there are none.
     """
@@ -160,6 +173,11 @@ def metric_sums(
     if not set(names).difference(_ALWAYS):
         return found
     weight = np.ones(len(label)) if weights is None else weights.astype(np.float64)
+    if prediction is not None and prediction.ndim == 2:
+        of_label = label.numpy() == 1, prediction.numpy() == 1
+        counted = of_label[0] & of_label[1], *of_label
+        found[_OF_LABELS] = np.stack([(weight[:, None] * each).sum(0) for each in counted])
+        return found
     if classes is None:
         labels = label.double().numpy()
         error = output.reshape(len(label)).double().numpy() - labels
@@ -173,8 +191,8 @@ def metric_sums(
     assert prediction is not None
     if any(name in _OF_CLASSES or name in _OF_TWO for name in names):
         labels, predicted = label.numpy(), prediction.numpy()
-        counted = (labels, weight * (labels == predicted)), (labels, weight), (predicted, weight)
-        found[_COUNTS] = np.stack([np.bincount(which, by, classes) for which, by in counted])
+        by_class = (labels, weight * (labels == predicted)), (labels, weight), (predicted, weight)
+        found[_COUNTS] = np.stack([np.bincount(which, by, classes) for which, by in by_class])
     logits = _logits(output)
     own = logits.gather(1, label[:, None])
     for name in names:
@@ -187,6 +205,23 @@ def metric_sums(
             losses = F.cross_entropy(logits, label, reduction="none").numpy()
             found[_LOGS] = np.array([(weight * losses).sum()])
     return found
+
+
+def weight_of_hits(
+    prediction: torch.Tensor, label: torch.Tensor, weights: npt.NDArray[np.floating] | None
+) -> float:
+    """Return the weight of the rows that are predicted right; of several labels, of a row's share that are.
+
+    Args:
+        prediction: see `metric_sums`.
+        label: see `metric_sums`.
+        weights: of the rows, [B]; None: each weighs 1.
+    """
+    hits = (prediction == label).numpy()
+    if hits.ndim == 2:
+        rows = hits.sum(1, dtype=np.float64)
+        return float((rows if weights is None else rows * weights).sum() / hits.shape[1])
+    return float((hits if weights is None else weights[hits]).sum(dtype=np.float64))
 
 
 def _logits(output: torch.Tensor) -> torch.Tensor:
@@ -226,8 +261,11 @@ def metric_values(names: Iterable[str], sums: Sums, weight: float) -> dict[str, 
         if name in _OF_NUMBERS:
             of, value = _OF_NUMBERS[name]
             found[name] = value(float(sums[of][0]), sums[_SPREAD])
-        elif name in _OF_CLASSES or name in _OF_TWO:
-            found[name] = {**_OF_CLASSES, **_OF_TWO}[name](sums[_COUNTS])
+        elif name in _OF_CLASSES:
+            are_labels = _OF_LABELS in sums
+            found[name] = _OF_CLASSES[name](sums[_OF_LABELS if are_labels else _COUNTS], are_labels)
+        elif name in _OF_TWO:
+            found[name] = _OF_TWO[name](sums[_COUNTS])
         else:
             found[name] = float(sums[_LOGS if name == "log_loss" else name][0]) / weight
     return found

@@ -48,7 +48,7 @@ FORMAT = 8
 _STILL_READ = (2, 3, 4, 5, 6, 7, FORMAT)
 # 2 had no constants, and built the module from seed 0; 3 had neither plain values nor a structure; 4 had
 # neither sizes nor digests of files and code; 5 had no parts; 6 had only the name of the loss; 7 had no
-# outputs.
+# outputs, and one label for each row.
 _CHECKED_SINCE = 5
 _MOST = 2**63 - 1
 
@@ -113,7 +113,8 @@ class Manifest:
             "code": {},
             "outputs": [],
         }
-        return lacking | described | {"loss": _loss_table(self.loss)}
+        label = {"num_labels": None, **self.fields["label"]}
+        return lacking | described | {"label": label, "loss": _loss_table(self.loss)}
 
 
 def describe(training: Training) -> dict[str, Any]:
@@ -126,7 +127,12 @@ def describe(training: Training) -> dict[str, Any]:
         "structure": structure(training.module),
         "parts": None if training.model_name else described_parts(training.module),
         "features": [asdict(feature) for feature in schema.features],
-        "label": {"name": schema.label, "dtype": schema.label_dtype, "classes": schema.classes},
+        "label": {
+            "name": schema.label,
+            "dtype": schema.label_dtype,
+            "classes": schema.classes,
+            "num_labels": schema.num_labels,
+        },
         "loss": _loss_table(config.loss),
         "outputs": [asdict(output) for output in training.outputs],
         "code": dict(training.code),
@@ -192,7 +198,7 @@ def _read(fields: _Fields, number: int, described: dict[str, Any]) -> Manifest:
         else fields.take("structure", _is_of_texts, "a table of names by the paths that they stand at"),
         parts=fields.take("parts", lambda v: v is None or isinstance(v, dict), "a table", None),
         differs=fields.take("differs", lambda v: v is None or isinstance(v, str), "a text", None),
-        schema=_schema(fields),
+        schema=_schema(fields, has_several=number > 7),
         loss=_loss(fields) if number > 6 else LossConfig(name=fields.take("loss", _is_text, "a name")),
         outputs=_outputs(fields) if number > 7 else (),
         code=None
@@ -261,7 +267,7 @@ def _outputs(fields: _Fields) -> tuple[Output, ...]:
     return tuple(found)
 
 
-def _schema(fields: _Fields) -> RowSchema:
+def _schema(fields: _Fields, has_several: bool) -> RowSchema:
     features = []
     for number, values in enumerate(fields.take("features", lambda v: isinstance(v, list) and v, "a list")):
         each = _Fields(values, fields.where, f"features[{number}]")
@@ -277,17 +283,15 @@ def _schema(fields: _Fields) -> RowSchema:
         features=tuple(features),
         label=label.take("name", _is_text, "a text"),
         label_dtype=label.take("dtype", lambda v: v in LABEL_DTYPES, f"one of {', '.join(LABEL_DTYPES)}"),
-        classes=label.take(
-            "classes",
-            lambda v: v is None or _is_whole(1, MOST_RECORD_BYTES)(v),
-            f"a whole number from 1 to {MOST_RECORD_BYTES}, or null",
-        ),
+        classes=label.take("classes", *_COUNT),
+        num_labels=label.take("num_labels", *_COUNT) if has_several else None,
     )
     label.end()
     names = Counter([*(feature.name for feature in features), schema.label])
     if twice := [name for name, count in names.items() if count > 1]:
         raise DataError(f"{fields.where}: features and label name {shown(twice[0])} twice")
     size_bytes = sum(_ITEM_BYTES[f.dtype] * (1 if f.length is None else f.length) for f in features)
+    size_bytes += 4 * (schema.num_labels or 0)
     if size_bytes > MOST_RECORD_BYTES:
         raise DataError(
             f"{fields.where}: a row would have {size_bytes:,} bytes, but may have {MOST_RECORD_BYTES:,}"
@@ -298,6 +302,10 @@ def _schema(fields: _Fields) -> RowSchema:
 _LENGTH = (
     lambda v: v is None or _is_whole(0, MOST_RECORD_BYTES)(v),
     f"a whole number from 0 to {MOST_RECORD_BYTES}, or null",
+)
+_COUNT = (
+    lambda v: v is None or _is_whole(1, MOST_RECORD_BYTES)(v),
+    f"a whole number from 1 to {MOST_RECORD_BYTES}, or null",
 )
 _ITEM_BYTES = {"uint8": 1, "int64": 8, "float32": 4}
 

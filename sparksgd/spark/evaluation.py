@@ -33,7 +33,7 @@ __all__ = ["Scores", "evaluate", "evaluate_parquet"]
 class Scores:
     """The results of a module on some rows.
 
-    Legend: C classes.
+    Legend: C classes, L labels of a row.
     """
 
     rows: int
@@ -43,12 +43,16 @@ class Scores:
     """Mean loss."""
 
     confusion: npt.NDArray[np.int64] | None
-    """Rows by label and prediction, int64[C, C]; None where there are no classes."""
+    """Rows by label and prediction, int64[C, C]; for each of several labels, int64[L, 2, 2]; None where there
+    are no classes."""
 
     @property
     def accuracy(self) -> float | None:
-        """Share of the rows whose prediction is their label."""
-        return None if self.confusion is None else float(np.trace(self.confusion)) / self.rows
+        """Share of the rows whose prediction is their label; of several labels, share that are right."""
+        if self.confusion is None:
+            return None
+        right = np.trace(self.confusion, axis1=-2, axis2=-1).sum()
+        return float(right) / (self.rows * (len(self.confusion) if self.confusion.ndim == 3 else 1))
 
 
 def evaluate(rows: DataFrame | str | Path, model: SavedModel) -> Scores:
@@ -83,7 +87,8 @@ def evaluate(rows: DataFrame | str | Path, model: SavedModel) -> Scores:
     shipped = context.broadcast(pickled(plan, named, cloudpickle.Pickler))
     report, total = RowReport(), 0.0
     with out_of_memory_told("the driver, for the confusion matrix"):
-        confusion = None if model.schema.classes is None else np.zeros((model.schema.classes,) * 2, np.int64)
+        shape = score_tasks.confusion_shape(model.schema)
+        confusion = None if shape is None else np.zeros(shape, np.int64)
     try:
         with spark_job(context, "evaluation"), small_batches(frame.sparkSession, model.schema):
             scored = selected(frame, model.schema).mapInArrow(

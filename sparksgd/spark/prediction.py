@@ -97,11 +97,13 @@ def predict(
             started, and left running.
         model: as `load_model` returns it.
         prediction: the column of predictions: the class, as a double, if the loss is of classes, as
-            cross_entropy and binary_cross_entropy are; a double if it is of numbers; what the module gives,
-            as an array of floats, for a loss of your own without loss.kind.
-        probability: the column of the classes' probabilities, an array of floats; None leaves it out.
-        raw: the column of their logarithms, for binary_cross_entropy of (-z, z) for the logit z; None leaves
-            it out.
+            cross_entropy and binary_cross_entropy are; a double if it is of numbers; an array of doubles, 0
+            or 1, if it is of several labels; what the module gives, as an array of floats, for a loss of
+            your own without loss.kind.
+        probability: the column of the probabilities of classes or labels, an array of floats; None leaves it
+            out.
+        raw: the column of the logarithms of the classes' probabilities, for binary_cross_entropy of (-z, z)
+            for the logit z, of several labels of the logits; None leaves it out.
         on_bad_row: what is done with rows that are null, misshapen or not finite: "error" ends the job that
             reads them, "skip" leaves them out, "keep" gives them null as prediction.
         rows_per_forward: the most rows that the module computes at once.
@@ -310,4 +312,5 @@ def _new_column(result: Column, what: str, new: NewColumns) -> Column:
     number = kind.removeprefix("array<").removesuffix(">")
     whole = F.transform(column, lambda value: F.coalesce(value, nan.cast(number)))
     column = F.when(result[HAS_NAN], whole).otherwise(column)
-    return F.when(column.isNotNull(), array_to_vector(column)) if new.as_vectors else column
+    is_vector = new.as_vectors and what != "prediction"
+    return F.when(column.isNotNull(), array_to_vector(column)) if is_vector else column

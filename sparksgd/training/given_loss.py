@@ -49,15 +49,9 @@ def with_loss(config: Config, loss: object) -> tuple[Config, Loss | None]:
         raise ConfigError(
             f"loss is {shown(loss)}, but must be a function (output, label), an nn.Module, or a class of such"
         )
-    kind = given_kind(loss)
-    if kind is not None and config.loss.kind not in (None, kind):
-        raise ConfigError(
-            f'loss.kind is "{config.loss.kind}", but loss is a {type(loss).__name__}, whose kind is '
-            f'"{kind}": leave loss.kind out'
-        )
     if (path := known_name(loss) or import_path(loss)) is not None:
         return replace(config, loss=replace(config.loss, name=path)), None
-    named = replace(config.loss, name=given_name(loss), kind=kind or config.loss.kind)
+    named = replace(config.loss, name=given_name(loss), kind=given_kind(config.loss, loss))
     return replace(config, loss=named), loss_of(named, loss, config.train.seed)
 
 

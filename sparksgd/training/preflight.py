@@ -8,8 +8,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections import Counter
-from collections.abc import Sequence, Sized
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,8 +21,6 @@ from sparksgd.arithmetic.copies import copied
 from sparksgd.arithmetic.flat import FlatModule, mixes_rows, mixes_rows_of_evaluations
 from sparksgd.arithmetic.numerics import Numerics
 from sparksgd.config import Config, DataConfig, OptimizerConfig, ScheduleConfig
-from sparksgd.data.held_out import check_column
-from sparksgd.data.row_reading import read_rows
 from sparksgd.data.row_report import RowReport
 from sparksgd.data.sampling import Sampling
 from sparksgd.data.schema import RowSchema
@@ -33,7 +30,7 @@ from sparksgd.engines.memory import RunSizes, require_for_trial
 from sparksgd.engines.simulated.costs import refuse_impossible
 from sparksgd.engines.trial.trial import Found, Use, try_out
 from sparksgd.errors import ConfigError, DataError, ModelError, UserCodeError
-from sparksgd.models.losses import Loss, is_of_classes, loss_kind, make_loss, num_classes
+from sparksgd.models.losses import Loss, has_accuracy, is_of_classes, loss_kind, make_loss, num_classes
 from sparksgd.models.outputs import Output
 from sparksgd.solvers.protocol import CentralSolver, Need
 from sparksgd.solvers.rules import Experiment, described, make_solver, needs_of, settings_of
@@ -41,6 +38,7 @@ from sparksgd.solvers.schedules import own_schedule
 from sparksgd.solvers.torch_optimizers import own_optimizer
 from sparksgd.solvers.without_compiler import without_compiler
 from sparksgd.training.early_stopping import check_judged, check_named_metrics, keeps_best
+from sparksgd.training.first_rows import first_records
 from sparksgd.training.rebuilding import Sample, check_rebuilding
 from sparksgd.training.replay import Replay
 from sparksgd.training.saved_state import check_saving
@@ -56,13 +54,11 @@ __all__ = [
     "needs_in",
     "sizes_of",
     "tried_sizes",
-    "typical_row",
     "warn_of_differences",
 ]
 
 log = logging.getLogger("sparksgd")
 
-_FIRST_ROWS = 64
 _TRIED_ROWS = 4
 _TRIED_SIZE = 3  # of a dimension of a parameter
 
@@ -143,7 +139,7 @@ def check(
     loss, kind = loss or make_loss(config.loss, config.train.seed), loss_kind(config.loss)
     needs = needs_in(config, replay)
     check_engine(config, kinds, needs)
-    check_judged(config, evaluates=test is not None, classifies=is_of_classes(kind))
+    check_judged(config, evaluates=test is not None, classifies=has_accuracy(kind))
     _require_for_trial(module)
     check_named_metrics(config, kind, None)
     schema, found, records = _tried(config, module, loss, rows, dtype, evaluates=test is not None)
@@ -391,7 +387,7 @@ def _tried(
     """Return the schema of a row, what the trial found, and some rows."""
     kind = loss_kind(config.loss)
     classifies = is_of_classes(kind)
-    schema, sample = _first_records(config.data, rows, whole_labels=classifies)
+    schema, sample = first_records(config.data, rows, kind)
     made_up = not len(sample)
     if made_up:
         sample = np.zeros(_TRIED_ROWS, schema.record)  # all of the first rows are bad; later ones may be good
@@ -416,43 +412,8 @@ def _tried(
         if not made_up:
             raise
         return schema, Found(), sample  # zeros may not suit it; the inspection will name the bad rows
-    schema = replace(schema, classes=num_classes(kind, found.shapes))
+    schema = replace(schema, classes=num_classes(kind, found.shapes, schema.num_labels))
     return schema, found, sample
-
-
-def _first_records(
-    data: DataConfig, rows: RowSource, *, whole_labels: bool
-) -> tuple[RowSchema, np.ndarray[Any, Any]]:
-    """Return the schema of a row, from the first rows, and the good ones of these rows."""
-    also = [name for name in (data.id, data.weight, data.validation_column) if name is not None]
-    columns = [*data.features, data.label, *also]
-    arrow_schema, first = rows.first_rows(columns, _FIRST_ROWS)
-    check_column(data, arrow_schema)
-    complete = first.to_pylist()
-    if not complete and set(columns) <= set(arrow_schema.names):
-        raise DataError(
-            f"there is no row to train on: the data is empty, or every row has a null in {', '.join(columns)}"
-        )
-    schema = RowSchema.of(
-        arrow_schema,
-        typical_row(complete, data.features) if complete else {},
-        features=data.features,
-        label=data.label,
-        id=data.id,
-        weight=data.weight,
-        whole_labels=whole_labels,
-    )
-    return schema, read_rows(first.select(schema.columns).combine_chunks().to_batches()[0], schema).records
-
-
-def typical_row(rows: Sequence[dict[str, Any]], features: Sequence[str]) -> dict[str, Any]:
-    """Return the first row whose features have the commonest lengths, so that a bad row decides nothing."""
-
-    def lengths(row: dict[str, Any]) -> tuple[int, ...]:
-        return tuple(len(row[name]) if isinstance(row.get(name), Sized) else 0 for name in features)
-
-    (common, _), *_ = Counter(map(lengths, rows)).most_common(1)
-    return next(row for row in rows if lengths(row) == common)
 
 
 def _warn_of_evaluation_mode(module: nn.Module) -> None:

@@ -301,7 +301,7 @@ def test_what_another_class_saved_is_refused(points, trained, tmp_path):
         ({"module": nn.Linear(2, 1)}, "cross_entropy takes a logit for each class"),
         (
             {"module": nn.Linear(2, 2), "loss": "squared_error"},
-            r'whose kind is "numbers", but TorchClassifier trains with losses of classes or binary: use T',
+            r'whose kind is "numbers", but TorchClassifier trains with losses of .* or several labels: use T',
         ),
         ({"module": nn.Linear(2, 2), "config": {"train": {"epochs": 3}}}, "maxEpochs is 1, but config sets"),
         ({"module": nn.Linear(2, 2), "config": {"data": {"label": "y"}}}, "leave it out of config"),

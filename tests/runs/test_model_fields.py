@@ -71,6 +71,8 @@ def test_arguments_of_our_own_models_are_checked_before_memory_is_taken(
         (put("label", "classes", value="ten"), r"label\.classes is 'ten', but must be a whole number from 1"),
         (put("label", "classes", value=0), r"label\.classes is 0, but"),
         (put("label", "classes", value=10**15), r"label\.classes is 1000000000000000, but"),
+        (put("label", "num_labels", value=0), r"label\.num_labels is 0, but must be a whole number from 1"),
+        (put("label", "num_labels", value=2**30), "a row would have 4,294,967,304 bytes, but may have"),
         (put("label", "dtype", value="uint8"), r"label\.dtype is 'uint8', but must be one of int64, float32"),
         (put("label", "name", value=None), r"label\.name is None, but must be a text"),
         (put("label", value="y"), "label is 'y', but must be a table"),

@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 from pyspark.sql import SparkSession
 from rich.filesize import decimal
 
-from sparksgd.config import Config, DataConfig
+from sparksgd.config import Config
 from sparksgd.data.local_files import ParquetRows
 from sparksgd.data.schema import RowSchema
 from sparksgd.engines.kinds import ALLREDUCE, EngineKind
@@ -76,16 +76,18 @@ def measured_model(session: SparkSession, config: Config, cluster: Cluster) -> M
         few = replace(config.data, features=config.data.features[:1], id=None, weight=None)
         config = replace(config, data=few)
         rows, rows_from = _MADE_UP_ROWS, "rows made up like MNIST's"
-        with _made_up(config.data) as made:
+        with _made_up(config) as made:
             sizes, schema = tried_sizes(config, module, made)
     parameters = sum(p.numel() for p in module.parameters() if p.requires_grad)
     return Model(sizes=sizes, schema=schema, rows=rows, parameters=parameters, rows_from=rows_from)
 
 
 @contextmanager
-def _made_up(data: DataConfig) -> Iterator[ParquetRows]:
+def _made_up(config: Config) -> Iterator[ParquetRows]:
     """Yield some rows of the size of MNIST's."""
-    columns = {data.features[0]: [bytes(784)] * _FEW, data.label: [row % 10 for row in range(_FEW)]}
+    data, several = config.data, config.loss.kind == "several labels"
+    labels = [[row % 2] * 10 if several else row % 10 for row in range(_FEW)]
+    columns = {data.features[0]: [bytes(784)] * _FEW, data.label: labels}
     with TemporaryDirectory(prefix="sparksgd-doctor-") as folder:
         path = Path(folder, "rows.parquet")
         pq.write_table(pa.table(columns), path)

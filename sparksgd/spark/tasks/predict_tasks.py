@@ -29,7 +29,7 @@ from sparksgd.data.row_reading import FeatureRows, read_features
 from sparksgd.data.schema import RowSchema
 from sparksgd.engines.forward import evaluated_parts, output_of, predictions
 from sparksgd.errors import ModelError
-from sparksgd.models.losses import LossKind, is_of_classes
+from sparksgd.models.losses import LossKind, has_accuracy
 from sparksgd.models.outputs import Output, arrays_of
 from sparksgd.spark.tasks.worker_exit import leave_quietly
 
@@ -174,8 +174,9 @@ def columns_of(kind: LossKind | None, outputs: Sequence[Output] = ()) -> dict[st
             f"output {number}": "double" if output.length is None else f"array<{numbers[output.dtype]}>"
             for number, output in enumerate(outputs)
         }
-    of_classes = {"raw": "array<float>", "probability": "array<float>"} if is_of_classes(kind) else {}
-    return {**of_classes, "prediction": "array<float>" if kind is None else "double"}
+    of_classes = {"raw": "array<float>", "probability": "array<float>"} if has_accuracy(kind) else {}
+    several = {None: "array<float>", "several labels": "array<double>"}
+    return {**of_classes, "prediction": several.get(kind, "double")}
 
 
 def predicted_columns(
@@ -190,8 +191,8 @@ def predicted_columns(
         thresholds: see `PredictionPlan`.
 
     Returns:
-        "raw" and "probability", float[B, C], where there are classes; "prediction", float64[B], or
-        float32[B, N] where the kind is not known.
+        "raw" and "probability", float[B, C] or [B, L], where there are classes or labels; "prediction",
+        float64[B], or [B, L] of several labels, or float32[B, N] where the kind is not known.
 
     Raises:
         ModelError: the output is not of this kind.
@@ -215,7 +216,16 @@ def predicted_columns(
     if kind == "classes" and len(shape) == 2 and shape[0] == rows and shape[1] > 1:
         raw = torch.log_softmax(output, 1)
         return _classified(raw, torch.softmax(output, 1), predictions(output), thresholds)
-    wanted = {"classes": "C > 1 logits", "binary": "one logit", "numbers": "one number", None: "numbers"}
+    if kind == "several labels" and len(shape) == 2 and shape[0] == rows:
+        return {
+            "raw": output.numpy(),
+            "probability": torch.sigmoid(output).numpy(),
+            "prediction": (output > 0).double().numpy(),
+        }
+    wanted = {
+        "classes": "C > 1 logits", "binary": "one logit", "several labels": "logits of labels",
+        "numbers": "one number", None: "numbers",
+    }  # fmt: skip
     raise ModelError(f"the module gives {shape} for {rows} rows, but must give {wanted[kind]} for each row")
 
 

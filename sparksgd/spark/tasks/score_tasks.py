@@ -23,7 +23,7 @@ from sparksgd.arithmetic.scripted import forget_optimised
 from sparksgd.arithmetic.seeds import seed32
 from sparksgd.data.row_report import RowReport
 from sparksgd.data.schema import RowSchema
-from sparksgd.engines.forward import evaluated_parts, forward, predictions
+from sparksgd.engines.forward import evaluated_parts, forward, predicted_labels
 from sparksgd.engines.freed_memory import freed_memory_kept_in_block
 from sparksgd.errors import SparkSGDError
 from sparksgd.models.losses import Loss
@@ -33,7 +33,7 @@ from sparksgd.spark.tasks.worker_exit import leave_quietly
 if TYPE_CHECKING:
     from pyspark import Broadcast
 
-__all__ = ["PartialScores", "ScoringPlan", "score"]
+__all__ = ["PartialScores", "ScoringPlan", "confusion_shape", "score"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +53,7 @@ class ScoringPlan:
 class PartialScores:
     """Sums over the rows of a partition.
 
-    Legend: C classes.
+    Legend: C classes, L labels of a row.
     """
 
     report: RowReport
@@ -62,7 +62,15 @@ class PartialScores:
     """Sum over the rows."""
 
     confusion: npt.NDArray[np.int64]
-    """Rows by label and prediction, int64[C, C]; C is 0 where there are no classes."""
+    """Rows by label and prediction, int64[C, C]; C is 0 where there are no classes; for each of several
+    labels, int64[L, 2, 2]."""
+
+
+def confusion_shape(schema: RowSchema) -> tuple[int, ...] | None:
+    """Return the shape of `PartialScores.confusion`; None where there are no classes."""
+    if schema.num_labels is not None:
+        return schema.num_labels, 2, 2
+    return None if schema.classes is None else (schema.classes, schema.classes)
 
 
 def score(shipped: Broadcast[bytes], batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
@@ -85,7 +93,7 @@ def _scores(plan: ScoringPlan, batches: Iterable[pa.RecordBatch]) -> PartialScor
     forget_optimised()
     schema = plan.schema
     report, total = RowReport(), 0.0
-    confusion = np.zeros((schema.classes or 0,) * 2, np.int64)
+    confusion = np.zeros(confusion_shape(schema) or (0, 0), np.int64)
     for rows in rows_of(schema, batches):
         report += rows.report
         for part in evaluated_parts(len(rows.records), plan.module):
@@ -93,6 +101,8 @@ def _scores(plan: ScoringPlan, batches: Iterable[pa.RecordBatch]) -> PartialScor
             with torch.no_grad(), thread_count(1), generators_seeded(seed32(0, "scoring", part.start)):
                 output, losses = forward(plan.module, plan.loss, schema, records)
             total += float(losses.double().sum())
-            if schema.classes is not None:
-                np.add.at(confusion, (schema.label_array(records), predictions(output).numpy()), 1)
+            predicted, label = predicted_labels(schema, output), schema.label_array(records)
+            if predicted is not None:
+                each = () if schema.num_labels is None else (np.arange(schema.num_labels),)
+                np.add.at(confusion, (*each, label.astype(np.int64), predicted.numpy()), 1)
     return PartialScores(report=report, loss=total, confusion=confusion)
