@@ -4,7 +4,7 @@ Values are those of scikit-learn's functions (f1_score, log_loss, r2_score, ...)
 
     of classes          accuracy, f1_macro, f1_weighted, precision_macro, recall_macro, log_loss, and top_3 or
                         any other number: the share of rows whose label has one of so many greatest logits
-    of two classes      f1, precision, recall of class 1, too
+    of two classes      f1, precision, recall of class 1, area_under_roc, area_under_pr, too
     of several labels   accuracy (the share of labels that are right, over all rows and labels), f1_macro,
                         f1_weighted, precision_macro, recall_macro: means over the labels
     of numbers          rmse, mae, r2
@@ -12,6 +12,11 @@ Values are those of scikit-learn's functions (f1_score, log_loss, r2_score, ...)
 As there, a share of nothing counts as 0, such as the precision of a class that is never predicted; and the
 mean over classes (macro) leaves out those that are neither labels nor predictions; of several labels it does
 not.
+
+The areas are exact: equal scores are counted together, and sums are sorted distinct scores with the weight of
+each class.  So they grow with the rows, which may be MOST_RANKED.  area_under_pr is scikit-learn's average
+precision, the sum of steps, where Spark's own areaUnderPR draws lines between the points.  An area is NaN
+where a class that it needs has no row.
 
 Legend: B rows, C classes, L labels of a row.
 """
@@ -32,9 +37,11 @@ from sparksgd.imports import did_you_mean, shown
 from sparksgd.models.losses import LossKind, has_accuracy, is_of_classes
 
 __all__ = [
+    "MOST_RANKED",
     "Sums",
     "add_sums",
     "check_metrics",
+    "check_ranked",
     "is_less_better",
     "metric_sums",
     "metric_values",
@@ -44,12 +51,16 @@ __all__ = [
 Sums = dict[str, npt.NDArray[np.float64]]
 """What a metric is computed from, by name: `_COUNTS` are hits, labels and predictions of each class,
 float64[3, C], and `_OF_LABELS` of each label, float64[3, L]; `_SPREAD` is weight, mean, squared deviations,
-least and greatest of labels, float64[5]; others are float64[1]."""
+least and greatest of labels, float64[5]; `_RANKED` is each score, ascending, with the weights of class 1 and
+of class 0 that have it, float64[3, D]; others are float64[1]."""
+
+MOST_RANKED = 1_000_000
+"""Rows whose scores an area is computed of: 24 MB at the driver."""
 
 Values = npt.NDArray[np.float64]
 
 _COUNTS, _SPREAD, _SQUARES, _ABSOLUTE, _LOGS = "counts", "spread", "squares", "absolute", "logs"
-_OF_LABELS = "of labels"
+_OF_LABELS, _RANKED = "of labels", "ranked"
 
 
 def _shares(parts: Values, wholes: Values) -> Values:
@@ -87,6 +98,25 @@ _OF_CLASSES: Mapping[str, Callable[[Values, bool], float]] = {
     "f1_weighted": _f1_weighted,
     "precision_macro": _macro(_precision),
     "recall_macro": _macro(_recall),
+}
+
+
+def _area_under_roc(ranked: Values) -> float:
+    _, ones, others = ranked
+    pairs = float(ones.sum() * others.sum())
+    below = np.cumsum(others) - others / 2  # of equal scores half are below
+    return float(ones @ below) / pairs if pairs else math.nan
+
+
+def _area_under_pr(ranked: Values) -> float:
+    _, ones, others = ranked[:, ::-1]
+    hits, said = np.cumsum(ones), np.cumsum(ones + others)
+    return float(ones @ (hits / said)) / float(hits[-1]) if hits[-1] else math.nan
+
+
+_AREAS: Mapping[str, Callable[[Values], float]] = {
+    "area_under_roc": _area_under_roc,
+    "area_under_pr": _area_under_pr,
 }
 _OF_TWO: Mapping[str, Callable[[Values], float]] = {
     "f1": lambda counts: float(_f1(*counts)[1]),
@@ -132,7 +162,7 @@ def check_metrics(names: Iterable[str], key: str, kind: LossKind | None, classes
     known = {"loss": True}
     of_classes = is_of_classes(kind)
     known |= dict.fromkeys(("accuracy", *_OF_CLASSES), has_accuracy(kind)) | {"log_loss": of_classes}
-    known |= dict.fromkeys(_OF_TWO, of_classes and classes in (2, None))
+    known |= dict.fromkeys((*_OF_TWO, *_AREAS), of_classes and classes in (2, None))
     known |= dict.fromkeys(_OF_NUMBERS, kind == "numbers")
     fitting = [name for name, fits in known.items() if fits] + ["top_3"] * of_classes
     for name in names:
@@ -143,12 +173,31 @@ def check_metrics(names: Iterable[str], key: str, kind: LossKind | None, classes
             continue
         if name in known or top is not None:
             told = f"whose kind is {'not known' if kind is None else shown(kind)}"
-            several = f", with {classes} classes" if name in _OF_TWO and of_classes else ""
+            several = f", with {classes} classes" if name in (*_OF_TWO, *_AREAS) and of_classes else ""
             raise ConfigError(
                 f"{key} names {shown(name)}, but the loss is one {told}{several}; possible here: "
                 f"{', '.join(fitting)}{'. Set loss.kind for a loss of your own' if kind is None else ''}"
             )
         raise ConfigError(f"{key} names {shown(name)}, which is no metric{did_you_mean(name, fitting)}")
+
+
+def check_ranked(names: Iterable[str], rows: int) -> None:
+    """Refuse an area over more rows than the driver holds scores of.
+
+    Args:
+        names: of the metrics.
+        rows: how many are evaluated.
+
+    Raises:
+        ConfigError: with what to do.
+    """
+    for name in names:
+        if name in _AREAS and rows > MOST_RANKED:
+            raise ConfigError(
+                f"train.metrics or early_stopping.metric names {shown(name)}, which sorts the scores of the "
+                f"rows to evaluate on: these are {rows:,}, but may be {MOST_RANKED:,}. Evaluate on fewer, or "
+                f"let Spark compute it of the trained model: BinaryClassificationEvaluator(numBins=0)"
+            )
 
 
 def metric_sums(
@@ -194,6 +243,9 @@ def metric_sums(
         by_class = (labels, weight * (labels == predicted)), (labels, weight), (predicted, weight)
         found[_COUNTS] = np.stack([np.bincount(which, by, classes) for which, by in by_class])
     logits = _logits(output)
+    if any(name in _AREAS for name in names):
+        of_one = weight * label.numpy()
+        found[_RANKED] = _ranked((logits[:, 1] - logits[:, 0]).numpy(), of_one, weight - of_one)
     own = logits.gather(1, label[:, None])
     for name in names:
         top = _TOP.fullmatch(name)
@@ -235,7 +287,18 @@ def _logits(output: torch.Tensor) -> torch.Tensor:
 def add_sums(one: Sums, other: Sums) -> None:
     """Add the sums of other rows, in place."""
     for name, values in other.items():
-        one[name] = _merged(one[name], values) if name == _SPREAD else one[name] + values
+        if name == _SPREAD:
+            one[name] = _merged(one[name], values)
+        elif name == _RANKED:
+            one[name] = _ranked(*np.concatenate([one[name], values], axis=1))
+        else:
+            one[name] = one[name] + values
+
+
+def _ranked(scores: Values, ones: Values, others: Values) -> Values:
+    """Return distinct scores, ascending, with the weights that have them, float64[3, D]; NaN is the last."""
+    distinct, which = np.unique(scores, return_inverse=True)
+    return np.stack([distinct, *(np.bincount(which, each, len(distinct)) for each in (ones, others))])
 
 
 def _merged(one: Values, other: Values) -> Values:
@@ -264,6 +327,9 @@ def metric_values(names: Iterable[str], sums: Sums, weight: float) -> dict[str, 
         elif name in _OF_CLASSES:
             are_labels = _OF_LABELS in sums
             found[name] = _OF_CLASSES[name](sums[_OF_LABELS if are_labels else _COUNTS], are_labels)
+        elif name in _AREAS:
+            ranked = sums[_RANKED]
+            found[name] = math.nan if np.isnan(ranked[0, -1]) else _AREAS[name](ranked)
         elif name in _OF_TWO:
             found[name] = _OF_TWO[name](sums[_COUNTS])
         else:

@@ -31,13 +31,14 @@ from sparksgd.engines.simulated.costs import refuse_impossible
 from sparksgd.engines.trial.trial import Found, Use, try_out
 from sparksgd.errors import ConfigError, DataError, ModelError, UserCodeError
 from sparksgd.models.losses import Loss, has_accuracy, is_of_classes, loss_kind, make_loss, num_classes
+from sparksgd.models.metrics import check_ranked
 from sparksgd.models.outputs import Output
 from sparksgd.solvers.protocol import CentralSolver, Need
 from sparksgd.solvers.rules import Experiment, described, make_solver, needs_of, settings_of
 from sparksgd.solvers.schedules import own_schedule
 from sparksgd.solvers.torch_optimizers import own_optimizer
 from sparksgd.solvers.without_compiler import without_compiler
-from sparksgd.training.early_stopping import check_judged, check_named_metrics, keeps_best
+from sparksgd.training.early_stopping import check_judged, check_named_metrics, judged_metrics, keeps_best
 from sparksgd.training.first_rows import first_records
 from sparksgd.training.rebuilding import Sample, check_rebuilding
 from sparksgd.training.replay import Replay
@@ -154,6 +155,7 @@ def check(
     report = _inspected(rows, schema, config, "training")
     evaluated = config.data.evaluated_rows
     test_report = _inspected(test, schema, config, evaluated) if test is not None else None
+    check_ranked(judged_metrics(config), 0 if test_report is None else test_report.rows)
     if replay is not None:
         evaluated_on = None if test_report is None else test_report.data_digest
         replay.check(config, report.data_digest, report.content_digest, evaluated_on)

@@ -14,7 +14,14 @@ from sparksgd.arithmetic.addition_tree import add_partial
 from sparksgd.engines.replies import Evaluation
 from sparksgd.errors import ConfigError
 from sparksgd.models.losses import LossKind
-from sparksgd.models.metrics import Sums, add_sums, check_metrics, is_less_better, metric_sums, metric_values
+from sparksgd.models.metrics import (
+    Sums,
+    add_sums,
+    check_metrics,
+    is_less_better,
+    metric_sums,
+    metric_values,
+)
 
 OF_SCIKIT_LEARN: dict[tuple[int | None, bool], dict[str, float]] = {
     (2, False): {

@@ -147,3 +147,39 @@ def test_a_model_of_the_version_before_is_read(rows: str, tmp_path: Path) -> Non
     manifest.write_manifest(sparksgd.storage.location(file.parent), about)
     with pytest.raises(DataError, match="loss is 'cross_entropy', but must be a table"):
         sparksgd.load_model(file.parent)
+
+
+def test_areas_are_metrics_of_a_run_and_stop_it(rows: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def config(engine: str, shards: int) -> dict[str, Any]:
+        return {
+            "data": {"features": ["x"], "label": "label"},
+            "loss": {"name": "binary_cross_entropy"},
+            "optimizer": {"lr": 0.3},
+            "early_stopping": {"patience": 2, "metric": "area_under_pr"},
+            "train": {
+                "rows_per_step": 1000,
+                "num_shards": shards,
+                "metrics": ["area_under_roc"],
+                "epochs": 50,
+            },
+            "engine": {"name": engine},
+        }
+
+    runs = [sparksgd.train(config(*where), rows, rows, module=net(1))
+            for where in (("inline", 1), ("inline", 3), ("simulated", 3))]  # fmt: skip
+    table = pq.read_table(rows)
+    x, label = torch.tensor(table["x"].to_pylist()), table["label"].to_numpy()
+    with torch.no_grad():
+        scores = runs[0].module(x)[:, 0].numpy()
+    pairs = np.subtract.outer(scores[label == 1], scores[label == 0])
+    best = runs[0].last_evaluation
+    assert best is not None
+    assert best.metrics["area_under_roc"] == pytest.approx(
+        ((pairs > 0) + 0.5 * (pairs == 0)).mean(), rel=1e-12
+    )
+    assert runs[0].stopped_by == "early_stopping"
+    one, other = ([report.metrics for report in run.evaluations] for run in runs[1:])
+    assert one == other
+    monkeypatch.setattr("sparksgd.models.metrics.MOST_RANKED", 89)
+    with pytest.raises(ConfigError, match="rows to evaluate on: these are 90, but may be 89"):
+        sparksgd.train(config("inline", 1), rows, rows, module=net(1))
