@@ -28,6 +28,7 @@ from sparksgd.ml.saving import ModelReader, ModelWriter
 from sparksgd.models.losses import LossKind, has_accuracy
 from sparksgd.models.outputs import Output
 from sparksgd.runs.model import SavedModel
+from sparksgd.runs.onnx_files import to_onnx
 from sparksgd.spark.prediction import NewColumns, with_predictions
 from sparksgd.spark.tasks.predict_tasks import PredictionPlan, columns_of, computed
 
@@ -77,6 +78,15 @@ class _OurModel(PredictionParams, MLWritable, MLReadable[Any]):
     def numFeatures(self) -> int:
         """How many numbers the features of a row are."""
         return sum(1 if feature.length is None else feature.length for feature in self._schema().features)
+
+    def to_onnx(self, path: str) -> None:
+        """Write the module as an ONNX file on this machine, see `sparksgd.runs.onnx_files`.
+
+        Raises:
+            ConfigError: the package onnx is not installed, or there is no such folder.
+            ModelError: torch cannot express the module in ONNX.
+        """
+        to_onnx(self.saved, path)
 
     def write(self) -> ModelWriter:
         """Return what writes the Model: its Params, and the module as `load_model` reads it."""

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from pyspark import SparkContext
-from pyspark.ml.util import DefaultParamsReader, DefaultParamsWriter, MLReader, MLWriter
+from pyspark.ml.util import BaseReadWrite, DefaultParamsReader, DefaultParamsWriter, MLReader, MLWriter
 
 from sparksgd.errors import ConfigError, DataError
 from sparksgd.imports import import_path, resolve, shown
@@ -22,6 +22,7 @@ from sparksgd.ml.module_spec import ModuleSpec
 from sparksgd.ml.records import TrainingRecord
 from sparksgd.runs.model import load_model, save_model
 from sparksgd.runs.names import MANIFEST
+from sparksgd.spark.cluster.cluster import refuse_connect
 from sparksgd.spark.uris import lead_to_hadoop
 from sparksgd.storage import Location, location
 
@@ -64,7 +65,7 @@ class EstimatorWriter(MLWriter):
                 "the Estimator cannot be saved, because its callbacks are objects of this process: pass "
                 "import paths (package.module:Class), or save the fitted Model alone"
             )
-        DefaultParamsWriter.saveMetadata(self._estimator, path, self.sc, paramMap=params)
+        DefaultParamsWriter.saveMetadata(self._estimator, path, _context(self), paramMap=params)
 
 
 class EstimatorReader(MLReader[Any]):
@@ -80,7 +81,7 @@ class EstimatorReader(MLReader[Any]):
         Raises:
             DataError: it is another class's, or a Param names code that is not trusted: `fit` would run it.
         """
-        estimator = _with_params(self._kind(), path, self.sc)
+        estimator = _with_params(self._kind(), path, _context(self))
         trusting = trusted(self._trust, where=path)
         for key, name in _names_of_code(estimator):
             resolve(key, name, {}, trusting)
@@ -109,8 +110,9 @@ class ModelWriter(MLWriter):
 
     def saveImpl(self, path: str) -> None:
         """Write to a path."""
-        DefaultParamsWriter.saveMetadata(self._model, path, self.sc)
-        folder = _resolved(path, self.sc)
+        context = _context(self)
+        DefaultParamsWriter.saveMetadata(self._model, path, context)
+        folder = _resolved(path, context)
         save_model(folder / _MODEL, self._model.saved)
         self._model._record.write(folder)
 
@@ -129,17 +131,28 @@ class ModelReader(MLReader[Any]):
 
     def load(self, path: str) -> Any:
         """Return the Model that was saved at a path."""
-        folder = _resolved(path, self.sc)
+        context = _context(self)
+        folder = _resolved(path, context)
         if MANIFEST in folder.names():
             saved = load_model(folder, **self._how)
             model: Any = self._kind(saved)
             features = [feature.name for feature in saved.schema.features]
             columns = {"featuresCol": features[0]} if len(features) == 1 else {}
             return model._set(labelCol=saved.schema.label, **columns)
-        model = _with_params(self._kind(), path, self.sc)
+        model = _with_params(self._kind(), path, context)
         model._saved = load_model(folder / _MODEL, **self._how)
         model._record = TrainingRecord.read(folder)
         return model
+
+
+def _context(of: BaseReadWrite) -> SparkContext:
+    """Return the context by which a writer or a reader reaches files.
+
+    Raises:
+        ClusterError: the session is Spark Connect, which has none.
+    """
+    refuse_connect(of.sparkSession)
+    return of.sc
 
 
 def _with_params(instance: Any, path: str, context: SparkContext) -> Any:
