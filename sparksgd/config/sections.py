@@ -32,6 +32,7 @@ from sparksgd.errors import ConfigError
 from sparksgd.imports import did_you_mean, shown
 
 __all__ = [
+    "GIVEN",
     "CheckpointConfig",
     "Config",
     "EarlyStoppingConfig",
@@ -43,6 +44,9 @@ __all__ = [
     "SolverConfig",
     "TrainConfig",
 ]
+
+GIVEN = "given in Python"
+"""How the name of a loss begins that was given in Python, and has no import path."""
 
 _MOST_SHARDS = 1_000_000
 _MOST_SECONDS = 1_000_000
@@ -81,6 +85,11 @@ class LossConfig:
 
     arguments: Mapping[str, Any] = arguments()
     """Keyword arguments of the loss."""
+
+    @property
+    def is_given(self) -> bool:
+        """Return whether the name only tells the loss from others, because it was given in Python."""
+        return self.name.startswith(f"{GIVEN} ")
 
 
 @dataclass(frozen=True, kw_only=True)

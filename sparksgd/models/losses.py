@@ -33,7 +33,6 @@ from sparksgd.imports import did_you_mean, resolve, shown
 from sparksgd.imports.trust import Trust
 
 __all__ = [
-    "GIVEN",
     "LOSSES",
     "Loss",
     "LossKind",
@@ -41,7 +40,6 @@ __all__ = [
     "cross_entropy",
     "given_kind",
     "has_accuracy",
-    "is_given",
     "is_of_classes",
     "known_name",
     "loss_kind",
@@ -144,9 +142,6 @@ _KINDS: dict[str, tuple[LossKind, ...]] = {
 LOSSES = (*_PLAIN, *_KINDS)
 """The names of losses that are no import paths."""
 
-GIVEN = "given in Python"
-"""How the name of a loss begins that was given in Python, and has no import path."""
-
 _REFUSED = {
     **dict.fromkeys(("reduction", "reduce", "size_average"), "the trainer adds the rows' losses itself"),
     "ignore_index": "leave such rows out of the data",
@@ -196,11 +191,6 @@ def known_name(loss: object) -> str | None:
     if isinstance(loss, type) and _of_torchs(loss) is not None:
         return loss.__name__
     return next((name for name, (plain, _) in _PLAIN.items() if plain is loss), None)
-
-
-def is_given(name: str) -> bool:
-    """Return whether a name is that of a loss that was given in Python."""
-    return name.startswith(f"{GIVEN} ")
 
 
 def is_of_classes(kind: LossKind | None) -> bool:
@@ -279,7 +269,7 @@ def make_loss(config: LossConfig, seed: int, trust: Trust | None = None) -> Loss
         return plain if is_plain else _of_torch(config, of_torch)
     if config.name in _KINDS:
         return _of_torch(config, config.name)
-    if is_given(config.name):
+    if config.is_given:
         raise ConfigError(f"loss.name is {shown(config.name)}: pass that loss, as loss=")
     return loss_of(config, resolve("loss.name", config.name, dict.fromkeys(LOSSES), trust), seed)
 

@@ -29,7 +29,7 @@ from sparksgd.imports import out_of_memory_told
 from sparksgd.imports.sources import code_digest
 from sparksgd.imports.trust import Trust, trusted
 from sparksgd.models import MODELS
-from sparksgd.models.losses import LOSSES, Loss, LossKind, is_given, loss_kind, loss_of, make_loss
+from sparksgd.models.losses import LOSSES, Loss, LossKind, loss_kind, loss_of, make_loss
 from sparksgd.models.outputs import Output
 from sparksgd.runs.checked_files import FileEntry, read_checked, read_unlisted, write_checked
 from sparksgd.runs.manifest import FORMAT, Manifest, describe, read_manifest, write_manifest
@@ -227,7 +227,7 @@ def load_model(
     folder = location(folder)
     trusting = trusted(trust, where=f"{folder}/{MANIFEST}")
     manifest = read_manifest(folder)
-    is_own = loss is not None or is_given(manifest.loss.name)
+    is_own = loss is not None or manifest.loss.is_given
     names = {} if is_own else {"loss.name": manifest.loss.name}
     if module is None:
         if manifest.model is not None:
@@ -269,7 +269,7 @@ def _given(loss: Loss | None, manifest: Manifest) -> Loss | None:
     """Return the loss that a loader was given, and tell if it is not that of the training."""
     if loss is None:
         return None
-    if is_given(manifest.loss.name) and given_name(loss) != manifest.loss.name:
+    if manifest.loss.is_given and given_name(loss) != manifest.loss.name:
         log.warning("the loss given to load_model is not that of the training: its code or values differ")
     return loss_of(manifest.loss, loss, manifest.seed)
 

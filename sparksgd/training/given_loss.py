@@ -20,9 +20,10 @@ from torch import nn
 
 from sparksgd.arithmetic.copies import parts
 from sparksgd.config import Config
+from sparksgd.config.sections import GIVEN
 from sparksgd.errors import ConfigError
 from sparksgd.imports import import_path, shown
-from sparksgd.models.losses import GIVEN, Loss, given_kind, known_name, loss_of
+from sparksgd.models.losses import Loss, given_kind, known_name, loss_of
 from sparksgd.training.composition import code_told, name_of, value_told
 from sparksgd.training.plain_values import is_plain, is_torchs
 

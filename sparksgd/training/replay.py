@@ -133,7 +133,8 @@ class Replay:
             ConfigError: a key that shapes the parameters has another value.
             DataError: the rows are others.
         """
-        then, now = completed(Config.from_dict(self.config)).experiment(), completed(config).experiment()
+        replayed = Config.from_dict(self.config)
+        then, now = completed(replayed).experiment(), completed(config).experiment()
         free = {"data.train", "data.test"}
         if family_of(config.solver) != "rounds" or config.solver.name == "synchronous":
             free.add("train.steps")  # rounds of several turns are cut short there
@@ -141,9 +142,11 @@ class Replay:
         free |= {key for key in then.keys() | now.keys() if key.startswith(("cluster.", "engine."))}
         for key in sorted(then.keys() | now.keys()):
             if then.get(key) != now.get(key) and key not in free:
+                is_given = key == "loss.name" and replayed.loss.is_given
+                move = "pass the loss of that run, as loss=" if is_given else "leave it out"
                 raise ConfigError(
                     f"{key} is {shown(now.get(key))}, but was {shown(then.get(key))} in the run to be "
-                    f"replayed, and it shapes the parameters: leave it out"
+                    f"replayed, and it shapes the parameters: {move}"
                 )
         if then.get("cluster.gradients") is False:
             raise ConfigError(

@@ -21,7 +21,6 @@ from torch.nn import functional as F
 
 import sparksgd
 from sparksgd.errors import ConfigError, DataError, ModelError
-from sparksgd.models.losses import is_given
 from sparksgd.training.given_loss import given_name
 from sparksgd.training.state import Training
 
@@ -114,7 +113,7 @@ def test_it_trains_as_in_plain_torch_and_is_taken_again_where_it_is_loaded(
     training = trained(rows, loss, outputs, label, arguments=arguments, out=tmp_path)
     assert (training.flat.parameters - by_hand(rows, plain, outputs, label)).abs().max() < 1e-6
     name = json.loads((tmp_path / "model" / "model.json").read_text())["loss"]["name"]
-    assert (is_given(name), name) == (True, training.config.loss.name)
+    assert (training.config.loss.is_given, name) == (True, training.config.loss.name)
     unknown = sparksgd.load_model(tmp_path / "model")
     assert (unknown.loss, unknown.kind) == (None, kind)
     with pytest.raises(
@@ -155,6 +154,20 @@ def test_a_run_goes_on_with_the_same_loss_alone(rows: str, tmp_path: Path) -> No
     config = sparksgd.Config.load(None, [f"loss.name={again.config.loss.name}", "engine.name=inline"])
     with pytest.raises(ConfigError, match=r"loss\.name is 'given in Python \w+': pass that loss, as loss="):
         sparksgd.train(config, rows, module=net(1))
+
+
+def test_a_replay_and_checkpoints_of_many_runs_tell_losses_apart(rows: str, tmp_path: Path) -> None:
+    first = trained(rows, quantile(0.9), out=tmp_path / "run")
+    replay = sparksgd.read_replay(tmp_path / "run")
+    again = trained(rows, quantile(0.9), replay=replay)
+    assert again.flat.parameters_sha256() == first.flat.parameters_sha256()
+    with pytest.raises(
+        ConfigError, match=r"loss\.name is .*shapes the parameters: pass the loss of that run, a"
+    ):
+        trained(rows, quantile(0.8), replay=replay)
+    ended = [trained(rows, quantile(level), checkpoint_dir=tmp_path / "many") for level in (0.9, 0.8, 0.9)]
+    assert [len(run.resumed) for run in ended] == [0, 0, 1]
+    assert len(list((tmp_path / "many").iterdir())) == 2
 
 
 @pytest.mark.parametrize(
