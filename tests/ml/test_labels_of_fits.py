@@ -38,7 +38,8 @@ def linear():
 
 @pytest.fixture(scope="module")
 def trained(points):
-    return TorchClassifier(module=linear(), engine="tree", **FIT).fit(points)
+    by_value = nn.BCEWithLogitsLoss(reduction="none")
+    return TorchClassifier(module=linear(), engine="tree", **{**FIT, "loss": by_value}).fit(points)
 
 
 @pytest.mark.soak
@@ -80,7 +81,9 @@ def test_predictions_are_arrays_of_labels_and_the_model_is_loaded(points, traine
     assert loaded.transform(points).select("prediction", "rawPrediction").collect() == [
         (row.prediction, row.rawPrediction) for row in rows
     ]
-    scores = sparksgd.evaluate(points, sparksgd.load_model(tmp_path / "model" / "model"))
+    assert loaded.saved.loss is None
+    again = sparksgd.load_model(tmp_path / "model" / "model", loss=nn.BCEWithLogitsLoss(reduction="none"))
+    scores = sparksgd.evaluate(points, again)
     hits = np.array([np.array(row.label) == row.prediction for row in rows])
     assert scores.confusion.shape == (3, 2, 2)
     assert scores.accuracy == pytest.approx(hits.mean(), rel=1e-12)

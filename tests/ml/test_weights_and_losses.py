@@ -106,6 +106,7 @@ def test_an_estimator_says_the_kind_of_a_loss(points, kind, outputs, params, say
 # Losses that are given in Python
 
 
+@pytest.mark.soak
 def test_a_loss_of_a_notebook_travels_by_value_and_is_not_needed_to_predict(points, tmp_path):
     def smoothed(output, label):
         return nn.functional.cross_entropy(output, label, label_smoothing=0.2, reduction="none")

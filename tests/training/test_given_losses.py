@@ -205,22 +205,23 @@ with torch.no_grad():
     for parameter in loss.parameters():
         parameter.fill_({weight})
 from sparksgd.training.given_loss import given_name
-print(given_name(loss), given_name(helper))
 """
 FIRST = {"floor": 0.5, "table": 1.0, "factor": 2, "weight": 3.0}
 
 
-def names_in_a_process(seed: int, before: str = "", **changed: float) -> list[str]:
-    code = before + PROGRAM.format(**FIRST | changed)
+def names_in_a_process(seed: int, **changed: float) -> list[str]:
+    code = PROGRAM.format(**FIRST | changed) + "print(given_name(loss), given_name(helper), sep='|')\n"
     ran = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True,
         env={"PYTHONHASHSEED": str(seed), "PYTHONPATH": ":".join(sys.path)},
     )  # fmt: skip
-    return ran.stdout.strip().split(" given")
+    return ran.stdout.strip().split("|")
 
 
 def test_another_process_finds_the_same_name_wherever_the_code_stands() -> None:
-    assert names_in_a_process(1) == names_in_a_process(2, before="\n\n# a comment\n")
+    here: dict[str, Any] = {"__name__": "__main__"}
+    exec("\n\n# a comment\n" + PROGRAM.format(**FIRST), here)
+    assert names_in_a_process(1) == [given_name(here["loss"]), given_name(here["helper"])]
 
 
 def test_code_and_values_that_differ_have_other_names() -> None:
