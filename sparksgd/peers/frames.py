@@ -31,6 +31,7 @@ Array = npt.NDArray[Any]
 
 _HEADER = struct.Struct(">8sIQ")
 _MOST_HEAD = 1 << 20
+_MOST_DIMENSIONS = 4
 _MOST_BUFFERS = 64  # of one system call
 _TYPES = frozenset({"<f4", "<f8", "<i8", "|b1"})
 
@@ -167,13 +168,19 @@ class FrameReader:
             self._kind, self._fields, described = json.loads(bytes(head), parse_int=_whole)
             if type(self._kind) is not str or type(self._fields) is not dict:
                 raise TypeError("its kind is no text, or its fields are no object")
-            shapes = {name: _checked(kind, shape) for name, kind, shape in described}
+            shapes = {_text(name): _checked(kind, shape) for name, kind, shape in described}
             if sum(kind.itemsize * math.prod(shape) for kind, shape in shapes.values()) != self._array_bytes:
                 raise ValueError("its arrays have other lengths than it says")
+            self._arrays = {name: self._take(shape, kind) for name, (kind, shape) in shapes.items()}
         except (ValueError, TypeError, RecursionError) as error:
             raise PeerLost(f"{self._name} sent what is no frame: {error}") from error
-        self._arrays = {name: self._take(shape, kind) for name, (kind, shape) in shapes.items()}
         self._due += [_bytes_of(array) for array in self._arrays.values() if array.nbytes]
+
+
+def _text(name: Any) -> str:
+    if type(name) is not str:
+        raise ValueError(f"{name!r:.40} is no name")
+    return name
 
 
 def _whole(digits: str) -> int:
@@ -194,6 +201,7 @@ def _checked(kind: Any, shape: Any) -> tuple[np.dtype[Any], tuple[int, ...]]:
     Raises:
         ValueError: it is none that frames may have.
     """
-    if kind not in _TYPES or not all(type(size) is int and size >= 0 for size in shape):
+    is_shape = type(shape) is list and len(shape) <= _MOST_DIMENSIONS
+    if kind not in _TYPES or not is_shape or not all(type(size) is int and size >= 0 for size in shape):
         raise ValueError(f"an array of type {kind!r} and shape {shape!r} is none of numbers")
     return np.dtype(kind), tuple(shape)

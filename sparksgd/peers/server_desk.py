@@ -30,6 +30,8 @@ class Joined:
     """A worker has connected."""
 
     worker: int
+    seat: int
+    """Which of all connections this is."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +39,7 @@ class Left:
     """The connection of a worker is gone."""
 
     worker: int
+    seat: int
     why: str
 
 
@@ -45,6 +48,7 @@ class Came:
     """A frame of a worker came."""
 
     worker: int
+    seat: int
     frame: Frame
 
 
@@ -52,9 +56,15 @@ class _Seat:
     """A connected worker."""
 
     def __init__(
-        self, connection: Connection, run: bytes, worker: int, most_bytes: int, arrays: ReusedArrays
+        self,
+        connection: Connection,
+        run: bytes,
+        worker: int,
+        number: int,
+        most_bytes: int,
+        arrays: ReusedArrays,
     ) -> None:
-        self.connection, self.worker = connection, worker
+        self.connection, self.worker, self.number = connection, worker, number
         self.reader = FrameReader(connection, run, f"worker {worker}", most_bytes, arrays)
         self.writer = FrameWriter(connection, run)
         self.waits_to_write = False
@@ -96,21 +106,16 @@ class ServerDesk:
         self._arrays = ReusedArrays()
         self._expected: dict[int, int] = {}
         self._seats: dict[int, _Seat] = {}
+        self._numbers = 0
         self._by_file: dict[int, _Seat] = {}
         self._events: deque[Joined | Left | Came] = deque()
         self.idle_s = 0.0
         """Seconds in which it waited for workers."""
 
-        self.sent_bytes = 0
-        """Bytes of arrays that were put into frames."""
-
-        self.received_bytes = 0
-        """Bytes of arrays that came."""
-
     @property
-    def workers(self) -> frozenset[int]:
-        """Return the workers that are connected."""
-        return frozenset(self._seats)
+    def seats(self) -> dict[int, int]:
+        """Return the seats of the workers that are connected."""
+        return {worker: seat.number for worker, seat in self._seats.items()}
 
     def start(self, most_bytes: int) -> None:
         """Listen.
@@ -142,28 +147,27 @@ class ServerDesk:
         """Let in the worker's task of this request, and of no other."""
         self._expected[worker] = request
 
-    def send(self, worker: int, frame: Frame) -> None:
-        """Send a frame; nothing happens if the worker is gone, which `next` tells."""
-        seat = self._seats.get(worker)
-        if seat is None:
-            return
-        seat.writer.put(frame)
-        self.sent_bytes += frame.array_bytes
-        self._write(seat)
+    def send(self, worker: int, seat: int, frame: Frame) -> None:
+        """Send a frame to a worker in a seat; nothing happens if it has left that, which `next` tells."""
+        there = self._seats.get(worker)
+        if there is not None and there.number == seat:
+            there.writer.put(frame)
+            self._write(there)
 
-    def drop(self, worker: int, why: str) -> None:
-        """End the connection of a worker."""
-        seat = self._seats.get(worker)
-        if seat is not None:
-            self._end(seat, why)
+    def drop(self, worker: int, seat: int, why: str) -> None:
+        """End the connection of a worker in a seat."""
+        there = self._seats.get(worker)
+        if there is not None and there.number == seat:
+            self._end(there, why)
 
     def next(self, timeout_s: float) -> Joined | Left | Came | None:
-        """Return what happened next; None if nothing does in time."""
-        deadline = time.monotonic() + timeout_s
+        """Return what happened next; None if nothing does in time, though it is looked at least once."""
+        deadline, is_over = time.monotonic() + timeout_s, False
         while not self._events:
-            left_s = deadline - time.monotonic()
-            if left_s < 0:
+            if is_over:
                 return None
+            left_s = max(0.0, deadline - time.monotonic())
+            is_over = left_s == 0
             began_s = time.perf_counter()
             ready = self._poll.poll(left_s * 1000)
             self.idle_s += time.perf_counter() - began_s
@@ -204,18 +208,19 @@ class ServerDesk:
                 log.debug("worker %d came for request %d, which is over", worker, request)
                 connection.close()
                 continue
-            self.drop(worker, "another task has taken its place")
-            seat = _Seat(connection, self._run, worker, self._most_bytes, self._arrays)
+            if worker in self._seats:
+                self._end(self._seats[worker], "another task has taken its place")
+            self._numbers += 1
+            seat = _Seat(connection, self._run, worker, self._numbers, self._most_bytes, self._arrays)
             self._seats[worker] = self._by_file[connection.sock.fileno()] = seat
             self._poll.register(connection.sock, select.POLLIN)
-            self._events.append(Joined(worker=worker))
+            self._events.append(Joined(worker=worker, seat=seat.number))
 
     def _serve(self, seat: _Seat) -> None:
         """Receive all whole frames that are there, and send what waits."""
         try:
             while (frame := seat.reader.read()) is not None:
-                self.received_bytes += frame.array_bytes
-                self._events.append(Came(worker=seat.worker, frame=frame))
+                self._events.append(Came(worker=seat.worker, seat=seat.number, frame=frame))
         except (PeerLost, OSError) as error:
             self._end(seat, str(error))
             return
@@ -238,4 +243,4 @@ class ServerDesk:
         self._poll.unregister(seat.connection.sock)
         del self._by_file[file], self._seats[seat.worker]
         seat.connection.close()
-        self._events.append(Left(worker=seat.worker, why=why))
+        self._events.append(Left(worker=seat.worker, seat=seat.number, why=why))

@@ -6,7 +6,7 @@
     server   evaluate      a test shard, with these weights, or with those of the order before
     worker   evaluated     the sums of one test shard
     worker   missing       the file of a test shard is gone, or damaged
-    worker   failed        its last frame: the error
+    worker   failed        its last frame: the error that ends the run
     server   leave         the run, or the worker's part in it, ends
 
 Legend: P parameters, Q running statistics, C counters, K trainable parameters.
@@ -24,8 +24,9 @@ import numpy.typing as npt
 from sparksgd import errors
 from sparksgd.arithmetic.flat import Weights
 from sparksgd.arithmetic.numerics import Numerics
+from sparksgd.data.shard import Descriptor
 from sparksgd.engines.replies import Evaluation
-from sparksgd.errors import ConfigError, PeerLost, ShardMissing, SparkSGDError
+from sparksgd.errors import ConfigError, PeerLost, SparkSGDError
 from sparksgd.peers.frames import Array, Frame
 from sparksgd.solvers.protocol import Answer, Message, Settings
 
@@ -39,9 +40,11 @@ __all__ = [
     "SENT",
     "TURN",
     "TURNED",
+    "Here",
     "Times",
     "Vectors",
     "answer_in",
+    "descriptor_in",
     "evaluate_frame",
     "evaluated_frame",
     "evaluation_in",
@@ -49,9 +52,9 @@ __all__ = [
     "failure_in",
     "field_of",
     "here_frame",
+    "here_in",
     "message_in",
     "missing_frame",
-    "numerics_in",
     "sent_frame",
     "times_in",
     "turn_frame",
@@ -79,15 +82,19 @@ class Vectors:
     counters: int
     """C."""
 
+    trainable: int
+    """K."""
+
     type: np.dtype[Any]
     """Of the parameters."""
 
     statistics_type: np.dtype[Any]
 
     @classmethod
-    def of(cls, weights: Weights) -> Vectors:
-        """Return what vectors look like beside these weights."""
+    def of(cls, weights: Weights, trainable: int) -> Vectors:
+        """Return what vectors look like beside these weights, of so many trainable parameters."""
         return cls(
+            trainable=trainable,
             parameters=len(weights.parameters),
             statistics=len(weights.statistics),
             counters=len(weights.counters),
@@ -97,10 +104,9 @@ class Vectors:
 
     def most_bytes(self, vectors: int, evaluated_rows: int = 0) -> int:
         """Return the most bytes that the arrays of a frame have: vectors, or sums over so many rows."""
-        touched = self.parameters  # K is no more than P
         sums = (1 << 20) + 32 * evaluated_rows  # metrics have some for each class, or for each row
         each = self.parameters * self.type.itemsize
-        return vectors * each + (self.statistics + self.counters) * 8 + touched + sums
+        return vectors * each + (self.statistics + self.counters) * 8 + self.trainable + sums
 
     def checked(self, arrays: Mapping[str, Array], name: str) -> Array:
         """Return an array of a frame that must be there.
@@ -152,8 +158,23 @@ def here_frame(host: str, numerics: Numerics) -> Frame:
     return Frame(kind=HERE, fields={"host": host, "numerics": asdict(numerics)})
 
 
-def numerics_in(frame: Frame) -> Numerics:
-    """Return a worker's numerics."""
+@dataclass(frozen=True, kw_only=True)
+class Here:
+    """A worker that has said who it is."""
+
+    seat: int
+    """Which of its connections this is."""
+
+    host: str
+    numerics: Numerics
+
+
+def here_in(seat: int, frame: Frame) -> Here:
+    """Return who a worker says that it is."""
+    return Here(seat=seat, host=field_of(frame, "host", str), numerics=_numerics_in(frame))
+
+
+def _numerics_in(frame: Frame) -> Numerics:
     given, names = field_of(frame, "numerics", dict), Numerics.__dataclass_fields__
     if given.keys() != names.keys() or not all(type(value) in (str, int) for value in given.values()):
         raise PeerLost(f"a worker's numerics are {given!r:.200}, where {', '.join(names)} were due")
@@ -225,8 +246,11 @@ def sent_frame(shard: int, turn: int, message: Message, times: Times) -> Frame:
 def message_in(frame: Frame, vectors: Vectors) -> Message:
     """Return what a shard has sent."""
     touched = frame.arrays.get("touched")
-    if touched is not None and (touched.dtype != np.bool_ or touched.ndim != 1):
-        raise PeerLost(f"a frame has {touched.dtype}{list(touched.shape)} as touched, where bool[K] was due")
+    if touched is not None and (touched.dtype != np.bool_ or touched.shape != (vectors.trainable,)):
+        raise PeerLost(
+            f"a frame has {touched.dtype}{list(touched.shape)} as touched, where bool[{vectors.trainable}] "
+            f"was due"
+        )
     weight = field_of(frame, "weight", float, int, type(None))
     return Message(
         vectors=_vectors_in(frame, vectors),
@@ -234,7 +258,7 @@ def message_in(frame: Frame, vectors: Vectors) -> Message:
         statistics=vectors.checked(frame.arrays, "statistics"),
         counters=vectors.checked(frame.arrays, "counters"),
         loss=float(field_of(frame, "loss", float, int)),
-        rows=field_of(frame, "rows", int),
+        rows=_count(frame, "rows"),
         weight=None if weight is None else float(weight),
         touched=touched,
     )
@@ -253,10 +277,18 @@ def times_in(frame: Frame) -> Times:
     return Times(**given)
 
 
-def evaluate_frame(shard: int, version: int, weights: Weights | None) -> Frame:
+def evaluate_frame(shard: Descriptor, version: int, weights: Weights | None) -> Frame:
     """Return the order to evaluate a test shard; None: with the weights of the order before."""
     arrays = {} if weights is None else _of_weights(weights)
-    return Frame(kind=EVALUATE, fields={"shard": shard, "version": version}, arrays=arrays)
+    return Frame(kind=EVALUATE, fields={"shard": asdict(shard), "version": version}, arrays=arrays)
+
+
+def descriptor_in(frame: Frame) -> Descriptor:
+    """Return where the test shard is that an order is of."""
+    given = field_of(frame, "shard", dict)
+    if given.keys() != Descriptor.__dataclass_fields__.keys():
+        raise PeerLost(f"an order to evaluate is of {given!r:.200}")
+    return Descriptor(**{**given, "row_digest": tuple(given["row_digest"])})
 
 
 def weights_in(frame: Frame, vectors: Vectors) -> Weights:
@@ -285,9 +317,12 @@ def missing_frame(shard: int, version: int) -> Frame:
 
 def evaluation_in(frame: Frame) -> Evaluation | None:
     """Return the sums of a test shard; None: it has no rows."""
-    rows = field_of(frame, "rows", int)
+    rows = _count(frame, "rows")
     if not rows:
         return None
+    for name, values in frame.arrays.items():
+        if not name.startswith("sums/") or values.dtype != np.float64:
+            raise PeerLost(f"the sums of a test shard have {values.dtype} as {name:.80}")
     correct, weight = (field_of(frame, name, float, int, type(None)) for name in ("correct", "weight"))
     return Evaluation(
         loss=float(field_of(frame, "loss", float, int)),
@@ -299,18 +334,13 @@ def evaluation_in(frame: Frame) -> Evaluation | None:
 
 
 def failed_frame(failure: SparkSGDError) -> Frame:
-    """Return what ends a worker."""
-    shards = list(failure.shards) if isinstance(failure, ShardMissing) else []
-    text = failure.args[0] if isinstance(failure, ShardMissing) else str(failure)
-    fields = {"error": type(failure).__name__, "text": text[:_MOST_LETTERS], "shards": shards}
-    return Frame(kind=FAILED, fields=fields)
+    """Return what ends a worker, and the run."""
+    return Frame(kind=FAILED, fields={"error": type(failure).__name__, "text": str(failure)[:_MOST_LETTERS]})
 
 
 def failure_in(frame: Frame) -> SparkSGDError:
     """Return the error that ended a worker."""
     name, text = field_of(frame, "error", str), field_of(frame, "text", str)
-    if name == ShardMissing.__name__:
-        return ShardMissing(text, tuple(_listed(frame, "shards", int)))
     kind = getattr(errors, name, None)
     if not (isinstance(kind, type) and issubclass(kind, SparkSGDError)):
         raise PeerLost(f"a worker failed with {name!r:.80}, which is no error of ours: {text:.200}")
@@ -342,6 +372,14 @@ def _listed(frame: Frame, name: str, kind: type) -> list[Any]:
     if not all(type(value) is kind for value in values):
         raise PeerLost(f'a frame of kind "{frame.kind}" has {values!r:.80} as {name}')
     return values
+
+
+def _count(frame: Frame, name: str) -> int:
+    """Return a field that is a number of things."""
+    value: int = field_of(frame, name, int)
+    if value < 0:
+        raise PeerLost(f'a frame of kind "{frame.kind}" has {value} as {name}')
+    return value
 
 
 def _numbers(frame: Frame, name: str) -> dict[str, float]:

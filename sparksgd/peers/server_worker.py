@@ -7,8 +7,8 @@ import socket
 import struct
 import time
 from collections import deque
-from collections.abc import Iterable, Mapping
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 
@@ -27,6 +27,7 @@ from sparksgd.peers.server_frames import (
     Times,
     Vectors,
     answer_in,
+    descriptor_in,
     evaluated_frame,
     failed_frame,
     field_of,
@@ -64,7 +65,6 @@ def serve(
     request: int,
     worker: int,
     shards: Iterable[Descriptor],
-    test_shards: Iterable[Descriptor],
 ) -> SparkSGDError | None:
     """Make turns until the server ends it, or the connection does.
 
@@ -74,10 +74,10 @@ def serve(
         request: which of the server's requests this is.
         worker: this worker's number.
         shards: its shards.
-        test_shards: all test shards; it is asked for those that its host has.
 
     Returns:
-        Why the server cannot be reached; None: it was.
+        Why the worker ends: the server cannot be reached, or the file of a shard is gone or damaged; None:
+        the server said so, or knows.
     """
     hello = HELLO.pack(request, worker)
     try:
@@ -85,8 +85,10 @@ def serve(
     except PeerLost as error:
         return with_place(error, worker, "its start")
     try:
-        with suppress(PeerLost, OSError), computer.many_rounds():  # the server sees that it is gone
-            _Worker(computer, connection, server.run, worker, shards, test_shards).run()
+        with suppress(PeerLost), computer.many_rounds():  # the server sees that it is gone
+            _Worker(computer, connection, server.run, worker, shards).run()
+    except ShardMissing as missing:
+        return missing
     finally:
         connection.close()
     return None
@@ -102,11 +104,9 @@ class _Worker:
         run: bytes,
         worker: int,
         shards: Iterable[Descriptor],
-        test_shards: Iterable[Descriptor],
     ) -> None:
         self._computer, self._connection, self._worker = computer, connection, worker
-        self._test = {shard.shard: shard for shard in test_shards}
-        self._vectors = Vectors.of(computer.flat.view(0))
+        self._vectors = Vectors.of(computer.flat.view(0), len(computer.flat.trainable))
         table: Mapping[int, Descriptor] = {shard.shard: shard for shard in shards}
         self._work = ShardWork(computer, table, partial(computer.turn, worker=worker))
         most = self._vectors.most_bytes(computer.plan.halves.vectors + 1)
@@ -124,10 +124,11 @@ class _Worker:
 
         Raises:
             PeerLost: the connection ended, or the server said what it never says.
+            ShardMissing: the file of a shard is gone, or damaged.
         """
         try:
             self._obey()
-        except PeerLost:
+        except (PeerLost, ShardMissing):
             raise
         except SparkSGDError as error:
             self._send(failed_frame(error))
@@ -169,10 +170,11 @@ class _Worker:
     def _evaluate(self, frame: Frame) -> None:
         if frame.arrays:
             self._evaluated = weights_in(frame, self._vectors)
-        number, version = field_of(frame, "shard", int), field_of(frame, "version", int)
-        if self._evaluated is None or self._evaluated.version != version or number not in self._test:
-            raise PeerLost(f"there are no weights of version {version}, or no test shard {number}")
-        reply = self._computer.evaluations(self._worker, [self._test[number]], self._evaluated)
+        shard, version = descriptor_in(frame), field_of(frame, "version", int)
+        if self._evaluated is None or self._evaluated.version != version:
+            raise PeerLost(f"there are no weights of version {version}")
+        number = shard.shard
+        reply = self._computer.evaluations(self._worker, [shard], self._evaluated)
         if isinstance(reply.failure, ShardMissing):
             self._send(missing_frame(number, version))
         elif reply.failure is not None:
@@ -186,7 +188,8 @@ class _Worker:
     def _next(self) -> Frame:
         """Return the next frame; compute turns ahead until it is there."""
         while self._ahead:
-            frame = self._reader.read()
+            with _broken_is_lost():
+                frame = self._reader.read()
             if frame is not None:
                 return frame
             shard, turn = self._ahead.popleft()
@@ -201,17 +204,28 @@ class _Worker:
             self._computer.plan.before_gradients(self._worker, turn)
 
     def _receive(self) -> Frame:
-        while (frame := self._reader.read()) is None:
-            self._poll.poll()
-        return frame
+        with _broken_is_lost():
+            while (frame := self._reader.read()) is None:
+                self._poll.poll()
+            return frame
 
     def _send(self, frame: Frame) -> None:
-        self._writer.put(frame)
-        self._writer.write()
-        if self._writer.is_empty:
-            return
-        self._poll.modify(self._connection.sock, select.POLLOUT)
-        while not self._writer.is_empty:
-            self._poll.poll()
+        with _broken_is_lost():
+            self._writer.put(frame)
             self._writer.write()
-        self._poll.modify(self._connection.sock, select.POLLIN)
+            if self._writer.is_empty:
+                return
+            self._poll.modify(self._connection.sock, select.POLLOUT)
+            while not self._writer.is_empty:
+                self._poll.poll()
+                self._writer.write()
+            self._poll.modify(self._connection.sock, select.POLLIN)
+
+
+@contextmanager
+def _broken_is_lost() -> Iterator[None]:
+    """In the block, let a connection that breaks be a server that is lost."""
+    try:
+        yield
+    except OSError as error:
+        raise PeerLost(f"the connection to the driver broke: {error}") from error

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from sparksgd.arithmetic.flat import FlatModule, FlatStrip
 from sparksgd.solvers.protocol import Answer, CentralSolver, Message, StepOutcome
 
 __all__ = ["ArrivalSolver", "ArrivalStep", "Verdict"]
@@ -47,6 +48,9 @@ class Verdict:
 
 class ArrivalSolver(CentralSolver, Protocol):
     """The central half of a solver whose messages arrive one by one."""
+
+    flat: FlatModule | FlatStrip
+    """The module, whose parameters are the solver's."""
 
     def begin(self, shard: int) -> Answer:
         """Return what a shard begins with, at the start or after a loss."""

@@ -70,7 +70,7 @@ class _Served:
             turns_per_epoch=1000, total_turns=10**9, rows=1000 * workers,
         )  # fmt: skip
         self._solver: Any = make_solver(config, FlatModule(_module(parameters)), experiment)
-        self._vectors = Vectors.of(self._solver.readout())
+        self._vectors = Vectors.of(self._solver.readout(), 1)
         self._desk = ServerDesk(
             run=b"benchrun", credentials=Credentials.new(encrypt=False), host="127.0.0.1",
             listen_on="127.0.0.1", ports=None, num_workers=workers, timeout_s=30,
@@ -87,13 +87,14 @@ class _Served:
         here = 0
         while here < workers:
             here += isinstance(self._desk.next(5), Joined)
+        self._seats = self._desk.seats
         self._exchange.begin()
 
     def take(self, shard: int, answer: Answer) -> None:
         self._answers[shard] = answer
 
     def start(self, shard: int, turn: int) -> None:
-        self._desk.send(shard, turn_frame(shard, turn, self._answers.pop(shard, None)))
+        self._desk.send(shard, self._seats[shard], turn_frame(shard, turn, self._answers.pop(shard, None)))
 
     def forget(self, shard: int) -> None:
         raise AssertionError(f"shard {shard} is lost")

@@ -151,7 +151,12 @@ def framed(head: bytes, array_bytes: int = 0, run: bytes = RUN, head_bytes: int 
         (framed(head(described=[["a", "<f4", [True]]]), array_bytes=4), "shape [True]"),
         (framed(head(described=[["a", "<f4", [2]]]), array_bytes=4), "other lengths than it says"),
         (framed(head(described=[["a", "<f4", [1 << 62]]]), array_bytes=4), "other lengths than it says"),
-        (framed(head(described=[[["a"], "<f4", [1]]]), array_bytes=4), "is no frame"),
+        (framed(head(described=[[["a"], "<f4", [1]]]), array_bytes=4), "is no name"),
+        (framed(head(described=[[7, "<f4", [1]]]), array_bytes=4), "7 is no name"),
+        (framed(head(described=[["a", "<f4", {}]]), array_bytes=4), "shape {}"),
+        (framed(head(described=[["a", "<f4", [1] * 100]]), array_bytes=4), "and shape [1, 1"),
+        (framed(head(described=[["a", "<f4", [0, 1 << 62, 1 << 62]]])), "is no frame"),
+        (framed(head(described=[["a", "<f4", [(1 << 64) - 1, 0]]])), "is no frame"),
     ],
 )
 def test_what_is_no_frame_of_this_run_is_refused_before_anything_is_allocated(

@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 
 from sparksgd.arithmetic.flat import Weights
 from sparksgd.arithmetic.numerics import Numerics
+from sparksgd.data.shard import Descriptor
 from sparksgd.engines.replies import Evaluation
-from sparksgd.errors import ConfigError, NotFinite, PeerLost, ShardMissing, SparkSGDError, UserCodeError
+from sparksgd.errors import ConfigError, NotFinite, PeerLost, SparkSGDError, UserCodeError
 from sparksgd.peers import server_frames as frames
 from sparksgd.peers.frames import Frame
 from sparksgd.solvers.protocol import Answer, Message
@@ -29,7 +30,8 @@ WEIGHTS = Weights(
     statistics=DRAWN.standard_normal(Q),
     counters=np.array([4]),
 )
-VECTORS = frames.Vectors.of(WEIGHTS)
+VECTORS = frames.Vectors.of(WEIGHTS, trainable=2)
+SHARD = Descriptor(shard=1, host="a", path="/b", rows=3, repeats=0, row_digest=(2**64 - 1, 7), digest="c")
 ANSWER = Answer(
     weights=WEIGHTS,
     turn=3,
@@ -87,10 +89,12 @@ def test_the_other_frames_survive() -> None:
     assert (got.loss, got.correct, got.rows, got.weight) == (0.5, 3.0, 4, None)
     assert got.sums["f1"] is sums.sums["f1"]
     assert frames.evaluation_in(over_the_wire(frames.evaluated_frame(1, 7, None))) is None
-    order = over_the_wire(frames.evaluate_frame(1, 7, WEIGHTS))
+    order = over_the_wire(frames.evaluate_frame(SHARD, 7, WEIGHTS))
+    assert frames.descriptor_in(order) == SHARD
     assert frames.weights_in(order, VECTORS).counters is WEIGHTS.counters
     numerics = Numerics.here(1)
-    assert frames.numerics_in(over_the_wire(frames.here_frame("host", numerics))) == numerics
+    here = frames.here_in(3, over_the_wire(frames.here_frame("host", numerics)))
+    assert here == frames.Here(seat=3, host="host", numerics=numerics)
 
 
 @pytest.mark.parametrize(
@@ -98,7 +102,6 @@ def test_the_other_frames_survive() -> None:
     [
         UserCodeError("the user's own mistake\n  in turn 3"),
         NotFinite("x" * 200_000),
-        ShardMissing("/a/file is gone", (3, 5)),
     ],
     ids=lambda failure: type(failure).__name__,
 )
@@ -107,12 +110,11 @@ def test_an_error_stays_the_same_error(failure: SparkSGDError) -> None:
     assert type(got) is type(failure)
     assert str(failure).startswith(str(got))
     assert len(str(got)) > 10
-    assert getattr(got, "shards", None) == getattr(failure, "shards", None)
 
 
 @pytest.mark.parametrize("name", ["SystemExit", "os", "annotations", "", 7])
 def test_an_error_that_is_none_of_ours_is_not_raised(name: Any) -> None:
-    fields = {"error": name, "text": "x", "shards": []}
+    fields = {"error": name, "text": "x"}
     with pytest.raises(PeerLost):
         frames.failure_in(Frame(kind="failed", fields=fields))
 
@@ -152,6 +154,21 @@ def test_an_array_of_another_form_is_refused(name: str, array: Any) -> None:
     good = frames.sent_frame(0, 0, MESSAGE, TIMES)
     with pytest.raises(PeerLost, match=r"a frame has "):
         frames.message_in(replace(good, arrays={**good.arrays, name: array}), VECTORS)
+
+
+@pytest.mark.parametrize(
+    ("fields", "arrays"),
+    [
+        ({"rows": -1}, {}),
+        ({"rows": 3, "loss": None}, {}),
+        ({}, {"other": np.zeros(1)}),
+        ({}, {"sums/f1": np.zeros(1, np.float32)}),
+    ],
+)
+def test_sums_that_are_none_are_refused(fields: dict[str, Any], arrays: dict[str, Any]) -> None:
+    good = frames.evaluated_frame(1, 7, Evaluation(loss=0.5, correct=None, rows=4))
+    with pytest.raises(PeerLost):
+        frames.evaluation_in(replace(good, fields={**good.fields, **fields}, arrays=arrays))
 
 
 def test_a_frame_is_no_longer_than_it_may_be() -> None:

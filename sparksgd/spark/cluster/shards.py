@@ -117,6 +117,7 @@ class SparkShards:
         moved = []
         for old, new in zip(before, self.table, strict=True):
             if new.digest != old.digest:
+                self.table = before  # whoever asks again must find it again
                 raise ShardChanged(
                     f"shard {new.shard} was lost and written again, but now holds other rows: "
                     f"{new.rows:,} (digest {new.digest}) where it held {old.rows:,} (digest "

@@ -14,25 +14,25 @@ import secrets
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
 
 from pyspark import RDD
 
 from sparksgd.arithmetic.addition_tree import add_partial
-from sparksgd.arithmetic.numerics import Numerics
 from sparksgd.config import EngineConfig
 from sparksgd.data.shard import Descriptor
 from sparksgd.data.source import Shards
 from sparksgd.engines.arrival_exchange import ArrivalExchange, all_are_held
 from sparksgd.engines.compute import Plan
-from sparksgd.engines.gathering.evaluations import EvaluationGathering
 from sparksgd.engines.kinds import SERVER
 from sparksgd.engines.protocol import SegmentReport, StepReport, arrival_reports
 from sparksgd.engines.replies import Evaluation, Reply
-from sparksgd.errors import PeerLost, ShardMissing
+from sparksgd.errors import PeerLost
 from sparksgd.peers.frames import Frame
 from sparksgd.peers.server_desk import Came, Joined, Left, ServerDesk
+from sparksgd.peers.server_evaluation import evaluated_by_workers
 from sparksgd.peers.server_frames import (
     EVALUATED,
     FAILED,
@@ -41,13 +41,12 @@ from sparksgd.peers.server_frames import (
     MISSING,
     SENT,
     TURNED,
+    Here,
     Vectors,
-    evaluate_frame,
-    evaluation_in,
     failure_in,
     field_of,
+    here_in,
     message_in,
-    numerics_in,
     times_in,
     turn_frame,
 )
@@ -56,6 +55,7 @@ from sparksgd.peers.wire import Credentials
 from sparksgd.solvers.arrivals import ArrivalSolver
 from sparksgd.solvers.protocol import Answer, CentralSolver
 from sparksgd.spark.cluster.cluster import Cluster
+from sparksgd.spark.cluster.jobs import cleanup
 from sparksgd.spark.cluster.shards import SparkShards
 from sparksgd.spark.engines.allreduce import encrypts
 from sparksgd.spark.engines.base import DYING_S, SparkEngine
@@ -73,6 +73,13 @@ _LOOK_S = 0.5
 _GATHER_S = 10.0
 _PATIENCE_S = 5.0
 _AWAY_S = 60.0
+
+
+@dataclass(frozen=True)
+class _Lost:
+    """A shard of a worker that left."""
+
+    shard: int
 
 
 class ServerEngine(SparkEngine):
@@ -105,15 +112,17 @@ class ServerEngine(SparkEngine):
         self._vectors: Vectors
         self._owned: dict[int, list[int]] = {}  # the shards with rows of each worker
         self._worker_of: dict[int, int] = {}
-        self._hosts: dict[int, tuple[str, Numerics]] = {}  # of the workers that are here
+        self._here: dict[int, Here] = {}  # the workers that are here, as far as events are handled
         self._begins_at_s = 0.0  # when those who are here begin; 0: it has begun
-        self._held: deque[Joined | Left | Came] = deque()  # while an evaluation goes on
+        self._held: deque[Joined | Left | Came | _Lost] = deque()  # what happened and is not handled yet
         self._answers: dict[int, Answer] = {}  # that wait for the shard's next turn
         self._started: dict[int, tuple[int, float]] = {}  # the turn that each shard makes, and since when
         self._wanted: set[int] = set()  # the workers that have shards
         self._seen_s: dict[int, float] = {}  # when each of them was here last
         self._made = 0  # steps
         self._looked_at_s = 0.0
+        self._deaf_since_s: float | None = None  # since when nobody listens to workers; None: somebody does
+        self._exchanged_bytes = 0
         self._use = UseSinceStep(self._desk)
 
     @staticmethod
@@ -137,14 +146,17 @@ class ServerEngine(SparkEngine):
     def advance(self, solver: ArrivalSolver, steps: int) -> SegmentReport:  # type: ignore[override]  # it carries arrivals only
         """Make steps."""
         report = SegmentReport()
-        sent_before = self._desk.sent_bytes + self._desk.received_bytes
         self._context.setJobDescription("sparksgd: workers of the server")
+        if self._deaf_since_s is not None:  # which is not the time of turns
+            deaf_s, self._deaf_since_s = time.monotonic() - self._deaf_since_s, None
+            self._started = {one: (turn, since_s + deaf_s) for one, (turn, since_s) in self._started.items()}
         with self._cluster.job_watch.over(1):
             if not self._owned:
                 self._begin(solver)
             while len(report.steps) < steps:
                 report.steps += self._next_steps(solver)
-        report.sent_bytes = self._desk.sent_bytes + self._desk.received_bytes - sent_before
+        self._deaf_since_s = time.monotonic()
+        report.sent_bytes, self._exchanged_bytes = self._exchanged_bytes, 0
         return report
 
     def evaluate(self, solver: CentralSolver) -> Evaluation:
@@ -152,11 +164,16 @@ class ServerEngine(SparkEngine):
 
         If a host with test rows has no worker, Spark evaluates; if it has no free slot, all workers leave it.
         """
-        found = self._evaluated_by_workers(solver)
+        assert self._test is not None
+        found = evaluated_by_workers(
+            self._desk, self._here, self._test.table, solver.readout(), hold=self._held.append,
+            meanwhile=self._look_at_jobs, timeout_s=self._step_timeout_s,
+        )  # fmt: skip
         if found is None:
             if sum(self._cluster.running_tasks()) >= self._cluster.slots() or self._jobs.mends:
                 with self._cluster.job_watch.over(1):
                     self._release()
+                    self._jobs.end_mending()
             return super().evaluate(solver)
         total = Reply(leaves=len(found))
         for shard, sums in sorted(found.items()):
@@ -171,8 +188,10 @@ class ServerEngine(SparkEngine):
 
     def close(self) -> None:
         """End the workers' jobs, and stop listening."""
-        self._release()
-        self._jobs.close()
+        with cleanup():
+            self._release()
+        with cleanup():
+            self._jobs.close()
         self._desk.close()
         self._note_dropped()
         self._strangers.say(is_last=True)
@@ -186,8 +205,11 @@ class ServerEngine(SparkEngine):
 
     def start(self, shard: int, turn: int) -> None:
         """Tell a shard's worker to make a turn."""
+        worker, frame = self._worker_of[shard], turn_frame(shard, turn, self._answers.pop(shard, None))
         self._started[shard] = turn, time.monotonic()
-        self._desk.send(self._worker_of[shard], turn_frame(shard, turn, self._answers.pop(shard, None)))
+        if worker in self._here:  # else its other shards are about to be lost, too
+            self._exchanged_bytes += frame.array_bytes
+            self._desk.send(worker, self._here[worker].seat, frame)
 
     def forget(self, shard: int) -> None:
         """Forget what is on its way to a shard."""
@@ -207,7 +229,7 @@ class ServerEngine(SparkEngine):
         self._wanted = set(worker_of.values())
         self._seen_s = dict.fromkeys(self._wanted, time.monotonic())
         self._exchange = ArrivalExchange(solver, worker_of, self, self._turns)
-        self._vectors = Vectors.of(solver.readout())
+        self._vectors = Vectors.of(solver.readout(), len(solver.flat.parts))
         evaluated = 0 if self._test is None else max(shard.rows for shard in self._test.table)
         self._desk.start(self._vectors.most_bytes(self._plan.halves.vectors, evaluated))
         self._ask_all()
@@ -224,7 +246,6 @@ class ServerEngine(SparkEngine):
             request=request,
             worker=worker,
             shards=[shard for shard in self._shards.table if partition_of[shard.shard] == partition],
-            test_shards=[] if self._test is None else self._test.table,
             server=self._desk.address,
         )
         self._desk.expect(worker, request)
@@ -265,50 +286,54 @@ class ServerEngine(SparkEngine):
         self._use = UseSinceStep(self._desk)
         return reports
 
-    def _happens(self, event: Joined | Left | Came) -> None:
+    def _happens(self, event: Joined | Left | Came | _Lost) -> None:
         """Take note of what a worker did."""
         assert self._exchange is not None
-        worker = event.worker
-        if isinstance(event, Left):
-            was_here = self._hosts.pop(worker, None) is not None
-            log.debug("worker %d left: %s", worker, event.why)
-            if was_here and not self._begins_at_s:
+        if isinstance(event, _Lost):
+            self._exchange.lost(event.shard)
+        elif isinstance(event, Left):
+            log.debug("worker %d left: %s", event.worker, event.why)
+            self._jobs.left(event.worker, event.why)
+            if self._here.pop(event.worker, None) is not None and not self._begins_at_s:
                 self._use.lost_workers += 1
-                for shard in self._owned[worker]:
-                    self._exchange.lost(shard)
+            lost = [_Lost(shard) for shard in self._owned[event.worker]]
+            self._held.extendleft(reversed(lost))  # one by one: each may let others make steps
         elif isinstance(event, Came):
             try:
-                self._came(worker, event.frame)
+                self._came(event.worker, event.seat, event.frame)
             except PeerLost as error:
-                self._cut_off(worker, error)
+                log.warning("worker %d is cut off: %s", event.worker, error)
+                self._desk.drop(event.worker, event.seat, str(error))
 
-    def _came(self, worker: int, frame: Frame) -> None:
+    def _came(self, worker: int, seat: int, frame: Frame) -> None:
         """Take a worker's frame.
 
         Raises:
             PeerLost: it is none that was due.
+            SparkSGDError: it says that the worker failed.
         """
         assert self._exchange is not None
         if frame.kind == HERE:
-            self._note_who_is_here(worker, frame)
+            self._here[worker] = here_in(seat, frame)
             if not self._begins_at_s:
                 for shard in self._owned[worker]:
                     self._exchange.back(shard)
             return
         if frame.kind == FAILED:
-            self._failed(worker, frame)
-            return
+            raise failure_in(frame)
         if frame.kind in (EVALUATED, MISSING):
             return  # of an evaluation that has ended without it
         shard, turn = field_of(frame, "shard", int), field_of(frame, "turn", int)
-        if frame.kind not in (SENT, TURNED) or worker not in self._hosts or shard not in self._owned[worker]:
+        here = self._here.get(worker)
+        is_due = here is not None and here.seat == seat and shard in self._owned[worker]
+        if here is None or not is_due or frame.kind not in (SENT, TURNED):
             raise PeerLost(f'it sent a frame of kind "{frame.kind}" of shard {shard}')
         if self._started.get(shard, (None, 0.0))[0] != turn:
             raise PeerLost(f"it made turn {turn} of shard {shard}, which was not asked for")
         message = message_in(frame, self._vectors) if frame.kind == SENT else None
-        host, numerics = self._hosts[worker]
         rows = self._plan.sampling.piece_rows(shard, turn)
-        self._use.note_turn(worker, host, numerics, rows, times_in(frame))
+        self._use.note_turn(worker, here, rows, times_in(frame))
+        self._exchanged_bytes += frame.array_bytes
         del self._started[shard]
         self._jobs.progressed(worker)
         began_s = time.perf_counter()
@@ -318,30 +343,15 @@ class ServerEngine(SparkEngine):
             self._exchange.pushed(shard, message)
             self._use.update_s += time.perf_counter() - began_s
 
-    def _failed(self, worker: int, frame: Frame) -> None:
-        """Take a worker's error: it ends the run, unless it is a shard's file, which is written again."""
-        failure = failure_in(frame)
-        if not isinstance(failure, ShardMissing):
-            raise failure
-        self._jobs.lacks(worker, failure)
-
-    def _cut_off(self, worker: int, error: PeerLost) -> None:
-        """End the connection of a worker that sent what was not due; it is asked again."""
-        log.warning("worker %d is cut off: %s", worker, error)
-        self._desk.drop(worker, str(error))
-
-    def _note_who_is_here(self, worker: int, frame: Frame) -> None:
-        self._hosts[worker] = field_of(frame, "host", str), numerics_in(frame)
-
     def _begin_those_who_are_here(self) -> None:
         """Let all shards begin together, or, after a while, those of the workers that are here."""
         assert self._exchange is not None
-        if not self._begins_at_s or not self._hosts:
+        if not self._begins_at_s or not self._here:
             return
-        if self._hosts.keys() >= self._wanted or time.monotonic() > self._begins_at_s:
+        if self._here.keys() >= self._wanted or time.monotonic() > self._begins_at_s:
             self._begins_at_s = 0.0
             for shard, worker in self._worker_of.items():
-                if worker in self._hosts and shard in self._owned[worker]:
+                if worker in self._here and shard in self._owned[worker]:
                     self._exchange.back(shard)
 
     def _look_at_jobs(self) -> bool:
@@ -358,7 +368,7 @@ class ServerEngine(SparkEngine):
         """Now and then: look at jobs, and at turns that take too long."""
         if not self._look_at_jobs():
             return
-        now_s, here = time.monotonic(), set(self._here())
+        now_s, here = time.monotonic(), set(self._here)
         if self._begins_at_s or self._held:
             return
         if not self._started and here >= self._wanted:
@@ -370,7 +380,8 @@ class ServerEngine(SparkEngine):
                 why = f"turn {turn + 1} of shard {shard} took longer than {self._step_timeout_s:g} s"
                 log.warning("worker %d is given up: %s (engine.step_timeout_s)", worker, why)
                 self._jobs.give_up(worker)
-                self._desk.drop(worker, why)
+                del self._started[shard]
+                self._desk.drop(worker, self._here[worker].seat, why)
 
     def _say_who_is_away(self, here: set[int], now_s: float) -> None:
         """Warn now and then of workers that are gone for long: the rows of their shards are not used."""
@@ -398,71 +409,22 @@ class ServerEngine(SparkEngine):
         if self._test is not None:
             self.recovery.rebuilt_shards += self._test.recover(())
 
-    # Evaluations
-
-    def _evaluated_by_workers(self, solver: CentralSolver) -> dict[int, Evaluation | None] | None:
-        """Let workers evaluate, each when it has ended its turn; None if they cannot."""
-        assert self._test is not None
-        weights = solver.readout()
-        gathering = EvaluationGathering({shard.shard: shard.host for shard in self._test.table})
-        has_weights: set[int] = set()
-
-        def give(worker: int) -> None:
-            shard = gathering.give(worker, self._hosts[worker][0])
-            if shard is not None:
-                given = None if worker in has_weights else weights
-                self._desk.send(worker, evaluate_frame(shard, weights.version, given))
-                has_weights.add(worker)
-
-        for worker in self._here():
-            give(worker)
-        began_s = answered_s = time.monotonic()
-        while not gathering.is_complete:
-            if not gathering.can_go_on({self._hosts[worker][0] for worker in self._here()}):
-                return None
-            self._look_at_jobs()
-            event = self._desk.next(_LOOK_S)
-            if event is None:
-                if time.monotonic() - answered_s > self._step_timeout_s:
-                    return None
-                continue
-            if not (isinstance(event, Came) and event.frame.kind in (EVALUATED, MISSING)):
-                self._held.append(event)
-            if isinstance(event, Left):
-                gathering.left(event.worker)
-                has_weights.discard(event.worker)
-            elif isinstance(event, Came):
-                try:
-                    if event.frame.kind == HERE:
-                        self._note_who_is_here(event.worker, event.frame)
-                        give(event.worker)
-                    elif event.frame.kind == FAILED:
-                        self._failed(event.worker, event.frame)
-                    elif event.frame.kind == MISSING:
-                        return None
-                    elif event.frame.kind == EVALUATED and event.worker in has_weights:
-                        if field_of(event.frame, "version", int) == weights.version:  # else of one before
-                            sums = evaluation_in(event.frame)
-                            gathering.answered(field_of(event.frame, "shard", int), sums)
-                            answered_s = time.monotonic()
-                        give(event.worker)
-                except PeerLost as error:
-                    self._cut_off(event.worker, error)
-        lasted_s = time.monotonic() - began_s  # which is not the time of turns
-        self._started = {
-            shard: (turn, since_s + lasted_s) for shard, (turn, since_s) in self._started.items()
-        }
-        return gathering.found
-
-    def _here(self) -> list[int]:
-        """Return the workers that are connected, and have said who they are."""
-        return sorted(self._hosts.keys() & self._desk.workers)
-
     def _release(self) -> None:
         """Let all workers leave; what they sent before is used at the next step."""
-        for worker in self._desk.workers:
-            self._desk.send(worker, Frame(kind=LEAVE))
-        self._jobs.end(_PATIENCE_S)
+        for worker, seat in self._desk.seats.items():
+            self._desk.send(worker, seat, Frame(kind=LEAVE))
+        self._jobs.end(_PATIENCE_S, self._hear)
+        for worker, seat in self._desk.seats.items():
+            self._desk.drop(worker, seat, "its job was cancelled")
+        while self._hear(0.0):
+            pass
+
+    def _hear(self, timeout_s: float = 0.05) -> bool:
+        """Keep what happens next; return whether something did."""
+        event = self._desk.next(timeout_s)
+        if event is not None:
+            self._held.append(event)
+        return event is not None
 
     def _await_slots(self) -> None:
         """Wait for one slot: workers may come later."""

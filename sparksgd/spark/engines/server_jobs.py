@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterable
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,9 +26,6 @@ __all__ = ["ServerJobs"]
 
 log = logging.getLogger("sparksgd")
 
-_LOOK_S = 0.05
-_MENDING_S = 60.0
-
 
 @dataclass(kw_only=True)
 class _Asked:
@@ -41,8 +38,8 @@ class _Asked:
     is_hung: bool = False
     """Whether it was cancelled, because a turn took too long."""
 
-    missing: ShardMissing | None = None
-    """What ended it, if that was the file of a shard."""
+    why: str = "its connection ended"
+    """What is known of its end."""
 
 
 class ServerJobs:
@@ -88,10 +85,10 @@ class ServerJobs:
         """Note that a worker has made a turn: failures before do not count any more."""
         self._failures.pop(worker, None)
 
-    def lacks(self, worker: int, missing: ShardMissing) -> None:
-        """Note that a worker ends because the file of a shard is gone, or damaged."""
+    def left(self, worker: int, why: str) -> None:
+        """Note why the connection of a worker ended."""
         if worker in self._asked:
-            self._asked[worker].missing = missing
+            self._asked[worker].why = f"its connection ended: {why}"
 
     def give_up(self, worker: int) -> None:
         """Cancel the job of a worker that hangs; it is asked again."""
@@ -99,7 +96,7 @@ class ServerJobs:
         if asked is not None:
             asked.is_hung = True
             with cleanup():
-                asked.job.cancel()
+                asked.job.cancel(True)
 
     def look(self) -> None:
         """Find jobs that ended, and ask their workers again, once what they lost is mended.
@@ -122,26 +119,31 @@ class ServerJobs:
         """Return whether workers are asked, or will be."""
         return bool(self._asked or self._mending)
 
-    def end(self, patience_s: float) -> None:
-        """Wait until all jobs have ended, and what is lost is mended; cancel what takes too long.
+    def end(self, patience_s: float, meanwhile: Callable[[], object]) -> None:
+        """Wait until all workers' jobs have ended; cancel those that take too long.
 
         Args:
             patience_s: for how long they may go on.
+            meanwhile: called again and again.
         """
         deadline = time.monotonic() + patience_s
-        with cleanup():
-            while not all(asked.job.isDone() for asked in self._asked.values()):
-                if time.monotonic() > deadline:
-                    for asked in self._asked.values():
-                        asked.job.cancel()
-                    break
-                time.sleep(_LOOK_S)
+        while not all(asked.job.isDone() for asked in self._asked.values()):
+            if time.monotonic() > deadline:
+                for asked in self._asked.values():
+                    asked.job.cancel(True)
+                break
+            meanwhile()
         self._asked.clear()
-        _, stuck = wait(self._mending.values(), _MENDING_S)
-        if stuck:  # it may wait for a slot that never comes
-            cancel_jobs(self._cluster.context, self._cluster.run_id)
-            wait(stuck)
-        self._mending.clear()
+
+    def end_mending(self) -> None:
+        """Wait until what is lost is written again.
+
+        Raises:
+            SparkSGDError: it cannot be.
+        """
+        mending, self._mending = self._mending, {}
+        for one in mending.values():
+            one.result()
 
     @property
     def mends(self) -> bool:
@@ -149,7 +151,9 @@ class ServerJobs:
         return not all(mending.done() for mending in self._mending.values())
 
     def close(self) -> None:
-        """Let no worker be asked again."""
+        """Let no worker be asked again; what is being written for them is not needed any more."""
+        if self.mends:
+            cancel_jobs(self._cluster.context, self._cluster.run_id)
         self._thread.shutdown(cancel_futures=True)
         self._mending.clear()
 
@@ -167,9 +171,8 @@ class ServerJobs:
             wait_s = self._dying_s if is_dying else 0.0
             why = "a turn took too long (engine.step_timeout_s)" if asked.is_hung else gist(str(error))
         else:
-            why, missing = str(failure or "its connection ended"), None
-            if asked.missing is not None:
-                why, missing = str(asked.missing), asked.missing.shards
+            why = str(failure or asked.why)
+            missing = failure.shards if isinstance(failure, ShardMissing) else None
         with cleanup():
             self._cluster.lost_executors.look()
         failures = self._failures[worker] = self._failures.get(worker, 0) + 1

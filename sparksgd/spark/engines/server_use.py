@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from sparksgd.arithmetic.numerics import Numerics
 from sparksgd.engines.protocol import ServerUse, StepTiming
 from sparksgd.engines.replies import WorkerReport
 from sparksgd.peers.server_desk import ServerDesk
-from sparksgd.peers.server_frames import Times
+from sparksgd.peers.server_frames import Here, Times
 
 __all__ = ["UseSinceStep"]
 
@@ -31,17 +30,17 @@ class UseSinceStep:
 
         self._waited_s = 0.0
 
-    def note_turn(self, worker: int, host: str, numerics: Numerics, rows: int, times: Times) -> None:
+    def note_turn(self, worker: int, here: Here, rows: int, times: Times) -> None:
         """Note a turn that a worker made."""
         self._waited_s += times.waited_s
         self.workers.append(
             WorkerReport(
                 worker=worker,
-                host=host,
+                host=here.host,
                 rows=rows,
                 started_at_s=times.started_at_s,
                 ended_at_s=times.started_at_s + times.computed_s,
-                numerics=numerics,
+                numerics=here.numerics,
             )
         )
 

@@ -29,13 +29,10 @@ class WorkerTask:
 
     worker: int
     shards: Sequence[Descriptor]
-    test_shards: Sequence[Descriptor]
     server: ServerAddress
 
 
 def work(shipped: Broadcast[ShippedPlan], tasks: Iterable[WorkerTask]) -> Iterator[SparkSGDError | None]:
     """Task: be a worker; yield what failed, as a value."""
     for task in tasks:
-        yield serve(
-            shipped.value.computer, task.server, task.request, task.worker, task.shards, task.test_shards
-        )
+        yield serve(shipped.value.computer, task.server, task.request, task.worker, task.shards)
