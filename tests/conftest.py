@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 TESTS = Path(__file__).parent
 MODULES = TESTS / "modules"
@@ -20,6 +21,9 @@ os.environ["PYSPARK_PYTHON"] = sys.executable
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(MODULES), os.environ.get("PYTHONPATH")]))
 sys.path[:0] = [str(TESTS / name) for name in ("modules", "hosts", "cluster", "spark")]
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore Ctrl-C
+
+settings.register_profile("any machine", deadline=None)  # no test races a clock
+settings.load_profile("any machine")
 
 pytest_plugins = ["cluster_fixtures", "spark_fixtures"]  # not of a conftest.py: all folders use them
 

@@ -24,6 +24,7 @@ import torch
 from torch import nn
 
 from sparksgd.arithmetic.flat import FlatModule
+from sparksgd.arithmetic.reused import ReusedArrays
 from sparksgd.config import Config
 from sparksgd.engines.arrival_exchange import ArrivalExchange
 from sparksgd.engines.freed_memory import freed_memory_kept_in_block
@@ -115,7 +116,7 @@ class _Served:
 def _peer(about: Any, number: int, vectors: Vectors) -> None:
     torch.set_num_threads(1)
     connection = connect(about.credentials, about.address, HELLO.pack(1, number), "the desk", 30)
-    reader = FrameReader(connection, about.run, "the desk", vectors.most_bytes(2))
+    reader = FrameReader(connection, about.run, "the desk", vectors.most_bytes(2), ReusedArrays())
     writer = FrameWriter(connection, about.run)
     message = Message(
         vectors={"gradient": np.full(vectors.parameters, 1e-3, np.float32)},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import time
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +12,13 @@ import pytest
 from resumed_jobs import Stops  # tests/modules
 from served_runs import SERVER, Flags, events, flagged, rule, served
 from spark_helpers import AtStep, StepsMade, configured, flip_bit, write_rows
-from stragglers import HeldBack, HeldUntil, HeldWhile  # tests/modules
+from stragglers import HeldBack, HeldUntil, HeldWhile, Straggler  # tests/modules
 from virtual_trainings import ARRIVALS, OVERLAPPED  # tests/modules
 
 import sparksgd
 from sparksgd.errors import ClusterError, NotFinite, UserCodeError
 from sparksgd.spark.train import train
-from sparksgd.training.state import Probe, Training
+from sparksgd.training.state import Observer, Probe, Training
 
 pytestmark = pytest.mark.session("local[5]")
 
@@ -56,11 +57,11 @@ def test_an_exchange_that_runs_beside_the_next_turn_is_repeated_too(
     assert len({report.took_part for report in reports}) == 4
 
 
-def held_until(folder: Path, processes: int) -> Probe:
+def held_until(folder: Path, processes: int, turn: int = 48) -> Probe:
     """Return a probe that holds workers back until those that were lost have successors."""
     seen = folder / "processes"
     seen.mkdir()
-    return Probe(before_gradients=HeldUntil(folder=str(seen), processes=processes, turn=48))
+    return Probe(before_gradients=HeldUntil(folder=str(seen), processes=processes, turn=turn))
 
 
 def test_a_killed_worker_begins_anew_and_the_others_go_on(
@@ -166,13 +167,99 @@ def test_a_rule_that_holds_everybody_ends_the_run_in_words(spark: Any, small: st
 
 
 @pytest.mark.soak
-def test_a_turn_that_hangs_is_given_up_and_the_others_go_on(
+def test_a_turn_that_hangs_is_given_up_and_its_worker_asked_again(
     spark: Any, small: str, flags: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    settings = (*rule("stale_synchronous", bound=1), *flagged(flags), "engine.step_timeout_s=2")
-    run, _ = served(spark, small, tmp_path / "run", *settings, observers=(Flags(flags, {10: "sleep"}),))
+    settings = (*rule("stale_synchronous", bound=1), *flagged(flags), "engine.step_timeout_s=15")
+    probe = held_until(tmp_path, 5, turn=28)  # until there is a successor of the process that is ended
+    strikes = (Flags(flags, {10: "sleep"}),)
+    run, _ = served(spark, small, tmp_path / "run", *settings, observers=strikes, probe=probe)
     assert run.participation.lost_workers == 1  # until it was lost, the others waited for its clock
-    assert re.search(r"worker \d is given up: turn \d+ of shard \d took longer than 2 s", caplog.text)
+    assert run.recovery.retries == 1
+    assert re.search(r"worker \d is given up: turn \d+ of shard \d took longer than 15 s", caplog.text)
+    assert spark.sparkContext.statusTracker().getActiveJobsIds() == []
+
+
+class Busy(Observer):
+    """Takes long after some steps, as a slow disk would."""
+
+    def stepped(self, training: Training, report: Any) -> None:
+        if report.step in (20, 40):
+            time.sleep(3.0)
+
+
+@pytest.mark.soak
+def test_time_in_which_nobody_listens_is_not_that_of_turns(spark: Any, small: str, tmp_path: Path) -> None:
+    settings = (*rule("async_sgd"), "engine.step_timeout_s=2")
+    run, _ = served(spark, small, tmp_path / "run", *settings, observers=(Busy(),))
+    assert (run.participation.lost_workers, run.recovery.retries) == (0, 0)
+
+
+class RaisesAtTheEnd(Observer):
+    """Lets a turn fail that nobody waits for."""
+
+    def __init__(self, flags: Path) -> None:
+        self.flags = flags
+
+    def stepped(self, training: Training, report: Any) -> None:
+        if report.turn >= training.total_turns:
+            (self.flags / "raise").touch()
+
+
+def test_what_fails_beyond_the_last_step_fails_no_run(
+    spark: Any, small: str, flags: Path, tmp_path: Path
+) -> None:
+    probe = Probe(before_gradients=Straggler(worker=1, delay_s=0.05))
+    settings = (*rule("async_sgd"), *flagged(flags), "train.epochs=1")
+    run, _ = served(
+        spark, small, tmp_path / "run", *settings, observers=(RaisesAtTheEnd(flags),), probe=probe
+    )
+    assert run.last_evaluation is not None
+
+
+@pytest.mark.soak
+def test_who_is_back_before_an_evaluation_ends_gets_no_order_of_before(
+    spark: Any, small: str, flags: Path, tmp_path: Path
+) -> None:
+    class Slow(Flags):
+        def evaluated(self, training: Training, report: Any) -> None:
+            (self.folder / "slow").unlink(missing_ok=True)
+
+    (flags / "slow").touch()
+    probe = Probe(before_gradients=Straggler(worker=1, delay_s=0.05))
+    settings = (
+        *rule("async_sgd"), "model.name=users_modules:EvaluationFlagNet", f"model.folder={flags}",
+        "engine.num_workers=2", "train.epochs=3",
+    )  # fmt: skip
+    strikes = (Slow(flags, {20: "kill"}),)
+    run, _ = served(spark, small, tmp_path / "run", *settings, observers=strikes, probe=probe)
+    assert run.participation.lost_workers == 1
+
+
+@pytest.mark.soak
+@pytest.mark.session("local[4]")
+def test_an_evaluation_that_needs_all_slots_while_a_worker_is_away_loses_nobody(
+    spark: Any, small: str, flags: Path, local_dir: Path, tmp_path: Path
+) -> None:
+    few = write_rows(tmp_path / "few", 100, seed=1)
+    settings = (*rule("async_sgd"), *flagged(flags), "train.epochs=16", "train.eval_every=1")
+    strikes = (
+        Flags(flags, {20: "kill-worker"}),
+        AtStep(24, lambda _: shard_files(local_dir)[0].unlink()),
+    )
+    probe = held_until(tmp_path, 5, turn=160)
+    run, reports = served(spark, small, tmp_path / "run", *settings, test=few, observers=strikes, probe=probe)
+    shares = [report.took_part for report in reports[-200:]]
+    assert {shard for shards in shares for shard in shards} == {0, 1, 2, 3}
+    assert run.recovery.rebuilt_shards >= 1
+
+
+def test_bytes_are_those_of_messages_and_answers(spark: Any, small: str, tmp_path: Path) -> None:
+    settings = (*rule("async_sgd"), "train.eval_every=1")
+    run, _ = served(spark, small, tmp_path / "run", *settings)
+    moved = sum(event["kind"] in ("push", "pull") for event in events(tmp_path / "run"))
+    vector_bytes = 4 * run.flat.parameters.numel()
+    assert abs(run.sent_bytes - moved * vector_bytes) <= 8 * vector_bytes  # those of turns beyond the end
 
 
 @pytest.mark.soak
