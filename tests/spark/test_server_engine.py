@@ -36,6 +36,7 @@ def test_every_rule_of_arrivals_trains_and_is_its_own_replay(
     assert all(report.server is not None for report in reports if report.timing.total)
 
 
+@pytest.mark.soak
 def test_two_runs_differ_and_each_is_its_own_replay(spark: Any, small: str, tmp_path: Path) -> None:
     digests = set()
     for held in (0, 2):

@@ -31,7 +31,7 @@ def until_back(folder: Path, processes: int, turn: int) -> Probe:
 @pytest.mark.soak
 @pytest.mark.session(LOCAL_CLUSTER)
 @pytest.mark.parametrize("name", ["async_sgd", "elastic_averaging"])
-def test_an_executor_dies_and_its_shards_are_written_again_behind_the_others(
+def test_an_executor_dies_and_its_shards_begin_anew_behind_the_others(
     spark: Any, small: str, flags: Path, tmp_path: Path, name: str
 ) -> None:
     settings = (*TWO, *rule(name), *flagged(flags), "train.epochs=8")
@@ -39,7 +39,6 @@ def test_an_executor_dies_and_its_shards_are_written_again_behind_the_others(
     probe = until_back(tmp_path, 3, 100)
     run, _ = served(spark, small, tmp_path / "run", *settings, observers=(strikes,), probe=probe)
     assert run.participation.lost_workers >= 1
-    assert run.recovery.rebuilt_shards >= 2
     assert {event["shard"] for event in events(tmp_path / "run") if event["kind"] == "lost"} != set()
 
 
