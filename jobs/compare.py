@@ -37,18 +37,18 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str]) -> int:
     """Make the comparison; return the exit status."""
+    return exit_status(lambda: _compare(argv), interrupted="interrupted: the same command goes on")
+
+
+def _compare(argv: Sequence[str]) -> None:
     args = parser().parse_args(argv)
     console = open_console()
     log_to(console, new_run_id(), args.log_format)
+    question = read_question(args.comparison, args.data)
+    instruction_set.pin(Config.from_dict(question.base).train.instruction_set)  # before torch is imported
+    from sparksgd.cli.comparing import run_comparison
 
-    def work() -> None:
-        question = read_question(args.comparison, args.data)
-        instruction_set.pin(Config.from_dict(question.base).train.instruction_set)  # before torch is imported
-        from sparksgd.cli.comparing import run_comparison
-
-        run_comparison(question, args.out, console)
-
-    return exit_status(work, interrupted="interrupted: the same command goes on")
+    run_comparison(question, args.out, console)
 
 
 if __name__ == "__main__":

@@ -45,25 +45,24 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str]) -> int:
     """Look, and show what was found; return the exit status."""
+    return exit_status(lambda: _examine(argv))
+
+
+def _examine(argv: Sequence[str]) -> int:
     args = parser().parse_args(argv)
-    fails = []
+    config = Config.load(args.config and location(args.config), args.set)
+    instruction_set.pin(config.train.instruction_set)  # before anything imports torch
+    from sparksgd.cli.doctor import examine
 
-    def work() -> None:
-        config = Config.load(args.config and location(args.config), args.set)
-        instruction_set.pin(config.train.instruction_set)  # before anything imports torch
-        from sparksgd.cli.doctor import examine
-
-        is_well = examine(
-            config,
-            args.out,
-            within_s=args.within,
-            as_json=args.json,
-            console=open_console(output=True),
-            progress=open_console(),
-        )
-        fails.append(not is_well)
-
-    return exit_status(work) or int(any(fails))
+    is_well = examine(
+        config,
+        args.out,
+        within_s=args.within,
+        as_json=args.json,
+        console=open_console(output=True),
+        progress=open_console(),
+    )
+    return 0 if is_well else 1
 
 
 if __name__ == "__main__":

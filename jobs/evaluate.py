@@ -32,9 +32,13 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str]) -> int:
     """Print a model's scores; return the exit status."""
+    return exit_status(lambda: _evaluate(argv))
+
+
+def _evaluate(argv: Sequence[str]) -> None:
     args = parser().parse_args(argv)
     log_to(open_console(), new_run_id(), args.log_format)
-    return exit_status(lambda: run_evaluation(args.model, args.data, args.trust, strict=args.strict))
+    run_evaluation(args.model, args.data, args.trust, strict=args.strict)
 
 
 if __name__ == "__main__":

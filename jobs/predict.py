@@ -55,6 +55,10 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str]) -> int:
     """Write the predictions; return the exit status."""
+    return exit_status(lambda: _predict(argv))
+
+
+def _predict(argv: Sequence[str]) -> None:
     args = parser().parse_args(argv)
     log_to(open_console(), new_run_id(), args.log_format)
     asked = PredictionJob(
@@ -67,7 +71,7 @@ def main(argv: Sequence[str]) -> int:
         on_bad_row=args.on_bad_row,
         if_exists=args.if_exists,
     )
-    return exit_status(lambda: run_prediction(args.model, asked, tuple(args.trust), strict=args.strict))
+    run_prediction(args.model, asked, tuple(args.trust), strict=args.strict)
 
 
 if __name__ == "__main__":

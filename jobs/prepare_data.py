@@ -36,11 +36,12 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str]) -> int:
     """Return 0 if the data are written, 2 if something was refused, 130 if interrupted."""
+    return exit_status(lambda: _prepare(argv), interrupted="interrupted: run the same command again to go on")
+
+
+def _prepare(argv: Sequence[str]) -> None:
     args = parser().parse_args(argv)
-    return exit_status(
-        lambda: prepare(find_dataset(args.dataset), args.out, source=args.source),
-        interrupted="interrupted: run the same command again to go on",
-    )
+    prepare(find_dataset(args.dataset), args.out, source=args.source)
 
 
 if __name__ == "__main__":

@@ -36,23 +36,21 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str]) -> int:
     """Print the table, and draw the plot; return the exit status."""
+    return exit_status(lambda: _show(argv))
+
+
+def _show(argv: Sequence[str]) -> None:
     options = parser().parse_args(argv)
-
-    def work() -> None:
-        arrivals_s = read_arrivals(options.run)
-        found = choices(arrivals_s, options.exponent)
-        Console().print(_table(found, len(arrivals_s)))
-        best = best_of(found)
-        saved = (
-            f"{1 - best.relative_time:.0%} less time than without"
-            if best.backups
-            else "stragglers cost little"
-        )
-        print(f"train.num_shards={len(found)} solver.backup_workers={best.backups}: {saved}")
-        if options.plot is not None:
-            plot(arrivals_s, found, options.plot)
-
-    return exit_status(work)
+    arrivals_s = read_arrivals(options.run)
+    found = choices(arrivals_s, options.exponent)
+    Console().print(_table(found, len(arrivals_s)))
+    best = best_of(found)
+    saved = (
+        f"{1 - best.relative_time:.0%} less time than without" if best.backups else "stragglers cost little"
+    )
+    print(f"train.num_shards={len(found)} solver.backup_workers={best.backups}: {saved}")
+    if options.plot is not None:
+        plot(arrivals_s, found, options.plot)
 
 
 def _table(found: list[Choice], steps: int) -> Table:

@@ -89,41 +89,41 @@ def _status(text: str) -> int:
 
 def main(argv: Sequence[str]) -> int:
     """Run a training; return the exit status."""
+    return exit_status(lambda: _train(argv))
+
+
+def _train(argv: Sequence[str]) -> int:
     args = parser().parse_args(argv)
     run_id, console = new_run_id(), open_console()
     log_to(console, run_id, args.log_format)
+    if args.replay is None:
+        if args.trust:
+            raise ConfigError("--trust is for --replay: what your own configuration names needs no trust")
+        replay, config = None, Config.load(args.config and location(args.config), args.set)
+    else:
+        if Path(args.replay).resolve() == Path(args.out).resolve():
+            raise ConfigError(
+                f"--out is {args.out}, but that folder holds the run to replay: name another folder"
+            )
+        replay = read_replay(args.replay, trust=args.trust)
+        config = Config.load(replay.config, args.set)
+    instruction_set.pin(config.train.instruction_set)  # before anything imports torch
+    from sparksgd.cli.run import run
+    from sparksgd.cli.terminal import Terminal
+    from sparksgd.training.callbacks import Callback
 
-    def work() -> int:
-        if args.replay is None:
-            if args.trust:
-                raise ConfigError("--trust is for --replay: what your own configuration names needs no trust")
-            replay, config = None, Config.load(args.config and location(args.config), args.set)
-        else:
-            if Path(args.replay).resolve() == Path(args.out).resolve():
-                raise ConfigError(
-                    f"--out is {args.out}, but that folder holds the run to replay: name another folder"
-                )
-            replay = read_replay(args.replay, trust=args.trust)
-            config = Config.load(replay.config, args.set)
-        instruction_set.pin(config.train.instruction_set)  # before anything imports torch
-        from sparksgd.cli.run import run
-        from sparksgd.cli.terminal import Terminal
-        from sparksgd.training.callbacks import Callback
-
-        return run(
-            config,
-            args.out,
-            run_id=run_id,
-            terminal=Terminal(console, tables=args.log_format == "text"),
-            callbacks=[Callback("--callback", name) for name in args.callback],
-            status_when_stopped=args.status_when_stopped,
-            replay=replay,
-            if_exists=args.if_exists,
-            resume=args.resume,
-            if_running=args.if_running,
-        )
-
-    return exit_status(work)
+    return run(
+        config,
+        args.out,
+        run_id=run_id,
+        terminal=Terminal(console, tables=args.log_format == "text"),
+        callbacks=[Callback("--callback", name) for name in args.callback],
+        status_when_stopped=args.status_when_stopped,
+        replay=replay,
+        if_exists=args.if_exists,
+        resume=args.resume,
+        if_running=args.if_running,
+    )
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from typing import get_args
 
 from sparksgd.cli.logs import LogFormat, are_json
 from sparksgd.errors import SparkSGDError
+from sparksgd.runs.attempts import not_repeated
 from sparksgd.spark.uris import lead_to_hadoop
 from sparksgd.training.interrupts import ended_by
 
@@ -58,22 +59,20 @@ def exit_status(work: Callable[[], int | None], *, interrupted: str = "interrupt
     Its paths may be URIs of Hadoop's file systems, even if there is no session.
 
     Args:
-        work: what to do; returns the exit status, or None, which is 0.
+        work: what to do, its options included; returns the exit status, or None, which is 0.
         interrupted: what to say after Ctrl-C.
     """
     atexit.register(gc.freeze)  # the last garbage collections would take half a second
     lead_to_hadoop()
     where = ""
     try:
-        status = work()
+        return not_repeated(work)
     except SparkSGDError as error:
         if ended_by() is None:
             _say(f"error: {error}")
             return error.exit_code
     except KeyboardInterrupt as error:
         where = f" {error}" if str(error) else ""
-    else:
-        return status or 0
     terminated = ended_by() == signal.SIGTERM
     _say(("terminated" if terminated else interrupted) + where)
     return 128 + (signal.SIGTERM if terminated else signal.SIGINT)

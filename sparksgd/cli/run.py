@@ -13,11 +13,9 @@ from sparksgd.cli.terminal import Terminal, scores_tables
 from sparksgd.config import Config, EngineConfig, TrainConfig
 from sparksgd.errors import ConfigError
 from sparksgd.runs.asked import Asked, IfExists
-from sparksgd.runs.attempts import ends_noted, note_end
 from sparksgd.runs.earlier import earlier_run
 from sparksgd.runs.fingerprints import fingerprints_of
 from sparksgd.runs.folder import RunFolder
-from sparksgd.runs.holder import Holder
 from sparksgd.runs.lease import IfRunning
 from sparksgd.runs.model import load_model
 from sparksgd.solvers.rules import completed
@@ -85,12 +83,7 @@ def run(
         start_up = StartUp(submitted_at_s())
     folder = location(out)
     run_folder = RunFolder(folder, run_id=run_id, called="--out")
-    holder = Holder.here(run_id)
-    with (
-        run_folder.held(if_running),
-        ends_noted(run_folder.folder, holder),
-        _interruption_told(run_folder),
-    ):
+    with run_folder.held(if_running), _interruption_told(run_folder):
         run_folder.fingerprints = fingerprints_of(config, replay)  # files may change while we wait
         asked = Asked(config=config, fingerprints=run_folder.fingerprints, if_exists=if_exists, resume=resume)
         found = earlier_run(folder, asked)
@@ -117,10 +110,7 @@ def run(
             from sparksgd.training.in_process import train_in_process
 
             training = train_in_process(config, rows, test, **given)
-        if not (training.is_out_of_time and status_when_stopped):
-            return 0
-        note_end(run_folder.folder, holder, status_when_stopped, "train.max_wall_s ended the run")
-        return status_when_stopped
+        return status_when_stopped if training.is_out_of_time else 0
 
 
 @contextmanager

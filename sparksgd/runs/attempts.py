@@ -2,14 +2,16 @@
 
 YARN makes another attempt after every end with a status but 0, as often as spark.yarn.maxAppAttempts allows.
 That mends a lost node: the run goes on from its last checkpoint.  It mends no configuration that was refused,
-and no loss that is not finite.  So such an end is written to ended.json in the run's folder, and a later
-attempt of the same application ends at once, with the same status and words.
+and no loss that is not finite.  So such an end is noted in the application's staging folder, and a later
+attempt ends at once, with the same status and words.  The attempts share that folder, whatever the job's
+options are, and Spark removes it after the last one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+import os
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 
 from sparksgd.errors import (
     Cancelled,
@@ -20,13 +22,14 @@ from sparksgd.errors import (
     SparkSGDError,
     TrainingError,
 )
-from sparksgd.runs.holder import Holder
+from sparksgd.runs.holder import attempt_here
 from sparksgd.runs.json_files import read_json, write_json
-from sparksgd.storage import Location
+from sparksgd.storage import Location, location
+from sparksgd.training.interrupts import ended_by
 
-__all__ = ["EndedBefore", "ends_noted", "note_end"]
+__all__ = ["EndedBefore", "not_repeated"]
 
-ENDED = "ended.json"
+ENDED = "sparksgd-ended.json"
 
 _ON_PURPOSE = (ConfigError, DataError, ModelError, TrainingError, OutOfMemory, Cancelled)
 """What another attempt would meet again, or what somebody wanted; a cluster that failed may be well again."""
@@ -43,48 +46,50 @@ class EndedBefore(SparkSGDError):
         return str(self.args[0])
 
 
-@contextmanager
-def ends_noted(folder: Location, holder: Holder) -> Iterator[None]:
-    """Note in a run's folder if the block ends on purpose; if an earlier attempt did, end at once.
+def not_repeated(work: Callable[[], int | None], environment: Mapping[str, str] = os.environ) -> int:
+    """Do a job's work, unless an earlier attempt of the application ended on purpose; note if it does.
 
     Args:
-        folder: of the run; nothing is written but by an application of YARN.
-        holder: which attempt this is.
+        work: returns the exit status, or None, which is 0.
+        environment: in CONTAINER_ID YARN names the attempt, in SPARK_YARN_STAGING_DIR Spark the folder.
+
+    Returns:
+        The exit status.
 
     Raises:
-        EndedBefore: an earlier attempt of the same application ended on purpose.
+        EndedBefore: an earlier attempt ended on purpose.
     """
-    if holder.application is None or holder.attempt is None:
-        yield
-        return
-    _refuse_again(folder, holder.application, holder.attempt)
+    staging, attempt = environment.get("SPARK_YARN_STAGING_DIR"), attempt_here(environment)
+    if not staging or attempt is None:
+        return work() or 0
+    note = location(staging) / ENDED
+    _refuse_again(note, *attempt)
     try:
-        yield
-    except _ON_PURPOSE as error:
-        note_end(folder, holder, error.exit_code, str(error))
+        status = work() or 0
+    except SystemExit as refused:  # by argparse, which has said why
+        status = refused.code if isinstance(refused.code, int) else 1
+        _write(note, attempt[1], status, "options that were refused")
         raise
+    except _ON_PURPOSE as error:
+        if ended_by() is None:  # else YARN took the container away
+            _write(note, attempt[1], error.exit_code, str(error))
+        raise
+    _write(note, attempt[1], status, f"status {status}")
+    return status
 
 
-def note_end(folder: Location, holder: Holder, exit_code: int, message: str) -> None:
-    """Note an end on purpose, whose status is not 0; nothing is written but by an application of YARN."""
-    if holder.application is None or holder.attempt is None:
-        return
-    about = {
-        "application": holder.application,
-        "attempt": holder.attempt,
-        "exit_code": exit_code,
-        "message": message,
-    }
-    with suppress(OSError, SparkSGDError):
-        write_json(folder / ENDED, about)
+def _write(note: Location, attempt: int, status: int, message: str) -> None:
+    """Note an end with a status but 0."""
+    if status:
+        with suppress(OSError, SparkSGDError):
+            write_json(note, {"attempt": attempt, "exit_code": status, "message": message})
 
 
-def _refuse_again(folder: Location, application: str, attempt: int) -> None:
+def _refuse_again(note: Location, application: str, attempt: int) -> None:
     try:
-        about = read_json(folder / ENDED)
-        is_ours = about["application"] == application and about["attempt"] < attempt
-        message, exit_code = str(about["message"]), int(about["exit_code"])
+        about = read_json(note)
+        before, exit_code, message = int(about["attempt"]), int(about["exit_code"]), str(about["message"])
     except (OSError, ValueError, LookupError, TypeError):
         return  # there is none, or none of ours
-    if is_ours:
-        raise EndedBefore(f"attempt {about['attempt']} of {application} ended with: {message}", exit_code)
+    if before < attempt:
+        raise EndedBefore(f"attempt {before} of {application} ended with: {message}", exit_code)

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 
 from sparksgd.storage.processes import Process, this_process
 
-__all__ = ["Holder"]
+__all__ = ["Holder", "attempt_here"]
 
 _CONTAINER = re.compile(r"container_(?:e[0-9]+_)?([0-9]+_[0-9]+)_([0-9]+)_[0-9]+")
 
@@ -37,7 +37,7 @@ class Holder(Process):
             run_id: names the run.
             environment: in CONTAINER_ID YARN names the container.
         """
-        application, attempt = _application(environment.get("CONTAINER_ID", ""))
+        application, attempt = attempt_here(environment) or (None, None)
         return cls(
             **asdict(this_process()),
             run_id=run_id,
@@ -60,11 +60,11 @@ class Holder(Process):
         return None
 
 
-def _application(container: str) -> tuple[str | None, int | None]:
-    """Return the application and the attempt that a container belongs to.
+def attempt_here(environment: Mapping[str, str]) -> tuple[str, int] | None:
+    """Return the application of YARN and its attempt, from 1, that this process belongs to; None: to none.
 
-    >>> _application("container_e17_1410901177871_0001_02_000001")
+    >>> attempt_here({"CONTAINER_ID": "container_e17_1410901177871_0001_02_000001"})
     ('application_1410901177871_0001', 2)
     """
-    found = _CONTAINER.fullmatch(container)
-    return (None, None) if found is None else (f"application_{found[1]}", int(found[2]))
+    found = _CONTAINER.fullmatch(environment.get("CONTAINER_ID", ""))
+    return None if found is None else (f"application_{found[1]}", int(found[2]))

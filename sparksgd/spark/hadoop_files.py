@@ -254,11 +254,31 @@ class HadoopLocation:
             thrown = error.java_exception
             kind = str(thrown.getClass().getName())
             said = str(thrown.getMessage() or kind).splitlines()[0]
-            number = _ERRNO.get(kind, errno.EIO)
-            reason = os.strerror(number) if number == errno.ENOENT else said
+            number = _error_number(kind, said)
+            reason = os.strerror(number) if number in (errno.ENOENT, _number_in(said)) else said
             raise OSError(number, reason, self._uri) from error
         except Py4JError as error:
             raise OSError(errno.EIO, f"the driver's JVM does not answer: {error}", self._uri) from error
+
+
+def _error_number(kind: str, said: str) -> int:
+    """Return the number of an error of Java, by its class and the first line of its message.
+
+    Java says `FileNotFoundException: PATH (Too many open files)` of any file that it could not open: what is
+    there, and cannot be read now, must not count as what is not there.
+
+    >>> errno.errorcode[_error_number("java.io.FileNotFoundException", "/a (Read-only file system)")]
+    'EROFS'
+    >>> errno.errorcode[_error_number("java.io.FileNotFoundException", "File does not exist: /a (1)")]
+    'ENOENT'
+    """
+    return _number_in(said) or _ERRNO.get(kind, errno.EIO)
+
+
+def _number_in(said: str) -> int | None:
+    """Return the error of this machine whose words a message is, or has in brackets at its end."""
+    words = said[said.rfind("(") + 1 : -1] if said.endswith(")") else said
+    return next((number for number in errno.errorcode if os.strerror(number) == words), None)
 
 
 def _spooled(folder: Path, data: bytes) -> Path:

@@ -82,10 +82,10 @@ def test_a_path_of_the_drivers_machine_is_refused_for_output_in_cluster_mode(che
     done = checkout.run(*checkout.on_yarn("--out", "models/lenet", mode="cluster"))
     assert done.returncode == 1
     application = checkout.hadoop.applications()[0]
-    attempts = checkout.hadoop.container_logs(application["id"]).values()
-    assert 1 <= len(attempts) <= 2  # no folder is known that could tell the second of the first
-    for said in attempts:
-        assert "error: --out is models/lenet, of the driver's machine; but --deploy-mode is cluster" in said
+    refusal = "--out is models/lenet, of the driver's machine; but --deploy-mode is cluster"
+    first, again = checkout.hadoop.container_logs(application["id"]).values()
+    assert f"error: {refusal}" in first
+    assert f"error: attempt 1 of {application['id']} ended with: {refusal}" in again
     assert "User application exited with status 2" in application["diagnostics"]
 
 

@@ -39,7 +39,7 @@ def main(argv: Sequence[str]) -> int:
     import of_hosts
     import of_processes
 
-    started_s, rows = time.perf_counter(), []
+    started_s, rows, version = time.perf_counter(), [], _version()
     with tempfile.TemporaryDirectory(prefix="faults-") as temporary:
         for module in (of_processes, of_disks, of_hosts, of_hadoop):
             for place in module.places(Path(temporary, module.__name__)):
@@ -50,7 +50,7 @@ def main(argv: Sequence[str]) -> int:
                 ]
                 if faults:
                     print(f"{place.name}:", flush=True)
-                    rows += _struck(place, faults, options.out)
+                    rows += _struck(place, faults, options.out, version)
     print(f"{len(rows)} rows in {(time.perf_counter() - started_s) / 60:.0f} minutes; see {options.out}")
     wrong = [row for row in rows if not row.outcome.is_right]
     for row in wrong:
@@ -58,12 +58,12 @@ def main(argv: Sequence[str]) -> int:
     return 1 if wrong or not rows else 0
 
 
-def _struck(place: Place, faults: Sequence[Fault], page: Path) -> list[Row]:
-    """Strike with these faults; write each row to the page, and return all."""
+def _struck(place: Place, faults: Sequence[Fault], page: Path, version: str) -> list[Row]:
+    """Strike this version with these faults; write each row to the page, and return all."""
     rows: list[Row] = []
 
     def write(fault: Fault, engine: str, outcome: Outcome) -> None:
-        rows.append(Row(fault=fault, engine=engine, outcome=outcome, when=_version()))
+        rows.append(Row(fault=fault, engine=engine, outcome=outcome, when=version))
         page.write_text(updated(page.read_text() if page.exists() else "", rows[-1]))
 
     try:
@@ -96,7 +96,7 @@ def _options(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def _version() -> str:
-    """Return the date, and the version of this checkout."""
+    """Return the date, and the version of this checkout, before the page makes it dirty."""
     version = subprocess.run(
         ["git", "describe", "--always", "--dirty"], cwd=TESTS, capture_output=True, text=True, check=False
     ).stdout.strip()

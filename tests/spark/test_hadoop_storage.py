@@ -93,6 +93,14 @@ def test_what_is_not_there_is_said_as_python_says_it(at: Callable[[Path], Locati
     assert (at(tmp_path) / "nothing").files() == []
 
 
+def test_what_cannot_be_opened_is_not_told_as_what_is_not_there(
+    at: Callable[[Path], Location], tmp_path: Path
+) -> None:
+    with pytest.raises(OSError, match="File name too long") as refused:
+        (at(tmp_path) / ("x" * 300)).write_bytes(b"")
+    assert refused.value.errno == errno.ENAMETOOLONG
+
+
 def test_lines_can_be_read_when_they_are_closed(at: Callable[[Path], Location], tmp_path: Path) -> None:
     lines = (at(tmp_path) / "run" / "lines").lines()
     assert (at(tmp_path) / "run" / "lines").read_bytes() == b""
