@@ -192,7 +192,7 @@ class RunFolder(Observer):
                 stack.enter_context(lease.held(if_running))
                 for folder in (place, place / "model", place / CHECKPOINTS):
                     remove_parts(folder)
-                self.folder = place.guarded(lease.check)
+                self.folder = place.patient().guarded(lease.check)
             except OSError as error:
                 self._unwritable = error
             self._is_held = True

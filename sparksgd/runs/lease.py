@@ -179,6 +179,12 @@ class _Watch:
         return before is not None and before.number == found.number
 
 
+def _uptime_s() -> float:
+    """Return the seconds of a clock that goes on while the machine is suspended, where there is one."""
+    clock = getattr(time, "CLOCK_BOOTTIME", None)
+    return time.monotonic() if clock is None else time.clock_gettime(clock)
+
+
 class Lease:
     """The lease of a run's folder.
 
@@ -200,7 +206,7 @@ class Lease:
         called: str = "out",
         renew_s: float = 5.0,
         wait_s: float = 30.0,
-        clock: Callable[[], float] = time.monotonic,
+        clock: Callable[[], float] = _uptime_s,
         sleep: Callable[[float], object] = time.sleep,
     ) -> None:
         self._folder, self._holder, self._called = folder, holder, called
@@ -252,6 +258,7 @@ class Lease:
             lives = watch.saw_renewal(found)
             if end is not None or watch.unchanged_s >= self._wait_s:
                 if self._succeeds(found):
+                    self._folder = self._folder.patient()  # an outage ends no run that has begun
                     self._tell_of(found, end)
                     return
                 if tried == found.number + 1:

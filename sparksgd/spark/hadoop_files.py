@@ -38,11 +38,20 @@ _ERRNO = {
 _WHOLE_AT_ONCE = frozenset(("s3a", "s3", "s3n", "gs", "oss", "cosn", "wasb", "wasbs"))
 """Object stores: a file appears only when it is complete, and to rename it means to copy it."""
 
+_REPLACES_AT_ONCE = frozenset(("hdfs", "webhdfs", "swebhdfs"))
+"""Where a file can be moved to the place of another one in one step."""
+
+_BEFORE = ".before"
+"""Ends the hidden name of a file while another one takes its place, where that takes two steps."""
+
+_RETRIES_OF_THE_PATIENT = "2000,30"
+"""Pauses in ms, and how many: a NameNode that is started anew is there within a minute."""
+
 _SECONDS_TO_SETTLE = 1.0
 """How long a file that was created is left alone before it counts, where two writers could create it."""
 
-_file_systems: dict[tuple[str, str], Any] = {}
-"""By scheme and authority."""
+_file_systems: dict[tuple[str, str, bool], Any] = {}
+"""By scheme, authority, and whether it is patient."""
 
 
 class HadoopLocation:
@@ -51,11 +60,12 @@ class HadoopLocation:
     Args:
         uri: its scheme names the file system: hdfs:, s3a:, abfss:, dbfs: ...
         check: called before each change, see `guarded`.
+        is_patient: see `patient`.
     """
 
-    def __init__(self, uri: str, check: Callable[[], None] = unchecked) -> None:
+    def __init__(self, uri: str, check: Callable[[], None] = unchecked, *, is_patient: bool = False) -> None:
         self._uri = uri.rstrip("/") if uri.rstrip("/").rpartition(":")[2] else uri
-        self._check = check
+        self._check, self._is_patient = check, is_patient
 
     def __str__(self) -> str:
         return self._uri
@@ -67,22 +77,23 @@ class HadoopLocation:
 
     def __truediv__(self, name: str, /) -> HadoopLocation:
         """Return what lies in it under a relative path."""
-        return HadoopLocation(self._inside(name), self._check)
+        return HadoopLocation(self._inside(name), self._check, is_patient=self._is_patient)
 
     def exists(self) -> bool:
         """Return whether it is there."""
         with self._errors():
-            return bool(self._files.exists(self._path))
+            return bool(self._files.exists(self._found))
 
     def read_bytes(self, most_bytes: int | None = None, /) -> bytes:
         """Return the content of the file; raise OSError for a folder, or a longer file."""
         with self._errors(), scratch_folder() as folder:
-            status = self._files.getFileStatus(self._path)
+            found = self._found
+            status = self._files.getFileStatus(found)
             if not status.isFile():
                 raise OSError(errno.EINVAL, "it is not a regular file", self._uri)
             require_at_most(self._uri, int(status.getLen()), most_bytes)
             copy = folder / "copy"
-            self._files.copyToLocalFile(False, self._path, _java_path(f"file:{copy}"), True)
+            self._files.copyToLocalFile(False, found, _java_path(f"file:{copy}"), True)
             return copy.read_bytes()
 
     def write_bytes(self, data: bytes) -> None:
@@ -146,6 +157,8 @@ class HadoopLocation:
         """Remove the file, if it is there."""
         self._check()
         with self._errors():
+            if not self._replaces_at_once:
+                self._files.delete(self._before, False)
             self._files.delete(self._path, False)
 
     def remove_folder(self) -> None:
@@ -199,13 +212,22 @@ class HadoopLocation:
         """Return the names of all that lies in the folder, hidden or not; none if there is no folder."""
         try:
             with self._errors():
-                return [str(status.getPath().getName()) for status in self._files.listStatus(self._path)]
+                found = [str(status.getPath().getName()) for status in self._files.listStatus(self._path)]
         except FileNotFoundError:
             return []
+        moved = [name[1 : -len(_BEFORE)] for name in found if name.endswith(_BEFORE)]
+        return [*found, *(name for name in moved if name not in found)]
 
     def guarded(self, check: Callable[[], None]) -> HadoopLocation:
         """Return the same place; each change of it, or in it, calls `check` before, which may raise."""
-        return HadoopLocation(self._uri, check)
+        return HadoopLocation(self._uri, check, is_patient=self._is_patient)
+
+    def patient(self) -> HadoopLocation:
+        """Return the same place; its file system is waited for, a minute at most, if it does not answer.
+
+        HDFS alone needs this: others are patient by default, also one with several NameNodes.
+        """
+        return HadoopLocation(self._uri, self._check, is_patient=True)
 
     def _inside(self, name: str) -> str:
         return self._uri + name if self._uri.endswith("/") else f"{self._uri}/{name}"  # the root ends with it
@@ -225,25 +247,50 @@ class HadoopLocation:
         Hadoop closes shared ones at the JVM's shutdown, before the last model is written.
         """
         uri = self._path.toUri()
-        key = str(uri.getScheme()), str(uri.getAuthority())
+        key = str(uri.getScheme()), str(uri.getAuthority()), self._is_patient
         if key not in _file_systems:
             conf = hadoop_configuration()
             conf.setBoolean("fs.automatic.close", False)
+            if self._is_patient and not conf.getBoolean("dfs.client.retry.policy.enabled", False):
+                conf.setBoolean("dfs.client.retry.policy.enabled", True)
+                conf.set("dfs.client.retry.policy.spec", _RETRIES_OF_THE_PATIENT)
             _file_systems[key] = _jvm().org.apache.hadoop.fs.FileSystem.newInstance(uri, conf)
         return _file_systems[key]
 
     def _rename(self, part: Any) -> None:
-        """Move a file to its place, replacing what is there; in one step if the file system can."""
+        """Move a file to its place, replacing what is there; a reader finds the one or the other."""
         files, fs = self._files, _jvm().org.apache.hadoop.fs
-        if self._scheme == "hdfs":
+        if self._scheme in _REPLACES_AT_ONCE:
             assert SparkContext._gateway is not None
             overwrite = SparkContext._gateway.new_array(getattr(fs, "Options$Rename"), 1)
             overwrite[0] = getattr(fs, "Options$Rename").OVERWRITE
             files.rename(part, self._path, overwrite)
             return
-        files.delete(self._path, False)
-        if not files.rename(part, self._path):
-            raise OSError(errno.EIO, "the file system did not rename it", str(part))
+        if files.exists(self._path):
+            files.delete(self._before, False)
+            self._move(self._path, self._before)
+        self._move(part, self._path)
+        files.delete(self._before, False)
+
+    def _move(self, one: Any, other: Any) -> None:
+        if not self._files.rename(one, other):
+            raise OSError(errno.EIO, "the file system did not rename it", str(one))
+
+    @property
+    def _before(self) -> Any:
+        """Where the file is while another one takes its place; it stays there if the writer is killed."""
+        folder, _, name = self._uri.rpartition("/")
+        return _java_path(f"{folder}/.{name}{_BEFORE}")
+
+    @property
+    def _found(self) -> Any:
+        """Where the file is to be read."""
+        is_moved = not self._replaces_at_once and not self._files.exists(self._path)
+        return self._before if is_moved and self._files.exists(self._before) else self._path
+
+    @property
+    def _replaces_at_once(self) -> bool:
+        return self._scheme in _REPLACES_AT_ONCE | _WHOLE_AT_ONCE
 
     @contextmanager
     def _errors(self) -> Iterator[None]:

@@ -144,6 +144,10 @@ class Location(Protocol):
         """Return the same place; each change of it, or in it, calls `check` before, which may raise."""
         ...
 
+    def patient(self) -> Self:
+        """Return the same place; its file system is waited for, a minute at most, if it does not answer."""
+        ...
+
 
 _location_of_uri: Callable[[str], Location] | None = None
 
@@ -348,6 +352,10 @@ class LocalLocation:
             return os.listdir(self.path)  # noqa: PTH208  # pathlib would take twice the time
         except FileNotFoundError:
             return []
+
+    def patient(self) -> LocalLocation:
+        """Return the same place: this machine's files answer at once."""
+        return self
 
     def guarded(self, check: Callable[[], None]) -> LocalLocation:
         """Return the same place; each change of it, or in it, calls `check` before, which may raise."""

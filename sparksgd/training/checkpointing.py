@@ -154,6 +154,9 @@ class Checkpointing:
         except ConfigError as error:  # an own optimiser keeps what no other process could have
             self._give_up(error)
             return
+        except OSError as error:  # an observer could not bring its files up to this step
+            self._try_later(error, self._clock() - began_s)
+            return
         self._copied_s = self._clock() - began_s
         self._last_step = solver.version
         self._writing = self._behind.submit(self._write, checkpoint, training.config)
@@ -210,8 +213,17 @@ class Checkpointing:
             self._give_up(error)
             return
         except OSError as error:
-            log.warning("no checkpoint can be written now, but training goes on: %s", error.strerror or error)
-            took_s, self._last_step = self._copied_s, None
+            self._try_later(error, self._copied_s)
+            return
+        self._pause(took_s)
+
+    def _try_later(self, error: OSError, took_s: float) -> None:
+        log.warning("no checkpoint can be written now, but training goes on: %s", error.strerror or error)
+        self._last_step = None
+        self._pause(took_s)
+
+    def _pause(self, took_s: float) -> None:
+        """Begin to wait for the next one; what took so long must keep its share of the time."""
         self._ended_s = self._clock()
         self._took_s, self._least_pause_s = took_s, took_s * (1 / SHARE - 1)
 

@@ -66,6 +66,9 @@ class Counted:
     def guarded(self, check: Callable[[], None]) -> LocalLocation:
         return self._folder.guarded(check)
 
+    def patient(self) -> Counted:
+        return self
+
     def names(self) -> list[str]:
         self.listings += 1
         return self._folder.names()

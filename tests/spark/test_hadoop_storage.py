@@ -10,6 +10,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -139,12 +140,61 @@ def test_an_unknown_host_is_refused_with_its_name() -> None:
 def test_an_object_store_is_written_to_in_one_step(
     at: Callable[[Path], Location], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("sparksgd.spark.hadoop_files._WHOLE_AT_ONCE", {"file"})
+    monkeypatch.setattr("sparksgd.spark.hadoop_files._WHOLE_AT_ONCE", frozenset({"file"}))
     monkeypatch.setattr(HadoopLocation, "_rename", None)
     file = at(tmp_path) / "new folder" / "file"
     for data in (b"old", b"new"):
         file.write_bytes(data)
         assert file.read_bytes() == data
+
+
+@pytest.mark.usefixtures("spark")
+@pytest.mark.parametrize("killed_before", [1, 2, 3])
+def test_where_a_file_is_replaced_in_two_steps_one_of_both_is_always_found(
+    killed_before: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = HadoopLocation(f"file:{tmp_path}")
+    file, calls = folder / "file", []
+    file.write_bytes(b"old")
+
+    class Killed(BaseException):
+        pass
+
+    class Files:
+        """Of Hadoop; the process ends before one of the calls that replace a file."""
+
+        def __init__(self, files: Any) -> None:
+            self._files = files
+
+        def __getattr__(self, name: str) -> Any:
+            if name == "rename" or (name == "delete" and len(calls) == 2):
+                calls.append(name)
+                if len(calls) == killed_before:
+                    raise Killed
+            return getattr(self._files, name)
+
+    files = folder._files
+    with monkeypatch.context() as struck:
+        struck.setattr(HadoopLocation, "_files", Files(files))
+        with pytest.raises(Killed):
+            file.write_bytes(b"new")
+    assert file.exists()
+    assert file.read_bytes() == (b"new" if killed_before == 3 else b"old")
+    assert "file" in folder.names()
+    file.write_bytes(b"newer")
+    assert file.read_bytes() == b"newer"
+    assert {name for name in folder.names() if not name.endswith((".part", ".crc"))} == {"file"}
+    file.remove()
+    assert not file.exists()
+
+
+@pytest.mark.usefixtures("spark")
+def test_a_file_system_of_a_run_that_has_begun_is_waited_for(tmp_path: Path) -> None:
+    place = HadoopLocation("hdfs://127.0.0.1:1/x")
+    asked = "dfs.client.retry.policy.enabled"
+    assert place._files.getConf().getBoolean(asked, False) is False
+    for patient in (place.patient(), place.patient() / "y", place.patient().guarded(lambda: None)):
+        assert patient._files.getConf().getBoolean(asked, False) is True
 
 
 @pytest.mark.usefixtures("spark")

@@ -20,19 +20,22 @@ class Run:
     """A run of steps that take a second each, and whose checkpoints take some seconds to be written."""
 
     def __init__(self, writing_s: float, config: CheckpointConfig, epoch: int = 1000) -> None:
-        self.now_s, self.written, self.fails = 0.0, [], False
+        self.now_s, self.written, self.fails = 0.0, [], None
         self._writing_s, self._checkpoints = writing_s, {}
-        self.solver = SimpleNamespace(turns=0, version=0)
+        self.solver = SimpleNamespace(turns=0, version=0, run=self)
         self.training = SimpleNamespace(evaluations=[], is_evaluated=False, config=None, error=None)
         self.keeper = Checkpointing(config, self, epoch, clock=lambda: self.now_s)
 
     def write(self, checkpoint: Checkpoint) -> str:
         self.now_s += self._writing_s
-        if self.fails:
-            raise OSError(28, "No space left on device")
+        self.fail("written")
         self.written.append(checkpoint.step)
         self._checkpoints[str(checkpoint.step)] = checkpoint
         return str(checkpoint.step)
+
+    def fail(self, when: str) -> None:
+        if self.fails == when:
+            raise OSError(28, "No space left on device")
 
     def read(self, name: str) -> Checkpoint:
         return self._checkpoints[name]
@@ -56,6 +59,7 @@ class Run:
 @pytest.fixture(autouse=True)
 def at_once(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     def taken(training: Any, solver: Any, observers: Any) -> Checkpoint:
+        solver.run.fail("copied")
         return Checkpoint(step=solver.version, turns=solver.turns, parts={})
 
     monkeypatch.setattr(checkpointing, "taken", taken)
@@ -98,15 +102,30 @@ def test_one_is_taken_where_the_evaluation_was_the_best():
     assert run.written == [3, 6, 12]
 
 
-def test_training_goes_on_when_none_can_be_written_and_the_next_is_tried(caplog: pytest.LogCaptureFixture):
+@pytest.mark.parametrize("when", ["copied", "written"])
+def test_training_goes_on_when_none_can_be_written_and_the_next_is_tried(
+    when: str, caplog: pytest.LogCaptureFixture
+):
     run = Run(0.0, CheckpointConfig(every_s=1e6, every_steps=5))
-    run.fails = True
+    run.fails = when
     with caplog.at_level(logging.WARNING, "sparksgd"):
         run.make(6)
     assert "no checkpoint can be written now, but training goes on: No space left" in caplog.text
-    run.fails = False
+    run.fails = None
     run.make(6)
     assert run.written == [10]
+
+
+@pytest.mark.parametrize("when", ["copied", "written"])
+def test_a_finished_run_whose_last_one_cannot_be_written_ends_well(
+    when: str, caplog: pytest.LogCaptureFixture
+):
+    run = Run(0.0, CheckpointConfig(every_s=1e6, every_steps=5))
+    run.make(7)
+    run.fails = when
+    run.keeper.end(run.training, run.solver, ())
+    assert run.written == [5]
+    assert "no checkpoint can be written now" in caplog.text
 
 
 def test_the_last_step_has_one_and_not_two():
