@@ -16,6 +16,7 @@ from sparksgd.runs.asked import Asked, IfExists
 from sparksgd.runs.earlier import earlier_run
 from sparksgd.runs.fingerprints import fingerprints_of
 from sparksgd.runs.folder import RunFolder
+from sparksgd.runs.holder import application_here
 from sparksgd.runs.lease import IfRunning
 from sparksgd.runs.model import load_model
 from sparksgd.solvers.rules import completed
@@ -85,7 +86,13 @@ def run(
     run_folder = RunFolder(folder, run_id=run_id, called="--out")
     with run_folder.held(if_running), _interruption_told(run_folder):
         run_folder.fingerprints = fingerprints_of(config, replay)  # files may change while we wait
-        asked = Asked(config=config, fingerprints=run_folder.fingerprints, if_exists=if_exists, resume=resume)
+        asked = Asked(
+            config=config,
+            fingerprints=run_folder.fingerprints,
+            if_exists=if_exists,
+            resume=resume,
+            application=application_here(),
+        )
         found = earlier_run(folder, asked)
         if found.is_done:
             return 0

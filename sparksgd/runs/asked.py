@@ -27,3 +27,6 @@ class Asked:
 
     resume: str = "auto"
     """auto, never, must, or the folder of a run."""
+
+    application: str | None = None
+    """YARN's application that asks, if it is one."""

@@ -11,6 +11,9 @@
 So a nightly job that is started twice trains once, one that was killed goes on, and nobody takes yesterday's
 model for today's.  --resume never begins anew where the table says go on; --resume must refuses what is
 neither going on nor done; --resume FOLDER goes on from the checkpoints of another folder.
+
+Where YARN starts an application again, its run is there already: overwrite and fail are read as skip, and
+--resume never as auto.
 """
 
 from __future__ import annotations
@@ -24,7 +27,7 @@ from typing import Any
 from sparksgd.config import Config
 from sparksgd.errors import ConfigError, DataError
 from sparksgd.imports import shortened, shown
-from sparksgd.runs.asked import Asked
+from sparksgd.runs.asked import Asked, IfExists
 from sparksgd.runs.checkpoints import Manifest, manifests
 from sparksgd.runs.compared_keys import PATHS, free_keys
 from sparksgd.runs.json_files import read_about_run, read_json
@@ -67,6 +70,7 @@ def earlier_run(out: Location, asked: Asked) -> Found:
         ConfigError: it holds something that is to be kept, or nothing to go on with where that is a must.
         ClusterError: its file system does not answer.
     """
+    asked = _asked_again(out, asked)
     if asked.resume not in ("auto", "never", "must"):
         found = _own_run(out, asked, goes_on=True)
         return found if found.is_done else _from_elsewhere(out, asked, found)
@@ -114,6 +118,27 @@ def with_more_steps(one: Found, other: Found) -> Found:
     its own."""
     made = [found.starts[0].step if found.starts else -1 for found in (one, other)]
     return one if made[0] >= made[1] else other
+
+
+def _asked_again(out: Location, asked: Asked) -> Asked:
+    """Return what is asked, as an attempt means it that finds the run of an earlier one."""
+    if asked.application is None or not _is_of_application(out, asked.application):
+        return asked
+    if_exists: IfExists = "skip" if asked.if_exists in ("overwrite", "fail") else asked.if_exists
+    resume = "auto" if asked.resume == "never" else asked.resume
+    if (if_exists, resume) != (asked.if_exists, asked.resume):
+        log.info(
+            "--out %s holds the run of an earlier attempt of %s: what --if-exists %s and --resume %s ask for "
+            "was done then", out, asked.application, asked.if_exists, asked.resume,
+        )  # fmt: skip
+    return replace(asked, if_exists=if_exists, resume=resume)
+
+
+def _is_of_application(out: Location, application: str) -> bool:
+    try:
+        return bool(read_about_run(out).get("application") == application)
+    except (OSError, ValueError, AttributeError):
+        return False
 
 
 def _from_elsewhere(out: Location, asked: Asked, found: Found) -> Found:

@@ -35,7 +35,7 @@ from sparksgd.engines.trace import TraceEvent, event_line, first_line
 from sparksgd.errors import ClusterError, DataError
 from sparksgd.runs.checkpoints import CheckpointFolder, trained_anew
 from sparksgd.runs.earlier import Found
-from sparksgd.runs.holder import Holder
+from sparksgd.runs.holder import Holder, application_here
 from sparksgd.runs.json_files import finite, write_json
 from sparksgd.runs.lease import IfRunning, Lease, remove_leases, unwritable
 from sparksgd.runs.model import check_saved, constants_beside, model_of, save_model
@@ -307,6 +307,7 @@ class RunFolder(Observer):
             "test_digest": None if training.test_rows is None else training.test_rows.data_digest,
             "fingerprints": self.fingerprints,
             "model_name": training.model_name,
+            "application": application_here(),
         }
         write_json(self.folder / RUN, about)
         self._metrics = _Growing(self.folder / METRICS, kept.get(METRICS, b""))

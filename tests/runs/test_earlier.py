@@ -24,11 +24,14 @@ ANOTHER = Config.load(CONFIG.to_dict(), ["optimizer.lr=0.25"])
 LONGER = Config.load(CONFIG.to_dict(), ["train.epochs=2"])
 
 
+OURS, ANOTHERS = "application_1_0001", "application_1_0002"
+
+
 def write(folder: Path, status: str | None) -> None:
     """Write the folder of a run: of a killed one if the status is None."""
     if status is not None:
         (folder / "summary.json").write_text(json.dumps({"status": status, "parameters_sha256": "abc"}))
-    about = {"config": CONFIG.to_dict(), "fingerprints": FILES}
+    about = {"config": CONFIG.to_dict(), "fingerprints": FILES, "application": OURS}
     (folder / "run.json").write_text(json.dumps(about))
     (folder / "metrics.jsonl").write_text('{"kind": "step", "step": 9}\n{"kind": "st')
     (folder / "model").mkdir(exist_ok=True)
@@ -69,10 +72,12 @@ def look(
     *,
     if_exists: Any = "skip",
     resume: str = "auto",
+    application: str | None = None,
 ) -> Found:
-    return earlier_run(
-        location(out), Asked(config=config, fingerprints=files, if_exists=if_exists, resume=resume)
+    asked = Asked(
+        config=config, fingerprints=files, if_exists=if_exists, resume=resume, application=application
     )
+    return earlier_run(location(out), asked)
 
 
 def steps(found: Found) -> list[int]:
@@ -296,3 +301,24 @@ def test_a_run_of_another_folder_must_be_of_this(killed: Path) -> None:
         look(killed / "empty", ANOTHER, resume=str(killed))
     with pytest.raises(ConfigError, match="holds no whole checkpoint"):
         look(killed / "empty", resume=str(killed / "missing"))
+
+
+# The run of an earlier attempt of the same application
+
+
+@pytest.mark.parametrize(
+    ("if_exists", "resume"),
+    [("overwrite", "auto"), ("skip", "never"), ("overwrite", "never"), ("fail", "never")],
+)
+def test_a_later_attempt_of_an_application_goes_on_with_its_own_run(
+    killed: Path, if_exists: str, resume: str
+) -> None:
+    asked = {"if_exists": if_exists, "resume": resume}
+    assert steps(look(killed, application=OURS, **asked)) == [6, 4]
+    for other in (None, ANOTHERS):
+        assert steps(look(killed, application=other, **asked)) == []
+
+
+@pytest.mark.parametrize("if_exists", ["overwrite", "fail"])
+def test_a_later_attempt_finds_that_an_earlier_one_was_done(finished: Path, if_exists: str) -> None:
+    assert look(finished, if_exists=if_exists, application=OURS).is_done
