@@ -13,7 +13,7 @@ computes between its layers is the module's own affair, and is not counted.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,6 +29,7 @@ __all__ = [
     "Places",
     "RunSizes",
     "Takes",
+    "limit_files",
     "listed",
     "machine_bytes",
     "require_for_trial",
@@ -41,6 +42,7 @@ LARGEST_RESULT = (1 << 31) - 1
 """Bytes of a Java array: what one task returns is one."""
 
 _MIB = 1 << 20
+_GROUPS = Path("/proc/self/cgroup")
 
 # Processes with nothing of a run in them, and copies at the peak.
 _DRIVER_MIB = 375  # Python, torch, pyspark
@@ -165,8 +167,11 @@ Parts = tuple[Part, ...]
 class Takes:
     """What a run takes at its peak."""
 
-    driver_python: Parts
-    """The driver's Python process."""
+    trial: Parts
+    """The driver's Python process in the trial before the training; the JVM has only just started then."""
+
+    steps: Parts
+    """The driver's Python process from then on."""
 
     driver_heap: Parts = ()
     """The driver's JVM; nothing where there is none."""
@@ -182,6 +187,21 @@ class Takes:
 
     largest_result: int = 0
     """Bytes of the result of one task."""
+
+    @property
+    def driver_python(self) -> Parts:
+        """The driver's Python process at its peak."""
+        return max(self.trial, self.steps, key=total)
+
+    def at_driver(self, num_workers: int = 0) -> Parts:
+        """Return what the driver's container or machine holds at its peak: Python and JVM.
+
+        Args:
+            num_workers: how many Python workers are there, too.
+        """
+        spark = self.driver_heap[:1]
+        workers = tuple(Part(one.what, num_workers * one.copies, one.bytes) for one in self.worker_python)
+        return max((*self.trial, *spark), (*self.steps, *self.driver_heap, *workers), key=total)
 
 
 def total(parts: Sequence[Part]) -> int:
@@ -211,18 +231,19 @@ def takes(kind: EngineKind, sizes: RunSizes, places: Places | None = None) -> Ta
             _DRIVER_MIB, sizes, weights=11.5 + best, optimisers=1, constants=3 + best, local_models=1,
             rows=sizes.rows,
         )  # fmt: skip
-        return Takes(driver_python=max(trial, steps, key=total))
+        return Takes(trial=trial, steps=steps)
     spark = Part("Spark", 1, _SPARK_MIB * _MIB)
     if kind is SERVER:  # its vectors travel beside Spark
         return Takes(
-            driver_python=max(trial, _of_server(sizes, places, best), key=total),
+            trial=trial,
+            steps=_of_server(sizes, places, best),
             driver_heap=(spark,),
             executor_heap=() if places.in_driver else (spark,),
             worker_python=_of_server_s_worker(sizes, places),
         )
     result, results = _results(kind, sizes, places)
     by_allreduce = kind is ALLREDUCE
-    driver = _held(
+    steps = _held(
         _DRIVER_MIB, sizes, weights=6 + best, optimisers=2 if by_allreduce else 1, constants=3 + best,
         results=(3, results),
     )  # fmt: skip  # it reads no rows
@@ -230,7 +251,8 @@ def takes(kind: EngineKind, sizes: RunSizes, places: Places | None = None) -> Ta
     returning = Part("results that executors return", _RETURNING * places.workers_per_executor, result)
     arriving = Part("results that arrive", _ARRIVING, results)
     return Takes(
-        driver_python=max(trial, driver, key=total),
+        trial=trial,
+        steps=steps,
         driver_heap=(spark, sent, max(returning, arriving, key=_bytes) if places.in_driver else arriving),
         executor_heap=() if places.in_driver else (spark, sent, returning),
         worker_python=_of_worker(kind, sizes, places),
@@ -328,14 +350,35 @@ def _bytes(part: Part) -> int:
 
 
 def machine_bytes() -> int:
-    """Return the memory of this machine, or of the container that this process is in if it has less."""
+    """Return the memory of this machine, or of the least group of processes that bounds this one."""
     found = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
-    for name in ("memory.max", "memory/memory.limit_in_bytes"):  # cgroup v2, v1
+    for file in limit_files(_GROUPS.read_text() if _GROUPS.exists() else ""):
         try:
-            found.append(int((Path("/sys/fs/cgroup") / name).read_text()))
+            found.append(int(file.read_text()))
         except (OSError, ValueError):
             continue  # no such file, or "max"
     return min(found)
+
+
+def limit_files(groups: str) -> Iterator[Path]:
+    """Yield the files that may bound the memory of a process: those of its groups, and of the groups around.
+
+    >>> [str(file) for file in limit_files("0::/slurm/job_7\\n")]  # cgroup v2
+    ['/sys/fs/cgroup/slurm/job_7/memory.max', '/sys/fs/cgroup/slurm/memory.max', '/sys/fs/cgroup/memory.max']
+    >>> [str(file) for file in limit_files("9:cpu:/\\n4:memory:/yarn\\n")]  # cgroup v1
+    ['/sys/fs/cgroup/memory/yarn/memory.limit_in_bytes', '/sys/fs/cgroup/memory/memory.limit_in_bytes']
+    """
+    for line in groups.splitlines():
+        _, _, rest = line.partition(":")
+        kinds, _, path = rest.partition(":")
+        if kinds and "memory" not in kinds.split(","):
+            continue
+        root = Path("/sys/fs/cgroup") / ("memory" if kinds else "")
+        group = root / path.lstrip("/")
+        for folder in (group, *group.parents):
+            yield folder / ("memory.limit_in_bytes" if kinds else "memory.max")
+            if folder == root:
+                break
 
 
 def require_here(sizes: RunSizes, num_shards: int) -> None:

@@ -139,49 +139,63 @@ def require_memory(cluster: Cluster, kind: EngineKind, sizes: RunSizes, num_shar
     """
     places, limits = places_of(cluster, kind, num_shards), Limits.of(cluster)
     needed = takes(kind, sizes, places)
-    refuse_too_little(kind, needed, limits, places.workers_per_executor)
+    refuse_too_little(kind, needed, limits, places)
     return needed
 
 
-def refuse_too_little(kind: EngineKind, needed: Takes, limits: Limits, workers_per_executor: int) -> None:
+def refuse_too_little(kind: EngineKind, needed: Takes, limits: Limits, places: Places) -> None:
     """Refuse a run that takes more than the limits.
 
     Raises:
         OutOfMemory: with all that is too little, each with its arithmetic and its option.
     """
-    workers = [Part(one.what, workers_per_executor * one.copies, one.bytes) for one in needed.worker_python]
+    each = places.workers_per_executor
+    workers = [Part(one.what, each * one.copies, one.bytes) for one in needed.worker_python]
+    worker = _option(limits.cores * total(needed.worker_python))
     rows: list[tuple[str, Sequence[Part], int | None, str]] = [
-        ("the heap of the driver", needed.driver_heap, limits.driver_heap, "--driver-memory {}"),
-        ("the heap of an executor", needed.executor_heap, limits.executor_heap, "--executor-memory {}"),
+        (
+            "the heap of the driver",
+            needed.driver_heap,
+            limits.driver_heap,
+            f"--driver-memory {_option(total(needed.driver_heap))}",
+        ),
+        (
+            "the heap of an executor",
+            needed.executor_heap,
+            limits.executor_heap,
+            f"--executor-memory {_option(total(needed.executor_heap))}",
+        ),
         (
             "spark.driver.maxResultSize",
             [Part("results of a job", 1, needed.results)],
             limits.results,
-            "--conf spark.driver.maxResultSize={}",
+            f"--conf spark.driver.maxResultSize={_option(needed.results)}",
         ),
         (
             "all memory at the driver",
-            needed.driver_python,
+            needed.at_driver(each if places.in_driver else 0),
             limits.driver,
-            "a driver on a larger machine; on YARN and Kubernetes --conf spark.driver.memoryOverhead={}",
+            "fewer workers, or a larger machine"
+            if places.in_driver
+            else "a driver on a larger machine; on YARN and Kubernetes --conf spark.driver.memoryOverhead="
+            + _option(total(needed.driver_python)),
         ),
         (
             "all memory of an executor",
-            workers,
+            [*workers, *needed.executor_heap],
             limits.executor,
-            "--conf spark.executor.memoryOverhead={}, or with fewer --executor-cores",
+            f"--conf spark.executor.memoryOverhead={_option(total(workers))}, or with fewer --executor-cores",
         ),
         (
             "spark.executor.pyspark.memory of one Python worker",
             needed.worker_python,
             limits.worker,
-            f"--conf spark.executor.pyspark.memory={_option(limits.cores * total(needed.worker_python))}, "
-            "which Spark divides by spark.executor.cores",
+            f"--conf spark.executor.pyspark.memory={worker}, which Spark divides by spark.executor.cores",
         ),
     ]
     found = [
         f"{where} is {decimal(limit)}, but the run takes {listed(parts)} = {decimal(total(parts))}: submit "
-        f"with {remedy.format(_option(total(parts)))}"
+        f"with {remedy}"
         for where, parts, limit, remedy in rows
         if limit is not None and total(parts) > limit
     ]
