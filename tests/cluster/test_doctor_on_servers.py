@@ -12,7 +12,7 @@ from checkouts import SMALL, Checkout, sets
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
 
 LONG = ("--within", "300")
-ENGINES = {"inline", "tree", "tree, stages", "allreduce"}
+ENGINES = {"inline", "tree", "tree, stages", "allreduce", "server"}
 
 
 def examined(checkout: Checkout, command: list[str]) -> tuple[int, dict[str, Any]]:

@@ -1,9 +1,13 @@
-"""Three steps of a tiny module on every engine that the cluster carries: do they end at the same bits?"""
+"""Three steps of a tiny module on every engine that the cluster carries: do they end at the same bits?
+
+On the server engine chance decides whose message comes first: what it made is repeated in this process, and
+must end at the same bits.
+"""
 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -12,11 +16,15 @@ import pyarrow.parquet as pq
 from pyspark.sql import SparkSession
 
 from sparksgd.config import Config, EngineConfig
-from sparksgd.engines.kinds import ALLREDUCE, INLINE, STAGES, TREE, EngineKind
+from sparksgd.engines.kinds import ALLREDUCE, INLINE, SERVER, STAGES, TREE, EngineKind
+from sparksgd.engines.protocol import StepReport
+from sparksgd.engines.trace import TraceEvent
+from sparksgd.errors import ReplayDiffers
 from sparksgd.spark.doctor.findings import Finding, bad, good, unseen
 from sparksgd.spark.train import train
 from sparksgd.training.in_process import train_in_process
-from sparksgd.training.state import Training
+from sparksgd.training.replay import Replay
+from sparksgd.training.state import Observer, Training
 
 __all__ = ["ENGINES", "Steps", "name_of"]
 
@@ -51,39 +59,65 @@ class Steps:
         if kind is ALLREDUCE and self.workers == 1:
             yield unseen(name, "there is one worker, which has no other to exchange sums with")
             return
-        training = self._trained(kind)
+        made = _Made()
+        training = self._trained(kind, observers=[made])
         digest = training.flat.parameters_sha256()
-        is_first = self._digest is None
-        self._digest = self._digest or digest
         step_ms = 1e3 * training.step_times.medians_s()["total"]
         where = "in this process" if kind is INLINE else f"{len(training.numerics) - 1} workers"
         seen = f"{_STEPS} steps, {where}, {step_ms:,.0f} ms a step, parameters {digest[:12]}"
-        if digest != self._digest:
+        if kind is SERVER:
+            difference = self._difference_of_replay(training, made)
+        else:
+            self._digest, before = digest, self._digest
+            difference = None if before in (None, digest) else f"{before[:12]} by the one before"
+            seen += "" if difference or before is None else ": equal"
+        if difference is not None:
             yield bad(
                 name,
-                f"{seen}, but {self._digest[:12]} by the one before: machines compute differently",
+                f"{seen}, but {difference}: machines compute differently",
                 "--set train.instruction_set=default, and one environment for driver and executors",
             )
         else:
-            yield good(name, seen if is_first else f"{seen}: equal")
+            yield good(name, f"{seen}: equal when repeated here" if kind is SERVER else seen)
 
-    def _trained(self, kind: EngineKind) -> Training:
+    def _difference_of_replay(self, training: Training, made: _Made) -> str | None:
+        """Repeat a run of the server in this process; return what is different, if anything."""
+        replay = Replay(
+            config=training.config.to_dict(),
+            data_digest=training.rows.data_digest,
+            model_name=training.model_name,
+            took_part=(),
+            deals=(),
+            parameters_sha256=training.flat.parameters_sha256(),
+            arrivals=made.events,
+            arrival_losses=made.losses,
+        )
+        try:
+            self._trained(SERVER, replay=replay)
+        except ReplayDiffers as error:
+            return f"repeated here it differs ({error})"
+        return None
+
+    def _trained(
+        self, kind: EngineKind, observers: Sequence[Observer] = (), replay: Replay | None = None
+    ) -> Training:
         config = self._configured(kind)
-        if kind is not INLINE:
+        if kind.on_spark and replay is None:
             rows = self.session.range(self._rows).selectExpr(
                 f"{_COLUMNS[0]} as features", f"{_COLUMNS[1]} as label"
             )
-            return train(self.session, config, rows, run_id=self.run_id)
+            return train(self.session, config, rows, run_id=self.run_id, observers=observers)
         features = [[i / 100, float(i % 3)] for i in range(self._rows)]
         with tempfile.TemporaryDirectory(prefix="sparksgd-doctor-") as folder:
             table = pa.table(
                 {
-                    "features": pa.array(features, pa.list_(pa.float32())),
+                    "features": pa.array(features, pa.list_(pa.float64())),
                     "label": [i % 2 for i in range(self._rows)],
                 }
             )
             pq.write_table(table, Path(folder) / "rows.parquet")
-            return train_in_process(config, f"{folder}/rows.parquet")
+            config = replace(config, engine=replace(config.engine, name=INLINE.name))
+            return train_in_process(config, f"{folder}/rows.parquet", replay=replay)
 
     @property
     def _shards(self) -> int:
@@ -97,6 +131,7 @@ class Steps:
         train, shards = self.config.train, self._shards
         tiny = Config.from_dict(
             {
+                **({"solver": {"name": "async_sgd"}} if kind is SERVER else {}),
                 "model": {"name": "torch.nn:Linear", "in_features": 2, "out_features": 2},
                 "optimizer": {"name": "SGD", "lr": 0.1, "momentum": 0.9},
                 "train": {
@@ -122,7 +157,20 @@ class Steps:
         return replace(tiny, engine=engine)
 
 
-ENGINES = (INLINE, TREE, STAGES, ALLREDUCE)
+class _Made(Observer):
+    """Keeps what a run of arrivals was made of."""
+
+    def __init__(self) -> None:
+        self.events: list[TraceEvent] = []
+        self.losses: list[float] = []
+
+    def stepped(self, training: Training, report: StepReport) -> None:
+        """Keep the events and the loss of a step."""
+        self.events += report.trace
+        self.losses.append(report.loss)
+
+
+ENGINES = (INLINE, TREE, STAGES, ALLREDUCE, SERVER)
 """The engines, the reference first."""
 
 

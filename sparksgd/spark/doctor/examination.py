@@ -18,7 +18,7 @@ from pyspark.sql import SparkSession
 
 from sparksgd.arithmetic.instruction_set import Machine
 from sparksgd.config import Config
-from sparksgd.engines.kinds import ALLREDUCE, EngineKind, first_of_each_name
+from sparksgd.engines.kinds import ALLREDUCE, SERVER, EngineKind, first_of_each_name
 from sparksgd.errors import SparkSGDError
 from sparksgd.spark.cluster.cluster import Cluster
 from sparksgd.spark.cluster.environments import own_version
@@ -250,7 +250,7 @@ class Examination:
         if not self._workers or _PYTHON.intersection(self._refused_by):
             yield unseen("network", _EXECUTORS_LACK if self._workers else _NO_WORKERS)
             return
-        engine, is_needed = self._config.engine, self._kinds[0] is self._kinds[-1] is ALLREDUCE
+        engine, is_needed = self._config.engine, {ALLREDUCE, SERVER}.issuperset(self._kinds)
         if self._workers > 1:
             try:
                 AllReduceEngine.check(self._cluster, engine)
@@ -289,8 +289,8 @@ class Examination:
         for kind in ENGINES:
             if kind.barrier and self._cluster.is_elastic:
                 findings.append(unseen(name_of(kind), no_barrier))
-            elif kind is ALLREDUCE and (self._network is None or self._network.failures):
-                findings.append(unseen(name_of(kind), "that workers reach each other was not seen"))
+            elif kind in (ALLREDUCE, SERVER) and (self._network is None or self._network.failures):
+                findings.append(unseen(name_of(kind), "that workers reach whom they must was not seen"))
             else:
                 findings += self._make(name_of(kind), partial(steps.look, kind), _LONG)
         return findings

@@ -139,7 +139,7 @@ def judge_network(
         network: what was measured.
         gradient_bytes: of the model; None: not known.
         num_workers: how many workers a run would have.
-        is_needed: whether workers of the run must reach each other.
+        is_needed: whether workers of the run must reach each other, or the driver.
     """
     if network.failures:
         first = min(network.failures, key=lambda one: "cannot reach" not in str(one.failure))
