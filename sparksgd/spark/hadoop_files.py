@@ -44,8 +44,9 @@ _REPLACES_AT_ONCE = frozenset(("hdfs", "webhdfs", "swebhdfs"))
 _BEFORE = ".before"
 """Ends the hidden name of a file while another one takes its place, where that takes two steps."""
 
-_RETRIES_OF_THE_PATIENT = "2000,30"
-"""Pauses in ms, and how many: a NameNode that is started anew is there within a minute."""
+_RETRIES_OF_THE_PATIENT = "2000,5"
+"""Pauses in ms, and how many.  The client makes as many in each of its tries: a minute in all, in which a
+NameNode that is started anew is there."""
 
 _SECONDS_TO_SETTLE = 1.0
 """How long a file that was created is left alone before it counts, where two writers could create it."""

@@ -35,10 +35,23 @@ def said(error: BaseException) -> str:
     return f"{type(error).__name__}: {str(error).splitlines()[0]}"
 
 
-def outcome(training: Training, reference: str, lost_s: float) -> Outcome:
-    """Return what came of a run that ended well."""
+def outcome(
+    training: Training, reference: str, lost_s: float, *, retries: int = 0, rebuilt_shards: int = 0
+) -> Outcome:
+    """Return what came of a run that ended well.
+
+    Args:
+        training: the run.
+        reference: the parameters of an undisturbed one.
+        lost_s: how much longer it took.
+        retries: how many steps or segments were tried again at least, if the fault struck.
+        rebuilt_shards: how many shards were written again at least, likewise.
+    """
     right, recovery = training.flat.parameters_sha256() == reference, training.recovery
     words = ["same bits" if right else "OTHER BITS"]
+    if recovery.retries < retries or recovery.rebuilt_shards < rebuilt_shards:
+        words.append("BUT NOTHING WAS STRUCK")
+        right = False
     if recovery.retries:
         words.append(f"steps or segments tried again: {recovery.retries}")
     if recovery.rebuilt_shards:
@@ -79,6 +92,7 @@ class Trainings:
         *,
         beside: AbstractContextManager[Any] | None = None,
         probe: Probe = NO_PROBE,
+        **signs: int,
     ) -> Outcome:
         """Train while a fault strikes; return what came of it.
 
@@ -88,6 +102,7 @@ class Trainings:
             settings: over those of the experiment.
             beside: what goes on meanwhile.
             probe: of the run.
+            signs: by which one sees that the fault struck, see `outcome`.
         """
         given = tuple(settings)
         calm_s, reference = self._calm_s(engine, given), self._reference(given)
@@ -97,7 +112,10 @@ class Trainings:
                 took_s, training = self._timed(engine, given, [AtStep(AT, deed)], probe)
         except SparkSGDError as error:
             return Outcome(result=said(error), is_right=False)
-        return outcome(training, reference, took_s - calm_s)
+        left = [flag.name for flag in self.flags.iterdir()]
+        if left:
+            return Outcome(result=f"nobody obeyed {', '.join(left)}", is_right=False)
+        return outcome(training, reference, took_s - calm_s, **signs)
 
     def _measured_s(self, engine: str, settings: tuple[str, ...]) -> float:
         """Return the median time of undisturbed runs; the first one is slow, and does not count so."""

@@ -6,9 +6,8 @@ import os
 import re
 import signal
 import sys
-import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -76,17 +75,11 @@ def _kill_name_node(here: _OnHadoop, engine: str) -> Outcome:
         time.sleep(_GONE_S)  # that long is the fault
         here.hadoop.restart_name_node()
 
-    coming = threading.Thread(target=come_back)
-
-    def kill(*_: object) -> None:
+    def kill(*_: object) -> Callable[[], None]:
         here.hadoop.kill_name_node()
-        coming.start()
+        return come_back  # a server ends with the thread that has started it
 
-    try:
-        return here.with_own_driver.struck(engine, kill, is_resumed=False)
-    finally:
-        if coming.ident is not None:
-            coming.join()
+    return here.with_own_driver.struck(engine, kill, is_resumed=False)
 
 
 @contextmanager

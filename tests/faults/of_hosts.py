@@ -55,7 +55,7 @@ def _kill_host(here: _Cluster, engine: str) -> Outcome:
 
         try:
             beside = striking(trainings.asleep.exists, kill)
-            return trainings.struck(engine, trainings.flag("sleep"), beside=beside)
+            return trainings.struck(engine, trainings.flag("sleep"), beside=beside, retries=1)
         finally:
             for number in killed:
                 here.cluster.restart_worker(number)

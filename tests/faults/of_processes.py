@@ -51,8 +51,8 @@ class _Here(Trainings):
         return sorted(self.local.rglob("sparksgd-*/shard-*"))
 
 
-def _by_flag(name: str) -> Callable[[_Here, str], Outcome]:
-    return lambda here, engine: here.struck(engine, here.flag(name))
+def _by_flag(name: str, **signs: int) -> Callable[[_Here, str], Outcome]:
+    return lambda here, engine: here.struck(engine, here.flag(name), **signs)
 
 
 def _kill_all(here: _Here, engine: str) -> Outcome:
@@ -60,7 +60,7 @@ def _kill_all(here: _Here, engine: str) -> Outcome:
         for executor in executor_pids():
             os.kill(executor, signal.SIGKILL)
 
-    return here.struck(engine, here.flag("sleep"), beside=striking(here.asleep.exists, kill))
+    return here.struck(engine, here.flag("sleep"), beside=striking(here.asleep.exists, kill), retries=1)
 
 
 def _stop(here: _Here, engine: str) -> Outcome:
@@ -94,18 +94,18 @@ def _delete(here: _Here, engine: str) -> Outcome:
         for folder in {file.parent for file in here.shard_files()}:
             shutil.rmtree(folder)
 
-    return here.struck(engine, delete)
+    return here.struck(engine, delete, retries=1, rebuilt_shards=1)
 
 
 def _flip(here: _Here, engine: str) -> Outcome:
-    return here.struck(engine, lambda _: flip_bit(here.shard_files()[0]))
+    return here.struck(engine, lambda _: flip_bit(here.shard_files()[0]), rebuilt_shards=1)
 
 
 def _fail(here: _Here, engine: str) -> Outcome:
     turns = 4 if engine == "allreduce" else 1
     settings = (f"train.steps={_MANY_STEPS}", "train.epochs=100")
     probe = Probe(before_gradients=FailingTasks(_FAILING_SHARE, turns))
-    return here.struck(engine, lambda _: None, settings, probe=probe)
+    return here.struck(engine, lambda _: None, settings, probe=probe, retries=1)
 
 
 @contextmanager
@@ -117,8 +117,8 @@ def _opened(folder: Path, master: str, settings: Mapping[str, str]) -> Iterator[
 
 _IN = f"in step {AT + 1}"
 _FAULTS = (
-    Fault(name="executor", killed=f"its JVM, {_IN}", strike=_by_flag("kill-executor")),
-    Fault(name="Python worker", killed=f"one of two, {_IN}", strike=_by_flag("kill-worker")),
+    Fault(name="executor", killed=f"its JVM, {_IN}", strike=_by_flag("kill-executor", retries=1)),
+    Fault(name="Python worker", killed=f"one of two, {_IN}", strike=_by_flag("kill-worker", retries=1)),
     Fault(name="daemon", killed=f"pyspark.daemon of an executor, {_IN}", strike=_by_flag("kill-daemon")),
     Fault(name="all executors", killed=f"both JVMs at once, {_IN}", strike=_kill_all),
     Fault(

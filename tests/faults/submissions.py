@@ -21,8 +21,8 @@ from table import Outcome
 
 __all__ = ["Strike", "Submissions"]
 
-Strike = Callable[[Process, Path], object]
-"""Strikes a held run: its process, and its log."""
+Strike = Callable[[Process, Path], Callable[[], None] | None]
+"""Strikes a held run: its process, and its log; returns what is to be done while the run goes on."""
 
 _ROOT = Path(__file__).resolve().parents[2]
 _CALM_RUNS = 2
@@ -75,8 +75,10 @@ class Submissions:
 
         def meanwhile(process: Process) -> None:
             hold.wait(workers=2, process=process, log=log)
-            strike(process, log)
+            then = strike(process, log)
             hold.go()
+            if then is not None:
+                then()
 
         status, told = self._run(command, log, meanwhile), log
         if is_resumed:

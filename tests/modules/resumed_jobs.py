@@ -17,7 +17,8 @@ from rich.console import Console
 from sparksgd.cli.run import run
 from sparksgd.cli.terminal import Terminal
 from sparksgd.config import Config
-from sparksgd.runs.checkpoints import _digest
+from sparksgd.runs.checkpoints import _digest, manifests
+from sparksgd.storage import location
 from sparksgd.training.state import Observer, Training
 
 EVERY_STEP = {"checkpoint": {"every_steps": 1, "keep": 1000}}
@@ -73,6 +74,20 @@ class Stops(Observer):
         """Raise at the step."""
         if report.step == self._step:
             raise KeyboardInterrupt
+
+
+def must_resume_from(out: Path) -> int | None:
+    """Return the step that the same command must go on from; None: it begins anew, or has nothing to do."""
+    summary = out / "summary.json"
+    if summary.exists() and json.loads(summary.read_text())["status"] == "finished":
+        return None
+    found = manifests(location(out / "checkpoints"))
+    return found[0].step if found else None
+
+
+def resumed_from(summary: dict[str, Any]) -> int | None:
+    """Return the step that a run went on from; None: it began anew."""
+    return summary["resumed"][-1]["step"] if "resumed" in summary else None
 
 
 @dataclass(frozen=True)

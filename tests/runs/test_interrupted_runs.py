@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from resumed_jobs import EVERY_STEP, SHORT, Jobs, metrics
+from resumed_jobs import EVERY_STEP, SHORT, Jobs, metrics, must_resume_from, resumed_from
 
 from sparksgd.engines.inline import InlineEngine
 from sparksgd.runs.checkpoints import manifests
@@ -215,7 +215,7 @@ class Disk:
 
 @pytest.mark.parametrize("stride", [3, pytest.param(1, marks=pytest.mark.soak)])
 def test_a_run_that_is_killed_at_any_write_goes_on(jobs: Jobs, whole: dict[str, Any], stride: int) -> None:
-    deaths = 0
+    deaths, resumed = 0, 0
     for writes in range(0, 1000, stride):
         out, disk = f"killed at {writes} of each {stride}", Disk(writes)
         with pytest.MonkeyPatch.context() as patch:
@@ -229,12 +229,16 @@ def test_a_run_that_is_killed_at_any_write_goes_on(jobs: Jobs, whole: dict[str, 
                 break
         for lease in (jobs.folder / out).glob(".lease-*"):
             lease.unlink()  # its process is this one, which lives
+        step = must_resume_from(jobs.folder / out)
         again = jobs.run(out, SHORT)
+        assert step is None or resumed_from(again) == step, writes
+        resumed += step is not None
         assert again["parameters_sha256"] == whole["parameters_sha256"], writes
         assert metrics(jobs.folder / out) == metrics(jobs.folder / "reference"), writes
         kept = {each.name for each in manifests(location(jobs.folder / out / "checkpoints"))}
         assert {f.name.partition(".")[0] for f in (jobs.folder / out / "checkpoints").iterdir()} == kept
     assert deaths > 20 / stride
+    assert resumed > deaths / 2
 
 
 # Power that is lost
