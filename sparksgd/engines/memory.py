@@ -52,9 +52,10 @@ _TRIAL = 24  # the module's own, copies that are compared, gradients
 _TRIAL_IN_FLOAT64 = 37  # of modules that are small enough to be compared in float64, too
 _SMALL = 40_000_000  # bytes of their parameters; see engines/trial/mixing.py
 _OPTIMISERS = 3  # of a strip: kept, returned, pickled
-_SENT = 2  # of this step and of the last one, which is removed behind it
-_RETURNING = 4  # a result as Python sent it, serialized, in a message, in one piece
-_ARRIVING = 3  # a result as it came, and twice as it is unwrapped
+_ROOM = 1.2  # of a heap: large arrays stay where they are, so that not every gap is of use
+_SENT = 2 * _ROOM  # of this step and of the last one, which is removed behind it
+_RETURNING = 4 * _ROOM  # a result as Python sent it, serialized, in a message, in one piece
+_ARRIVING = 3 * _ROOM  # a result as it came, and twice as it is unwrapped
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -41,7 +41,7 @@ from sparksgd.peers.strangers import StrangersLog
 from sparksgd.peers.wire import Credentials
 from sparksgd.solvers.protocol import RoundSolver, SolverState
 from sparksgd.spark.cluster.cluster import Cluster
-from sparksgd.spark.engines.base import SparkEngine, destroy
+from sparksgd.spark.engines.base import SparkEngine
 from sparksgd.spark.tasks import step_tasks
 
 __all__ = ["AllReduceEngine", "encrypts", "next_length", "rendezvous_of"]
@@ -185,8 +185,7 @@ class AllReduceEngine(SparkEngine):
         try:
             answers = self._answers(solver, state, steps)
         finally:
-            if state is not None:
-                self._behind.submit(destroy, state)
+            self._clear_behind(state)
         self._note_dropped(answers)
         if any(answer.lacks_state for answer in answers):
             self._processes_stay = (

@@ -6,16 +6,19 @@ lost shards are rebuilt, and the request is made again.
 
 from __future__ import annotations
 
+import gc
 import logging
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
 from typing import Any, TypeVar
 
-from pyspark import RDD, Broadcast, cloudpickle
+from pyspark import RDD, Broadcast, SparkContext, cloudpickle
 
 from sparksgd.arithmetic.copies import pickled
 from sparksgd.arithmetic.numerics import Numerics
@@ -37,7 +40,7 @@ from sparksgd.spark.cluster.shards import SparkShards
 from sparksgd.spark.engines.step_rdd import StepRDD
 from sparksgd.spark.tasks import step_tasks
 
-__all__ = ["DYING_S", "Exchange", "SparkEngine", "destroy"]
+__all__ = ["DYING_S", "Exchange", "SparkEngine", "destroy", "forget_results"]
 
 log = logging.getLogger("sparksgd")
 
@@ -183,7 +186,13 @@ class SparkEngine:
         try:
             return self._run(job, shards, doing, limit_s)
         finally:
-            self._behind.submit(destroy, broadcast)  # it takes 1 ms, for which the next step need not wait
+            self._clear_behind(broadcast)
+
+    def _clear_behind(self, broadcast: Broadcast[Any] | None) -> None:
+        """Remove what a job leaves at the driver, while the next step is made: it takes some milliseconds."""
+        if broadcast is not None:
+            self._behind.submit(destroy, broadcast)
+        self._behind.submit(forget_results, self._context)
 
     def _map(self, shards: SparkShards, task: Callable[[int, Iterable[Descriptor]], Iterable[T]]) -> RDD[T]:
         """Return the RDD of a task over the workers' shards, in barrier mode."""
@@ -325,6 +334,25 @@ def destroy(broadcast: Broadcast[Any]) -> None:
     """Remove a broadcast from driver and executors."""
     with cleanup():
         broadcast.destroy()
+
+
+def forget_results(context: SparkContext) -> None:
+    """Let the driver's JVM free what jobs have returned.
+
+    Its arrays live as long as PySpark's objects do.  These are in cycles, which Python collects some steps
+    later; and py4j tells Java up to a second after that.  Of a large model that would be gigabytes.
+    """
+    gc.collect(0)
+    client: Any = context._gateway._gateway_client  # type: ignore[union-attr]  # of a running context
+    waiting: deque[Any] = getattr(client, "finalizer_deque", deque())  # none without pinned threads
+    with cleanup(), suppress(IndexError):
+        while True:
+            task = waiting.pop()
+            if not isinstance(task, tuple):  # py4j ends its own thread by it
+                waiting.append(task)
+                return
+            owner, target = task
+            owner.garbage_collect_object(target, False)
 
 
 def _pickled(plan: Plan) -> bytes:

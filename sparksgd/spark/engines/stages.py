@@ -53,7 +53,7 @@ from sparksgd.spark.cluster.failures import final_error, gist
 from sparksgd.spark.cluster.jobs import cancel_jobs, cleanup
 from sparksgd.spark.cluster.shards import SparkShards
 from sparksgd.spark.engines import desk
-from sparksgd.spark.engines.base import Exchange, SparkEngine, destroy
+from sparksgd.spark.engines.base import Exchange, SparkEngine
 from sparksgd.spark.tasks.step_tasks import Round
 
 __all__ = ["StagesEngine"]
@@ -379,7 +379,7 @@ class StagesEngine(SparkEngine):
         running, versions = self._gathering.running, self._gathering.versions
         self._asked = {number: asked for number, asked in self._asked.items() if number in running}
         for version in self._rounds.keys() - versions:
-            self._behind.submit(destroy, self._rounds.pop(version))
+            self._clear_behind(self._rounds.pop(version))
 
     def _rest(self) -> None:
         """Wait until no worker computes; cancel those that are late for too long."""
