@@ -3,21 +3,23 @@
     python tests/bench/memory_said.py [--case ENGINE:PARAMETERS:OPTIMISER[:SHARDS]] [--out FILE]
 
 Each case is a short training in a process and a session of its own: two executors, each with a worker, on
-this machine.  Of Python processes the kernel says the peak.  Of JVMs it is the most that one held after a
-full collection of its garbage; there are four of them a second.  Said is what engines/memory.py says.
-The exit status is 1 if a peak is above what was said, or more than a fifth below it.
+this machine.  Said is what engines/memory.py says.  Of Python processes the kernel tells the peak.  Heaps
+have no peak but what they are given: a second training must do with heaps as large as was said, or with the
+least that Spark takes.  The exit status is 1 if a peak is above what was said, or more than a fifth below it,
+or if a heap was too small.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -47,9 +49,9 @@ CASES = [
     "allreduce:10e6:adam", "allreduce:25e6:momentum:2", "tree:25e6:adam:8", "inline:133e6:sgd",
 ]  # fmt: skip
 MOST_BELOW = 1.2
+LEAST_HEAP_MIB = 512
 _STEPS = 12
 _MIB = 1 << 20
-_COLLECTIONS = "-XX:+UseG1GC -XX:G1PeriodicGCInterval=250 -XX:-G1PeriodicGCInvokesConcurrent -Xlog:gc:file={}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +61,8 @@ class Peak:
     case: str
     process: str
     measured_mib: float
+    """Of heaps what they were given; infinity if that was too little."""
+
     said_mib: float
 
     @property
@@ -68,8 +72,8 @@ class Peak:
 
     @property
     def is_right(self) -> bool:
-        """Whether it was said, and not far too much of it."""
-        return 1 <= self.ratio <= MOST_BELOW
+        """Whether it was said, and not far too much of it; of a heap, whether it was enough."""
+        return self.measured_mib < math.inf if "heap" in self.process else 1 <= self.ratio <= MOST_BELOW
 
 
 def main(argv: Sequence[str]) -> int:
@@ -78,27 +82,40 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--case", action="append", metavar="CASE", help="repeatable; without it, all")
     parser.add_argument("--out", type=Path, default=Path("memory-said.json"), metavar="FILE")
     parser.add_argument("--one", metavar="CASE", help=argparse.SUPPRESS)
+    parser.add_argument("--heaps", type=int, nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
     if options.one:
-        peaks = _inline(options.one) if options.one.startswith("inline") else _on_spark(options.one)
+        if options.one.startswith("inline"):
+            peaks = _inline(options.one)
+        else:
+            peaks = _on_spark(options.one, options.heaps and tuple(options.heaps))
         options.out.write_text(json.dumps([asdict(peak) for peak in peaks]))
         return 0
     found: list[Peak] = []
     with tempfile.TemporaryDirectory(prefix="sgd-") as temporary:
         for case in options.case or CASES:
-            answer = Path(temporary, "peaks")
-            command = [sys.executable, __file__, "--one", case, "--out", str(answer)]
-            path = [str(ROOT), str(TESTS / "modules"), str(TESTS / "spark")]
-            environment = os.environ | {"PYTHONPATH": os.pathsep.join(path), "TMPDIR": temporary}
-            done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-            if done.returncode:
-                print(f"{case}: {done.stderr[-2000:]}", file=sys.stderr)
-                return 1
-            found += [Peak(**peak) for peak in json.loads(answer.read_text())]
+            measured = _measured(case, Path(temporary))
+            heaps = [peak for peak in measured if "heap" in peak.process]
+            found += [peak for peak in measured if peak not in heaps]
+            if heaps:
+                given = (max(LEAST_HEAP_MIB, math.ceil(peak.said_mib)) for peak in heaps)
+                found += _measured(case, Path(temporary), "--heaps", *map(str, given))
             print(case, file=sys.stderr)
     Console().print(_table(found))
     options.out.write_text(json.dumps([asdict(peak) for peak in found], indent=2) + "\n")
     return 0 if all(peak.is_right for peak in found) else 1
+
+
+def _measured(case: str, temporary: Path, *options: str) -> list[Peak]:
+    """Measure a case in a process of its own."""
+    answer = temporary / "peaks"
+    command = [sys.executable, __file__, "--one", case, "--out", str(answer), *options]
+    path = [str(ROOT), str(TESTS / "modules"), str(TESTS / "spark")]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(path), "TMPDIR": str(temporary)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"{case}: {done.stderr[-2000:]}")
+    return [Peak(**peak) for peak in json.loads(answer.read_text())]
 
 
 def _config(case: str) -> Any:  # the package is imported in the process of the case alone
@@ -138,42 +155,41 @@ def _inline(case: str) -> list[Peak]:
     return [_peak(case, "driver's Python", _bytes("self"), said[0])]
 
 
-def _on_spark(case: str) -> list[Peak]:
-    """Measure a training on two executors."""
-    logs = Path(tempfile.mkdtemp())
-    driver, executor = (_COLLECTIONS.format(logs / f"{name}.log") for name in ("driver", "executor-%p"))
+def _on_spark(case: str, heaps_mib: tuple[int, int] | None = None) -> list[Peak]:
+    """Measure a training on two executors.
+
+    Args:
+        case: which.
+        heaps_mib: of the driver and of each executor; None: enough, and what is measured is Python.
+    """
+    driver_mib, executor_mib = heaps_mib or (4096, 2048)
     os.environ["PYSPARK_PYTHON"] = sys.executable
     os.environ.setdefault("SPARK_LOCAL_IP", "127.0.0.1")
-    submit = f'--driver-memory 4g --driver-java-options "{driver}" pyspark-shell'
-    os.environ["PYSPARK_SUBMIT_ARGS"] = submit
+    os.environ["PYSPARK_SUBMIT_ARGS"] = f"--driver-memory {driver_mib}m pyspark-shell"
 
     from pyspark.sql import SparkSession
     from spark_helpers import with_descendants, write_rows
 
     from sparksgd.config import TrainConfig
     from sparksgd.engines.memory import Takes, total
+    from sparksgd.errors import OutOfMemory
     from sparksgd.spark import session as sessions
     from sparksgd.spark import train as trainings
     from sparksgd.training.state import Observer, Training
 
-    builder = SparkSession.builder.master("local-cluster[2,1,2500]").config("spark.ui.enabled", "false")
+    master = f"local-cluster[2,1,{executor_mib}]"
+    builder = SparkSession.builder.master(master).config("spark.ui.enabled", "false")
     for setting in sessions.wanted_settings(TrainConfig()):
         builder = builder.config(setting.key, setting.value)
-    settings = {
-        "spark.driver.maxResultSize": "8g",
-        "spark.executor.memory": "2g",
-        "spark.executor.extraJavaOptions": executor,
-    }
-    for key, value in settings.items():
-        builder = builder.config(key, value)
-    spark = builder.getOrCreate()
+    builder = builder.config("spark.driver.maxResultSize", "8g")
+    spark = builder.config("spark.executor.memory", f"{executor_mib}m").getOrCreate()
     spark.sparkContext.setLogLevel("OFF")
     rows = spark.read.parquet(write_rows(Path(tempfile.mkdtemp()) / "rows", 300))
     said: list[Takes] = []
     asked = trainings.require_memory
     workers: list[int] = []
 
-    def listen(*given: object) -> Takes:
+    def listen(*given: Any) -> Takes:
         said.append(asked(*given))
         return said[-1]
 
@@ -186,19 +202,28 @@ def _on_spark(case: str) -> list[Peak]:
                     workers.append(_bytes(process))
 
     _forget("self")
+    is_enough = True
     with mock.patch.object(trainings, "require_memory", listen):
-        trainings.train(spark, _config(case), rows, observers=[Look()])
+        try:
+            trainings.train(spark, _config(case), rows, observers=[Look()])
+        except OutOfMemory:
+            if heaps_mib is None:
+                raise
+            is_enough = False
     peak, takes = _bytes("self"), said[0]
     spark.stop()
-    return [
-        _peak(case, "driver's Python", peak, total(takes.driver_python)),
-        _peak(case, "driver's heap", _live(logs.glob("driver.log")), total(takes.driver_heap)),
-        _peak(case, "a worker's Python", max(workers), total(takes.worker_python)),
-        _peak(case, "an executor's heap", _live(logs.glob("executor-*.log")), total(takes.executor_heap)),
-    ]
+    heaps = {"driver's heap": total(takes.driver_heap), "an executor's heap": total(takes.executor_heap)}
+    if heaps_mib is None:
+        return [
+            _peak(case, "driver's Python", peak, total(takes.driver_python)),
+            _peak(case, "a worker's Python", max(workers), total(takes.worker_python)),
+            *(_peak(case, heap, 0, bytes_) for heap, bytes_ in heaps.items()),
+        ]
+    given = (mib * _MIB if is_enough else math.inf for mib in heaps_mib)
+    return [_peak(case, heap, mib, heaps[heap]) for heap, mib in zip(heaps, given, strict=True)]
 
 
-def _peak(case: str, process: str, measured: int, said: int) -> Peak:
+def _peak(case: str, process: str, measured: float, said: int) -> Peak:
     return Peak(case=case, process=process, measured_mib=measured / _MIB, said_mib=said / _MIB)
 
 
@@ -211,13 +236,6 @@ def _bytes(process: int | str) -> int:
 def _forget(process: int | str) -> None:
     """Let a process's peak begin anew."""
     Path(f"/proc/{process}/clear_refs").write_text("5")
-
-
-def _live(logs: Iterable[Path]) -> int:
-    """Return the most bytes that one of the JVMs held after a full collection."""
-    return max(
-        int(held) << 20 for log in logs for held in re.findall(r"Pause Full.*?->(\d+)M\(", log.read_text())
-    )
 
 
 def _table(peaks: Sequence[Peak]) -> Table:
