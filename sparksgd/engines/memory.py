@@ -6,7 +6,7 @@
         sums         what one worker, or all of them, send to the driver in a step or a segment
         rows         of a piece, or of an evaluation
 
-The copies were counted in the code and measured: tests/bench/memory_said.py measures them again.  What forward
+The copies were counted in the code, and measured by tests/bench/memory_said.py.  What forward
 computes between its layers is the module's own affair, and is not counted.
 """
 
