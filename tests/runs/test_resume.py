@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import io
+import logging
+from dataclasses import replace
 
 import carried_kinds
 import pytest
 from resumed_jobs import EVERY_STEP, KINDS, SHORT, Jobs, copied_until, metrics
 from rich.console import Console
 
+from sparksgd.arithmetic.numerics import Numerics
 from sparksgd.cli.run import run
 from sparksgd.cli.terminal import Terminal
 from sparksgd.config import Config
@@ -58,6 +61,22 @@ def test_a_finished_run_goes_on_to_more_epochs(jobs: Jobs) -> None:
     whole = jobs.run("two epochs")
     assert again["parameters_sha256"] == whole["parameters_sha256"]
     assert metrics(jobs.folder / "longer") == metrics(jobs.folder / "two epochs")
+
+
+def test_a_run_that_goes_on_with_other_arithmetic_says_so(
+    jobs: Jobs, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    jobs.stopped_at("another machine", 2, SHORT)
+    here = Numerics.here
+    monkeypatch.setattr(Numerics, "here", lambda threads: replace(here(threads), torch="9.9+other"))
+    with caplog.at_level(logging.WARNING, "sparksgd"):
+        again = jobs.run("another machine", SHORT)
+    changes = again["numerics"]["changes"]
+    assert [(change["worker"], change["numerics"]["torch"]) for change in changes] == [
+        (None, "9.9+other"), (0, "9.9+other")
+    ]  # fmt: skip
+    assert {change["step"] for change in changes} == {again["resumed"][-1]["step"]}
+    assert "the run goes on with other arithmetic: the driver differs (before / now): torch" in caplog.text
 
 
 def test_a_run_of_another_folder_goes_on(jobs: Jobs) -> None:

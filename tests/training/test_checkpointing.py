@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 from typing import Any
 
@@ -126,6 +128,24 @@ def test_a_finished_run_whose_last_one_cannot_be_written_ends_well(
     run.keeper.end(run.training, run.solver, ())
     assert run.written == [5]
     assert "no checkpoint can be written now" in caplog.text
+
+
+def test_steps_are_made_while_one_is_written():
+    run, may_write = Run(0.0, CheckpointConfig(every_s=1e6, every_steps=5)), threading.Event()
+    write = run.write
+
+    def wait_and_write(checkpoint: Checkpoint) -> str:
+        may_write.wait()
+        return write(checkpoint)
+
+    run.write = wait_and_write
+    with ThreadPoolExecutor(1) as behind:
+        run.keeper._behind = behind
+        run.make(12)  # the one that is due at step 10 is left out
+        assert run.written == []
+        may_write.set()
+        run.keeper.close()
+        assert run.written == [5]
 
 
 def test_the_last_step_has_one_and_not_two():
