@@ -133,14 +133,7 @@ def run_arm(
                     process, submissions = _submitted(command, environment, folder), submissions + 1
                 if next_s is not None and now_s >= next_s:
                     next_s += every_s
-                    kills += 1
-                    if killed == "driver":
-                        _end(process)
-                    else:
-                        for executor in checkouts.processes_of("CoarseGrainedExecutorBackend", str(folder))[
-                            :1
-                        ]:
-                            os.kill(executor, signal.SIGKILL)
+                    kills += _killed(killed, process, folder)
                 time.sleep(_POLL_S)  # kills come by the clock: that is what is measured
             took_s = time.monotonic() - started_s
         finally:
@@ -154,6 +147,17 @@ def run_arm(
         kills=kills,
         submissions=submissions,
     )
+
+
+def _killed(what: str, driver: subprocess.Popen[bytes], folder: Path) -> int:
+    """Kill the driver, or one executor; return how many were there."""
+    if what == "driver":
+        _end(driver)
+        return 1
+    executors = checkouts.processes_of("CoarseGrainedExecutorBackend", str(folder))
+    for executor in executors[:1]:
+        os.kill(executor, signal.SIGKILL)
+    return len(executors[:1])
 
 
 def _submitted(command: Sequence[str], environment: dict[str, str], folder: Path) -> subprocess.Popen[bytes]:
