@@ -188,7 +188,13 @@ def _imports(source: str, name: str, is_package: bool) -> Iterator[str]:
             home = ".".join([*around, *([node.module] if node.module else [])])
             yield home
             yield from (f"{home}.{alias.name}" for alias in node.names if alias.name != "*")
-        elif isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING"):
+        elif isinstance(node, ast.If) and _is_type_checking(node.test):
             waiting += node.orelse
         else:
             waiting += ast.iter_child_nodes(node)
+
+
+def _is_type_checking(test: ast.expr) -> bool:
+    """Return whether a test is TYPE_CHECKING alone; what has it within another test may be run."""
+    name = test.id if isinstance(test, ast.Name) else test.attr if isinstance(test, ast.Attribute) else ""
+    return name == "TYPE_CHECKING"

@@ -135,13 +135,22 @@ def test_a_file_that_is_no_python_counts_but_leads_nowhere(folder: Path) -> None
     assert code_digest("nets.model:Net") == broken != before
 
 
-def test_imports_for_types_alone_lead_nowhere(folder: Path) -> None:
-    (folder / "lonely.py").write_text(
-        "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import stranger\n"
-    )
+@pytest.mark.parametrize(
+    ("text", "is_run"),
+    [
+        ("if TYPE_CHECKING:\n    import stranger\n", False),
+        ("if typing.TYPE_CHECKING:\n    import stranger\n", False),
+        ("if TYPE_CHECKING:\n    pass\nelse:\n    import stranger\n", True),
+        ("if not TYPE_CHECKING:\n    import stranger\n", True),
+        ("if os.environ or TYPE_CHECKING:\n    import stranger\n", True),
+        ("if NOT_TYPE_CHECKING:\n    import stranger\n", True),
+    ],
+)
+def test_imports_for_types_alone_lead_nowhere(folder: Path, text: str, is_run: bool) -> None:
+    (folder / "lonely.py").write_text(f"import os, typing\nfrom typing import TYPE_CHECKING\n{text}")
     before = code_digest("lonely:x")
     (folder / "stranger.py").write_text("ELSE = 2\n")
-    assert code_digest("lonely:x") == before
+    assert (code_digest("lonely:x") != before) == is_run
 
 
 def test_a_package_with_very_much_source_is_followed_no_further(
