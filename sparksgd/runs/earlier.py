@@ -3,10 +3,14 @@
     holds                             --if-exists skip             fail            overwrite   archive
     nothing                           begin                        begin           begin       begin
     a finished run of this            nothing to do                refuse          begin       nothing to do
+    this, its model damaged or gone   go on                        refuse          begin       go on
     this, finished with fewer epochs  go on                        refuse          begin       go on
     this, ended early                 go on                        go on           begin       go on
     a run of anything else            refuse                       refuse          begin       move it aside
     what is no run of ours            refuse                       refuse          begin       move it aside
+
+A run that goes on without a whole checkpoint begins anew.  From the one of its end it makes no more steps,
+and writes its model again.  The model is checked as `load_model` does it, before there is nothing to do.
 
 So a nightly job that is started twice trains once, one that was killed goes on, and nobody takes yesterday's
 model for today's.  --resume never begins anew where the table says go on; --resume must refuses what is
@@ -18,7 +22,6 @@ Where YARN starts an application again, its run is there already: overwrite and 
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -31,7 +34,9 @@ from sparksgd.runs.asked import Asked, IfExists
 from sparksgd.runs.checkpoints import Manifest, manifests
 from sparksgd.runs.compared_keys import PATHS, free_keys
 from sparksgd.runs.json_files import read_about_run, read_json
+from sparksgd.runs.manifest import read_manifest
 from sparksgd.runs.metrics import read_metrics
+from sparksgd.runs.model import saved_values
 from sparksgd.runs.names import CHECKPOINTS, METRICS, MODEL, RUN, SUMMARY, TRACE
 from sparksgd.solvers.rules import completed
 from sparksgd.storage import Location, location, unanswered
@@ -181,12 +186,15 @@ def _own_run(out: Location, asked: Asked, *, goes_on: bool) -> Found:
             f"--out {out} holds a finished run, and --if-exists is fail: name another folder, or pass "
             f"--if-exists overwrite"
         )
-    if is_finished and not different and _has_model(out, summary):
-        log.info(
-            "nothing to do: --out %s holds a finished run of this configuration, these files and this code, "
-            "parameters %s", out, summary["parameters_sha256"],
-        )  # fmt: skip
-        return Found(is_done=True)
+    if is_finished and not different:
+        damage = _damage(out, summary)
+        if damage is None:
+            log.info(
+                "nothing to do: --out %s holds a finished run of this configuration, these files and this "
+                "code, parameters %s", out, summary["parameters_sha256"],
+            )  # fmt: skip
+            return Found(is_done=True)
+        log.warning("--out %s holds a finished run of this, but not its model: %s", out, damage)
     newest = with_checkpoints[0].values if with_checkpoints else then
     free: frozenset[str] = frozenset()
     if with_checkpoints:
@@ -263,19 +271,17 @@ def _last_step(folder: Location) -> int:
         return 0
 
 
-def _has_model(out: Location, summary: Any) -> bool:
-    """Return whether the folder has the model of a run's last parameters."""
+def _damage(out: Location, summary: Any) -> str | None:
+    """Return why the model of a run's last parameters cannot be loaded; None: it can."""
+    folder = out / "model"
     try:
-        model = read_json(out / MODEL)
-        weights = model["weights"]
-        name = weights if isinstance(weights, str) else str(weights["name"])  # a name alone before format 5
-        is_of_end = bool(summary["parameters_sha256"] == model["parameters_sha256"])
-        if isinstance(weights, str):
-            return is_of_end and (out / "model" / name).exists()
-        data = (out / "model" / name).read_bytes(weights["size_bytes"])
-        return is_of_end and hashlib.sha256(data).hexdigest() == weights["sha256"]
-    except (OSError, ValueError, LookupError, TypeError):
-        return False
+        manifest = read_manifest(folder)
+        if manifest.fields["parameters_sha256"] != summary["parameters_sha256"]:
+            return f"{out / MODEL} is of other parameters than {SUMMARY}"
+        saved_values(folder, manifest)
+    except DataError as error:
+        return str(error)
+    return None
 
 
 def _differences(

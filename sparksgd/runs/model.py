@@ -52,6 +52,7 @@ __all__ = [
     "load_model",
     "model_of",
     "save_model",
+    "saved_values",
 ]
 
 log = logging.getLogger("sparksgd")
@@ -153,7 +154,7 @@ def check_saved(folder: str | Path | Location, training: Training) -> None:
     folder = location(folder)
     manifest = read_manifest(folder)
     different = _different_when_loaded(
-        training, manifest.structure or {}, manifest.parts, _values(folder, manifest)
+        training, manifest.structure or {}, manifest.parts, saved_values(folder, manifest)
     )
     if different is not None and training.model_name is None:
         log.info("the module is not saved as a whole, since what would be loaded differs: %s", different)
@@ -237,7 +238,7 @@ def load_model(
     _check_code(folder, manifest, names, trusting, strict)
     try:
         with out_of_memory_told(f"loading {folder}"):
-            saved = _values(folder, manifest)
+            saved = saved_values(folder, manifest)
             made = _given(loss, manifest) if is_own else make_loss(manifest.loss, manifest.seed, trusting)
             kind = loss_kind(manifest.loss)
             if module is None:
@@ -263,6 +264,24 @@ def load_model(
         about=manifest.about(module),
         drawn=frozenset(saved.constants),
     )
+
+
+def saved_values(folder: Location, manifest: Manifest) -> SavedState:
+    """Return what the files of a model hold.
+
+    Raises:
+        DataError: one is missing, or is not the file that the manifest names.
+        ClusterError: its file system does not answer.
+    """
+    found: dict[str, dict[str, Any]] = {"weights": {}, "constants": {}}
+    for key, file in (("weights", manifest.weights), ("constants", manifest.constants)):
+        if isinstance(file, FileEntry):
+            found[key] = read_checked(folder, file)
+        elif file is not None:
+            found[key] = read_unlisted(folder, file)
+            if _sha256(found[key]) != manifest.digests.get(key):
+                raise DataError(f"{file} and {MANIFEST} are of different runs: their digests differ")
+    return SavedState(state=found["weights"], constants=found["constants"])
 
 
 def _given(loss: Loss | None, manifest: Manifest) -> Loss | None:
@@ -303,19 +322,6 @@ def _check_code(
             )
         if then is not None:
             log.warning("%s: %s", folder, told)
-
-
-def _values(folder: Location, manifest: Manifest) -> SavedState:
-    """Return what the files of a model hold."""
-    found: dict[str, dict[str, Any]] = {"weights": {}, "constants": {}}
-    for key, file in (("weights", manifest.weights), ("constants", manifest.constants)):
-        if isinstance(file, FileEntry):
-            found[key] = read_checked(folder, file)
-        elif file is not None:
-            found[key] = read_unlisted(folder, file)
-            if _sha256(found[key]) != manifest.digests.get(key):
-                raise DataError(f"{file} and {MANIFEST} are of different runs: their digests differ")
-    return SavedState(state=found["weights"], constants=found["constants"])
 
 
 def _built(folder: Location, manifest: Manifest, saved: SavedState, trusting: Trust) -> nn.Module:

@@ -4,23 +4,28 @@ from __future__ import annotations
 
 import json
 import logging
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from sparksgd.config import Config
 from sparksgd.errors import ConfigError
 from sparksgd.runs.asked import Asked
+from sparksgd.runs.checked_files import write_checked
 from sparksgd.runs.checkpoints import CheckpointFolder
 from sparksgd.runs.earlier import Found, earlier_run
 from sparksgd.runs.fingerprints import fingerprints_of
+from sparksgd.runs.manifest import FORMAT, write_manifest
 from sparksgd.storage import location
 from sparksgd.training.checkpoint import Checkpoint, Part, RunIdentity
 
 FILES = {"data.train": "1", "data.test": "2"}
 CONFIG = Config.load(None, ["data.train=/rows", "optimizer.lr=0.5"])
 ANOTHER = Config.load(CONFIG.to_dict(), ["optimizer.lr=0.25"])
+DIGEST = "abc" + 61 * "0"
 LONGER = Config.load(CONFIG.to_dict(), ["train.epochs=2"])
 
 
@@ -30,14 +35,36 @@ OURS, ANOTHERS = "application_1_0001", "application_1_0002"
 def write(folder: Path, status: str | None) -> None:
     """Write the folder of a run: of a killed one if the status is None."""
     if status is not None:
-        (folder / "summary.json").write_text(json.dumps({"status": status, "parameters_sha256": "abc"}))
+        (folder / "summary.json").write_text(json.dumps({"status": status, "parameters_sha256": DIGEST}))
     about = {"config": CONFIG.to_dict(), "fingerprints": FILES, "application": OURS}
     (folder / "run.json").write_text(json.dumps(about))
     (folder / "metrics.jsonl").write_text('{"kind": "step", "step": 9}\n{"kind": "st')
-    (folder / "model").mkdir(exist_ok=True)
-    model = {"weights": "weights.pt", "parameters_sha256": "abc"}
-    (folder / "model" / "model.json").write_text(json.dumps(model))
-    (folder / "model" / "weights.pt").touch()
+    write_model(folder)
+
+
+def write_model(folder: Path, parameters_sha256: str = DIGEST) -> None:
+    place = location(folder / "model")
+    write_manifest(
+        place,
+        {
+            "format": FORMAT,
+            "weights": asdict(write_checked(place, "weights.pt", {"w": torch.ones(3)})),
+            "constants": asdict(write_checked(place, "constants.pt", {"c": torch.zeros(2)})),
+            "finished": True,
+            "model": {"name": "lenet", "arguments": {}},
+            "seed": 0,
+            "structure": {},
+            "parts": None,
+            "features": [{"name": "x", "dtype": "float32", "length": None}],
+            "label": {"name": "y", "dtype": "int64", "classes": 2, "num_labels": None},
+            "loss": {"name": "cross_entropy", "kind": None, "arguments": {}},
+            "outputs": [],
+            "code": {},
+            "version": 9,
+            "parameters_sha256": parameters_sha256,
+            "buffers_sha256": DIGEST,
+        },
+    )
 
 
 def write_checkpoint(folder: Path, step: int, config: Config = CONFIG) -> None:
@@ -91,7 +118,7 @@ def test_the_same_is_done(finished: Path, caplog: pytest.LogCaptureFixture) -> N
     with caplog.at_level(logging.INFO, "sparksgd"):
         assert look(finished).is_done
     assert "nothing to do" in caplog.text
-    assert "abc" in caplog.text
+    assert DIGEST in caplog.text
 
 
 @pytest.mark.parametrize("how", ["archive", "skip"])
@@ -178,15 +205,30 @@ def test_more_epochs_go_on_from_its_end(finished: Path) -> None:
         look(finished, LONGER, resume="never")
 
 
-@pytest.mark.parametrize("missing", ["weights.pt", "model.json"])
-def test_a_run_whose_model_is_gone_goes_on_from_its_end(finished: Path, missing: str) -> None:
-    (finished / "model" / missing).unlink()
+@pytest.mark.parametrize("name", ["weights.pt", "constants.pt", "model.json"])
+@pytest.mark.parametrize("how", ["gone", "cut off", "flipped"])
+def test_a_run_whose_model_cannot_be_loaded_goes_on_from_its_end(
+    finished: Path, caplog: pytest.LogCaptureFixture, name: str, how: str
+) -> None:
+    file = finished / "model" / name
+    data = bytearray(file.read_bytes())
+    data[data.index(b"seed" if name == "model.json" else b"\0")] ^= 1
+    file.unlink()
+    if how != "gone":
+        file.write_bytes(data[:-9] if how == "cut off" else data)
     assert steps(look(finished)) == [9]
+    assert f"holds a finished run of this, but not its model: {file}" in caplog.text
+
+
+def test_a_run_whose_model_cannot_be_loaded_begins_anew_where_it_may_not_go_on(finished: Path) -> None:
+    (finished / "model" / "constants.pt").unlink()
+    assert look(finished, resume="never") == Found()
+    with pytest.raises(ConfigError, match="--if-exists is fail"):
+        look(finished, if_exists="fail")
 
 
 def test_a_run_whose_model_is_of_an_earlier_step_goes_on_from_its_end(finished: Path) -> None:
-    about = {"weights": "weights.pt", "parameters_sha256": "of an earlier step"}
-    (finished / "model" / "model.json").write_text(json.dumps(about))
+    write_model(finished, 64 * "1")
     assert steps(look(finished)) == [9]
 
 
