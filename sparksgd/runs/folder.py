@@ -213,10 +213,17 @@ class RunFolder(Observer):
             raise unwritable(self.folder, error, self._called) from error
 
     def move_aside(self) -> None:
-        """Rename what is there to NAME.1, or the first number that is free; the folder stays held."""
-        aside = self.folder.moved_aside()
-        self._lease.take_along()
-        remove_leases(location(aside))  # they came along
+        """Rename what is there to NAME.1, or the first number that is free; the folder stays held.
+
+        A link that leads to it stays, and leads to the new folder.
+
+        Raises:
+            ClusterError: it cannot be moved; or another run holds the folder now.
+        """
+        with self._told():
+            aside = self.folder.moved_aside()
+            self._lease.take_along()
+            remove_leases(location(aside))  # they came along
         log.info("%s %s held another run: it is in %s now", self._called, self.folder, aside)
 
     def checkpoints(self, config: Config, found: Found) -> CheckpointFolder:

@@ -218,7 +218,7 @@ class LocalLocation:
     @property
     def name(self) -> str:
         """The last part of its path."""
-        return self.path.resolve().name
+        return _resolved(self.path).name
 
     def __truediv__(self, name: str, /) -> LocalLocation:
         """Return what lies in it under a relative path."""
@@ -245,7 +245,7 @@ class LocalLocation:
     def create(self, data: bytes) -> bool:
         """Write the file if it is not there, and its folder if need be; return whether this call did."""
         self.check()
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._folder().mkdir(parents=True, exist_ok=True)
         part = part_of(self.path)
         try:
             part.write_bytes(data)
@@ -280,10 +280,15 @@ class LocalLocation:
         with self._replacing() as part:
             shutil.copyfile(file, part)
 
+    def _folder(self) -> Path:
+        """Return the folder of the file, where links lead to it: mkdir fails at one that leads nowhere."""
+        folder = self.path.parent
+        return folder if ".." in folder.parts else _resolved(folder)
+
     @contextmanager
     def _replacing(self) -> Iterator[Path]:
         self.check()
-        folder = self.path.parent
+        folder = self._folder()
         missing = list(itertools.takewhile(lambda one: not one.exists(), (folder, *folder.parents)))
         folder.mkdir(parents=True, exist_ok=True)
         for one in missing:
@@ -324,7 +329,7 @@ class LocalLocation:
 
     def with_parents(self) -> Iterable[LocalLocation]:
         """Return it, then each folder around it, also those that links lead to."""
-        places = [self.path.resolve()]
+        places = [_resolved(self.path)]
         if ".." not in self.path.parts:
             places.insert(0, self.path.absolute())
         found = dict.fromkeys(folder for place in places for folder in (place, *place.parents))
@@ -338,10 +343,10 @@ class LocalLocation:
     def moved_aside(self) -> str:
         """Rename the folder to NAME.1, or the first number that is free; return where it is now."""
         self.check()
-        here = self.path.resolve()
+        here = _resolved(self.path)
         for number in itertools.count(1):
             aside = here.with_name(f"{here.name}.{number}")
-            if not aside.exists():
+            if not os.path.lexists(aside):  # a link to nowhere is in the way, too
                 break
         here.rename(aside)
         return str(aside)
@@ -360,6 +365,11 @@ class LocalLocation:
     def guarded(self, check: Callable[[], None]) -> LocalLocation:
         """Return the same place; each change of it, or in it, calls `check` before, which may raise."""
         return LocalLocation(self.path, check)
+
+
+def _resolved(path: Path) -> Path:
+    """Return where links lead; of links that lead in a circle, one of them: whoever opens it is told."""
+    return Path(os.path.realpath(path))
 
 
 def _without_waiting(path: str, flags: int) -> int:
