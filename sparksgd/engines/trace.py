@@ -18,15 +18,16 @@ The first line has the format's version, and the solver's family.  Kinds of even
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from sparksgd.errors import DataError
 from sparksgd.imports import shortened, shown
 
 __all__ = [
     "FORMAT",
+    "MOST_LINE_BYTES",
     "EventKind",
     "Trace",
     "TraceEvent",
@@ -37,8 +38,11 @@ __all__ = [
 ]
 
 FORMAT = 1
+MOST_LINE_BYTES = 4096
+"""An event has 200 at most."""
 
 EventKind = Literal["start", "push", "pull", "hold", "lost", "deal", "anew"]
+_KINDS = get_args(EventKind)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,7 +100,7 @@ def event_line(order: int, event: TraceEvent) -> str:
     return json.dumps({"order": order} | known)
 
 
-def read_trace(lines: Sequence[bytes], where: str) -> tuple[str, list[TraceEvent]]:
+def read_trace(lines: Iterable[bytes], where: str) -> tuple[str, list[TraceEvent]]:
     """Return the family and the events of a trace; an incomplete last line is left out.
 
     Args:
@@ -107,25 +111,33 @@ def read_trace(lines: Sequence[bytes], where: str) -> tuple[str, list[TraceEvent
         DataError: it is no trace of this version, or lines are missing.
     """
     try:
-        about, *found = [json.loads(line) for line in lines if line.endswith(b"\n")]
+        found = (json.loads(line) for line in lines if line.endswith(b"\n"))
+        about = next(found, None)
+        if about is None:
+            raise ValueError("it has no whole line")
         if about["trace"] != FORMAT:
             given = shown(about["trace"])
             raise DataError(f"{where} is a trace of format {given}, but this version reads {FORMAT}")
-        orders = [values.pop("order") for values in found]
-        if orders != list(range(len(found))):
-            raise DataError(f"{where} is not whole: the orders of its events are not 0, 1, 2, ...")
-        events = [TraceEvent(**values) for values in found]
-        unknown = {event.kind for event in events}.difference(get_args(EventKind))
-        if unknown:
-            kinds = shown(sorted(unknown))
-            raise DataError(f"{where} has events of kind {kinds}, which this version does not know")
-        for event in events:
-            _require_counts(event)
         if not isinstance(about["family"], str):
             raise TypeError(f"its family is {shown(about['family'])}")
-        return about["family"], events
+        return about["family"], [_event(number, values, where) for number, values in enumerate(found)]
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise DataError(f"{where} is no trace: {type(error).__name__}: {shortened(str(error))}") from error
+
+
+def _event(number: int, values: Any, where: str) -> TraceEvent:
+    """Return the event of a line, which must be of this number."""
+    order = values.pop("order")
+    if type(order) is not int or order != number:
+        raise DataError(
+            f"{where} is not whole: the orders of its events are not 0, 1, 2, ...: {shown(order)} stands in "
+            f"place {number}"
+        )
+    event = TraceEvent(**values)
+    if event.kind not in _KINDS:
+        raise DataError(f"{where} has an event of kind {shown(event.kind)}, which this version does not know")
+    _require_counts(event)
+    return event
 
 
 def _require_counts(event: TraceEvent) -> None:

@@ -35,7 +35,7 @@ from sparksgd.runs.checkpoints import Manifest, manifests
 from sparksgd.runs.compared_keys import PATHS, free_keys
 from sparksgd.runs.json_files import read_about_run, read_json
 from sparksgd.runs.manifest import read_manifest
-from sparksgd.runs.metrics import read_metrics
+from sparksgd.runs.metrics import metrics_lines
 from sparksgd.runs.model import saved_values
 from sparksgd.runs.names import CHECKPOINTS, METRICS, MODEL, RUN, SUMMARY, TRACE
 from sparksgd.solvers.rules import completed
@@ -265,7 +265,7 @@ def _manifests(folder: Location) -> list[Manifest]:
 def _last_step(folder: Location) -> int:
     """Return the last step that a run's metrics have; 0 if they have none, or cannot be read."""
     try:
-        steps = read_metrics(folder / METRICS).steps
+        steps = (line for line in metrics_lines(folder / METRICS) if line["kind"] == "step")
         return max((int(step["step"]) for step in steps), default=0)
     except (OSError, ValueError, LookupError, TypeError):
         return 0

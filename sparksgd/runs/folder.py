@@ -43,6 +43,7 @@ from sparksgd.runs.names import CHECKPOINTS, METRICS, MODEL, RUN, RUN_BEFORE, SU
 from sparksgd.solvers.protocol import CHANCES
 from sparksgd.solvers.rules import family_of
 from sparksgd.storage import Location, Throttle, location, remove_parts
+from sparksgd.storage.reading import read_beginning
 from sparksgd.training.state import NO_RESULTS, EvaluationReport, Observer, Training
 from sparksgd.training.value_rules import TEXT, WHOLE, MapOf, Table
 
@@ -284,7 +285,7 @@ class RunFolder(Observer):
         if name == TRACE:  # the run could not be replayed, nor could its end be checked
             way_out = f"Restore it, or {trained_anew(self._called)}"
         try:
-            kept = file.read_bytes()[: about.bytes]
+            kept = read_beginning(file, about.bytes)
         except FileNotFoundError as error:
             if name == TRACE:
                 raise DataError(

@@ -7,14 +7,15 @@ from pathlib import Path
 from typing import Any
 
 from sparksgd.config import Config
-from sparksgd.engines.trace import TraceEvent, read_trace, took_part_of
+from sparksgd.engines.trace import MOST_LINE_BYTES, TraceEvent, read_trace, took_part_of
 from sparksgd.errors import ConfigError, DataError
-from sparksgd.imports import shortened, shown
+from sparksgd.imports import out_of_memory_told, shortened, shown
 from sparksgd.imports.trust import trusted
 from sparksgd.runs.json_files import read_about_run, read_json
 from sparksgd.runs.metrics import read_metrics
 from sparksgd.runs.names import METRICS, RUN, SUMMARY, TRACE
 from sparksgd.storage import Location, location
+from sparksgd.storage.reading import read_lines
 from sparksgd.training.replay import Replay
 
 __all__ = ["read_replay"]
@@ -145,7 +146,8 @@ def _check_shards(
 
 def _traced(file: Location, family: str) -> list[TraceEvent]:
     """Return the events of a trace, which must be of the family of the run's steps."""
-    found, events = read_trace(file.read_bytes().splitlines(keepends=True), str(file))
+    with out_of_memory_told(f"reading {file}"):
+        found, events = read_trace(read_lines(file, MOST_LINE_BYTES), str(file))
     if found != family:
         raise DataError(f"{file} is a trace of {found}, but the steps of {METRICS} are of {family}")
     return events

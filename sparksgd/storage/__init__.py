@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol, Self
+from typing import IO, Protocol, Self
 
 from sparksgd.errors import ClusterError, ConfigError, SparkSGDError
 from sparksgd.storage.lines import Lines, LocalLines, SpooledLines, Throttle
@@ -230,12 +230,18 @@ class LocalLocation:
 
     def read_bytes(self, most_bytes: int | None = None, /) -> bytes:
         """Return what a regular file holds; raise OSError for a device, a pipe, a folder or a longer one."""
+        with self.opened() as (file, size_bytes):
+            require_at_most(str(self.path), size_bytes, most_bytes)
+            return file.read(size_bytes)
+
+    @contextmanager
+    def opened(self) -> Iterator[tuple[IO[bytes], int]]:
+        """Yield a regular file, to be read, and its size; raise OSError for a device, a pipe or a folder."""
         with open(self.path, "rb", opener=_without_waiting) as file:
             status = os.fstat(file.fileno())
             if not stat.S_ISREG(status.st_mode):
                 raise OSError(errno.EINVAL, _NOT_REGULAR, str(self.path))
-            require_at_most(str(self.path), status.st_size, most_bytes)
-            return file.read(status.st_size)
+            yield file, status.st_size
 
     def write_bytes(self, data: bytes) -> None:
         """Write the file, whole or not at all, and its folder if need be."""

@@ -149,7 +149,7 @@ def test_what_is_no_trace_is_refused(found: list[bytes]) -> None:
 
 def test_events_of_another_kind_are_refused() -> None:
     line = json.dumps({"order": 0, "kind": "pushed", "turn": 0, "version": 0}).encode() + b"\n"
-    with pytest.raises(DataError, match=r"^trace\.jsonl has events of kind \['pushed'\], which this version"):
+    with pytest.raises(DataError, match=r"^trace\.jsonl has an event of kind 'pushed', which this version"):
         read_trace([lines([])[0], line], "trace.jsonl")
 
 

@@ -16,10 +16,12 @@ import numpy.typing as npt
 from sparksgd.errors import DataError
 from sparksgd.imports import shortened
 from sparksgd.storage import location
+from sparksgd.storage.reading import read_lines
 
 __all__ = ["recorded_turns_s"]
 
 _METRICS = "metrics.jsonl"
+_MOST_LINE_BYTES = 16 << 20  # as `read_metrics`
 _FEWEST = 20
 
 
@@ -35,8 +37,8 @@ def recorded_turns_s(folder: str) -> list[npt.NDArray[np.float64]]:
     file = location(folder) / _METRICS
     found: dict[int, list[float]] = {}
     try:
-        for line in file.read_bytes().splitlines(keepends=True):
-            step = json.loads(line) if line.endswith(b"\n") else {}
+        for line in read_lines(file, _MOST_LINE_BYTES):
+            step = json.loads(line)
             if step.get("kind") == "step":
                 _add(step, found)
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
