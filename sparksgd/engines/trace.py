@@ -24,6 +24,7 @@ from typing import Any, Literal, get_args
 
 from sparksgd.errors import DataError
 from sparksgd.imports import shortened, shown
+from sparksgd.storage.json_text import parsed
 
 __all__ = [
     "FORMAT",
@@ -111,7 +112,7 @@ def read_trace(lines: Iterable[bytes], where: str) -> tuple[str, list[TraceEvent
         DataError: it is no trace of this version, or lines are missing.
     """
     try:
-        found = (json.loads(line) for line in lines if line.endswith(b"\n"))
+        found = (parsed(line) for line in lines if line.endswith(b"\n"))
         about = next(found, None)
         if about is None:
             raise ValueError("it has no whole line")

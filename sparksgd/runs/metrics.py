@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from sparksgd.imports import out_of_memory_told
-from sparksgd.runs.json_files import parsed
 from sparksgd.runs.names import METRICS
 from sparksgd.storage import Location
+from sparksgd.storage.json_text import parsed
 from sparksgd.storage.reading import read_lines
 
 __all__ = ["Metrics", "metrics_lines", "read_metrics"]

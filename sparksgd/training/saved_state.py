@@ -19,12 +19,18 @@ from torch import nn
 
 from sparksgd.arithmetic.changes import bits
 from sparksgd.arithmetic.copies import copied, parts
-from sparksgd.errors import ModelError
+from sparksgd.errors import DataError, ModelError
 from sparksgd.imports import shown
 from sparksgd.imports.torch_code import users_torch_code
 from sparksgd.training.encoding import array_as_plain, array_of
 from sparksgd.training.plain_values import is_plain, is_torchs, plain_values
-from sparksgd.training.tensor_archives import BoundedUnpickler, check_archive, check_tree, check_values
+from sparksgd.training.tensor_archives import (
+    BoundedUnpickler,
+    check_archive,
+    check_tree,
+    check_values,
+    makes_little,
+)
 
 __all__ = [
     "SavedState",
@@ -68,7 +74,7 @@ def saved_state(module: nn.Module, drawn: frozenset[str] = frozenset()) -> Saved
             constants[path] = _cloned(value)
     for held in plain_values(module):
         if held.is_users or held.path in drawn:
-            constants[held.path] = _of_plain(held.value)
+            constants[held.path] = _of_plain(held.value, held.path)
     return SavedState(state={name: _cloned(value) for name, value in state.items()}, constants=constants)
 
 
@@ -289,7 +295,7 @@ def _set_array(module: nn.Module, path: str, held: Any, value: np.ndarray[Any, A
         setattr(*_owner(module, path), value)
 
 
-def _of_plain(value: Any) -> Any:
+def _of_plain(value: Any, path: str) -> Any:
     """Return a plain value so that it is told from a tensor or an array, and a long one is read quickly."""
     if isinstance(value, np.generic):
         return array_as_plain(np.asarray(value)) | {"scalar": True}
@@ -297,7 +303,13 @@ def _of_plain(value: Any) -> Any:
         return value
     stream = io.BytesIO()
     pickle.Pickler(stream, protocol=4).dump(value)
-    return {"plain": True, "bytes": torch.frombuffer(bytearray(stream.getvalue()), dtype=torch.uint8)}
+    pickled = stream.getvalue()
+    try:
+        if not makes_little(pickled):
+            _PlainUnpickler(pickled).load()
+    except DataError as error:
+        raise ModelError(f"{path} cannot be saved, because nobody could read it: {error}") from error
+    return {"plain": True, "bytes": torch.frombuffer(bytearray(pickled), dtype=torch.uint8)}
 
 
 def _is_of_plain(saved: Any) -> bool:
@@ -312,7 +324,7 @@ def _plain_of(saved: Any) -> Any:
     if "scalar" in saved:
         return array_of(saved)[()]
     data = saved["bytes"].numpy().tobytes()
-    value = _PlainUnpickler(io.BytesIO(data)).load()
+    value = _PlainUnpickler(data).load()
     check_tree([value], len(data))
     if not is_plain(value):
         raise ModelError(f"a saved value is a {type(value).__name__}, which is no plain value")

@@ -23,7 +23,7 @@ import torch
 
 from sparksgd.errors import DataError
 
-__all__ = ["BoundedUnpickler", "check_archive", "check_tree", "check_values"]
+__all__ = ["BoundedUnpickler", "check_archive", "check_tree", "check_values", "makes_little"]
 
 _NAME = re.compile(r"[!-~]+")
 _MOST_PICKLED_BYTES = 64 << 20
@@ -143,18 +143,96 @@ def _check_extra(member: zipfile.ZipInfo) -> None:
         raise DataError(f"its member {member.filename[:80]} has strange extra fields")
 
 
+_MADE_BYTES = {
+    pickle.MARK: 64, pickle.EMPTY_LIST: 72, pickle.LIST: 72, pickle.EMPTY_DICT: 80, pickle.DICT: 80,
+    pickle.EMPTY_SET: 232, pickle.FROZENSET: 232, pickle.TUPLE: 64, pickle.TUPLE1: 64, pickle.TUPLE2: 64,
+    pickle.TUPLE3: 72, pickle.REDUCE: 240, pickle.NEWOBJ: 240, pickle.NEWOBJ_EX: 240, pickle.OBJ: 240,
+    pickle.INST: 240, pickle.BUILD: 104, pickle.PERSID: 200, pickle.BINPERSID: 200,
+}  # fmt: skip
+"""What instructions of one byte make.  The other ones have the more bytes, the more they make."""
+
+_NAMED_BYTES, _TENSOR_BYTES = 2200, 600
+_FREE_MADE_BYTES = 16 << 20
+_MADE_OF_EACH_BYTE = 24
+"""Tensors of a long name have 7, an empty one of a short name has 16."""
+
+
+_OF_PLAIN = (
+    pickle.MARK, pickle.EMPTY_LIST, pickle.EMPTY_DICT, pickle.TUPLE, pickle.TUPLE1, pickle.TUPLE2,
+    pickle.TUPLE3, pickle.REDUCE,
+)  # fmt: skip
+_LEFT_OUT = {*pickle.BYTEARRAY8, *pickle.NEXT_BUFFER, *pickle.EXT1, *pickle.EXT2, *pickle.EXT4}
+
+
+def _counted(code: int, load: Callable[[Any], None]) -> Callable[[Any], None]:
+    """Return what loads an instruction, and counts what it makes."""
+    made_bytes = _MADE_BYTES.get(bytes([code]))
+    if made_bytes is None:
+        return load
+
+    def counted(unpickler: BoundedUnpickler) -> None:
+        unpickler.makes(made_bytes)
+        load(unpickler)
+
+    return counted
+
+
 class BoundedUnpickler(pickle._Unpickler):
     """Reads a pickle in memory that is bounded by its size.
 
     The one in C makes room for as many remembered values as a pickle says, and some instructions for as many
     bytes.
+
+    Args:
+        pickled: the pickle.
     """
 
-    dispatch: ClassVar[dict[int, Callable[[pickle.Unpickler], None]]] = {
-        code: load
+    dispatch: ClassVar[dict[int, Callable[[Any], None]]] = {
+        code: _counted(code, load)
         for code, load in pickle._Unpickler.dispatch.items()
-        if code not in (*pickle.BYTEARRAY8, *pickle.NEXT_BUFFER, *pickle.EXT1, *pickle.EXT2, *pickle.EXT4)
+        if code not in _LEFT_OUT
     }
+
+    def __init__(self, pickled: bytes) -> None:
+        super().__init__(io.BytesIO(pickled))
+        self.memo = _Memo()
+        self._unmade_bytes = _FREE_MADE_BYTES + _MADE_OF_EACH_BYTE * len(pickled)
+
+    def makes(self, made_bytes: int) -> None:
+        """Count what is made, and refuse more than any file needs that torch.save wrote."""
+        self._unmade_bytes -= made_bytes
+        if self._unmade_bytes < 0:
+            raise DataError(
+                "its pickle makes far more lists, tables or calls than bytes: keep what is that much in a "
+                "tensor or an array"
+            )
+
+
+def makes_little(pickled: bytes) -> bool:
+    """Return whether a pickle is so far from the bound of `BoundedUnpickler` that it need not be read.
+
+    Args:
+        pickled: plain values, as the pickler in C writes them in protocol 4.
+    """
+    made_bytes = sum(pickled.count(code) * _MADE_BYTES[code] for code in _OF_PLAIN)  # texts have some, too
+    return made_bytes <= _FREE_MADE_BYTES + _MADE_OF_EACH_BYTE * len(pickled)
+
+
+class _Memo(list[Any]):
+    """What a pickle remembers: by numbers from 0 on, as every pickler gives them."""
+
+    def __getitem__(self, number: Any) -> Any:
+        if not 0 <= number < len(self):
+            raise KeyError(number)
+        return super().__getitem__(number)
+
+    def __setitem__(self, number: Any, value: Any) -> None:
+        if number > len(self):
+            raise DataError(f"its pickle remembers value {number:,}, but {len(self):,} are there before it")
+        if number == len(self):
+            self.append(value)
+        else:
+            super().__setitem__(number, value)
 
 
 class _Storage:
@@ -189,7 +267,7 @@ class _Scan(BoundedUnpickler):
     """Reads a pickle, makes nothing, and refuses what would make too much."""
 
     def __init__(self, pickled: bytes, storages: Mapping[str, int], size_bytes: int) -> None:
-        super().__init__(io.BytesIO(pickled))
+        super().__init__(pickled)
         self._storages, self._left = storages, size_bytes + _FREE_BYTES
         self._names: dict[str, type[_StandIn]] = {}
 
@@ -198,6 +276,7 @@ class _Scan(BoundedUnpickler):
         module, name = NAME_MAPPING.get((module, name), (IMPORT_MAPPING.get(module, module), name))
         path = f"{module}.{name}"
         if path not in self._names:
+            self.makes(_NAMED_BYTES)
             self._names[path] = type("StandIn", (_StandIn,), {"path": path, "scan": self})
         return self._names[path]
 
@@ -235,6 +314,7 @@ class _Scan(BoundedUnpickler):
         if path == "builtins.bytearray" and args and isinstance(args[0], int):
             raise DataError("its pickle makes an empty bytearray of any size")
         if path.removeprefix("torch._utils.") in _OF_STORAGE:
+            self.makes(_TENSOR_BYTES)
             self._check_tensor(args)
         if path == "torch._tensor._rebuild_from_type_v2":
             make, _, inner, *_ = args

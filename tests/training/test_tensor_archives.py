@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import pickle
 import struct
+import tracemalloc
 import zipfile
 from _codecs import encode
 from collections import OrderedDict
@@ -16,8 +17,13 @@ import pytest
 import torch
 from torch import _utils
 
-from sparksgd.errors import DataError
+from sparksgd.errors import DataError, ModelError
+from sparksgd.training import tensor_archives
+from sparksgd.training.saved_state import load_state, saved_state
 from sparksgd.training.tensor_archives import BoundedUnpickler, check_archive, check_tree, check_values
+
+VALID_PER_BYTE = 13
+"""Bytes of memory that torch.load takes for each byte of a pickle of 2,400 tensors, as measured."""
 
 
 class Calls:
@@ -242,8 +248,56 @@ def test_a_member_with_two_sizes_is_refused() -> None:
     ids=["bytes", "memory", "extension"],
 )
 def test_a_pickle_takes_no_more_memory_than_it_has_bytes(pickled: bytes) -> None:
-    with pytest.raises((KeyError, pickle.UnpicklingError)):
-        BoundedUnpickler(io.BytesIO(b"\x80\x05" + pickled)).load()
+    with pytest.raises((KeyError, pickle.UnpicklingError, DataError)):
+        BoundedUnpickler(b"\x80\x05" + pickled).load()
+
+
+TENSOR = (  # a storage is value 5, a function and the arguments of a tensor are 9 and 11
+    b"X\7\0\0\0storageq\0ctorch\nFloatStorage\nq\1X\1\0\0\x000q\2X\3\0\0\0cpuq\3K\1q\4(h\0h\1h\2h\3h\4tq\5h\5Qq\6K\0q\7)q\x08"
+    b"ctorch._utils\n_rebuild_tensor_v2\nq\x09ccollections\nOrderedDict\nq\x0a(h\6h\7h\x08h\x08\x89h\x0a)Rtq\x0b"
+)
+REPEATED = {
+    "lists": b"]", "tables": b"}", "marks": b"(", "sets": b"\x8f", "tuples": b")" + 15 * b"\x85",
+    "storages": b"h\5Q", "tensors": b"h\x09h\x0bR", "tables by calls": b"h\x0a)R",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", [*REPEATED, "names", "places in memory"])
+def test_instructions_of_a_byte_that_make_much_are_counted(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    size = 1 << 16
+    monkeypatch.setattr(tensor_archives, "_FREE_MADE_BYTES", size)
+    repeated = {
+        "names": b"".join(b"cA\n%x\n" % number for number in range(size // 8)),
+        "places in memory": b"Nr\xff\xff\xff\0",
+    } | {name: each * (size // len(each)) for name, each in REPEATED.items()}
+    content = members(saved(torch.ones(1))) | {"archive/data.pkl": b"\x80\2" + TENSOR + repeated[name] + b"."}
+    data = zipped(content)
+    tracemalloc.start()
+    with pytest.raises(DataError, match=r"far more lists, tables or calls than bytes|remembers value 16,777"):
+        check_archive(data)
+    most_bytes = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert most_bytes < 3 * VALID_PER_BYTE * len(data)
+
+
+def test_many_small_tensors_lists_and_tables_are_no_matter(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tensor_archives, "_FREE_MADE_BYTES", 1 << 16)
+    for value in (
+        {str(number): torch.tensor(1.0) for number in range(500)},
+        [[number] for number in range(500)],
+        [{"a": {}} for _ in range(500)],
+        [((), (None,)) for _ in range(500)],
+        [OrderedDict() for _ in range(200)],
+    ):
+        data = saved(value)
+        pickled_bytes = len(members(data)["archive/data.pkl"])
+        tracemalloc.start()
+        check_archive(data)
+        torch.load(io.BytesIO(data), weights_only=True)
+        assert tracemalloc.get_traced_memory()[1] < 3 * VALID_PER_BYTE * pickled_bytes + (1 << 16)
+        tracemalloc.stop()
 
 
 def test_lists_that_hold_each_other_are_refused() -> None:
@@ -264,3 +318,24 @@ def test_lists_that_hold_each_other_are_refused() -> None:
 def test_what_is_no_table_of_values_is_refused(values: Any) -> None:
     with pytest.raises(DataError, match=r"but must hold values by their names|is on meta"):
         check_values(values, 100)
+
+
+class Holds(torch.nn.Module):
+    """Has a plain value that its users set."""
+
+    def __init__(self, value: Any) -> None:
+        super().__init__()
+        self.value = value
+
+
+@pytest.mark.parametrize("length", [10, 4000])
+def test_what_makes_so_much_that_it_could_not_be_loaded_is_not_saved(
+    monkeypatch: pytest.MonkeyPatch, length: int
+) -> None:
+    monkeypatch.setattr(tensor_archives, "_FREE_MADE_BYTES", 1 << 16)
+    module = Holds([{} for _ in range(length)])
+    if length == 10:
+        load_state(Holds([]), saved_state(module, {"value"}))
+        return
+    with pytest.raises(ModelError, match=r"^value cannot be saved, because nobody could read it: "):
+        saved_state(module, {"value"})

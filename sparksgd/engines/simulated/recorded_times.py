@@ -6,7 +6,6 @@ of a shard; else the turns of all its shards, which count as equally long.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,6 +15,7 @@ import numpy.typing as npt
 from sparksgd.errors import DataError
 from sparksgd.imports import shortened
 from sparksgd.storage import location
+from sparksgd.storage.json_text import parsed
 from sparksgd.storage.reading import read_lines
 
 __all__ = ["recorded_turns_s"]
@@ -38,7 +38,7 @@ def recorded_turns_s(folder: str) -> list[npt.NDArray[np.float64]]:
     found: dict[int, list[float]] = {}
     try:
         for line in read_lines(file, _MOST_LINE_BYTES):
-            step = json.loads(line)
+            step = parsed(line)
             if step.get("kind") == "step":
                 _add(step, found)
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
