@@ -13,8 +13,6 @@ checkpoints are removed last.  So a loss of power costs no more than a killed pr
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 import re
 import uuid
@@ -29,7 +27,7 @@ from sparksgd.errors import ConfigError, DataError, SparkSGDError
 from sparksgd.runs.checked_files import FileEntry, read_checked, write_checked
 from sparksgd.runs.compared_keys import PATHS, free_keys
 from sparksgd.runs.holder import Holder
-from sparksgd.runs.json_files import finite, read_json, write_json
+from sparksgd.runs.json_files import digest_of, finite, read_json, write_json
 from sparksgd.runs.lease import Lease, unwritable
 from sparksgd.storage import Location, remove_parts, unanswered
 from sparksgd.training.checkpoint import Checkpoint, Part, RunIdentity, Start
@@ -121,7 +119,7 @@ class Manifest:
             raise unanswered(error, DataError(f"{where} cannot be read: {error.strerror}")) from error
         except ValueError as error:
             raise DataError(f"{where} is no manifest of a checkpoint: {error}") from error
-        if not isinstance(values, dict) or values.get("sha256") != _digest(values):
+        if not isinstance(values, dict) or values.get("sha256") != digest_of(values):
             raise DataError(f"{where} is damaged: its digest is another")
         for key, kind in _KEYS.items():
             if type(values.get(key)) is not kind:
@@ -264,7 +262,7 @@ class CheckpointFolder:
         name = f"checkpoint-{checkpoint.step:08d}-{uuid.uuid4().hex[:8]}"
         try:
             values, entries = self._write_parts(name, checkpoint, self._run)
-            write_json(self.folder / f"{name}.json", values | {"sha256": _digest(values)})
+            write_json(self.folder / f"{name}.json", values | {"sha256": digest_of(values)})
         except Exception:
             for part in checkpoint.parts:  # or a full disk would get fuller with every attempt
                 with suppress(OSError, SparkSGDError):
@@ -410,7 +408,7 @@ class CheckpointFolders:
             identity["test_digest"] = run.test_digest
         if run.settings:  # a run that sets none has the name that it always had
             identity["settings"] = dict(run.settings)
-        return _digest(identity)[:16]
+        return digest_of(identity)[:16]
 
     def stopped(self, parameters: str | None) -> None:
         """Let a training of the module that this run has left go on from this run's checkpoints.
@@ -487,9 +485,3 @@ def _round_of(run: RunIdentity) -> int:
     if run.experiment.get("solver.synchronous_steps", 0):
         return run.turns_per_epoch
     return int(run.experiment.get("solver.turns_per_round", run.turns_per_epoch))
-
-
-def _digest(values: Mapping[str, Any]) -> str:
-    """Return the digest of a manifest without its own digest."""
-    content = {key: value for key, value in values.items() if key != "sha256"}
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

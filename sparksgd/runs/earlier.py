@@ -33,7 +33,7 @@ from sparksgd.imports import shortened, shown
 from sparksgd.runs.asked import Asked, IfExists
 from sparksgd.runs.checkpoints import Manifest, manifests
 from sparksgd.runs.compared_keys import PATHS, free_keys
-from sparksgd.runs.json_files import read_about_run, read_json
+from sparksgd.runs.json_files import read_about_run, read_record
 from sparksgd.runs.manifest import read_manifest
 from sparksgd.runs.metrics import metrics_lines
 from sparksgd.runs.model import saved_values
@@ -244,7 +244,7 @@ def _about(out: Location) -> Any:
 def _summary(out: Location) -> Any:
     """Return what summary.json says, if it is there."""
     try:
-        summary = read_json(out / SUMMARY)
+        summary = read_record(out / SUMMARY)
     except FileNotFoundError:
         return None
     return {key: str(summary[key]) for key in ("status", "parameters_sha256")}

@@ -5,9 +5,9 @@ model/weights.pt     state_dict, for torch.load(weights_only=True)
 model/constants.pt   tensors and plain values that are in no state_dict, by path, if there are any
 model/model.json     how to rebuild the module, and which columns feed it
 metrics.jsonl        a line for each step and each evaluation: exact fields, then "timing"
-run.json             the configuration, and fingerprints of the data and the code
+run.json             the configuration, and fingerprints of the data and the code; with a digest of all fields
 trace.jsonl          what chance decided, if anything was chance
-summary.json         the run in one table
+summary.json         the run in one table, with a digest of all fields; sizes and digests of metrics and trace
 
 During a run, model/ has the weights of some seconds ago, in weights-STEP.pt.  model.json names this file, so
 that the two always match, even if the run is killed.
@@ -25,7 +25,7 @@ import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +35,9 @@ from sparksgd.engines.trace import TraceEvent, event_line, first_line
 from sparksgd.errors import ClusterError, DataError
 from sparksgd.runs.checkpoints import CheckpointFolder, trained_anew
 from sparksgd.runs.earlier import Found
+from sparksgd.runs.growing import Growing, Kept
 from sparksgd.runs.holder import Holder, application_here
-from sparksgd.runs.json_files import finite, write_json
+from sparksgd.runs.json_files import finite, write_record
 from sparksgd.runs.lease import IfRunning, Lease, remove_leases, unwritable
 from sparksgd.runs.model import check_saved, constants_beside, model_of, save_model
 from sparksgd.runs.names import CHECKPOINTS, METRICS, MODEL, RUN, RUN_BEFORE, SUMMARY, TRACE, WEIGHTS
@@ -150,9 +151,9 @@ class RunFolder(Observer):
         self.fingerprints = dict(fingerprints or {})
         self.run_id = run_id or uuid.uuid4().hex[:12]
         self._started = time.perf_counter()
-        self._metrics: _Growing | None = None
-        self._trace: _Growing | None = None
-        self._recalled: dict[str, _Kept] = {}
+        self._metrics: Growing | None = None
+        self._trace: Growing | None = None
+        self._recalled: dict[str, Kept] = {}
         self._origin: Location | None = None
         self._checkpoints: CheckpointFolder | None = None
         self._events = self._deal = 0
@@ -256,7 +257,7 @@ class RunFolder(Observer):
         file = Table({"bytes": WHOLE, "sha256": TEXT})
         Table({"files": MapOf(TEXT, file), "events": WHOLE, "deal": WHOLE})(memory, "observers.RunFolder")
         self._recalled = {
-            name: _Kept(**memory["files"][name]) for name in (METRICS, TRACE) if name in memory["files"]
+            name: Kept(**memory["files"][name]) for name in (METRICS, TRACE) if name in memory["files"]
         }
         self._events, self._deal = memory["events"], memory["deal"]
         if self._events and TRACE not in self._recalled:
@@ -274,7 +275,7 @@ class RunFolder(Observer):
             self._begin(training, kept)
             self._run = unless_begun.pop_all()
 
-    def _kept(self, name: str, about: _Kept) -> bytes:
+    def _kept(self, name: str, about: Kept) -> bytes:
         """Return the part of a file that belongs to the checkpoint.
 
         Raises:
@@ -317,10 +318,10 @@ class RunFolder(Observer):
             "model_name": training.model_name,
             "application": application_here(),
         }
-        write_json(self.folder / RUN, about)
-        self._metrics = _Growing(self.folder / METRICS, kept.get(METRICS, b""))
+        write_record(self.folder / RUN, about)
+        self._metrics = Growing(self.folder / METRICS, kept.get(METRICS, b""))
         if TRACE in kept:
-            self._trace = _Growing(self.folder / TRACE, kept[TRACE])
+            self._trace = Growing(self.folder / TRACE, kept[TRACE])
 
     def _remove_weights(self, but: Sequence[str] = ()) -> None:
         model = self.folder / "model"
@@ -394,7 +395,10 @@ class RunFolder(Observer):
                     training.error, about["status"] = error, type(error).__name__
                 raise
             finally:
-                write_json(self.folder / SUMMARY, about)
+                files = {METRICS: self._metrics, TRACE: self._trace}
+                written = {name: file.kept() for name, file in files.items() if file is not None}
+                about["files"] = {name: asdict(kept) for name, kept in written.items()}
+                write_record(self.folder / SUMMARY, about)
 
     def _keep(self, training: Training) -> None:
         """Write what must be there if the run is killed."""
@@ -440,7 +444,7 @@ class RunFolder(Observer):
             self._deal = report.deal
         with self._told():
             if self._trace is None:
-                self._trace = _Growing(self.folder / TRACE)
+                self._trace = Growing(self.folder / TRACE)
                 self._trace.write(first_line(family_of(training.config.solver)) + "\n")
             first, self._events = self._events, self._events + len(events)
             lines = [event_line(first + number, event) + "\n" for number, event in enumerate(events)]
@@ -450,47 +454,6 @@ class RunFolder(Observer):
         with self._told():
             self._lines().write(json.dumps(values) + "\n")
 
-    def _lines(self) -> _Growing:
+    def _lines(self) -> Growing:
         assert self._metrics is not None
         return self._metrics
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Kept:
-    """How much of a file belongs to a checkpoint, and its digest."""
-
-    bytes: int
-    sha256: str
-
-
-class _Growing:
-    """A file of lines that knows its length and digest.
-
-    Args:
-        file: a file of this name is replaced.
-        kept: what it begins with.
-    """
-
-    def __init__(self, file: Location, kept: bytes = b"") -> None:
-        self._lines = file.lines(kept)
-        self._bytes, self._digest = len(kept), hashlib.sha256(kept)
-
-    def write(self, text: str) -> None:
-        """Append whole lines."""
-        self._lines.write(text)
-        data = text.encode()
-        self._bytes += len(data)
-        self._digest.update(data)
-
-    def flush(self) -> None:
-        """Let others read it, but for the last seconds."""
-        self._lines.flush()
-
-    def close(self) -> None:
-        """Let others read all of it."""
-        self._lines.close()
-
-    def memory(self) -> dict[str, Any]:
-        """Return its length and digest; others can read that much from now on."""
-        self._lines.flush_all()
-        return {"bytes": self._bytes, "sha256": self._digest.hexdigest()}

@@ -1,7 +1,12 @@
-"""The small JSON files of a run's folder, written and read."""
+"""The small JSON files of a run's folder, written and read.
+
+A record (run.json, summary.json) has the digest of its fields, as have model.json and the manifests of
+checkpoints.  Those of the version before had neither "format" nor "sha256", and are still read.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections.abc import Mapping
@@ -12,7 +17,9 @@ from sparksgd.runs.names import RUN, RUN_BEFORE
 from sparksgd.storage import Location
 from sparksgd.storage.json_text import parsed
 
-__all__ = ["finite", "read_about_run", "read_json", "write_json"]
+__all__ = ["digest_of", "finite", "read_about_run", "read_json", "read_record", "write_json", "write_record"]
+
+_FORMAT = 1
 
 _MOST_BYTES = 16 << 20
 """The model.json of a module of 14,000 tensors in 8,000 parts has 5 MB; nothing else has more."""
@@ -44,18 +51,58 @@ def read_json(file: Location) -> Any:
     return parsed(file.read_bytes(_MOST_BYTES))
 
 
+def digest_of(values: Mapping[str, Any], *, in_order: bool = False) -> str:
+    """Return the SHA-256 of values as JSON holds them, but for their own "sha256".
+
+    Args:
+        values: of a file.
+        in_order: whether the order of the keys counts, as in model.json, where parts of modules have one.
+    """
+    plain = json.loads(json.dumps({key: value for key, value in values.items() if key != "sha256"}))
+    text = json.dumps(plain, separators=(",", ":")) if in_order else json.dumps(plain, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def write_record(file: Location, values: Mapping[str, Any]) -> None:
+    """Write an object with the digest of its fields.
+
+    Raises:
+        OSError, DataError: see `write_json`.
+    """
+    about = {"format": _FORMAT, **values}
+    write_json(file, {**about, "sha256": digest_of(about)})
+
+
+def read_record(file: Location) -> Any:
+    """Return what `write_record` was given.
+
+    Raises:
+        OSError, ValueError: see `read_json`; or it is damaged.
+    """
+    values = read_json(file)
+    if isinstance(values, dict) and values.keys() & {"format", "sha256"}:  # else it is of the version before
+        if values.get("sha256") != digest_of(values):
+            raise ValueError(
+                f"{file} is damaged, or was changed by hand: its sha256 is not that of its fields. Restore it"
+            )
+        if type(values.get("format")) is not int or values["format"] != _FORMAT:
+            raise ValueError(f"{file} is of another format than {_FORMAT}, which this version reads")
+        return {key: value for key, value in values.items() if key not in ("format", "sha256")}
+    return values
+
+
 def read_about_run(folder: Location) -> Any:
     """Return what a run is, as its folder says.
 
     Raises:
         OSError: there is no such file, or it cannot be read.
-        ValueError: it is not JSON.
+        ValueError: it is not JSON, or damaged.
     """
     try:
-        return read_json(folder / RUN)
+        return read_record(folder / RUN)
     except FileNotFoundError as error:
         try:
-            return read_json(folder / RUN_BEFORE)
+            return read_record(folder / RUN_BEFORE)
         except FileNotFoundError:
             raise error from None
 

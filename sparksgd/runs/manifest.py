@@ -16,8 +16,6 @@ Every field is checked as it is read, like a configuration, and so is a digest o
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
@@ -31,7 +29,7 @@ from sparksgd.imports import out_of_memory_told
 from sparksgd.models.losses import LossKind
 from sparksgd.models.outputs import OUTPUT_DTYPES, Output
 from sparksgd.runs.checked_files import FileEntry, check_name, is_sha256, shown
-from sparksgd.runs.json_files import read_json, write_json
+from sparksgd.runs.json_files import digest_of, read_json, write_json
 from sparksgd.runs.names import MANIFEST
 from sparksgd.storage import Location, unanswered
 from sparksgd.training.composition import structure
@@ -148,7 +146,7 @@ def _loss_table(loss: LossConfig) -> dict[str, Any]:
 
 def write_manifest(folder: Location, about: Mapping[str, Any]) -> None:
     """Write the fields of a model.json, with their digest."""
-    write_json(folder / MANIFEST, {**about, "sha256": _digest(about)})
+    write_json(folder / MANIFEST, {**about, "sha256": digest_of(about, in_order=True)})
 
 
 def read_manifest(folder: Location) -> Manifest:
@@ -177,7 +175,7 @@ def read_manifest(folder: Location) -> Manifest:
         )
     if number >= _CHECKED_SINCE:
         digest = fields.take("sha256", is_sha256, "64 hexadecimal digits")
-        if digest != _digest(described):
+        if digest != digest_of(described, in_order=True):
             raise DataError(
                 f"{where} is damaged, or was changed by hand: its sha256 is not that of its fields"
             )
@@ -370,9 +368,3 @@ def _is_code(value: Any) -> bool:
         and value.keys() <= {"model.name", "loss.name"}
         and all(is_sha256(digest) for digest in value.values())
     )
-
-
-def _digest(about: Mapping[str, Any]) -> str:
-    """Return the digest of fields, as JSON holds them in their order."""
-    plain = json.loads(json.dumps(about))
-    return hashlib.sha256(json.dumps(plain, separators=(",", ":")).encode()).hexdigest()

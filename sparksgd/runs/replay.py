@@ -11,7 +11,8 @@ from sparksgd.engines.trace import MOST_LINE_BYTES, TraceEvent, read_trace, took
 from sparksgd.errors import ConfigError, DataError
 from sparksgd.imports import out_of_memory_told, shortened, shown
 from sparksgd.imports.trust import trusted
-from sparksgd.runs.json_files import read_about_run, read_json
+from sparksgd.runs.growing import check_kept
+from sparksgd.runs.json_files import read_about_run, read_record
 from sparksgd.runs.metrics import read_metrics
 from sparksgd.runs.names import METRICS, RUN, SUMMARY, TRACE
 from sparksgd.storage import Location, location
@@ -41,9 +42,12 @@ def read_replay(folder: str | Path | Location, *, trust: Iterable[str] = ()) -> 
     try:
         run = location(folder)
         about = read_about_run(run)
-        steps = read_metrics(run / METRICS).steps
         ended = run / SUMMARY
-        summary = read_json(ended) if ended.exists() else {}
+        summary = read_record(ended) if ended.exists() else {}
+        for name, kept in summary.get("files", {}).items():
+            if name in (METRICS, TRACE):
+                check_kept(run / name, kept)
+        steps = read_metrics(run / METRICS).steps
         made = summary.get("steps", len(steps))
         _check_texts(about, summary)
         numbers = [step["step"] for step in steps]

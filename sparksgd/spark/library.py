@@ -270,11 +270,11 @@ def _files(
 def _tell_of_unfinished(folder: Location) -> None:
     """Warn of a run that could be gone on with, but is replaced."""
     from sparksgd.runs.checkpoints import manifests
-    from sparksgd.runs.json_files import read_json
+    from sparksgd.runs.json_files import read_record
     from sparksgd.runs.names import CHECKPOINTS, SUMMARY
 
     with suppress(OSError, ValueError, LookupError, SparkSGDError):
-        if (folder / SUMMARY).exists() and read_json(folder / SUMMARY)["status"] == "finished":
+        if (folder / SUMMARY).exists() and read_record(folder / SUMMARY)["status"] == "finished":
             return  # also one that early stopping ended
         for last in manifests(folder / CHECKPOINTS)[:1]:
             if last.turns < last.values["total_turns"]:

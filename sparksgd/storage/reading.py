@@ -13,9 +13,10 @@ from typing import IO
 
 from sparksgd.storage import LocalLocation, Location
 
-__all__ = ["MOST_BYTES_AT_ONCE", "read_beginning", "read_lines"]
+__all__ = ["MOST_BYTES_AT_ONCE", "read_beginning", "read_lines", "read_pieces"]
 
 MOST_BYTES_AT_ONCE = 1 << 30
+_PIECE_BYTES = 1 << 20
 
 
 def read_lines(file: Location, most_bytes: int) -> Iterator[bytes]:
@@ -47,6 +48,19 @@ def _lines(stream: IO[bytes], size_bytes: int, most_bytes: int, where: str) -> I
             )
         if line.endswith(b"\n"):
             yield line
+
+
+def read_pieces(file: Location) -> Iterator[bytes]:
+    """Yield what a regular file holds, piece by piece.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
+    if isinstance(file, LocalLocation):
+        with file.opened() as (stream, _):
+            yield from iter(lambda: stream.read(_PIECE_BYTES), b"")
+    else:
+        yield file.read_bytes(MOST_BYTES_AT_ONCE)
 
 
 def read_beginning(file: Location, count: int) -> bytes:

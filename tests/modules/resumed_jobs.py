@@ -17,7 +17,8 @@ from rich.console import Console
 from sparksgd.cli.run import run
 from sparksgd.cli.terminal import Terminal
 from sparksgd.config import Config
-from sparksgd.runs.checkpoints import _digest, manifests
+from sparksgd.runs.checkpoints import manifests
+from sparksgd.runs.json_files import digest_of
 from sparksgd.storage import location
 from sparksgd.training.state import Observer, Training
 
@@ -164,4 +165,14 @@ def copied_until(run: Path, to: Path, names: list[str]) -> None:
 def forge(manifest: Path, **changes: Any) -> None:
     """Change a manifest, with a digest that fits."""
     values = json.loads(manifest.read_text()) | changes
-    manifest.write_text(json.dumps(values | {"sha256": _digest(values)}))
+    manifest.write_text(json.dumps(values | {"sha256": digest_of(values)}))
+
+
+def without_digests(run: Path) -> None:
+    """Let the records of a run be those of the version before, so that its files may be changed."""
+    for name in ("run.json", "summary.json"):
+        if (run / name).exists():
+            values = json.loads((run / name).read_text())
+            for key in ("format", "sha256", "files"):
+                values.pop(key, None)
+            (run / name).write_text(json.dumps(values))

@@ -23,7 +23,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from manifests import change_manifest, put
 from mutated_bytes import mutated
-from resumed_jobs import SHORT, forge, made_jobs
+from resumed_jobs import SHORT, forge, made_jobs, without_digests
 
 from sparksgd.config import Config
 from sparksgd.errors import SparkSGDError
@@ -147,6 +147,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     folder = jobs.folder / "run"
     shutil.copytree(jobs.folder / "other" / "checkpoints", folder / "checkpoints", dirs_exist_ok=True)
     (folder / "run.toml").write_text('[train]\nepochs = 2\n[optimizer]\nname = "SGD"\nlr = 0.1\n')
+    without_digests(folder)  # else nothing of these files would be read
     for kind in KINDS.values():
         kind.read(folder)  # whatever is imported or kept once, is
     return Run(folder, {kind: peak_of(kind, folder) for kind in KINDS})

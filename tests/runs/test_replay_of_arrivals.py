@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from resumed_jobs import without_digests
 from virtual_trainings import ARRIVALS, CONSTANT, OVERLAPPED, trained, written
 
 import sparksgd
@@ -32,6 +33,7 @@ def changed(out: Path, change: Callable[[list[dict[str, Any]]], None]) -> None:
     change(found)
     for number, line in enumerate(found[1:]):
         line["order"] = number
+    without_digests(out)
     (out / "trace.jsonl").write_text("".join(json.dumps(line) + "\n" for line in found))
 
 

@@ -19,7 +19,7 @@ from sparksgd.errors import ConfigError, NotFinite
 from sparksgd.runs.comparing.outcomes import Outcome, read_outcome
 from sparksgd.runs.fingerprints import fingerprints_of
 from sparksgd.runs.folder import RunFolder
-from sparksgd.runs.json_files import read_json
+from sparksgd.runs.json_files import read_record
 from sparksgd.runs.names import SUMMARY
 from sparksgd.storage import Location
 from sparksgd.training.in_process import train_in_process
@@ -102,7 +102,7 @@ def _without_ordinary_lines() -> Iterator[None]:
 def _is_over(folder: Location) -> bool:
     """Return whether a folder has a run that was made to its end, or diverged."""
     try:
-        return read_json(folder / SUMMARY)["status"] in _OVER
+        return read_record(folder / SUMMARY)["status"] in _OVER
     except (OSError, ValueError, LookupError, TypeError):
         return False
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from sparksgd.runs.json_files import read_json
+from sparksgd.runs.json_files import read_record
 from sparksgd.runs.metrics import read_metrics
 from sparksgd.runs.names import METRICS, SUMMARY
 from sparksgd.storage import Location
@@ -95,7 +95,7 @@ def read_outcome(folder: Location) -> Outcome:
     Raises:
         OSError, ValueError, LookupError, TypeError: the folder holds no such run.
     """
-    summary, metrics = read_json(folder / SUMMARY), read_metrics(folder / METRICS)
+    summary, metrics = read_record(folder / SUMMARY), read_metrics(folder / METRICS)
     spent: dict[int, tuple[float, int, float]] = {}
     virtual_s, rows, sent, staleness = 0.0, 0, 0.0, Counter[int]()
     for step in metrics.steps:
