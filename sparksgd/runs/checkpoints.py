@@ -16,7 +16,7 @@ from __future__ import annotations
 import logging
 import re
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
@@ -264,9 +264,7 @@ class CheckpointFolder:
             values, entries = self._write_parts(name, checkpoint, self._run)
             write_json(self.folder / f"{name}.json", values | {"sha256": digest_of(values)})
         except Exception:
-            for part in checkpoint.parts:  # or a full disk would get fuller with every attempt
-                with suppress(OSError, SparkSGDError):
-                    (self.folder / _file_of(name, part)).remove()
+            self._remove_unsure(name, checkpoint.parts)  # or a full disk would get fuller with every attempt
             raise
         versions = {part: of.version for part, of in checkpoint.parts.items()}
         manifest = Manifest(folder=self.folder, name=name, values=values, entries=entries, versions=versions)
@@ -277,6 +275,14 @@ class CheckpointFolder:
             self.clear()  # those that could not be read; there is a newer one now
         self._has_written = True
         return name
+
+    def _remove_unsure(self, name: str, parts: Iterable[str]) -> None:
+        """Remove what was written of a checkpoint, as far as that is possible now; the manifest first."""
+        with suppress(OSError, SparkSGDError):
+            (self.folder / f"{name}.json").remove()  # it may be in its place, though the disk failed then
+            for part in parts:
+                with suppress(OSError, SparkSGDError):
+                    (self.folder / _file_of(name, part)).remove()
 
     def _write_parts(
         self, name: str, checkpoint: Checkpoint, run: RunIdentity
@@ -332,10 +338,10 @@ class CheckpointFolder:
         return [one for one in old if one is not best]
 
     def _remove(self, manifest: Manifest) -> None:
-        self._written.remove(manifest)
         (self.folder / f"{manifest.name}.json").remove()
         for entry in manifest.entries.values():
             (self.folder / entry.name).remove()
+        self._written.remove(manifest)  # last: what could not be removed now, is with the next checkpoint
 
 
 _STOPPED: dict[str, str] = {}
