@@ -302,10 +302,16 @@ class Lease:
         """Write the lease into the empty place of a folder that its holder has just moved away.
 
         Raises:
+            ClusterError: another run was faster.
             OSError: it cannot be written.
         """
         with self._writing:
-            (self._folder / _name(self._number)).create(self._data)
+            file = self._folder / _name(self._number)
+            if not file.create(self._data):
+                self._look()  # it is ours if it was renewed in between
+            elif others := self._others():
+                file.remove()  # a higher number would end the other run
+                self._lose(max(others))
 
     def release(self) -> None:
         """Let others take the folder; if it was lost, do nothing."""

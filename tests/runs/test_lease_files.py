@@ -101,6 +101,31 @@ def test_who_lost_its_folder_to_a_run_that_began_in_the_emptied_one_knows_it(
     assert files(tmp_path) == [".lease-000001.json"]
 
 
+@pytest.mark.parametrize("number", [1, 2])
+def test_who_moved_its_folder_away_knows_at_once_that_another_run_was_faster(
+    tmp_path: Path, number: int
+) -> None:
+    run = tmp_path / "run"
+    for _ in range(number - 1):
+        taken(run, "before").release()
+    one = taken(run, "one")
+    run.rename(tmp_path / "run.1")
+    two = taken(run, "two")
+    with pytest.raises(ClusterError, match="run two"):
+        one.take_along()
+    two.check()
+    assert files(run) == [".lease-000001.json"]
+
+
+def test_who_moved_its_folder_away_and_renewed_its_lease_in_between_holds_it(tmp_path: Path) -> None:
+    one = taken(tmp_path / "run", "one")
+    (tmp_path / "run").rename(tmp_path / "run.1")
+    one.renew()
+    one.take_along()
+    one.check()
+    assert files(tmp_path / "run") == [".lease-000001.json"]
+
+
 def test_a_file_system_that_neither_creates_nor_shows_a_file_is_an_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
