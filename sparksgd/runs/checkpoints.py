@@ -47,6 +47,8 @@ _ANEW = {
     "--out": "train anew with --resume never, in another --out or with --if-exists overwrite",
     "out": "train anew without resume_from, in this out or another",
     "checkpoint_dir": "train anew with another checkpoint_dir, or with none",
+    "--resume": "train anew without --resume",
+    "resume_from": "train anew without resume_from",
 }
 """By how errors call a run's folder.  Another --out alone would go on from --resume FOLDER, too."""
 
@@ -152,8 +154,12 @@ class Manifest:
         return Checkpoint(step=self.step, turns=self.turns, parts=parts, test_loss=self.test_loss)
 
 
-def manifests(folder: Location) -> list[Manifest]:
+def manifests(folder: Location, called: str = "") -> list[Manifest]:
     """Return the manifests of a folder, those of the last steps first; damaged ones are named in a warning.
+
+    Args:
+        folder: of the checkpoints.
+        called: how errors call the folder that the run goes on in.
 
     Raises:
         OSError: the folder cannot be read.
@@ -169,7 +175,7 @@ def manifests(folder: Location) -> list[Manifest]:
         except DataError as error:
             log.warning("a checkpoint is left out: %s", error)
     if names and not found:
-        raise _none_whole(folder)
+        raise _none_whole(folder, trained_anew(called))
     return sorted(found, key=lambda one: (one.step, one.values["written_at"]), reverse=True)
 
 
@@ -182,10 +188,9 @@ def trained_anew(called: str) -> str:
     return _ANEW.get(called, "train anew")
 
 
-def _none_whole(folder: Location) -> DataError:
+def _none_whole(folder: Location, anew: str) -> DataError:
     return DataError(
-        f"{folder} has no whole checkpoint: look at the warnings above; restore its files, or train anew "
-        f"with --if-exists overwrite"
+        f"{folder} has no whole checkpoint: look at the warnings above; restore its files, or {anew}"
     )
 
 
@@ -241,20 +246,14 @@ class CheckpointFolder:
             here = set(self.folder.names_of("checkpoint-*.json"))  # whatever the folder was called
             older = [one for one in self._starts[number:] if f"{one.name}.json" in here]
             self._written = [replace(one, folder=self.folder) for one in older[::-1]]
-            lost = max(0, self._last_step - manifest.step)
-            log.info(
-                "resumed from step %d of %s, %d steps were lost",
-                manifest.step,
-                manifest.values["written_at"],
-                lost,
-            )
-            written_at = manifest.values["written_at"]
+            lost, written_at = max(0, self._last_step - manifest.step), manifest.values["written_at"]
+            log.info("resumed from step %d of %s, %d steps were lost", manifest.step, written_at, lost)
             return Start(
                 checkpoint=checkpoint,
                 resumed=Resumed(step=manifest.step, lost_steps=lost, written_at=written_at),
                 anew=self._anew,
             )
-        raise _none_whole(self._starts[0].folder)
+        raise _none_whole(self._starts[0].folder, self._anew)
 
     def write(self, checkpoint: Checkpoint) -> str:
         """Write a checkpoint, and remove those that are not kept; return its name."""
@@ -384,7 +383,9 @@ class CheckpointFolders:
             place, unwritten = folder, error  # a finished run can be read there
         about = {"run_id": folder.name, "config": self._config.to_dict(), "fingerprints": self._fingerprints}
         try:
-            self._own = CheckpointFolder(place, about, manifests(place), called="checkpoint_dir")
+            self._own = CheckpointFolder(
+                place, about, manifests(place, "checkpoint_dir"), called="checkpoint_dir"
+            )
         except OSError as error:
             raise unwritable(folder, error, "checkpoint_dir") from error
         start = self._own.begin(run)

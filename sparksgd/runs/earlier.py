@@ -101,7 +101,7 @@ def resumable(folder: Location, config: Config, fingerprints: Mapping[str, str],
         ConfigError: there is none, or they are of another configuration, other files or other code.
         ClusterError: its file system does not answer.
     """
-    with_checkpoints = _manifests(folder)
+    with_checkpoints = _manifests(folder, called)
     if not with_checkpoints:
         raise ConfigError(
             f"{called} {folder} holds no whole checkpoint: name the folder of a run that has made some steps"
@@ -171,7 +171,7 @@ def _own_run(out: Location, asked: Asked, *, goes_on: bool) -> Found:
         why = f"{type(error).__name__}: {shortened(str(error), 400)}"
         return _kept(out, asked, f"something that is not a run of this version ({why})")
     try:
-        with_checkpoints = _manifests(out) if goes_on else []
+        with_checkpoints = _manifests(out, "--out") if goes_on else []
     except DataError as error:
         return _kept(out, asked, f"a run whose checkpoints cannot be read ({error})")
     if about is None and not with_checkpoints:
@@ -254,9 +254,9 @@ def _status(summary: Any) -> str:
     return "killed" if summary is None else str(summary["status"])
 
 
-def _manifests(folder: Location) -> list[Manifest]:
+def _manifests(folder: Location, called: str) -> list[Manifest]:
     try:
-        return manifests(folder / CHECKPOINTS)
+        return manifests(folder / CHECKPOINTS, called)
     except OSError as error:
         refusal = ConfigError(f"{folder} cannot be read: {error.strerror}; name another folder")
         raise unanswered(error, refusal) from error

@@ -10,7 +10,7 @@ import pytest
 from two_workers import rows_of
 
 import sparksgd
-from sparksgd.errors import ClusterError, ConfigError
+from sparksgd.errors import ClusterError, ConfigError, DataError
 from sparksgd.runs.lease import Lease
 from sparksgd.training.state import Observer, Training
 
@@ -99,3 +99,26 @@ def test_a_place_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
     (tmp_path / "all").write_text("no folder")
     with pytest.raises(ConfigError, match=r"^checkpoint_dir is .*, which cannot be written: Not a directory"):
         trained(tmp_path)
+
+
+@pytest.mark.parametrize("damaged", ["*.json", "*.solver.pt"])
+@pytest.mark.parametrize(
+    ("how", "anew"),
+    [
+        ("checkpoint_dir", "or train anew with another checkpoint_dir, or with none"),
+        ("resume_from", "or train anew without resume_from"),
+    ],
+)
+def test_where_none_is_whole_the_caller_is_told_its_own_way_out(
+    tmp_path: Path, damaged: str, how: str, anew: str
+) -> None:
+    rows_of(tmp_path / "rows")
+    place = tmp_path / "all"
+    before: dict[str, Any] = {"checkpoint_dir": place} if how == "checkpoint_dir" else {"out": place}
+    again = {how: place} | ({} if how == "checkpoint_dir" else {"out": tmp_path / "new"})
+    sparksgd.train(CONFIG, tmp_path / "rows", **before)
+    for file in place.rglob(f"checkpoint-{damaged}"):
+        file.write_bytes(file.read_bytes()[:-9])
+    with pytest.raises(DataError, match=rf"has no whole checkpoint: .* {anew}") as refused:
+        sparksgd.train(CONFIG, tmp_path / "rows", **again)
+    assert "--" not in str(refused.value)
