@@ -6,7 +6,10 @@ holds a reference to it: a view, a tensor that `torch.from_numpy` made, a memory
 
 from __future__ import annotations
 
+import math
 import sys
+from collections import deque
+from collections.abc import Collection
 from typing import Any
 
 import numpy as np
@@ -14,26 +17,37 @@ import numpy.typing as npt
 
 __all__ = ["ReusedArrays"]
 
-_OWN_REFERENCES = 3  # of the list, of the loop, and of the call that counts
+_LEAST_BYTES = 4096  # memory for less costs nothing, and there may be very many of them
 
 
 class ReusedArrays:
-    """Gives out arrays."""
+    """Gives out arrays, and keeps them: as many of each shape as were in use at once.
 
-    def __init__(self) -> None:
-        self._arrays: list[npt.NDArray[Any]] = []
+    Args:
+        shapes: the shapes that come again and again, which are kept; None: all.
+    """
+
+    def __init__(self, shapes: Collection[tuple[int, ...]] | None = None) -> None:
+        self._shapes = shapes
+        self._kept: dict[tuple[tuple[int, ...], np.dtype[Any]], deque[npt.NDArray[Any]]] = {}
 
     def __len__(self) -> int:
-        return len(self._arrays)
+        return sum(map(len, self._kept.values()))
 
     def take(self, shape: tuple[int, ...], kind: npt.DTypeLike) -> npt.NDArray[Any]:
         """Return an array of any content that nobody else has."""
         wanted = np.dtype(kind)
-        for array in self._arrays:
-            if array.shape == shape and array.dtype == wanted and sys.getrefcount(array) == _OWN_REFERENCES:
-                return array
+        comes_again = self._shapes is None or shape in self._shapes
+        if not comes_again or math.prod(shape) * wanted.itemsize < _LEAST_BYTES:
+            return np.empty(shape, wanted)
+        kept = self._kept.setdefault((shape, wanted), deque())
+        for _ in range(len(kept)):
+            is_free = _references_of_first(kept) == _OF_A_FREE_ONE
+            kept.rotate(-1)  # so that the one that was given longest ago is looked at first
+            if is_free:
+                return kept[-1]
         made = np.empty(shape, wanted)
-        self._arrays.append(made)
+        kept.append(made)
         return made
 
     def copy_of(self, values: npt.NDArray[Any]) -> npt.NDArray[Any]:
@@ -41,3 +55,10 @@ class ReusedArrays:
         made = self.take(values.shape, values.dtype)
         made[...] = values
         return made
+
+
+def _references_of_first(kept: deque[npt.NDArray[Any]]) -> int:
+    return sys.getrefcount(kept[0])
+
+
+_OF_A_FREE_ONE = _references_of_first(deque([np.empty(0)]))  # which Pythons count differently
