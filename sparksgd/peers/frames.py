@@ -32,6 +32,7 @@ Array = npt.NDArray[Any]
 _HEADER = struct.Struct(">8sIQ")
 _MOST_HEAD = 1 << 20
 _MOST_DIMENSIONS = 4
+_MOST_ARRAYS = 256
 _MOST_BUFFERS = 64  # of one system call
 _TYPES = frozenset({"<f4", "<f8", "<i8", "|b1"})
 
@@ -54,6 +55,7 @@ class Frame:
     def buffers(self, run: bytes) -> list[memoryview]:
         """Return what is sent; the arrays are not copied, and must not change until they are sent."""
         arrays = {name: np.asarray(array, order="C") for name, array in self.arrays.items()}
+        assert len(arrays) <= _MOST_ARRAYS, f"{len(arrays)} arrays are too many for a frame"
         described = [(name, array.dtype.str, array.shape) for name, array in arrays.items()]
         head = json.dumps([self.kind, self.fields, described]).encode()
         header = _HEADER.pack(run, len(head), self.array_bytes)
@@ -168,6 +170,8 @@ class FrameReader:
             self._kind, self._fields, described = json.loads(bytes(head), parse_int=_whole)
             if type(self._kind) is not str or type(self._fields) is not dict:
                 raise TypeError("its kind is no text, or its fields are no object")
+            if type(described) is not list or len(described) > _MOST_ARRAYS:
+                raise ValueError(f"its arrays are no list of {_MOST_ARRAYS} at most")
             shapes = {_text(name): _checked(kind, shape) for name, kind, shape in described}
             if sum(kind.itemsize * math.prod(shape) for kind, shape in shapes.values()) != self._array_bytes:
                 raise ValueError("its arrays have other lengths than it says")

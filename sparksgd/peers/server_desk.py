@@ -12,6 +12,7 @@ import socket
 import threading
 import time
 from collections import Counter, deque
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from sparksgd.arithmetic.reused import ReusedArrays
@@ -117,16 +118,17 @@ class ServerDesk:
         """Return the seats of the workers that are connected."""
         return {worker: seat.number for worker, seat in self._seats.items()}
 
-    def start(self, most_bytes: int) -> None:
+    def start(self, most_bytes: int, shapes: Collection[tuple[int, ...]] | None = None) -> None:
         """Listen.
 
         Args:
             most_bytes: how many bytes the arrays of a worker's frame may have.
+            shapes: of the arrays that come again and again, whose memory is used again; None: all.
 
         Raises:
             ClusterError: no port is free.
         """
-        self._most_bytes = most_bytes
+        self._most_bytes, self._arrays = most_bytes, ReusedArrays(shapes)
         self._listener.start()
 
     @property

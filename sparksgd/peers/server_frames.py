@@ -102,6 +102,11 @@ class Vectors:
             statistics_type=weights.statistics.dtype,
         )
 
+    @property
+    def shapes(self) -> set[tuple[int, ...]]:
+        """Return the shapes of arrays that come with every message or answer."""
+        return {(length,) for length in (self.parameters, self.statistics, self.counters, self.trainable)}
+
     def most_bytes(self, vectors: int, evaluated_rows: int = 0) -> int:
         """Return the most bytes that the arrays of a frame have: vectors, or sums over so many rows."""
         sums = (1 << 20) + 32 * evaluated_rows  # metrics have some for each class, or for each row

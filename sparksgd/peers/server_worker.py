@@ -110,7 +110,7 @@ class _Worker:
         table: Mapping[int, Descriptor] = {shard.shard: shard for shard in shards}
         self._work = ShardWork(computer, table, partial(computer.turn, worker=worker))
         most = self._vectors.most_bytes(computer.plan.halves.vectors + 1)
-        self._reader = FrameReader(connection, run, "the driver", most, ReusedArrays())
+        self._reader = FrameReader(connection, run, "the driver", most, ReusedArrays(self._vectors.shapes))
         self._writer = FrameWriter(connection, run)
         self._poll = select.poll()
         self._poll.register(connection.sock, select.POLLIN)

@@ -96,7 +96,7 @@ def test_a_frame_larger_than_the_buffers_of_sockets_is_sent_in_parts(
 def test_frames_are_received_into_arrays_that_nobody_has_any_more(
     ends: tuple[Connection, Connection],
 ) -> None:
-    vector = np.arange(1000, dtype=np.float32)
+    vector = np.arange(1024, dtype=np.float32)
     writer, reader = FrameWriter(ends[0], RUN), FrameReader(ends[1], RUN, "it", MOST, ReusedArrays())
     places, kept = set(), []
     for number in range(6):
@@ -108,6 +108,15 @@ def test_frames_are_received_into_arrays_that_nobody_has_any_more(
         del frame
     assert len(places) == 2
     assert kept[0].tolist() == (vector + 3)[1:].tolist()
+
+
+def test_what_has_another_shape_each_time_is_not_kept(ends: tuple[Connection, Connection]) -> None:
+    kept = ReusedArrays({(1024,)})
+    writer, reader = FrameWriter(ends[0], RUN), FrameReader(ends[1], RUN, "it", MOST, kept)
+    for number in range(100):
+        writer.put(Frame(kind="evaluated", arrays={"sums/area": np.zeros((3, 500 + number))}))
+        assert told(writer, reader, ends[1]).arrays["sums/area"].shape == (3, 500 + number)
+    assert len(kept) == 0
 
 
 def arrived(connection: Connection, count: int) -> None:
@@ -144,6 +153,8 @@ def framed(head: bytes, array_bytes: int = 0, run: bytes = RUN, head_bytes: int 
         (framed(head(kind=7)), "its kind is no text"),
         (framed(head(fields=[])), "its fields are no object"),
         (framed(head(described=7)), "is no frame"),
+        (framed(head(described={})), "its arrays are no list of 256 at most"),
+        (framed(head(described=[["k", "<f4", [0]]] * 257)), "its arrays are no list of 256 at most"),
         (framed(head(described=[["a", "<f4"]])), "is no frame"),
         (framed(head(described=[["a", "|O8", [1]]]), array_bytes=8), "an array of type '|O8'"),
         (framed(head(described=[["a", "<f4", [-1]]])), "shape [-1]"),

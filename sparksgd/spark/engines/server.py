@@ -231,7 +231,8 @@ class ServerEngine(SparkEngine):
         self._exchange = ArrivalExchange(solver, worker_of, self, self._turns)
         self._vectors = Vectors.of(solver.readout(), len(solver.flat.parts))
         evaluated = 0 if self._test is None else max(shard.rows for shard in self._test.table)
-        self._desk.start(self._vectors.most_bytes(self._plan.halves.vectors, evaluated))
+        most_bytes = self._vectors.most_bytes(self._plan.halves.vectors, evaluated)
+        self._desk.start(most_bytes, self._vectors.shapes)
         self._ask_all()
 
     def _ask_all(self) -> None:
