@@ -169,7 +169,7 @@ def _task_sets(pool: Any) -> Iterator[Any]:
             yield from _task_sets(member)
 
 
-@dataclass
+@dataclass(eq=False)
 class Watched:
     """A job that is watched."""
 
@@ -214,7 +214,7 @@ class JobWatch:
         self._slots = slots
         self._slots_timeout_s = slots_timeout_s
         self._meanwhile = meanwhile
-        self._watched: Watched | None = None
+        self._watching: list[Watched] = []  # by any thread; the last one is looked at
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
 
@@ -232,8 +232,8 @@ class JobWatch:
         if self._thread is None:
             self._thread = threading.Thread(target=self._watch, name="sparksgd-watch", daemon=True)
             self._thread.start()
-        around, watched = self._watched, Watched(needed, limit_s)
-        self._watched = watched
+        watched = Watched(needed, limit_s)
+        self._watching.append(watched)
         try:
             yield watched
         except Exception as error:
@@ -243,9 +243,13 @@ class JobWatch:
                 raise
             raise NotEnoughSlots(watched.starved) from error
         finally:
-            if around is not None:
+            self._watching.remove(watched)
+            if (around := self._watched) is not None:
                 around.starving_since_s = None
-            self._watched = around
+
+    @property
+    def _watched(self) -> Watched | None:
+        return next(reversed(self._watching), None)
 
     def close(self) -> None:
         """End the thread."""
