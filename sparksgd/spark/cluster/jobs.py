@@ -16,6 +16,7 @@ from sparksgd.errors import Cancelled, ClusterError, NotEnoughSlots, OutOfMemory
 from sparksgd.spark.cluster.failures import final_error, gist
 
 __all__ = [
+    "Beside",
     "JobWatch",
     "RunTasks",
     "Watched",
@@ -30,6 +31,7 @@ log = logging.getLogger("sparksgd")
 
 _SILENCE_S = 3.0
 _SAID_EVERY_S = 15.0
+_STUCK_S = 15.0
 _WAITS = tuple(f"spark.locality.wait.{level}" for level in ("process", "node", "rack"))
 _NAMES = ("PythonRDD", "PythonUtils", "SimplePythonFunction")
 
@@ -169,6 +171,17 @@ def _task_sets(pool: Any) -> Iterator[Any]:
             yield from _task_sets(member)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Beside:
+    """Jobs of the run beside one that is watched, which end if it gets no slot."""
+
+    tasks: int
+    """How many tasks they have."""
+
+    end: Callable[[], None]
+    """Called by the watch's thread."""
+
+
 @dataclass(eq=False)
 class Watched:
     """A job that is watched."""
@@ -179,6 +192,7 @@ class Watched:
     limit_s: float | None
     """How long its tasks may run; None: without a limit."""
 
+    beside: Beside | None = None
     since_s: float = field(default_factory=time.monotonic)
     say_again_s: float = 0.0
     running_since_s: float | None = None
@@ -188,6 +202,9 @@ class Watched:
 
     starving_since_s: float | None = None
     """Since when it has waited while there was no slot."""
+
+    stuck_since_s: float | None = None
+    """Since when the jobs beside it have had all slots."""
 
     starved: str | None = None
     """Why it was cancelled, if there were no slots."""
@@ -219,12 +236,15 @@ class JobWatch:
         self._thread: threading.Thread | None = None
 
     @contextmanager
-    def over(self, needed: int, limit_s: float | None = None) -> Iterator[Watched]:
+    def over(
+        self, needed: int, limit_s: float | None = None, beside: Beside | None = None
+    ) -> Iterator[Watched]:
         """Watch the job that the block runs.
 
         Args:
             needed: how many slots it needs to start.
             limit_s: how long its tasks may run; waiting for slots does not count.
+            beside: which jobs of the run make room for it; None: those that do so for the job around it.
 
         Raises:
             NotEnoughSlots: the cluster had no slot for engine.slots_timeout_s.
@@ -232,7 +252,10 @@ class JobWatch:
         if self._thread is None:
             self._thread = threading.Thread(target=self._watch, name="sparksgd-watch", daemon=True)
             self._thread.start()
-        watched = Watched(needed, limit_s)
+        around = self._watched
+        if beside is None and around is not None:
+            beside = around.beside
+        watched = Watched(needed, limit_s, beside)
         self._watching.append(watched)
         try:
             yield watched
@@ -280,6 +303,17 @@ class JobWatch:
         self._tasks.cancel()
         return True
 
+    def _make_room(self, watched: Watched, beside: Beside, ours: int, free: int, now_s: float) -> None:
+        """End the jobs beside one that gets no slot, because they have all."""
+        if free > 0 or ours > beside.tasks:
+            watched.stuck_since_s = None
+            return
+        since_s = watched.stuck_since_s = watched.stuck_since_s or now_s
+        if now_s - since_s >= _STUCK_S:
+            log.warning("there was no free slot for %.0f s: the workers leave theirs", now_s - since_s)
+            watched.beside = None
+            beside.end()
+
     def _look_at(self, watched: Watched) -> None:
         slots, (ours, others) = self._slots(), self._tasks.running()
         now_s = time.monotonic()
@@ -287,6 +321,8 @@ class JobWatch:
             watched.starving_since_s = None
         elif self._starves(watched, now_s):
             return
+        if watched.beside is not None:
+            self._make_room(watched, watched.beside, ours, slots - ours - others, now_s)
         if ours:
             watched.running_since_s = watched.running_since_s or now_s
             ran_s = now_s - watched.running_since_s

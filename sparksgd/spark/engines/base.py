@@ -12,7 +12,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
@@ -33,7 +33,7 @@ from sparksgd.solvers.protocol import CentralSolver, RoundSolver
 from sparksgd.spark.cluster.cluster import Cluster
 from sparksgd.spark.cluster.environments import cannot_start
 from sparksgd.spark.cluster.failures import final_error, gist, session_stopped
-from sparksgd.spark.cluster.jobs import cancel_jobs, cleanup
+from sparksgd.spark.cluster.jobs import Watched, cancel_jobs, cleanup
 from sparksgd.spark.cluster.lost_executors import advice_of
 from sparksgd.spark.cluster.placement import worker_of_partition
 from sparksgd.spark.cluster.shards import SparkShards
@@ -222,9 +222,13 @@ class SparkEngine:
         """Wait for the slots that a job needs."""
         self._cluster.wait_for_slots(self._cluster.num_workers)
 
+    def _watch(self, needed: int, limit_s: float | None = None) -> AbstractContextManager[Watched]:
+        """Watch the job that the block runs."""
+        return self._cluster.job_watch.over(needed, limit_s)
+
     def _recover(self, shards: SparkShards, missing: tuple[int, ...]) -> None:
         """Write lost shards again; if an executor was lost, those of all rows, training and test."""
-        with self._cluster.job_watch.over(1):
+        with self._watch(1):
             self.recovery.rebuilt_shards += shards.recover(missing)
             for others in (self._shards, self._test):
                 if others not in (None, shards) and not missing:
@@ -249,7 +253,7 @@ class SparkEngine:
                     self._await_slots()
                     self._recover(shards, missing)
                     self._context.setJobDescription(f"sparksgd: {doing}, tried again")
-                with self._cluster.job_watch.over(self._cluster.num_workers, limit_s) as watched:
+                with self._watch(self._cluster.num_workers, limit_s) as watched:
                     return job()
             except ShardMissing as error:
                 failure, missing = str(error), error.shards

@@ -14,6 +14,7 @@ import secrets
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
@@ -55,7 +56,7 @@ from sparksgd.peers.wire import Credentials
 from sparksgd.solvers.arrivals import ArrivalSolver
 from sparksgd.solvers.protocol import Answer, CentralSolver
 from sparksgd.spark.cluster.cluster import Cluster
-from sparksgd.spark.cluster.jobs import cleanup
+from sparksgd.spark.cluster.jobs import Beside, Watched, cleanup
 from sparksgd.spark.cluster.shards import SparkShards
 from sparksgd.spark.engines.allreduce import encrypts
 from sparksgd.spark.engines.base import DYING_S, SparkEngine
@@ -170,7 +171,9 @@ class ServerEngine(SparkEngine):
             meanwhile=self._look_at_jobs, timeout_s=self._step_timeout_s,
         )  # fmt: skip
         if found is None:
-            if sum(self._cluster.running_tasks()) >= self._cluster.slots() or self._jobs.mends:
+            ours, others = self._cluster.running_tasks()
+            taken = max(ours, self._jobs.asked) + others  # who waits for a slot gets the next one
+            if taken >= self._cluster.slots() or self._jobs.mends:
                 with self._cluster.job_watch.over(1):
                     self._release()
                     self._jobs.end_mending()
@@ -426,6 +429,12 @@ class ServerEngine(SparkEngine):
         if event is not None:
             self._held.append(event)
         return event is not None
+
+    def _watch(self, needed: int, limit_s: float | None = None) -> AbstractContextManager[Watched]:
+        """Watch the job that the block runs; if it gets no slot for long, the workers leave theirs."""
+        asked = self._jobs.asked
+        beside = Beside(tasks=asked, end=self._jobs.make_room) if asked else None
+        return self._cluster.job_watch.over(needed, limit_s, beside)
 
     def _await_slots(self) -> None:
         """Wait for one slot: workers may come later."""

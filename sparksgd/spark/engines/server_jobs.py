@@ -38,6 +38,9 @@ class _Asked:
     is_hung: bool = False
     """Whether it was cancelled, because a turn took too long."""
 
+    makes_room: bool = False
+    """Whether it was cancelled, because its slot was needed."""
+
     why: str = "its connection ended"
     """What is known of its end."""
 
@@ -98,6 +101,18 @@ class ServerJobs:
             with cleanup():
                 asked.job.cancel(True)
 
+    @property
+    def asked(self) -> int:
+        """Return how many workers' jobs go on, or wait for their slots."""
+        return len(self._asked)
+
+    def make_room(self) -> None:
+        """Cancel the jobs of all workers, which are asked again at the next look; called by any thread."""
+        for asked in list(self._asked.values()):
+            asked.makes_room = True
+            with cleanup():
+                asked.job.cancel(True)
+
     def look(self) -> None:
         """Find jobs that ended, and ask their workers again, once what they lost is mended.
 
@@ -107,7 +122,10 @@ class ServerJobs:
         for worker, asked in list(self._asked.items()):
             if asked.job.isDone():
                 del self._asked[worker]
-                self._ended(worker, asked)
+                if asked.makes_room:
+                    self.ask([worker])
+                else:
+                    self._ended(worker, asked)
         if all(mending.done() for mending in self._mending.values()):  # else shards are about to move
             mended, self._mending = self._mending, {}
             for worker, mending in mended.items():

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from sparksgd.spark.cluster.jobs import JobWatch
+import pytest
+
+from sparksgd.spark.cluster import jobs
+from sparksgd.spark.cluster.jobs import Beside, JobWatch
 
 
 class Tasks:
@@ -38,3 +41,21 @@ def test_jobs_of_two_threads_end_in_any_order() -> None:
     assert jobs._watched is None
     assert of_step is not of_mend
     jobs.close()
+
+
+def test_jobs_beside_one_that_gets_no_slot_end_after_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
+    tasks, ended, now = Tasks(), [], [100.0]
+    monkeypatch.setattr(jobs.time, "monotonic", lambda: now[0])
+    watch_it = watch(tasks, slots=3)
+    beside = Beside(tasks=3, end=lambda: ended.append(now[0]))
+    with watch_it.over(1, beside=beside), watch_it.over(1) as inner:
+        for now[0], tasks.ours, tasks.others in (
+            (200, 3, 0), (214, 3, 0),  # a slot is lost, and the workers have the others
+            (215, 2, 0), (216, 3, 0), (230, 3, 0),  # one is free between
+            (231, 2, 1), (240, 4, 0),  # it runs
+            (250, 2, 1), (260, 2, 1),
+        ):  # fmt: skip
+            watch_it._look_at(inner)
+            assert ended == [231.0] * (now[0] >= 231)
+    assert tasks.cancelled == 0
+    watch_it.close()

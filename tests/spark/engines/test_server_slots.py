@@ -1,0 +1,77 @@
+"""What the server engine does so that its jobs never wait for each other for ever; without Spark."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from sparksgd.spark.engines import server
+from sparksgd.spark.engines.base import SparkEngine
+from sparksgd.spark.engines.server import ServerEngine
+from sparksgd.spark.engines.server_jobs import ServerJobs
+
+
+class Job:
+    """A job, as told."""
+
+    def __init__(self) -> None:
+        self.is_cancelled = False
+
+    def isDone(self) -> bool:  # noqa: N802  # it is the JVM's
+        return self.is_cancelled
+
+    def cancel(self, _: bool) -> None:
+        self.is_cancelled = True
+
+
+def jobs_of(submitted: list[tuple[int, Job]], **given: Any) -> ServerJobs:
+    """Return the jobs of a server whose workers are only told."""
+
+    def submit(worker: int, request: int) -> Job:
+        submitted.append((worker, Job()))
+        return submitted[-1][1]
+
+    settings = {
+        "submit": submit, "mend": lambda missing: None, "is_dying": lambda error: False, "dying_s": 0.0,
+    }  # fmt: skip
+    return ServerJobs(SimpleNamespace(context=None), SimpleNamespace(retries=0), 4, **settings | given)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("asked", "running", "leave"),
+    [(4, (3, 0), True), (3, (3, 0), False), (3, (2, 1), True), (0, (0, 3), False)],
+)
+def test_workers_leave_for_an_evaluation_if_all_slots_are_taken_or_will_be(
+    monkeypatch: pytest.MonkeyPatch, asked: int, running: tuple[int, int], leave: bool
+) -> None:
+    left: list[bool] = []
+    engine = object.__new__(ServerEngine)
+    engine._test = SimpleNamespace(table=[])  # type: ignore[assignment]
+    engine._desk = engine._here = engine._step_timeout_s = None  # type: ignore[assignment]
+    engine._held = SimpleNamespace(append=None)  # type: ignore[assignment]
+    engine._jobs = jobs_of([])
+    engine._jobs.ask(range(asked))
+    watch = SimpleNamespace(over=lambda *_: nullcontext())
+    engine._cluster = SimpleNamespace(  # type: ignore[assignment]
+        slots=lambda: 4, running_tasks=lambda: running, job_watch=watch
+    )
+    monkeypatch.setattr(server, "evaluated_by_workers", lambda *_, **__: None)
+    monkeypatch.setattr(SparkEngine, "evaluate", lambda *_: "by Spark")
+    monkeypatch.setattr(ServerEngine, "_release", lambda _: left.append(True))
+    assert engine.evaluate(SimpleNamespace(readout=lambda: None)) == "by Spark"  # type: ignore[arg-type]
+    assert bool(left) == leave
+
+
+def test_workers_that_made_room_are_asked_again_and_nothing_is_counted() -> None:
+    submitted: list[tuple[int, Job]] = []
+    jobs = jobs_of(submitted)
+    jobs.ask([0, 1])
+    jobs.make_room()
+    assert all(job.is_cancelled for _, job in submitted)
+    jobs.look()
+    assert [worker for worker, _ in submitted] == [0, 1, 0, 1]
+    assert jobs._recovery.retries == 0
+    jobs.close()
