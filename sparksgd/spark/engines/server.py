@@ -13,8 +13,8 @@ import logging
 import secrets
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
@@ -191,14 +191,14 @@ class ServerEngine(SparkEngine):
 
     def close(self) -> None:
         """End the workers' jobs, and stop listening."""
-        with cleanup():
-            self._release()
-        with cleanup():
-            self._jobs.close()
-        self._desk.close()
-        self._note_dropped()
-        self._strangers.say(is_last=True)
-        super().close()
+        with ExitStack() as last:  # all of it, also if Ctrl-C comes within
+            last.callback(super().close)
+            last.callback(self._strangers.say, is_last=True)
+            last.callback(self._note_dropped)
+            last.callback(self._desk.close)
+            last.callback(cleanup()(self._jobs.close))
+            with cleanup():
+                self._release()
 
     # What the exchange carries
 
@@ -407,9 +407,10 @@ class ServerEngine(SparkEngine):
         self._strangers.note("the driver", dropped)
         self._strangers.say()
 
-    def _mend(self, missing: tuple[int, ...]) -> None:
+    def _mend(self, missing: tuple[int, ...]) -> Iterator[None]:
         """Write lost shards again, and these training shards; called in a thread."""
         self.recovery.rebuilt_shards += self._shards.recover(missing)
+        yield
         if self._test is not None:
             self.recovery.rebuilt_shards += self._test.recover(())
 

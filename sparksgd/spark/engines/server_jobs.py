@@ -7,9 +7,10 @@ in the slot that became free.
 from __future__ import annotations
 
 import logging
+import threading
 import time
 from collections.abc import Callable, Iterable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +26,8 @@ from sparksgd.spark.cluster.lost_executors import advice_of
 __all__ = ["ServerJobs"]
 
 log = logging.getLogger("sparksgd")
+
+_CANCEL_S = 0.5
 
 
 @dataclass(kw_only=True)
@@ -45,6 +48,14 @@ class _Asked:
     """What is known of its end."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Mending:
+    """What is written again for a worker, before it is asked."""
+
+    missing: tuple[int, ...]
+    done: Future[None]
+
+
 class ServerJobs:
     """Asks workers, and asks those again whose jobs end.
 
@@ -53,7 +64,8 @@ class ServerJobs:
         recovery: is told of jobs that are tried again.
         max_attempts: how often a worker is asked, without a turn of it between, before the run fails.
         submit: submits the job of a worker and a request; returns the JVM's JavaFutureAction.
-        mend: writes the shards again that are lost, and these; called in a thread of its own.
+        mend: writes the shards again that are lost, and these, between which it yields; called in a thread of
+            its own.
         is_dying: whether a failure may be that of an executor that is about to be lost, for some seconds.
         dying_s: how long that takes.
     """
@@ -65,16 +77,17 @@ class ServerJobs:
         max_attempts: int,
         *,
         submit: Callable[[int, int], Any],
-        mend: Callable[[tuple[int, ...]], None],
+        mend: Callable[[tuple[int, ...]], Iterable[object]],
         is_dying: Callable[[Exception], bool],
         dying_s: float,
     ) -> None:
         self._cluster, self._recovery, self._max_attempts = cluster, recovery, max_attempts
         self._submit, self._mend, self._is_dying, self._dying_s = submit, mend, is_dying, dying_s
         self._asked: dict[int, _Asked] = {}
-        self._mending: dict[int, Future[None]] = {}
+        self._mending: dict[int, _Mending] = {}
         self._failures: dict[int, int] = {}
         self._requests = 0
+        self._ends = threading.Event()
         self._thread = ThreadPoolExecutor(1, "sparksgd-mend")
 
     def ask(self, workers: Iterable[int]) -> None:
@@ -126,11 +139,11 @@ class ServerJobs:
                     self.ask([worker])
                 else:
                     self._ended(worker, asked)
-        if all(mending.done() for mending in self._mending.values()):  # else shards are about to move
-            mended, self._mending = self._mending, {}
-            for worker, mending in mended.items():
-                mending.result()
-                self.ask([worker])
+        if not self.mends:  # else shards are about to move
+            mendings = list(self._mending.items())
+            if not [worker for worker, mending in mendings if not self._is_mended(worker, mending)]:
+                mended, self._mending = self._mending, {}
+                self.ask(mended)
 
     @property
     def are_out(self) -> bool:
@@ -159,38 +172,71 @@ class ServerJobs:
         Raises:
             SparkSGDError: it cannot be.
         """
-        mending, self._mending = self._mending, {}
-        for one in mending.values():
-            one.result()
+        while self._mending:
+            worker, mending = next(iter(self._mending.items()))
+            wait([mending.done])
+            del self._mending[worker]
+            self._is_mended(worker, mending)
 
     @property
     def mends(self) -> bool:
         """Return whether shards are being written again."""
-        return not all(mending.done() for mending in self._mending.values())
+        return not all(mending.done.done() for mending in self._mending.values())
 
     def close(self) -> None:
         """Let no worker be asked again; what is being written for them is not needed any more."""
-        if self.mends:
+        self._ends.set()
+        self._thread.shutdown(wait=False, cancel_futures=True)
+        while self.mends:  # each may submit another job just after
             cancel_jobs(self._cluster.context, self._cluster.run_id)
-        self._thread.shutdown(cancel_futures=True)
+            wait([mending.done for mending in self._mending.values() if not mending.done.done()], _CANCEL_S)
         self._mending.clear()
 
     def _ended(self, worker: int, asked: _Asked) -> None:
         """Let a worker be asked again, after its shards are mended if they may be lost."""
-        missing: tuple[int, ...] | None = ()
-        wait_s = 0.0
         try:
             failure = _result(asked.job)
         except Exception as error:
-            is_dying = self._is_dying(error)
-            final = None if is_dying or asked.is_hung else final_error(error, self._cluster.context)
-            if final is not None:
-                raise final from error
-            wait_s = self._dying_s if is_dying else 0.0
-            why = "a turn took too long (engine.step_timeout_s)" if asked.is_hung else gist(str(error))
+            if asked.is_hung:
+                self._failed(worker, "a turn took too long (engine.step_timeout_s)", ())
+            else:
+                self._failed_in_spark(worker, error, ())
         else:
-            why = str(failure or asked.why)
             missing = failure.shards if isinstance(failure, ShardMissing) else None
+            self._failed(worker, str(failure or asked.why), missing)
+
+    def _is_mended(self, worker: int, mending: _Mending) -> bool:
+        """Return whether what a worker lost is written again; if not, that is tried again."""
+        try:
+            mending.done.result()
+        except ShardMissing as error:
+            self._failed(worker, str(error), error.shards)
+        except SparkSGDError:
+            raise
+        except Exception as error:
+            self._failed_in_spark(worker, error, mending.missing)
+        else:
+            return True
+        return False
+
+    def _failed_in_spark(self, worker: int, error: Exception, missing: tuple[int, ...]) -> None:
+        """Count a failure of a worker, unless no retry can help."""
+        is_dying, final = self._is_dying(error), final_error(error, self._cluster.context)
+        if is_dying and self._failures.get(worker, 0) + 1 < self._max_attempts:
+            final = None
+        if final is not None:
+            raise final from error
+        self._failed(worker, gist(str(error)), missing, self._dying_s if is_dying else 0.0)
+
+    def _failed(self, worker: int, why: str, missing: tuple[int, ...] | None, wait_s: float = 0.0) -> None:
+        """Count a failure of a worker; after a while, mend what is lost.
+
+        Args:
+            worker: its number.
+            why: for the log, or the error.
+            missing: shards whose files are gone; None: nothing can be lost.
+            wait_s: for how long.
+        """
         with cleanup():
             self._cluster.lost_executors.look()
         failures = self._failures[worker] = self._failures.get(worker, 0) + 1
@@ -203,16 +249,22 @@ class ServerJobs:
             )
         log.warning("worker %d failed and is asked again, the others go on: %s", worker, why)
         self._recovery.retries += 1
-        self._mending[worker] = self._thread.submit(self._mended, missing, wait_s)
-
-    def _mended(self, missing: tuple[int, ...] | None, wait_s: float) -> None:
-        """In the thread: write again what is lost; None: nothing can be."""
+        done: Future[None] = Future()
         if missing is None:
+            done.set_result(None)
+        else:
+            done = self._thread.submit(self._mended, missing, wait_s)
+        self._mending[worker] = _Mending(missing=missing or (), done=done)
+
+    def _mended(self, missing: tuple[int, ...], wait_s: float) -> None:
+        """In the thread: write again what is lost, unless the run ends."""
+        if self._ends.wait(wait_s):
             return
-        time.sleep(wait_s)
         context = self._cluster.context
         context.setJobGroup(self._cluster.run_id, "sparksgd")  # it is the thread's
-        self._mend(missing)
+        for _ in self._mend(missing):
+            if self._ends.is_set():
+                return
 
 
 def _result(job: Any) -> SparkSGDError | None:

@@ -4,40 +4,13 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
+from told_jobs import Job, jobs_of
 
 from sparksgd.spark.engines import server
 from sparksgd.spark.engines.base import SparkEngine
 from sparksgd.spark.engines.server import ServerEngine
-from sparksgd.spark.engines.server_jobs import ServerJobs
-
-
-class Job:
-    """A job, as told."""
-
-    def __init__(self) -> None:
-        self.is_cancelled = False
-
-    def isDone(self) -> bool:  # noqa: N802  # it is the JVM's
-        return self.is_cancelled
-
-    def cancel(self, _: bool) -> None:
-        self.is_cancelled = True
-
-
-def jobs_of(submitted: list[tuple[int, Job]], **given: Any) -> ServerJobs:
-    """Return the jobs of a server whose workers are only told."""
-
-    def submit(worker: int, request: int) -> Job:
-        submitted.append((worker, Job()))
-        return submitted[-1][1]
-
-    settings = {
-        "submit": submit, "mend": lambda missing: None, "is_dying": lambda error: False, "dying_s": 0.0,
-    }  # fmt: skip
-    return ServerJobs(SimpleNamespace(context=None), SimpleNamespace(retries=0), 4, **settings | given)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -66,12 +39,12 @@ def test_workers_leave_for_an_evaluation_if_all_slots_are_taken_or_will_be(
 
 
 def test_workers_that_made_room_are_asked_again_and_nothing_is_counted() -> None:
-    submitted: list[tuple[int, Job]] = []
+    submitted: list[Job] = []
     jobs = jobs_of(submitted)
     jobs.ask([0, 1])
     jobs.make_room()
-    assert all(job.is_cancelled for _, job in submitted)
+    assert all(job.is_cancelled for job in submitted)
     jobs.look()
-    assert [worker for worker, _ in submitted] == [0, 1, 0, 1]
+    assert [job.worker for job in submitted] == [0, 1, 0, 1]
     assert jobs._recovery.retries == 0
     jobs.close()
