@@ -17,7 +17,7 @@ from typing import Any
 from pyspark.serializers import CPickleSerializer
 
 from sparksgd.engines.protocol import Recovery
-from sparksgd.errors import ClusterError, ShardMissing, SparkSGDError
+from sparksgd.errors import ClusterError, OutOfMemory, ShardMissing, SparkSGDError
 from sparksgd.spark.cluster.cluster import Cluster
 from sparksgd.spark.cluster.failures import final_error, gist
 from sparksgd.spark.cluster.jobs import cancel_jobs, cleanup
@@ -87,11 +87,14 @@ class ServerJobs:
         self._mending: dict[int, _Mending] = {}
         self._failures: dict[int, int] = {}
         self._requests = 0
+        self._killed = 0
         self._ends = threading.Event()
         self._thread = ThreadPoolExecutor(1, "sparksgd-mend")
 
     def ask(self, workers: Iterable[int]) -> None:
         """Submit a job for each of these workers."""
+        if not self._requests:
+            self._killed = self._cluster.lost_executors.killed_for_memory
         for worker in workers:
             self._requests += 1
             job = self._submit(worker, self._requests)
@@ -141,6 +144,8 @@ class ServerJobs:
                     self._ended(worker, asked)
         if not self.mends:  # else shards are about to move
             mendings = list(self._mending.items())
+            if mendings:  # before they are asked where another one may be killed
+                self._refuse_killed()
             if not [worker for worker, mending in mendings if not self._is_mended(worker, mending)]:
                 mended, self._mending = self._mending, {}
                 self.ask(mended)
@@ -237,8 +242,7 @@ class ServerJobs:
             missing: shards whose files are gone; None: nothing can be lost.
             wait_s: for how long.
         """
-        with cleanup():
-            self._cluster.lost_executors.look()
+        self._refuse_killed()
         failures = self._failures[worker] = self._failures.get(worker, 0) + 1
         if failures >= self._max_attempts:
             advice = advice_of(self._cluster.context)
@@ -255,6 +259,13 @@ class ServerJobs:
         else:
             done = self._thread.submit(self._mended, missing, wait_s)
         self._mending[worker] = _Mending(missing=missing or (), done=done)
+
+    def _refuse_killed(self) -> None:
+        """Raise OutOfMemory if a container was killed for its memory: its successor would be, too."""
+        with cleanup():
+            self._cluster.lost_executors.look()
+        if self._cluster.lost_executors.killed_for_memory > self._killed:
+            raise OutOfMemory(f"workers of the server failed, because {advice_of(self._cluster.context)}")
 
     def _mended(self, missing: tuple[int, ...], wait_s: float) -> None:
         """In the thread: write again what is lost, unless the run ends."""

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 from told_jobs import DYING, Job, jobs_of
 
-from sparksgd.errors import ClusterError, PeerLost, ShardChanged, ShardMissing
+from sparksgd.errors import ClusterError, OutOfMemory, PeerLost, ShardChanged, ShardMissing
+from sparksgd.spark.engines import server_jobs
 from sparksgd.spark.engines.base import SparkEngine
 from sparksgd.spark.engines.server import ServerEngine
 from sparksgd.spark.engines.server_jobs import ServerJobs
@@ -74,6 +75,24 @@ def test_a_mend_that_can_never_succeed_ends_the_run_in_our_words() -> None:
     submitted[0].ends(AN_EXECUTOR_DIED)
     with pytest.raises(ShardChanged, match="shard 1 holds other rows"):
         looked(jobs)
+    jobs.close()
+
+
+def test_a_container_killed_for_its_memory_ends_the_run_with_the_advice(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(server_jobs, "advice_of", lambda _: "its container used 2 GB of the 1 GB that it may")
+    lost = SimpleNamespace(look=lambda: None, killed_for_memory=1)  # one before this run began
+    is_said = threading.Event()
+    jobs = jobs_of(submitted := [], lambda _: [is_said.wait(5)], lost_executors=lost)
+    jobs.ask([0, 1])
+    submitted[0].ends(AN_EXECUTOR_DIED)
+    jobs.look()
+    lost.killed_for_memory = 2  # Spark says it some time later
+    is_said.set()
+    with pytest.raises(OutOfMemory, match="because its container used 2 GB of the 1 GB"):
+        looked(jobs)
+    assert [job.worker for job in submitted] == [0, 1]
     jobs.close()
 
 
