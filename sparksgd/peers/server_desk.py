@@ -41,6 +41,9 @@ class Left:
 
     worker: int
     seat: int
+    request: int
+    """Which of the requests for it its task was of."""
+
     why: str
 
 
@@ -62,10 +65,11 @@ class _Seat:
         run: bytes,
         worker: int,
         number: int,
+        request: int,
         most_bytes: int,
         arrays: ReusedArrays,
     ) -> None:
-        self.connection, self.worker, self.number = connection, worker, number
+        self.connection, self.worker, self.number, self.request = connection, worker, number, request
         self.reader = FrameReader(connection, run, f"worker {worker}", most_bytes, arrays)
         self.writer = FrameWriter(connection, run)
         self.waits_to_write = False
@@ -213,7 +217,9 @@ class ServerDesk:
             if worker in self._seats:
                 self._end(self._seats[worker], "another task has taken its place")
             self._numbers += 1
-            seat = _Seat(connection, self._run, worker, self._numbers, self._most_bytes, self._arrays)
+            seat = _Seat(
+                connection, self._run, worker, self._numbers, request, self._most_bytes, self._arrays
+            )
             self._seats[worker] = self._by_file[connection.sock.fileno()] = seat
             self._poll.register(connection.sock, select.POLLIN)
             self._events.append(Joined(worker=worker, seat=seat.number))
@@ -245,4 +251,4 @@ class ServerDesk:
         self._poll.unregister(seat.connection.sock)
         del self._by_file[file], self._seats[seat.worker]
         seat.connection.close()
-        self._events.append(Left(worker=seat.worker, seat=seat.number, why=why))
+        self._events.append(Left(worker=seat.worker, seat=seat.number, request=seat.request, why=why))

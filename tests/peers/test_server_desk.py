@@ -109,7 +109,7 @@ def test_another_task_of_the_same_request_takes_the_place_of_the_first(desk: Ser
     first = Worker(desk, 0, 7)
     assert desk.next(WAIT_S) == Joined(worker=0, seat=1)
     second = Worker(desk, 0, 7)
-    assert desk.next(WAIT_S) == Left(worker=0, seat=1, why="another task has taken its place")
+    assert desk.next(WAIT_S) == Left(worker=0, seat=1, request=7, why="another task has taken its place")
     assert desk.next(WAIT_S) == Joined(worker=0, seat=2)
     assert first.is_cut_off()
     desk.send(0, 1, Frame(kind="for the first"))  # what was meant for the first does not reach the second

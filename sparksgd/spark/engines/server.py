@@ -107,6 +107,7 @@ class ServerEngine(SparkEngine):
         self._jobs = ServerJobs(
             cluster, self.recovery, self._max_attempts,
             submit=self._submit, mend=self._mend, is_dying=self._is_dying, dying_s=DYING_S,
+            hung_s=config.step_timeout_s,
         )  # fmt: skip
         self._exchange: ArrivalExchange | None = None
         self._turns: Mapping[int, int] | None = None
@@ -297,7 +298,7 @@ class ServerEngine(SparkEngine):
             self._exchange.lost(event.shard)
         elif isinstance(event, Left):
             log.debug("worker %d left: %s", event.worker, event.why)
-            self._jobs.left(event.worker, event.why)
+            self._jobs.left(event.worker, event.request, event.why)
             if self._here.pop(event.worker, None) is not None and not self._begins_at_s:
                 self._use.lost_workers += 1
             lost = [_Lost(shard) for shard in self._owned[event.worker]]
@@ -382,8 +383,7 @@ class ServerEngine(SparkEngine):
             if now_s - since_s > self._step_timeout_s:
                 worker = self._worker_of[shard]
                 why = f"turn {turn + 1} of shard {shard} took longer than {self._step_timeout_s:g} s"
-                log.warning("worker %d is given up: %s (engine.step_timeout_s)", worker, why)
-                self._jobs.give_up(worker)
+                self._jobs.give_up(worker, why)
                 del self._started[shard]
                 self._desk.drop(worker, self._here[worker].seat, why)
 

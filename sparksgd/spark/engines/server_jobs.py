@@ -39,13 +39,16 @@ class _Asked:
     """The JVM's JavaFutureAction."""
 
     is_hung: bool = False
-    """Whether it was cancelled, because a turn took too long."""
+    """Whether it was cancelled, because it took too long."""
 
     makes_room: bool = False
     """Whether it was cancelled, because its slot was needed."""
 
     why: str = "its connection ended"
     """What is known of its end."""
+
+    left_at_s: float | None = None
+    """When its connection ended; None: it has not, or the job is cancelled since."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +71,7 @@ class ServerJobs:
             its own.
         is_dying: whether a failure may be that of an executor that is about to be lost, for some seconds.
         dying_s: how long that takes.
+        hung_s: how long a job may go on after its connection has ended.
     """
 
     def __init__(
@@ -80,9 +84,11 @@ class ServerJobs:
         mend: Callable[[tuple[int, ...]], Iterable[object]],
         is_dying: Callable[[Exception], bool],
         dying_s: float,
+        hung_s: float,
     ) -> None:
         self._cluster, self._recovery, self._max_attempts = cluster, recovery, max_attempts
         self._submit, self._mend, self._is_dying, self._dying_s = submit, mend, is_dying, dying_s
+        self._hung_s = hung_s
         self._asked: dict[int, _Asked] = {}
         self._mending: dict[int, _Mending] = {}
         self._failures: dict[int, int] = {}
@@ -104,16 +110,18 @@ class ServerJobs:
         """Note that a worker has made a turn: failures before do not count any more."""
         self._failures.pop(worker, None)
 
-    def left(self, worker: int, why: str) -> None:
-        """Note why the connection of a worker ended."""
-        if worker in self._asked:
-            self._asked[worker].why = f"its connection ended: {why}"
+    def left(self, worker: int, request: int, why: str) -> None:
+        """Note why the connection of a worker's job ended."""
+        asked = self._asked.get(worker)
+        if asked is not None and asked.request == request and not asked.is_hung:
+            asked.why, asked.left_at_s = f"its connection ended: {why}", time.monotonic()
 
-    def give_up(self, worker: int) -> None:
+    def give_up(self, worker: int, why: str) -> None:
         """Cancel the job of a worker that hangs; it is asked again."""
         asked = self._asked.get(worker)
         if asked is not None:
-            asked.is_hung = True
+            asked.is_hung, asked.why, asked.left_at_s = True, f"{why} (engine.step_timeout_s)", None
+            log.warning("worker %d is given up: %s", worker, asked.why)
             with cleanup():
                 asked.job.cancel(True)
 
@@ -142,6 +150,8 @@ class ServerJobs:
                     self.ask([worker])
                 else:
                     self._ended(worker, asked)
+            elif asked.left_at_s is not None and time.monotonic() - asked.left_at_s > self._hung_s:
+                self.give_up(worker, f"its job goes on, although {asked.why}")
         if not self.mends:  # else shards are about to move
             mendings = list(self._mending.items())
             if mendings:  # before they are asked where another one may be killed
@@ -203,7 +213,7 @@ class ServerJobs:
             failure = _result(asked.job)
         except Exception as error:
             if asked.is_hung:
-                self._failed(worker, "a turn took too long (engine.step_timeout_s)", ())
+                self._failed(worker, asked.why, ())
             else:
                 self._failed_in_spark(worker, error, ())
         else:

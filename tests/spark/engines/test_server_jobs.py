@@ -78,6 +78,24 @@ def test_a_mend_that_can_never_succeed_ends_the_run_in_our_words() -> None:
     jobs.close()
 
 
+def test_a_job_that_goes_on_without_its_connection_is_given_up_in_the_end(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    jobs = jobs_of(submitted := [])
+    jobs.ask([0, 1])
+    jobs.left(0, 1, "it broke")
+    jobs.left(1, 1, "it broke")  # which was another one's connection
+    later_s = time.monotonic() + 61
+    monkeypatch.setattr(server_jobs.time, "monotonic", lambda: later_s)
+    jobs.look()
+    assert [job.is_cancelled for job in submitted] == [True, False]
+    jobs.left(0, 1, "it was dropped")  # does not hide why
+    looked(jobs)
+    assert [job.worker for job in submitted] == [0, 1, 0]
+    assert "the others go on: its job goes on, although its connection ended: it broke" in caplog.text
+    jobs.close()
+
+
 def test_a_container_killed_for_its_memory_ends_the_run_with_the_advice(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -53,5 +53,6 @@ def jobs_of(submitted: list[Job], mend: Callable[..., Any] = lambda _: [], **clu
     lost = SimpleNamespace(look=lambda: None, killed_for_memory=0)
     told = SimpleNamespace(**{"context": context, "run_id": "run-1", "lost_executors": lost} | cluster)
     return ServerJobs(
-        told, Recovery(), 4, submit=submit, mend=mend, is_dying=lambda error: DYING in str(error), dying_s=0.0
+        told, Recovery(), 4, submit=submit, mend=mend, is_dying=lambda error: DYING in str(error),
+        dying_s=0.0, hung_s=60.0,
     )  # fmt: skip
