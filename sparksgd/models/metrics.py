@@ -40,6 +40,7 @@ __all__ = [
     "MOST_RANKED",
     "Sums",
     "add_sums",
+    "can_be_added",
     "check_metrics",
     "check_ranked",
     "is_less_better",
@@ -293,6 +294,14 @@ def add_sums(one: Sums, other: Sums) -> None:
             one[name] = _ranked(*np.concatenate([one[name], values], axis=1))
         else:
             one[name] = one[name] + values
+
+
+def can_be_added(one: Sums, other: Sums) -> bool:
+    """Return whether these are sums of the same metrics."""
+    return one.keys() == other.keys() and all(
+        values.ndim == 2 and values.shape[:1] == (3,) if name == _RANKED else values.shape == one[name].shape
+        for name, values in other.items()
+    )
 
 
 def _ranked(scores: Values, ones: Values, others: Values) -> Values:

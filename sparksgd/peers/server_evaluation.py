@@ -1,4 +1,8 @@
-"""An evaluation by the workers of the server: each takes test rows of its host, when its turn has ended."""
+"""An evaluation by the workers of the server: each takes test shards of its host, when it has nothing to do.
+
+A worker that makes a turn gets none before that has ended, and one that is late with an earlier evaluation
+none before it has answered: orders would pile up before it, and their weights at the driver.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +14,7 @@ from sparksgd.data.shard import Descriptor
 from sparksgd.engines.gathering.evaluations import EvaluationGathering
 from sparksgd.engines.replies import Evaluation
 from sparksgd.errors import PeerLost
+from sparksgd.models.metrics import can_be_added
 from sparksgd.peers.server_desk import Came, Joined, Left, ServerDesk
 from sparksgd.peers.server_frames import (
     EVALUATED,
@@ -18,9 +23,9 @@ from sparksgd.peers.server_frames import (
     Here,
     evaluate_frame,
     evaluation_in,
-    field_of,
     here_in,
 )
+from sparksgd.peers.server_orders import EvaluationOrder, Orders, TurnOrder
 
 __all__ = ["evaluated_by_workers"]
 
@@ -29,6 +34,7 @@ _LOOK_S = 0.5
 
 def evaluated_by_workers(
     desk: ServerDesk,
+    orders: Orders,
     here: Mapping[int, Here],
     table: Sequence[Descriptor],
     weights: Weights,
@@ -41,6 +47,7 @@ def evaluated_by_workers(
 
     Args:
         desk: reaches the workers.
+        orders: which of them are busy.
         here: who is known to be here.
         table: the test shards.
         weights: what to evaluate.
@@ -48,56 +55,109 @@ def evaluated_by_workers(
         meanwhile: called now and then.
         timeout_s: how long may pass without an answer.
     """
-    gathering = EvaluationGathering({shard.shard: shard.host for shard in table})
-    of_shard = {shard.shard: shard for shard in table}
-    known = {worker: one for worker, one in here.items() if desk.seats.get(worker) == one.seat}
-    has_weights: set[int] = set()
-
-    def give(worker: int) -> None:
-        shard = gathering.give(worker, known[worker].host)
-        if shard is not None:
-            given = None if worker in has_weights else weights
-            desk.send(worker, known[worker].seat, evaluate_frame(of_shard[shard], weights.version, given))
-            has_weights.add(worker)
-
-    def came(event: Came) -> bool:
-        """Take a frame of the evaluation; return whether it answers something."""
-        frame, worker = event.frame, event.worker
-        if frame.kind == HERE:
-            known[worker] = here_in(event.seat, frame)
-            give(worker)
-        elif frame.kind == EVALUATED and worker in has_weights:
-            is_of_this = bool(field_of(frame, "version", int) == weights.version)
-            if is_of_this:  # else of the one before
-                gathering.answered(field_of(frame, "shard", int), evaluation_in(frame))
-            give(worker)
-            return is_of_this
-        return False
-
-    for worker in sorted(known):
-        give(worker)
+    evaluation = _Evaluation(desk, orders, here, table, weights)
     answered_s = time.monotonic()
-    while not gathering.is_complete:
-        if not gathering.can_go_on({one.host for one in known.values()}):
+    while not evaluation.is_complete:
+        if evaluation.cannot_go_on or time.monotonic() - answered_s > timeout_s:
             return None
         meanwhile()
         event = desk.next(_LOOK_S)
+        order = orders.note(event)
         if event is None:
-            if time.monotonic() - answered_s > timeout_s:
-                return None
             continue
         if not (isinstance(event, Came) and event.frame.kind in (EVALUATED, MISSING)):
             hold(event)
+        try:
+            if evaluation.happens(event, order):
+                answered_s = time.monotonic()
+        except PeerLost as error:
+            desk.drop(event.worker, event.seat, str(error))
+    return evaluation.found
+
+
+class _Evaluation:
+    """One evaluation."""
+
+    def __init__(
+        self,
+        desk: ServerDesk,
+        orders: Orders,
+        here: Mapping[int, Here],
+        table: Sequence[Descriptor],
+        weights: Weights,
+    ) -> None:
+        self._desk, self._orders, self._weights = desk, orders, weights
+        self._number = orders.next_evaluation()
+        self._gathering = EvaluationGathering({shard.shard: shard.host for shard in table})
+        self._of_shard = {shard.shard: shard for shard in table}
+        self._has_weights: set[int] = set()
+        self._is_missing = False
+        seats = desk.seats
+        self._known = {worker: one for worker, one in here.items() if seats.get(worker) == one.seat}
+        for worker in sorted(self._known):
+            self._give(worker)
+
+    @property
+    def is_complete(self) -> bool:
+        """Return whether all shards are answered."""
+        return self._gathering.is_complete
+
+    @property
+    def cannot_go_on(self) -> bool:
+        """Return whether the workers that are here do not have all shards."""
+        hosts = {one.host for one in self._known.values()}
+        return self._is_missing or not self._gathering.can_go_on(hosts)
+
+    @property
+    def found(self) -> dict[int, Evaluation | None]:
+        """The sums of the shards."""
+        return self._gathering.found
+
+    def happens(self, event: Joined | Left | Came, order: TurnOrder | EvaluationOrder | None) -> bool:
+        """Take note of an event, and of the order that it answers; return whether it is one of these.
+
+        Raises:
+            PeerLost: it is none that was due.
+        """
+        worker, answers = event.worker, False
         if isinstance(event, Left):
-            gathering.left(event.worker)
-            has_weights.discard(event.worker)
-            known.pop(event.worker, None)
+            self._gathering.left(worker)
+            self._has_weights.discard(worker)
+            self._known.pop(worker, None)
         elif isinstance(event, Came):
-            if event.frame.kind == MISSING:
-                return None
-            try:
-                if came(event):
-                    answered_s = time.monotonic()
-            except PeerLost as error:
-                desk.drop(event.worker, event.seat, str(error))
-    return gathering.found
+            if event.frame.kind == HERE:
+                self._known[worker] = here_in(event.seat, event.frame)
+            elif event.frame.kind in (EVALUATED, MISSING):
+                answers = self._answered(event, order)
+            self._give(worker)
+        return answers
+
+    def _answered(self, event: Came, order: TurnOrder | EvaluationOrder | None) -> bool:
+        if not isinstance(order, EvaluationOrder):
+            raise PeerLost(f'it sent a frame of kind "{event.frame.kind}", which was not asked for')
+        if order.evaluation != self._number:
+            return False  # late, of an earlier one
+        if event.frame.kind == MISSING:
+            self._is_missing = True
+            return True
+        sums = evaluation_in(event.frame)
+        like = next((one for one in self.found.values() if one is not None), None)
+        if sums is not None and like is not None and not can_be_added(like.sums, sums.sums):
+            raise PeerLost(f"the sums of test shard {order.shard} are others than those of the other shards")
+        self._gathering.answered(order.shard, sums)
+        return True
+
+    def _give(self, worker: int) -> None:
+        """Give a worker that has nothing to do the next shard."""
+        one = self._known.get(worker)
+        if one is None or not self._orders.is_free(worker, one.seat):
+            return
+        number = self._gathering.give(worker, one.host)
+        if number is None:
+            return
+        version = self._weights.version
+        given = None if worker in self._has_weights else self._weights
+        self._has_weights.add(worker)
+        order = EvaluationOrder(evaluation=self._number, shard=number, version=version)
+        self._orders.give(worker, one.seat, order)
+        self._desk.send(worker, one.seat, evaluate_frame(self._of_shard[number], version, given))

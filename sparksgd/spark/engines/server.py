@@ -14,7 +14,7 @@ import secrets
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager, ExitStack, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
@@ -51,6 +51,7 @@ from sparksgd.peers.server_frames import (
     times_in,
     turn_frame,
 )
+from sparksgd.peers.server_orders import Orders, TurnOrder
 from sparksgd.peers.strangers import StrangersLog
 from sparksgd.peers.wire import Credentials
 from sparksgd.solvers.arrivals import ArrivalSolver
@@ -116,6 +117,7 @@ class ServerEngine(SparkEngine):
         self._worker_of: dict[int, int] = {}
         self._here: dict[int, Here] = {}  # the workers that are here, as far as events are handled
         self._begins_at_s = 0.0  # when those who are here begin; 0: it has begun
+        self._orders = Orders()
         self._held: deque[Joined | Left | Came | _Lost] = deque()  # what happened and is not handled yet
         self._answers: dict[int, Answer] = {}  # that wait for the shard's next turn
         self._started: dict[int, tuple[int, float]] = {}  # the turn that each shard makes, and since when
@@ -168,8 +170,8 @@ class ServerEngine(SparkEngine):
         """
         assert self._test is not None
         found = evaluated_by_workers(
-            self._desk, self._here, self._test.table, solver.readout(), hold=self._held.append,
-            meanwhile=self._look_at_jobs, timeout_s=self._step_timeout_s,
+            self._desk, self._orders, self._known(), self._test.table, solver.readout(),
+            hold=self._held.append, meanwhile=self._look_at_jobs, timeout_s=self._step_timeout_s,
         )  # fmt: skip
         if found is None:
             ours, others = self._cluster.running_tasks()
@@ -185,6 +187,15 @@ class ServerEngine(SparkEngine):
         evaluation = total.total()
         assert isinstance(evaluation, Evaluation)
         return evaluation
+
+    def _known(self) -> dict[int, Here]:
+        """Return the workers that are here, also those whose events are not handled yet."""
+        known = dict(self._here)
+        for event in self._held:
+            if isinstance(event, Came) and event.frame.kind == HERE:
+                with suppress(PeerLost):  # it is cut off when that is handled
+                    known[event.worker] = here_in(event.seat, event.frame)
+        return known
 
     def deal_anew(self, deal: Callable[[], tuple[Plan, Shards]]) -> None:
         """Continue with the same rows in other shards."""
@@ -213,6 +224,7 @@ class ServerEngine(SparkEngine):
         self._started[shard] = turn, time.monotonic()
         if worker in self._here:  # else its other shards are about to be lost, too
             self._exchanged_bytes += frame.array_bytes
+            self._orders.give(worker, self._here[worker].seat, TurnOrder(shard=shard, turn=turn))
             self._desk.send(worker, self._here[worker].seat, frame)
 
     def forget(self, shard: int) -> None:
@@ -269,7 +281,7 @@ class ServerEngine(SparkEngine):
         while not exchange.has_steps:
             self._look()
             self._begin_those_who_are_here()
-            event = self._held.popleft() if self._held else self._desk.next(_LOOK_S * self._jobs.are_out)
+            event = self._held.popleft() if self._held else self._next(_LOOK_S * self._jobs.are_out)
             if event is not None:
                 self._happens(event)
             elif not self._jobs.are_out:
@@ -426,10 +438,15 @@ class ServerEngine(SparkEngine):
 
     def _hear(self, timeout_s: float = 0.05) -> bool:
         """Keep what happens next; return whether something did."""
-        event = self._desk.next(timeout_s)
+        event = self._next(timeout_s)
         if event is not None:
             self._held.append(event)
         return event is not None
+
+    def _next(self, timeout_s: float) -> Joined | Left | Came | None:
+        event = self._desk.next(timeout_s)
+        self._orders.note(event)
+        return event
 
     def _watch(self, needed: int, limit_s: float | None = None) -> AbstractContextManager[Watched]:
         """Watch the job that the block runs; if it gets no slot for long, the workers leave theirs."""

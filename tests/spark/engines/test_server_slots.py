@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections import deque
 from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
 from told_jobs import Job, jobs_of
 
+from sparksgd.arithmetic.numerics import Numerics
+from sparksgd.peers.frames import Frame
+from sparksgd.peers.server_desk import Came, Joined
+from sparksgd.peers.server_frames import HERE, Here, here_frame
 from sparksgd.spark.engines import server
 from sparksgd.spark.engines.base import SparkEngine
 from sparksgd.spark.engines.server import ServerEngine
@@ -23,8 +28,8 @@ def test_workers_leave_for_an_evaluation_if_all_slots_are_taken_or_will_be(
     left: list[bool] = []
     engine = object.__new__(ServerEngine)
     engine._test = SimpleNamespace(table=[])  # type: ignore[assignment]
-    engine._desk = engine._here = engine._step_timeout_s = None  # type: ignore[assignment]
-    engine._held = SimpleNamespace(append=None)  # type: ignore[assignment]
+    engine._desk = engine._orders = engine._step_timeout_s = None  # type: ignore[assignment]
+    engine._here, engine._held = {}, deque()
     engine._jobs = jobs_of([])
     engine._jobs.ask(range(asked))
     watch = SimpleNamespace(over=lambda *_: nullcontext())
@@ -36,6 +41,20 @@ def test_workers_leave_for_an_evaluation_if_all_slots_are_taken_or_will_be(
     monkeypatch.setattr(ServerEngine, "_release", lambda _: left.append(True))
     assert engine.evaluate(SimpleNamespace(readout=lambda: None)) == "by Spark"  # type: ignore[arg-type]
     assert bool(left) == leave
+
+
+def test_who_came_back_during_the_evaluation_before_is_here() -> None:
+    numerics = Numerics.here(1)
+    engine = object.__new__(ServerEngine)
+    engine._here = {0: Here(seat=1, host="a", numerics=numerics)}
+    engine._held = deque(
+        [
+            Joined(worker=1, seat=5),
+            Came(worker=1, seat=5, frame=here_frame("b", numerics)),
+            Came(worker=2, seat=6, frame=Frame(kind=HERE)),  # it will be cut off for this
+        ]
+    )
+    assert engine._known() == engine._here | {1: Here(seat=5, host="b", numerics=numerics)}
 
 
 def test_workers_that_made_room_are_asked_again_and_nothing_is_counted() -> None:
