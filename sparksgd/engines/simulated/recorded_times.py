@@ -1,7 +1,7 @@
 """How long turns took in a run that was made, so that turns in virtual time take as long.
 
 A run's metrics.jsonl has, in each step, how long each worker computed.  On the server engine that is one turn
-of a shard; else the turns of all its shards, which count as equally long.
+of a shard; else the turns of all its shards in a round, which count as equally long.
 """
 
 from __future__ import annotations
@@ -36,11 +36,13 @@ def recorded_turns_s(folder: str) -> list[npt.NDArray[np.float64]]:
     """
     file = location(folder) / _METRICS
     found: dict[int, list[float]] = {}
+    turn: int | None = None
     try:
         for line in read_lines(file, _MOST_LINE_BYTES):
             step = parsed(line)
             if step.get("kind") == "step":
-                _add(step, found)
+                before, turn = 0 if step.get("step") == 1 else turn, int(step["turn"])
+                _add(step, before, found)
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise DataError(
             f"cluster.recorded is {folder!r}, but {file} holds no steps of a run: {type(error).__name__}: "
@@ -55,9 +57,13 @@ def recorded_turns_s(folder: str) -> list[npt.NDArray[np.float64]]:
     return [np.array(seconds) for _, seconds in sorted(found.items())]
 
 
-def _add(step: Mapping[str, Any], found: dict[int, list[float]]) -> None:
-    workers = step["timing"]["workers"]
-    turns = 1.0 if "staleness" in step else max(1.0, len(step["took_part"]) / max(1, len(workers)))
+def _add(step: Mapping[str, Any], before: int | None, found: dict[int, list[float]]) -> None:
+    """Add the times of a step; before: the turn of the step before it, None if that is not known."""
+    workers, turns = step["timing"]["workers"], 1.0
+    if "staleness" not in step:
+        if before is None or step["turn"] <= before:
+            return  # the run went on from a checkpoint
+        turns = (step["turn"] - before) * max(1.0, len(step["took_part"]) / max(1, len(workers)))
     for worker in workers:
         seconds = float(worker["compute"]) / turns
         if not 0 <= seconds < 1e9:

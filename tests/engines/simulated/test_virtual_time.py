@@ -213,7 +213,8 @@ def test_times_of_turns_have_the_distribution_that_is_said(
 
 
 def written_run(folder: Path, steps: list[dict[str, Any]]) -> str:
-    """Write the metrics of a run."""
+    """Write the metrics of a run; of one turn in each step, if they do not say it."""
+    steps = [{"step": n, "turn": n} | one if isinstance(one, dict) else one for n, one in enumerate(steps, 1)]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(step) + "\n" for step in steps))
     return str(folder)
 
@@ -238,6 +239,14 @@ def test_workers_of_rounds_computed_several_turns_in_a_step(tmp_path: Path) -> N
     assert (costs.turn_s(0, 0, 0, 3), costs.turn_s(1, 0, 0, 3)) == (2.0, 1.0)
 
 
+def test_rounds_of_local_turns_are_divided_by_these(tmp_path: Path) -> None:
+    turns = [*range(5, 101, 5), 103]  # the last one is cut short
+    steps = [step_of({0: 10.0}, took_part=[0, 1], turn=turn) for turn in turns[:-1]]
+    steps.append(step_of({0: 6.0}, took_part=[0, 1], turn=turns[-1]))
+    costs = Costs(ClusterConfig(recorded=written_run(tmp_path, steps)), 4)
+    assert {costs.turn_s(0, 0, turn, 3) for turn in range(200)} == {1.0}
+
+
 @pytest.mark.parametrize(
     ("steps", "words"),
     [
@@ -245,6 +254,8 @@ def test_workers_of_rounds_computed_several_turns_in_a_step(tmp_path: Path) -> N
         ([step_of({0: 1.0})] * 30 + [step_of({1: 1.0})] * 19, "tells of 19 turns of a worker"),
         ([step_of({0: float("nan")})] * 30, "nan is no time"),
         ([step_of({0: -1.0})] * 30, "-1.0 is no time"),
+        ([step_of({0: 1.0}, step=3)] * 20, "tells of 19 turns of a worker"),
+        ([step_of({0: 1.0}, turn=3)] * 20, "tells of 1 turns of a worker"),
         ([{"kind": "step"}], "holds no steps of a run: KeyError"),
         ([7], "holds no steps of a run: AttributeError"),
     ],
