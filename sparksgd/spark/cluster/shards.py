@@ -79,10 +79,11 @@ class SparkShards:
 
     def places(self) -> list[str | None]:
         """Return the place of each partition's shards, as Spark names places; None if unknown."""
-        return [
-            self._cluster.placement.place_of(self.rdd, number)
-            for number in range(self.rdd.getNumPartitions())
-        ]
+        return [self.place_of(number) for number in range(self.rdd.getNumPartitions())]
+
+    def place_of(self, partition: int) -> str | None:
+        """Return the place of one partition's shards, as Spark names places; None if unknown."""
+        return self._cluster.placement.place_of(self.rdd, partition)
 
     def recover(self, missing: Collection[int]) -> int:
         """Write lost shards again; return how many they were.

@@ -266,7 +266,7 @@ class ServerEngine(SparkEngine):
             server=self._desk.address,
         )
         self._desk.expect(worker, request)
-        placed = self._cluster.at_place(task, self._shards.places()[partition])
+        placed = self._cluster.at_place(task, self._shards.place_of(partition))
         return (
             self._cluster.placed_rdd([placed])
             .mapPartitions(partial(work, self._shipped))

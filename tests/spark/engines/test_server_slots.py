@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from contextlib import nullcontext
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from told_jobs import Job, jobs_of
@@ -67,3 +68,24 @@ def test_workers_that_made_room_are_asked_again_and_nothing_is_counted() -> None
     assert [job.worker for job in submitted] == [0, 1, 0, 1]
     assert jobs._recovery.retries == 0
     jobs.close()
+
+
+def test_to_ask_a_worker_one_place_is_looked_up() -> None:
+    looked: list[int] = []
+    placed: list[Any] = []
+    engine = object.__new__(ServerEngine)
+    engine._workers, engine._shipped = [2, 0, 1], None  # type: ignore[assignment]
+    engine._shards = SimpleNamespace(  # type: ignore[assignment]
+        partition_of={4: 0, 5: 1, 6: 2, 7: 1}, table=[SimpleNamespace(shard=shard) for shard in (4, 5, 6, 7)],
+        place_of=lambda partition: looked.append(partition) or f"place {partition}",
+    )  # fmt: skip
+    engine._desk = SimpleNamespace(address="here", expect=lambda *_: None)  # type: ignore[assignment]
+    job = SimpleNamespace(collectAsync=lambda: "a job")
+    rdd = SimpleNamespace(mapPartitions=lambda _: SimpleNamespace(_jrdd=job))
+    engine._cluster = SimpleNamespace(  # type: ignore[assignment]
+        at_place=lambda task, place: placed.append((task, place)), placed_rdd=lambda _: rdd
+    )
+    assert engine._submit(0, 3) == "a job"
+    ((task, place),) = placed
+    assert (looked, place) == ([1], "place 1")
+    assert ([one.shard for one in task.shards], task.worker, task.request) == ([5, 7], 0, 3)
