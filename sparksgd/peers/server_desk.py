@@ -184,6 +184,15 @@ class ServerDesk:
                     self._serve(self._by_file[number])
         return self._events.popleft()
 
+    def has_news(self, worker: int) -> bool:
+        """Return whether something of a worker waits to be read."""
+        if any(event.worker == worker for event in self._events):
+            return True
+        poll = select.poll()
+        if worker in self._seats:
+            poll.register(self._seats[worker].connection.sock, select.POLLIN)
+        return bool(poll.poll(0))
+
     def close(self) -> None:
         """Stop listening, and end all connections."""
         self._listener.close()

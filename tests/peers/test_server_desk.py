@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import select
 import socket
+import time
 from collections.abc import Iterator
 
 import numpy as np
@@ -73,6 +74,28 @@ def test_frames_come_in_the_order_in_which_a_worker_sent_them(desk: ServerDesk) 
     assert isinstance(left, Left)
     assert left.worker == 2
     assert desk.seats == {}
+
+
+def test_it_says_whose_news_wait_to_be_read(desk: ServerDesk) -> None:
+    for number in (0, 1):
+        desk.expect(number, 1)
+    workers = [Worker(desk, number) for number in (0, 1)]
+    assert {type(desk.next(WAIT_S)), type(desk.next(WAIT_S))} == {Joined}
+    assert not desk.has_news(0)
+    workers[0].say(Frame(kind="one"), Frame(kind="two"))
+    arrived(workers[0], desk)
+    assert (desk.has_news(0), desk.has_news(1), desk.has_news(2)) == (True, False, False)
+    assert isinstance(desk.next(WAIT_S), Came)
+    assert desk.has_news(0)
+    assert isinstance(desk.next(WAIT_S), Came)
+    assert not desk.has_news(0)
+
+
+def arrived(worker: Worker, desk: ServerDesk) -> None:
+    for _ in range(1000):
+        if desk.has_news(0):
+            return
+        time.sleep(0.001)  # for the network
 
 
 def test_a_large_frame_to_a_worker_that_does_not_listen_holds_up_nobody(desk: ServerDesk) -> None:

@@ -123,7 +123,6 @@ class ServerEngine(SparkEngine):
         self._started: dict[int, tuple[int, float]] = {}  # the turn that each shard makes, and since when
         self._wanted: set[int] = set()  # the workers that have shards
         self._seen_s: dict[int, float] = {}  # when each of them was here last
-        self._made = 0  # steps
         self._looked_at_s = 0.0
         self._deaf_since_s: float | None = None  # since when nobody listens to workers; None: somebody does
         self._exchanged_bytes = 0
@@ -286,8 +285,9 @@ class ServerEngine(SparkEngine):
                 self._happens(event)
             elif not self._jobs.are_out:
                 self._ask_all()  # they had left for an evaluation
+            elif not self._started and not self._begins_at_s and self._here.keys() >= self._wanted:
+                raise all_are_held(f"step {solver.version}")
         steps, trace = exchange.take_steps()
-        self._made += len(steps)
         total_s = time.perf_counter() - began_s
         reports = arrival_reports(
             solver,
@@ -382,18 +382,14 @@ class ServerEngine(SparkEngine):
         return True
 
     def _look(self) -> None:
-        """Now and then: look at jobs, and at turns that take too long."""
-        if not self._look_at_jobs():
+        """Now and then: look at jobs, at who is away, and at turns that take too long."""
+        if not self._look_at_jobs() or self._begins_at_s or self._held:
             return
-        now_s, here = time.monotonic(), set(self._here)
-        if self._begins_at_s or self._held:
-            return
-        if not self._started and here >= self._wanted:
-            raise all_are_held(f"step {self._made}")
-        self._say_who_is_away(here, now_s)
+        now_s = time.monotonic()
+        self._say_who_is_away(set(self._here), now_s)
         for shard, (turn, since_s) in list(self._started.items()):
-            if now_s - since_s > self._step_timeout_s:
-                worker = self._worker_of[shard]
+            worker = self._worker_of[shard]
+            if now_s - since_s > self._step_timeout_s and not self._desk.has_news(worker):
                 why = f"turn {turn + 1} of shard {shard} took longer than {self._step_timeout_s:g} s"
                 self._jobs.give_up(worker, why)
                 del self._started[shard]
