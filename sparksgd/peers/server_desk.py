@@ -14,6 +14,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Collection
 from dataclasses import dataclass
+from itertools import count
 
 from sparksgd.arithmetic.reused import ReusedArrays
 from sparksgd.errors import PeerLost
@@ -22,6 +23,9 @@ from sparksgd.peers.server_worker import HELLO, ServerAddress
 from sparksgd.peers.wire import Connection, Credentials, Listener
 
 __all__ = ["Came", "Joined", "Left", "ServerDesk"]
+
+_MOST_FRAMES = 16
+"""At once, of one worker: it answers orders, and says that it is here, or why it failed."""
 
 log = logging.getLogger("sparksgd")
 
@@ -236,7 +240,12 @@ class ServerDesk:
     def _serve(self, seat: _Seat) -> None:
         """Receive all whole frames that are there, and send what waits."""
         try:
-            while (frame := seat.reader.read()) is not None:
+            for number in count(1):
+                frame = seat.reader.read()
+                if frame is None:
+                    break
+                if number > _MOST_FRAMES:
+                    raise PeerLost(f"worker {seat.worker} sends without end")
                 self._events.append(Came(worker=seat.worker, seat=seat.number, frame=frame))
         except (PeerLost, OSError) as error:
             self._end(seat, str(error))

@@ -14,6 +14,7 @@ Legend: P parameters, Q running statistics, C counters, K trainable parameters.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -66,7 +67,7 @@ HERE, TURN, SENT, TURNED = "here", "turn", "sent", "turned"
 EVALUATE, EVALUATED, MISSING = "evaluate", "evaluated", "missing"
 FAILED, LEAVE = "failed", "leave"
 
-_MOST_LETTERS = 100_000
+_MOST_LETTERS = 80_000  # 12 bytes each in JSON, which a frame's head has room for
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -248,22 +249,37 @@ def sent_frame(shard: int, turn: int, message: Message, times: Times) -> Frame:
     return Frame(kind=SENT, fields=fields, arrays=arrays)
 
 
-def message_in(frame: Frame, vectors: Vectors) -> Message:
-    """Return what a shard has sent."""
+def message_in(frame: Frame, vectors: Vectors, rows_due: int | None = None) -> Message:
+    """Return what a shard has sent.
+
+    Args:
+        frame: of the shard's worker.
+        vectors: what they look like.
+        rows_due: how many rows its turns since the message before had; None: any number.
+
+    Raises:
+        PeerLost: it is no message of these turns.
+    """
     touched = frame.arrays.get("touched")
     if touched is not None and (touched.dtype != np.bool_ or touched.shape != (vectors.trainable,)):
         raise PeerLost(
             f"a frame has {touched.dtype}{list(touched.shape)} as touched, where bool[{vectors.trainable}] "
             f"was due"
         )
-    weight = field_of(frame, "weight", float, int, type(None))
+    rows, weight = _count(frame, "rows"), field_of(frame, "weight", float, int, type(None))
+    if not rows or (rows_due is not None and rows > rows_due):
+        raise PeerLost(f"a message is of {rows} rows, where its turns had {rows_due or 'some'}")
+    if weight is not None and not 0 < weight < math.inf:
+        raise PeerLost(f"a message is of rows that weigh {weight!r:.80}")
+    if not (named := _vectors_in(frame, vectors)):
+        raise PeerLost("a message has no vector")
     return Message(
-        vectors=_vectors_in(frame, vectors),
+        vectors=named,
         scalars=_numbers(frame, "scalars"),
         statistics=vectors.checked(frame.arrays, "statistics"),
         counters=vectors.checked(frame.arrays, "counters"),
         loss=float(field_of(frame, "loss", float, int)),
-        rows=_count(frame, "rows"),
+        rows=rows,
         weight=None if weight is None else float(weight),
         touched=touched,
     )

@@ -159,6 +159,20 @@ def test_who_sends_what_is_no_frame_is_cut_off_and_the_others_go_on(desk: Server
     assert isinstance(desk.next(WAIT_S), Came)
 
 
+def test_who_sends_without_end_is_cut_off(desk: ServerDesk) -> None:
+    desk.expect(0, 1)
+    worker = Worker(desk, 0)
+    assert desk.next(WAIT_S) == Joined(worker=0, seat=1)
+    worker.say(*(Frame(kind=str(n)) for n in range(17)))
+    time.sleep(0.02)  # for the network: all of them are there when it looks
+    kinds = []
+    while isinstance(event := desk.next(WAIT_S), Came):
+        kinds.append(event.frame.kind)
+    assert kinds == [str(n) for n in range(16)]
+    assert isinstance(event, Left)
+    assert event.why == "worker 0 sends without end"
+
+
 def test_strangers_are_counted(desk: ServerDesk) -> None:
     desk.expect(0, 1)
     with socket.create_connection(desk.address.address):

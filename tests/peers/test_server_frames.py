@@ -102,11 +102,14 @@ def test_the_other_frames_survive() -> None:
     [
         UserCodeError("the user's own mistake\n  in turn 3"),
         NotFinite("x" * 200_000),
+        NotFinite("\N{DIRECT HIT}" * 200_000),
     ],
     ids=lambda failure: type(failure).__name__,
 )
 def test_an_error_stays_the_same_error(failure: SparkSGDError) -> None:
-    got = frames.failure_in(over_the_wire(frames.failed_frame(failure)))
+    frame = frames.failed_frame(failure)
+    assert len(frame.buffers(b"run-0001")[0]) < 1 << 20
+    got = frames.failure_in(over_the_wire(frame))
     assert type(got) is type(failure)
     assert str(failure).startswith(str(got))
     assert len(str(got)) > 10
@@ -123,6 +126,26 @@ def test_a_schedule_that_sets_a_tensor_is_refused_in_words() -> None:
     answer = replace(ANSWER, settings=({"lr": torch.tensor(0.1)},))
     with pytest.raises(ConfigError, match=r"the schedule sets lr of the optimiser to tensor\(0.1000\)"):
         frames.turn_frame(0, 0, answer)
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"rows": 0}, "of 0 rows"),
+        ({"rows": 17}, "of 17 rows, where its turns had 16"),
+        ({"rows": 2**63}, "of 9223372036854775808 rows"),
+        ({"weight": 0.0}, "weigh 0.0"),
+        ({"weight": -1.0}, "weigh -1.0"),
+        ({"weight": float("nan")}, "weigh nan"),
+        ({"weight": float("inf")}, "weigh inf"),
+        ({"vectors": []}, "has no vector"),
+    ],
+)
+def test_a_message_that_no_turns_can_have_made_is_refused(changed: dict[str, Any], words: str) -> None:
+    good = frames.sent_frame(2, 9, MESSAGE, TIMES)
+    with pytest.raises(PeerLost, match=words):
+        frames.message_in(replace(good, fields={**good.fields, **changed}), VECTORS, 16)
+    assert frames.message_in(good, VECTORS, 16).rows == 16
 
 
 wrong = st.sampled_from([None, "text", -1, 1.5, True, [], {}, [[]], [7], [{}], {"a": 1}, {"a": []}, 10**30])

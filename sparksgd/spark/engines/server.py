@@ -121,6 +121,7 @@ class ServerEngine(SparkEngine):
         self._held: deque[Joined | Left | Came | _Lost] = deque()  # what happened and is not handled yet
         self._answers: dict[int, Answer] = {}  # that wait for the shard's next turn
         self._started: dict[int, tuple[int, float]] = {}  # the turn that each shard makes, and since when
+        self._rows_due: dict[int, int] = {}  # the rows of each shard's turns since its last message
         self._wanted: set[int] = set()  # the workers that have shards
         self._seen_s: dict[int, float] = {}  # when each of them was here last
         self._looked_at_s = 0.0
@@ -230,6 +231,7 @@ class ServerEngine(SparkEngine):
         """Forget what is on its way to a shard."""
         self._answers.pop(shard, None)
         self._started.pop(shard, None)
+        self._rows_due.pop(shard, None)
 
     # Steps
 
@@ -347,8 +349,10 @@ class ServerEngine(SparkEngine):
             raise PeerLost(f'it sent a frame of kind "{frame.kind}" of shard {shard}')
         if self._started.get(shard, (None, 0.0))[0] != turn:
             raise PeerLost(f"it made turn {turn} of shard {shard}, which was not asked for")
-        message = message_in(frame, self._vectors) if frame.kind == SENT else None
         rows = self._plan.sampling.piece_rows(shard, turn)
+        rows_due = self._rows_due.get(shard, 0) + rows
+        message = message_in(frame, self._vectors, rows_due) if frame.kind == SENT else None
+        self._rows_due[shard] = rows_due if message is None else 0
         self._use.note_turn(worker, here, rows, times_in(frame))
         self._exchanged_bytes += frame.array_bytes
         del self._started[shard]
@@ -441,7 +445,9 @@ class ServerEngine(SparkEngine):
 
     def _next(self, timeout_s: float) -> Joined | Left | Came | None:
         event = self._desk.next(timeout_s)
-        self._orders.note(event)
+        order = self._orders.note(event)
+        if order is None and isinstance(event, Came) and event.frame.kind in (EVALUATED, MISSING):
+            self._desk.drop(event.worker, event.seat, f'it sent a frame of kind "{event.frame.kind}" unasked')
         return event
 
     def _watch(self, needed: int, limit_s: float | None = None) -> AbstractContextManager[Watched]:
