@@ -278,6 +278,7 @@ class ServerEngine(SparkEngine):
         """Let things happen until a step is made; return the reports of the steps."""
         exchange = self._exchange
         assert exchange is not None
+        self._use.begin()
         began_s, turns_before, ignored = time.perf_counter(), solver.turns, exchange.ignored
         while not exchange.has_steps:
             self._look()

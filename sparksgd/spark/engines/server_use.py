@@ -30,6 +30,10 @@ class UseSinceStep:
 
         self._waited_s = 0.0
 
+    def begin(self) -> None:
+        """Note that a step begins: the waits of an evaluation before it are not its own."""
+        self._idle_before_s = self._desk.idle_s
+
     def note_turn(self, worker: int, here: Here, rows: int, times: Times) -> None:
         """Note a turn that a worker made."""
         self._waited_s += times.waited_s

@@ -15,6 +15,7 @@ from sparksgd.peers.server_desk import Joined
 from sparksgd.peers.server_frames import Here
 from sparksgd.peers.server_orders import Orders
 from sparksgd.spark.engines.server import ServerEngine
+from sparksgd.spark.engines.server_use import UseSinceStep
 
 
 @pytest.fixture
@@ -42,10 +43,20 @@ def test_a_worker_whose_message_waits_to_be_read_is_not_given_up(engine: Any) ->
 def test_all_are_held_only_if_nothing_waits_to_be_read(engine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     happened: list[Any] = []
     events = [Joined(worker=0, seat=1), None]
-    engine._desk = SimpleNamespace(next=lambda _: events.pop(0))
+    engine._desk = SimpleNamespace(next=lambda _: events.pop(0), idle_s=0.0)
+    engine._use = UseSinceStep(engine._desk)
     engine._jobs = SimpleNamespace(are_out=True)
     engine._exchange = SimpleNamespace(has_steps=False, ignored=0)
     monkeypatch.setattr(ServerEngine, "_happens", lambda _, event: happened.append(event))
     with pytest.raises(ClusterError, match="after step 40 every shard waits"):
         engine._next_steps(SimpleNamespace(turns=0, version=40))
     assert happened == [Joined(worker=0, seat=1)]
+
+
+def test_waits_of_an_evaluation_between_are_not_those_of_a_step() -> None:
+    desk: Any = SimpleNamespace(idle_s=3.0)
+    use = UseSinceStep(desk)
+    desk.idle_s += 10.0  # of the evaluation
+    use.begin()
+    desk.idle_s += 0.25
+    assert use.told(1.0).busy_s == 0.75
