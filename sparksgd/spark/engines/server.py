@@ -30,7 +30,7 @@ from sparksgd.engines.compute import Plan
 from sparksgd.engines.kinds import SERVER
 from sparksgd.engines.protocol import SegmentReport, StepReport, arrival_reports
 from sparksgd.engines.replies import Evaluation, Reply
-from sparksgd.errors import PeerLost
+from sparksgd.errors import ConfigError, PeerLost
 from sparksgd.peers.frames import Frame
 from sparksgd.peers.server_desk import Came, Joined, Left, ServerDesk
 from sparksgd.peers.server_evaluation import evaluated_by_workers
@@ -135,8 +135,16 @@ class ServerEngine(SparkEngine):
 
         Raises:
             ClusterError: no port is free.
-            ConfigError: the package for encryption is not installed.
+            ConfigError: the package for encryption is not installed, or Spark would start workers twice.
         """
+        conf = cluster.context.getConf()
+        longest = conf.get("spark.speculation.task.duration.threshold", None)
+        if longest is not None and str(conf.get("spark.speculation", "false")).lower() == "true":
+            raise ConfigError(
+                f'engine.name is "server", but spark.speculation is true, and '
+                f"spark.speculation.task.duration.threshold is {longest}: Spark would start each worker once "
+                f"more after that time, and end the first. Start with --conf spark.speculation=false"
+            )
         desk = _desk_of(cluster, config)
         try:
             desk.start(most_bytes=0)

@@ -11,6 +11,8 @@ import pytest
 from told_jobs import Job, jobs_of
 
 from sparksgd.arithmetic.numerics import Numerics
+from sparksgd.config import EngineConfig
+from sparksgd.errors import ConfigError
 from sparksgd.peers.frames import Frame
 from sparksgd.peers.server_desk import Came, Joined
 from sparksgd.peers.server_frames import HERE, Here, here_frame
@@ -68,6 +70,30 @@ def test_workers_that_made_room_are_asked_again_and_nothing_is_counted() -> None
     assert [job.worker for job in submitted] == [0, 1, 0, 1]
     assert jobs._recovery.retries == 0
     jobs.close()
+
+
+@pytest.mark.parametrize(
+    ("settings", "refused"),
+    [
+        ({"spark.speculation": "true", "spark.speculation.task.duration.threshold": "30s"}, True),
+        ({"spark.speculation": "true"}, False),  # it looks at tasks beside others of their stage alone
+        ({"spark.speculation.task.duration.threshold": "30s"}, False),
+        ({}, False),
+    ],
+)
+def test_tasks_that_spark_would_start_twice_are_refused(
+    monkeypatch: pytest.MonkeyPatch, settings: dict[str, str], refused: bool
+) -> None:
+    started: list[int] = []
+    desk = SimpleNamespace(start=lambda most_bytes: started.append(most_bytes), close=lambda: None)
+    monkeypatch.setattr(server, "_desk_of", lambda *_: desk)
+    cluster: Any = SimpleNamespace(context=SimpleNamespace(getConf=lambda: settings))
+    if refused:
+        with pytest.raises(ConfigError, match=r"is 30s.*Start with --conf spark\.speculation=false"):
+            ServerEngine.check(cluster, EngineConfig())
+    else:
+        ServerEngine.check(cluster, EngineConfig())
+    assert len(started) == (not refused)
 
 
 def test_to_ask_a_worker_one_place_is_looked_up() -> None:
