@@ -186,6 +186,9 @@ class Message:
     changes: Changes | None = None
     """What forward changed in parameters and constants; None if nothing."""
 
+    def __post_init__(self) -> None:
+        self.scalars = _floats(self.scalars)
+
     @classmethod
     def of(cls, gradients: Sequence[Gradient], vectors: dict[str, Vector], **scalars: float) -> Self:
         """Return the message of some turns of a shard, with the statistics after the last one."""
@@ -250,6 +253,14 @@ class Answer:
     """What else every half gets, float32[P] each."""
 
     scalars: Mapping[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "scalars", _floats(self.scalars))
+
+
+def _floats(scalars: Mapping[str, float]) -> dict[str, float]:
+    """Return a rule's numbers, which may be numpy's or tensors, as what they are after a wire, too."""
+    return {name: float(value) for name, value in scalars.items()}
 
 
 @dataclass(frozen=True, kw_only=True)

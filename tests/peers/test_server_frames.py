@@ -82,6 +82,19 @@ def test_a_message_survives(changed: dict[str, Any]) -> None:
     assert got.vectors["gradient"] is message.vectors["gradient"]
 
 
+def test_numbers_of_a_rule_of_one_s_own_are_the_same_on_every_engine() -> None:
+    tenth = np.float32(0.1)
+    numbers = {"alpha": tenth, "beta": torch.tensor(0.1), "gamma": 2}
+    same = {"alpha": float(tenth), "beta": float(tenth), "gamma": 2.0}
+    message, answer = replace(MESSAGE, scalars=numbers), replace(ANSWER, scalars=numbers)
+    sent = frames.message_in(over_the_wire(frames.sent_frame(2, 9, message, TIMES)), VECTORS)
+    got = frames.answer_in(over_the_wire(frames.turn_frame(2, 9, answer)), VECTORS)
+    assert got is not None
+    for scalars in (message.scalars, answer.scalars, sent.scalars, got.scalars):
+        assert scalars == same
+        assert {type(value) for value in scalars.values()} == {float}
+
+
 def test_the_other_frames_survive() -> None:
     sums = Evaluation(loss=0.5, correct=3.0, rows=4, weight=None, sums={"f1": np.ones((3, 2))})
     got = frames.evaluation_in(over_the_wire(frames.evaluated_frame(1, 7, sums)))
