@@ -204,23 +204,29 @@ class ElasticModel:
 
     def send(self) -> Message | None:
         """Return the model, if an exchange is due."""
-        return None if self._turns % self._settings.turns_per_exchange else self._sent()
+        if self._turns % self._settings.turns_per_exchange:
+            return None
+        message = self._sent()
+        self._exchanged = message.vectors["model"]
+        return message
 
     def _sent(self) -> Message:
-        self._exchanged = self._local.parameters.numpy().copy()
-        message = Message.of(self._since, {"model": self._exchanged})
+        message = Message.of(self._since, {"model": self._local.parameters.numpy().copy()})
         self._since = []
         return message
 
     def state(self) -> dict[str, npt.NDArray[Any]]:
-        """Return its model, how far it is, and what its optimiser keeps."""
+        """Return its model, how far it is, what its optimiser keeps, and what it sent last."""
         counts = np.array([self._turns, self._has_begun])
-        return {"model": self._local.parameters.numpy(), "counts": counts, **self._local.kept()}
+        exchanged = {} if self._exchanged is None else {"exchanged": self._exchanged}
+        return {"model": self._local.parameters.numpy(), "counts": counts, **exchanged, **self._local.kept()}
 
     def load_state(self, state: Mapping[str, npt.NDArray[Any]]) -> None:
-        """Continue from the state of another half of the same shard, after an exchange."""
+        """Continue from the state of another half of the same shard."""
         kept = dict(state)
         self._local.parameters.copy_(torch.from_numpy(kept.pop("model")))
+        exchanged = kept.pop("exchanged", None)
+        self._exchanged = None if exchanged is None else exchanged.copy()
         turns, begun = kept.pop("counts").tolist()
         self._turns, self._has_begun = turns, bool(begun)
         self._local.load_kept(kept)
@@ -323,4 +329,4 @@ class ElasticAveraging(ModelCentre):
 
 def elastic(model: torch.Tensor, centre: torch.Tensor, alpha: float) -> torch.Tensor:
     """Return alpha (model - centre), which both sides compute from the same values."""
-    return alpha * (model - centre)
+    return (model - centre).mul_(alpha)

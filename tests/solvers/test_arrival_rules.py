@@ -405,3 +405,16 @@ def test_a_schedule_moves_with_the_rows_that_steps_used() -> None:
     run = driven("async_sgd", schedule={"name": "StepLR", "step_size": 2, "gamma": 0.5})
     run.send(*[0, 1, 2] * 3)
     assert [step.outcome.lr for step in run.steps] == [0.25] * 6 + [0.125] * 3
+
+
+def test_a_half_that_waits_for_its_answer_goes_on_as_another_one() -> None:
+    run = driven("elastic_averaging", {"turns_per_exchange": 1}, MOMENTUM)
+    half, other = run.halves[0], run.solver.halves.make(run.solver.flat, 0)
+    answer = run.answers[0]
+    half.turn(quadratic(0, 0, half.point()), answer.settings[0])
+    message = half.send()
+    other.load_state({name: array.copy() for name, array in half.state().items()})
+    (answer,) = run.solver.arrived(0, message, answer.weights.version).answers.values()
+    for each in (half, other):
+        each.take(answer)
+    assert half.point().tolist() == other.point().tolist()
