@@ -83,20 +83,17 @@ class FrameWriter:
         """Add a frame behind the others."""
         self._waiting += frame.buffers(self._run)
 
-    def write(self) -> int:
-        """Send what can be sent now; return the bytes.
+    def write(self) -> None:
+        """Send what can be sent now.
 
         Raises:
             OSError: the connection broke.
         """
-        written = 0
         while self._waiting:
             sent = self._connection.send_some([*islice(self._waiting, _MOST_BUFFERS)])
             if sent < 0:
-                break
-            written += sent
+                return
             advanced(self._waiting, sent)
-        return written
 
 
 class FrameReader:

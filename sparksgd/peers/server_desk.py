@@ -13,6 +13,7 @@ import threading
 import time
 from collections import Counter, deque
 from collections.abc import Collection
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import count
 
@@ -107,8 +108,10 @@ class ServerDesk:
         self._listener = Listener(credentials, listen_on, ports, num_workers, self._welcome)
         self._lock = threading.Lock()
         self._at_the_door: deque[Connection] = deque()
+        self._is_closed = False
         self._bell, self._ringer = socket.socketpair()
         self._bell.setblocking(False)
+        self._ringer.setblocking(False)
         self._poll = select.poll()
         self._poll.register(self._bell, select.POLLIN)
         self._most_bytes = 0
@@ -200,10 +203,10 @@ class ServerDesk:
     def close(self) -> None:
         """Stop listening, and end all connections."""
         self._listener.close()
+        with self._lock:  # who has just proved itself comes to a closed door
+            waiting, self._at_the_door, self._is_closed = self._at_the_door, deque(), True
         for seat in list(self._seats.values()):
             self._end(seat, "the run ends")
-        with self._lock:
-            waiting, self._at_the_door = self._at_the_door, deque()
         for connection in waiting:
             connection.close()
         self._bell.close()
@@ -211,11 +214,12 @@ class ServerDesk:
 
     def _welcome(self, connection: Connection) -> None:
         with self._lock:
-            self._at_the_door.append(connection)
-        try:
-            self._ringer.send(b"!")
-        except OSError:  # closed meanwhile
-            connection.close()
+            if not self._is_closed:
+                self._at_the_door.append(connection)
+                with suppress(BlockingIOError):  # then it rings already
+                    self._ringer.send(b"!")
+                return
+        connection.close()
 
     def _seat_newcomers(self) -> None:
         self._bell.recv(64)

@@ -88,7 +88,7 @@ def test_a_frame_larger_than_the_buffers_of_sockets_is_sent_in_parts(
     large = np.random.default_rng(0).standard_normal(1_000_000)
     writer, reader = FrameWriter(ends[0], RUN), FrameReader(ends[1], RUN, "it", large.nbytes)
     writer.put(Frame(kind="large", arrays={"it": large}))
-    assert 0 < writer.write() < large.nbytes
+    writer.write()
     assert not writer.is_empty
     assert told(writer, reader, ends[1]).arrays["it"].tobytes() == large.tobytes()
 

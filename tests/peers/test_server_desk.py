@@ -173,6 +173,16 @@ def test_who_sends_without_end_is_cut_off(desk: ServerDesk) -> None:
     assert event.why == "worker 0 sends without end"
 
 
+def test_who_has_proved_itself_too_late_comes_to_a_closed_door(desk: ServerDesk) -> None:
+    desk.expect(0, 1)
+    worker = Worker(desk, 0)
+    assert desk.next(WAIT_S) == Joined(worker=0, seat=1)
+    desk.close()
+    desk._welcome(worker.connection)
+    assert worker.connection.sock.fileno() == -1
+    assert not desk._at_the_door
+
+
 def test_strangers_are_counted(desk: ServerDesk) -> None:
     desk.expect(0, 1)
     with socket.create_connection(desk.address.address):

@@ -439,15 +439,17 @@ class ServerEngine(SparkEngine):
         """Let all workers leave; what they sent before is used at the next step."""
         for worker, seat in self._desk.seats.items():
             self._desk.send(worker, seat, Frame(kind=LEAVE))
-        self._jobs.end(_PATIENCE_S, self._hear)
+        self._jobs.end(_PATIENCE_S, partial(self._hear, sends_off=True))
         for worker, seat in self._desk.seats.items():
             self._desk.drop(worker, seat, "its job was cancelled")
         while self._hear(0.0):
             pass
 
-    def _hear(self, timeout_s: float = 0.05) -> bool:
+    def _hear(self, timeout_s: float = 0.05, *, sends_off: bool = False) -> bool:
         """Keep what happens next; return whether something did."""
         event = self._next(timeout_s)
+        if sends_off and isinstance(event, Joined):
+            self._desk.send(event.worker, event.seat, Frame(kind=LEAVE))
         if event is not None:
             self._held.append(event)
         return event is not None

@@ -60,3 +60,16 @@ def test_waits_of_an_evaluation_between_are_not_those_of_a_step() -> None:
     use.begin()
     desk.idle_s += 0.25
     assert use.told(1.0).busy_s == 0.75
+
+
+def test_who_comes_while_all_leave_is_sent_off_too(engine: Any) -> None:
+    sent: list[tuple[int, int, str]] = []
+    events: list[Any] = [Joined(worker=1, seat=7), None]
+    engine._desk = SimpleNamespace(
+        seats={0: 1}, next=lambda _: events.pop(0) if events else None, drop=lambda *_: None,
+        send=lambda worker, seat, frame: sent.append((worker, seat, frame.kind)),
+    )  # fmt: skip
+    engine._jobs = SimpleNamespace(end=lambda _, meanwhile: meanwhile())
+    engine._release()
+    assert sent == [(0, 1, "leave"), (1, 7, "leave")]
+    assert list(engine._held) == [Joined(worker=1, seat=7)]
