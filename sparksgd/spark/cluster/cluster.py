@@ -139,6 +139,10 @@ class Cluster:
         """Return how many tasks run now: of this run, and of other jobs."""
         return self._tasks.running()
 
+    def runs(self, job: Any) -> bool:
+        """Return whether a task of a job, the JVM's JavaFutureAction, runs now."""
+        return self._tasks.runs(job)
+
     def places(self) -> set[str]:
         """Return all executors, as preferred places of tasks."""
         return self.placement.places()

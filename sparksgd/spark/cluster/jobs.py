@@ -150,6 +150,18 @@ class RunTasks:
                 others += task_set.runningTasks()
         return ours, others
 
+    def runs(self, job: Any) -> bool:
+        """Return whether a task of a job runs now; if not, all of its tasks wait, or have ended.
+
+        Args:
+            job: the JVM's JavaFutureAction.
+        """
+        numbers = set(job.jobIds())
+        return any(
+            task_set.runningTasks() > 0 and task_set.taskSet().priority() in numbers
+            for task_set in self._task_sets()
+        )
+
     def cancel(self) -> None:
         """End the run's jobs."""
         cancel_jobs(self._context, self._run_id)

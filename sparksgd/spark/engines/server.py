@@ -319,6 +319,8 @@ class ServerEngine(SparkEngine):
         assert self._exchange is not None
         if isinstance(event, _Lost):
             self._exchange.lost(event.shard)
+        elif isinstance(event, Joined):
+            self._jobs.joined(event.worker)
         elif isinstance(event, Left):
             log.debug("worker %d left: %s", event.worker, event.why)
             self._jobs.left(event.worker, event.request, event.why)

@@ -48,7 +48,7 @@ class _Asked:
     """What is known of its end."""
 
     left_at_s: float | None = None
-    """When its connection ended; None: it has not, or the job is cancelled since."""
+    """When its connection ended, if another look at it is due; None: it is there, or is given up."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +71,7 @@ class ServerJobs:
             its own.
         is_dying: whether a failure may be that of an executor that is about to be lost, for some seconds.
         dying_s: how long that takes.
-        hung_s: how long a job may go on after its connection has ended.
+        hung_s: how long a task may go on after its connection has ended.
     """
 
     def __init__(
@@ -116,6 +116,11 @@ class ServerJobs:
         if asked is not None and asked.request == request and not asked.is_hung:
             asked.why, asked.left_at_s = f"its connection ended: {why}", time.monotonic()
 
+    def joined(self, worker: int) -> None:
+        """Note that a worker is connected; it may be a task that Spark has started once more."""
+        if worker in self._asked:
+            self._asked[worker].left_at_s = None
+
     def give_up(self, worker: int, why: str) -> None:
         """Cancel the job of a worker that hangs; it is asked again."""
         asked = self._asked.get(worker)
@@ -147,11 +152,13 @@ class ServerJobs:
             if asked.job.isDone():
                 del self._asked[worker]
                 if asked.makes_room:
-                    self.ask([worker])
+                    self._mending[worker] = _Mending(missing=(), done=_nothing())
                 else:
                     self._ended(worker, asked)
             elif asked.left_at_s is not None and time.monotonic() - asked.left_at_s > self._hung_s:
-                self.give_up(worker, f"its job goes on, although {asked.why}")
+                asked.left_at_s = time.monotonic()
+                if self._cluster.runs(asked.job):  # else Spark has yet to start it once more
+                    self.give_up(worker, f"its task goes on, although {asked.why}")
         if not self.mends:  # else shards are about to move
             mendings = list(self._mending.items())
             if mendings:  # before they are asked where another one may be killed
@@ -263,11 +270,7 @@ class ServerJobs:
             )
         log.warning("worker %d failed and is asked again, the others go on: %s", worker, why)
         self._recovery.retries += 1
-        done: Future[None] = Future()
-        if missing is None:
-            done.set_result(None)
-        else:
-            done = self._thread.submit(self._mended, missing, wait_s)
+        done = _nothing() if missing is None else self._thread.submit(self._mended, missing, wait_s)
         self._mending[worker] = _Mending(missing=missing or (), done=done)
 
     def _refuse_killed(self) -> None:
@@ -286,6 +289,13 @@ class ServerJobs:
         for _ in self._mend(missing):
             if self._ends.is_set():
                 return
+
+
+def _nothing() -> Future[None]:
+    """Return what is done."""
+    done: Future[None] = Future()
+    done.set_result(None)
+    return done
 
 
 def _result(job: Any) -> SparkSGDError | None:

@@ -78,21 +78,24 @@ def test_a_mend_that_can_never_succeed_ends_the_run_in_our_words() -> None:
     jobs.close()
 
 
-def test_a_job_that_goes_on_without_its_connection_is_given_up_in_the_end(
+def test_a_task_that_goes_on_without_its_connection_is_given_up_in_the_end(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    jobs = jobs_of(submitted := [])
-    jobs.ask([0, 1])
+    jobs = jobs_of(submitted := [], runs=lambda job: job.worker != 3)
+    jobs.ask([0, 1, 2, 3])
     jobs.left(0, 1, "it broke")
     jobs.left(1, 1, "it broke")  # which was another one's connection
+    jobs.left(2, 3, "it broke")
+    jobs.joined(2)  # Spark has started its task once more
+    jobs.left(3, 4, "it broke")  # its task waits for a slot
     later_s = time.monotonic() + 61
     monkeypatch.setattr(server_jobs.time, "monotonic", lambda: later_s)
     jobs.look()
-    assert [job.is_cancelled for job in submitted] == [True, False]
+    assert [job.worker for job in submitted if job.is_cancelled] == [0]
     jobs.left(0, 1, "it was dropped")  # does not hide why
     looked(jobs)
-    assert [job.worker for job in submitted] == [0, 1, 0]
-    assert "the others go on: its job goes on, although its connection ended: it broke" in caplog.text
+    assert [job.worker for job in submitted] == [0, 1, 2, 3, 0]
+    assert "the others go on: its task goes on, although its connection ended: it broke" in caplog.text
     jobs.close()
 
 
