@@ -249,13 +249,16 @@ def sent_frame(shard: int, turn: int, message: Message, times: Times) -> Frame:
     return Frame(kind=SENT, fields=fields, arrays=arrays)
 
 
-def message_in(frame: Frame, vectors: Vectors, rows_due: int | None = None) -> Message:
+def message_in(
+    frame: Frame, vectors: Vectors, rows_due: int | None = None, names: tuple[str, ...] | None = None
+) -> Message:
     """Return what a shard has sent.
 
     Args:
         frame: of the shard's worker.
         vectors: what they look like.
         rows_due: how many rows its turns since the message before had; None: any number.
+        names: which vectors it must have; None: any.
 
     Raises:
         PeerLost: it is no message of these turns.
@@ -271,8 +274,9 @@ def message_in(frame: Frame, vectors: Vectors, rows_due: int | None = None) -> M
         raise PeerLost(f"a message is of {rows} rows, where its turns had {rows_due or 'some'}")
     if weight is not None and not 0 < weight < math.inf:
         raise PeerLost(f"a message is of rows that weigh {weight!r:.80}")
-    if not (named := _vectors_in(frame, vectors)):
-        raise PeerLost("a message has no vector")
+    named = _vectors_in(frame, vectors)
+    if names is not None and named.keys() != set(names):
+        raise PeerLost(f"a message has vectors {list(named)!r:.80}, where {', '.join(names)} was due")
     return Message(
         vectors=named,
         scalars=_numbers(frame, "scalars"),

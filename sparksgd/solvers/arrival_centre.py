@@ -232,7 +232,8 @@ class GradientCentre(ArrivalCentre):
         experiment: Experiment,
         halves: Halves | None = None,
     ) -> None:
-        super().__init__(flat, settings, experiment, halves or Halves(make=SendGradients))
+        plain = Halves(make=SendGradients, names=("gradient",))
+        super().__init__(flat, settings, experiment, halves or plain)
         self._clip_norm, self._seed = settings.clip_norm, experiment.seed
         shaped = own_schedule(experiment.schedule)
         self._optimizer = make_optimizer(flat, experiment.optimizer, self._seed, shaped=shaped)
@@ -357,6 +358,7 @@ class ModelCentre(ArrivalCentre):
         settings: the rule's keys.
         experiment: has the optimiser, the schedule, and how long they are used.
         make: makes the worker half of a shard.
+        names: which vectors every message of a half has; None: its rule looks itself.
 
     Raises:
         ModelError: the module has running statistics.
@@ -368,10 +370,10 @@ class ModelCentre(ArrivalCentre):
         settings: ArrivalSettings,
         experiment: Experiment,
         make: Callable[[FlatModule, int], WorkerHalf[Answer]],
+        names: tuple[str, ...] | None = None,
     ) -> None:
-        super().__init__(
-            flat, settings, experiment, Halves(make=make, have_local_models=True, keep_state=True)
-        )
+        halves = Halves(make=make, have_local_models=True, keep_state=True, names=names)
+        super().__init__(flat, settings, experiment, halves)
         refuse_statistics(self.readout())
         make_optimizer(flat, experiment.optimizer, experiment.seed)  # tries it: halves make others alike
         self._rates = Rates.of(experiment, flat)

@@ -129,10 +129,13 @@ class AsyncSGD(GradientCentre):
     ) -> None:
         self._pushes_per_pull = settings.pull_every // settings.push_every
         self._is_plain = settings.push_every == settings.pull_every == 1
-        halves = Halves(make=SendGradients)
+        halves = Halves(make=SendGradients, names=("gradient",))
         if not self._is_plain:
             halves = Halves(
-                make=partial(Downpour, settings=settings), have_local_models=True, keep_state=True
+                make=partial(Downpour, settings=settings),
+                have_local_models=True,
+                keep_state=True,
+                names=("gradient",),
             )
         super().__init__(flat, settings, experiment, halves)
         if not self._is_plain:

@@ -117,7 +117,7 @@ class DelayedNesterov(ModelCentre):
             state_names=((), ()),
             seed=experiment.seed,
         )
-        super().__init__(flat, settings, experiment, make)
+        super().__init__(flat, settings, experiment, make, ("difference",))
         self._rule, self._delay = settings, settings.delay or experiment.num_shards
         zeros = np.zeros_like(self.readout().parameters)
         self._momentum, self._sum = zeros, zeros

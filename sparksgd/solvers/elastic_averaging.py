@@ -248,7 +248,7 @@ class ElasticAveraging(ModelCentre):
         experiment: Experiment,
     ) -> None:
         make = partial(ElasticModel, settings=settings, optimizer=experiment.optimizer, seed=experiment.seed)
-        super().__init__(flat, settings, experiment, make)
+        super().__init__(flat, settings, experiment, make, ("model",))
         self._rule, self._num_shards = settings, experiment.num_shards
         self._next = 0
 

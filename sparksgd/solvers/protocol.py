@@ -381,6 +381,9 @@ class Halves:
     vectors: int = 1
     """The most vectors that a message has, or that go to every half."""
 
+    names: tuple[str, ...] | None = None
+    """Which vectors every message has; None: the rule does not say so, and looks itself."""
+
 
 class Solver(Protocol):
     """The central half: what all families have in common."""

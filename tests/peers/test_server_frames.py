@@ -151,14 +151,14 @@ def test_a_schedule_that_sets_a_tensor_is_refused_in_words() -> None:
         ({"weight": -1.0}, "weigh -1.0"),
         ({"weight": float("nan")}, "weigh nan"),
         ({"weight": float("inf")}, "weigh inf"),
-        ({"vectors": []}, "has no vector"),
+        ({"vectors": []}, r"has vectors \[\], where gradient was due"),
     ],
 )
 def test_a_message_that_no_turns_can_have_made_is_refused(changed: dict[str, Any], words: str) -> None:
     good = frames.sent_frame(2, 9, MESSAGE, TIMES)
     with pytest.raises(PeerLost, match=words):
-        frames.message_in(replace(good, fields={**good.fields, **changed}), VECTORS, 16)
-    assert frames.message_in(good, VECTORS, 16).rows == 16
+        frames.message_in(replace(good, fields=good.fields | changed), VECTORS, 16, ("gradient",))
+    assert frames.message_in(good, VECTORS, 16, ("gradient",)).rows == 16
 
 
 wrong = st.sampled_from([None, "text", -1, 1.5, True, [], {}, [[]], [7], [{}], {"a": 1}, {"a": []}, 10**30])

@@ -51,6 +51,18 @@ def made(name: str, **more: Any) -> Driven:
     return driven(rule, keys, optimizer, **more)
 
 
+@every_row
+def test_every_message_has_the_vectors_that_its_rule_says(name: str) -> None:
+    run = made(name)
+    half, answer = run.halves[0], run.answers[0]
+    message = None
+    for turn in range(4):
+        half.turn(quadratic(0, turn, half.point()), answer.settings[0])
+        message = message or half.send()
+    assert message is not None
+    assert tuple(message.vectors) == run.solver.halves.names
+
+
 def sent_at_random(driven: Driven, messages: int, seed: int = 3) -> None:
     """Let shards send in an order that a generator draws, of those that may."""
     chance = np.random.default_rng(seed)

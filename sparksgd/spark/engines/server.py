@@ -362,7 +362,8 @@ class ServerEngine(SparkEngine):
             raise PeerLost(f"it made turn {turn} of shard {shard}, which was not asked for")
         rows = self._plan.sampling.piece_rows(shard, turn)
         rows_due = self._rows_due.get(shard, 0) + rows
-        message = message_in(frame, self._vectors, rows_due) if frame.kind == SENT else None
+        names = self._plan.halves.names
+        message = message_in(frame, self._vectors, rows_due, names) if frame.kind == SENT else None
         self._rows_due[shard] = rows_due if message is None else 0
         self._use.note_turn(worker, here, rows, times_in(frame))
         self._exchanged_bytes += frame.array_bytes
