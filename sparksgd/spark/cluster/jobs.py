@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -33,6 +34,7 @@ _SILENCE_S = 3.0
 _SAID_EVERY_S = 15.0
 _STUCK_S = 15.0
 _WAITS = tuple(f"spark.locality.wait.{level}" for level in ("process", "node", "rack"))
+_GETTER = re.compile(r"task-result-getter-(\d+)\b")
 _NAMES = ("PythonRDD", "PythonUtils", "SimplePythonFunction")
 
 
@@ -162,6 +164,17 @@ class RunTasks:
             for task_set in self._task_sets()
         )
 
+    def ended_getters(self) -> int:
+        """Return how many of Spark's threads that receive results at the driver have ended.
+
+        One that finds no memory ends without a word, and the job of its result would never end.  A pool of
+        so many threads has replaced it by one of a higher number.
+        """
+        size = int(self._context.getConf().get("spark.resultGetter.threads", "4"))
+        jvm: Any = self._context._jvm
+        threads = str(jvm.java.lang.Thread.getAllStackTraces().keySet().toString())
+        return max(0, 1 + max((int(number) for number in _GETTER.findall(threads)), default=-1) - size)
+
     def cancel(self) -> None:
         """End the run's jobs."""
         cancel_jobs(self._context, self._run_id)
@@ -218,8 +231,8 @@ class Watched:
     stuck_since_s: float | None = None
     """Since when the jobs beside it have had all slots."""
 
-    starved: str | None = None
-    """Why it was cancelled, if there were no slots."""
+    refusal: SparkSGDError | None = None
+    """Why it was cancelled, if there were no slots, or its results were lost."""
 
 
 class JobWatch:
@@ -244,6 +257,7 @@ class JobWatch:
         self._slots_timeout_s = slots_timeout_s
         self._meanwhile = meanwhile
         self._watching: list[Watched] = []  # by any thread; the last one is looked at
+        self._ended_getters = 0
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
 
@@ -260,6 +274,7 @@ class JobWatch:
 
         Raises:
             NotEnoughSlots: the cluster had no slot for engine.slots_timeout_s.
+            OutOfMemory: the driver had no memory to receive a result.
         """
         if self._thread is None:
             self._thread = threading.Thread(target=self._watch, name="sparksgd-watch", daemon=True)
@@ -272,11 +287,11 @@ class JobWatch:
         try:
             yield watched
         except Exception as error:
-            if watched.starved is None or (
+            if watched.refusal is None or (
                 isinstance(error, SparkSGDError) and not isinstance(error, Cancelled)
             ):
                 raise
-            raise NotEnoughSlots(watched.starved) from error
+            raise watched.refusal from error
         finally:
             self._watching.remove(watched)
             if (around := self._watched) is not None:
@@ -293,6 +308,8 @@ class JobWatch:
             self._thread.join()
 
     def _watch(self) -> None:
+        with cleanup():
+            self._ended_getters = self._tasks.ended_getters()
         while not self._stop.wait(1.0):
             watched = self._watched
             if watched is not None and time.monotonic() - watched.since_s >= _SILENCE_S:
@@ -307,10 +324,23 @@ class JobWatch:
         timeout_s = self._slots_timeout_s
         if now_s - since_s < timeout_s or self._watched is not watched:
             return False
-        watched.starved = (
+        watched.refusal = NotEnoughSlots(
             f"{watched.needed} slots are needed, but for {now_s - since_s:.0f} s there was none: executors "
             f"were taken away, or cannot start. Ask the cluster why, or wait longer "
             f"(engine.slots_timeout_s={2 * max(timeout_s, 30):.0f})"
+        )
+        self._tasks.cancel()
+        return True
+
+    def _loses_results(self, watched: Watched) -> bool:
+        """Cancel a job whose result can never arrive; return whether it was cancelled."""
+        ended = self._tasks.ended_getters()
+        if ended <= self._ended_getters or self._watched is not watched:
+            return False
+        self._ended_getters = ended
+        watched.refusal = OutOfMemory(
+            "the heap of the driver is too small: the thread that received a result found no memory for it; "
+            "submit with a larger --driver-memory"
         )
         self._tasks.cancel()
         return True
@@ -332,6 +362,8 @@ class JobWatch:
         if slots or not self._tasks.exist():
             watched.starving_since_s = None
         elif self._starves(watched, now_s):
+            return
+        if self._tasks.exist() and not ours and self._loses_results(watched):
             return
         if watched.beside is not None:
             self._make_room(watched, watched.beside, ours, slots - ours - others, now_s)

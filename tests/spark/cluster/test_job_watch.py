@@ -6,15 +6,19 @@ from typing import Any
 
 import pytest
 
+from sparksgd.errors import OutOfMemory
 from sparksgd.spark.cluster import jobs
-from sparksgd.spark.cluster.jobs import Beside, JobWatch
+from sparksgd.spark.cluster.jobs import Beside, JobWatch, RunTasks
 
 
 class Tasks:
     """The tasks of a run, as told."""
 
     def __init__(self) -> None:
-        self.ours = self.others = self.cancelled = 0
+        self.ours = self.others = self.cancelled = self.getters = 0
+
+    def ended_getters(self) -> int:
+        return self.getters
 
     def exist(self) -> bool:
         return True
@@ -41,6 +45,39 @@ def test_jobs_of_two_threads_end_in_any_order() -> None:
     assert jobs._watched is None
     assert of_step is not of_mend
     jobs.close()
+
+
+def test_a_job_whose_result_found_no_memory_at_the_driver_ends() -> None:
+    tasks = Tasks()
+    watch_it = watch(tasks)
+
+    def struck() -> None:
+        with watch_it.over(1) as job:
+            watch_it._look_at(job)
+            assert tasks.cancelled == 0, "it waits for a slot"
+            tasks.ours, tasks.getters = 1, 1
+            watch_it._look_at(job)
+            assert tasks.cancelled == 0, "its tasks run"
+            tasks.ours = 0
+            watch_it._look_at(job)
+            assert tasks.cancelled == 1
+            raise RuntimeError("Job 3 cancelled")
+
+    with pytest.raises(OutOfMemory, match=r"heap of the driver is too small.*larger --driver-memory"):
+        struck()
+    with watch_it.over(1) as job:  # the thread was replaced
+        watch_it._look_at(job)
+    assert tasks.cancelled == 1
+    watch_it.close()
+
+
+@pytest.mark.session("local[2]")
+def test_a_thread_that_receives_results_and_ended_is_counted(spark: Any) -> None:
+    tasks = RunTasks(spark.sparkContext, "run")
+    assert tasks.ended_getters() == 0
+    timer = spark.sparkContext._jvm.java.util.Timer("task-result-getter-5", True)  # it has a thread
+    assert tasks.ended_getters() == 2, "of 0 to 3, two were replaced"
+    timer.cancel()
 
 
 def test_jobs_beside_one_that_gets_no_slot_end_after_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
