@@ -55,6 +55,7 @@ _OPTIMISERS = 3  # of a strip: kept, returned, pickled
 _ROOM = 1.4  # of a heap: large arrays stay where they are, so that not every gap is of use
 _SENT = 2 * _ROOM  # of this step and of the last one, which is removed behind it
 _RETURNING = 4 * _ROOM  # a result as Python sent it, serialized, in a message, in one piece
+_GROWING = 1 * _ROOM  # the array that it is serialized into grows by doubling
 _ARRIVING = 3 * _ROOM  # a result as it came, and twice as it is unwrapped
 
 
@@ -250,12 +251,13 @@ def takes(kind: EngineKind, sizes: RunSizes, places: Places | None = None) -> Ta
     )  # fmt: skip  # it reads no rows
     sent = Part("what is sent to workers", _SENT, sizes.weights + (sizes.optimiser if by_allreduce else 0))
     returning = Part("results that executors return", _RETURNING * places.workers_per_executor, result)
+    growing = Part("a result that is serialized", _GROWING, result)
     arriving = Part("results that arrive", _ARRIVING, results)
     return Takes(
         trial=trial,
         steps=steps,
         driver_heap=(spark, sent, max(returning, arriving, key=_bytes) if places.in_driver else arriving),
-        executor_heap=() if places.in_driver else (spark, sent, returning),
+        executor_heap=() if places.in_driver else (spark, sent, returning, growing),
         worker_python=_of_worker(kind, sizes, places),
         results=results,
         largest_result=result if by_allreduce else places.sums_of_task * sizes.message,

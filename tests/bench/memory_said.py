@@ -206,7 +206,8 @@ def _on_spark(case: str, heaps_mib: tuple[int, int] | None = None) -> list[Peak]
     with mock.patch.object(trainings, "require_memory", listen):
         try:
             trainings.train(spark, _config(case), rows, observers=[Look()])
-        except OutOfMemory:
+        except OutOfMemory as error:
+            print(error, file=sys.stderr)
             if heaps_mib is None:
                 raise
             is_enough = False
