@@ -55,7 +55,7 @@ _OPTIMISERS = 3  # of a strip: kept, returned, pickled
 _ROOM = 1.4  # of a heap: large arrays stay where they are, so that not every gap is of use
 _SENT = 2 * _ROOM  # of this step and of the last one, which is removed behind it
 _RETURNING = 4 * _ROOM  # a result as Python sent it, serialized, in a message, in one piece
-_GROWING = 1 * _ROOM  # the array that it is serialized into grows by doubling
+_GROWING = 2 * _ROOM  # the array that it is serialized into grows by doubling
 _ARRIVING = 3 * _ROOM  # a result as it came, and twice as it is unwrapped
 
 
