@@ -32,6 +32,9 @@ log = logging.getLogger("sparksgd")
 SHARE = 0.03
 """Checkpoints take this part of the time at most."""
 
+_SHARE_OF_FAILED = 0.1
+"""So much may those take that could not be written; else there would be none for long after an outage."""
+
 
 class CheckpointStore(Protocol):
     """Writes the checkpoints of a run, and reads them."""
@@ -220,12 +223,12 @@ class Checkpointing:
     def _try_later(self, error: OSError, took_s: float) -> None:
         log.warning("no checkpoint can be written now, but training goes on: %s", error.strerror or error)
         self._last_step = None
-        self._pause(took_s)
+        self._pause(took_s, _SHARE_OF_FAILED)
 
-    def _pause(self, took_s: float) -> None:
+    def _pause(self, took_s: float, share: float = SHARE) -> None:
         """Begin to wait for the next one; what took so long must keep its share of the time."""
         self._ended_s = self._clock()
-        self._took_s, self._least_pause_s = took_s, took_s * (1 / SHARE - 1)
+        self._took_s, self._least_pause_s = took_s, took_s * (1 / share - 1)
 
     def _give_up(self, error: SparkSGDError) -> None:
         self._is_off = True

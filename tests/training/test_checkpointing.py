@@ -22,7 +22,7 @@ class Run:
     """A run of steps that take a second each, and whose checkpoints take some seconds to be written."""
 
     def __init__(self, writing_s: float, config: CheckpointConfig, epoch: int = 1000) -> None:
-        self.now_s, self.written, self.fails = 0.0, [], None
+        self.now_s, self.written, self.fails, self.waits_s = 0.0, [], None, 0.0
         self._writing_s, self._checkpoints = writing_s, {}
         self.solver = SimpleNamespace(turns=0, version=0, run=self)
         self.training = SimpleNamespace(evaluations=[], is_evaluated=False, config=None, error=None)
@@ -37,6 +37,7 @@ class Run:
 
     def fail(self, when: str) -> None:
         if self.fails == when:
+            self.now_s += self.waits_s
             raise OSError(28, "No space left on device")
 
     def read(self, name: str) -> Checkpoint:
@@ -116,6 +117,15 @@ def test_training_goes_on_when_none_can_be_written_and_the_next_is_tried(
     run.fails = None
     run.make(6)
     assert run.written == [10]
+
+
+def test_after_an_outage_that_was_waited_for_the_next_is_tried_within_minutes():
+    run = Run(0.0, CheckpointConfig(every_s=60))
+    run.fails, run.waits_s = "copied", 90.0
+    run.make(60)
+    run.fails = None
+    run.make(1000)
+    assert run.written[0] == 60 + 9 * 90, "nine times as long, not 32 times"
 
 
 @pytest.mark.parametrize("when", ["copied", "written"])
