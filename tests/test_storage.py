@@ -6,7 +6,6 @@ import errno
 import os
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -290,17 +289,9 @@ def test_lines_that_are_copied_are_checked_when_they_are(tmp_path: Path) -> None
     assert (tmp_path / "lines").read_text() == ""
 
 
-class OfHadoop:
-    """A file that is no LocalLocation, as on a file system of Hadoop."""
-
-    def __init__(self, file: LocalLocation) -> None:
-        self.read_bytes, self.files = file.read_bytes, file.files
-
-
-@pytest.mark.parametrize("place", [LocalLocation, lambda path: OfHadoop(LocalLocation(path))])
-def test_a_file_is_read_line_by_line_or_as_far_as_it_is_asked_for(tmp_path: Path, place: Any) -> None:
+def test_a_file_is_read_line_by_line_or_as_far_as_it_is_asked_for(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"12345\n\n12\n123")
-    file = place(tmp_path / "file")
+    file = LocalLocation(tmp_path / "file")
     assert list(read_lines(file, 6)) == [b"12345\n", b"\n", b"12\n"]
     with pytest.raises(OSError, match=r"its line 1 has more than 5 bytes, .* all of it 13: restore the file"):
         list(read_lines(file, 5))
@@ -308,4 +299,4 @@ def test_a_file_is_read_line_by_line_or_as_far_as_it_is_asked_for(tmp_path: Path
         b"", b"12345\n\n", b"12345\n\n12\n123", b"", b"",
     ]  # fmt: skip
     with pytest.raises(FileNotFoundError):
-        read_beginning(place(tmp_path / "nothing"), 3)
+        read_beginning(LocalLocation(tmp_path / "nothing"), 3)

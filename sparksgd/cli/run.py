@@ -16,7 +16,7 @@ from sparksgd.runs.asked import Asked, IfExists
 from sparksgd.runs.earlier import earlier_run
 from sparksgd.runs.fingerprints import fingerprints_of
 from sparksgd.runs.folder import RunFolder
-from sparksgd.runs.holder import application_here
+from sparksgd.runs.holder import attempt_here
 from sparksgd.runs.lease import IfRunning
 from sparksgd.runs.model import load_model
 from sparksgd.solvers.rules import completed
@@ -91,7 +91,7 @@ def run(
             fingerprints=run_folder.fingerprints,
             if_exists=if_exists,
             resume=resume,
-            application=application_here(),
+            attempt=attempt_here(),
         )
         found = earlier_run(folder, asked)
         if found.is_done:

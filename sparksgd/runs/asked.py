@@ -28,5 +28,5 @@ class Asked:
     resume: str = "auto"
     """auto, never, must, or the folder of a run."""
 
-    application: str | None = None
-    """YARN's application that asks, if it is one."""
+    attempt: tuple[str, int] | None = None
+    """YARN's application that asks, and which attempt of it, if it is one."""

@@ -30,6 +30,7 @@ from sparksgd.training.interrupts import ended_by
 __all__ = ["EndedBefore", "not_repeated"]
 
 ENDED = "sparksgd-ended.json"
+_REFUSED = 2  # by argparse, which has said why
 
 _ON_PURPOSE = (ConfigError, DataError, ModelError, TrainingError, OutOfMemory, Cancelled)
 """What another attempt would meet again, or what somebody wanted; a cluster that failed may be well again."""
@@ -66,9 +67,10 @@ def not_repeated(work: Callable[[], int | None], environment: Mapping[str, str] 
     _refuse_again(note, *attempt)
     try:
         status = work() or 0
-    except SystemExit as refused:  # by argparse, which has said why
-        status = refused.code if isinstance(refused.code, int) else 1
-        _write(note, attempt[1], status, "options that were refused")
+    except SystemExit as ended:
+        status = ended.code if isinstance(ended.code, int) else 1
+        why = "options that were refused" if status == _REFUSED else f"status {status}"
+        _write(note, attempt[1], status, why)
         raise
     except _ON_PURPOSE as error:
         if ended_by() is None:  # else YARN took the container away

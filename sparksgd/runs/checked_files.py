@@ -31,6 +31,7 @@ from sparksgd.training.tensor_archives import check_archive, check_values
 __all__ = [
     "FileEntry",
     "check_name",
+    "checked_bytes",
     "is_sha256",
     "read_checked",
     "read_unlisted",
@@ -130,6 +131,16 @@ def read_checked(folder: Location, entry: FileEntry) -> dict[str, Any]:
         DataError: the file is missing, is another one, or holds anything else.
         ClusterError: its file system does not answer.
     """
+    return _parsed(checked_bytes(folder, entry), f"{folder}/{entry.name}")
+
+
+def checked_bytes(folder: Location, entry: FileEntry) -> bytes:
+    """Return what a file holds, if it is the one of the manifest.
+
+    Raises:
+        DataError: the file is missing, or is another one.
+        ClusterError: its file system does not answer.
+    """
     where = f"{folder}/{entry.name}"
     check_name(entry.name, "the name of a file to read")
     data = _bytes_of(folder, entry.name, entry.size_bytes)
@@ -144,7 +155,7 @@ def read_checked(folder: Location, entry: FileEntry) -> dict[str, Any]:
             f"{where} is not the file that its manifest names: its SHA-256 is {found}, but must be "
             f"{entry.sha256}. It is damaged, or of another run: copy the whole folder again"
         )
-    return _parsed(data, where)
+    return data
 
 
 def read_unlisted(folder: Location, name: str) -> dict[str, Any]:

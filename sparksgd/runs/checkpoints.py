@@ -268,10 +268,13 @@ class CheckpointFolder:
         versions = {part: of.version for part, of in checkpoint.parts.items()}
         manifest = Manifest(folder=self.folder, name=name, values=values, entries=entries, versions=versions)
         self._written.append(manifest)
-        for superseded in self._superseded():
-            self._remove(superseded)
-        if self._starts and not self._has_written:
-            self.clear()  # those that could not be read; there is a newer one now
+        try:
+            for superseded in self._superseded():
+                self._remove(superseded)
+            if self._starts and not self._has_written:
+                self.clear()  # those that could not be read; there is a newer one now
+        except OSError as error:
+            log.warning("older checkpoints cannot be removed now: %s", error.strerror or error)
         self._has_written = True
         return name
 

@@ -10,7 +10,7 @@
     what is no run of ours            refuse                       refuse          begin       move it aside
 
 A run that goes on without a whole checkpoint begins anew.  From the one of its end it makes no more steps,
-and writes its model again.  The model is checked as `load_model` does it, before there is nothing to do.
+and writes its model again.  Sizes and digests of the model's files are checked before there is nothing to do.
 
 So a nightly job that is started twice trains once, one that was killed goes on, and nobody takes yesterday's
 model for today's.  --resume never begins anew where the table says go on; --resume must refuses what is
@@ -31,12 +31,12 @@ from sparksgd.config import Config
 from sparksgd.errors import ConfigError, DataError
 from sparksgd.imports import shortened, shown
 from sparksgd.runs.asked import Asked, IfExists
+from sparksgd.runs.checked_files import FileEntry, checked_bytes, read_unlisted
 from sparksgd.runs.checkpoints import Manifest, manifests
 from sparksgd.runs.compared_keys import PATHS, free_keys
 from sparksgd.runs.json_files import read_about_run, read_record
 from sparksgd.runs.manifest import read_manifest
 from sparksgd.runs.metrics import metrics_lines
-from sparksgd.runs.model import saved_values
 from sparksgd.runs.names import CHECKPOINTS, METRICS, MODEL, RUN, SUMMARY, TRACE
 from sparksgd.solvers.rules import completed
 from sparksgd.storage import Location, location, unanswered
@@ -126,23 +126,24 @@ def with_more_steps(one: Found, other: Found) -> Found:
 
 
 def _asked_again(out: Location, asked: Asked) -> Asked:
-    """Return what is asked, as an attempt means it that finds the run of an earlier one."""
-    if asked.application is None or not _is_of_application(out, asked.application):
+    """Return what is asked; a later attempt of an application keeps what an earlier one trained."""
+    if asked.attempt is None or not _is_of_earlier_attempt(out, *asked.attempt):
         return asked
     if_exists: IfExists = "skip" if asked.if_exists in ("overwrite", "fail") else asked.if_exists
     resume = "auto" if asked.resume == "never" else asked.resume
     if (if_exists, resume) != (asked.if_exists, asked.resume):
         log.info(
             "--out %s holds the run of an earlier attempt of %s: what --if-exists %s and --resume %s ask for "
-            "was done then", out, asked.application, asked.if_exists, asked.resume,
+            "was done then", out, asked.attempt[0], asked.if_exists, asked.resume,
         )  # fmt: skip
     return replace(asked, if_exists=if_exists, resume=resume)
 
 
-def _is_of_application(out: Location, application: str) -> bool:
+def _is_of_earlier_attempt(out: Location, application: str, attempt: int) -> bool:
     try:
-        return bool(read_about_run(out).get("application") == application)
-    except (OSError, ValueError, AttributeError):
+        of_run, before = read_about_run(out)["attempt"]
+        return bool(of_run == application and before < attempt)
+    except (OSError, ValueError, LookupError, TypeError):
         return False
 
 
@@ -169,7 +170,8 @@ def _own_run(out: Location, asked: Asked, *, goes_on: bool) -> Found:
         raise unanswered(error, refusal) from error
     except (ValueError, LookupError, TypeError, AttributeError, ConfigError) as error:
         why = f"{type(error).__name__}: {shortened(str(error), 400)}"
-        return _kept(out, asked, f"something that is not a run of this version ({why})")
+        what = f"something that is not a run of this version, or is damaged ({why})"
+        return _kept(out, asked, what)
     try:
         with_checkpoints = _manifests(out, "--out") if goes_on else []
     except DataError as error:
@@ -278,7 +280,11 @@ def _damage(out: Location, summary: Any) -> str | None:
         manifest = read_manifest(folder)
         if manifest.fields["parameters_sha256"] != summary["parameters_sha256"]:
             return f"{out / MODEL} is of other parameters than {SUMMARY}"
-        saved_values(folder, manifest)
+        for file in (manifest.weights, manifest.constants):
+            if isinstance(file, FileEntry):  # to parse it may need code that was not imported yet
+                checked_bytes(folder, file)
+            elif file is not None:  # before format 5
+                read_unlisted(folder, file)
     except DataError as error:
         return str(error)
     return None

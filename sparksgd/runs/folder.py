@@ -36,7 +36,7 @@ from sparksgd.errors import ClusterError, DataError
 from sparksgd.runs.checkpoints import CheckpointFolder, trained_anew
 from sparksgd.runs.earlier import Found
 from sparksgd.runs.growing import Growing, Kept
-from sparksgd.runs.holder import Holder, application_here
+from sparksgd.runs.holder import Holder, attempt_here
 from sparksgd.runs.json_files import finite, write_record
 from sparksgd.runs.lease import IfRunning, Lease, remove_leases, unwritable
 from sparksgd.runs.model import check_saved, constants_beside, model_of, save_model
@@ -316,7 +316,7 @@ class RunFolder(Observer):
             "test_digest": None if training.test_rows is None else training.test_rows.data_digest,
             "fingerprints": self.fingerprints,
             "model_name": training.model_name,
-            "application": application_here(),
+            "attempt": attempt_here(),
         }
         write_record(self.folder / RUN, about)
         self._metrics = Growing(self.folder / METRICS, kept.get(METRICS, b""))
@@ -396,8 +396,9 @@ class RunFolder(Observer):
                 raise
             finally:
                 files = {METRICS: self._metrics, TRACE: self._trace}
-                written = {name: file.kept() for name, file in files.items() if file is not None}
-                about["files"] = {name: asdict(kept) for name, kept in written.items()}
+                about["files"] = {
+                    name: asdict(file.kept()) for name, file in files.items() if file and file.is_known
+                }
                 write_record(self.folder / SUMMARY, about)
 
     def _keep(self, training: Training) -> None:

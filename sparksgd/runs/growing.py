@@ -36,10 +36,16 @@ class Growing:
     def __init__(self, file: Location, kept: bytes = b"") -> None:
         self._lines = file.lines(kept)
         self._bytes, self._digest = len(kept), hashlib.sha256(kept)
+        self.is_known = True
+        """Whether its length and digest are; a line that was written in part makes them unknown."""
 
     def write(self, text: str) -> None:
         """Append whole lines."""
-        self._lines.write(text)
+        try:
+            self._lines.write(text)
+        except OSError:
+            self.is_known = False
+            raise
         data = text.encode()
         self._bytes += len(data)
         self._digest.update(data)

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 
 from sparksgd.storage.processes import Process, this_process
 
-__all__ = ["Holder", "application_here", "attempt_here"]
+__all__ = ["Holder", "attempt_here"]
 
 _CONTAINER = re.compile(r"container_(?:e[0-9]+_)?([0-9]+_[0-9]+)_([0-9]+)_[0-9]+")
 
@@ -58,12 +58,6 @@ class Holder(Process):
         if self.is_gone_seen_from(other):
             return "its process is gone"
         return None
-
-
-def application_here(environment: Mapping[str, str] = os.environ) -> str | None:
-    """Return the application of YARN that this process belongs to; None: to none."""
-    attempt = attempt_here(environment)
-    return None if attempt is None else attempt[0]
 
 
 def attempt_here(environment: Mapping[str, str] = os.environ) -> tuple[str, int] | None:

@@ -15,14 +15,14 @@ from typing import Any
 from sparksgd.errors import DataError
 from sparksgd.runs.names import RUN, RUN_BEFORE
 from sparksgd.storage import Location
-from sparksgd.storage.json_text import parsed
+from sparksgd.storage.json_text import parsed, require_bounds
 
 __all__ = ["digest_of", "finite", "read_about_run", "read_json", "read_record", "write_json", "write_record"]
 
 _FORMAT = 1
 
-_MOST_BYTES = 16 << 20
-"""The model.json of a module of 14,000 tensors in 8,000 parts has 5 MB; nothing else has more."""
+_MOST_BYTES = 64 << 20
+"""The model.json of a module of 14,000 tensors in 8,000 parts has 5 MB."""
 
 
 def write_json(file: Location, values: Mapping[str, Any]) -> None:
@@ -30,7 +30,7 @@ def write_json(file: Location, values: Mapping[str, Any]) -> None:
 
     Raises:
         OSError: it cannot be written.
-        DataError: it would be longer than `read_json` reads; nothing is written.
+        DataError: `read_json` would not read it; nothing is written.
     """
     data = (json.dumps(values, indent=2) + "\n").encode()
     if len(data) > _MOST_BYTES:
@@ -38,6 +38,10 @@ def write_json(file: Location, values: Mapping[str, Any]) -> None:
             f"{file} would have {len(data):,} bytes, but may have {_MOST_BYTES:,} at most: keep long lists "
             f"and texts out of what describes the run and its module"
         )
+    try:
+        require_bounds(data)
+    except ValueError as error:
+        raise DataError(f"{file} is not written, because nobody could read it: {error}") from error
     file.write_bytes(data)
 
 

@@ -307,6 +307,8 @@ class Lease:
         """
         with self._writing:
             file = self._folder / _name(self._number)
+            if others := self._others():
+                self._lose(max(others))
             if not file.create(self._data):
                 self._look()  # it is ours if it was renewed in between
             elif others := self._others():

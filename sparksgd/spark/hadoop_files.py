@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from py4j.protocol import Py4JError, Py4JJavaError
 from pyspark import SparkContext
@@ -87,15 +87,36 @@ class HadoopLocation:
 
     def read_bytes(self, most_bytes: int | None = None, /) -> bytes:
         """Return the content of the file; raise OSError for a folder, or a longer file."""
-        with self._errors(), scratch_folder() as folder:
+        with self._copied(most_bytes) as copy:
+            return copy.read_bytes()
+
+    @contextmanager
+    def opened(self) -> Iterator[tuple[IO[bytes], int]]:
+        """Yield a copy of the file, to be read, and its size; raise OSError for a folder."""
+        with self._copied() as copy, copy.open("rb") as file:
+            yield file, copy.stat().st_size
+
+    @contextmanager
+    def _copied(self, most_bytes: int | None = None) -> Iterator[Path]:
+        """Yield a copy of the file on this machine."""
+        with scratch_folder() as folder:
+            copy = folder / "copy"
+            try:
+                self._copy(copy, most_bytes)
+            except FileNotFoundError:
+                if self._replaces_at_once:
+                    raise
+                self._copy(copy, most_bytes)  # another one may just have taken its place
+            yield copy
+
+    def _copy(self, copy: Path, most_bytes: int | None) -> None:
+        with self._errors():
             found = self._found
             status = self._files.getFileStatus(found)
             if not status.isFile():
                 raise OSError(errno.EINVAL, "it is not a regular file", self._uri)
             require_at_most(self._uri, int(status.getLen()), most_bytes)
-            copy = folder / "copy"
             self._files.copyToLocalFile(False, found, _java_path(f"file:{copy}"), True)
-            return copy.read_bytes()
 
     def write_bytes(self, data: bytes) -> None:
         """Write the file, whole or not at all; create its folder if it does not exist."""
@@ -216,7 +237,7 @@ class HadoopLocation:
                 found = [str(status.getPath().getName()) for status in self._files.listStatus(self._path)]
         except FileNotFoundError:
             return []
-        moved = [name[1 : -len(_BEFORE)] for name in found if name.endswith(_BEFORE)]
+        moved = [name[1 : -len(_BEFORE)] for name in found if name.startswith(".") and name.endswith(_BEFORE)]
         return [*found, *(name for name in moved if name not in found)]
 
     def guarded(self, check: Callable[[], None]) -> HadoopLocation:

@@ -21,7 +21,7 @@ import stat
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Protocol, Self
@@ -87,6 +87,10 @@ class Location(Protocol):
         Args:
             most_bytes: a longer file is not read; None reads any.
         """
+        ...
+
+    def opened(self) -> AbstractContextManager[tuple[IO[bytes], int]]:
+        """Yield a regular file, or a copy of it, to be read, and its size; raise OSError as `read_bytes`."""
         ...
 
     def write_bytes(self, data: bytes) -> None:

@@ -1,21 +1,15 @@
-"""Files that may have grown without bound, read piece by piece.
-
-No more of a file is held than what is asked for.  On a file system of Hadoop a file is still read at once,
-up to MOST_BYTES_AT_ONCE.
-"""
+"""Files that may have grown without bound, read piece by piece: no more is held than what is asked for."""
 
 from __future__ import annotations
 
 import errno
-import io
 from collections.abc import Iterator
 from typing import IO
 
-from sparksgd.storage import LocalLocation, Location
+from sparksgd.storage import Location
 
-__all__ = ["MOST_BYTES_AT_ONCE", "read_beginning", "read_lines", "read_pieces"]
+__all__ = ["read_beginning", "read_lines", "read_pieces"]
 
-MOST_BYTES_AT_ONCE = 1 << 30
 _PIECE_BYTES = 1 << 20
 
 
@@ -29,12 +23,8 @@ def read_lines(file: Location, most_bytes: int) -> Iterator[bytes]:
     Raises:
         OSError: the file cannot be read, or a line is longer.
     """
-    if isinstance(file, LocalLocation):
-        with file.opened() as (stream, size_bytes):
-            yield from _lines(stream, size_bytes, most_bytes, str(file))
-    else:
-        data = file.read_bytes(MOST_BYTES_AT_ONCE)
-        yield from _lines(io.BytesIO(data), len(data), most_bytes, str(file))
+    with file.opened() as (stream, size_bytes):
+        yield from _lines(stream, size_bytes, most_bytes, str(file))
 
 
 def _lines(stream: IO[bytes], size_bytes: int, most_bytes: int, where: str) -> Iterator[bytes]:
@@ -56,15 +46,12 @@ def read_pieces(file: Location) -> Iterator[bytes]:
     Raises:
         OSError: the file cannot be read.
     """
-    if isinstance(file, LocalLocation):
-        with file.opened() as (stream, _):
-            yield from iter(lambda: stream.read(_PIECE_BYTES), b"")
-    else:
-        yield file.read_bytes(MOST_BYTES_AT_ONCE)
+    with file.opened() as (stream, _):
+        yield from iter(lambda: stream.read(_PIECE_BYTES), b"")
 
 
 def read_beginning(file: Location, count: int) -> bytes:
-    """Return the first bytes of a regular file; nothing of a shorter one.
+    """Return the first bytes of a regular file; no bytes if it is shorter.
 
     Args:
         file: to be read.
@@ -73,8 +60,5 @@ def read_beginning(file: Location, count: int) -> bytes:
     Raises:
         OSError: the file cannot be read.
     """
-    if isinstance(file, LocalLocation):
-        with file.opened() as (stream, size_bytes):
-            return stream.read(count) if size_bytes >= count else b""
-    sizes = [one.size_bytes for one in file.files()]
-    return b"" if sizes and sum(sizes) < count else file.read_bytes(count + MOST_BYTES_AT_ONCE)[:count]
+    with file.opened() as (stream, size_bytes):
+        return stream.read(count) if size_bytes >= count else b""

@@ -104,6 +104,7 @@ class Checkpointing:
         self._copied_s = 0.0  # how long the copy of the one that is written took
         self._ended_s = self._clock()  # of the last one
         self._took_s = self._least_pause_s = 0.0  # the pause keeps the share
+        self._usual_s = math.inf
         self._last_step: int | None = None
         self._offered_turns: int | None = None
         self._has_said = self._is_tried = self._is_off = False
@@ -218,7 +219,8 @@ class Checkpointing:
         except OSError as error:
             self._try_later(error, self._copied_s)
             return
-        self._pause(took_s)
+        usual_s, self._usual_s = min(took_s, self._usual_s), took_s  # one alone that took long met an outage
+        self._pause(usual_s)
 
     def _try_later(self, error: OSError, took_s: float) -> None:
         log.warning("no checkpoint can be written now, but training goes on: %s", error.strerror or error)

@@ -118,9 +118,12 @@ def main(argv: Sequence[str]) -> int:
         for size in options.size or SIZES:
             try:
                 pairs = [
-                    [_turn(session, rows, Path(temporary, "run"), size, every_s, options.seconds)
-                     for every_s in (None, options.every_s)]
-                    for _ in range(options.turns)
+                    sorted(
+                        (_turn(session, rows, Path(temporary, "run"), size, every_s, options.seconds)
+                         for every_s in (None, options.every_s)[:: -1 if number % 2 else 1]),
+                        key=lambda turn: turn.has_checkpoints,
+                    )
+                    for number in range(options.turns)
                 ]  # fmt: skip
             except OutOfMemory as error:
                 table.add_row(f"{size:,}", str(error))

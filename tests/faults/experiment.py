@@ -113,6 +113,8 @@ class Trainings:
         except SparkSGDError as error:
             return Outcome(result=said(error), is_right=False)
         left = [flag.name for flag in self.flags.iterdir()]
+        for name in left:
+            (self.flags / name).unlink()
         if left:
             return Outcome(result=f"nobody obeyed {', '.join(left)}", is_right=False)
         return outcome(training, reference, took_s - calm_s, **signs)

@@ -36,7 +36,7 @@ def write(folder: Path, status: str | None) -> None:
     """Write the folder of a run: of a killed one if the status is None."""
     if status is not None:
         (folder / "summary.json").write_text(json.dumps({"status": status, "parameters_sha256": DIGEST}))
-    about = {"config": CONFIG.to_dict(), "fingerprints": FILES, "application": OURS}
+    about = {"config": CONFIG.to_dict(), "fingerprints": FILES, "attempt": [OURS, 1]}
     (folder / "run.json").write_text(json.dumps(about))
     (folder / "metrics.jsonl").write_text('{"kind": "step", "step": 9}\n{"kind": "st')
     write_model(folder)
@@ -99,11 +99,9 @@ def look(
     *,
     if_exists: Any = "skip",
     resume: str = "auto",
-    application: str | None = None,
+    attempt: tuple[str, int] | None = None,
 ) -> Found:
-    asked = Asked(
-        config=config, fingerprints=files, if_exists=if_exists, resume=resume, application=application
-    )
+    asked = Asked(config=config, fingerprints=files, if_exists=if_exists, resume=resume, attempt=attempt)
     return earlier_run(location(out), asked)
 
 
@@ -356,11 +354,11 @@ def test_a_later_attempt_of_an_application_goes_on_with_its_own_run(
     killed: Path, if_exists: str, resume: str
 ) -> None:
     asked = {"if_exists": if_exists, "resume": resume}
-    assert steps(look(killed, application=OURS, **asked)) == [6, 4]
-    for other in (None, ANOTHERS):
-        assert steps(look(killed, application=other, **asked)) == []
+    assert steps(look(killed, attempt=(OURS, 2), **asked)) == [6, 4]
+    for other in (None, (OURS, 1), (ANOTHERS, 2)):
+        assert steps(look(killed, attempt=other, **asked)) == []
 
 
 @pytest.mark.parametrize("if_exists", ["overwrite", "fail"])
 def test_a_later_attempt_finds_that_an_earlier_one_was_done(finished: Path, if_exists: str) -> None:
-    assert look(finished, if_exists=if_exists, application=OURS).is_done
+    assert look(finished, if_exists=if_exists, attempt=(OURS, 2)).is_done

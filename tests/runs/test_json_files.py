@@ -73,6 +73,13 @@ def test_more_keys_than_a_text_may_have_are_refused() -> None:
         parsed(text)
 
 
+@pytest.mark.parametrize("text", [":" * 300_000, '"[' * 200_000 + "\\", "{}" * 200_000])
+def test_texts_may_hold_what_lists_and_keys_are_written_with(text: str, tmp_path: Path) -> None:
+    file = location(tmp_path / "file.json")
+    write_json(file, {"vocabulary": text, "[": {":": text}})
+    assert read_json(file) == {"vocabulary": text, "[": {":": text}}
+
+
 @pytest.mark.parametrize("each", [b'[        "abcd"],', b'{"":0,"a":1        },', b'{"":""         },'])
 def test_as_many_as_it_may_have_take_three_times_what_a_run_writes_takes(valid: bytes, each: bytes) -> None:
     ordinary = peak_of(valid).bytes / len(valid)

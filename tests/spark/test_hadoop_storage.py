@@ -19,6 +19,7 @@ from sparksgd.runs.holder import Holder
 from sparksgd.runs.lease import Lease
 from sparksgd.spark.hadoop_files import HadoopLocation
 from sparksgd.storage import LocalLocation, Location, fingerprint, local_copy, location, unanswered
+from sparksgd.storage.reading import read_beginning, read_lines
 
 pytestmark = pytest.mark.session("local[2]")
 
@@ -41,6 +42,15 @@ def test_a_file_is_written_read_replaced_and_removed(at: Callable[[Path], Locati
     file.remove()
     file.remove()
     assert not file.exists()
+
+
+def test_a_file_is_opened_with_its_size(at: Callable[[Path], Location], tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"12345\n12")
+    assert [*read_lines(at(tmp_path) / "file", 6)] == [b"12345\n"]
+    assert read_beginning(at(tmp_path) / "file", 3) == b"123"
+    for name in ("", "nothing"):
+        with pytest.raises(OSError, match=r"regular file|No such file"), (at(tmp_path / name)).opened():
+            pass
 
 
 def test_a_folder_is_removed_once_it_is_empty(at: Callable[[Path], Location], tmp_path: Path) -> None:

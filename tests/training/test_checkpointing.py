@@ -128,6 +128,17 @@ def test_after_an_outage_that_was_waited_for_the_next_is_tried_within_minutes():
     assert run.written[0] == 60 + 9 * 90, "nine times as long, not 32 times"
 
 
+def test_one_that_met_an_outage_makes_the_next_no_rarer():
+    run = Run(0.1, CheckpointConfig(every_s=60))
+    run.make(70)
+    run._writing_s = 40.0  # its file system was waited for
+    run.make(60)
+    run._writing_s = 0.1
+    run.make(200)
+    pauses = [after - before for before, after in zip(run.written, run.written[1:], strict=False)]
+    assert max(pauses) < 65 < 40 / SHARE
+
+
 @pytest.mark.parametrize("when", ["copied", "written"])
 def test_a_finished_run_whose_last_one_cannot_be_written_ends_well(
     when: str, caplog: pytest.LogCaptureFixture

@@ -257,7 +257,7 @@ class JobWatch:
         self._slots_timeout_s = slots_timeout_s
         self._meanwhile = meanwhile
         self._watching: list[Watched] = []  # by any thread; the last one is looked at
-        self._ended_getters = 0
+        self._ended_getters: int | None = None
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
 
@@ -335,9 +335,9 @@ class JobWatch:
     def _loses_results(self, watched: Watched) -> bool:
         """Cancel a job whose result can never arrive; return whether it was cancelled."""
         ended = self._tasks.ended_getters()
-        if ended <= self._ended_getters or self._watched is not watched:
+        before, self._ended_getters = self._ended_getters, ended
+        if before is None or ended <= before or self._watched is not watched:
             return False
-        self._ended_getters = ended
         watched.refusal = OutOfMemory(
             "the heap of the driver is too small: the thread that received a result found no memory for it; "
             "submit with a larger --driver-memory"

@@ -175,7 +175,9 @@ def refuse_too_little(kind: EngineKind, needed: Takes, limits: Limits, places: P
             "all memory at the driver",
             needed.at_driver(each if places.in_driver else 0),
             limits.driver,
-            "fewer workers, or a larger machine"
+            "a larger machine, or fewer parameters"
+            if places.in_driver and total(needed.at_driver()) > limits.driver
+            else "fewer engine.num_workers, or a larger machine"
             if places.in_driver
             else "a driver on a larger machine; on YARN and Kubernetes --conf spark.driver.memoryOverhead="
             + _option(total(needed.driver_python)),

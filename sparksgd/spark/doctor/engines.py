@@ -68,9 +68,9 @@ class Steps:
         if kind is SERVER:
             difference = self._difference_of_replay(training, made)
         else:
-            self._digest, before = digest, self._digest
-            difference = None if before in (None, digest) else f"{before[:12]} by the one before"
-            seen += "" if difference or before is None else ": equal"
+            is_first, self._digest = self._digest is None, self._digest or digest
+            difference = None if digest == self._digest else f"{self._digest[:12]} by the first one"
+            seen += "" if difference or is_first else ": equal"
         if difference is not None:
             yield bad(
                 name,

@@ -346,10 +346,10 @@ def forget_results(context: SparkContext) -> None:
     Its arrays live as long as PySpark's objects do.  These are in cycles, which Python collects some steps
     later; and py4j tells Java up to a second after that.  Of a large model that would be gigabytes.
     """
-    gc.collect(0)
-    client: Any = context._gateway._gateway_client  # type: ignore[union-attr]  # of a running context
-    waiting: deque[Any] = getattr(client, "finalizer_deque", deque())  # none without pinned threads
     with cleanup(), suppress(IndexError):
+        gc.collect(1)  # what was made since the last step, also if Python has looked at it once
+        client: Any = context._gateway._gateway_client  # type: ignore[union-attr]  # of a running context
+        waiting: deque[Any] = getattr(client, "finalizer_deque", deque())  # none without pinned threads
         while True:
             task = waiting.pop()
             if not isinstance(task, tuple):  # py4j ends its own thread by it

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import pytest
@@ -53,6 +54,8 @@ def test_a_job_whose_result_found_no_memory_at_the_driver_ends() -> None:
 
     def struck() -> None:
         with watch_it.over(1) as job:
+            while watch_it._ended_getters is None:  # its thread looks once, when it begins
+                time.sleep(0.001)
             watch_it._look_at(job)
             assert tasks.cancelled == 0, "it waits for a slot"
             tasks.ours, tasks.getters = 1, 1
