@@ -6,6 +6,7 @@ none before it has answered: orders would pile up before it, and their weights a
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 
@@ -28,6 +29,8 @@ from sparksgd.peers.server_frames import (
 from sparksgd.peers.server_orders import EvaluationOrder, Orders, TurnOrder
 
 __all__ = ["evaluated_by_workers"]
+
+log = logging.getLogger("sparksgd")
 
 _LOOK_S = 0.5
 
@@ -58,7 +61,10 @@ def evaluated_by_workers(
     evaluation = _Evaluation(desk, orders, here, table, weights)
     answered_s = time.monotonic()
     while not evaluation.is_complete:
-        if evaluation.cannot_go_on or time.monotonic() - answered_s > timeout_s:
+        if evaluation.cannot_go_on:
+            return None
+        if time.monotonic() - answered_s > timeout_s:
+            evaluation.drop_the_busy(f"it answered nothing for {timeout_s:g} s (engine.step_timeout_s)")
             return None
         meanwhile()
         event = desk.next(_LOOK_S)
@@ -71,6 +77,7 @@ def evaluated_by_workers(
             if evaluation.happens(event, order):
                 answered_s = time.monotonic()
         except PeerLost as error:
+            log.warning("worker %d is cut off: %s", event.worker, error)
             desk.drop(event.worker, event.seat, str(error))
     return evaluation.found
 
@@ -131,6 +138,13 @@ class _Evaluation:
                 answers = self._answered(event, order)
             self._give(worker)
         return answers
+
+    def drop_the_busy(self, why: str) -> None:
+        """Cut those off who have an order that they do not answer."""
+        for worker, one in self._known.items():
+            if not self._orders.is_free(worker, one.seat):
+                log.warning("worker %d is cut off: %s", worker, why)
+                self._desk.drop(worker, one.seat, why)
 
     def _answered(self, event: Came, order: TurnOrder | EvaluationOrder | None) -> bool:
         if not isinstance(order, EvaluationOrder):

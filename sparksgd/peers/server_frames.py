@@ -271,7 +271,9 @@ def message_in(
         )
     rows, weight = _count(frame, "rows"), field_of(frame, "weight", float, int, type(None))
     if not rows or (rows_due is not None and rows > rows_due):
-        raise PeerLost(f"a message is of {rows} rows, where its turns had {rows_due or 'some'}")
+        raise PeerLost(
+            f"a message is of {rows} rows, where its turns had {'some' if rows_due is None else rows_due}"
+        )
     if weight is not None and not 0 < weight < math.inf:
         raise PeerLost(f"a message is of rows that weigh {weight!r:.80}")
     named = _vectors_in(frame, vectors)

@@ -139,9 +139,9 @@ class Cluster:
         """Return how many tasks run now: of this run, and of other jobs."""
         return self._tasks.running()
 
-    def runs(self, job: Any) -> bool:
-        """Return whether a task of a job, the JVM's JavaFutureAction, runs now."""
-        return self._tasks.runs(job)
+    def running_of(self, jobs: Iterable[Any]) -> int:
+        """Return how many tasks of these jobs, the JVM's JavaFutureActions, run now."""
+        return self._tasks.running_of(jobs)
 
     def places(self) -> set[str]:
         """Return all executors, as preferred places of tasks."""

@@ -6,7 +6,7 @@ import logging
 import re
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -152,16 +152,17 @@ class RunTasks:
                 others += task_set.runningTasks()
         return ours, others
 
-    def runs(self, job: Any) -> bool:
-        """Return whether a task of a job runs now; if not, all of its tasks wait, or have ended.
+    def running_of(self, jobs: Iterable[Any]) -> int:
+        """Return how many tasks of these jobs run now; the other ones wait, or have ended.
 
         Args:
-            job: the JVM's JavaFutureAction.
+            jobs: the JVM's JavaFutureActions.
         """
-        numbers = set(job.jobIds())
-        return any(
-            task_set.runningTasks() > 0 and task_set.taskSet().priority() in numbers
+        numbers = {number for job in jobs for number in job.jobIds()}
+        return sum(
+            task_set.runningTasks()
             for task_set in self._task_sets()
+            if task_set.taskSet().priority() in numbers
         )
 
     def ended_getters(self) -> int:
@@ -200,8 +201,8 @@ def _task_sets(pool: Any) -> Iterator[Any]:
 class Beside:
     """Jobs of the run beside one that is watched, which end if it gets no slot."""
 
-    tasks: int
-    """How many tasks they have."""
+    running: Callable[[], int]
+    """How many tasks of theirs run now."""
 
     end: Callable[[], None]
     """Called by the watch's thread."""
@@ -345,9 +346,9 @@ class JobWatch:
         self._tasks.cancel()
         return True
 
-    def _make_room(self, watched: Watched, beside: Beside, ours: int, free: int, now_s: float) -> None:
+    def _make_room(self, watched: Watched, beside: Beside, runs: int, free: int, now_s: float) -> None:
         """End the jobs beside one that gets no slot, because they have all."""
-        if free > 0 or ours > beside.tasks:
+        if free > 0 or runs:
             watched.stuck_since_s = None
             return
         since_s = watched.stuck_since_s = watched.stuck_since_s or now_s
@@ -363,10 +364,12 @@ class JobWatch:
             watched.starving_since_s = None
         elif self._starves(watched, now_s):
             return
-        if self._tasks.exist() and not ours and self._loses_results(watched):
+        beside = watched.beside
+        runs = ours if beside is None else max(0, ours - beside.running())  # of its own tasks
+        if self._tasks.exist() and not runs and self._loses_results(watched):
             return
-        if watched.beside is not None:
-            self._make_room(watched, watched.beside, ours, slots - ours - others, now_s)
+        if beside is not None:
+            self._make_room(watched, beside, runs, slots - ours - others, now_s)
         if ours:
             watched.running_since_s = watched.running_since_s or now_s
             ran_s = now_s - watched.running_since_s

@@ -121,7 +121,7 @@ class ServerEngine(SparkEngine):
         self._held: deque[Joined | Left | Came | _Lost] = deque()  # what happened and is not handled yet
         self._answers: dict[int, Answer] = {}  # that wait for the shard's next turn
         self._started: dict[int, tuple[int, float]] = {}  # the turn that each shard makes, and since when
-        self._rows_due: dict[int, int] = {}  # the rows of each shard's turns since its last message
+        self._rows_due: dict[int, int] = {}  # the rows of each shard's turns that it has not sent
         self._wanted: set[int] = set()  # the workers that have shards
         self._seen_s: dict[int, float] = {}  # when each of them was here last
         self._looked_at_s = 0.0
@@ -179,7 +179,7 @@ class ServerEngine(SparkEngine):
         assert self._test is not None
         found = evaluated_by_workers(
             self._desk, self._orders, self._known(), self._test.table, solver.readout(),
-            hold=self._held.append, meanwhile=self._look_at_jobs, timeout_s=self._step_timeout_s,
+            hold=self._hold, meanwhile=self._look_at_jobs, timeout_s=self._step_timeout_s,
         )  # fmt: skip
         if found is None:
             ours, others = self._cluster.running_tasks()
@@ -364,7 +364,7 @@ class ServerEngine(SparkEngine):
         rows_due = self._rows_due.get(shard, 0) + rows
         names = self._plan.halves.names
         message = message_in(frame, self._vectors, rows_due, names) if frame.kind == SENT else None
-        self._rows_due[shard] = rows_due if message is None else 0
+        self._rows_due[shard] = rows_due - (0 if message is None else message.rows)
         self._use.note_turn(worker, here, rows, times_in(frame))
         self._exchanged_bytes += frame.array_bytes
         del self._started[shard]
@@ -454,8 +454,14 @@ class ServerEngine(SparkEngine):
         if sends_off and isinstance(event, Joined):
             self._desk.send(event.worker, event.seat, Frame(kind=LEAVE))
         if event is not None:
-            self._held.append(event)
+            self._hold(event)
         return event is not None
+
+    def _hold(self, event: Joined | Left | Came) -> None:
+        """Keep an event for later; why a connection ended is told at once, for its job ends, too."""
+        if isinstance(event, Left):
+            self._jobs.left(event.worker, event.request, event.why)
+        self._held.append(event)
 
     def _next(self, timeout_s: float) -> Joined | Left | Came | None:
         event = self._desk.next(timeout_s)
@@ -466,8 +472,7 @@ class ServerEngine(SparkEngine):
 
     def _watch(self, needed: int, limit_s: float | None = None) -> AbstractContextManager[Watched]:
         """Watch the job that the block runs; if it gets no slot for long, the workers leave theirs."""
-        asked = self._jobs.asked
-        beside = Beside(tasks=asked, end=self._jobs.make_room) if asked else None
+        beside = Beside(running=self._jobs.running, end=self._jobs.make_room) if self._jobs.asked else None
         return self._cluster.job_watch.over(needed, limit_s, beside)
 
     def _await_slots(self) -> None:

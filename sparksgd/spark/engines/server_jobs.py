@@ -28,6 +28,7 @@ __all__ = ["ServerJobs"]
 log = logging.getLogger("sparksgd")
 
 _CANCEL_S = 0.5
+_SECOND_LOOK_S = 60.0  # a task that has begun is connected by then
 
 
 @dataclass(kw_only=True)
@@ -49,6 +50,9 @@ class _Asked:
 
     left_at_s: float | None = None
     """When its connection ended, if another look at it is due; None: it is there, or is given up."""
+
+    runs_on: bool = False
+    """Whether its task ran at the look before; it may have begun just then."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,7 +123,7 @@ class ServerJobs:
     def joined(self, worker: int) -> None:
         """Note that a worker is connected; it may be a task that Spark has started once more."""
         if worker in self._asked:
-            self._asked[worker].left_at_s = None
+            self._asked[worker].left_at_s, self._asked[worker].runs_on = None, False
 
     def give_up(self, worker: int, why: str) -> None:
         """Cancel the job of a worker that hangs; it is asked again."""
@@ -134,6 +138,10 @@ class ServerJobs:
     def asked(self) -> int:
         """Return how many workers' jobs go on, or wait for their slots."""
         return len(self._asked)
+
+    def running(self) -> int:
+        """Return how many workers' tasks run now; called by any thread."""
+        return self._cluster.running_of([asked.job for asked in list(self._asked.values())])
 
     def make_room(self) -> None:
         """Cancel the jobs of all workers, which are asked again at the next look; called by any thread."""
@@ -156,8 +164,9 @@ class ServerJobs:
                 else:
                     self._ended(worker, asked)
             elif asked.left_at_s is not None and time.monotonic() - asked.left_at_s > self._hung_s:
-                asked.left_at_s = time.monotonic()
-                if self._cluster.runs(asked.job):  # else Spark has yet to start it once more
+                ran, asked.runs_on = asked.runs_on, self._cluster.running_of([asked.job]) > 0
+                asked.left_at_s += min(self._hung_s, _SECOND_LOOK_S)
+                if ran and asked.runs_on:  # else Spark has yet to start it once more, or has just done so
                     self.give_up(worker, f"its task goes on, although {asked.why}")
         if not self.mends:  # else shards are about to move
             mendings = list(self._mending.items())

@@ -48,20 +48,24 @@ def test_jobs_of_two_threads_end_in_any_order() -> None:
     jobs.close()
 
 
-def test_a_job_whose_result_found_no_memory_at_the_driver_ends() -> None:
+@pytest.mark.parametrize("workers", [0, 3])
+def test_a_job_whose_result_found_no_memory_at_the_driver_ends(workers: int) -> None:
+    """Beside it, the workers of the server go on."""
     tasks = Tasks()
     watch_it = watch(tasks)
+    beside = Beside(running=lambda: workers, end=lambda: None)
 
     def struck() -> None:
-        with watch_it.over(1) as job:
+        tasks.ours = workers
+        with watch_it.over(1, beside=beside) as job:
             while watch_it._ended_getters is None:  # its thread looks once, when it begins
                 time.sleep(0.001)
             watch_it._look_at(job)
             assert tasks.cancelled == 0, "it waits for a slot"
-            tasks.ours, tasks.getters = 1, 1
+            tasks.ours, tasks.getters = workers + 1, 1
             watch_it._look_at(job)
-            assert tasks.cancelled == 0, "its tasks run"
-            tasks.ours = 0
+            assert tasks.cancelled == 0, "its task runs"
+            tasks.ours = workers
             watch_it._look_at(job)
             assert tasks.cancelled == 1
             raise RuntimeError("Job 3 cancelled")
@@ -84,18 +88,18 @@ def test_a_thread_that_receives_results_and_ended_is_counted(spark: Any) -> None
 
 
 def test_jobs_beside_one_that_gets_no_slot_end_after_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
-    tasks, ended, now = Tasks(), [], [100.0]
+    tasks, ended, now, workers = Tasks(), [], [100.0], [3]
     monkeypatch.setattr(jobs.time, "monotonic", lambda: now[0])
     watch_it = watch(tasks, slots=3)
-    beside = Beside(tasks=3, end=lambda: ended.append(now[0]))
+    beside = Beside(running=lambda: workers[0], end=lambda: ended.append(now[0]))
     with watch_it.over(1, beside=beside), watch_it.over(1) as inner:
-        for now[0], tasks.ours, tasks.others in (
-            (200, 3, 0), (214, 3, 0),  # a slot is lost, and the workers have the others
-            (215, 2, 0), (216, 3, 0), (230, 3, 0),  # one is free between
-            (231, 2, 1), (240, 4, 0),  # it runs
-            (250, 2, 1), (260, 2, 1),
+        for now[0], tasks.ours, workers[0], tasks.others in (
+            (200, 3, 3, 0), (214, 3, 3, 0),  # a slot is lost, and the workers have the others
+            (215, 2, 2, 0), (216, 3, 3, 0), (230, 3, 3, 0),  # one is free between
+            (231, 3, 2, 0), (232, 3, 3, 0), (246, 3, 3, 0),  # it runs between, in a slot that a worker left
+            (247, 2, 2, 1), (260, 2, 2, 1),
         ):  # fmt: skip
             watch_it._look_at(inner)
-            assert ended == [231.0] * (now[0] >= 231)
+            assert ended == [247.0] * (now[0] >= 247)
     assert tasks.cancelled == 0
     watch_it.close()

@@ -81,15 +81,18 @@ def test_a_mend_that_can_never_succeed_ends_the_run_in_our_words() -> None:
 def test_a_task_that_goes_on_without_its_connection_is_given_up_in_the_end(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    jobs = jobs_of(submitted := [], runs=lambda job: job.worker != 3)
+    jobs = jobs_of(submitted := [], running_of=lambda jobs: sum(job.worker != 3 for job in jobs))
     jobs.ask([0, 1, 2, 3])
     jobs.left(0, 1, "it broke")
     jobs.left(1, 1, "it broke")  # which was another one's connection
     jobs.left(2, 3, "it broke")
     jobs.joined(2)  # Spark has started its task once more
     jobs.left(3, 4, "it broke")  # its task waits for a slot
-    later_s = time.monotonic() + 61
-    monkeypatch.setattr(server_jobs.time, "monotonic", lambda: later_s)
+    now_s = [time.monotonic() + 61]
+    monkeypatch.setattr(server_jobs.time, "monotonic", lambda: now_s[0])
+    jobs.look()
+    assert not [job.worker for job in submitted if job.is_cancelled], "they may have begun just now"
+    now_s[0] += 61
     jobs.look()
     assert [job.worker for job in submitted if job.is_cancelled] == [0]
     jobs.left(0, 1, "it was dropped")  # does not hide why

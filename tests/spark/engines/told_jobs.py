@@ -51,7 +51,7 @@ def jobs_of(submitted: list[Job], mend: Callable[..., Any] = lambda _: [], **clu
         cancelJobGroup=lambda _: None,
     )  # fmt: skip
     lost = SimpleNamespace(look=lambda: None, killed_for_memory=0)
-    of_all = {"context": context, "run_id": "run-1", "lost_executors": lost, "runs": lambda job: True}
+    of_all = {"context": context, "run_id": "run-1", "lost_executors": lost, "running_of": len}
     told = SimpleNamespace(**of_all | cluster)
     return ServerJobs(
         told, Recovery(), 4, submit=submit, mend=mend, is_dying=lambda error: DYING in str(error),
