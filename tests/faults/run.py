@@ -19,6 +19,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -50,7 +51,7 @@ def main(argv: Sequence[str]) -> int:
                 ]
                 if faults:
                     print(f"{place.name}:", flush=True)
-                    rows += _struck(place, faults, options.out, version)
+                    rows += _struck(place, faults, options.out, version, temporary)
     print(f"{len(rows)} rows in {(time.perf_counter() - started_s) / 60:.0f} minutes; see {options.out}")
     wrong = [row for row in rows if not row.outcome.is_right]
     for row in wrong:
@@ -58,11 +59,12 @@ def main(argv: Sequence[str]) -> int:
     return 1 if wrong or not rows else 0
 
 
-def _struck(place: Place, faults: Sequence[Fault], page: Path, version: str) -> list[Row]:
+def _struck(place: Place, faults: Sequence[Fault], page: Path, version: str, temporary: str) -> list[Row]:
     """Strike this version with these faults; write each row to the page, and return all."""
     rows: list[Row] = []
 
     def write(fault: Fault, engine: str, outcome: Outcome) -> None:
+        outcome = replace(outcome, result=outcome.result.replace(temporary, "/tmp/..."))
         rows.append(Row(fault=fault, engine=engine, outcome=outcome, when=version))
         page.write_text(updated(page.read_text() if page.exists() else "", rows[-1]))
 
