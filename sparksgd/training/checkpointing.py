@@ -220,14 +220,14 @@ class Checkpointing:
             self._try_later(error, self._copied_s)
             return
         usual_s, self._usual_s = min(took_s, self._usual_s), took_s  # one alone that took long met an outage
-        self._pause(usual_s)
+        self._pause(usual_s, SHARE)
 
     def _try_later(self, error: OSError, took_s: float) -> None:
         log.warning("no checkpoint can be written now, but training goes on: %s", error.strerror or error)
         self._last_step = None
         self._pause(took_s, _SHARE_OF_FAILED)
 
-    def _pause(self, took_s: float, share: float = SHARE) -> None:
+    def _pause(self, took_s: float, share: float) -> None:
         """Begin to wait for the next one; what took so long must keep its share of the time."""
         self._ended_s = self._clock()
         self._took_s, self._least_pause_s = took_s, took_s * (1 / share - 1)
