@@ -80,7 +80,11 @@ def test_the_parts_of_a_manifest_that_cannot_be_removed_stay(
 
 @pytest.mark.parametrize("fails", [".json", ".run.pt", ".solver.pt"])
 def test_a_checkpoint_that_could_not_be_removed_is_removed_with_the_next_one(
-    tmp_path: Path, checkpoints: CheckpointFolder, monkeypatch: pytest.MonkeyPatch, fails: str
+    tmp_path: Path,
+    checkpoints: CheckpointFolder,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    fails: str,
 ) -> None:
     remove = LocalLocation.remove
 
@@ -92,8 +96,8 @@ def test_a_checkpoint_that_could_not_be_removed_is_removed_with_the_next_one(
     write(checkpoints, 1)
     with monkeypatch.context() as patch:
         patch.setattr(LocalLocation, "remove", failing)
-        with pytest.raises(OSError, match="the disk failed"):
-            write(checkpoints, 2)
+        write(checkpoints, 2)
+    assert "older checkpoints cannot be removed now: the disk failed" in caplog.text
     for found in manifests(location(tmp_path)):
         found.checkpoint()  # whole
     last = write(checkpoints, 3)

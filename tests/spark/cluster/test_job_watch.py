@@ -82,9 +82,11 @@ def test_a_job_whose_result_found_no_memory_at_the_driver_ends(workers: int) -> 
 def test_a_thread_that_receives_results_and_ended_is_counted(spark: Any) -> None:
     tasks = RunTasks(spark.sparkContext, "run")
     assert tasks.ended_getters() == 0
-    timer = spark.sparkContext._jvm.java.util.Timer("task-result-getter-5", True)  # it has a thread
+    jvm = spark.sparkContext._jvm
+    pool = jvm.org.apache.spark.util.ThreadUtils.newDaemonSingleThreadExecutor("task-result-getter-5")
+    pool.execute(jvm.java.lang.Thread())  # so that the thread begins
     assert tasks.ended_getters() == 2, "of 0 to 3, two were replaced"
-    timer.cancel()
+    pool.shutdown()
 
 
 def test_jobs_beside_one_that_gets_no_slot_end_after_a_while(monkeypatch: pytest.MonkeyPatch) -> None:

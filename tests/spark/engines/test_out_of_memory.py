@@ -221,7 +221,7 @@ def test_in_local_mode_the_machine_holds_the_driver_and_all_workers():
     steps = (Part("weights", 9.6, GB),)
     says = (
         r"memory at the driver is 16.0 GB, but the run takes 9.6 x 1.0 GB \(weights\) \+ 1 x 500.0 MB "
-        r"\(Spark\) \+ 6 x 1.0 GB \(weights\) = 16.1 GB: submit with fewer workers"
+        r"\(Spark\) \+ 6 x 1.0 GB \(weights\) = 16.1 GB: submit with fewer engine.num_workers"
     )
     with pytest.raises(OutOfMemory, match=says):
         refuse_too_little(TREE, Takes(**TAKES | workers | {"steps": steps}), limits, places)
