@@ -1,19 +1,29 @@
 """Ctrl-C and SIGTERM: the first one ends the run in order, and the last good model is written.
 
 SIGTERM from a scheduler means the same as Ctrl-C, so `Terminated` is a KeyboardInterrupt.
+
+Python's handlers run in the main thread.  It may wait for an answer of the JVM, and only a signal that is
+given to this thread ends its wait.  The kernel may give it to another thread: of two that come close
+together, as Ctrl-C and the SIGTERM by which the JVM passes it on, half the time.  So a thread is told of
+each signal, and wakes the main thread until that has seen it.
 """
 
 from __future__ import annotations
 
+import math
 import os
 import signal
+import socket
 import threading
+import time
 from collections.abc import Callable
 from types import FrameType
 
 __all__ = ["Terminated", "end_in_order", "ended_by"]
 
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _LONGEST_END_S = 25.0
+_WOKEN_EVERY_S = 0.1
 
 
 class Terminated(KeyboardInterrupt):
@@ -22,6 +32,12 @@ class Terminated(KeyboardInterrupt):
 
 _came: list[int] = []
 """The signal that ends this process, if one came."""
+
+_first: list[Callable[[], object]] = []
+"""What is called before anything else."""
+
+_told: list[socket.socket] = []
+"""Where Python writes the number of each signal."""
 
 
 def ended_by() -> int | None:
@@ -32,23 +48,47 @@ def ended_by() -> int | None:
 def end_in_order(first: Callable[[], object] = lambda: None) -> None:
     """Let the first Ctrl-C or SIGTERM raise in this process, and kill it if it does not end soon.
 
-    A second Ctrl-C kills it at once.
+    A second Ctrl-C kills it at once.  The main thread must call this.
 
     Args:
         first: called before anything else.
     """
+    _first[:] = [first]
+    for number in _SIGNALS:
+        signal.signal(number, _end)
+    if not _told:
+        told, watched = socket.socketpair()
+        told.setblocking(False)
+        _told.append(told)
+        signal.set_wakeup_fd(told.fileno(), warn_on_full_buffer=False)
+        threading.Thread(target=_watch, args=[watched], name="sparksgd-signals", daemon=True).start()
 
-    def end(number: int, frame: FrameType | None) -> None:
-        if _came:
-            if number == signal.SIGINT:
-                os._exit(128 + number)
-            return  # SIGTERM may follow Ctrl-C, because the JVM passes signals on
-        _came.append(number)
-        last = threading.Timer(_LONGEST_END_S, os._exit, [128 + number])
-        last.daemon = True
-        last.start()
-        first()
-        raise KeyboardInterrupt if number == signal.SIGINT else Terminated
 
-    signal.signal(signal.SIGINT, end)
-    signal.signal(signal.SIGTERM, end)
+def _end(number: int, frame: FrameType | None) -> None:
+    if _came:
+        return
+    _came.append(number)
+    for call in _first:
+        call()
+    raise KeyboardInterrupt if number == signal.SIGINT else Terminated
+
+
+def _watch(told: socket.socket) -> None:
+    """Wake the main thread once a signal has come, and kill this process if it lasts."""
+    main = threading.main_thread().ident
+    assert main is not None
+    came: list[int] = []
+    ends_at_s = math.inf
+    while came.count(signal.SIGINT) < 2 and (left_s := ends_at_s - time.monotonic()) > 0:
+        is_awake = not came or bool(_came)
+        told.settimeout(None if not came else left_s if is_awake else min(left_s, _WOKEN_EVERY_S))
+        try:
+            number = told.recv(1)[0]
+        except TimeoutError:
+            if not is_awake:
+                signal.pthread_kill(main, signal.SIGTERM)  # whatever came first is handled first
+            continue
+        if number in _SIGNALS and signal.getsignal(number) is _end:  # PySpark's handler comes between
+            came.append(number)
+            ends_at_s = min(ends_at_s, time.monotonic() + _LONGEST_END_S)
+    os._exit(128 + came[0])
