@@ -50,6 +50,8 @@ DYING_S = 5.0
 """A killed container's folder goes before its executor does, which fails all tasks until then.  YARN took two
 seconds to notice."""
 
+_LITTLE_BYTES = 16 << 20
+
 
 class SparkEngine:
     """The workers of a run.
@@ -89,6 +91,8 @@ class SparkEngine:
         self._config = config
         self._workers = worker_of_partition(cluster.num_workers)
         self._behind = ThreadPoolExecutor(1, "sparksgd-cleanup")
+        self._results_bytes = cluster.num_workers * sum(p.nbytes for p in plan.module.parameters())
+        self._held_bytes = 0
 
     def _ship(self, plan: Plan) -> None:
         """Broadcast what the workers compute."""
@@ -192,7 +196,10 @@ class SparkEngine:
         """Remove what a job leaves at the driver, while the next step is made: it takes some milliseconds."""
         if broadcast is not None:
             self._behind.submit(destroy, broadcast)
-        self._behind.submit(forget_results, self._context)
+        self._held_bytes += self._results_bytes
+        if self._held_bytes >= _LITTLE_BYTES:  # to forget costs a small model's step two percent
+            self._held_bytes = 0
+            self._behind.submit(forget_results, self._context)
 
     def _map(self, shards: SparkShards, task: Callable[[int, Iterable[Descriptor]], Iterable[T]]) -> RDD[T]:
         """Return the RDD of a task over the workers' shards, in barrier mode."""
