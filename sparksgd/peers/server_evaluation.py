@@ -74,11 +74,13 @@ def evaluated_by_workers(
         if not (isinstance(event, Came) and event.frame.kind in (EVALUATED, MISSING)):
             hold(event)
         try:
-            if evaluation.happens(event, order):
-                answered_s = time.monotonic()
+            evaluation.happens(event, order)
         except PeerLost as error:
             log.warning("worker %d is cut off: %s", event.worker, error)
             desk.drop(event.worker, event.seat, str(error))
+            continue
+        if order is not None:  # a turn's, too: the evaluation waits for those that were going on
+            answered_s = time.monotonic()
     return evaluation.found
 
 
@@ -120,13 +122,13 @@ class _Evaluation:
         """The sums of the shards."""
         return self._gathering.found
 
-    def happens(self, event: Joined | Left | Came, order: TurnOrder | EvaluationOrder | None) -> bool:
-        """Take note of an event, and of the order that it answers; return whether it is one of these.
+    def happens(self, event: Joined | Left | Came, order: TurnOrder | EvaluationOrder | None) -> None:
+        """Take note of an event, and of the order that it answers.
 
         Raises:
             PeerLost: it is none that was due.
         """
-        worker, answers = event.worker, False
+        worker = event.worker
         if isinstance(event, Left):
             self._gathering.left(worker)
             self._has_weights.discard(worker)
@@ -135,9 +137,8 @@ class _Evaluation:
             if event.frame.kind == HERE:
                 self._known[worker] = here_in(event.seat, event.frame)
             elif event.frame.kind in (EVALUATED, MISSING):
-                answers = self._answered(event, order)
+                self._answered(event, order)
             self._give(worker)
-        return answers
 
     def drop_the_busy(self, why: str) -> None:
         """Cut those off who have an order that they do not answer."""
@@ -146,20 +147,19 @@ class _Evaluation:
                 log.warning("worker %d is cut off: %s", worker, why)
                 self._desk.drop(worker, one.seat, why)
 
-    def _answered(self, event: Came, order: TurnOrder | EvaluationOrder | None) -> bool:
+    def _answered(self, event: Came, order: TurnOrder | EvaluationOrder | None) -> None:
         if not isinstance(order, EvaluationOrder):
             raise PeerLost(f'it sent a frame of kind "{event.frame.kind}", which was not asked for')
         if order.evaluation != self._number:
-            return False  # late, of an earlier one
+            return  # late, of an earlier one
         if event.frame.kind == MISSING:
             self._is_missing = True
-            return True
+            return
         sums = evaluation_in(event.frame)
         like = next((one for one in self.found.values() if one is not None), None)
         if sums is not None and like is not None and not can_be_added(like.sums, sums.sums):
             raise PeerLost(f"the sums of test shard {order.shard} are others than those of the other shards")
         self._gathering.answered(order.shard, sums)
-        return True
 
     def _give(self, worker: int) -> None:
         """Give a worker that has nothing to do the next shard."""

@@ -68,7 +68,7 @@ def not_repeated(work: Callable[[], int | None], environment: Mapping[str, str] 
     try:
         status = work() or 0
     except SystemExit as ended:
-        status = ended.code if isinstance(ended.code, int) else 1
+        status = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
         why = "options that were refused" if status == _REFUSED else f"status {status}"
         _write(note, attempt[1], status, why)
         raise
@@ -94,4 +94,7 @@ def _refuse_again(note: Location, application: str, attempt: int) -> None:
     except (OSError, ValueError, LookupError, TypeError):
         return  # there is none, or none of ours
     if before < attempt:
-        raise EndedBefore(f"attempt {before} of {application} ended with: {message}", exit_code)
+        raise EndedBefore(
+            f"attempt {before} of {application} ended with: {message} (its log says more: yarn logs "
+            f"-applicationId {application})", exit_code,
+        )  # fmt: skip

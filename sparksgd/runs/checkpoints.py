@@ -217,7 +217,7 @@ class CheckpointFolder:
         self._starts, self._last_step = starts, last_step
         self._run: RunIdentity | None = None
         self._written: list[Manifest] = []
-        self._has_written = False
+        self._is_cleared = False
         self._keep = about["config"]["checkpoint"]["keep"]
 
     @property
@@ -271,11 +271,11 @@ class CheckpointFolder:
         try:
             for superseded in self._superseded():
                 self._remove(superseded)
-            if self._starts and not self._has_written:
+            if self._starts and not self._is_cleared:
                 self.clear()  # those that could not be read; there is a newer one now
+            self._is_cleared = True
         except OSError as error:
             log.warning("older checkpoints cannot be removed now: %s", error.strerror or error)
-        self._has_written = True
         return name
 
     def _remove_unsure(self, name: str, parts: Iterable[str]) -> None:

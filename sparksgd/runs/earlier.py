@@ -28,7 +28,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from sparksgd.config import Config
-from sparksgd.errors import ConfigError, DataError
+from sparksgd.errors import ConfigError, DataError, SparkSGDError
 from sparksgd.imports import shortened, shown
 from sparksgd.runs.asked import Asked, IfExists
 from sparksgd.runs.checked_files import FileEntry, checked_bytes, read_unlisted
@@ -143,8 +143,17 @@ def _is_of_earlier_attempt(out: Location, application: str, attempt: int) -> boo
     try:
         of_run, before = read_about_run(out)["attempt"]
         return bool(of_run == application and before < attempt)
-    except (OSError, ValueError, LookupError, TypeError):
+    except FileNotFoundError:
         return False
+    except OSError as error:
+        raise _unreadable(out, error) from error
+    except (ValueError, LookupError, TypeError):
+        return False
+
+
+def _unreadable(out: Location, error: OSError) -> SparkSGDError:
+    refusal = ConfigError(f"--out {out} cannot be read: {error.strerror}; name another folder")
+    return unanswered(error, refusal)
 
 
 def _from_elsewhere(out: Location, asked: Asked, found: Found) -> Found:
@@ -166,8 +175,7 @@ def _own_run(out: Location, asked: Asked, *, goes_on: bool) -> Found:
         about, summary = _about(out), _summary(out)
         strays = [] if about else [name for name in (SUMMARY, MODEL, METRICS, TRACE) if (out / name).exists()]
     except OSError as error:
-        refusal = ConfigError(f"--out {out} cannot be read: {error.strerror}; name another folder")
-        raise unanswered(error, refusal) from error
+        raise _unreadable(out, error) from error
     except (ValueError, LookupError, TypeError, AttributeError, ConfigError) as error:
         why = f"{type(error).__name__}: {shortened(str(error), 400)}"
         what = f"something that is not a run of this version, or is damaged ({why})"

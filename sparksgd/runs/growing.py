@@ -56,7 +56,11 @@ class Growing:
 
     def close(self) -> None:
         """Let others read all of it."""
-        self._lines.close()
+        try:
+            self._lines.close()
+        except OSError:
+            self.is_known = False
+            raise
 
     def memory(self) -> dict[str, Any]:
         """Return its length and digest; others can read that much from now on."""

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from sparksgd.errors import DataError
+from sparksgd.imports import shown
 from sparksgd.runs.names import RUN, RUN_BEFORE
 from sparksgd.storage import Location
 from sparksgd.storage.json_text import parsed, require_bounds
@@ -77,25 +78,31 @@ def write_record(file: Location, values: Mapping[str, Any]) -> None:
     write_json(file, {**about, "sha256": digest_of(about)})
 
 
-def read_record(file: Location) -> Any:
+def read_record(file: Location) -> dict[str, Any]:
     """Return what `write_record` was given.
 
     Raises:
-        OSError, ValueError: see `read_json`; or it is damaged.
+        OSError, ValueError: see `read_json`; or it is damaged, or of another version.
     """
     values = read_json(file)
-    if isinstance(values, dict) and values.keys() & {"format", "sha256"}:  # else it is of the version before
-        if values.get("sha256") != digest_of(values):
-            raise ValueError(
-                f"{file} is damaged, or was changed by hand: its sha256 is not that of its fields. Restore it"
-            )
-        if type(values.get("format")) is not int or values["format"] != _FORMAT:
-            raise ValueError(f"{file} is of another format than {_FORMAT}, which this version reads")
-        return {key: value for key, value in values.items() if key not in ("format", "sha256")}
-    return values
+    if not isinstance(values, dict):
+        raise ValueError(f"{file} holds a {type(values).__name__}, but must hold a table: restore it")
+    if not values.keys() & {"format", "sha256"}:
+        return values  # the version before wrote neither
+    number = values.get("format")
+    if type(number) is not int or number != _FORMAT:
+        raise ValueError(
+            f"{file} is of format {shown(number)}, but this version reads {_FORMAT}: read it with the "
+            f"version that wrote it"
+        )
+    if values.get("sha256") != digest_of(values):
+        raise ValueError(
+            f"{file} is damaged, or was changed by hand: its sha256 is not that of its fields. Restore it"
+        )
+    return {key: value for key, value in values.items() if key not in ("format", "sha256")}
 
 
-def read_about_run(folder: Location) -> Any:
+def read_about_run(folder: Location) -> dict[str, Any]:
     """Return what a run is, as its folder says.
 
     Raises:

@@ -31,6 +31,7 @@ still done then.
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import re
@@ -55,6 +56,7 @@ IfRunning = Literal["refuse", "wait"]
 
 _FORMAT = 1
 _NAME = re.compile(r"\.lease-([0-9]{6,})\.json")
+_MOST_BYTES = 1 << 16
 _PART = re.compile(r"\.\.lease-.*\.part")
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.05, 1.0
 """Between two looks at another's lease: at first it may be one that ends at once."""
@@ -360,9 +362,13 @@ class Lease:
 
     def _read(self, number: int) -> bytes | None:
         try:
-            return (self._folder / _name(number)).read_bytes()
+            return (self._folder / _name(number)).read_bytes(_MOST_BYTES)
         except FileNotFoundError:
             return None
+        except OSError as error:
+            if error.errno != errno.EFBIG:
+                raise
+            return b""  # no run's: it is watched as one that cannot be read
 
     def _succeeds(self, found: _Found) -> bool:
         """Create the next lease after one that has ended; return whether nobody else was faster."""

@@ -249,7 +249,7 @@ class HadoopLocation:
 
         HDFS alone needs this: others are patient by default, also one with several NameNodes.
         """
-        return HadoopLocation(self._uri, self._check, is_patient=True)
+        return HadoopLocation(self._uri, self._check, is_patient=self._scheme == "hdfs")
 
     def _inside(self, name: str) -> str:
         return self._uri + name if self._uri.endswith("/") else f"{self._uri}/{name}"  # the root ends with it

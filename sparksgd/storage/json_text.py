@@ -13,10 +13,13 @@ from typing import Any
 __all__ = ["parsed", "require_bounds"]
 
 _FREE = 1 << 16
+"""So many keys, and so many lists and tables, any text may have."""
+
 _CHARACTERS_OF_EACH = 16
 """What runs write has 25 or more for each key, and 50 or more for each list and table."""
 
-_TEXT = re.compile(rb'"(?:[^"\\]|\\.)*"', re.DOTALL)
+_TEXT = re.compile(rb'"(?:[^"\\]++|\\.)*+(?:"|\\?\Z)', re.DOTALL)
+"""One that nobody ended goes on to the end.  ++ and *+ remember no way back: no quadratic time, no memory."""
 
 
 def parsed(text: bytes) -> Any:

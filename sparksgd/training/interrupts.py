@@ -2,10 +2,10 @@
 
 SIGTERM from a scheduler means the same as Ctrl-C, so `Terminated` is a KeyboardInterrupt.
 
-Python's handlers run in the main thread.  It may wait for an answer of the JVM, and only a signal that is
-given to this thread ends its wait.  The kernel may give it to another thread: of two that come close
-together, as Ctrl-C and the SIGTERM by which the JVM passes it on, half the time.  So a thread is told of
-each signal, and wakes the main thread until that has seen it.
+Python's handlers run in the main thread.  While that waits for an answer of the JVM, only a signal that the
+kernel gives to this thread ends the wait.  If two signals come close together, as Ctrl-C and the SIGTERM by
+which the JVM passes it on, other threads get both half the time.  So a thread is told of each signal, and
+wakes the main thread until that has seen it.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ def _watch(told: socket.socket) -> None:
             number = told.recv(1)[0]
         except TimeoutError:
             if not is_awake:
-                signal.pthread_kill(main, signal.SIGTERM)  # whatever came first is handled first
+                signal.pthread_kill(main, signal.SIGTERM)  # the handler of what came runs with it
             continue
         if number in _SIGNALS and signal.getsignal(number) is _end:  # PySpark's handler comes between
             came.append(number)

@@ -352,24 +352,25 @@ class JobWatch:
             watched.stuck_since_s = None
             return
         since_s = watched.stuck_since_s = watched.stuck_since_s or now_s
-        if now_s - since_s >= _STUCK_S:
+        if now_s - since_s >= _STUCK_S and self._watched is watched:
             log.warning("there was no free slot for %.0f s: the workers leave theirs", now_s - since_s)
             watched.beside = None
             beside.end()
 
     def _look_at(self, watched: Watched) -> None:
-        slots, (ours, others) = self._slots(), self._tasks.running()
+        slots, (ours, others), exist = self._slots(), self._tasks.running(), self._tasks.exist()
         now_s = time.monotonic()
-        if slots or not self._tasks.exist():
+        if slots or not exist:
             watched.starving_since_s = None
         elif self._starves(watched, now_s):
             return
-        beside = watched.beside
+        beside, free = watched.beside, slots - ours - others
         runs = ours if beside is None else max(0, ours - beside.running())  # of its own tasks
-        if self._tasks.exist() and not runs and self._loses_results(watched):
+        # A task whose result was lost has left its slot; one that waits for a slot has no result yet.
+        if exist and not runs and free > 0 and self._loses_results(watched):
             return
         if beside is not None:
-            self._make_room(watched, beside, runs, slots - ours - others, now_s)
+            self._make_room(watched, beside, runs, free, now_s)
         if ours:
             watched.running_since_s = watched.running_since_s or now_s
             ran_s = now_s - watched.running_since_s

@@ -467,7 +467,9 @@ class ServerEngine(SparkEngine):
         event = self._desk.next(timeout_s)
         order = self._orders.note(event)
         if order is None and isinstance(event, Came) and event.frame.kind in (EVALUATED, MISSING):
-            self._desk.drop(event.worker, event.seat, f'it sent a frame of kind "{event.frame.kind}" unasked')
+            why = f'it sent a frame of kind "{event.frame.kind}" unasked'
+            log.warning("worker %d is cut off: %s", event.worker, why)
+            self._desk.drop(event.worker, event.seat, why)
         return event
 
     def _watch(self, needed: int, limit_s: float | None = None) -> AbstractContextManager[Watched]:

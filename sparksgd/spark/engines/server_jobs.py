@@ -192,7 +192,8 @@ class ServerJobs:
         while not all(asked.job.isDone() for asked in self._asked.values()):
             if time.monotonic() > deadline:
                 for asked in self._asked.values():
-                    asked.job.cancel(True)
+                    with cleanup():
+                        asked.job.cancel(True)
                 break
             meanwhile()
         self._asked.clear()
