@@ -90,12 +90,12 @@ def read_record(file: Location) -> dict[str, Any]:
     if not values.keys() & {"format", "sha256"}:
         return values  # the version before wrote neither
     number = values.get("format")
-    if type(number) is not int or number != _FORMAT:
+    if type(number) is int and number > _FORMAT:
         raise ValueError(
             f"{file} is of format {shown(number)}, but this version reads {_FORMAT}: read it with the "
             f"version that wrote it"
         )
-    if values.get("sha256") != digest_of(values):
+    if number != _FORMAT or values.get("sha256") != digest_of(values):
         raise ValueError(
             f"{file} is damaged, or was changed by hand: its sha256 is not that of its fields. Restore it"
         )

@@ -56,7 +56,7 @@ IfRunning = Literal["refuse", "wait"]
 
 _FORMAT = 1
 _NAME = re.compile(r"\.lease-([0-9]{6,})\.json")
-_MOST_BYTES = 1 << 16
+_MOST_BYTES = 1 << 20
 _PART = re.compile(r"\.\.lease-.*\.part")
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.05, 1.0
 """Between two looks at another's lease: at first it may be one that ends at once."""

@@ -17,11 +17,13 @@ import socket
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from types import FrameType
 
 __all__ = ["Terminated", "end_in_order", "ended_by"]
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_HANDLED = 0  # no signal has this number
 _LONGEST_END_S = 25.0
 _WOKEN_EVERY_S = 0.1
 
@@ -60,14 +62,30 @@ def end_in_order(first: Callable[[], object] = lambda: None) -> None:
         told, watched = socket.socketpair()
         told.setblocking(False)
         _told.append(told)
-        signal.set_wakeup_fd(told.fileno(), warn_on_full_buffer=False)
+        os.register_at_fork(after_in_child=_forget_signals)
         threading.Thread(target=_watch, args=[watched], name="sparksgd-signals", daemon=True).start()
+    signal.set_wakeup_fd(_told[0].fileno(), warn_on_full_buffer=False)
+
+
+def _forget_signals() -> None:
+    """Let a forked child end as others do; it has its parent's socket, too, and no thread that reads."""
+    signal.set_wakeup_fd(-1)
+    _told.clear()
+    if signal.getsignal(signal.SIGINT) is _end:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    if signal.getsignal(signal.SIGTERM) is _end:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def _end(number: int, frame: FrameType | None) -> None:
     if _came:
+        if number == _came[0] == signal.SIGINT:
+            os._exit(128 + number)
         return
     _came.append(number)
+    for told in _told:  # asyncio, too, has Python write there, and nowhere afterwards
+        with suppress(OSError):
+            told.send(bytes([_HANDLED]))
     for call in _first:
         call()
     raise KeyboardInterrupt if number == signal.SIGINT else Terminated
@@ -88,7 +106,8 @@ def _watch(told: socket.socket) -> None:
             if not is_awake:
                 signal.pthread_kill(main, signal.SIGTERM)  # the handler of what came runs with it
             continue
-        if number in _SIGNALS and signal.getsignal(number) is _end:  # PySpark's handler comes between
+        # PySpark's handler may be in the place of ours, and raises by itself.
+        if number == _HANDLED or (number in _SIGNALS and signal.getsignal(number) is _end):
             came.append(number)
             ends_at_s = min(ends_at_s, time.monotonic() + _LONGEST_END_S)
-    os._exit(128 + came[0])
+    os._exit(128 + (_came or came)[0])

@@ -38,7 +38,7 @@ def test_the_next_attempt_ends_with_the_same_status_and_words(tmp_path: Path, er
     with pytest.raises(type(error)):
         not_repeated(raising(error), of_attempt(1, tmp_path))
     for number in (2, 3):
-        says = f"^attempt 1 of application_141_0001 ended with: {error}$"
+        says = rf"^attempt 1 of application_141_0001 ended with: {error} \(its log says more: yarn logs -app"
         with pytest.raises(EndedBefore, match=says) as again:
             not_repeated(untouched, of_attempt(number, tmp_path))
         assert again.value.exit_code == error.exit_code

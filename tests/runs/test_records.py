@@ -105,5 +105,7 @@ def test_a_record_of_a_later_format_is_refused(tmp_path: Path) -> None:
     assert read_record(file) == {"steps": {"10": 1, "9": 2}}
     later = {"format": 2, "steps": 1}
     (tmp_path / "run.json").write_text(json.dumps(later | {"sha256": digest_of(later)}))
-    with pytest.raises(ValueError, match="is of another format than 1"):
+    with pytest.raises(
+        ValueError, match="is of format 2, but this version reads 1: read it with the version"
+    ):
         read_record(file)

@@ -105,3 +105,49 @@ def test_a_handler_that_another_package_has_set_since_then_is_left_alone() -> No
             print(interrupts.ended_by())
     """
     assert ended(body) == (0, "resized\nNone\n")
+
+
+def test_a_signal_to_a_forked_child_is_none_to_its_parent() -> None:
+    body = """
+        import multiprocessing
+        interrupts.end_in_order()
+        forked = multiprocessing.get_context("fork")
+        for number in (SIGTERM, SIGINT, SIGINT):
+            begun = forked.Event()
+            def sleep():
+                begun.set()
+                time.sleep(1e6)
+            child = forked.Process(target=sleep)
+            child.start()
+            begun.wait()
+            os.kill(child.pid, number)
+            child.join()
+        try:
+            struck(SIGINT)
+        except KeyboardInterrupt:
+            print(int(interrupts.ended_by()))
+    """
+    status, said = ended(body)
+    assert (status, said.partition("\n")[0]) == (0, "2")
+
+
+def test_it_ends_in_time_although_asyncio_took_the_place_where_signals_are_told() -> None:
+    body = """
+        import asyncio
+
+        async def resized():
+            loop = asyncio.get_running_loop()
+            loop.add_signal_handler(SIGWINCH, print)
+            loop.remove_signal_handler(SIGWINCH)
+
+        interrupts._LONGEST_END_S = 0.5
+        interrupts.end_in_order()
+        asyncio.run(resized())
+        try:
+            signal.raise_signal(SIGTERM)
+        except KeyboardInterrupt:
+            print("goes on", flush=True)
+        while True:
+            time.sleep(1)
+    """
+    assert ended(body) == (128 + signal.SIGTERM, "goes on\n")
