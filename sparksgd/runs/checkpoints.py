@@ -17,7 +17,7 @@ import logging
 import re
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from typing import Any, Self
@@ -25,19 +25,17 @@ from typing import Any, Self
 from sparksgd.config import Config
 from sparksgd.errors import ConfigError, DataError, SparkSGDError
 from sparksgd.runs.checked_files import FileEntry, read_checked, write_checked
-from sparksgd.runs.compared_keys import PATHS, free_keys
-from sparksgd.runs.holder import Holder
+from sparksgd.runs.compared_keys import differences
 from sparksgd.runs.json_files import digest_of, finite, read_json, write_json
-from sparksgd.runs.lease import Lease, unwritable
-from sparksgd.storage import Location, remove_parts, unanswered
+from sparksgd.storage import Location, unanswered
 from sparksgd.training.checkpoint import Checkpoint, Part, RunIdentity, Start
 from sparksgd.training.state import Resumed
 
 __all__ = [
     "CheckpointFolder",
-    "CheckpointFolders",
     "Manifest",
     "manifests",
+    "of_this",
     "trained_anew",
 ]
 
@@ -179,6 +177,32 @@ def manifests(folder: Location, called: str = "") -> list[Manifest]:
     return sorted(found, key=lambda one: (one.step, one.values["written_at"]), reverse=True)
 
 
+def of_this(
+    manifests: Sequence[Manifest],
+    config: Config,
+    fingerprints: Mapping[str, str],
+    *,
+    free: frozenset[str],
+) -> list[Manifest]:
+    """Return the checkpoints of a run; those of another one, which lie beside them, are named in a warning.
+
+    Args:
+        manifests: of a folder.
+        config, fingerprints, free: see `differences`.
+    """
+    found = []
+    for manifest in manifests:
+        different = differences(manifest.values, config, fingerprints, free=free)
+        if different:
+            log.warning(
+                "the checkpoint of step %d in %s is left out, because it is of another run: %s",
+                manifest.step, manifest.folder, "; ".join(different),
+            )  # fmt: skip
+        else:
+            found.append(manifest)
+    return found
+
+
 def trained_anew(called: str) -> str:
     """Return how a run that cannot go on is trained anew, in the caller's words.
 
@@ -238,6 +262,7 @@ class CheckpointFolder:
         _refuse_other_rows(self._starts[0], run, self._anew)
         for number, manifest in enumerate(self._starts):
             try:
+                _refuse_other_rows(manifest, run, self._anew)
                 checkpoint = manifest.checkpoint()
             except DataError as error:
                 log.warning("the checkpoint of step %d is left out: %s", manifest.step, error)
@@ -344,118 +369,6 @@ class CheckpointFolder:
         for entry in manifest.entries.values():
             (self.folder / entry.name).remove()
         self._written.remove(manifest)  # last: what could not be removed now, is with the next checkpoint
-
-
-_STOPPED: dict[str, str] = {}
-"""{subfolder that a module leads to, as a run of this process left it: name of that run's subfolder}."""
-
-
-class CheckpointFolders:
-    """The checkpoints of many runs in one folder; each run has a subfolder, named by what it is of.
-
-    A context manager: from `begin` to the end of its block, no other run writes to that subfolder.
-
-    Args:
-        folder: of all of them.
-        config: of this run.
-        fingerprints: of its files and code.
-    """
-
-    def __init__(self, folder: Location, config: Config, fingerprints: Mapping[str, str]) -> None:
-        self._leases = ExitStack()
-        self._folder, self._config, self._fingerprints = folder, config, fingerprints
-        self._run: RunIdentity | None = None
-        self._own: CheckpointFolder | None = None
-
-    def begin(self, run: RunIdentity) -> Start | None:
-        """Return the checkpoint that the run goes on from; None: it begins anew.
-
-        Raises:
-            ConfigError: another training of the same run holds its subfolder; or the run is not finished,
-                and nothing can be written there.
-            ClusterError: its file system does not answer.
-        """
-        self._run = run
-        folder = self._subfolder(run)
-        lease, unwritten = Lease(folder, Holder.here(folder.name), called="checkpoint_dir"), None
-        try:
-            self._leases.enter_context(lease.held())
-            remove_parts(folder)
-            place = folder.guarded(lease.check)
-        except OSError as error:
-            place, unwritten = folder, error  # a finished run can be read there
-        about = {"run_id": folder.name, "config": self._config.to_dict(), "fingerprints": self._fingerprints}
-        try:
-            self._own = CheckpointFolder(
-                place, about, manifests(place, "checkpoint_dir"), called="checkpoint_dir"
-            )
-        except OSError as error:
-            raise unwritable(folder, error, "checkpoint_dir") from error
-        start = self._own.begin(run)
-        if unwritten is not None and (start is None or start.checkpoint.turns < run.total_turns):
-            raise unwritable(folder, unwritten, "checkpoint_dir") from unwritten
-        return start
-
-    def _subfolder(self, run: RunIdentity) -> Location:
-        own = self._folder / self._name_of(run)
-        if (stopped := _STOPPED.get(str(own))) is not None:
-            with suppress(OSError):  # it was removed
-                if (self._folder / stopped).names_of("checkpoint-*.json"):
-                    return self._folder / stopped
-        return own
-
-    def _name_of(self, run: RunIdentity) -> str:
-        free = free_keys(self._config)
-        shaping = {key: value for key, value in run.experiment.items() if key not in free | PATHS}
-        identity: dict[str, Any] = {
-            "experiment": shaping,
-            "files": {key: digest for key, digest in self._fingerprints.items() if key not in free},
-            "data_digest": run.data_digest,
-            "module": run.module,
-            "parameters": run.parameters,
-        }
-        if "data.test" not in free:
-            identity["test_digest"] = run.test_digest
-        if run.settings:  # a run that sets none has the name that it always had
-            identity["settings"] = dict(run.settings)
-        return digest_of(identity)[:16]
-
-    def stopped(self, parameters: str | None) -> None:
-        """Let a training of the module that this run has left go on from this run's checkpoints.
-
-        Args:
-            parameters: digest of those of the module; None: the run is finished, and the next one is another.
-        """
-        if self._run is None or self._own is None:
-            return
-        for before in [left for left, own in _STOPPED.items() if own == self._own.folder.name]:
-            del _STOPPED[before]
-        if parameters is not None:
-            left = self._folder / self._name_of(replace(self._run, parameters=parameters))
-            _STOPPED[str(left)] = self._own.folder.name
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *failed: object) -> None:
-        self._leases.close()
-
-    def write(self, checkpoint: Checkpoint) -> str:
-        """Write a checkpoint, and remove those that are not kept; return its name."""
-        return self._of_run.write(checkpoint)
-
-    def read(self, name: str) -> Checkpoint:
-        """Read a checkpoint as a later run would."""
-        return self._of_run.read(name)
-
-    def remove(self, name: str) -> None:
-        """Remove a checkpoint."""
-        self._of_run.remove(name)
-
-    @property
-    def _of_run(self) -> CheckpointFolder:
-        assert self._own is not None, "begin comes first"
-        return self._own
 
 
 def _file_of(name: str, part: str) -> str:

@@ -32,13 +32,12 @@ from sparksgd.errors import ConfigError, DataError, SparkSGDError
 from sparksgd.imports import shortened, shown
 from sparksgd.runs.asked import Asked, IfExists
 from sparksgd.runs.checked_files import FileEntry, checked_bytes, read_unlisted
-from sparksgd.runs.checkpoints import Manifest, manifests
-from sparksgd.runs.compared_keys import PATHS, free_keys
+from sparksgd.runs.checkpoints import Manifest, manifests, of_this
+from sparksgd.runs.compared_keys import PATHS, differences, free_keys
 from sparksgd.runs.json_files import read_about_run, read_record
 from sparksgd.runs.manifest import read_manifest
 from sparksgd.runs.metrics import metrics_lines
 from sparksgd.runs.names import CHECKPOINTS, METRICS, MODEL, RUN, SUMMARY, TRACE
-from sparksgd.solvers.rules import completed
 from sparksgd.storage import Location, location, unanswered
 
 __all__ = ["Found", "earlier_run", "resumable", "with_more_steps"]
@@ -109,13 +108,14 @@ def resumable(folder: Location, config: Config, fingerprints: Mapping[str, str],
     then = with_checkpoints[0].values
     unknown = {key for key in PATHS if (key in then["fingerprints"]) != (key in fingerprints)}
     free = free_keys(config) | unknown  # rows have a digest, too
-    different = _differences(then, config, fingerprints, free=free)
+    different = differences(then, config, fingerprints, free=free)
     if different:
         raise ConfigError(
             f"{called} {folder} holds a run, but not of this: {'; '.join(different)}. Name the folder of "
             f"another run, or begin anew"
         )
-    return Found(starts=with_checkpoints, origin=folder, last_step=_last_step(folder))
+    starts = of_this(with_checkpoints, config, fingerprints, free=free)
+    return Found(starts=starts, origin=folder, last_step=_last_step(folder))
 
 
 def with_more_steps(one: Found, other: Found) -> Found:
@@ -173,6 +173,7 @@ def _own_run(out: Location, asked: Asked, *, goes_on: bool) -> Found:
         return Found()
     try:
         about, summary = _about(out), _summary(out)
+        _require_one_run(about, summary)
         strays = [] if about else [name for name in (SUMMARY, MODEL, METRICS, TRACE) if (out / name).exists()]
     except OSError as error:
         raise _unreadable(out, error) from error
@@ -190,7 +191,7 @@ def _own_run(out: Location, asked: Asked, *, goes_on: bool) -> Found:
         return Found()
     is_finished = summary is not None and summary["status"] == "finished"
     then = about or with_checkpoints[0].values
-    different = _differences(then, asked.config, asked.fingerprints)
+    different = differences(then, asked.config, asked.fingerprints)
     if is_finished and asked.if_exists == "fail":
         raise ConfigError(
             f"--out {out} holds a finished run, and --if-exists is fail: name another folder, or pass "
@@ -206,14 +207,15 @@ def _own_run(out: Location, asked: Asked, *, goes_on: bool) -> Found:
             return Found(is_done=True)
         log.warning("--out %s holds a finished run of this, but not its model: %s", out, damage)
     newest = with_checkpoints[0].values if with_checkpoints else then
-    free: frozenset[str] = frozenset()
-    if with_checkpoints:
-        free = _LATER_END if is_finished else free_keys(asked.config)
-    different = _differences(newest, asked.config, asked.fingerprints, free=free)
+    free = free_keys(asked.config)
+    if is_finished:
+        free = _LATER_END if with_checkpoints else frozenset()
+    different = differences(newest, asked.config, asked.fingerprints, free=free)
     if different:
         what = "a finished run" if is_finished else f"a run that ended early ({_status(summary)})"
         return _kept(out, asked, f"{what}, but not of this: {'; '.join(different)}")
-    return _going_on(out, summary, with_checkpoints, goes_on=goes_on)
+    starts = of_this(with_checkpoints, asked.config, asked.fingerprints, free=free)
+    return _going_on(out, summary, starts, goes_on=goes_on)
 
 
 def _going_on(out: Location, summary: Any, starts: Sequence[Manifest], *, goes_on: bool) -> Found:
@@ -248,6 +250,7 @@ def _about(out: Location) -> Any:
     return {
         "config": Config.from_dict(about["config"]).to_dict(),
         "fingerprints": dict(about["fingerprints"]),
+        "run_id": about.get("run_id"),
     }
 
 
@@ -257,7 +260,20 @@ def _summary(out: Location) -> Any:
         summary = read_record(out / SUMMARY)
     except FileNotFoundError:
         return None
-    return {key: str(summary[key]) for key in ("status", "parameters_sha256")}
+    return {key: str(summary[key]) for key in ("status", "parameters_sha256")} | {
+        "run_id": summary.get("run_id")
+    }
+
+
+def _require_one_run(about: Any, summary: Any) -> None:
+    """Refuse a summary that was put beside another run's description.
+
+    Raises:
+        ValueError: it is of another run.
+    """
+    runs = [None if each is None else each["run_id"] for each in (about, summary)]
+    if None not in runs and runs[0] != runs[1]:
+        raise ValueError(f"{RUN} is of run {shown(runs[0])}, but {SUMMARY} is of run {shown(runs[1])}")
 
 
 def _status(summary: Any) -> str:
@@ -296,40 +312,3 @@ def _damage(out: Location, summary: Any) -> str | None:
     except DataError as error:
         return str(error)
     return None
-
-
-def _differences(
-    then: Mapping[str, Any],
-    config: Config,
-    fingerprints: Mapping[str, str],
-    *,
-    free: frozenset[str] = frozenset(),
-) -> list[str]:
-    """Return how an earlier run is of something else, as sentences.
-
-    Args:
-        then: its config and fingerprints.
-        config: of the run that is to begin.
-        fingerprints: of that run.
-        free: keys that may differ.
-    """
-    then_config = Config.from_dict(then["config"])
-    if then_config.solver.name == config.solver.name:  # else its rule may be code that nobody trusts
-        then_config = completed(then_config)
-    was, now = then_config.experiment(), completed(config).experiment()
-    files = then["fingerprints"]
-    found = [
-        f"{key} is {shown(now.get(key))}, but was {shown(was.get(key))}"
-        for key in sorted((was.keys() | now.keys()) - PATHS - free)
-        if was.get(key) != now.get(key)
-    ]
-    for key in sorted((files.keys() | fingerprints.keys()) - free):
-        if files.get(key) != fingerprints.get(key):
-            if key in PATHS:
-                found.append(f"the files of {key} are different ones, or were changed since ({now.get(key)})")
-            elif key in now:
-                if now[key] == was.get(key):  # else the difference is named already
-                    found.append(f"the code of {key} was changed since ({now[key]})")
-            else:
-                found.append("only one of the two is a replay, or they replay different runs")
-    return found

@@ -3,10 +3,15 @@ run."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
+
+from torch import nn
 
 from sparksgd.config import Config
 from sparksgd.errors import DataError
+from sparksgd.imports.given_code import given_code_digest
 from sparksgd.imports.sources import code_digests
 from sparksgd.storage import fingerprint, has_scheme, unanswered
 from sparksgd.training.replay import Replay
@@ -14,12 +19,15 @@ from sparksgd.training.replay import Replay
 __all__ = ["fingerprints_of"]
 
 
-def fingerprints_of(config: Config, replay: Replay | None = None) -> dict[str, str]:
+def fingerprints_of(
+    config: Config, replay: Replay | None = None, given: Mapping[str, Any] | None = None
+) -> dict[str, str]:
     """Return what tells the input of a run from that of another, by the key that names it.
 
     Args:
         config: `data.train` and `data.test` name the files, if any.
         replay: the run to be repeated.
+        given: what was given in Python instead of a name: "module", "loss"; None where it was not.
 
     Returns:
         Digests of the files, of the user's own code, and of the run to be repeated.
@@ -44,6 +52,11 @@ def fingerprints_of(config: Config, replay: Replay | None = None) -> dict[str, s
         "solver.name": config.solver.name,
     }
     found |= code_digests(code)
+    for key, value in (given or {}).items():
+        if value is not None:
+            parts = [type(part) for part in value.modules()] if isinstance(value, nn.Module) else [value]
+            digest = given_code_digest(parts)
+            found |= {} if digest is None else {key: digest}
     if replay is not None:
         found["replay"] = replay.fingerprint()
     return found

@@ -87,9 +87,10 @@ def train(
             fewer epochs: training goes on from its last checkpoint, to the same bits as a run that was never
             stopped. It needs `out`, which may be the same folder.
         checkpoint_dir: a folder for the checkpoints of many runs, as of a cross-validation: each has a
-            subfolder, named by its configuration, rows and code. A run that has checkpoints there goes on
-            from the last one; one that is finished there makes no step. A second training of the same
-            run is refused while the first one still trains.
+            subfolder, named by its configuration, rows, module and code. A run that has checkpoints there
+            goes on from the last one, as one of more epochs does from that of a shorter one; a run that is
+            finished there makes no step. A second training of the same run is refused while the first one
+            still trains.
 
     Returns:
         The run, which has ended. Its `module` is trained, `evaluations` has the test loss and accuracy of
@@ -141,7 +142,8 @@ def train(
     kinds = allowed_engines(config, replay)
     on_spark = kinds[0].on_spark
     lead_to_hadoop()
-    folder, checkpoints_of = _files(config, out, resume_from, checkpoint_dir, replay)
+    given_code = {"module": module, "loss": own_loss}
+    folder, checkpoints_of = _files(config, out, resume_from, checkpoint_dir, replay, given_code)
     with ExitStack() as run:
         if folder is not None:
             run.enter_context(folder.held())
@@ -220,7 +222,12 @@ def _with_paths(config: Config, rows: _Rows, test: _Rows | None) -> Config:
 
 
 def _files(
-    config: Config, out: object, resume_from: object, checkpoint_dir: object, replay: Replay | None
+    config: Config,
+    out: object,
+    resume_from: object,
+    checkpoint_dir: object,
+    replay: Replay | None,
+    given_code: Mapping[str, Any],
 ) -> tuple[RunFolder | None, Callable[[ExitStack], CheckpointStore | None]]:
     """Return what writes the run's folder, and what finds its checkpoints once that is held.
 
@@ -228,13 +235,13 @@ def _files(
         ConfigError: an argument names no folder, or does not go with another.
         DataError: a file is missing.
     """
-    from sparksgd.runs.checkpoints import CheckpointFolders
+    from sparksgd.runs.checkpoint_dir import CheckpointFolders
     from sparksgd.runs.earlier import Found, resumable, with_more_steps
     from sparksgd.runs.fingerprints import fingerprints_of
     from sparksgd.runs.folder import RunFolder
     from sparksgd.runs.names import CHECKPOINTS
 
-    fingerprints = fingerprints_of(config, replay)
+    fingerprints = fingerprints_of(config, replay, given_code)
     places = {"out": out, "resume_from": resume_from, "checkpoint_dir": checkpoint_dir}
     given = {name: _folder_named(name, value) for name, value in places.items() if value is not None}
     if "resume_from" in given and ("out" not in given or "checkpoint_dir" in given):

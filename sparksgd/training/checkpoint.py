@@ -83,11 +83,11 @@ class RunIdentity:
     """Turns of one pass over the rows."""
 
     module: str | None = None
-    """Digest of what no checkpoint replaces in a module that was given in Python; None for one that is built
-    from its name."""
+    """Digest of what no checkpoint replaces in the module, see `unreplaced_digest`."""
 
     parameters: str | None = None
-    """Digest of such a module's first parameters."""
+    """Digest of the first parameters of a module that was given in Python; None for one that is built from
+    its name."""
 
     settings: Mapping[str, str] = field(default_factory=dict)
     """Those of torch that the user's program has set, see `set_by_the_user`."""
@@ -238,11 +238,18 @@ def _load(start: Start, training: Training, solver: CentralSolver) -> None:
             f"the checkpoint of step {checkpoint.step} is of another module: {different}. Pass the module "
             f"that it is of, or {start.anew}"
         )
-    if run["unreplaced"] != training.unreplaced:
+    is_unknown = run["unreplaced"] is None and training.model_name is not None  # to the version before
+    if run["unreplaced"] != training.unreplaced and not is_unknown:
+        as_then = "Pass the module as it was built then"
+        if training.model_name is not None:
+            as_then = (
+                f"Let {training.model_name} build the same again, whatever it reads or draws (a file, an "
+                f"environment variable, random numbers without a seed)"
+            )
         raise ModelError(
             f"the checkpoint of step {checkpoint.step} is of another module: a number or a text that it "
-            f"keeps is another now, such as the rate of a dropout, or a tensor that is not trained. Pass "
-            f"the module as it was built then, or {start.anew}"
+            f"keeps is another now, such as the rate of a dropout, or a tensor that is not trained. "
+            f"{as_then}, or {start.anew}"
         )
     check_solver(state, training.flat, solver, checkpoint.step, checkpoint.turns)
     training.version, training.turns = checkpoint.step, checkpoint.turns

@@ -148,7 +148,7 @@ def train(
     settings = driver_settings(config.train.threads)
     start = unreplaced = None
     if checkpoints is not None:
-        identity = _identity(config, checked, total_turns, settings, flat if model_name is None else None)
+        identity = _identity(config, checked, total_turns, settings, flat, is_given=model_name is None)
         start, unreplaced = checkpoints.begin(identity), identity.module
     with ExitStack() as stack:
         first_deal = 0 if start is None else start.checkpoint.deal
@@ -208,12 +208,18 @@ def train(
 
 
 def _identity(
-    config: Config, checked: Checked, total_turns: int, settings: Settings, given: FlatModule | None
+    config: Config,
+    checked: Checked,
+    total_turns: int,
+    settings: Settings,
+    flat: FlatModule,
+    *,
+    is_given: bool,
 ) -> RunIdentity:
-    """Return what a run is, with a module that was given in Python."""
+    """Return what a run is; of a module that was given in Python the first parameters count, too."""
     return RunIdentity(
-        module=None if given is None else unreplaced_digest(given),
-        parameters=None if given is None else given.parameters_sha256(),
+        module=unreplaced_digest(flat),
+        parameters=flat.parameters_sha256() if is_given else None,
         experiment=config.experiment(),
         data_digest=checked.rows.data_digest,
         test_digest=None if checked.test_rows is None else checked.test_rows.data_digest,

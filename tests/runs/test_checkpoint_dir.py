@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import errno
 from pathlib import Path
+from textwrap import dedent
+from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
 from two_workers import rows_of
 
 import sparksgd
@@ -23,11 +26,20 @@ CONFIG = {
 }
 
 
-def trained(folder: Path, observers: tuple[Observer, ...] = (), *, lr: float = 0.05) -> Training:
+def trained(
+    folder: Path,
+    observers: tuple[Observer, ...] = (),
+    *,
+    lr: float = 0.05,
+    epochs: int = 2,
+    module: Any = None,
+) -> Training:
     if not (folder / "rows").exists():  # written again, it would be other rows
         rows_of(folder / "rows")
-    config = CONFIG | {"optimizer": {"lr": lr}}
-    return sparksgd.train(config, folder / "rows", checkpoint_dir=folder / "all", observers=observers)
+    config = CONFIG | {"optimizer": {"lr": lr}, "train": CONFIG["train"] | {"epochs": epochs}}
+    return sparksgd.train(
+        config, folder / "rows", checkpoint_dir=folder / "all", observers=observers, module=module
+    )
 
 
 class At(Observer):
@@ -66,6 +78,53 @@ def test_the_same_run_at_the_same_time_is_refused(tmp_path: Path) -> None:
 def test_another_run_at_the_same_time_has_its_own_place(tmp_path: Path) -> None:
     trained(tmp_path, (At(lambda: trained(tmp_path, lr=0.01)),))
     assert len(list((tmp_path / "all").iterdir())) == 2
+
+
+def test_runs_that_differ_in_their_ends_alone_do_not_meet_and_the_longer_goes_on(tmp_path: Path) -> None:
+    made = {epochs: trained(tmp_path, epochs=epochs) for epochs in (2, 4, 1, 3)}
+    began = {epochs: [one.step for one in run.resumed] for epochs, run in made.items()}
+    assert began == {2: [], 4: [made[2].version], 1: [], 3: [made[2].version]}
+    digests = [run.flat.parameters_sha256() for run in made.values()]
+    for epochs, digest in zip(made, digests, strict=True):
+        assert trained(tmp_path / f"alone {epochs}", epochs=epochs).flat.parameters_sha256() == digest
+    trained(tmp_path, (At(lambda: trained(tmp_path, epochs=5)),), epochs=6)
+
+
+def test_checkpoints_of_another_run_in_a_place_are_left_out(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    whole = trained(tmp_path)
+    (own,) = (tmp_path / "all").iterdir()
+    trained(tmp_path, lr=0.01)
+    (other,) = (place for place in (tmp_path / "all").iterdir() if place != own)
+    for file in own.glob("checkpoint-*"):
+        file.rename(other / file.name)
+    again = trained(tmp_path, lr=0.01)
+    assert again.flat.parameters_sha256() != whole.flat.parameters_sha256()
+    assert "is left out, because it is of another run: optimizer.lr is 0.01, but was 0.05" in caplog.text
+
+
+def test_other_code_of_a_module_is_another_run(tmp_path: Path) -> None:
+    first, other = classes_of("x"), classes_of("-x")
+    torch.manual_seed(1)
+    trained(tmp_path, module=first(4, 1))
+    torch.manual_seed(1)
+    assert trained(tmp_path, module=other(4, 1)).resumed == []
+    torch.manual_seed(1)
+    assert len(trained(tmp_path, module=first(4, 1)).resumed) == 1
+
+
+def classes_of(given: str) -> Any:
+    """Return a class of a notebook, whose forward computes with what is given."""
+    place = ModuleType("__main__")
+    text = f"""
+        class Net(torch.nn.Linear):
+            def forward(self, x):
+                return super().forward({given})
+        """
+    vars(place)["torch"] = torch
+    exec(dedent(text), vars(place))
+    return vars(place)["Net"]
 
 
 def test_a_run_whose_place_was_taken_writes_nothing_more(tmp_path: Path) -> None:

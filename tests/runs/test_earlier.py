@@ -274,6 +274,30 @@ def test_one_without_a_checkpoint_begins_anew_but_not_where_it_must_go_on(tmp_pa
         look(tmp_path, resume="must")
 
 
+def test_one_without_a_checkpoint_may_begin_anew_with_another_end(tmp_path: Path) -> None:
+    write(tmp_path, None)
+    assert look(tmp_path, LONGER, FILES | {"data.test": "8"}) == Found()
+
+
+def test_checkpoints_of_another_run_beside_its_own_are_left_out(
+    killed: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_checkpoint(killed, 5, ANOTHER)
+    assert steps(look(killed)) == [6, 4]
+    assert steps(look(killed.parent / "new", resume=str(killed))) == [6, 4]
+    assert "the checkpoint of step 5 in" in caplog.text
+    assert "of another run: optimizer.lr is 0.5, but was 0.25" in caplog.text
+
+
+@pytest.mark.parametrize("of_summary", ["b", 7])
+def test_a_summary_of_another_run_is_not_believed(finished: Path, of_summary: object) -> None:
+    for name, run_id in (("run.json", "a"), ("summary.json", of_summary)):
+        about = json.loads((finished / name).read_text()) | {"run_id": run_id}
+        (finished / name).write_text(json.dumps(about))
+    with pytest.raises(ConfigError, match=rf"is of run 'a', but summary\.json is of run {of_summary!r}"):
+        look(finished)
+
+
 def test_one_without_a_checkpoint_is_kept_from_another(tmp_path: Path) -> None:
     write(tmp_path, None)
     with pytest.raises(ConfigError, match="--if-exists archive"):

@@ -93,6 +93,43 @@ def test_other_modules_have_checkpoints_of_their_own(jobs: Jobs, tmp_path: Path)
             train(**kind, out=tmp_path / "three", resume_from=tmp_path / "one")
 
 
+NAMED = """
+import os
+import torch
+
+class Net(torch.nn.Linear):
+    def __init__(self):
+        super().__init__(4, 2)
+        drawn = torch.frombuffer(bytearray(os.urandom(4)), dtype=torch.uint8).float()
+        self.{held}
+
+    def forward(self, x):
+        return super().forward(x * self.kept)
+"""
+
+
+@pytest.mark.parametrize(
+    "held",
+    [
+        'register_buffer("kept", drawn)',
+        "kept = float(drawn.sum())",
+        "kept = torch.nn.Parameter(drawn, False)",
+    ],
+)
+def test_a_name_that_builds_another_module_each_time_is_refused(
+    jobs: Jobs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, held: str
+) -> None:
+    monkeypatch.syspath_prepend(str(tmp_path))
+    name = f"built_anew_{abs(hash(held))}"
+    (tmp_path / f"{name}.py").write_text(NAMED.format(held=held))
+    config = jobs.config({"model": {"name": f"{name}:Net"}}, EVERY_STEP)
+    rows, out = str(jobs.folder / "rows.parquet"), tmp_path / "out"
+    with pytest.raises(KeyboardInterrupt):
+        sparksgd.train(config, rows, out=out, observers=[Stops(7)])
+    with pytest.raises(ModelError, match=rf"that is not trained\. Let {name}:Net build the same again"):
+        sparksgd.train(config, rows, out=out, resume_from=out)
+
+
 def test_other_test_rows_are_evaluated_where_no_step_is_left(jobs: Jobs, tmp_path: Path) -> None:
     rows, config = str(jobs.folder / "rows.parquet"), jobs.config({"train": {"epochs": 1}})
     others = str(tmp_path / "others.parquet")
