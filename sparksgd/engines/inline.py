@@ -64,6 +64,10 @@ class InlineEngine:
         self._gossip_turns: GossipTurns | None = None
 
     @staticmethod
+    def check_code(*parts: object, replica: object = None) -> None:
+        """Refuse nothing: this process has imported all parts."""
+
+    @staticmethod
     def check_memory(sizes: RunSizes, num_shards: int) -> None:
         """Refuse a run that takes more memory than this machine has."""
         require_here(sizes, num_shards)

@@ -255,6 +255,18 @@ class MakeEngine(Protocol):
         """Return the possible engines."""
         ...
 
+    def check_code(self, *parts: object, replica: object = None) -> None:
+        """Refuse parts whose modules workers cannot import, before the rows are dealt.
+
+        Args:
+            parts: what every worker gets.
+            replica: what workers get only if they update by themselves.
+
+        Raises:
+            ModelError: with the module, the host, and how to bring it.
+        """
+        ...
+
     def check_memory(self, sizes: RunSizes, num_shards: int, /) -> None:
         """Refuse a run that takes more memory than there is, before its rows are dealt.
 

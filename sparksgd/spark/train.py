@@ -17,7 +17,7 @@ from sparksgd.engines.compute import Plan
 from sparksgd.engines.kinds import ALLREDUCE, EngineKind, candidates, first_of_each_name
 from sparksgd.engines.memory import RunSizes, Takes
 from sparksgd.engines.protocol import Engine
-from sparksgd.errors import ClusterError, ConfigError, OutOfMemory, SparkSGDError
+from sparksgd.errors import ClusterError, ConfigError, ModelError, OutOfMemory, SparkSGDError
 from sparksgd.imports import resolve
 from sparksgd.solvers.protocol import Need
 from sparksgd.solvers.rules import completed, described
@@ -25,6 +25,7 @@ from sparksgd.spark.cluster.cluster import Cluster
 from sparksgd.spark.cluster.failures import final_error, session_stopped
 from sparksgd.spark.cluster.memory import require_memory, warn_of_slow_results
 from sparksgd.spark.cluster.slots import WorkerDemand
+from sparksgd.spark.cluster.users_modules import require_modules, users_modules
 from sparksgd.spark.engines.base import SparkEngine
 from sparksgd.spark.frame_rows import DataFrameRows, read_parquet
 from sparksgd.spark.session import check_session, refuse_plain_shards
@@ -154,12 +155,24 @@ class _OnCluster:
         self._cluster, self._config = cluster, config
         self.kinds = first_of_each_name(kinds)
         self._takes: dict[EngineKind, Takes] = {}
-        self._too_large: str | None = None
+        self._left_out: str | None = None
 
     def check(self) -> None:
         """Refuse what cannot work at the driver, before the rows are dealt."""
         if len(self.kinds) == 1:
             _class_of(self.kinds[0]).check(self._cluster, self._config)
+
+    def check_code(self, *parts: object, replica: object = None) -> None:
+        """Refuse parts that executors cannot import; leave all-reduce out, if it is only the replica."""
+        require_modules(self._cluster, users_modules(*parts))
+        if replica is not None and ALLREDUCE in self.kinds:
+            try:
+                require_modules(self._cluster, users_modules(replica))
+            except ModelError as error:
+                if len(self.kinds) == 1:
+                    raise
+                self.kinds.remove(ALLREDUCE)
+                self._left_out = str(error)
 
     def check_memory(self, sizes: RunSizes, num_shards: int, /) -> None:
         """Leave out the engines that take more memory than there is; refuse the run if that are all."""
@@ -172,12 +185,13 @@ class _OnCluster:
                 self.kinds.remove(kind)
         if not self.kinds:
             raise refused[0]
-        self._too_large = str(refused[0]) if refused else None
+        if refused:
+            self._left_out = str(refused[0])
 
     def __call__(self, plan: Plan, shards: Shards, test: Shards | None, /) -> Engine:
         """Return the engine; if there was a choice, log the reason for it."""
         *tried, last = self.kinds
-        reason = self._too_large
+        reason = self._left_out
         if reason is None and last.name != self._config.name:
             cannot = "does not carry this run" if self._config.barrier else "needs engine.barrier = true"
             reason = f"{ALLREDUCE.name} {cannot}"

@@ -26,13 +26,14 @@ from sparksgd.config import Config
 from sparksgd.data.source import RowSource
 from sparksgd.engines.compute import Plan
 from sparksgd.engines.freed_memory import freed_memory_kept_in_block
+from sparksgd.engines.kinds import ALLREDUCE
 from sparksgd.engines.modes import begin_training
 from sparksgd.engines.protocol import Engine, MakeEngine, StepReport
 from sparksgd.engines.trial.outside import watch_steps
 from sparksgd.errors import NotFinite, UpdateNotFinite
 from sparksgd.imports import out_of_memory_told
 from sparksgd.imports.sources import code_digests
-from sparksgd.models.losses import Loss
+from sparksgd.models.losses import Loss, make_loss
 from sparksgd.models.metrics import metric_values
 from sparksgd.solvers.protocol import CentralSolver, Need, RoundSolver, total_weight
 from sparksgd.solvers.rules import completed, make_solver
@@ -127,12 +128,15 @@ def train(
     if module is None:
         module = build_module(config.model, config.train.seed)
     begin_training(module)
+    loss = loss or make_loss(config.loss, config.train.seed)
+    make_engine.check_code(module, loss)
     checked = check(
         config, module, rows, test, loss=loss,
         kinds=make_engine.kinds, replay=replay, dtype=probe.dtype, is_named=model_name is not None,
     )  # fmt: skip
     flat = FlatModule(module, probe.dtype)
     solver = _solver(config, flat, checked, replay)
+    make_engine.check_code(solver.halves, replica=_replica(solver, make_engine))
     evaluates = checked.test_rows is not None
     sizes = sizes_of(config, flat, solver, checked.schema, checked.optimiser_bytes, evaluates=evaluates)
     make_engine.check_memory(sizes, config.train.num_shards)
@@ -205,6 +209,11 @@ def train(
             if checkpoints is not None and model_name is None:
                 checkpoints.stopped(None if training.is_finished else flat.parameters_sha256())
         return training
+
+
+def _replica(solver: CentralSolver, make_engine: MakeEngine) -> object:
+    """Return what makes a solver in each worker, if an engine has workers with solvers."""
+    return cast(RoundSolver, solver).make_replica() if ALLREDUCE in make_engine.kinds else None
 
 
 def _identity(

@@ -114,7 +114,7 @@ def check(
     rows: RowSource,
     test: RowSource | None,
     *,
-    loss: Loss | None,
+    loss: Loss,
     kinds: Sequence[EngineKind],
     replay: Replay | None,
     dtype: torch.dtype,
@@ -127,7 +127,7 @@ def check(
         module: the module.
         rows: rows to train on; every one is read once.
         test: rows to evaluate on; every one is read once.
-        loss: the loss; None: the configuration names it.
+        loss: one value per row.
         kinds: the engines that may compute it.
         replay: the run to be repeated.
         dtype: type of the parameters.
@@ -137,7 +137,7 @@ def check(
         SparkSGDError: see errors.py.
     """
     without_compiler()  # before this process makes its first optimiser
-    loss, kind = loss or make_loss(config.loss, config.train.seed), loss_kind(config.loss)
+    kind = loss_kind(config.loss)
     needs = needs_in(config, replay)
     check_engine(config, kinds, needs)
     check_judged(config, evaluates=test is not None, classifies=has_accuracy(kind))

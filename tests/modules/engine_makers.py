@@ -16,6 +16,9 @@ class Inline:
     make: Callable[..., Any]
     kinds = (INLINE,)
 
+    def check_code(self, *_: Any, **__: Any) -> None:
+        """Refuse nothing."""
+
     def check_memory(self, *_: Any) -> None:
         """Refuse nothing."""
 

@@ -169,13 +169,59 @@ def test_results_above_the_message_size_are_named(spark, setting, small, caplog)
     assert "spark.rpc.message.maxSize is 1.0 MB: results go through the block" in caplog.text
 
 
-def test_a_module_that_executors_cannot_import_is_named(spark, small, tmp_path, monkeypatch):
+@pytest.fixture
+def only_here(tmp_path, monkeypatch):
+    """Let the driver have a module that executors cannot import."""
     (tmp_path / "only_here.py").write_text(
-        "from users_modules import DropoutNet as Net\nclass Mine(Net): ...\n"
+        "import torch\n"
+        "from users_modules import DropoutNet as Net\n"
+        "class Mine(Net): ...\n"
+        "class Steps(torch.optim.SGD): ...\n"
+        "def loss(output, label): return torch.nn.functional.cross_entropy(output, label, reduction='none')\n"
+        "def made(**arguments): return Net(**arguments)\n"
     )
     monkeypatch.syspath_prepend(str(tmp_path))
-    with pytest.raises(ModelError, match=r"finds no module 'only_here': ship it with --py-files"):
-        refused(spark, spark.read.parquet(small), "model.name=only_here:Mine")
+    yield
+    sys.modules.pop("only_here", None)
+
+
+MISSING = r"Python on \S+ \(\S+\) finds no module 'only_here': ship it with --py-files"
+
+
+@pytest.mark.usefixtures("only_here")
+@pytest.mark.parametrize("setting", ["model.name=only_here:Mine", "loss.name=only_here:loss"])
+def test_a_module_that_executors_cannot_import_is_named_before_rows_are_read(
+    spark, monkeypatch, small, setting
+):
+    monkeypatch.setattr("sparksgd.training.loop.check", None)  # it reads the rows
+    with pytest.raises(ModelError, match=MISSING):
+        refused(spark, spark.read.parquet(small), setting)
+
+
+@pytest.mark.usefixtures("only_here")
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ("engine.name=allreduce",),
+        ("engine.name=tree", "solver.name=local_sgd"),
+    ],
+)
+def test_an_optimiser_that_workers_cannot_import_is_named_before_rows_are_dealt(
+    spark, small, caplog, settings
+):
+    with caplog.at_level(logging.INFO, "sparksgd"), pytest.raises(ModelError, match=MISSING):
+        refused(spark, spark.read.parquet(small), "optimizer.name=only_here:Steps", *settings)
+    assert "dealt" not in caplog.text
+
+
+@pytest.mark.usefixtures("only_here")
+def test_what_workers_need_not_import_may_be_on_the_driver_only(spark, small, caplog):
+    settings = ["model.name=only_here:made", "optimizer.name=only_here:Steps", "engine.name=auto"]
+    config = configured(*settings, "train.steps=1")
+    with caplog.at_level(logging.INFO, "sparksgd"):
+        training = train(spark, config, spark.read.parquet(small))
+    assert training.engine == "tree"
+    assert "engine: tree, because the executors' Python on" in caplog.text
 
 
 def test_another_python_on_the_executors_is_named_before_rows_are_read(spark, monkeypatch):

@@ -137,9 +137,15 @@ def require_fit(found: Sequence[ExecutorPython], version: str | None, instructio
         refuse(python.held, [python.machine], f"spark.executorEnv.{HELD_BY}")
 
 
-def missing_module(name: str) -> SparkSGDError:
-    """Return the error of a module that executors could not import."""
-    words = f"the executors' Python finds no module {name!r}: "
+def missing_module(name: str, where: str = "", by: str = "") -> SparkSGDError:
+    """Return the error of a module that executors could not import.
+
+    Args:
+        name: of the module.
+        where: the host, if it is known.
+        by: what imports the module, if that is another one than the user named.
+    """
+    words = f"the executors' Python{where} finds no module {name!r}{by}: "
     top = name.partition(".")[0]
     if top == "sparksgd":
         return ConfigError(words + _ZIP)

@@ -1,0 +1,92 @@
+"""The user's own modules that workers will import: which they are, and whether executors have them.
+
+A plan travels as a pickle.  What a notebook or `__main__` defines, or what the user registered with
+cloudpickle, is in it by value.  All else is in it by name, and a worker imports it; so it does with what the
+sections of the optimiser and the schedule name, where worker halves or replicas read them.
+"""
+
+from __future__ import annotations
+
+import sys
+import types
+from collections.abc import Sequence
+from contextlib import suppress
+from functools import partial
+from typing import Any
+
+import torch
+from pyspark import cloudpickle
+
+from sparksgd.arithmetic.copies import pickled
+from sparksgd.config import OptimizerConfig, ScheduleConfig
+from sparksgd.errors import ModelError
+from sparksgd.spark.cluster.cluster import Cluster
+from sparksgd.spark.cluster.environments import NEEDED, missing_module
+from sparksgd.spark.cluster.jobs import spark_job
+from sparksgd.spark.tasks import import_tasks
+from sparksgd.spark.tasks.import_tasks import NotImported
+
+__all__ = ["refuse_not_imported", "require_modules", "users_modules"]
+
+_THERE = frozenset(NEEDED) | {"pyspark", "__main__"} | sys.stdlib_module_names
+
+
+def users_modules(*parts: object) -> list[str]:
+    """Return the modules that a process imports to unpickle these parts, but for those that all have.
+
+    Args:
+        parts: of a plan, or of what goes to workers beside it.
+    """
+    found: set[str] = set()
+
+    class Listing(cloudpickle.Pickler):
+        def persistent_id(self, value: Any) -> int | None:
+            return 0 if isinstance(value, torch.UntypedStorage) else None  # its bytes import nothing
+
+        def reducer_override(self, value: Any) -> Any:
+            reduced = super().reducer_override(value)  # type: ignore[no-untyped-call]  # it has no types
+            if isinstance(value, types.ModuleType):
+                if self.dispatch_table[types.ModuleType](value)[1] == (value.__name__,):  # else by value
+                    found.add(value.__name__)
+            elif isinstance(value, type | types.FunctionType | types.BuiltinFunctionType):
+                if reduced is NotImplemented and isinstance(value.__module__, str):  # else by value
+                    found.add(value.__module__)
+            elif isinstance(value, OptimizerConfig | ScheduleConfig):
+                module, colon, _ = (value.name or "").partition(":")
+                found.update([module] if colon else [])
+            return reduced
+
+    with suppress(ModelError):  # the trial refuses what cannot be pickled, and says why it tried
+        pickled(parts, {str(number): part for number, part in enumerate(parts)}, Listing)
+    return sorted(module for module in found if module.partition(".")[0] not in _THERE)
+
+
+def require_modules(cluster: Cluster, modules: Sequence[str]) -> None:
+    """Let executors import modules of the user's, as workers will.
+
+    Args:
+        cluster: whose executors.
+        modules: their names; without any nobody is asked.
+
+    Raises:
+        ModelError: an executor cannot import one, with its host.
+    """
+    if modules:
+        with spark_job(cluster.context, "importing your modules on the executors"):
+            refuse_not_imported(cluster.visit(partial(import_tasks.import_modules, modules)))
+
+
+def refuse_not_imported(found: Sequence[NotImported]) -> None:
+    """Raise the error of the first module that an executor could not import."""
+    for one in found:
+        if one.missing is not None:
+            raise missing_module(
+                one.missing,
+                where=f" on {one.host} ({one.executable})",
+                by="" if one.missing == one.module else f", which {one.module} imports",
+            )
+        raise ModelError(
+            f"importing {one.module} raised {one.told}, in the executors' Python on {one.host} "
+            f"({one.executable}): find out what that host lacks which the driver has, and bring it by "
+            f"--py-files, --files or --archives; or import it where it is used"
+        )
