@@ -82,10 +82,10 @@ def train(
     trained, held_out = sides_of(config.data, has_test=test is not None)
     start_up = given["start_up"] = given.get("start_up") or StartUp()
     cluster = Cluster(session, demand_of(config, replay), run_id)
+    refuse_plain_shards(cluster.context.getConf().get)  # before anybody waits for slots
     cluster.settle()
     start_up.reached("containers")
     check_session(session, config.train)
-    refuse_plain_shards(session.sparkContext.getConf().get)
     make_engine = _OnCluster(cluster, config.engine, kinds)
     make_engine.check()
     with cluster.job_group():
