@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import time
 from collections import Counter
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from tempfile import TemporaryFile
+from typing import IO, TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
 __all__ = ["examine", "screen"]
 
 _STYLES = {"pass": "green", "warn": "bold yellow", "fail": "bold red", "skip": "dim"}
+_MOST_PRINTED = 10_000
 _NO_SESSION = "see Spark's own log lines"
 
 
@@ -47,6 +50,39 @@ def examine(
         ConfigError: the configuration is refused, or needs no cluster.
     """
     from sparksgd.spark.cluster.environments import own_version
+
+    started = time.perf_counter()
+    with TemporaryFile() as file:
+        with _printing_to(file) if as_json else nullcontext():
+            groups, about = _examined(config, out, within_s, progress)
+        file.seek(0)
+        printed = file.read().decode(errors="replace")[-_MOST_PRINTED:]
+    took_s = time.perf_counter() - started
+    findings = [finding for group in groups for finding in group.findings]
+    counts: Counter[str] = Counter(finding.status for finding in findings)
+    if as_json:
+        document = {
+            "sparksgd": own_version(),
+            **about,
+            "took_s": took_s,
+            "counts": {status: counts[status] for status in _STYLES},
+            "findings": [
+                {"group": group.title} | asdict(finding) for group in groups for finding in group.findings
+            ],
+            "printed": printed,
+        }
+        print(json.dumps(document, indent=2))
+    else:
+        title = ", ".join(filter(None, (about.get("master"), about.get("application"))))
+        console.print(screen(groups))
+        console.print(_last_line(counts, title, took_s))
+    return not counts["fail"]
+
+
+def _examined(
+    config: Config, out: str | None, within_s: float, progress: Console
+) -> tuple[list[Group], dict[str, Any]]:
+    """Return what was found, and facts for programs; arguments as above."""
     from sparksgd.spark.doctor.examination import Examination, Group
     from sparksgd.spark.doctor.findings import broken
     from sparksgd.spark.session import job_session
@@ -55,7 +91,7 @@ def examine(
     kinds = allowed_engines(config)
     if not kinds[0].on_spark:
         raise ConfigError(f"{kinds[0]} needs no cluster, and a cluster is what is looked at: leave it out")
-    started, groups, about = time.perf_counter(), list[Group](), dict[str, Any]()
+    groups, about = list[Group](), dict[str, Any]()
     with progress.status("starting Spark") if progress.is_terminal else nullcontext() as shown:
 
         def say(name: str) -> None:
@@ -79,25 +115,31 @@ def examine(
                 about["facts"] = examination.facts()
         except ClusterError as error:
             groups.append(Group(title="Session", findings=[broken("Spark session", error, _NO_SESSION)]))
-    took_s = time.perf_counter() - started
-    findings = [finding for group in groups for finding in group.findings]
-    counts: Counter[str] = Counter(finding.status for finding in findings)
-    if as_json:
-        document = {
-            "sparksgd": own_version(),
-            **about,
-            "took_s": took_s,
-            "counts": {status: counts[status] for status in _STYLES},
-            "findings": [
-                {"group": group.title} | asdict(finding) for group in groups for finding in group.findings
-            ],
-        }
-        print(json.dumps(document, indent=2))
-    else:
-        title = ", ".join(filter(None, (about.get("master"), about.get("application"))))
-        console.print(screen(groups))
-        console.print(_last_line(counts, title, took_s))
-    return not counts["fail"]
+    return groups, about
+
+
+@contextmanager
+def _printing_to(file: IO[bytes]) -> Iterator[None]:
+    """Let what this process and its children print go to a file; if the block raises, it is shown then.
+
+    Below spark-submit standard error is the same stream as standard output, and goes there, too.
+    """
+    streams = [stream for stream in (1, 2) if os.path.sameopenfile(1, stream)]
+    sys.stdout.flush()
+    before = {stream: os.dup(stream) for stream in streams}
+    try:
+        for stream in streams:
+            os.dup2(file.fileno(), stream)
+        with os.fdopen(os.dup(file.fileno()), "w", buffering=1) as text, redirect_stdout(text):
+            yield
+    except BaseException:
+        file.seek(0)
+        os.write(before.get(2, 2), file.read())
+        raise
+    finally:
+        for stream, copy in before.items():
+            os.dup2(copy, stream)
+            os.close(copy)
 
 
 def screen(groups: Sequence[Group]) -> Table:

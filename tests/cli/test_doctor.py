@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import io
+import json
+import subprocess
+import sys
 
 import pytest
 from rich.console import Console
@@ -40,3 +43,45 @@ def test_a_line_for_each_finding_and_its_fix_below(width):
             assert "".join(finding.seen.split()) in words
             assert "".join(finding.fix.split()) in words
     assert words.count("fix") == 3
+
+
+PRINTS = """
+import os, subprocess, sys
+from rich.console import Console
+from sparksgd.cli import doctor
+from sparksgd.config import Config
+
+def examined(*_):
+    print("of a module")
+    os.write(1, b"of C code\\n")
+    subprocess.run(["echo", "of a child"])
+    print("a warning", file=sys.stderr)
+    if sys.argv[1:]:
+        raise ValueError("ended")
+    return [], {}
+
+doctor._examined = examined
+console = Console(file=sys.stderr)
+doctor.examine(Config(), None, within_s=1, as_json=True, console=console, progress=console)
+"""
+
+
+@pytest.mark.parametrize("stderr", [subprocess.PIPE, subprocess.STDOUT])
+def test_json_is_one_document_whatever_the_users_code_prints(stderr):
+    done = subprocess.run([sys.executable, "-c", PRINTS], stdout=subprocess.PIPE, stderr=stderr, check=True)
+    document = json.loads(done.stdout)
+    printed = {"of a module", "of C code", "of a child"}
+    if stderr == subprocess.STDOUT:  # as below spark-submit
+        printed.add("a warning")
+    else:
+        assert b"a warning" in done.stderr
+    assert set(document["printed"].splitlines()) == printed
+
+
+def test_what_was_printed_before_an_error_is_shown():
+    done = subprocess.run(
+        [sys.executable, "-c", PRINTS, "raise"], capture_output=True, check=False, text=True
+    )
+    assert done.stdout == ""
+    assert "of a module" in done.stderr
+    assert "ValueError: ended" in done.stderr
