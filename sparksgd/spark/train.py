@@ -37,7 +37,7 @@ from sparksgd.training.replay import Replay
 from sparksgd.training.start_up import StartUp
 from sparksgd.training.state import Training
 
-__all__ = ["demand_of", "train"]
+__all__ = ["class_of", "demand_of", "train"]
 
 log = logging.getLogger("sparksgd")
 
@@ -160,7 +160,7 @@ class _OnCluster:
     def check(self) -> None:
         """Refuse what cannot work at the driver, before the rows are dealt."""
         if len(self.kinds) == 1:
-            _class_of(self.kinds[0]).check(self._cluster, self._config)
+            class_of(self.kinds[0]).check(self._cluster, self._config)
 
     def check_code(self, *parts: object, replica: object = None) -> None:
         """Refuse parts that executors cannot import; leave all-reduce out, if it is only the replica."""
@@ -212,10 +212,11 @@ class _OnCluster:
     def _made(self, kind: EngineKind, plan: Plan, shards: Shards, test: Shards | None) -> SparkEngine:
         if kind is not ALLREDUCE and kind in self._takes:
             warn_of_slow_results(self._cluster, self._takes[kind].largest_result)
-        return _class_of(kind)(self._cluster, self._config, plan, shards, test)
+        return class_of(kind)(self._cluster, self._config, plan, shards, test)
 
 
-def _class_of(kind: EngineKind) -> type[SparkEngine]:
+def class_of(kind: EngineKind) -> type[SparkEngine]:
+    """Return the class of an engine on Spark."""
     found: type[SparkEngine] = resolve("engine.name", kind.home, {})
     return found
 

@@ -209,8 +209,10 @@ def sizes_of(
     )
 
 
-def tried_sizes(config: Config, module: nn.Module, rows: RowSource) -> tuple[RunSizes, RowSchema]:
-    """Return what a run is made of, and the schema of a row; only the first rows are read.
+def tried_sizes(
+    config: Config, module: nn.Module, rows: RowSource
+) -> tuple[RunSizes, RowSchema, CentralSolver]:
+    """Return what a run is made of, the schema of a row, and a solver; only the first rows are read.
 
     Args:
         config: what would be trained.
@@ -227,7 +229,7 @@ def tried_sizes(config: Config, module: nn.Module, rows: RowSource) -> tuple[Run
     schema, found, _ = _tried(config, module, loss, rows, torch.float32, evaluates=evaluates)
     flat = FlatModule(module, torch.float32)
     solver = make_solver(config, flat, _experiment(config, 1, 0))
-    return sizes_of(config, flat, solver, schema, found.optimiser_bytes, evaluates=evaluates), schema
+    return sizes_of(config, flat, solver, schema, found.optimiser_bytes, evaluates=evaluates), schema, solver
 
 
 def check_solver(

@@ -52,12 +52,15 @@ def test_where_a_run_would_train_nothing_fails_and_nothing_is_left(tmp_path, cap
     document = json.loads(capfd.readouterr().out)
     findings = [Finding(**{k: v for k, v in one.items() if k != "group"}) for one in document["findings"]]
     assert (status, of_status("fail", findings)) == (0, {})
-    assert of_status("skip", findings).keys() <= {"Unix sockets"}  # Spark 3.5 has none
+    assert of_status("skip", findings).keys() <= {
+        "Unix sockets",
+        "autoscaling",
+    }  # Spark 3.5 has no such sockets
     assert of_status("pass", findings).keys() >= {
         "driver", "Java", "dynamic allocation", "threads", "slots", "speculation", "worker reuse",
         "encryption", "settings", "locality wait", "their Python", "instruction set", "model", "memory",
-        "disk", "between executors", "with the driver", "--out", "inline", "tree", "tree, stages",
-        "allreduce", "server",
+        "your code", "disk", "between executors", "with the driver", "--out", "inline", "tree",
+        "tree, stages", "allreduce", "server",
     }  # fmt: skip
     assert document["counts"]["fail"] == 0
     assert document["master"] == "local[2]"
@@ -73,14 +76,22 @@ def test_where_a_run_would_train_nothing_fails_and_nothing_is_left(tmp_path, cap
     assert logging.getLogger("sparksgd").handlers == before
 
 
-def test_what_a_run_would_refuse_fails_with_its_fix(spark, setting, tmp_path):
+def test_what_a_run_would_refuse_fails_with_its_fix(spark, setting, tmp_path, monkeypatch):
     setting("spark.io.encryption.enabled", "true")
     setting("spark.task.maxDirectResultSize", "1k")
     setting("spark.speculation", "true")
     (tmp_path / "file").touch()
-    findings = examined(spark, "engine.num_workers=3", out=str(tmp_path / "file" / "run"))
+    (tmp_path / "on_the_driver.py").write_text(
+        "from torch.nn import functional as F\n"
+        "def loss(output, label): return F.cross_entropy(output, label, reduction='none')\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    settings = ("engine.num_workers=3", "loss.name=on_the_driver:loss", "loss.kind=classes")
+    findings = examined(spark, *settings, out=str(tmp_path / "file" / "run"))
     failing = of_status("fail", findings)
-    assert failing.keys() == {"encryption", "slots", "--out"}
+    assert failing.keys() == {"encryption", "slots", "your code", "--out"}
+    assert "finds no module 'on_the_driver'" in failing["your code"].seen
+    assert failing["your code"].fix.startswith("ship it with --py-files")
     assert failing["slots"].seen == "engine.num_workers is 3, but the cluster has 2 slots"
     assert "engine.num_workers=2" in failing["slots"].fix
     assert "--conf spark.io.encryption.enabled=false" in failing["encryption"].fix
@@ -89,7 +100,7 @@ def test_what_a_run_would_refuse_fails_with_its_fix(spark, setting, tmp_path):
     warned = {finding.name: finding.seen for finding in findings if finding.status == "warn"}
     assert "the smaller of spark.task.maxDirectResultSize" in warned["memory"]
     assert "spark.speculation" in warned["speculation"]
-    assert of_status("skip", findings)["training"].seen == "a run is refused here: see encryption"
+    assert of_status("skip", findings)["training"].seen == "a run is refused here: see encryption, your code"
 
 
 @pytest.mark.soak

@@ -30,7 +30,7 @@ from sparksgd.errors import OutOfMemory
 from sparksgd.spark.cluster.cluster import Cluster
 from sparksgd.spark.cluster.placement import is_local, reduce_groups, worker_of_partition
 
-__all__ = ["Limits", "places_of", "require_memory", "warn_of_slow_results"]
+__all__ = ["Limits", "at_driver", "places_of", "require_memory", "warn_of_slow_results"]
 
 log = logging.getLogger("sparksgd")
 
@@ -143,6 +143,11 @@ def require_memory(cluster: Cluster, kind: EngineKind, sizes: RunSizes, num_shar
     return needed
 
 
+def at_driver(needed: Takes, places: Places) -> tuple[Part, ...]:
+    """Return what the driver's container or machine holds: Python, JVM, and the workers that are there."""
+    return tuple(needed.at_driver(places.workers_per_executor if places.in_driver else 0))
+
+
 def refuse_too_little(kind: EngineKind, needed: Takes, limits: Limits, places: Places) -> None:
     """Refuse a run that takes more than the limits.
 
@@ -173,7 +178,7 @@ def refuse_too_little(kind: EngineKind, needed: Takes, limits: Limits, places: P
         ),
         (
             "all memory at the driver",
-            needed.at_driver(each if places.in_driver else 0),
+            at_driver(needed, places),
             limits.driver,
             "a larger machine, or fewer parameters"
             if places.in_driver and total(needed.at_driver()) > limits.driver
@@ -224,12 +229,16 @@ def warn_of_slow_results(cluster: Cluster, largest: int) -> None:
         largest: bytes of a task's result.
     """
     conf = cluster.context._jsc.sc().conf()
-    message = int(conf.get("spark.rpc.message.maxSize", "128")) << 20
+    message = int(conf.get("spark.rpc.message.maxSize", "128")) * _MIB
     direct = min(message, int(conf.getSizeAsBytes("spark.task.maxDirectResultSize", f"{message}b")))
     if largest > direct:
+        needed = -(-largest // _MIB) + 1  # a result has a frame
         log.warning(
             "a task's result has %s, but the smaller of spark.task.maxDirectResultSize and "
-            "spark.rpc.message.maxSize is %s: results go through the block manager, which is slow; raise it",
+            "spark.rpc.message.maxSize is %s: results go through the block manager, which is slow; submit "
+            "with --conf spark.task.maxDirectResultSize=%dm --conf spark.rpc.message.maxSize=%d",
             decimal(largest),
             decimal(direct),
+            needed,
+            max(needed, message // _MIB),
         )

@@ -6,10 +6,8 @@ must end at the same bits.
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -22,6 +20,7 @@ from sparksgd.engines.trace import TraceEvent
 from sparksgd.errors import ReplayDiffers
 from sparksgd.spark.doctor.findings import Finding, bad, good, unseen
 from sparksgd.spark.train import train
+from sparksgd.storage.scratch import scratch_folder
 from sparksgd.training.in_process import train_in_process
 from sparksgd.training.replay import Replay
 from sparksgd.training.state import Observer, Training
@@ -108,14 +107,14 @@ class Steps:
             )
             return train(self.session, config, rows, run_id=self.run_id, observers=observers)
         features = [[i / 100, float(i % 3)] for i in range(self._rows)]
-        with tempfile.TemporaryDirectory(prefix="sparksgd-doctor-") as folder:
+        with scratch_folder() as folder:
             table = pa.table(
                 {
                     "features": pa.array(features, pa.list_(pa.float64())),
                     "label": [i % 2 for i in range(self._rows)],
                 }
             )
-            pq.write_table(table, Path(folder) / "rows.parquet")
+            pq.write_table(table, folder / "rows.parquet")
             config = replace(config, engine=replace(config.engine, name=INLINE.name))
             return train_in_process(config, f"{folder}/rows.parquet", replay=replay)
 

@@ -12,18 +12,22 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any
+from typing import Any, cast
 
 from pyspark.sql import SparkSession
+from torch import nn
 
 from sparksgd.arithmetic.instruction_set import Machine
 from sparksgd.config import Config
 from sparksgd.engines.kinds import ALLREDUCE, SERVER, EngineKind, first_of_each_name
 from sparksgd.errors import SparkSGDError
+from sparksgd.models.losses import make_loss
+from sparksgd.solvers.protocol import RoundSolver
 from sparksgd.spark.cluster.cluster import Cluster
 from sparksgd.spark.cluster.environments import own_version
 from sparksgd.spark.cluster.jobs import cancel_jobs, cleanup, keep_names, no_locality_wait
 from sparksgd.spark.cluster.slots import Slots, WorkerDemand
+from sparksgd.spark.cluster.users_modules import require_modules, users_modules
 from sparksgd.spark.doctor.engines import ENGINES, Steps, name_of
 from sparksgd.spark.doctor.findings import Finding, broken, good, unseen
 from sparksgd.spark.doctor.looks import Looks
@@ -42,6 +46,7 @@ from sparksgd.spark.doctor.network import (
     judge_empty_job,
     judge_network,
     measured_network,
+    measured_with_driver,
 )
 from sparksgd.spark.doctor.settings import judge_session, judge_settings, judge_slots
 from sparksgd.spark.doctor.sizes import (
@@ -53,9 +58,9 @@ from sparksgd.spark.doctor.sizes import (
     measured_model,
 )
 from sparksgd.spark.doctor.store import look_at_store
-from sparksgd.spark.engines.allreduce import AllReduceEngine
 from sparksgd.spark.session import refuse_lost_output
-from sparksgd.spark.train import demand_of
+from sparksgd.spark.train import class_of, demand_of
+from sparksgd.training.modules import build_module
 
 __all__ = ["Examination", "Group"]
 
@@ -63,9 +68,11 @@ _SHORT, _LONG, _LONGEST = 1 / 4, 1 / 2, 2 / 3  # of the time for all looks, one 
 _PATIENCE = 1 / 3  # of it, for slots
 _OF_STEP = 1 / 6  # of it, for a worker, or a step
 _PYTHON = frozenset({"executors", "their Python"})
-_REFUSING = frozenset({"threads", "encryption"}) | _PYTHON
+_CODE = "your code"
+_REFUSING = frozenset({"threads", "encryption", _CODE}) | _PYTHON
 """Names of findings; if one of these fails, no run starts on this cluster."""
 
+_OTHER_MODEL = "name other rows (data.train), or another model: a training would be refused with these words"
 _NO_WORKERS = "there are no workers"
 _EXECUTORS_LACK = "the executors' Python cannot train, see there"
 
@@ -114,8 +121,10 @@ class Examination:
         self._workers = 0  # until they are settled
         self._refused_by: list[str] = []
         self._executors: list[Executor] = []
+        self._module: nn.Module | None = None
         self._model: Model | None = None
         self._network: Network | None = None
+        self._reaches_driver = False
 
     def run(self) -> Iterator[Group]:
         """Make all looks; yield what they found, group by group."""
@@ -129,8 +138,9 @@ class Examination:
             told = [*make("settings", self._settings), *make("settings", self._wanted, is_told=True), *waits]
             yield Group(title="Settings", findings=told)
             yield Group(title="Executors", findings=make("executors", self._survey, _LONG))
-            sizes = [*make("model", self._measure_model, _LONG), *make("memory", self._fit)]
-            yield Group(title="Model", findings=sizes)
+            model = [*make("model", self._build), *make("model", self._measure_model, _LONG)]
+            sizes = [*make("memory", self._fit), *make(_CODE, self._code)]
+            yield Group(title="Model", findings=[*model, *sizes])
             links = [*make("network", self._links, _LONG), *make("empty job", self._empty_job)]
             yield Group(title="Network", findings=links)
             yield Group(title="Output", findings=make("--out", self._store, _LONG))
@@ -225,11 +235,47 @@ class Examination:
         each = -(-self._cluster.slots() // max(1, len(self._cluster.places())))
         yield judge_cores(self._executors, each, train.threads)
 
+    def _build(self) -> Iterator[Finding]:
+        """Make the module; nothing is told of one that is made."""
+        try:
+            self._module = build_module(self._config.model, self._config.train.seed)
+        except SparkSGDError as error:
+            yield broken("model", error, _OTHER_MODEL)
+
+    def _code(self) -> Iterator[Finding]:
+        """Yield whether executors have the modules that the run's module, loss and solver are made of."""
+        module, model = self._module, self._model
+        if module is None or not self._workers or _PYTHON.intersection(self._refused_by):
+            why = _NO_WORKERS if not self._workers else _EXECUTORS_LACK
+            yield unseen(_CODE, "the model could not be made" if module is None else why)
+            return
+        loss = make_loss(self._config.loss, self._config.train.seed)
+        parts = [module, loss] if model is None else [module, loss, model.solver.halves]
+        modules = users_modules(*parts)
+        replica = []
+        if model is not None and ALLREDUCE in self._kinds:
+            replica = users_modules(cast(RoundSolver, model.solver).make_replica())
+        for needed, kinds in ((modules, self._kinds), (replica, [ALLREDUCE])):
+            try:
+                require_modules(self._cluster, needed)
+            except SparkSGDError as error:
+                refused = broken(_CODE, error, "--py-files, or --archives")
+                yield refused if set(self._kinds) <= set(kinds) else replace(refused, status="warn")
+                return
+        named = ", ".join(dict.fromkeys([*modules, *replica]))
+        yield good(_CODE, f"executors import {named}" if named else "workers import none of yours by name")
+
     def _measure_model(self) -> Iterator[Finding]:
+        if self._module is None:
+            return
         if not has_rows(self._config):
             yield unseen("model", "its rows are not known: name them, --set data.train=PATH")
             return
-        model = self._model = measured_model(self._session, self._config, self._cluster)
+        try:
+            model = self._model = measured_model(self._session, self._config, self._cluster, self._module)
+        except SparkSGDError as error:
+            yield broken("model", error, _OTHER_MODEL)
+            return
         yield good(
             "model", f"{self._config.model.name}, {model.parameters:,} parameters, tried on {model.rows_from}"
         )
@@ -250,20 +296,30 @@ class Examination:
         if not self._workers or _PYTHON.intersection(self._refused_by):
             yield unseen("network", _EXECUTORS_LACK if self._workers else _NO_WORKERS)
             return
-        engine, is_needed = self._config.engine, {ALLREDUCE, SERVER}.issuperset(self._kinds)
-        if self._workers > 1:
+        engine, kinds = self._config.engine, first_of_each_name(self._kinds)
+        for kind in kinds:
             try:
-                AllReduceEngine.check(self._cluster, engine)
+                class_of(kind).check(self._cluster, engine)
             except SparkSGDError as error:
                 refused = broken("network", error, "see engine.ports")
-                yield refused if is_needed else replace(refused, status="warn")
+                yield refused if len(kinds) == 1 else replace(refused, status="warn")
                 return
         patience_s = min(engine.peer_timeout_s, max(1.0, _OF_STEP * self._within_s))
+        patient = replace(engine, peer_timeout_s=patience_s)
+        star = None
         with no_locality_wait(self._context._jsc.sc()):
-            network = measured_network(self._cluster, replace(engine, peer_timeout_s=patience_s))
+            network = measured_network(self._cluster, patient)
+            if network.failures:
+                star = measured_with_driver(self._cluster, patient)
+        self._network, self._reaches_driver = network, not (star or network).failures
         gradient_bytes = None if self._model is None else self._model.sizes.weights
-        yield from judge_network(network, gradient_bytes, self._workers, is_needed=is_needed)
-        self._network = network
+        yield from judge_network(
+            network,
+            gradient_bytes,
+            self._workers,
+            is_needed={ALLREDUCE, SERVER}.issuperset(kinds),
+            star=star if kinds == [SERVER] else None,
+        )
 
     def _empty_job(self) -> Iterator[Finding]:
         if not self._workers or "executors" in self._refused_by:
@@ -289,11 +345,17 @@ class Examination:
         for kind in ENGINES:
             if kind.barrier and self._cluster.is_elastic:
                 findings.append(unseen(name_of(kind), no_barrier))
-            elif kind in (ALLREDUCE, SERVER) and (self._network is None or self._network.failures):
+            elif kind in (ALLREDUCE, SERVER) and not self._connects(kind):
                 findings.append(unseen(name_of(kind), "that workers reach whom they must was not seen"))
             else:
                 findings += self._make(name_of(kind), partial(steps.look, kind), _LONG)
         return findings
+
+    def _connects(self, kind: EngineKind) -> bool:
+        """Return whether workers were seen to reach whom an engine lets them talk to."""
+        if kind == SERVER:
+            return self._reaches_driver
+        return self._network is not None and not self._network.failures
 
     def _store(self) -> Iterator[Finding]:
         if self._out is None:

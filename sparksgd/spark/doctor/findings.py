@@ -8,17 +8,27 @@ skip   it was not seen, and why
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Literal
 
 from sparksgd.errors import PeerLost, SparkSGDError
 from sparksgd.spark.cluster.failures import gist
 
-__all__ = ["Finding", "Status", "bad", "broken", "good", "poor", "unseen"]
+__all__ = ["Finding", "Status", "bad", "broken", "good", "parted", "poor", "unseen"]
 
 Status = Literal["pass", "warn", "fail", "skip"]
 
 _LONGEST = 400
+_MENDS = (
+    "add", "ask", "bring", "build", "call", "cast", "choose", "compute", "copy", "derive", "draw", "evaluate",
+    "find out", "freeze", "free", "give", "install", "keep", "leave", "let", "load", "look", "lower", "make",
+    "mend", "move", "name", "open", "pass", "pip install", "put", "raise", "read", "register", "remove",
+    "rename", "restore", "return", "run", "save", "script", "see", "set", "ship", "start", "submit", "train",
+    "trust", "unset", "use", "wait", "write", "`make dist`",
+)  # fmt: skip
+"""How clauses of our errors begin that say what to do."""
+_ADVICE = re.compile(rf"(?:: |; |\. )(?=(?:or )?(?:{'|'.join(_MENDS)})(?: |$))", re.IGNORECASE)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +45,9 @@ class Finding:
 
     fix: str = ""
     """What mends it; nothing where there is nothing to mend."""
+
+    def __post_init__(self) -> None:
+        assert self.fix or self.status in ("pass", "skip"), f"nobody says what mends {self}"
 
 
 def good(name: str, seen: str) -> Finding:
@@ -62,16 +75,31 @@ def broken(name: str, error: BaseException, fix: str) -> Finding:
 
     Args:
         name: what was looked at.
-        error: a refusal of ours says after its first colon what to do; of any other error one line is told.
-        fix: what to do about the others.
+        error: most refusals of ours end with what to do; of any other error one line is told.
+        fix: what to do about those that do not say it.
     """
     if isinstance(error, SparkSGDError) and not isinstance(error, PeerLost):
-        seen, _, advice = _one_line(str(error)).partition(": ")
+        seen, advice = parted(str(error))
         return bad(name, seen, advice or fix)
     told = gist(str(error)) if str(error) else "no message"
     if not isinstance(error, PeerLost):
         told = f"{type(error).__name__}: {told}"
     return bad(name, _one_line(told), fix)
+
+
+def parted(text: str) -> tuple[str, str]:
+    """Return what an error or a warning of ours says was seen, and what it says to do; "" if it does not.
+
+    >>> parted("train.threads is 3, but spark.task.cpus is 1: set train.threads=1")
+    ('train.threads is 3, but spark.task.cpus is 1', 'set train.threads=1')
+    >>> parted("cannot read /nope: it does not exist")
+    ('cannot read /nope: it does not exist', '')
+    """
+    line = " ".join(text.split())
+    found = _ADVICE.search(line)
+    if found is None:
+        return _one_line(line), ""
+    return _one_line(line[: found.start()]), _one_line(line[found.end() :])
 
 
 def _one_line(text: str) -> str:

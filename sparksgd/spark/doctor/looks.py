@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
-from sparksgd.spark.doctor.findings import Finding, bad, broken, poor, unseen
+from sparksgd.spark.doctor.findings import Finding, bad, broken, parted, poor, unseen
 
 __all__ = ["Looks"]
 
@@ -22,6 +22,7 @@ log = logging.getLogger("sparksgd")
 
 _LEAVES_S = 3.0
 _HANGS = "see on Spark's pages, or in the logs of its executors, what it waits for"
+_HEARD = "change what the line names, if a run shall not be so; it trains as it is"
 _REPORT = "see the logs of the driver and the executors; if they say no more, report it"
 
 
@@ -79,7 +80,7 @@ class Looks:
             found.append(late)
         elif errors:
             found.append(broken(name, errors[0], _REPORT))
-        return found if is_told else [*found, *(poor(name, text, "") for text in heard)]
+        return found if is_told else [*found, *(_warned(name, text) for text in heard)]
 
     @contextmanager
     def _hearing(self) -> Iterator[list[str]]:
@@ -97,3 +98,8 @@ class Looks:
             yield heard
         finally:
             log.removeFilter(hear)
+
+
+def _warned(name: str, text: str) -> Finding:
+    seen, advice = parted(text)
+    return poor(name, seen, advice or _HEARD)

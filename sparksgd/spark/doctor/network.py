@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from statistics import median
 from typing import Any
@@ -26,7 +26,15 @@ from sparksgd.spark.engines.allreduce import encrypts, rendezvous_of
 from sparksgd.spark.tasks import environment_tasks, link_tasks
 from sparksgd.spark.tasks.link_tasks import Measured
 
-__all__ = ["DRIVER", "Network", "empty_job_s", "judge_empty_job", "judge_network", "measured_network"]
+__all__ = [
+    "DRIVER",
+    "Network",
+    "empty_job_s",
+    "judge_empty_job",
+    "judge_network",
+    "measured_network",
+    "measured_with_driver",
+]
 
 DRIVER = 0
 """Its number among those that are measured: all others connect to it, as in a run."""
@@ -96,17 +104,66 @@ def measured_network(cluster: Cluster, config: EngineConfig) -> Network:
     Raises:
         SparkSGDError: Spark could not run the job, or the driver cannot listen.
     """
-    places, slots = sorted(cluster.places()), cluster.slots()
-    chosen: list[str | None] = [*places[:: -(-len(places) // _MOST)]]
-    if len(chosen) == 1 and slots > 1:
+    places, chosen = _chosen(cluster)
+    if len(chosen) == 1 and cluster.slots() > 1:
         chosen *= 2  # then two workers of one executor
     ports = config.port_range
     with_driver = ports is None or len(ports) > len(chosen) + 1
+    if len(chosen) + with_driver < 2:
+        return Network(executors=places, with_driver=False, encrypted=False, measured=())
+    return Network(
+        executors=places,
+        with_driver=with_driver,
+        encrypted=encrypts(cluster, config),
+        measured=_measured(cluster, config, chosen, with_driver=with_driver),
+    )
+
+
+def measured_with_driver(cluster: Cluster, config: EngineConfig) -> Network:
+    """Measure the connection of each executor with the driver alone, one after the other.
+
+    Executors need not reach each other.  The first that does not reach the driver is the last.
+
+    Args:
+        cluster: whose executors.
+        config: how workers connect.
+
+    Raises:
+        SparkSGDError: as `measured_network`.
+    """
+    places, chosen = _chosen(cluster)
+    found: list[Measured] = []
+    for number, place in enumerate(chosen, DRIVER + 1):
+        for one in _measured(cluster, config, [place], with_driver=True):
+            found.append(one if number == DRIVER + 1 else _renumbered(one, number))
+        if any(one.failure is not None for one in found):
+            break
+    encrypted = encrypts(cluster, config)
+    return Network(executors=places, with_driver=True, encrypted=encrypted, measured=found)
+
+
+def _renumbered(one: Measured, number: int) -> Measured:
+    """Return what one of a pair measured, where the executor of the pair has another number."""
+
+    def of(worker: int) -> int:
+        return DRIVER if worker == DRIVER else number
+
+    links = tuple(replace(link, sender=of(link.sender), receiver=of(link.receiver)) for link in one.links)
+    return replace(one, worker=of(one.worker), links=links)
+
+
+def _chosen(cluster: Cluster) -> tuple[int, list[str | None]]:
+    """Return how many executors there are, and which are measured."""
+    places = sorted(cluster.places())
+    return len(places), [*places[:: -(-len(places) // _MOST)]]
+
+
+def _measured(
+    cluster: Cluster, config: EngineConfig, chosen: Sequence[str | None], *, with_driver: bool
+) -> list[Measured]:
+    """Return what these executors measure among each other, and with the driver if it takes part."""
     first = DRIVER + 1 if with_driver else DRIVER
-    company = first + len(chosen)
-    if company < 2:
-        return Network(executors=len(places), with_driver=False, encrypted=False, measured=())
-    rendezvous = rendezvous_of(cluster, config, company)
+    rendezvous = rendezvous_of(cluster, config, first + len(chosen))
     rendezvous.start()
     try:
         meeting = rendezvous.call()
@@ -122,16 +179,16 @@ def measured_network(cluster: Cluster, config: EngineConfig) -> Network:
                 measured.append(own.result())
     finally:
         rendezvous.close()
-    return Network(
-        executors=len(places),
-        with_driver=with_driver,
-        encrypted=encrypts(cluster, config),
-        measured=sorted(measured, key=lambda one: one.worker),
-    )
+    return sorted(measured, key=lambda one: one.worker)
 
 
 def judge_network(
-    network: Network, gradient_bytes: int | None, num_workers: int, *, is_needed: bool
+    network: Network,
+    gradient_bytes: int | None,
+    num_workers: int,
+    *,
+    is_needed: bool,
+    star: Network | None = None,
 ) -> Iterator[Finding]:
     """Yield what is to be said of the connections.
 
@@ -140,7 +197,13 @@ def judge_network(
         gradient_bytes: of the model; None: not known.
         num_workers: how many workers a run would have.
         is_needed: whether workers of the run must reach each other, or the driver.
+        star: the connections with the driver alone, if a run needs no others.
     """
+    if star is not None and network.failures:
+        first = network.failures[0]
+        told = f"{network.names[first.worker]}: {first.failure}"
+        yield unseen("between executors", f"{told}; workers of the server engine need the driver only")
+        network = star
     if network.failures:
         first = min(network.failures, key=lambda one: "cannot reach" not in str(one.failure))
         yield (bad if is_needed else poor)(
@@ -150,14 +213,14 @@ def judge_network(
             'engine.name = "tree", which needs none of them',
         )
         return
-    between = [link for link in network.links if not _is_of_driver(network, link)]
+    between = [] if network is star else [link for link in network.links if not _is_of_driver(network, link)]
     count = len(network.measured) - network.with_driver
     if between:
         which = "2 workers of one executor"
         if count <= network.executors:
             which = f"{count} of {network.executors} executors"
         yield _judge("between executors", which, between, network, gradient_bytes, num_workers)
-    else:
+    elif network is not star:
         yield unseen("between executors", "there is one, with one slot")
     with_driver = [link for link in network.links if _is_of_driver(network, link)]
     if with_driver:

@@ -55,12 +55,17 @@ def judge_settings(get: Get) -> Iterator[Finding]:
     def is_on(key: str, default: str = "false") -> bool:
         return str(get(key, default)).lower() == "true"
 
-    if str(get(_SCALING, "")).lower() == "autoscaling":
+    scaling = str(get(_SCALING, "")).lower()
+    if scaling == "autoscaling":
         yield poor(
             "autoscaling",
             f"{_SCALING} is autoscaling: nodes come and go, and barrier mode needs a fixed number",
             "give the cluster a fixed number of workers",
         )
+    elif scaling:
+        yield good("autoscaling", f"{_SCALING} is {scaling}")
+    else:
+        yield unseen("autoscaling", "only Databricks tells a session whether nodes come and go")
     if is_on("spark.speculation"):
         yield poor(
             "speculation",

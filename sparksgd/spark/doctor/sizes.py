@@ -11,26 +11,32 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 from pyspark.sql import SparkSession
 from rich.filesize import decimal
+from torch import nn
 
 from sparksgd.config import Config
 from sparksgd.data.local_files import ParquetRows
 from sparksgd.data.schema import RowSchema
 from sparksgd.engines.kinds import ALLREDUCE, EngineKind
-from sparksgd.engines.memory import RunSizes, Takes, total
+from sparksgd.engines.memory import Places, RunSizes, Takes, total
 from sparksgd.errors import SparkSGDError
+from sparksgd.solvers.protocol import CentralSolver
 from sparksgd.spark.cluster.cluster import Cluster
-from sparksgd.spark.cluster.memory import Limits, places_of, require_memory, warn_of_slow_results
+from sparksgd.spark.cluster.memory import (
+    Limits,
+    at_driver,
+    places_of,
+    require_memory,
+    warn_of_slow_results,
+)
 from sparksgd.spark.doctor.findings import Finding, broken, good, poor
 from sparksgd.spark.doctor.machines import Executor, free_on_disks, listed_disks
 from sparksgd.spark.frame_rows import DataFrameRows, disk_bytes, read_parquet, require_disk
-from sparksgd.training.modules import build_module
+from sparksgd.storage.scratch import scratch_folder
 from sparksgd.training.preflight import tried_sizes
 
 __all__ = ["Model", "has_rows", "judge_disk", "judge_hosts_memory", "judge_memory", "measured_model"]
@@ -50,36 +56,41 @@ class Model:
     rows_from: str
     """Where the rows are, for a line."""
 
+    solver: CentralSolver
+    """Which would train it."""
+
 
 def has_rows(config: Config) -> bool:
     """Return whether rows are known to try the module with."""
     return config.data.train is not None or config.model.name == "lenet"
 
 
-def measured_model(session: SparkSession, config: Config, cluster: Cluster) -> Model:
+def measured_model(session: SparkSession, config: Config, cluster: Cluster, module: nn.Module) -> Model:
     """Try the module on the first rows, and count all of them.
 
     Args:
         session: reads the rows.
         config: what would be trained.
         cluster: where they are read.
+        module: the one that the configuration names.
 
     Raises:
         SparkSGDError: the rows, or the module, would be refused.
     """
-    module = build_module(config.model, config.train.seed)
     if config.data.train is not None:
         frame, rows_from = read_parquet(session, config.data.train), config.data.train
         rows = frame.count()
-        sizes, schema = tried_sizes(config, module, DataFrameRows(frame, cluster))
+        sizes, schema, solver = tried_sizes(config, module, DataFrameRows(frame, cluster))
     else:
         few = replace(config.data, features=config.data.features[:1], id=None, weight=None)
         config = replace(config, data=few)
         rows, rows_from = _MADE_UP_ROWS, "rows made up like MNIST's"
         with _made_up(config) as made:
-            sizes, schema = tried_sizes(config, module, made)
+            sizes, schema, solver = tried_sizes(config, module, made)
     parameters = sum(p.numel() for p in module.parameters() if p.requires_grad)
-    return Model(sizes=sizes, schema=schema, rows=rows, parameters=parameters, rows_from=rows_from)
+    return Model(
+        sizes=sizes, schema=schema, rows=rows, parameters=parameters, rows_from=rows_from, solver=solver
+    )
 
 
 @contextmanager
@@ -88,8 +99,8 @@ def _made_up(config: Config) -> Iterator[ParquetRows]:
     data, several = config.data, config.loss.kind == "several labels"
     labels = [[row % 2] * 10 if several else row % 10 for row in range(_FEW)]
     columns = {data.features[0]: [bytes(784)] * _FEW, data.label: labels}
-    with TemporaryDirectory(prefix="sparksgd-doctor-") as folder:
-        path = Path(folder, "rows.parquet")
+    with scratch_folder() as folder:
+        path = folder / "rows.parquet"
         pq.write_table(pa.table(columns), path)
         yield ParquetRows(str(path))
 
@@ -115,17 +126,18 @@ def judge_memory(
         except SparkSGDError as error:
             yield broken("memory", error, "a larger driver, or larger executors")
             continue
-        yield good("memory", f"{kind.name}: {_listed(needed, limits)}")
+        yield good("memory", f"{kind.name}: {_listed(needed, limits, places_of(cluster, kind, num_shards))}")
         if kind is not ALLREDUCE:
             warn_of_slow_results(cluster, needed.largest_result)
 
 
-def _listed(needed: Takes, limits: Limits) -> str:
+def _listed(needed: Takes, limits: Limits, places: Places) -> str:
     """Return what the processes take of what they have."""
     workers = total(needed.worker_python)
     parts = [
-        f"driver {decimal(total(needed.driver_python))} of {decimal(limits.driver)}",
-        f"its heap {decimal(total(needed.driver_heap))} of {decimal(limits.driver_heap)}",
+        f"at the driver, with its heap, {decimal(total(at_driver(needed, places)))} of "
+        f"{decimal(limits.driver)}",
+        f"its heap alone {decimal(total(needed.driver_heap))} of {decimal(limits.driver_heap)}",
     ]
     if limits.executor_heap is not None:
         heap = decimal(total(needed.executor_heap))

@@ -12,7 +12,7 @@ from sparksgd.arithmetic.instruction_set import Machine
 from sparksgd.errors import ClusterError, ConfigError, PeerLost
 from sparksgd.peers.links import Link
 from sparksgd.spark.cluster.environments import ExecutorPython
-from sparksgd.spark.doctor.findings import broken
+from sparksgd.spark.doctor.findings import bad, broken, poor
 from sparksgd.spark.doctor.machines import (
     Executor,
     judge_cores,
@@ -170,8 +170,16 @@ def test_settings(settings, name, status):
     assert findings[name].status == status
     assert next(iter(settings)) in findings[name].seen
     assert findings[name].fix
-    plain = list(judge_settings(lambda key, default: default))
-    assert [one.status for one in plain] == ["pass"] * 3
+    plain = {one.name: one.status for one in judge_settings(lambda key, default: default)}
+    assert plain == {
+        "autoscaling": "skip", "speculation": "pass", "worker reuse": "pass", "encryption": "pass",
+    }  # fmt: skip
+
+
+def test_a_cluster_of_databricks_that_does_not_scale_passes():
+    key = "spark.databricks.clusterUsageTags.clusterScalingType"
+    findings = judge_settings(lambda asked, default: "fixed_size" if asked == key else default)
+    assert {one.name: one.status for one in findings}["autoscaling"] == "pass"
 
 
 SCHEMA = SimpleNamespace(record=np.dtype([("image", "u1", 92)]))
@@ -252,6 +260,20 @@ def test_who_cannot_be_reached_fails():
     assert "ports" in finding.fix
 
 
+def test_executors_that_only_reach_the_driver_do_for_the_server():
+    lost = network(failure=PeerLost("cannot reach worker 1 at 10.0.0.1:4: no"))
+    star = replace(network(), measured=[
+        replace(one, links=tuple(link for link in one.links if 0 in (link.sender, link.receiver)))
+        for one in network().measured
+    ])  # fmt: skip
+    between, driver = judge_network(lost, None, 2, is_needed=True, star=star)
+    assert (between.name, between.status) == ("between executors", "skip")
+    assert "need the driver only" in between.seen
+    assert (driver.name, driver.status) == ("with the driver", "pass")
+    apart = list(judge_network(lost, None, 2, is_needed=True, star=lost))
+    assert [one.status for one in apart] == ["skip", "fail"]
+
+
 def test_a_network_of_one_is_not_seen():
     alone = Network(executors=1, with_driver=False, encrypted=False, measured=())
     assert [one.status for one in judge_network(alone, None, 1, is_needed=True)] == ["skip", "skip"]
@@ -266,7 +288,43 @@ def test_errors_are_told_in_one_line():
     finding = broken("disk", ValueError("no\n  such thing"), "look there")
     assert (finding.seen, finding.fix) == ("ValueError: no", "look there")
     java = "An error occurred\n: java.lang.IllegalStateException: it is closed\n\tat x.y.z"
-    assert broken("disk", RuntimeError(java), "").seen == (
+    assert broken("disk", RuntimeError(java), "look there").seen == (
         "RuntimeError: java.lang.IllegalStateException: it is closed"
     )
-    assert len(broken("disk", ConfigError("x" * 5_000), "").seen) < 500
+    assert len(broken("disk", ConfigError("x" * 5_000), "look there").seen) < 500
+
+
+@pytest.mark.parametrize(
+    ("text", "seen", "fix"),
+    [
+        (
+            "cannot read /nope as Parquet: [PATH_NOT_FOUND] Path does not exist: file:/nope.",
+            "cannot read /nope as Parquet: [PATH_NOT_FOUND] Path does not exist: file:/nope.",
+            "look there",
+        ),
+        (
+            "loss.name is 'a:b', but importing a raised OSError: no such library",
+            "loss.name is 'a:b', but importing a raised OSError: no such library",
+            "look there",
+        ),
+        ("3 slots: 2 are there: give it 3 cores", "3 slots: 2 are there", "give it 3 cores"),
+        ("no torch: `make dist` builds it: submit it", "no torch", "`make dist` builds it: submit it"),
+        ("it is full. Ask for fewer; or use another", "it is full", "Ask for fewer; or use another"),
+        ("settings: settled", "settings: settled", "look there"),
+    ],
+)  # fmt: skip
+def test_only_what_says_what_to_do_is_a_fix(text, seen, fix):
+    finding = broken("model", ConfigError(text), "look there")
+    assert (finding.seen, finding.fix) == (seen, fix)
+
+
+def test_advice_at_the_end_of_a_long_error_is_kept():
+    finding = broken("memory", ConfigError("x" * 5_000 + ": submit with more"), "look there")
+    assert len(finding.seen) < 500
+    assert finding.fix == "submit with more"
+
+
+@pytest.mark.parametrize("make", [poor, bad])
+def test_no_finding_that_warns_or_fails_is_without_a_fix(make):
+    with pytest.raises(AssertionError, match="nobody says what mends"):
+        make("disk", "it is full", "")

@@ -68,6 +68,18 @@ def test_a_warning_of_the_library_is_a_finding_once_and_nothing_else_shows_it(ca
     assert [record.message for record in caplog.records] == ["afterwards"]
 
 
+def test_a_warning_has_a_fix_its_own_or_that_of_all():
+    def warns():
+        log.warning("it is slow; submit with --conf fast=true")
+        log.warning("it is odd")
+        return []
+
+    advised, odd = Looks(ENDLESS_S, no_jobs).make("a", warns, ENDLESS_S)
+    assert (advised.seen, advised.fix) == ("it is slow", "submit with --conf fast=true")
+    assert odd.seen == "it is odd"
+    assert "change what the line names" in odd.fix
+
+
 def test_warnings_that_a_look_has_told_itself_are_not_told_twice():
     def warns():
         log.warning("it is slow")
