@@ -14,7 +14,7 @@ from sparksgd.config import Config
 from sparksgd.errors import SparkSGDError
 from sparksgd.runs.checkpoints import CheckpointFolder
 from sparksgd.runs.lease import unwritable
-from sparksgd.spark.doctor.findings import Finding, bad, good
+from sparksgd.spark.doctor.findings import Finding, bad, broken, good
 from sparksgd.storage import Location, location
 from sparksgd.training.checkpoint import Checkpoint, Part, RunIdentity
 
@@ -52,8 +52,7 @@ def look_at_store(out: str, state_bytes: int | None) -> Iterator[Finding]:
             checkpoints.remove(name)
             left = folder.names()
         except OSError as error:
-            told, _, advice = str(unwritable(place, error, "--out")).partition("; ")
-            yield bad("--out", told, advice)
+            yield broken("--out", unwritable(place, error, "--out"), "name another folder")
             return
     size = decimal(values.nbytes)
     if not torch.equal(read, values):
