@@ -52,7 +52,10 @@ _TRIAL = 24  # the module's own, copies that are compared, gradients
 _TRIAL_IN_FLOAT64 = 37  # of modules that are small enough to be compared in float64, too
 _SMALL = 40_000_000  # bytes of their parameters; see engines/trial/mixing.py
 _OPTIMISERS = 3  # of a strip: kept, returned, pickled
-_ROOM = 1.4  # of a heap: large arrays stay where they are, so that not every gap is of use
+_ROOM = 1.4
+"""A heap must be so many times what lies in it: Java does not move large arrays, and cannot use every gap
+between them."""
+
 _SENT = 2 * _ROOM  # of this step and of the last one, which is removed behind it
 _RETURNING = 4 * _ROOM  # a result as Python sent it, serialized, in a message, in one piece
 _GROWING = 2 * _ROOM  # the array that it is serialized into grows by doubling
@@ -175,8 +178,11 @@ class Takes:
     steps: Parts
     """The driver's Python process from then on."""
 
+    spark: Parts = ()
+    """The driver's JVM when it has just started; nothing where there is none."""
+
     driver_heap: Parts = ()
-    """The driver's JVM; nothing where there is none."""
+    """The driver's JVM from then on; nothing where there is none."""
 
     executor_heap: Parts = ()
     """An executor's JVM; nothing where it is the driver's."""
@@ -201,9 +207,12 @@ class Takes:
         Args:
             num_workers: how many Python workers are there, too.
         """
-        spark = self.driver_heap[:1]
-        workers = tuple(Part(one.what, num_workers * one.copies, one.bytes) for one in self.worker_python)
-        return max((*self.trial, *spark), (*self.steps, *self.driver_heap, *workers), key=total)
+        workers = self.workers(num_workers)
+        return max((*self.trial, *self.spark), (*self.steps, *self.driver_heap, *workers), key=total)
+
+    def workers(self, count: int) -> Parts:
+        """Return what so many Python workers hold."""
+        return tuple(Part(one.what, count * one.copies, one.bytes) for one in self.worker_python)
 
 
 def total(parts: Sequence[Part]) -> int:
@@ -239,6 +248,7 @@ def takes(kind: EngineKind, sizes: RunSizes, places: Places | None = None) -> Ta
         return Takes(
             trial=trial,
             steps=_of_server(sizes, places, best),
+            spark=(spark,),
             driver_heap=(spark,),
             executor_heap=() if places.in_driver else (spark,),
             worker_python=_of_server_s_worker(sizes, places),
@@ -252,12 +262,14 @@ def takes(kind: EngineKind, sizes: RunSizes, places: Places | None = None) -> Ta
     sent = Part("what is sent to workers", _SENT, sizes.weights + (sizes.optimiser if by_allreduce else 0))
     returning = Part("results that executors return", _RETURNING * places.workers_per_executor, result)
     growing = Part("a result that is serialized", _GROWING, result)
-    arriving = Part("results that arrive", _ARRIVING, results)
+    leaving: Parts = (returning, growing)
+    arriving: Parts = (Part("results that arrive", _ARRIVING, results),)
     return Takes(
         trial=trial,
         steps=steps,
-        driver_heap=(spark, sent, max(returning, arriving, key=_bytes) if places.in_driver else arriving),
-        executor_heap=() if places.in_driver else (spark, sent, returning, growing),
+        spark=(spark,),
+        driver_heap=(spark, sent, *(max(leaving, arriving, key=total) if places.in_driver else arriving)),
+        executor_heap=() if places.in_driver else (spark, sent, *leaving),
         worker_python=_of_worker(kind, sizes, places),
         results=results,
         largest_result=result if by_allreduce else places.sums_of_task * sizes.message,
@@ -343,10 +355,6 @@ def _held(
         Part("rows", 3, rows),  # records, tensors of them, and what a cast makes
     )
     return tuple(part for part in parts if part.total)
-
-
-def _bytes(part: Part) -> int:
-    return part.total
 
 
 # What this process may use

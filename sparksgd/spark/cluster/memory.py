@@ -155,7 +155,7 @@ def refuse_too_little(kind: EngineKind, needed: Takes, limits: Limits, places: P
         OutOfMemory: with all that is too little, each with its arithmetic and its option.
     """
     each = places.workers_per_executor
-    workers = [Part(one.what, each * one.copies, one.bytes) for one in needed.worker_python]
+    workers = needed.workers(each)
     worker = _option(limits.cores * total(needed.worker_python))
     rows: list[tuple[str, Sequence[Part], int | None, str]] = [
         (
@@ -180,16 +180,11 @@ def refuse_too_little(kind: EngineKind, needed: Takes, limits: Limits, places: P
             "all memory at the driver",
             at_driver(needed, places),
             limits.driver,
-            "a larger machine, or fewer parameters"
-            if places.in_driver and total(needed.at_driver()) > limits.driver
-            else "fewer engine.num_workers, or a larger machine"
-            if places.in_driver
-            else "a driver on a larger machine; on YARN and Kubernetes --conf spark.driver.memoryOverhead="
-            + _option(total(needed.driver_python)),
+            _more_at_driver(needed, limits, places),
         ),
         (
             "all memory of an executor",
-            [*workers, *needed.executor_heap],
+            (*workers, *needed.executor_heap),
             limits.executor,
             f"--conf spark.executor.memoryOverhead={_option(total(workers))}, or with fewer --executor-cores",
         ),
@@ -214,6 +209,18 @@ def refuse_too_little(kind: EngineKind, needed: Takes, limits: Limits, places: P
         )
     if found:
         raise OutOfMemory(f"{kind} takes more memory than there is. " + ". ".join(found))
+
+
+def _more_at_driver(needed: Takes, limits: Limits, places: Places) -> str:
+    """Return what gives the driver's container or machine more memory, or asks less of it."""
+    if not places.in_driver:
+        return (
+            "a driver on a larger machine; on YARN and Kubernetes --conf spark.driver.memoryOverhead="
+            + _option(total(needed.driver_python))
+        )
+    if total(needed.at_driver()) > limits.driver:
+        return "a larger machine, or fewer parameters"
+    return "fewer engine.num_workers, or a larger machine"
 
 
 def _option(needed: int) -> str:

@@ -168,7 +168,8 @@ LIMITS = {
     "worker": GB,
     "results": GB,
 }
-HEAP = (Part("Spark", 1, GB // 4), Part("sums", 1, GB // 4))
+SPARK = (Part("Spark", 1, GB // 4),)
+HEAP = (*SPARK, Part("sums", 1, GB // 4))
 TAKES = {"trial": (Part("weights", 1, GB // 2),), "steps": ()}
 
 
@@ -180,10 +181,10 @@ TAKES = {"trial": (Part("weights", 1, GB // 2),), "steps": ()}
          r"1.8 GB: submit with --driver-memory 1792m"),
         ({"executor_heap": (Part("sums", 3, GB),)}, r"of an executor is 1.0 GB.*--executor-memory 3072m"),
         ({"results": 2 * GB}, r"maxResultSize is 1.0 GB.*--conf spark.driver.maxResultSize=2048m"),
-        ({"trial": (Part("weights", 20, GB),), "driver_heap": HEAP},
+        ({"trial": (Part("weights", 20, GB),), "spark": SPARK, "driver_heap": HEAP},
          r"memory at the driver is 16.0 GB, but the run takes 20 x 1.0 GB \(weights\) \+ 1 x 250.0 MB "
          r"\(Spark\) = 20.2 GB.*memoryOverhead=20224m"),
-        ({"steps": (Part("weights", 15.6, GB),), "driver_heap": HEAP},
+        ({"steps": (Part("weights", 15.6, GB),), "spark": SPARK, "driver_heap": HEAP},
          r"memory at the driver is 16.0 GB, but .*\(sums\) = 16.1 GB.*memoryOverhead="),
         ({"worker_python": (Part("weights", 0.25, 2 * GB),), "executor_heap": (Part("sums", 1, GB),) * 2},
          r"heap of an executor is 1.0 GB.*memory of an executor is 2.0 GB, but .* = 3.0 GB.*Overhead=1024m"),
@@ -214,7 +215,8 @@ def test_where_nothing_bounds_it_nothing_is_refused():
 
 def test_in_local_mode_the_machine_holds_the_driver_and_all_workers():
     places = Places(num_workers=3, workers_per_executor=3, in_driver=True)
-    workers = {"worker_python": (Part("weights", 2, GB),), "driver_heap": (Part("Spark", 1, GB // 2),)}
+    spark = (Part("Spark", 1, GB // 2),)
+    workers = {"worker_python": (Part("weights", 2, GB),), "spark": spark, "driver_heap": spark}
     limits = Limits(**LIMITS | {"executor_heap": None, "executor": None, "worker": None})
     trial = (Part("weights", 15, GB),)  # over before the workers begin
     refuse_too_little(TREE, Takes(**TAKES | workers | {"trial": trial}), limits, places)
