@@ -102,17 +102,17 @@ def event_line(order: int, event: TraceEvent) -> str:
 
 
 def read_trace(lines: Iterable[bytes], where: str) -> tuple[str, list[TraceEvent]]:
-    """Return the family and the events of a trace; an incomplete last line is left out.
+    """Return the family and the events of a trace.
 
     Args:
-        lines: with their line ends.
+        lines: the whole ones, as `read_lines` gives them.
         where: the name of the file, for errors.
 
     Raises:
         DataError: it is no trace of this version, or lines are missing.
     """
     try:
-        found = (parsed(line) for line in lines if line.endswith(b"\n"))
+        found = (parsed(line) for line in lines)
         about = next(found, None)
         if about is None:
             raise ValueError("it has no whole line")

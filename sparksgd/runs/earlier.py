@@ -28,6 +28,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from sparksgd.config import Config
+from sparksgd.engines.metrics_lines import metrics_lines
 from sparksgd.errors import ConfigError, DataError, SparkSGDError
 from sparksgd.imports import shortened, shown
 from sparksgd.runs.asked import Asked, IfExists
@@ -36,7 +37,6 @@ from sparksgd.runs.checkpoints import Manifest, manifests, of_this
 from sparksgd.runs.compared_keys import PATHS, differences, free_keys
 from sparksgd.runs.json_files import read_about_run, read_record
 from sparksgd.runs.manifest import read_manifest
-from sparksgd.runs.metrics import metrics_lines
 from sparksgd.runs.names import CHECKPOINTS, METRICS, MODEL, RUN, SUMMARY, TRACE
 from sparksgd.storage import Location, location, unanswered
 

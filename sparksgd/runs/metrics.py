@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from sparksgd.engines.metrics_lines import metrics_lines
 from sparksgd.imports import out_of_memory_told
-from sparksgd.runs.names import METRICS
 from sparksgd.storage import Location
-from sparksgd.storage.json_text import parsed
-from sparksgd.storage.reading import read_lines
 
-__all__ = ["Metrics", "metrics_lines", "read_metrics"]
-
-_MOST_BYTES = 16 << 20
-"""Of a line: with a million shards it has 8 MB of those that took part."""
+__all__ = ["Metrics", "read_metrics"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,17 +36,3 @@ def read_metrics(file: Location) -> Metrics:
             elif line["kind"] == "evaluation":
                 evaluations.append(line)
     return Metrics(steps=steps, evaluations=evaluations)
-
-
-def metrics_lines(file: Location) -> Iterator[dict[str, Any]]:
-    """Yield the complete lines one by one.
-
-    Raises:
-        OSError: the file cannot be read, or has a line that is too long.
-        ValueError: it holds something else than metrics.
-    """
-    for text in read_lines(file, _MOST_BYTES):
-        line = parsed(text)
-        if not (isinstance(line, dict) and isinstance(line.get("kind"), str)):
-            raise ValueError(f"{METRICS} has lines that are no objects with a kind")
-        yield line

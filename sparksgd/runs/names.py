@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from sparksgd.engines.metrics_lines import METRICS
+
 __all__ = ["CHECKPOINTS", "MANIFEST", "METRICS", "MODEL", "RUN", "RUN_BEFORE", "SUMMARY", "TRACE", "WEIGHTS"]
 
 
@@ -10,9 +12,6 @@ CHECKPOINTS = "checkpoints"
 
 MANIFEST = "model.json"
 """How to rebuild the module, and its files, in the folder of a model."""
-
-METRICS = "metrics.jsonl"
-"""A line for each step and each evaluation."""
 
 MODEL = f"model/{MANIFEST}"
 """MANIFEST, in the folder of a run."""

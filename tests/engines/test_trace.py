@@ -4,13 +4,24 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sparksgd.engines.trace import Trace, TraceEvent, event_line, first_line, read_trace, took_part_of
+from sparksgd.engines.trace import (
+    MOST_LINE_BYTES,
+    Trace,
+    TraceEvent,
+    event_line,
+    first_line,
+    read_trace,
+    took_part_of,
+)
 from sparksgd.errors import DataError
+from sparksgd.storage import location
+from sparksgd.storage.reading import read_lines
 
 
 def lines(events: Iterable[TraceEvent], family: str = "rounds") -> list[bytes]:
@@ -94,10 +105,12 @@ def test_what_came_to_nothing_is_withdrawn() -> None:
     ]
 
 
-def test_a_last_line_that_was_cut_off_is_left_out() -> None:
-    whole = lines(SOME)
+def test_a_last_line_that_was_cut_off_is_left_out(tmp_path: Path) -> None:
+    whole, file = lines(SOME), tmp_path / "trace.jsonl"
     for cut in range(len(whole[-1])):
-        assert read_trace([*whole[:-1], whole[-1][:cut]], "trace.jsonl") == ("rounds", SOME[:-1])
+        file.write_bytes(b"".join([*whole[:-1], whole[-1][:cut]]))
+        found = read_trace(read_lines(location(file), MOST_LINE_BYTES), "trace.jsonl")
+        assert found == ("rounds", SOME[:-1])
 
 
 @pytest.mark.parametrize("gone", range(1, len(SOME)))

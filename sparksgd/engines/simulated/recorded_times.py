@@ -12,16 +12,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from sparksgd.engines.metrics_lines import METRICS, metrics_lines
 from sparksgd.errors import DataError
 from sparksgd.imports import shortened
 from sparksgd.storage import location
-from sparksgd.storage.json_text import parsed
-from sparksgd.storage.reading import read_lines
 
 __all__ = ["recorded_turns_s"]
 
-_METRICS = "metrics.jsonl"
-_MOST_LINE_BYTES = 16 << 20  # as `read_metrics`
 _FEWEST = 20
 
 
@@ -34,13 +31,12 @@ def recorded_turns_s(folder: str) -> list[npt.NDArray[np.float64]]:
     Raises:
         DataError: it has no metrics, or a worker has too few turns.
     """
-    file = location(folder) / _METRICS
+    file = location(folder) / METRICS
     found: dict[int, list[float]] = {}
     turn: int | None = None
     try:
-        for line in read_lines(file, _MOST_LINE_BYTES):
-            step = parsed(line)
-            if step.get("kind") == "step":
+        for step in metrics_lines(file):
+            if step["kind"] == "step":
                 before, turn = 0 if step.get("step") == 1 else turn, int(step["turn"])
                 _add(step, before, found)
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:

@@ -257,7 +257,7 @@ def test_rounds_of_local_turns_are_divided_by_these(tmp_path: Path) -> None:
         ([step_of({0: 1.0}, step=3)] * 20, "tells of 19 turns of a worker"),
         ([step_of({0: 1.0}, turn=3)] * 20, "tells of 1 turns of a worker"),
         ([{"kind": "step"}], "holds no steps of a run: KeyError"),
-        ([7], "holds no steps of a run: AttributeError"),
+        ([7], "holds no steps of a run: ValueError: metrics.jsonl has lines that are no objects"),
     ],
 )
 def test_what_is_no_run_is_refused(rows: str, tmp_path: Path, steps: list[Any], words: str) -> None:
