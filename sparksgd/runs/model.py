@@ -52,7 +52,6 @@ __all__ = [
     "load_model",
     "model_of",
     "save_model",
-    "saved_values",
 ]
 
 log = logging.getLogger("sparksgd")
@@ -154,7 +153,7 @@ def check_saved(folder: str | Path | Location, training: Training) -> None:
     folder = location(folder)
     manifest = read_manifest(folder)
     different = _different_when_loaded(
-        training, manifest.structure or {}, manifest.parts, saved_values(folder, manifest)
+        training, manifest.structure or {}, manifest.parts, _values(folder, manifest)
     )
     if different is not None and training.model_name is None:
         log.info("the module is not saved as a whole, since what would be loaded differs: %s", different)
@@ -238,7 +237,7 @@ def load_model(
     _check_code(folder, manifest, names, trusting, strict)
     try:
         with out_of_memory_told(f"loading {folder}"):
-            saved = saved_values(folder, manifest)
+            saved = _values(folder, manifest)
             made = _given(loss, manifest) if is_own else make_loss(manifest.loss, manifest.seed, trusting)
             kind = loss_kind(manifest.loss)
             if module is None:
@@ -266,7 +265,7 @@ def load_model(
     )
 
 
-def saved_values(folder: Location, manifest: Manifest) -> SavedState:
+def _values(folder: Location, manifest: Manifest) -> SavedState:
     """Return what the files of a model hold.
 
     Raises:
