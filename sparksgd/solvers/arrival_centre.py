@@ -16,12 +16,12 @@ from typing import Any, ClassVar
 import numpy as np
 
 from sparksgd.arithmetic.changes import Changes
-from sparksgd.arithmetic.flat import FlatModule, FlatStrip, Weights
+from sparksgd.arithmetic.flat import FlatModule, FlatStrip
 from sparksgd.arithmetic.seeds import seed32
 from sparksgd.config import Config
 from sparksgd.errors import ModelError
 from sparksgd.solvers.arrivals import ArrivalStep, Verdict
-from sparksgd.solvers.centre import OnCentre, step_along
+from sparksgd.solvers.centre import OnCentre, refuse_statistics, step_along
 from sparksgd.solvers.flat_optimizer import FlatOptimizer
 from sparksgd.solvers.protocol import (
     Answer,
@@ -48,7 +48,6 @@ __all__ = [
     "GradientSettings",
     "ModelCentre",
     "refuse_changes",
-    "refuse_statistics",
 ]
 
 
@@ -408,18 +407,4 @@ def refuse_changes(changes: Changes | None) -> None:
             "forward changes a parameter or a buffer. With this solver.name shards compute from different "
             "weights at the same time, so what forward made of those of one shard would overwrite those of "
             'another: use solver.name = "synchronous" or "local_sgd"'
-        )
-
-
-def refuse_statistics(weights: Weights) -> None:
-    """Refuse running statistics, where shards have models of their own.
-
-    Raises:
-        ModelError: there are some.
-    """
-    if weights.statistics.size:
-        raise ModelError(
-            "the module has batch-norm, but with this solver.name every shard has weights of its own, and "
-            "the centre sees no row, so nothing could measure running statistics for its weights: use a norm "
-            "without them, such as torch.nn.GroupNorm or LayerNorm"
         )

@@ -24,12 +24,9 @@ import numpy.typing as npt
 from sparksgd.arithmetic.flat import FlatModule, FlatStrip
 from sparksgd.config import Config
 from sparksgd.errors import ConfigError
-from sparksgd.solvers.arrival_centre import (
-    GradientCentre,
-    GradientSettings,
-    refuse_statistics,
-)
+from sparksgd.solvers.arrival_centre import GradientCentre, GradientSettings
 from sparksgd.solvers.arrivals import Verdict
+from sparksgd.solvers.centre import refuse_statistics
 from sparksgd.solvers.protocol import Answer, Gradient, Halves, Message, Settings, Vector, total_weight
 from sparksgd.solvers.rules import Experiment, require_at_least
 from sparksgd.solvers.synchronous import SendGradients

@@ -6,18 +6,40 @@ Legend: P parameters.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
 from sparksgd.arithmetic.flat import FlatModule, FlatStrip, Weights
 from sparksgd.arithmetic.reused import ReusedArrays
-from sparksgd.errors import UpdateNotFinite
+from sparksgd.errors import ConfigError, ModelError, UpdateNotFinite
 from sparksgd.solvers.flat_optimizer import FlatOptimizer
-from sparksgd.solvers.protocol import Answer, Message, SolverState, Touched, Vector
+from sparksgd.solvers.protocol import (
+    Answer,
+    Halves,
+    Message,
+    Need,
+    SolverState,
+    Touched,
+    Vector,
+    WorkerHalf,
+)
+from sparksgd.solvers.rules import Experiment
+from sparksgd.solvers.schedules import Rates
+from sparksgd.solvers.torch_optimizers import make_optimizer
 
-__all__ = ["Centre", "OnCentre", "clip", "refuse_not_finite", "step_along"]
+__all__ = [
+    "Centre",
+    "OfModels",
+    "OnCentre",
+    "clip",
+    "refuse_not_finite",
+    "refuse_replay_of_fewer",
+    "refuse_statistics",
+    "step_along",
+]
 
 
 class Centre:
@@ -153,6 +175,85 @@ class OnCentre:
         """
         self._centre.step_back()
         self._answer = None
+
+
+class OfModels(OnCentre):
+    """A central half whose shards have models of their own, and all take part in every step.
+
+    Each shard has an optimiser; the centre only sets its rate.
+
+    Args:
+        flat: the module; the solver owns its parameters from now on.
+        experiment: has the optimiser, the schedule, and how long they are used.
+        needs: what the engine must carry.
+        make: makes the worker half of a shard.
+        took_part: of a run that is replayed.
+
+    Raises:
+        ConfigError: the run to be replayed made a step of some shards only.
+        ModelError: the module has running statistics.
+    """
+
+    by_strips = False
+
+    def __init__(
+        self,
+        flat: FlatModule | FlatStrip,
+        experiment: Experiment,
+        needs: frozenset[Need],
+        make: Callable[[FlatModule, int], WorkerHalf[Any]],
+        took_part: Sequence[frozenset[int]] | None,
+    ) -> None:
+        refuse_replay_of_fewer(experiment.num_shards, took_part)
+        super().__init__(flat)
+        refuse_statistics(self.readout())
+        make_optimizer(flat, experiment.optimizer, experiment.seed)  # tries it: halves make others alike
+        self.needs = needs
+        self.halves = Halves(make=make, have_local_models=True, keep_state=True)
+        self._rates = Rates.of(experiment, flat)
+        self.remarks = self._rates.remarks
+
+    def state(self) -> SolverState:
+        """Return all that its next step depends on, except what shards keep."""
+        return SolverState(weights=self.readout(), turns=self.turns, rest={"rates": self._rates.state()})
+
+    def load_state(self, state: SolverState) -> None:
+        """Continue from the state of another solver, at any step."""
+        with self._centre.changing():
+            self._rates.load_state(state.rest["rates"])
+            self._centre.load(state)
+            self._answer = None
+
+
+def refuse_replay_of_fewer(num_shards: int, took_part: Sequence[frozenset[int]] | None) -> None:
+    """Refuse to replay steps of some shards only, where all shards take part in every step.
+
+    Args:
+        num_shards: S.
+        took_part: of the run that is replayed; None: none is.
+
+    Raises:
+        ConfigError: the run made a step of fewer shards.
+    """
+    if took_part is not None and any(shards != frozenset(range(num_shards)) for shards in took_part):
+        raise ConfigError(
+            "the run to be replayed made steps of some shards only, but with this solver.name all shards "
+            "take part in every step: it was made by another rule"
+        )
+
+
+def refuse_statistics(weights: Weights) -> None:
+    """Refuse running statistics, where shards have models of their own.
+
+    Raises:
+        ModelError: there are some.
+    """
+    if weights.statistics.size:
+        raise ModelError(
+            "the module has batch-norm, but with this solver.name every shard has weights of its own, and "
+            "the centre sees no row, so nothing could measure running statistics for its weights: use a norm "
+            "without them, such as torch.nn.GroupNorm or LayerNorm"
+        )
 
 
 def step_along(

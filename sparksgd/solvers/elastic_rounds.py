@@ -17,9 +17,8 @@ from functools import partial
 import torch
 
 from sparksgd.arithmetic.flat import FlatModule, FlatStrip
-from sparksgd.errors import ConfigError
-from sparksgd.solvers.arrival_centre import refuse_changes, refuse_statistics
-from sparksgd.solvers.centre import OnCentre
+from sparksgd.solvers.arrival_centre import refuse_changes
+from sparksgd.solvers.centre import OfModels
 from sparksgd.solvers.elastic_averaging import (
     ALPHA,
     ElasticAveraging,
@@ -30,17 +29,13 @@ from sparksgd.solvers.elastic_averaging import (
 from sparksgd.solvers.protocol import (
     Answer,
     CentralSolver,
-    Halves,
     MakeReplica,
     Message,
     MessageShape,
     Quorum,
-    SolverState,
     StepOutcome,
 )
 from sparksgd.solvers.rules import Experiment
-from sparksgd.solvers.schedules import Rates
-from sparksgd.solvers.torch_optimizers import make_optimizer
 
 __all__ = ["ElasticRoundModel", "ElasticRounds", "ElasticSettings", "make_elastic"]
 
@@ -64,7 +59,7 @@ class ElasticRoundModel(ElasticModel):
         return message
 
 
-class ElasticRounds(OnCentre):
+class ElasticRounds(OfModels):
     """The central half: the sum of all models draws the centre towards it.
 
     Args:
@@ -74,8 +69,6 @@ class ElasticRounds(OnCentre):
         took_part: of a run that is replayed; every step is made of all shards.
     """
 
-    by_strips = False
-
     def __init__(
         self,
         flat: FlatModule | FlatStrip,
@@ -83,25 +76,13 @@ class ElasticRounds(OnCentre):
         experiment: Experiment,
         took_part: Sequence[frozenset[int]] | None = None,
     ) -> None:
-        everyone = frozenset(range(experiment.num_shards))
-        if took_part is not None and any(shards != everyone for shards in took_part):
-            raise ConfigError(
-                "the run to be replayed made steps of some shards only, but with this solver.name all shards "
-                "take part in every step: it was made by another rule"
-            )
-        super().__init__(flat)
-        self._quorum = Quorum.of_all(everyone)
-        refuse_statistics(self._centre.readout())
-        make_optimizer(flat, experiment.optimizer, experiment.seed)  # tries it: halves make others alike
-        self._rule, self._experiment = settings, experiment
-        self._make_replica = partial(ElasticRounds, settings=settings, experiment=experiment)
-        self.needs = settings.needs()
         make = partial(
             ElasticRoundModel, settings=settings, optimizer=experiment.optimizer, seed=experiment.seed
         )
-        self.halves = Halves(make=make, have_local_models=True, keep_state=True)
-        self._rates = Rates.of(experiment, flat)
-        self.remarks = self._rates.remarks
+        super().__init__(flat, experiment, settings.needs(), make, took_part)
+        self._quorum = Quorum.of_all(frozenset(range(experiment.num_shards)))
+        self._rule, self._experiment = settings, experiment
+        self._make_replica = partial(ElasticRounds, settings=settings, experiment=experiment)
 
     def turns_at(self, turn: int) -> int:
         """Return tau, or fewer if the epoch or the run ends before."""
@@ -144,17 +125,6 @@ class ElasticRounds(OnCentre):
         self._rates.move(turns)
         self._answer = None
         return StepOutcome(lr=lr, gradient_norm=None)
-
-    def state(self) -> SolverState:
-        """Return all that its next step depends on, except what shards keep."""
-        return SolverState(weights=self.readout(), turns=self.turns, rest={"rates": self._rates.state()})
-
-    def load_state(self, state: SolverState) -> None:
-        """Continue from the state of another solver, at any step."""
-        with self._centre.changing():
-            self._rates.load_state(state.rest["rates"])
-            self._centre.load(state)
-            self._answer = None
 
     def make_replica(self) -> MakeReplica:
         """Return a function that makes another solver of this kind, at version 0; it can be pickled."""

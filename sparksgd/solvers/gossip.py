@@ -19,26 +19,21 @@ import torch
 
 from sparksgd.arithmetic.flat import FlatModule, FlatStrip, Weights
 from sparksgd.config import Config, OptimizerConfig
-from sparksgd.errors import ConfigError
-from sparksgd.solvers.arrival_centre import refuse_changes, refuse_statistics
-from sparksgd.solvers.centre import OnCentre
+from sparksgd.solvers.arrival_centre import refuse_changes
+from sparksgd.solvers.centre import OfModels
 from sparksgd.solvers.local_model import LocalModel
 from sparksgd.solvers.protocol import (
     Answer,
     CentralSolver,
     Gradient,
-    Halves,
     Message,
     Need,
     Settings,
-    SolverState,
     StepOutcome,
     Vector,
     WorkerHalf,
 )
 from sparksgd.solvers.rules import Experiment, require_at_least
-from sparksgd.solvers.schedules import Rates
-from sparksgd.solvers.torch_optimizers import make_optimizer
 
 __all__ = ["GossipCentre", "GossipHalf", "GossipModel", "GossipSettings", "GossipSolver"]
 
@@ -169,7 +164,7 @@ class GossipModel:
         self._local.load_kept(kept)
 
 
-class GossipCentre(OnCentre):
+class GossipCentre(OfModels):
     """The readout of all shards' models, after every turn.  A rule is a subclass that defines `peers`.
 
     Args:
@@ -180,8 +175,6 @@ class GossipCentre(OnCentre):
         took_part: of a run that is replayed; every turn is made by all shards.
     """
 
-    by_strips = False
-
     def __init__(
         self,
         flat: FlatModule | FlatStrip,
@@ -190,19 +183,8 @@ class GossipCentre(OnCentre):
         make: Callable[[FlatModule, int], WorkerHalf[Any]],
         took_part: Sequence[frozenset[int]] | None,
     ) -> None:
-        everyone = frozenset(range(experiment.num_shards))
-        if took_part is not None and any(shards != everyone for shards in took_part):
-            raise ConfigError(
-                "the run to be replayed made steps of some shards only, but with this solver.name all shards "
-                "make every turn: it was made by another rule"
-            )
-        super().__init__(flat)
-        refuse_statistics(self._centre.readout())
-        make_optimizer(flat, experiment.optimizer, experiment.seed)  # tries it: halves make others alike
-        self.needs, self.num_shards = settings.needs(), experiment.num_shards
-        self.halves = Halves(make=make, have_local_models=True, keep_state=True)
-        self._rates = Rates.of(experiment, flat)
-        self.remarks = self._rates.remarks
+        super().__init__(flat, experiment, settings.needs(), make, took_part)
+        self.num_shards = experiment.num_shards
 
     def turns_at(self, turn: int) -> int:
         """Return 1: every turn is a step."""
@@ -223,16 +205,6 @@ class GossipCentre(OnCentre):
             self.flat.parameters.copy_(torch.from_numpy(mean))
         self._rates.move(1)
         return StepOutcome(lr=lr, gradient_norm=None)
-
-    def state(self) -> SolverState:
-        """Return all that its next step depends on, except what shards keep."""
-        return SolverState(weights=self.readout(), turns=self.turns, rest={"rates": self._rates.state()})
-
-    def load_state(self, state: SolverState) -> None:
-        """Continue from the state of another solver, at any turn."""
-        with self._centre.changing():
-            self._rates.load_state(state.rest["rates"])
-            self._centre.load(state)
 
 
 def _mean(shares: Iterable[tuple[Vector, float]]) -> Vector:

@@ -28,7 +28,7 @@ import torch
 from sparksgd.arithmetic.flat import FlatModule, FlatStrip
 from sparksgd.arithmetic.seeds import seed32
 from sparksgd.errors import ConfigError
-from sparksgd.solvers.centre import OnCentre, step_along
+from sparksgd.solvers.centre import OnCentre, refuse_replay_of_fewer, step_along
 from sparksgd.solvers.flat_optimizer import HAS, FlatOptimizer, means
 from sparksgd.solvers.local_turns import LocalSGDSettings, LocalTurns
 from sparksgd.solvers.protocol import (
@@ -73,14 +73,9 @@ class LocalSGD(OnCentre):
         *,
         is_replica: bool = False,
     ) -> None:
-        everyone = frozenset(range(experiment.num_shards))
-        if took_part is not None and any(shards != everyone for shards in took_part):
-            raise ConfigError(
-                'solver.name is "local_sgd", which makes every step of all shards, but the run to be '
-                "replayed made some of fewer: it was made by another rule"
-            )
+        refuse_replay_of_fewer(experiment.num_shards, took_part)
         super().__init__(flat, is_replica=is_replica)
-        self._quorum = Quorum.of_all(everyone)
+        self._quorum = Quorum.of_all(frozenset(range(experiment.num_shards)))
         self.needs = settings.needs()
         self._settings, self._experiment = settings, experiment
         self._make_replica = partial(LocalSGD, settings=settings, experiment=experiment, is_replica=True)
