@@ -38,6 +38,7 @@ __all__ = [
     "EarlyStoppingConfig",
     "EngineConfig",
     "LossConfig",
+    "LossKind",
     "ModelConfig",
     "OptimizerConfig",
     "ScheduleConfig",
@@ -69,6 +70,10 @@ class ModelConfig:
     """Keyword arguments of the factory."""
 
 
+LossKind = Literal["classes", "binary", "several labels", "numbers"]
+"""What outputs and labels are; `LossConfig.kind` says what each means."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class LossConfig:
     """The loss: one value for each row.  Other keys of the section are arguments of it."""
@@ -77,7 +82,7 @@ class LossConfig:
     """A loss of sparksgd.models.losses, or of torch.nn such as SmoothL1Loss, or your own as
     package.module:name: a function (output, label) -> Tensor[B], or a class of such."""
 
-    kind: Literal["classes", "binary", "several labels", "numbers"] | None = experiment_key(None)
+    kind: LossKind | None = experiment_key(None)  # noqa: RUF009  # a field, as that of each key
     """What outputs and labels of your own loss are: classes (a logit for each), binary (one logit), several
     labels (a logit for each; a row's labels are a list of 0 and 1) or numbers.  Then labels are checked, and
     evaluations tell the accuracy of classes and labels.  A loss of ours or of torch.nn has its kind;

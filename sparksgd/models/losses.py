@@ -19,7 +19,7 @@ import inspect
 import math
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
@@ -27,7 +27,7 @@ from torch.nn import functional as F
 
 from sparksgd.arithmetic.generators import generators_seeded
 from sparksgd.arithmetic.seeds import seed32
-from sparksgd.config import LossConfig
+from sparksgd.config import LossConfig, LossKind
 from sparksgd.errors import ConfigError, ModelError
 from sparksgd.imports import did_you_mean, resolve, shown
 from sparksgd.imports.trust import Trust
@@ -51,8 +51,6 @@ __all__ = [
 
 Loss = Callable[[Any, torch.Tensor], torch.Tensor]
 """Takes the module's output and the labels."""
-
-LossKind = Literal["classes", "binary", "several labels", "numbers"]
 
 
 def cross_entropy(output: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
