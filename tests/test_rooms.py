@@ -22,7 +22,6 @@ ROOMS = (
 KINDS = "a table of kinds, a class for each"
 
 LONG_FILES: dict[str, str] = {
-    "sparksgd/peers/wire.py": "one protocol: handshake, frames and TLS of one connection are read together",
     "tests/contract/grammar.py": "one grammar: what it draws is read together",
     "tests/modules/carried_kinds.py": KINDS,
     "tests/modules/contract_changes.py": KINDS,

@@ -24,16 +24,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from sparksgd.errors import PeerLost, PeerSilent
-from sparksgd.peers.wire import (
-    Connection,
-    Credentials,
-    Header,
-    Listener,
-    Transfer,
-    address_towards,
-    connect,
-    exchange,
-)
+from sparksgd.peers.credentials import Credentials
+from sparksgd.peers.wire import Connection, Header, Listener, Transfer, address_towards, connect, exchange
 
 __all__ = ["Meeting", "Mesh", "Rendezvous"]
 

@@ -19,9 +19,10 @@ from itertools import count
 
 from sparksgd.arithmetic.reused import ReusedArrays
 from sparksgd.errors import PeerLost
+from sparksgd.peers.credentials import Credentials
 from sparksgd.peers.frames import Frame, FrameReader, FrameWriter
 from sparksgd.peers.server_worker import HELLO, ServerAddress
-from sparksgd.peers.wire import Connection, Credentials, Listener
+from sparksgd.peers.wire import Connection, Listener
 
 __all__ = ["Came", "Joined", "Left", "ServerDesk"]
 

@@ -19,6 +19,7 @@ from sparksgd.engines.compute import Computer
 from sparksgd.engines.replies import Evaluation, with_place
 from sparksgd.engines.shard_work import ShardWork
 from sparksgd.errors import PeerLost, ShardMissing, SparkSGDError
+from sparksgd.peers.credentials import Credentials
 from sparksgd.peers.frames import Frame, FrameReader, FrameWriter
 from sparksgd.peers.server_frames import (
     EVALUATE,
@@ -37,7 +38,7 @@ from sparksgd.peers.server_frames import (
     turned_frame,
     weights_in,
 )
-from sparksgd.peers.wire import Connection, Credentials, connect
+from sparksgd.peers.wire import Connection, connect
 from sparksgd.solvers.arrival_centre import refuse_changes
 
 __all__ = ["HELLO", "ServerAddress", "serve"]

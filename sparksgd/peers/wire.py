@@ -1,12 +1,11 @@
 """Vectors between processes that have proved to each other that they know the run's secret.
 
     connector                           listener
-        <──────────── challenge ────────   32 random bytes; a stranger gets nothing else
-        ──── hello, nonce, proof ───────>  HMAC(secret, challenge, nonce, hello)
-        <──────────── proof ────────────   HMAC(secret, nonce, challenge)
+        <─────────── handshake ────────>   see handshake.py
         ════════════ frames ════════════   a fixed header, then the bytes of a vector
 
-Nothing else is read before the proof.  A connector that does not give it in time is dropped and counted.
+Nothing else is read before the handshake.  A connector that does not prove itself in time is dropped and
+counted.
 Both ends always know which frame comes next.  A frame with this header is received directly into its buffer;
 any other is an error.  Sending and receiving go on at the same time, so that no order of peers can block
 another.  With a certificate in the credentials, everything is sent inside TLS.
@@ -14,10 +13,8 @@ another.  With a certificate in the credentials, everything is sent inside TLS.
 
 from __future__ import annotations
 
-import hmac
 import itertools
 import logging
-import secrets
 import select
 import socket
 import ssl
@@ -27,17 +24,15 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
-from datetime import UTC, datetime, timedelta
+from dataclasses import dataclass
 from functools import partial
 
-from sparksgd.errors import ClusterError, ConfigError, PeerLost, PeerSilent
-from sparksgd.storage.scratch import scratch_folder
+from sparksgd.errors import ClusterError, PeerLost, PeerSilent
+from sparksgd.peers.credentials import Credentials
+from sparksgd.peers.handshake import HELLO_BYTES, WrongSecret, challenge, prove, send_all
 
 __all__ = [
-    "HELLO_BYTES",
     "Connection",
-    "Credentials",
     "Header",
     "Listener",
     "Transfer",
@@ -49,84 +44,11 @@ __all__ = [
 
 log = logging.getLogger("sparksgd")
 
-HELLO_BYTES = 64
-"""Length of the hello, in which a connector names itself; its content does not matter here."""
-
-_SECRET_BYTES = 32
-_NONCE_BYTES = 32
-_PROOF_BYTES = 32
 _HANDSHAKE_S = 5.0
 _FEWEST_PENDING = 64
 _TLS_SLICE = 1 << 18  # ssl reports progress only when a whole slice is sent
 _BACKLOG = 128
 _RETRY_S = 0.05
-_CLOCKS_DIFFER = timedelta(days=1)
-_LONGEST_RUN = timedelta(days=365)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Credentials:
-    """What only the processes of a run know; it is sent only through Spark's own channels."""
-
-    secret: bytes = field(repr=False)
-    """Key of every proof."""
-
-    pem: bytes | None = field(default=None, repr=False)
-    """Private key and certificate, for TLS; None: no encryption."""
-
-    @classmethod
-    def new(cls, *, encrypt: bool) -> Credentials:
-        """Return new credentials.
-
-        Raises:
-            ConfigError: encryption is wanted, but the package that makes certificates is not installed.
-        """
-        return cls(secret=secrets.token_bytes(_SECRET_BYTES), pem=_certificate() if encrypt else None)
-
-    def context(self, *, listens: bool) -> ssl.SSLContext | None:
-        """Return the TLS context of one end; both show the run's certificate, and accept no other."""
-        if self.pem is None:
-            return None
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER if listens else ssl.PROTOCOL_TLS_CLIENT)
-        context.minimum_version = ssl.TLSVersion.TLSv1_3
-        context.check_hostname = False  # the certificate is the run's, not a host's
-        context.verify_mode = ssl.CERT_REQUIRED
-        context.load_verify_locations(cadata=self.pem[self.pem.index(b"-----BEGIN CERT") :].decode())
-        with scratch_folder() as folder:  # ssl reads keys from files only
-            file = folder / "key"
-            file.write_bytes(self.pem)
-            context.load_cert_chain(file)
-        return context
-
-
-def _certificate() -> bytes:
-    """Return a new key and a self-signed certificate, as PEM."""
-    try:
-        from cryptography import x509
-        from cryptography.hazmat.primitives import hashes, serialization
-        from cryptography.hazmat.primitives.asymmetric import ec
-    except ImportError as error:
-        raise ConfigError(
-            "connections between workers are to be encrypted (engine.encrypt, or Spark's own settings), "
-            "but the package cryptography is not installed: pip install 'sparksgd[tls]'"
-        ) from error
-    key = ec.generate_private_key(ec.SECP256R1())
-    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "sparksgd")])
-    now = datetime.now(UTC)
-    certificate = (
-        x509.CertificateBuilder()
-        .subject_name(name)
-        .issuer_name(name)
-        .public_key(key.public_key())
-        .serial_number(x509.random_serial_number())
-        .not_valid_before(now - _CLOCKS_DIFFER)
-        .not_valid_after(now + _LONGEST_RUN)
-        .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
-        .sign(key, hashes.SHA256())
-    )
-    pem = serialization.Encoding.PEM
-    private = key.private_bytes(pem, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
-    return private + certificate.public_bytes(pem)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -414,21 +336,13 @@ class Listener:
         """Let one connector prove that it knows the secret."""
         deadline = time.monotonic() + _HANDSHAKE_S
         try:
-            _shake_hands(sock, deadline)
-            challenge = secrets.token_bytes(_NONCE_BYTES)
-            _send_all(sock, challenge, deadline)
-            said = _receive_exactly(sock, HELLO_BYTES + _NONCE_BYTES + _PROOF_BYTES, deadline)
-            hello, nonce = said[:HELLO_BYTES], said[HELLO_BYTES:-_PROOF_BYTES]
-            if not hmac.compare_digest(
-                said[-_PROOF_BYTES:], _proof(self._credentials, b"connector", challenge, nonce, hello)
-            ):
-                reason = "wrong secret"
-            elif self._taken(number) is None:
-                return  # dropped meanwhile, and closed
-            else:
-                _send_all(sock, _proof(self._credentials, b"listener", nonce, challenge), deadline)
+            hello, proof = challenge(sock, self._credentials, deadline)
+            if self._taken(number) is not None:  # else it was dropped meanwhile, and closed
+                send_all(sock, proof, deadline)
                 self._welcome(Connection(sock, hello))
-                return
+            return
+        except WrongSecret:
+            reason = "wrong secret"
         except TimeoutError:
             reason = "no proof in time"
         except ssl.SSLError:
@@ -480,67 +394,17 @@ def connect(
             if tls is not None:
                 sock = tls.wrap_socket(sock, do_handshake_on_connect=False)
             handshake = min(deadline, time.monotonic() + _HANDSHAKE_S)
-            return Connection(_proved(sock, credentials, hello, handshake), hello)
+            prove(sock, credentials, hello, handshake)
+            return Connection(sock, hello)
         except OSError as error:
             if sock is not None:
                 _close(sock)
             where = f"{name} at {address[0]}:{address[1]}"
-            if isinstance(error, (ConnectionRefusedError, _WrongSecret, socket.gaierror)):
+            if isinstance(error, (ConnectionRefusedError, WrongSecret, socket.gaierror)):
                 raise PeerLost(f"cannot reach {where}: {error}") from error
             if time.monotonic() >= deadline:
                 raise PeerSilent(f"cannot reach {where} within {timeout_s:g} s: {error}") from error
             time.sleep(_RETRY_S)  # its queue was full, and needs a moment
-
-
-class _WrongSecret(OSError):
-    """The listener does not know the run's secret."""
-
-
-def _proved(sock: socket.socket, credentials: Credentials, hello: bytes, deadline: float) -> socket.socket:
-    _shake_hands(sock, deadline)
-    challenge = _receive_exactly(sock, _NONCE_BYTES, deadline)
-    nonce = secrets.token_bytes(_NONCE_BYTES)
-    proof = _proof(credentials, b"connector", challenge, nonce, hello)
-    _send_all(sock, hello + nonce + proof, deadline)
-    answer = _receive_exactly(sock, _PROOF_BYTES, deadline)
-    if not hmac.compare_digest(answer, _proof(credentials, b"listener", nonce, challenge)):
-        raise _WrongSecret("it does not know this run's secret")
-    return sock
-
-
-def _proof(credentials: Credentials, role: bytes, *parts: bytes) -> bytes:
-    """Return a proof that needs the secret; the role in it makes an echo of it invalid."""
-    return hmac.digest(credentials.secret, b"sparksgd " + role + b"".join(parts), "sha256")
-
-
-def _shake_hands(sock: socket.socket, deadline: float) -> None:
-    """Make the TLS handshake, if TLS is used."""
-    if isinstance(sock, ssl.SSLSocket):
-        sock.settimeout(_left_s(deadline))
-        sock.do_handshake()
-
-
-def _send_all(sock: socket.socket, message: bytes, deadline: float) -> None:
-    sock.settimeout(_left_s(deadline))
-    sock.sendall(message)
-
-
-def _receive_exactly(sock: socket.socket, count: int, deadline: float) -> bytes:
-    received = bytearray()
-    while len(received) < count:
-        sock.settimeout(_left_s(deadline))
-        some = sock.recv(count - len(received))
-        if not some:
-            raise ConnectionResetError("it closed the connection")
-        received += some
-    return bytes(received)
-
-
-def _left_s(deadline: float) -> float:
-    left_s = deadline - time.monotonic()
-    if left_s <= 0:
-        raise TimeoutError("no answer in time")
-    return left_s
 
 
 def _framed(header: Header, buffers: Sequence[memoryview]) -> list[memoryview]:

@@ -28,6 +28,7 @@ from sparksgd.arithmetic.reused import ReusedArrays
 from sparksgd.config import Config
 from sparksgd.engines.arrival_exchange import ArrivalExchange
 from sparksgd.engines.freed_memory import freed_memory_kept_in_block
+from sparksgd.peers.credentials import Credentials
 from sparksgd.peers.frames import FrameReader, FrameWriter
 from sparksgd.peers.server_desk import Came, Joined, ServerDesk
 from sparksgd.peers.server_frames import (
@@ -41,7 +42,7 @@ from sparksgd.peers.server_frames import (
     turn_frame,
 )
 from sparksgd.peers.server_worker import HELLO
-from sparksgd.peers.wire import Credentials, connect
+from sparksgd.peers.wire import connect
 from sparksgd.solvers.protocol import Answer, Message
 from sparksgd.solvers.rules import Experiment, completed, make_solver
 

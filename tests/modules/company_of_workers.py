@@ -5,8 +5,8 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 
+from sparksgd.peers.credentials import Credentials
 from sparksgd.peers.mesh import Mesh, Rendezvous
-from sparksgd.peers.wire import Credentials
 
 HOST = "127.0.0.1"
 ENDLESS_S = 3600.0

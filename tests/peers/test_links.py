@@ -8,9 +8,9 @@ from collections import Counter
 import pytest
 
 from sparksgd.errors import PeerLost, PeerSilent
+from sparksgd.peers.credentials import Credentials
 from sparksgd.peers.links import Link, measured_links, partner
 from sparksgd.peers.mesh import Rendezvous
-from sparksgd.peers.wire import Credentials
 
 HOST = "127.0.0.1"
 

@@ -14,8 +14,9 @@ import pytest
 from company_of_workers import ENDLESS_S, Company
 
 from sparksgd.errors import PeerLost, PeerSilent
+from sparksgd.peers.credentials import Credentials
 from sparksgd.peers.mesh import Meeting, Mesh
-from sparksgd.peers.wire import Credentials, connect
+from sparksgd.peers.wire import connect
 
 
 @pytest.fixture

@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 from company_of_workers import HOST
 
+from sparksgd.peers.credentials import Credentials
 from sparksgd.peers.frames import Frame, FrameReader, FrameWriter
 from sparksgd.peers.server_desk import Came, Joined, Left, ServerDesk
 from sparksgd.peers.server_worker import HELLO
-from sparksgd.peers.wire import Connection, Credentials, connect
+from sparksgd.peers.wire import Connection, connect
 
 WAIT_S = 20.0
 MOST = 1 << 24

@@ -16,7 +16,9 @@ from company_of_workers import ENDLESS_S, HOST
 
 from sparksgd.errors import ClusterError, PeerLost
 from sparksgd.peers import wire
-from sparksgd.peers.wire import Connection, Credentials, Header, Listener, Transfer, connect, exchange
+from sparksgd.peers.credentials import Credentials
+from sparksgd.peers.handshake import HELLO_BYTES
+from sparksgd.peers.wire import Connection, Header, Listener, Transfer, connect, exchange
 
 HEADER = Header(run=b"run-0001", meeting=1, step=7, phase=2)
 
@@ -82,7 +84,7 @@ def test_vectors_cross_in_both_directions_at_once(credentials):
 
 def test_the_listener_learns_who_connects(credentials):
     with pair(credentials) as (_, there):
-        assert there.hello == b"me".ljust(wire.HELLO_BYTES, b"\0")
+        assert there.hello == b"me".ljust(HELLO_BYTES, b"\0")
 
 
 def test_a_wrong_secret_is_dropped_and_counted_and_told(credentials):
@@ -104,7 +106,7 @@ def test_a_listener_that_does_not_know_the_secret_is_told_apart(credentials):
         sock = sock if tls is None else tls.wrap_socket(sock, server_side=True)
         sock.sendall(secrets.token_bytes(32))
         said = b""
-        while len(said) < wire.HELLO_BYTES + 64:
+        while len(said) < HELLO_BYTES + 64:
             said += sock.recv(4096)
         sock.sendall(said[-32:])  # the connector's own proof, sent back
         sock.close()

@@ -13,7 +13,8 @@ import pytest
 from spark_helpers import ALLREDUCE, AtStep, configured, memory_bytes, python_workers, undisturbed
 
 from sparksgd.errors import ClusterError
-from sparksgd.peers.wire import Credentials, connect
+from sparksgd.peers.credentials import Credentials
+from sparksgd.peers.wire import connect
 from sparksgd.spark.train import train
 
 pytestmark = pytest.mark.session("local[2]")

@@ -35,10 +35,10 @@ from sparksgd.errors import (
     PeerLost,
     UpdateNotFinite,
 )
+from sparksgd.peers.credentials import Credentials
 from sparksgd.peers.mesh import Rendezvous
 from sparksgd.peers.replica import Segment, SegmentAnswer
 from sparksgd.peers.strangers import StrangersLog
-from sparksgd.peers.wire import Credentials
 from sparksgd.solvers.protocol import RoundSolver, SolverState
 from sparksgd.spark.cluster.cluster import Cluster
 from sparksgd.spark.engines.base import SparkEngine

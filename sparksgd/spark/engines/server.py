@@ -31,6 +31,7 @@ from sparksgd.engines.kinds import SERVER
 from sparksgd.engines.protocol import SegmentReport, StepReport, arrival_reports
 from sparksgd.engines.replies import Evaluation, Reply
 from sparksgd.errors import ConfigError, PeerLost
+from sparksgd.peers.credentials import Credentials
 from sparksgd.peers.frames import Frame
 from sparksgd.peers.server_desk import Came, Joined, Left, ServerDesk
 from sparksgd.peers.server_evaluation import evaluated_by_workers
@@ -53,7 +54,6 @@ from sparksgd.peers.server_frames import (
 )
 from sparksgd.peers.server_orders import Orders, TurnOrder
 from sparksgd.peers.strangers import StrangersLog
-from sparksgd.peers.wire import Credentials
 from sparksgd.solvers.arrivals import ArrivalSolver
 from sparksgd.solvers.protocol import Answer, CentralSolver
 from sparksgd.spark.cluster.cluster import Cluster
