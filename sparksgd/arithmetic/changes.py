@@ -25,10 +25,10 @@ from sparksgd.errors import ModelError, TrainingError
 
 __all__ = [
     "PARAMETERS",
+    "ChangedElements",
     "Changes",
     "Conflict",
     "Copy",
-    "Part",
     "Words",
     "bits",
     "constants_changed",
@@ -120,7 +120,7 @@ def equal(one: Words, other: Words) -> bool:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Part:
+class ChangedElements:
     """The changed elements of one tensor."""
 
     positions: npt.NDArray[np.int64] | None
@@ -130,7 +130,7 @@ class Part:
     """Their new bytes, [K]."""
 
     @classmethod
-    def between(cls, before: Words, after: Words) -> Part | None:
+    def between(cls, before: Words, after: Words) -> ChangedElements | None:
         """Return what differs between two versions of a tensor, [N]; None if nothing does."""
         positions = np.flatnonzero(before != after)
         if not len(positions):
@@ -157,7 +157,7 @@ class Part:
     def _places(self) -> npt.NDArray[np.int64]:
         return np.arange(len(self.values)) if self.positions is None else self.positions
 
-    def over(self, other: Part) -> tuple[Part, Conflict | None]:
+    def over(self, other: ChangedElements) -> tuple[ChangedElements, Conflict | None]:
         """Return the changes of both, and the first element with two values; of these, this one's counts."""
         if self.positions is None and other.positions is None:
             return self, _conflict(np.arange(len(self)), self.values, other.values)
@@ -172,7 +172,7 @@ class Part:
         positions = np.concatenate([mine, theirs[~both]])
         order = np.argsort(positions, kind="stable")
         values = np.concatenate([self.values, other.values[~both]])
-        return Part(positions=positions[order], values=values[order]), conflict
+        return ChangedElements(positions=positions[order], values=values[order]), conflict
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -198,14 +198,14 @@ def _conflict(positions: npt.NDArray[np.int64], one: Words, other: Words) -> Con
 class Changes:
     """What forward changed in a piece, or in several; nothing changes it."""
 
-    parts: Mapping[str, Part]
+    parts: Mapping[str, ChangedElements]
     """By name of the constant, or PARAMETERS."""
 
     conflicts: Mapping[str, Conflict] = field(default_factory=dict)
     """The first conflict of each tensor that has one."""
 
     @property
-    def parameters(self) -> Part | None:
+    def parameters(self) -> ChangedElements | None:
         """Return the changes of the trainable parameters' vector, [P]."""
         return self.parts.get(PARAMETERS)
 
@@ -236,7 +236,7 @@ def equal_changes(one: Changes | None, other: Changes | None) -> bool:
     )
 
 
-def _same_elements(one: Part, other: Part) -> bool:
+def _same_elements(one: ChangedElements, other: ChangedElements) -> bool:
     mine, theirs = (
         np.arange(len(part.values)) if part.positions is None else part.positions for part in (one, other)
     )
@@ -299,7 +299,7 @@ def unpack(packed: npt.NDArray[np.uint8], sizes: Mapping[str, tuple[int, np.dtyp
         TrainingError: it is none of these tensors, or of another size.
     """
     names, start = list(sizes), 0
-    parts: dict[str, Part] = {}
+    parts: dict[str, ChangedElements] = {}
     conflicts: dict[str, Conflict] = {}
 
     def take(dtype: np.dtype[Any], count: int) -> npt.NDArray[Any]:
@@ -324,7 +324,7 @@ def unpack(packed: npt.NDArray[np.uint8], sizes: Mapping[str, tuple[int, np.dtyp
             conflicts[name] = Conflict(position=int(positions[0]), values=values)
         else:
             _require(positions is None or bool((np.diff(positions) > 0).all()))
-            parts[name] = Part(positions=positions, values=values)
+            parts[name] = ChangedElements(positions=positions, values=values)
     return Changes(parts=parts, conflicts=conflicts)
 
 

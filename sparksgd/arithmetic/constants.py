@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from sparksgd.arithmetic.changes import Copy, Part, Words, bits, equal
+from sparksgd.arithmetic.changes import ChangedElements, Copy, Words, bits, equal
 from sparksgd.errors import ModelError
 
 __all__ = ["Constants", "Slot", "decoded"]
@@ -84,7 +84,7 @@ class _Constant:
         if self.kept is not None and self.kept is not words:
             self.kept[...] = words
 
-    def change(self) -> Part | None:
+    def change(self) -> ChangedElements | None:
         """Return what forward made of it."""
         kept = self.keep()
         if self.is_bound():
@@ -104,7 +104,7 @@ class _Constant:
             return None
         if not self._is_dense:
             raise ModelError(f"forward changes {self.name}, which is sparse: only a dense tensor may change")
-        return Part.between(kept, words)
+        return ChangedElements.between(kept, words)
 
     def restore(self) -> None:
         """Let it stand as it did before forward, by its binding and its bytes."""
@@ -179,7 +179,7 @@ class Constants:
             self._constants[name].write(self._first.pop(name))
         self._given = given
 
-    def apply(self, parts: Mapping[str, Part]) -> None:
+    def apply(self, parts: Mapping[str, ChangedElements]) -> None:
         """Write changes."""
         for name, part in parts.items():
             constant = self._touched(name)
@@ -206,7 +206,7 @@ class Constants:
         )
         return {name: tensor for name, tensor in apart if tensor is not None}
 
-    def take(self, rebound: Iterable[str]) -> dict[str, Part]:
+    def take(self, rebound: Iterable[str]) -> dict[str, ChangedElements]:
         """Return what forward changed, and let everything stand as before.
 
         Args:

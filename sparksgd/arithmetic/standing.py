@@ -23,9 +23,9 @@ from torch.autograd.graph import increment_version
 
 from sparksgd.arithmetic.changes import (
     PARAMETERS,
+    ChangedElements,
     Changes,
     Copy,
-    Part,
     bits,
     equal,
     refuse_conflict,
@@ -196,7 +196,7 @@ class Standing:
                         f"changes both: give it a copy, by .clone()"
                     )
 
-    def _changed_parameters(self, moved: Sequence[int]) -> Part | None:
+    def _changed_parameters(self, moved: Sequence[int]) -> ChangedElements | None:
         """Return what forward changed, and let the parameters stand as before.
 
         Args:
@@ -208,7 +208,7 @@ class Standing:
         now = self._memory.words.copy()
         for number in {*moved, *self._last}:
             now[self._span(number)] = bits(self._checked(number))
-        part = Part.between(self._memory.stands, now)
+        part = ChangedElements.between(self._memory.stands, now)
         self._stand_again()
         return part
 

@@ -25,7 +25,7 @@ from sparksgd.errors import OutOfMemory
 
 __all__ = [
     "LARGEST_RESULT",
-    "Part",
+    "Copies",
     "Places",
     "RunSizes",
     "Takes",
@@ -149,7 +149,7 @@ class Places:
 
 
 @dataclass(frozen=True)
-class Part:
+class Copies:
     """Some copies of one thing."""
 
     what: str
@@ -165,7 +165,7 @@ class Part:
         return f"{self.copies:g} x {decimal(self.bytes)} ({self.what})"
 
 
-Parts = tuple[Part, ...]
+Parts = tuple[Copies, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -212,15 +212,15 @@ class Takes:
 
     def workers(self, count: int) -> Parts:
         """Return what so many Python workers hold."""
-        return tuple(Part(one.what, count * one.copies, one.bytes) for one in self.worker_python)
+        return tuple(Copies(one.what, count * one.copies, one.bytes) for one in self.worker_python)
 
 
-def total(parts: Sequence[Part]) -> int:
+def total(parts: Sequence[Copies]) -> int:
     """Return the bytes of all parts."""
     return sum(part.total for part in parts)
 
 
-def listed(parts: Sequence[Part]) -> str:
+def listed(parts: Sequence[Copies]) -> str:
     """Return the arithmetic, for an error."""
     return " + ".join(map(str, parts))
 
@@ -243,7 +243,7 @@ def takes(kind: EngineKind, sizes: RunSizes, places: Places | None = None) -> Ta
             rows=sizes.rows,
         )  # fmt: skip
         return Takes(trial=trial, steps=steps)
-    spark = Part("Spark", 1, _SPARK_MIB * _MIB)
+    spark = Copies("Spark", 1, _SPARK_MIB * _MIB)
     if kind is SERVER:  # its vectors travel beside Spark
         return Takes(
             trial=trial,
@@ -259,11 +259,11 @@ def takes(kind: EngineKind, sizes: RunSizes, places: Places | None = None) -> Ta
         _DRIVER_MIB, sizes, weights=6 + best, optimisers=2 if by_allreduce else 1, constants=3 + best,
         results=(3, results),
     )  # fmt: skip  # it reads no rows
-    sent = Part("what is sent to workers", _SENT, sizes.weights + (sizes.optimiser if by_allreduce else 0))
-    returning = Part("results that executors return", _RETURNING * places.workers_per_executor, result)
-    growing = Part("a result that is serialized", _GROWING, result)
+    sent = Copies("what is sent to workers", _SENT, sizes.weights + (sizes.optimiser if by_allreduce else 0))
+    returning = Copies("results that executors return", _RETURNING * places.workers_per_executor, result)
+    growing = Copies("a result that is serialized", _GROWING, result)
     leaving: Parts = (returning, growing)
-    arriving: Parts = (Part("results that arrive", _ARRIVING, results),)
+    arriving: Parts = (Copies("results that arrive", _ARRIVING, results),)
     return Takes(
         trial=trial,
         steps=steps,
@@ -346,13 +346,13 @@ def _held(
 ) -> Parts:
     """Return what a Python process holds: itself, copies of these things, and rows."""
     parts = (
-        Part("Python and torch", 1, process_mib * _MIB),
-        Part("weights", weights, sizes.weights),
-        Part("the optimiser's state", optimisers, sizes.optimiser),
-        Part("frozen parameters and buffers", constants, sizes.constants),
-        Part("local models", local_models, sizes.local_model),
-        Part("sums and results", *results),
-        Part("rows", 3, rows),  # records, tensors of them, and what a cast makes
+        Copies("Python and torch", 1, process_mib * _MIB),
+        Copies("weights", weights, sizes.weights),
+        Copies("the optimiser's state", optimisers, sizes.optimiser),
+        Copies("frozen parameters and buffers", constants, sizes.constants),
+        Copies("local models", local_models, sizes.local_model),
+        Copies("sums and results", *results),
+        Copies("rows", 3, rows),  # records, tensors of them, and what a cast makes
     )
     return tuple(part for part in parts if part.total)
 
@@ -405,7 +405,7 @@ def require_here(sizes: RunSizes, num_shards: int) -> None:
     needed, limit = takes(INLINE, sizes).driver_python, machine_bytes()
     of_shard = sizes.weights * sizes.reads_differ + sizes.local_model * sizes.keeps_shards
     if of_shard:
-        needed = (*needed, Part("what each shard keeps", num_shards, of_shard))
+        needed = (*needed, Copies("what each shard keeps", num_shards, of_shard))
     if total(needed) > limit:
         raise OutOfMemory(
             f"this machine, or its container, has {decimal(limit)} of memory, but the run takes "

@@ -174,6 +174,11 @@ class ServerDesk:
         if there is not None and there.number == seat:
             self._end(there, why)
 
+    def cut_off(self, worker: int, seat: int, why: object) -> None:
+        """End the connection of a worker in a seat that does not do what it should; log why."""
+        log.warning("worker %d is cut off: %s", worker, why)
+        self.drop(worker, seat, str(why))
+
     def next(self, timeout_s: float) -> Joined | Left | Came | None:
         """Return what happened next; None if nothing does in time, though it is looked at least once."""
         deadline, is_over = time.monotonic() + timeout_s, False

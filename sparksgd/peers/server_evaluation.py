@@ -6,7 +6,6 @@ none before it has answered: orders would pile up before it, and their weights a
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 
@@ -18,7 +17,6 @@ from sparksgd.errors import PeerLost
 from sparksgd.models.metrics import can_be_added
 from sparksgd.peers.server_desk import Came, Joined, Left, ServerDesk
 from sparksgd.peers.server_frames import (
-    EVALUATED,
     HERE,
     MISSING,
     Here,
@@ -26,11 +24,9 @@ from sparksgd.peers.server_frames import (
     evaluation_in,
     here_in,
 )
-from sparksgd.peers.server_orders import EvaluationOrder, Orders, TurnOrder
+from sparksgd.peers.server_orders import ANSWERS_OF_EVALUATIONS, EvaluationOrder, Orders, TurnOrder
 
 __all__ = ["evaluated_by_workers"]
-
-log = logging.getLogger("sparksgd")
 
 _LOOK_S = 0.5
 
@@ -71,13 +67,12 @@ def evaluated_by_workers(
         order = orders.note(event)
         if event is None:
             continue
-        if not (isinstance(event, Came) and event.frame.kind in (EVALUATED, MISSING)):
+        if not (isinstance(event, Came) and event.frame.kind in ANSWERS_OF_EVALUATIONS):
             hold(event)
         try:
             evaluation.happens(event, order)
         except PeerLost as error:
-            log.warning("worker %d is cut off: %s", event.worker, error)
-            desk.drop(event.worker, event.seat, str(error))
+            desk.cut_off(event.worker, event.seat, error)
             continue
         if order is not None:  # a turn's, too: the evaluation waits for those that were going on
             answered_s = time.monotonic()
@@ -136,7 +131,7 @@ class _Evaluation:
         elif isinstance(event, Came):
             if event.frame.kind == HERE:
                 self._known[worker] = here_in(event.seat, event.frame)
-            elif event.frame.kind in (EVALUATED, MISSING):
+            elif event.frame.kind in ANSWERS_OF_EVALUATIONS:
                 self._answered(event, order)
             self._give(worker)
 
@@ -144,8 +139,7 @@ class _Evaluation:
         """Cut those off who have an order that they do not answer."""
         for worker, one in self._known.items():
             if not self._orders.is_free(worker, one.seat):
-                log.warning("worker %d is cut off: %s", worker, why)
-                self._desk.drop(worker, one.seat, why)
+                self._desk.cut_off(worker, one.seat, why)
 
     def _answered(self, event: Came, order: TurnOrder | EvaluationOrder | None) -> None:
         if not isinstance(order, EvaluationOrder):

@@ -9,9 +9,10 @@ from sparksgd.peers.frames import Frame
 from sparksgd.peers.server_desk import Came, Joined, Left
 from sparksgd.peers.server_frames import EVALUATED, MISSING, SENT, TURNED
 
-__all__ = ["EvaluationOrder", "Orders", "TurnOrder"]
+__all__ = ["ANSWERS_OF_EVALUATIONS", "ANSWERS_OF_TURNS", "EvaluationOrder", "Orders", "TurnOrder"]
 
-_ANSWERS_OF_TURNS, _ANSWERS_OF_EVALUATIONS = (SENT, TURNED), (EVALUATED, MISSING)
+ANSWERS_OF_TURNS, ANSWERS_OF_EVALUATIONS = (SENT, TURNED), (EVALUATED, MISSING)
+"""Kinds of frames."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,7 +25,7 @@ class TurnOrder:
     def is_answered_by(self, frame: Frame) -> bool:
         """Return whether a frame is the answer."""
         told = frame.fields.get("shard"), frame.fields.get("turn")
-        return frame.kind in _ANSWERS_OF_TURNS and told == (self.shard, self.turn)
+        return frame.kind in ANSWERS_OF_TURNS and told == (self.shard, self.turn)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +42,7 @@ class EvaluationOrder:
     def is_answered_by(self, frame: Frame) -> bool:
         """Return whether a frame is the answer."""
         told = frame.fields.get("shard"), frame.fields.get("version")
-        return frame.kind in _ANSWERS_OF_EVALUATIONS and told == (self.shard, self.version)
+        return frame.kind in ANSWERS_OF_EVALUATIONS and told == (self.shard, self.version)
 
 
 class Orders:

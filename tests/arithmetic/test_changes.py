@@ -12,8 +12,8 @@ from torch import nn
 from sparksgd.arithmetic import changes as changes_module
 from sparksgd.arithmetic.changes import (
     PARAMETERS,
+    ChangedElements,
     Changes,
-    Part,
     bits,
     constants_changed,
     equal,
@@ -26,14 +26,14 @@ from sparksgd.arithmetic.flat import FlatModule, FlatStrip
 from sparksgd.errors import ModelError, TrainingError
 
 
-def part(values: dict[int, int]) -> Part:
+def part(values: dict[int, int]) -> ChangedElements:
     positions = sorted(values)
-    return Part(
+    return ChangedElements(
         positions=np.array(positions, np.int64), values=np.array([values[p] for p in positions], np.int32)
     )
 
 
-def as_dict(found: Part) -> dict[int, int]:
+def as_dict(found: ChangedElements) -> dict[int, int]:
     places = range(len(found)) if found.positions is None else found.positions.tolist()
     return dict(zip(places, found.values.tolist(), strict=True))
 
@@ -76,11 +76,11 @@ def test_without_c_bytes_are_compared_as_well(monkeypatch: pytest.MonkeyPatch) -
 
 def test_what_differs_is_a_part() -> None:
     before, after = np.array([1, 2, 3], np.int32), np.array([1, 5, 3], np.int32)
-    found = Part.between(before, after)
+    found = ChangedElements.between(before, after)
     assert found is not None
     assert as_dict(found) == {1: 5}
-    assert Part.between(before, before.copy()) is None
-    everything = Part.between(before, before + 1)
+    assert ChangedElements.between(before, before.copy()) is None
+    everything = ChangedElements.between(before, before + 1)
     assert everything is not None
     assert (everything.positions, everything.values.tolist()) == (None, [2, 3, 4])
 
@@ -101,7 +101,7 @@ def test_united_parts_have_the_values_of_both_and_note_the_first_conflict(
 
 
 def test_a_part_that_is_everything_unites_with_any() -> None:
-    everything = Part(positions=None, values=np.array([4, 5, 6], np.int32))
+    everything = ChangedElements(positions=None, values=np.array([4, 5, 6], np.int32))
     assert everything.over(everything)[1] is None
     for found, conflict in (everything.over(part({1: 5})), part({1: 5}).over(everything)):
         assert as_dict(found) == {0: 4, 1: 5, 2: 6}
@@ -181,8 +181,8 @@ def floats(*values: float) -> np.ndarray:
 def test_changes_become_the_weights_of_every_strip() -> None:
     changed = Changes(
         parts={
-            PARAMETERS: Part(positions=np.array([1, 5]), values=floats(2, 3)),
-            "c": Part(positions=np.array([1]), values=floats(4)),
+            PARAMETERS: ChangedElements(positions=np.array([1, 5]), values=floats(2, 3)),
+            "c": ChangedElements(positions=np.array([1]), values=floats(4)),
         }
     )
     flat = FlatModule(Held())
@@ -198,7 +198,11 @@ def test_changes_become_the_weights_of_every_strip() -> None:
 def test_loaded_weights_take_back_what_changed_since() -> None:
     flat = FlatModule(Held())
     before = flat.weights(0)
-    flat.apply(Changes(parts={"d": Part(positions=None, values=bits(torch.ones(2, dtype=torch.bfloat16)))}))
+    flat.apply(
+        Changes(
+            parts={"d": ChangedElements(positions=None, values=bits(torch.ones(2, dtype=torch.bfloat16)))}
+        )
+    )
     after = flat.weights(1)
     assert flat.module.d.tolist() == [1, 1]
     other = FlatModule(Held())
@@ -218,7 +222,8 @@ def test_loaded_weights_take_back_what_changed_since() -> None:
 def test_a_conflict_is_named_by_its_parameter(name: str, position: int, said: str) -> None:
     flat = FlatModule(Held())
     one, other = (
-        Changes(parts={name: Part(positions=np.array([position]), values=floats(value))}) for value in (2, 3)
+        Changes(parts={name: ChangedElements(positions=np.array([position]), values=floats(value))})
+        for value in (2, 3)
     )
     with pytest.raises(ModelError, match=said):
         flat.apply(unite(one, other))

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from sparksgd.arithmetic import mapped_twice as module_here
-from sparksgd.arithmetic.changes import Part
+from sparksgd.arithmetic.changes import ChangedElements
 from sparksgd.arithmetic.flat import FlatModule
 from sparksgd.arithmetic.mapped_twice import MappedTwice, mapped_twice
 from sparksgd.errors import ModelError
@@ -74,7 +74,7 @@ def test_it_finds_what_a_copy_and_a_comparison_find(steps: list[tuple[list[Any],
                 one.words[page * PAGE + place] = expected[page * PAGE + place] = word
             if not one.is_copied:
                 assert written(one) == sorted({page for page, _, _ in of_module})
-            part = Part.between(stands, expected)
+            part = ChangedElements.between(stands, expected)
             assert one.is_changed() == (part is not None)
             assert one.words.tobytes() == expected.tobytes()
             assert one.stands.tobytes() == stands.tobytes()

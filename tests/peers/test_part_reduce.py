@@ -13,7 +13,7 @@ from company_of_workers import ENDLESS_S, Company
 from torch import nn
 
 from sparksgd.arithmetic.addition_tree import Partials, add_partial
-from sparksgd.arithmetic.changes import PARAMETERS, Changes, Part
+from sparksgd.arithmetic.changes import PARAMETERS, ChangedElements, Changes
 from sparksgd.arithmetic.flat import FlatModule
 from sparksgd.arithmetic.ranges import balanced_range
 from sparksgd.errors import GradientChanged, PeerLost, PeerSilent
@@ -270,10 +270,10 @@ def changed(shard, values):
     words = functools.partial(np.array, dtype=np.int32)
     return Changes(
         parts={
-            PARAMETERS: Part(positions=np.array([2 + shard, 40]), values=words([100 + shard, 7])),
-            "frozen.weight": Part(positions=None, values=np.full(9, values, np.int32)),
-            "t": Part(positions=None, values=np.array([5], np.int16)),
-            "wide": Part(positions=np.array([79]), values=np.array([-1])),
+            PARAMETERS: ChangedElements(positions=np.array([2 + shard, 40]), values=words([100 + shard, 7])),
+            "frozen.weight": ChangedElements(positions=None, values=np.full(9, values, np.int32)),
+            "t": ChangedElements(positions=None, values=np.array([5], np.int16)),
+            "wide": ChangedElements(positions=np.array([79]), values=np.array([-1])),
         }
     )
 

@@ -34,9 +34,9 @@ class Desk:
         assert frame.kind == EVALUATE
         self.sent.append((worker, frame.fields["shard"]["shard"], bool(frame.arrays)))
 
-    def drop(self, worker: int, seat: int, why: str) -> None:
-        self.dropped.append((worker, why))
-        self.events.appendleft(Left(worker=worker, seat=seat, request=1, why=why))
+    def cut_off(self, worker: int, seat: int, why: object) -> None:
+        self.dropped.append((worker, str(why)))
+        self.events.appendleft(Left(worker=worker, seat=seat, request=1, why=str(why)))
 
     def next(self, _: float) -> Any:
         return self.events.popleft() if self.events else None

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import nn
 
-from sparksgd.arithmetic.changes import PARAMETERS, Changes, Part
+from sparksgd.arithmetic.changes import PARAMETERS, ChangedElements, Changes
 from sparksgd.arithmetic.flat import FlatModule
 from sparksgd.config import OptimizerConfig, ScheduleConfig
 from sparksgd.errors import ConfigError, ModelError, NotFinite
@@ -261,8 +261,8 @@ def changing(step: int, gradient: float = 1.0) -> Message:
     five, number = (np.array([value], np.float32).view(np.int32) for value in (5, step))
     message.changes = Changes(
         parts={
-            PARAMETERS: Part(positions=np.array([0]), values=five),
-            "t": Part(positions=None, values=number),
+            PARAMETERS: ChangedElements(positions=np.array([0]), values=five),
+            "t": ChangedElements(positions=None, values=number),
         }
     )
     return message

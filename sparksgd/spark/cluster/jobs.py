@@ -17,7 +17,7 @@ from sparksgd.errors import Cancelled, ClusterError, NotEnoughSlots, OutOfMemory
 from sparksgd.spark.cluster.failures import final_error, gist
 
 __all__ = [
-    "Beside",
+    "HoldsSlots",
     "JobWatch",
     "RunTasks",
     "Watched",
@@ -198,8 +198,8 @@ def _task_sets(pool: Any) -> Iterator[Any]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Beside:
-    """Jobs of the run beside one that is watched, which end if it gets no slot."""
+class HoldsSlots:
+    """Jobs of the same run that give their slots to the watched one, if it gets none."""
 
     running: Callable[[], int]
     """How many tasks of theirs run now."""
@@ -218,7 +218,7 @@ class Watched:
     limit_s: float | None
     """How long its tasks may run; None: without a limit."""
 
-    beside: Beside | None = None
+    beside: HoldsSlots | None = None
     since_s: float = field(default_factory=time.monotonic)
     say_again_s: float = 0.0
     running_since_s: float | None = None
@@ -264,7 +264,7 @@ class JobWatch:
 
     @contextmanager
     def over(
-        self, needed: int, limit_s: float | None = None, beside: Beside | None = None
+        self, needed: int, limit_s: float | None = None, beside: HoldsSlots | None = None
     ) -> Iterator[Watched]:
         """Watch the job that the block runs.
 
@@ -346,7 +346,7 @@ class JobWatch:
         self._tasks.cancel()
         return True
 
-    def _make_room(self, watched: Watched, beside: Beside, runs: int, free: int, now_s: float) -> None:
+    def _make_room(self, watched: Watched, beside: HoldsSlots, runs: int, free: int, now_s: float) -> None:
         """End the jobs beside one that gets no slot, because they have all."""
         if free > 0 or runs:
             watched.stuck_since_s = None

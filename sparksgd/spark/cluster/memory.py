@@ -17,7 +17,7 @@ from sparksgd.arithmetic.ranges import balanced_range
 from sparksgd.engines.kinds import ALLREDUCE, STAGES, EngineKind
 from sparksgd.engines.memory import (
     LARGEST_RESULT,
-    Part,
+    Copies,
     Places,
     RunSizes,
     Takes,
@@ -157,7 +157,7 @@ def refuse_too_little(kind: EngineKind, needed: Takes, limits: Limits, places: P
     each = places.workers_per_executor
     workers = needed.workers(each)
     worker = _option(limits.cores * total(needed.worker_python))
-    rows: list[tuple[str, Sequence[Part], int | None, str]] = [
+    rows: list[tuple[str, Sequence[Copies], int | None, str]] = [
         (
             "the heap of the driver",
             needed.driver_heap,
@@ -172,7 +172,7 @@ def refuse_too_little(kind: EngineKind, needed: Takes, limits: Limits, places: P
         ),
         (
             "spark.driver.maxResultSize",
-            [Part("results of a job", 1, needed.results)],
+            [Copies("results of a job", 1, needed.results)],
             limits.results,
             f"--conf spark.driver.maxResultSize={_option(needed.results)}",
         ),

@@ -36,13 +36,10 @@ from sparksgd.peers.frames import Frame
 from sparksgd.peers.server_desk import Came, Joined, Left, ServerDesk
 from sparksgd.peers.server_evaluation import evaluated_by_workers
 from sparksgd.peers.server_frames import (
-    EVALUATED,
     FAILED,
     HERE,
     LEAVE,
-    MISSING,
     SENT,
-    TURNED,
     Here,
     Vectors,
     failure_in,
@@ -52,12 +49,12 @@ from sparksgd.peers.server_frames import (
     times_in,
     turn_frame,
 )
-from sparksgd.peers.server_orders import Orders, TurnOrder
+from sparksgd.peers.server_orders import ANSWERS_OF_EVALUATIONS, ANSWERS_OF_TURNS, Orders, TurnOrder
 from sparksgd.peers.strangers import StrangersLog
 from sparksgd.solvers.arrivals import ArrivalSolver
 from sparksgd.solvers.protocol import Answer, CentralSolver
 from sparksgd.spark.cluster.cluster import Cluster
-from sparksgd.spark.cluster.jobs import Beside, Watched, cleanup
+from sparksgd.spark.cluster.jobs import HoldsSlots, Watched, cleanup
 from sparksgd.spark.cluster.shards import SparkShards
 from sparksgd.spark.engines.allreduce import encrypts
 from sparksgd.spark.engines.base import DYING_S, SparkEngine
@@ -332,8 +329,7 @@ class ServerEngine(SparkEngine):
             try:
                 self._came(event.worker, event.seat, event.frame)
             except PeerLost as error:
-                log.warning("worker %d is cut off: %s", event.worker, error)
-                self._desk.drop(event.worker, event.seat, str(error))
+                self._desk.cut_off(event.worker, event.seat, error)
 
     def _came(self, worker: int, seat: int, frame: Frame) -> None:
         """Take a worker's frame.
@@ -351,12 +347,12 @@ class ServerEngine(SparkEngine):
             return
         if frame.kind == FAILED:
             raise failure_in(frame)
-        if frame.kind in (EVALUATED, MISSING):
+        if frame.kind in ANSWERS_OF_EVALUATIONS:
             return  # of an evaluation that has ended without it
         shard, turn = field_of(frame, "shard", int), field_of(frame, "turn", int)
         here = self._here.get(worker)
         is_due = here is not None and here.seat == seat and shard in self._owned[worker]
-        if here is None or not is_due or frame.kind not in (SENT, TURNED):
+        if here is None or not is_due or frame.kind not in ANSWERS_OF_TURNS:
             raise PeerLost(f'it sent a frame of kind "{frame.kind}" of shard {shard}')
         if self._started.get(shard, (None, 0.0))[0] != turn:
             raise PeerLost(f"it made turn {turn} of shard {shard}, which was not asked for")
@@ -466,15 +462,16 @@ class ServerEngine(SparkEngine):
     def _next(self, timeout_s: float) -> Joined | Left | Came | None:
         event = self._desk.next(timeout_s)
         order = self._orders.note(event)
-        if order is None and isinstance(event, Came) and event.frame.kind in (EVALUATED, MISSING):
+        if order is None and isinstance(event, Came) and event.frame.kind in ANSWERS_OF_EVALUATIONS:
             why = f'it sent a frame of kind "{event.frame.kind}" unasked'
-            log.warning("worker %d is cut off: %s", event.worker, why)
-            self._desk.drop(event.worker, event.seat, why)
+            self._desk.cut_off(event.worker, event.seat, why)
         return event
 
     def _watch(self, needed: int, limit_s: float | None = None) -> AbstractContextManager[Watched]:
         """Watch the job that the block runs; if it gets no slot for long, the workers leave theirs."""
-        beside = Beside(running=self._jobs.running, end=self._jobs.make_room) if self._jobs.asked else None
+        beside = (
+            HoldsSlots(running=self._jobs.running, end=self._jobs.make_room) if self._jobs.asked else None
+        )
         return self._cluster.job_watch.over(needed, limit_s, beside)
 
     def _await_slots(self) -> None:

@@ -48,8 +48,8 @@ class _Asked:
     why: str = "its connection ended"
     """What is known of its end."""
 
-    left_at_s: float | None = None
-    """When its connection ended, if another look at it is due; None: it is there, or is given up."""
+    look_at_s: float | None = None
+    """When its task is looked at next; None: it is connected, or given up."""
 
     runs_on: bool = False
     """Whether its task ran at the look before; it may have begun just then."""
@@ -118,18 +118,18 @@ class ServerJobs:
         """Note why the connection of a worker's job ended."""
         asked = self._asked.get(worker)
         if asked is not None and asked.request == request and not asked.is_hung:
-            asked.why, asked.left_at_s = f"its connection ended: {why}", time.monotonic()
+            asked.why, asked.look_at_s = f"its connection ended: {why}", time.monotonic() + self._hung_s
 
     def joined(self, worker: int) -> None:
         """Note that a worker is connected; it may be a task that Spark has started once more."""
         if worker in self._asked:
-            self._asked[worker].left_at_s, self._asked[worker].runs_on = None, False
+            self._asked[worker].look_at_s, self._asked[worker].runs_on = None, False
 
     def give_up(self, worker: int, why: str) -> None:
         """Cancel the job of a worker that hangs; it is asked again."""
         asked = self._asked.get(worker)
         if asked is not None:
-            asked.is_hung, asked.why, asked.left_at_s = True, f"{why} (engine.step_timeout_s)", None
+            asked.is_hung, asked.why, asked.look_at_s = True, f"{why} (engine.step_timeout_s)", None
             log.warning("worker %d is given up: %s", worker, asked.why)
             with cleanup():
                 asked.job.cancel(True)
@@ -163,16 +163,17 @@ class ServerJobs:
                     self._mending[worker] = _Mending(missing=(), done=_nothing())
                 else:
                     self._ended(worker, asked)
-            elif asked.left_at_s is not None and time.monotonic() - asked.left_at_s > self._hung_s:
+            elif asked.look_at_s is not None and time.monotonic() > asked.look_at_s:
                 ran, asked.runs_on = asked.runs_on, self._cluster.running_of([asked.job]) > 0
-                asked.left_at_s += min(self._hung_s, _SECOND_LOOK_S)
+                asked.look_at_s += min(self._hung_s, _SECOND_LOOK_S)
                 if ran and asked.runs_on:  # else Spark has yet to start it once more, or has just done so
                     self.give_up(worker, f"its task goes on, although {asked.why}")
         if not self.mends:  # else shards are about to move
             mendings = list(self._mending.items())
             if mendings:  # before they are asked where another one may be killed
                 self._refuse_killed()
-            if not [worker for worker, mending in mendings if not self._is_mended(worker, mending)]:
+            are_mended = [self._is_mended(worker, mending) for worker, mending in mendings]
+            if all(are_mended):
                 mended, self._mending = self._mending, {}
                 self.ask(mended)
 

@@ -9,7 +9,7 @@ import pytest
 
 from sparksgd.errors import OutOfMemory
 from sparksgd.spark.cluster import jobs
-from sparksgd.spark.cluster.jobs import Beside, JobWatch, RunTasks
+from sparksgd.spark.cluster.jobs import HoldsSlots, JobWatch, RunTasks
 
 
 class Tasks:
@@ -53,7 +53,7 @@ def test_a_job_whose_result_found_no_memory_at_the_driver_ends(workers: int) -> 
     """Beside it, the workers of the server go on."""
     tasks = Tasks()
     watch_it = watch(tasks)
-    beside = Beside(running=lambda: workers, end=lambda: None)
+    beside = HoldsSlots(running=lambda: workers, end=lambda: None)
 
     def struck() -> None:
         tasks.ours = workers
@@ -93,7 +93,7 @@ def test_jobs_beside_one_that_gets_no_slot_end_after_a_while(monkeypatch: pytest
     tasks, ended, now, workers = Tasks(), [], [100.0], [3]
     monkeypatch.setattr(jobs.time, "monotonic", lambda: now[0])
     watch_it = watch(tasks, slots=3)
-    beside = Beside(running=lambda: workers[0], end=lambda: ended.append(now[0]))
+    beside = HoldsSlots(running=lambda: workers[0], end=lambda: ended.append(now[0]))
     with watch_it.over(1, beside=beside), watch_it.over(1) as inner:
         for now[0], tasks.ours, workers[0], tasks.others in (
             (200, 3, 3, 0), (214, 3, 3, 0),  # a slot is lost, and the workers have the others

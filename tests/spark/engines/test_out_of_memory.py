@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 from sparksgd.engines.kinds import ALLREDUCE, TREE
-from sparksgd.engines.memory import Part, Places, Takes
+from sparksgd.engines.memory import Copies, Places, Takes
 from sparksgd.errors import ClusterError, OutOfMemory
 from sparksgd.spark.cluster.failures import final_error
 from sparksgd.spark.cluster.memory import Limits, refuse_too_little
@@ -168,27 +168,27 @@ LIMITS = {
     "worker": GB,
     "results": GB,
 }
-SPARK = (Part("Spark", 1, GB // 4),)
-HEAP = (*SPARK, Part("sums", 1, GB // 4))
-TAKES = {"trial": (Part("weights", 1, GB // 2),), "steps": ()}
+SPARK = (Copies("Spark", 1, GB // 4),)
+HEAP = (*SPARK, Copies("sums", 1, GB // 4))
+TAKES = {"trial": (Copies("weights", 1, GB // 2),), "steps": ()}
 
 
 @pytest.mark.parametrize(
     ("takes", "says"),
     [
-        ({"driver_heap": (Part("Spark", 1, GB // 4), Part("sums", 3, GB // 2))},
+        ({"driver_heap": (Copies("Spark", 1, GB // 4), Copies("sums", 3, GB // 2))},
          r"heap of the driver is 1.0 GB, but the run takes 1 x 250.0 MB \(Spark\) \+ 3 x 500.0 MB \(sums\) = "
          r"1.8 GB: submit with --driver-memory 1792m"),
-        ({"executor_heap": (Part("sums", 3, GB),)}, r"of an executor is 1.0 GB.*--executor-memory 3072m"),
+        ({"executor_heap": (Copies("sums", 3, GB),)}, r"of an executor is 1.0 GB.*--executor-memory 3072m"),
         ({"results": 2 * GB}, r"maxResultSize is 1.0 GB.*--conf spark.driver.maxResultSize=2048m"),
-        ({"trial": (Part("weights", 20, GB),), "spark": SPARK, "driver_heap": HEAP},
+        ({"trial": (Copies("weights", 20, GB),), "spark": SPARK, "driver_heap": HEAP},
          r"memory at the driver is 16.0 GB, but the run takes 20 x 1.0 GB \(weights\) \+ 1 x 250.0 MB "
          r"\(Spark\) = 20.2 GB.*memoryOverhead=20224m"),
-        ({"steps": (Part("weights", 15.6, GB),), "spark": SPARK, "driver_heap": HEAP},
+        ({"steps": (Copies("weights", 15.6, GB),), "spark": SPARK, "driver_heap": HEAP},
          r"memory at the driver is 16.0 GB, but .*\(sums\) = 16.1 GB.*memoryOverhead="),
-        ({"worker_python": (Part("weights", 0.25, 2 * GB),), "executor_heap": (Part("sums", 1, GB),) * 2},
+        ({"worker_python": (Copies("weights", 0.25, 2 * GB),), "executor_heap": (Copies("sums", 1, GB),) * 2},
          r"heap of an executor is 1.0 GB.*memory of an executor is 2.0 GB, but .* = 3.0 GB.*Overhead=1024m"),
-        ({"worker_python": (Part("weights", 0.75, 2 * GB),)},
+        ({"worker_python": (Copies("weights", 0.75, 2 * GB),)},
          r"(?s)memory of an executor is 2.0 GB, but the run takes 1.5 x 2.0 GB.*memoryOverhead=3072m, or "
          r"with fewer --executor-cores.*pyspark.memory of one Python worker is 1.0 GB, but .* = 1.5 GB"),
         ({"largest_result": 3 * GB}, r"result of one task has 3.0 GB.*use more engine.num_workers"),
@@ -204,7 +204,7 @@ def test_a_run_that_takes_more_is_refused_with_the_arithmetic_and_the_option(tak
 
 def test_where_nothing_bounds_it_nothing_is_refused():
     limits = Limits(**LIMITS | {"executor_heap": None, "executor": None, "worker": None, "results": None})
-    large = (Part("weights", 9, GB),)
+    large = (Copies("weights", 9, GB),)
     refuse_too_little(
         TREE,
         Takes(**TAKES, executor_heap=large, worker_python=large, results=9 * GB),
@@ -215,12 +215,12 @@ def test_where_nothing_bounds_it_nothing_is_refused():
 
 def test_in_local_mode_the_machine_holds_the_driver_and_all_workers():
     places = Places(num_workers=3, workers_per_executor=3, in_driver=True)
-    spark = (Part("Spark", 1, GB // 2),)
-    workers = {"worker_python": (Part("weights", 2, GB),), "spark": spark, "driver_heap": spark}
+    spark = (Copies("Spark", 1, GB // 2),)
+    workers = {"worker_python": (Copies("weights", 2, GB),), "spark": spark, "driver_heap": spark}
     limits = Limits(**LIMITS | {"executor_heap": None, "executor": None, "worker": None})
-    trial = (Part("weights", 15, GB),)  # over before the workers begin
+    trial = (Copies("weights", 15, GB),)  # over before the workers begin
     refuse_too_little(TREE, Takes(**TAKES | workers | {"trial": trial}), limits, places)
-    steps = (Part("weights", 9.6, GB),)
+    steps = (Copies("weights", 9.6, GB),)
     says = (
         r"memory at the driver is 16.0 GB, but the run takes 9.6 x 1.0 GB \(weights\) \+ 1 x 500.0 MB "
         r"\(Spark\) \+ 6 x 1.0 GB \(weights\) = 16.1 GB: submit with fewer engine.num_workers"
