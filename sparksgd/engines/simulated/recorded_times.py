@@ -37,7 +37,8 @@ def recorded_turns_s(folder: str) -> list[npt.NDArray[np.float64]]:
     try:
         for step in metrics_lines(file):
             if step["kind"] == "step":
-                before, turn = 0 if step.get("step") == 1 else turn, int(step["turn"])
+                before = 0 if step.get("step") == 1 else turn
+                turn = int(step["turn"])
                 _add(step, before, found)
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise DataError(
