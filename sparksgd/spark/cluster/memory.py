@@ -143,7 +143,7 @@ def require_memory(cluster: Cluster, kind: EngineKind, sizes: RunSizes, num_shar
     return needed
 
 
-def at_driver(needed: Takes, places: Places) -> tuple[Part, ...]:
+def at_driver(needed: Takes, places: Places) -> tuple[Copies, ...]:
     """Return what the driver's container or machine holds: Python, JVM, and the workers that are there."""
     return tuple(needed.at_driver(places.workers_per_executor if places.in_driver else 0))
 
