@@ -119,3 +119,32 @@ def test_an_adapter_that_is_merged_and_taken_out_is_no_false_alarm() -> None:
 
 def test_what_forward_changes_in_evaluation_is_no_matter_without_one() -> None:
     tried(Peak(), data=rows(64), piece_rows=32, evaluates=False)
+
+
+class Table(Around):
+    """Has a buffer of a type that torch has few operations for, and may move on in an evaluation."""
+
+    def __init__(self, dtype: torch.dtype, *, moves: bool = False) -> None:
+        super().__init__(6)
+        self.moves = moves
+        self.register_buffer("table", torch.tensor([16, 32, 48, 64], dtype=torch.uint8).view(dtype))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        words = self.table.view(torch.uint8)
+        if self.moves and not self.training:
+            words.add_(1)
+        return self.inner(x) * words.float().mean()
+
+
+_NEW = ("float8_e8m0fnu", "float4_e2m1fn_x2")
+FEW_OPERATIONS = [
+    torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz, torch.uint16, torch.uint32,
+    torch.complex32, *(getattr(torch, name) for name in _NEW if hasattr(torch, name)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", FEW_OPERATIONS, ids=str)
+@pytest.mark.filterwarnings("ignore:ComplexHalf")
+def test_a_buffer_of_any_type_may_stay_and_not_change(dtype: torch.dtype) -> None:
+    tried(Table(dtype), data=rows(64), piece_rows=32)
+    refused(Table(dtype, moves=True), "forward changes table in evaluation", data=rows(64), piece_rows=32)

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from sparksgd.arithmetic.copies import copied
+from sparksgd.engines.bytes_of import same_bytes
 from sparksgd.engines.modes import overrides_modes
 from sparksgd.engines.watch import Watch
 from sparksgd.errors import ModelError
@@ -95,4 +96,9 @@ def _is_close(one: torch.Tensor, other: torch.Tensor) -> bool:
         return False
     if one.layout is not torch.strided or one.is_quantized or one.is_meta:
         return True  # nothing of torch changes these in place
-    return torch.allclose(one, other, rtol=1e-4, atol=1e-6, equal_nan=True)
+    if same_bytes(one, other):
+        return True
+    try:
+        return torch.allclose(one, other, rtol=1e-4, atol=1e-6, equal_nan=True)
+    except RuntimeError:  # of a type without arithmetic, such as float8, which rounds nothing
+        return False

@@ -86,7 +86,11 @@ class Later:
 
 
 def _counts(tensor: torch.Tensor) -> bool:
-    return tensor.numel() <= _MOST and tensor.dtype is not torch.bool and not tensor.is_complex()
+    has_few_values = (
+        tensor.is_floating_point() and tensor.dtype.itemsize == 1
+    )  # float8, float4: no arithmetic
+    is_number = tensor.dtype is not torch.bool and not tensor.is_complex() and not has_few_values
+    return tensor.numel() <= _MOST and is_number
 
 
 def _within(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -27,6 +27,7 @@ from sparksgd.arithmetic.scripted import forget_optimised
 from sparksgd.arithmetic.seeds import seed32
 from sparksgd.data.row_reading import FeatureRows, read_features
 from sparksgd.data.schema import RowSchema
+from sparksgd.engines.bytes_of import same_bytes
 from sparksgd.engines.forward import evaluated_parts, output_of, predictions
 from sparksgd.errors import ModelError
 from sparksgd.models.losses import LossKind, has_accuracy
@@ -113,7 +114,7 @@ class _AsLoaded:
         """Let all be as it was loaded."""
         for held, name, tensor, loaded in self._tensors:
             held[name] = tensor
-            if not torch.equal(tensor, loaded):
+            if not same_bytes(tensor, loaded):
                 tensor.data.copy_(loaded)
         for now, before in self._plain:
             now.update(before)
