@@ -32,14 +32,24 @@ from sparksgd.config import Config
 from sparksgd.errors import ConfigError, DataError, ModelError, SparkSGDError
 from sparksgd.imports.trust import trusted
 from sparksgd.solvers.protocol import CentralSolver, SolverState
-from sparksgd.training.checkpoint_rules import check_run, check_solver, check_weights
+from sparksgd.training.checkpoint_rules import SolverRules, check_run
 from sparksgd.training.composition import other_structure, structure
 from sparksgd.training.encoding import as_plain, of_plain, stranger_in
 from sparksgd.training.plain_values import plain_values
 from sparksgd.training.state import EvaluationReport, NumericsChange, Observer, Resumed, Training
 from sparksgd.training.value_rules import whole
 
-__all__ = ["Checkpoint", "Part", "RunIdentity", "Start", "check_state", "go_on", "taken", "unreplaced_digest"]
+__all__ = [
+    "Checkpoint",
+    "Part",
+    "RunIdentity",
+    "Start",
+    "check_fit",
+    "check_state",
+    "go_on",
+    "taken",
+    "unreplaced_digest",
+]
 
 log = logging.getLogger("sparksgd")
 
@@ -200,7 +210,9 @@ def _memory_of(name: str, observer: Observer) -> dict[str, Any]:
     return memory
 
 
-def go_on(training: Training, solver: CentralSolver, observers: Sequence[Observer], start: Start) -> None:
+def go_on(
+    training: Training, solver: CentralSolver, observers: Sequence[Observer], start: Start, rules: SolverRules
+) -> None:
     """Let a run that has made no step go on from a checkpoint.
 
     Args:
@@ -208,14 +220,16 @@ def go_on(training: Training, solver: CentralSolver, observers: Sequence[Observe
         solver: gets its state.
         observers: get what they had to remember, before they are told that the run starts.
         start: the checkpoint, of a run of the same experiment.
+        rules: of the solver.
 
     Raises:
         ModelError: it is of another module.
         DataError: it is not whole, or of another version.
     """
     checkpoint = start.checkpoint
+    check_fit(checkpoint, training, rules, start.anew)
     with checkpoint.fitting():
-        _load(start, training, solver)
+        _load(training, solver, checkpoint, start.anew)
         training.resumed.append(start.resumed)
         _note_other_numerics(training, checkpoint.values("run")["numerics"])
         remembered = checkpoint.values("observers")
@@ -224,10 +238,32 @@ def go_on(training: Training, solver: CentralSolver, observers: Sequence[Observe
                 observer.recall(remembered[name])
 
 
-def _load(start: Start, training: Training, solver: CentralSolver) -> None:
-    checkpoint = start.checkpoint
-    run, state = checkpoint.values("run"), checkpoint.values("solver")
-    check_run(run, checkpoint.parts["run"].version, training, checkpoint.step, checkpoint.turns)
+def check_fit(checkpoint: Checkpoint, training: Training, rules: SolverRules, anew: str) -> None:
+    """Refuse a checkpoint that a run of this experiment could not go on from; nothing is changed.
+
+    Args:
+        checkpoint: as it was read.
+        training: a run, wherever it is.
+        rules: of its solver.
+        anew: how a run that cannot go on from it is trained anew.
+
+    Raises:
+        ModelError: it is of another module.
+        DataError: it is not whole, or of another version.
+    """
+    with checkpoint.fitting():
+        run, state = checkpoint.values("run"), checkpoint.values("solver")
+        check_run(run, checkpoint.parts["run"].version, training, checkpoint.step, checkpoint.turns)
+        _check_module(training, run, state, checkpoint.step, anew)
+        rules.check(state, checkpoint.step, checkpoint.turns)
+        _check_circumstances(training, run, anew)
+        _check_best(checkpoint, run, rules)
+        checkpoint.values("observers")
+
+
+def _check_module(
+    training: Training, run: Mapping[str, Any], state: Mapping[str, Any], step: int, anew: str
+) -> None:
     different = other_structure(training.module, run["structure"])
     size = training.flat.parameters.numel()
     saved = np.size(state.get("weights", {}).get("parameters", ()))
@@ -235,8 +271,8 @@ def _load(start: Start, training: Training, solver: CentralSolver) -> None:
         different = f"it had {saved:,} trainable parameters, but has {size:,}"
     if different is not None:
         raise ModelError(
-            f"the checkpoint of step {checkpoint.step} is of another module: {different}. Pass the module "
-            f"that it is of, or {start.anew}"
+            f"the checkpoint of step {step} is of another module: {different}. Pass the module "
+            f"that it is of, or {anew}"
         )
     is_unknown = run["unreplaced"] is None and training.model_name is not None  # to the version before
     if run["unreplaced"] != training.unreplaced and not is_unknown:
@@ -247,15 +283,18 @@ def _load(start: Start, training: Training, solver: CentralSolver) -> None:
                 f"environment variable, random numbers without a seed)"
             )
         raise ModelError(
-            f"the checkpoint of step {checkpoint.step} is of another module: a number or a text that it "
+            f"the checkpoint of step {step} is of another module: a number or a text that it "
             f"keeps is another now, such as the rate of a dropout, or a tensor that is not trained. "
-            f"{as_then}, or {start.anew}"
+            f"{as_then}, or {anew}"
         )
-    check_solver(state, training.flat, solver, checkpoint.step, checkpoint.turns)
+
+
+def _load(training: Training, solver: CentralSolver, checkpoint: Checkpoint, anew: str) -> None:
+    run, state = checkpoint.values("run"), checkpoint.values("solver")
     training.version, training.turns = checkpoint.step, checkpoint.turns
     with only_classes_of(_packages(training.config)):
         solver.load_state(_solver_state(state))
-    _load_run(training, run, start.anew)
+    _load_run(training, run, anew)
     _load_best(training, checkpoint, solver, run.get("best_step"))
 
 
@@ -345,7 +384,8 @@ def _decided(training: Training) -> dict[str, bool]:
     return {"channels_last": plan.channels_last, "float16": plan.float16}
 
 
-def _load_run(training: Training, run: Mapping[str, Any], anew: str) -> None:
+def _check_circumstances(training: Training, run: Mapping[str, Any], anew: str) -> None:
+    """Refuse other settings, and other test rows where these shape the parameters."""
     if run["decided"] != _decided(training):
         raise ModelError(
             f"the trial decided {_decided(training)} for this module, but {run['decided']} when the run "
@@ -357,6 +397,25 @@ def _load_run(training: Training, run: Mapping[str, Any], anew: str) -> None:
             f"the run began under other settings: {'; '.join(different)}. Its other steps would be computed "
             f"otherwise: set them as they were, or {anew}"
         )
+    if run["test_digest"] != _test_digest(training) and training.config.is_judged:
+        raise DataError(
+            f"the rows to evaluate on are not those of the run to go on with, which shaped its parameters: "
+            f"their digest is {_test_digest(training)}, but was {run['test_digest']}. Give it those "
+            f"rows, or {anew}"
+        )
+
+
+def _check_best(checkpoint: Checkpoint, run: Mapping[str, Any], rules: SolverRules) -> None:
+    step = run.get("best_step")
+    if step is None:
+        return
+    if step not in [report["step"] for report in run["evaluations"]]:
+        raise DataError(f"run.best_step is {step}, but the run has no evaluation of that step")
+    if step != checkpoint.step:
+        rules.check_weights(checkpoint.values("best").get("weights"), step, "best.weights")
+
+
+def _load_run(training: Training, run: Mapping[str, Any], anew: str) -> None:
     training.participation.recall(run["participation"])
     if run["test_digest"] == _test_digest(training):
         training.evaluations[:] = [EvaluationReport(**report) for report in run["evaluations"]]
@@ -367,12 +426,6 @@ def _load_run(training: Training, run: Mapping[str, Any], anew: str) -> None:
     for name, count in run["recovery"].items():
         setattr(training.recovery, name, getattr(training.recovery, name) + count)
     training.sent_bytes, training.settled_turns = int(run["sent_bytes"]), int(run["settled_turns"])
-    if run["test_digest"] != _test_digest(training) and training.config.is_judged:
-        raise DataError(
-            f"the rows to evaluate on are not those of the run to go on with, which shaped its parameters: "
-            f"their digest is {_test_digest(training)}, but was {run['test_digest']}. Give it those "
-            f"rows, or {anew}"
-        )
     if run["test_digest"] != _test_digest(training) and training.settled_turns:
         log.warning("the test rows are others than those of the run so far: its evaluations are left out")
         training.settled_turns -= 1  # if there was one of this step, it is made again
@@ -402,14 +455,10 @@ def _load_best(training: Training, checkpoint: Checkpoint, solver: CentralSolver
     """Take up the weights of the best evaluation so far, that of a step; None: there was none."""
     if step is None:
         return
-    if step not in [report.step for report in training.evaluations]:
-        raise DataError(f"run.best_step is {step}, but the run has no evaluation of that step")
     if step == checkpoint.step:
         training.best_weights = solver.readout()
-        return
-    weights: Any = checkpoint.values("best").get("weights")
-    check_weights(weights, training.flat, solver, step, "best.weights")
-    training.best_weights = Weights(**weights)
+    else:
+        training.best_weights = Weights(**checkpoint.values("best")["weights"])
 
 
 def _note_other_numerics(training: Training, saved: Sequence[Mapping[str, Any]]) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
+from copy import deepcopy
 from typing import Any
 
 import numpy as np
@@ -39,7 +40,7 @@ from sparksgd.training.value_rules import (
     whole,
 )
 
-__all__ = ["check_run", "check_solver", "check_weights"]
+__all__ = ["SolverRules", "check_run"]
 
 
 def check_run(run: Mapping[str, Any], version: int, training: Training, step: int, turns: int) -> None:
@@ -101,75 +102,82 @@ def check_run(run: Mapping[str, Any], version: int, training: Training, step: in
         raise DataError(f"run.evaluations are of steps that do not grow from 1 to {step}")
 
 
-def check_solver(
-    values: Mapping[str, Any], flat: FlatModule, solver: CentralSolver, step: int, turns: int
-) -> None:
-    """Refuse the part "solver" of a checkpoint where a value is none that this solver can have.
+class SolverRules:
+    """What the part "solver" of a checkpoint must be: what a solver has that was just made, at other values.
+
+    It keeps types and shapes, and no vectors.  So it can be asked while the solver makes steps.
 
     Args:
-        values: the part.
         flat: the module.
         solver: as it was made.
-        step: of the checkpoint.
-        turns: that each shard had made.
-
-    Raises:
-        DataError: with the path of the value, and the rule.
     """
-    made = solver.state()
-    vector = _like(made.weights.parameters)
 
-    def weights(value: Any, path: str) -> None:
-        check_weights(value, flat, solver, step, path)
-
-    Table(
-        {
-            "weights": weights,
-            "turns": whole(turns, turns),
-            "vectors": MapOf(TEXT, vector),
-            "rest": _of_rest(made.rest, len(flat.parts), turns),
+    def __init__(self, flat: FlatModule, solver: CentralSolver) -> None:
+        made = solver.state()
+        arrays = {name: getattr(made.weights, name) for name in ("parameters", "statistics", "counters")}
+        self._arrays = {name: _like(array) for name, array in arrays.items()}
+        self._constants = {name: _like(bits(tensor)) for name, tensor in flat.constants()}
+        self._names, self._rest, self._count = list(made.vectors), deepcopy(made.rest), len(flat.parts)
+        self._optimizers = {
+            type(one.optimizer): one.optimizer.defaults.keys() for one in getattr(solver, "optimizers", ())
         }
-    )(values, "solver")
-    for name in made.vectors:
-        if name not in values["vectors"]:
-            raise DataError(f"solver.vectors has no {name}")
-    optimizers = {type(one.optimizer): one.optimizer for one in getattr(solver, "optimizers", ())}
-    for path, state in _elementwise_in(values["rest"], "solver.rest"):
-        _check_names(state, values["vectors"], path)
-        for kind, optimizer in optimizers.items():
-            if optimizer.defaults.keys() <= state["groups"][0].keys():
-                _check_ranges(kind, state["groups"][0], path)
 
+    def check(self, values: Mapping[str, Any], step: int, turns: int) -> None:
+        """Refuse the part where a value is none that this solver can have.
 
-def check_weights(values: Any, flat: FlatModule, solver: CentralSolver, step: int, path: str) -> None:
-    """Refuse weights that the module cannot have.
+        Args:
+            values: the part.
+            step: of the checkpoint.
+            turns: that each shard had made.
 
-    Args:
-        values: the fields of `Weights`.
-        flat: the module.
-        solver: of the module.
-        step: that they must be of.
-        path: of the values.
+        Raises:
+            DataError: with the path of the value, and the rule.
+        """
 
-    Raises:
-        DataError: with the path of the value, and the rule.
-    """
-    made, constants = solver.readout(), dict(flat.constants())
+        def weights(value: Any, path: str) -> None:
+            self.check_weights(value, step, path)
 
-    def constant(value: Any, inner: str) -> None:
-        name = inner.removeprefix(f"{path}.constants.")
-        if name not in constants:
-            raise DataError(f"{inner} is no frozen parameter or buffer of the module")
-        _like(bits(constants[name]))(value, inner)
+        Table(
+            {
+                "weights": weights,
+                "turns": whole(turns, turns),
+                "vectors": MapOf(TEXT, self._arrays["parameters"]),
+                "rest": _of_rest(self._rest, self._count, turns),
+            }
+        )(values, "solver")
+        for name in self._names:
+            if name not in values["vectors"]:
+                raise DataError(f"solver.vectors has no {name}")
+        for path, state in _elementwise_in(values["rest"], "solver.rest"):
+            _check_names(state, values["vectors"], path)
+            for kind, defaults in self._optimizers.items():
+                if defaults <= state["groups"][0].keys():
+                    _check_ranges(kind, state["groups"][0], path)
 
-    fields: dict[str, Rule] = {
-        "version": whole(step, step),
-        "parameters": _like(made.parameters),
-        "statistics": _like(made.statistics),
-        "counters": _like(made.counters),
-        "constants": MapOf(TEXT, constant),
-    }
-    Table(fields)(values, path)
+    def check_weights(self, values: Any, step: int, path: str) -> None:
+        """Refuse weights that the module cannot have.
+
+        Args:
+            values: the fields of `Weights`.
+            step: that they must be of.
+            path: of the values.
+
+        Raises:
+            DataError: with the path of the value, and the rule.
+        """
+
+        def constant(value: Any, inner: str) -> None:
+            name = inner.removeprefix(f"{path}.constants.")
+            if name not in self._constants:
+                raise DataError(f"{inner} is no frozen parameter or buffer of the module")
+            self._constants[name](value, inner)
+
+        rules: dict[str, Rule] = {
+            "version": whole(step, step),
+            **self._arrays,
+            "constants": MapOf(TEXT, constant),
+        }
+        Table(rules)(values, path)
 
 
 def _like(array: np.ndarray[Any, Any]) -> Array:

@@ -1,7 +1,8 @@
 """When checkpoints are taken during a run, and how they are written behind it.
 
 A checkpoint is copied between two steps, and written by another thread while the next steps are made.  The
-first one is read back before it counts, so that a run whose state cannot be read again says so early.
+first one is read back before it counts, and goes through all that a resume refuses, so that a run which
+could not go on says so early.
 """
 
 from __future__ import annotations
@@ -86,6 +87,7 @@ class Checkpointing:
         config: when they are due.
         store: where they go.
         turns_per_epoch: turns of one pass over the rows.
+        check: raises what a resume would raise, if it could not go on from a checkpoint.
         clock: returns seconds.
     """
 
@@ -94,9 +96,10 @@ class Checkpointing:
         config: CheckpointConfig,
         store: CheckpointStore,
         turns_per_epoch: int,
+        check: Callable[[Checkpoint], None],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._config, self._store, self._clock = config, store, clock
+        self._config, self._store, self._check, self._clock = config, store, check, clock
         every_epochs = None if config.every_epochs is None else config.every_epochs * turns_per_epoch
         self._every_turns = [every for every in (config.every_steps, every_epochs) if every is not None]
         self._behind = ThreadPoolExecutor(1, "sparksgd-checkpoint")
@@ -198,12 +201,16 @@ class Checkpointing:
             if isinstance(error, ClusterError) or isinstance(error.__cause__, OSError):
                 raise OSError(EIO, said) from error
             raise TrainingError(said) from error
+        said = f"the checkpoint of step {checkpoint.step}"
         different = _difference(checkpoint, again)
         if different is not None:
             self._store.remove(name)
-            raise TrainingError(
-                f"the checkpoint of step {checkpoint.step} was read again with another {different}"
-            )
+            raise TrainingError(f"{said} was read again with another {different}")
+        try:
+            self._check(again)
+        except SparkSGDError as error:
+            self._store.remove(name)
+            raise TrainingError(f"{said} was read again, but no run could go on from it: {error}") from error
 
     def _collect(self, *, wait: bool) -> None:
         """Look how the writing ended, if it did."""

@@ -12,6 +12,7 @@ import math
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack, closing
+from functools import partial
 from typing import TypedDict, cast
 
 import torch
@@ -37,7 +38,8 @@ from sparksgd.models.losses import Loss, make_loss
 from sparksgd.models.metrics import metric_values
 from sparksgd.solvers.protocol import CentralSolver, Need, RoundSolver, total_weight
 from sparksgd.solvers.rules import completed, make_solver
-from sparksgd.training.checkpoint import RunIdentity, go_on, unreplaced_digest
+from sparksgd.training.checkpoint import RunIdentity, check_fit, go_on, unreplaced_digest
+from sparksgd.training.checkpoint_rules import SolverRules
 from sparksgd.training.checkpointing import Checkpointing, CheckpointStore
 from sparksgd.training.deals import Deals, dealt
 from sparksgd.training.early_stopping import judge, judged_metrics, keep_best, restore_best
@@ -192,11 +194,13 @@ def train(
         warn_of_differences(training.numerics)
         keeper = None
         if checkpoints is not None:
-            keeper = Checkpointing(config.checkpoint, checkpoints, checked.experiment.turns_per_epoch)
+            rules = SolverRules(flat, solver)
+            fits = partial(check_fit, training=training, rules=rules, anew="train anew")
+            keeper = Checkpointing(config.checkpoint, checkpoints, checked.experiment.turns_per_epoch, fits)
             stack.callback(keeper.close)
         with thread_count(config.train.threads), freed_memory_kept_in_block():
             if start is not None:
-                go_on(training, solver, observers, start)
+                go_on(training, solver, observers, start, rules)
                 start = None  # it holds copies of all weights
                 engine.go_on(training.participation.next_turns())
 

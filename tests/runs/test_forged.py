@@ -36,6 +36,7 @@ from sparksgd.solvers.rules import completed
 from sparksgd.storage import location
 from sparksgd.training import loop
 from sparksgd.training.checkpoint import Checkpoint, RunIdentity, Start, go_on
+from sparksgd.training.checkpoint_rules import SolverRules
 from sparksgd.training.state import Resumed, Training
 
 KINDS: dict[str, dict[str, dict[str, Any]]] = {
@@ -193,7 +194,8 @@ class Run:
             anew="train anew",
         )
         training, solver = self.training, self.solver
-        go_on(training, solver, [RunFolder(self.folder)], start)
+        rules = SolverRules(training.flat, solver)
+        go_on(training, solver, [RunFolder(self.folder)], start, rules)
         solver.state()
         step(solver, training.flat)
         training.version, training.turns = solver.version, solver.turns

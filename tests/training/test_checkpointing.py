@@ -13,6 +13,7 @@ import pytest
 from at_once import written_at_once
 
 from sparksgd.config import CheckpointConfig
+from sparksgd.errors import DataError
 from sparksgd.training import checkpointing
 from sparksgd.training.checkpoint import Checkpoint
 from sparksgd.training.checkpointing import SHARE, Checkpointing
@@ -23,10 +24,11 @@ class Run:
 
     def __init__(self, writing_s: float, config: CheckpointConfig, epoch: int = 1000) -> None:
         self.now_s, self.written, self.fails, self.waits_s = 0.0, [], None, 0.0
+        self.refused = ""
         self._writing_s, self._checkpoints = writing_s, {}
         self.solver = SimpleNamespace(turns=0, version=0, run=self)
         self.training = SimpleNamespace(evaluations=[], is_evaluated=False, config=None, error=None)
-        self.keeper = Checkpointing(config, self, epoch, clock=lambda: self.now_s)
+        self.keeper = Checkpointing(config, self, epoch, self.check, clock=lambda: self.now_s)
 
     def write(self, checkpoint: Checkpoint) -> str:
         self.now_s += self._writing_s
@@ -42,6 +44,10 @@ class Run:
 
     def read(self, name: str) -> Checkpoint:
         return self._checkpoints[name]
+
+    def check(self, checkpoint: Checkpoint) -> None:
+        if self.refused:
+            raise DataError(self.refused)
 
     def remove(self, name: str) -> None:
         del self._checkpoints[name]
@@ -185,3 +191,13 @@ def test_a_first_one_that_is_read_with_other_values_is_the_last(caplog: pytest.L
     assert run.written == [5]
     assert not run._checkpoints, "it does not stay"
     assert "was read again with another step" in caplog.text
+
+
+def test_a_first_one_that_a_resume_would_refuse_is_the_last(caplog: pytest.LogCaptureFixture):
+    run = Run(0.0, CheckpointConfig(every_s=1e6, every_steps=5))
+    run.refused = "run.deal is -1, but must be a whole number from 0 to 5"
+    with caplog.at_level(logging.WARNING, "sparksgd"):
+        run.make(12)
+    assert (run.written, run._checkpoints) == ([5], {}), "it does not stay"
+    assert "this run has no checkpoints, and cannot go on if it is killed" in caplog.text
+    assert "no run could go on from it: run.deal is -1" in caplog.text
