@@ -22,7 +22,7 @@ from sparksgd.arithmetic.flat import FlatModule
 from sparksgd.arithmetic.numerics import Numerics
 from sparksgd.engines.protocol import Recovery
 from sparksgd.errors import DataError
-from sparksgd.solvers.protocol import CentralSolver
+from sparksgd.solvers.protocol import CentralSolver, Need
 from sparksgd.training.state import EvaluationReport, NumericsChange, Resumed, Training
 from sparksgd.training.value_rules import (
     BOOL,
@@ -56,7 +56,9 @@ def check_run(run: Mapping[str, Any], version: int, training: Training, step: in
     Raises:
         DataError: with the path of the value, and the rule.
     """
-    steps, counts = whole(0, step), ListOf(whole(0, step), training.config.train.num_shards)
+    steps = whole(0, step)
+    # A step of arrivals may use several messages of one shard.
+    counts = ListOf(WHOLE if Need.ARRIVALS in training.needs else steps, training.config.train.num_shards)
     participation: dict[str, Rule] = {
         "steps": steps,
         "of_shard": counts,
