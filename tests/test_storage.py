@@ -222,9 +222,11 @@ def test_lines_begin_a_new_file_which_who_wrote_to_the_old_one_does_not_reach(tm
     old.write("old\n")
     assert file.read_bytes() == b"new\n"  # at once
     new.flush()
-    old.close()
+    with pytest.raises(OSError, match=r"is another file, which .*; all lines are in .*lines\.1 now"):
+        old.close()
     new.close()
     assert file.read_bytes() == b"new\n"
+    assert (location(tmp_path) / "run" / "lines.1").read_bytes() == b"old\n"
 
 
 def test_every_change_of_a_guarded_place_and_in_it_is_checked_before(tmp_path: Path) -> None:

@@ -312,7 +312,7 @@ class LocalLocation:
     def lines(self, kept: bytes = b"") -> Lines:
         """Begin a new file, which grows line by line after what is kept of an earlier one."""
         self.write_bytes(kept)  # as a file of its own: who still writes to the old one must not write to it
-        return LocalLines(self.path.open("a", encoding="utf-8", buffering=1), self.check)
+        return LocalLines(self)
 
     def remove(self) -> None:
         """Remove the file, if it is there."""
