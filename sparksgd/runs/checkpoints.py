@@ -329,6 +329,7 @@ class CheckpointFolder:
             "written_at": datetime.now(UTC).isoformat(timespec="milliseconds"),
             **self._about,
             "data_digest": run.data_digest,
+            "test_digest": run.test_digest,
             "parts": {
                 part: {"version": checkpoint.parts[part].version, **asdict(entry)}
                 for part, entry in entries.items()
@@ -358,10 +359,12 @@ class CheckpointFolder:
                 (self.folder / file).remove()
 
     def _superseded(self) -> list[Manifest]:
-        """Return the checkpoints that are not kept: neither among the last ones, nor the best."""
+        """Return the checkpoints that are not kept: neither the last ones, nor the best on the same rows."""
         old = self._written[: -self._keep]
         scored = [one for one in self._written if one.test_loss is not None]
-        best = min(scored, key=lambda one: one.test_loss, default=None)  # type: ignore[arg-type,return-value]  # None was left out
+        rows = scored[-1].values.get("test_digest") if scored else None
+        alike = [one for one in scored if one.values.get("test_digest", rows) == rows]
+        best = min(alike, key=lambda one: one.test_loss, default=None)  # type: ignore[arg-type,return-value]  # None was left out
         return [one for one in old if one is not best]
 
     def _remove(self, manifest: Manifest) -> None:
