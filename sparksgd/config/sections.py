@@ -278,7 +278,8 @@ class CheckpointConfig:
     """Also write one after this many epochs."""
 
     keep: int = cluster_key(2)
-    """How many of the last checkpoints are kept, and beside them the one of the smallest test loss."""
+    """How many of the last checkpoints are kept, and beside them the one of the smallest test loss. If none
+    could be taken at that evaluation, the log says so at the end."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -33,6 +33,10 @@ log = logging.getLogger("sparksgd")
 SHARE = 0.03
 """Checkpoints take this part of the time at most."""
 
+_SHARE_OF_OWED = SHARE / 2
+"""This part of the time at most is for copies at best evaluations that cannot be written at once.  The next
+pause is longer for them, and still comes to an end."""
+
 _SHARE_OF_FAILED = 0.1
 """So much may those take that could not be written; else there would be none for long after an outage."""
 
@@ -104,11 +108,17 @@ class Checkpointing:
         self._every_turns = [every for every in (config.every_steps, every_epochs) if every is not None]
         self._behind = ThreadPoolExecutor(1, "sparksgd-checkpoint")
         self._writing: Future[float] | None = None
+        self._writing_step = 0
         self._copied_s = 0.0  # how long the copy of the one that is written took
         self._ended_s = self._clock()  # of the last one
         self._took_s = self._least_pause_s = 0.0  # the pause keeps the share
         self._usual_s = math.inf
         self._last_step: int | None = None
+        self._owed: tuple[Checkpoint, Config] | None = None  # of the best evaluation, to be written later
+        self._owed_s = 0.0  # what copies for it took since the last pause began
+        self._copy_s, self._copy_ended_s = 0.0, self._ended_s  # of the last copy
+        self._best: tuple[int, float] | None = None  # step and loss, of the evaluations of this process
+        self._has_best = False  # whether its checkpoint is written
         self._offered_turns: int | None = None
         self._has_said = self._is_tried = self._is_off = False
 
@@ -126,47 +136,107 @@ class Checkpointing:
         passed = solver.turns - 1 if before is None else before  # steps of arrivals may pass several turns
         is_named = any(solver.turns // every > passed // every for every in self._every_turns)
         self._collect(wait=False)
-        if self._is_off or self._writing is not None or not (is_named or self._is_due(training)):
+        if self._is_off:
             return
-        if self._clock() - self._ended_s >= self._least_pause_s:
+        is_best, is_writing = self._note_best(training, solver), self._writing is not None
+        is_due = is_named or self._clock() - self._ended_s >= self._config.every_s
+        if is_writing or self._clock() - self._ended_s < self._least_pause_s:
+            if is_best:
+                self._owe(training, solver, observers)
+            if not is_writing and is_due and (is_named or self._least_pause_s > self._config.every_s):
+                self._say_seldom()
+        elif is_best:
             self._take(training, solver, observers)
-        elif is_named or self._least_pause_s > self._config.every_s:
-            self._say_seldom()
+        elif self._owed is not None:
+            self._write_owed()
+        elif is_due:
+            self._take(training, solver, observers)
 
     def end(self, training: Training, solver: CentralSolver, observers: Sequence[Observer]) -> None:
         """Take a last checkpoint, where the run stands now, and wait until it is written."""
-        self._collect(wait=True)
+        self._note_best(training, solver)
+        self._settle()
         if solver.version != self._last_step and not self._is_off:
             self._take(training, solver, observers)
             self._collect(wait=True)
         if training.error is not None and self._last_step == solver.version and not self._is_off:
             log.info("a later run can go on from step %d", solver.version)
+        self._tell_of_best()
 
     def close(self) -> None:
         """Wait for what is being written."""
         with ExitStack() as stack:
             stack.callback(self._behind.shutdown)
+            self._settle()
+            self._tell_of_best()
+
+    def _settle(self) -> None:
+        """Wait for what is being written, and write what is owed."""
+        self._collect(wait=True)
+        if self._owed is not None and not self._is_off:
+            self._write_owed()
             self._collect(wait=True)
 
-    def _is_due(self, training: Training) -> bool:
-        losses = [report.loss for report in training.evaluations]
-        if training.is_evaluated and losses[-1] < min(losses[:-1], default=math.inf):
-            return True
-        return self._clock() - self._ended_s >= self._config.every_s
+    def _note_best(self, training: Training, solver: CentralSolver) -> bool:
+        """Return whether these weights have the smallest test loss so far."""
+        if not training.is_evaluated:
+            return False
+        *earlier, loss = (report.loss for report in training.evaluations)
+        is_best = loss < min((one for one in earlier if not math.isnan(one)), default=math.inf)
+        if is_best and (self._best is None or self._best[0] != solver.version):
+            self._best, self._has_best = (solver.version, loss), False
+        return is_best
+
+    def _owe(self, training: Training, solver: CentralSolver, observers: Sequence[Observer]) -> None:
+        """Copy the state of the best evaluation, to be written as soon as one may be, if that is cheap."""
+        if self._copy_s > _SHARE_OF_OWED * (self._clock() - self._copy_ended_s):
+            return
+        checkpoint = self._copied(training, solver, observers)
+        self._owed_s += self._copy_s
+        if checkpoint is not None:
+            self._owed = checkpoint, training.config
+
+    def _write_owed(self) -> None:
+        assert self._owed is not None
+        (checkpoint, config), self._owed = self._owed, None
+        self._begin(checkpoint, config, 0.0)
+
+    def _tell_of_best(self) -> None:
+        """Say once that the best evaluation has no checkpoint."""
+        if self._best is not None and not self._has_best and not self._is_off:
+            log.warning(
+                "the smallest test loss, %.6g after step %d, has no checkpoint: none could be taken then "
+                "(they may take %.0f %% of the time); kept is the best one of those that were written",
+                self._best[1],
+                self._best[0],
+                100 * SHARE,
+            )
+        self._best = None
 
     def _take(self, training: Training, solver: CentralSolver, observers: Sequence[Observer]) -> None:
+        checkpoint = self._copied(training, solver, observers)
+        if checkpoint is not None:
+            self._owed = None  # this one is newer, and better where it is of an evaluation
+            self._begin(checkpoint, training.config, self._copy_s)
+
+    def _copied(
+        self, training: Training, solver: CentralSolver, observers: Sequence[Observer]
+    ) -> Checkpoint | None:
         began_s = self._clock()
+        checkpoint = None
         try:
             checkpoint = taken(training, solver, observers)
         except ConfigError as error:  # an own optimiser keeps what no other process could have
             self._give_up(error)
-            return
         except OSError as error:  # an observer could not bring its files up to this step
             self._try_later(error, self._clock() - began_s)
-            return
-        self._copied_s = self._clock() - began_s
-        self._last_step = solver.version
-        self._writing = self._behind.submit(self._write, checkpoint, training.config)
+        self._copy_ended_s = self._clock()
+        self._copy_s = self._copy_ended_s - began_s
+        return checkpoint
+
+    def _begin(self, checkpoint: Checkpoint, config: Config, copied_s: float) -> None:
+        self._copied_s, self._last_step, self._writing_step = copied_s, checkpoint.step, checkpoint.step
+        self._writing = self._behind.submit(self._write, checkpoint, config)
 
     def _write(self, checkpoint: Checkpoint, config: Config) -> float:
         """Write a checkpoint; return how long that took, without what is done for the first one alone."""
@@ -227,7 +297,9 @@ class Checkpointing:
             self._try_later(error, self._copied_s)
             return
         usual_s, self._usual_s = min(took_s, self._usual_s), took_s  # one alone that took long met an outage
-        self._pause(usual_s, SHARE)
+        self._pause(usual_s + self._owed_s, SHARE)
+        self._owed_s = 0.0
+        self._has_best |= self._best is not None and self._best[0] == self._writing_step
 
     def _try_later(self, error: OSError, took_s: float) -> None:
         log.warning("no checkpoint can be written now, but training goes on: %s", error.strerror or error)

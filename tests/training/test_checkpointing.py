@@ -24,7 +24,7 @@ class Run:
 
     def __init__(self, writing_s: float, config: CheckpointConfig, epoch: int = 1000) -> None:
         self.now_s, self.written, self.fails, self.waits_s = 0.0, [], None, 0.0
-        self.refused = ""
+        self.refused, self.copying_s, self.copies = "", 0.0, 0
         self._writing_s, self._checkpoints = writing_s, {}
         self.solver = SimpleNamespace(turns=0, version=0, run=self)
         self.training = SimpleNamespace(evaluations=[], is_evaluated=False, config=None, error=None)
@@ -68,6 +68,8 @@ class Run:
 @pytest.fixture(autouse=True)
 def at_once(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     def taken(training: Any, solver: Any, observers: Any) -> Checkpoint:
+        solver.run.copies += 1
+        solver.run.now_s += solver.run.copying_s
         solver.run.fail("copied")
         return Checkpoint(step=solver.version, turns=solver.turns, parts={})
 
@@ -201,3 +203,65 @@ def test_a_first_one_that_a_resume_would_refuse_is_the_last(caplog: pytest.LogCa
     assert (run.written, run._checkpoints) == ([5], {}), "it does not stay"
     assert "this run has no checkpoints, and cannot go on if it is killed" in caplog.text
     assert "no run could go on from it: run.deal is -1" in caplog.text
+
+
+def ended(run: Run) -> None:
+    run.keeper.end(run.training, run.solver, ())
+
+
+def test_the_best_one_is_written_as_soon_as_the_pause_is_over(caplog: pytest.LogCaptureFixture):
+    run = Run(2.0, CheckpointConfig(every_s=1e6))
+    run.evaluated(3.0)
+    for loss in (2.5, 1.0, 1.5):
+        run.make(5)
+        run.evaluated(loss)
+    assert run.written == [1]
+    run.make(100)
+    assert run.written == [1, 13]
+    ended(run)
+    assert run.written == [1, 13, 119]
+    assert "has no checkpoint" not in caplog.text
+
+
+@pytest.mark.parametrize(("is_ended", "written"), [(True, [1, 7, 10]), (False, [1, 7])])
+def test_the_best_one_of_a_short_run_is_written_at_its_end(is_ended: bool, written: list[int]):
+    run = Run(2.0, CheckpointConfig(every_s=1e6))
+    run.evaluated(3.0)
+    run.make(5)
+    run.evaluated(1.0)
+    run.make(3)
+    if is_ended:
+        ended(run)
+    run.keeper.close()
+    assert run.written == written
+
+
+def test_a_best_evaluation_that_could_not_be_copied_cheaply_is_told(caplog: pytest.LogCaptureFixture):
+    run = Run(2.0, CheckpointConfig(every_s=1e6))
+    run.copying_s = 1.0
+    run.evaluated(3.0)
+    run.make(5)
+    run.evaluated(1.25)
+    run.make(3)
+    with caplog.at_level(logging.WARNING, "sparksgd"):
+        ended(run)
+        run.keeper.close()
+    assert run.written == [1, 10]
+    assert caplog.text.count("the smallest test loss, 1.25 after step 7, has no checkpoint") == 1
+
+
+def test_with_copies_for_the_best_they_take_their_share_of_the_time_at_most():
+    run = Run(1.0, CheckpointConfig(every_s=1e6))
+    run.copying_s = 0.1
+    for step in range(3000):
+        run.evaluated(1 / (1 + step))
+    assert len(run.written) > 30
+    assert run.copies > 2 * len(run.written)
+    assert len(run.written) * 1.0 + run.copies * 0.1 <= 1.05 * SHARE * run.now_s
+
+
+def test_an_evaluation_that_is_no_number_is_not_the_best():
+    run = Run(0.0, CheckpointConfig(every_s=1e6))
+    for loss in (float("nan"), 2.0, float("nan"), 1.0):
+        run.evaluated(loss)
+    assert run.written == [2, 4]
