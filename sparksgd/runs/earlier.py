@@ -28,7 +28,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from sparksgd.config import Config
-from sparksgd.engines.metrics_lines import metrics_lines
 from sparksgd.errors import ConfigError, DataError, SparkSGDError
 from sparksgd.imports import shortened, shown
 from sparksgd.runs.asked import Asked, IfExists
@@ -39,6 +38,7 @@ from sparksgd.runs.json_files import read_about_run, read_record
 from sparksgd.runs.manifest import read_manifest
 from sparksgd.runs.names import CHECKPOINTS, METRICS, MODEL, RUN, SUMMARY, TRACE
 from sparksgd.storage import Location, location, unanswered
+from sparksgd.storage.metrics_lines import metrics_lines
 
 __all__ = ["Found", "earlier_run", "resumable", "with_more_steps"]
 

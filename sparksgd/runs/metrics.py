@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from sparksgd.engines.metrics_lines import metrics_lines
 from sparksgd.imports import out_of_memory_told
 from sparksgd.storage import Location
+from sparksgd.storage.metrics_lines import metrics_lines
 
 __all__ = ["Metrics", "read_metrics"]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sparksgd.engines.metrics_lines import METRICS
+from sparksgd.storage.metrics_lines import METRICS
 
 __all__ = ["CHECKPOINTS", "MANIFEST", "METRICS", "MODEL", "RUN", "RUN_BEFORE", "SUMMARY", "TRACE", "WEIGHTS"]
 

@@ -206,6 +206,9 @@ class RaisesAtTheEnd(Observer):
         if report.turn >= training.total_turns:
             (self.flags / "raise").touch()
 
+    def ended(self, training: Training) -> None:
+        (self.flags / "raise").unlink(missing_ok=True)  # or the replay would obey it
+
 
 def test_what_fails_beyond_the_last_step_fails_no_run(
     spark: Any, small: str, flags: Path, tmp_path: Path

@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from sparksgd.engines.metrics_lines import METRICS, metrics_lines
 from sparksgd.errors import DataError
 from sparksgd.imports import shortened
 from sparksgd.storage import location
+from sparksgd.storage.metrics_lines import METRICS, metrics_lines
 
 __all__ = ["recorded_turns_s"]
 
