@@ -97,8 +97,6 @@ def run(
         if found.is_done:
             return 0
         run_folder.require_writable()
-        if found.archives:
-            run_folder.move_aside()
         given: Given = {
             "observers": (run_folder, *callbacks, terminal),
             "replay": replay,

@@ -152,8 +152,8 @@ def checked_bytes(folder: Location, entry: FileEntry) -> bytes:
     found = hashlib.sha256(data).hexdigest()
     if found != entry.sha256:
         raise DataError(
-            f"{where} is not the file that its manifest names: its SHA-256 is {found}, but must be "
-            f"{entry.sha256}. It is damaged, or of another run: copy the whole folder again"
+            f"{where} is not the file that its manifest names: its SHA-256 is {found[:16]}..., but must be "
+            f"{entry.sha256[:16]}.... It is damaged, or of another run: restore it"
         )
     return data
 

@@ -155,6 +155,7 @@ class RunFolder(Observer):
         self._trace: Growing | None = None
         self._recalled: dict[str, Kept] = {}
         self._origin: Location | None = None
+        self._archives = False
         self._checkpoints: CheckpointFolder | None = None
         self._events = self._deal = 0
         self._saves = Throttle(_SECONDS_BETWEEN_SAVES, _SAVING_SHARE)
@@ -236,7 +237,7 @@ class RunFolder(Observer):
             found: what its folder, or another, holds of it.
         """
         about = {"run_id": self.run_id, "config": config.to_dict(), "fingerprints": self.fingerprints}
-        self._origin = found.origin
+        self._origin, self._archives = found.origin, found.archives
         self._checkpoints = CheckpointFolder(
             self.folder / CHECKPOINTS, about, found.starts, found.last_step, called=self._called
         )
@@ -269,6 +270,9 @@ class RunFolder(Observer):
             if not self._is_held:
                 unless_begun.enter_context(self.held())
                 self.require_writable()
+            if self._archives:  # not before: a run that is refused must not take the model before it away
+                self._archives = False
+                self.move_aside()
             kept = {name: self._kept(name, about) for name, about in self._recalled.items()}
             if training.resumed and METRICS not in kept:
                 log.warning("the checkpoint says nothing of %s: it begins after its step", METRICS)
