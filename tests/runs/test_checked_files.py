@@ -43,7 +43,10 @@ def test_the_entry_has_the_size_and_the_digest_of_the_file(tmp_path: Path, entry
     [
         ({"size_bytes": 7}, r"it has [\d,]+ bytes, but may have 7 at most"),
         ({"size_bytes": 10**12}, r"has [\d,]+ bytes, but its manifest says 1,000,000,000,000"),
-        ({"sha256": "0" * 64}, r"is not the file that its manifest names: its SHA-256 is [0-9a-f]{64}, but"),
+        (
+            {"sha256": "0" * 64},
+            r"is not the file that its manifest names: its SHA-256 is \w{16}\.\.\., but",
+        ),
         ({"name": "nothing.pt"}, r"nothing.pt cannot be read: No such file"),
     ],
 )

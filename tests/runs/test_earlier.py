@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from resumed_jobs import SHORT, Jobs
 
 from sparksgd.config import Config
 from sparksgd.errors import ConfigError
@@ -19,6 +20,7 @@ from sparksgd.runs.checkpoints import CheckpointFolder
 from sparksgd.runs.earlier import Found, earlier_run
 from sparksgd.runs.fingerprints import fingerprints_of
 from sparksgd.runs.manifest import FORMAT, write_manifest
+from sparksgd.runs.model import load_model
 from sparksgd.storage import location
 from sparksgd.training.checkpoint import Checkpoint, Part, RunIdentity
 
@@ -311,6 +313,15 @@ def test_a_manifest_of_which_a_bit_flipped_is_left_out(
     newest.write_bytes(newest.read_bytes().replace(b'"turns": 6', b'"turns": 7'))
     assert steps(look(killed)) == [4]
     assert f"{newest} is damaged" in caplog.text
+
+
+def test_a_run_that_is_refused_leaves_the_model_before_it_where_it_was(jobs: Jobs, tmp_path: Path) -> None:
+    jobs.run(str(tmp_path / "out"), SHORT)
+    too_many = {"train": {"num_shards": 1000}}
+    with pytest.raises(ConfigError, match=r"train\.num_shards"):
+        jobs.run(str(tmp_path / "out"), SHORT, too_many, if_exists="archive")
+    load_model(tmp_path / "out" / "model", trust=["torch.nn"])
+    assert not (tmp_path / "out.1").exists()
 
 
 # Something else
