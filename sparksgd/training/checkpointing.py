@@ -141,7 +141,8 @@ class Checkpointing:
         is_best, is_writing = self._note_best(training, solver), self._writing is not None
         is_due = is_named or self._clock() - self._ended_s >= self._config.every_s
         if is_writing or self._clock() - self._ended_s < self._least_pause_s:
-            if is_best:
+            # While the first one is read back, a third copy would be more memory than is said beforehand.
+            if is_best and (self._is_tried or not is_writing):
                 self._owe(training, solver, observers)
             if not is_writing and is_due and (is_named or self._least_pause_s > self._config.every_s):
                 self._say_seldom()
