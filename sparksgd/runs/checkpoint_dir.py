@@ -105,7 +105,7 @@ class CheckpointFolders:
             "experiment": shaping,
             "files": {key: digest for key, digest in self._fingerprints.items() if key not in free},
             "data_digest": run.data_digest,
-            "module": run.module,
+            "module": run.module if run.parameters is not None else None,  # of a named one a resume tells
             "parameters": run.parameters,
         }
         if "data.test" not in free:

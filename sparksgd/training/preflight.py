@@ -160,11 +160,6 @@ def check(
         evaluated_on = None if test_report is None else test_report.data_digest
         replay.check(config, report.data_digest, report.content_digest, evaluated_on)
     _check_num_shards(config.train.num_shards, report.rows)
-    if config.train.rows_per_step > report.rows:
-        log.warning(
-            "train.rows_per_step is %d, but there are %d rows: each epoch is one step of all of them",
-            config.train.rows_per_step, report.rows,
-        )  # fmt: skip
     turns_per_epoch = math.ceil(report.rows / config.train.rows_per_step)
     total_turns = config.train.epochs * turns_per_epoch
     return Checked(
