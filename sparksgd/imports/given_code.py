@@ -28,17 +28,15 @@ def given_code_digest(given: Iterable[type | Callable[..., Any]]) -> str | None:
     Returns:
         64 hexadecimal digits; None: all are of torch, of Python or of this package.
     """
-    lines, live = set[str](), _Live()
-    for each in given:
-        owner = each if isinstance(each, type | FunctionType) else type(each)
-        module = str(owner.__module__)
-        if module.partition(".")[0] in _NOT_THE_USERS:
-            continue
-        of_source = code_digest(f"{module}:{owner.__qualname__}")
-        if of_source is None:
+    owners = {each if isinstance(each, type | FunctionType) else type(each) for each in given}
+    modules = {str(owner.__module__) for owner in owners}
+    users = {module for module in modules if module.partition(".")[0] not in _NOT_THE_USERS}
+    of_source = {module: code_digest(f"{module}:") for module in users}  # once: it may read a whole package
+    lines = {f"{module} {digest}" for module, digest in of_source.items() if digest is not None}
+    live = _Live()
+    for owner in owners:
+        if of_source.get(str(owner.__module__), "") is None:
             live.add(owner)
-        else:
-            lines.add(f"{module} {of_source}")
     lines |= set(live.lines())
     if not lines:
         return None

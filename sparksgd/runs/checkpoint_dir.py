@@ -73,7 +73,7 @@ class CheckpointFolders:
         return start
 
     def _subfolder(self, run: RunIdentity) -> Location:
-        own = self._folder / f"{self._name_of(run)}-{run.total_turns}"
+        own = self._place_of(run)
         if (stopped := _STOPPED.get(str(own))) is not None:
             with suppress(OSError):  # it was removed
                 if (self._folder / stopped).names_of("checkpoint-*.json"):
@@ -97,6 +97,9 @@ class CheckpointFolders:
         others = of_this(others, self._config, self._fingerprints, free=free)
         within = [one for one in others if one.turns <= run.total_turns]
         return sorted(within, key=lambda one: one.step, reverse=True)
+
+    def _place_of(self, run: RunIdentity) -> Location:
+        return self._folder / f"{self._name_of(run)}-{run.total_turns}"
 
     def _name_of(self, run: RunIdentity) -> str:
         free = free_keys(self._config)
@@ -125,8 +128,7 @@ class CheckpointFolders:
         for before in [left for left, own in _STOPPED.items() if own == self._own.folder.name]:
             del _STOPPED[before]
         if parameters is not None:
-            name = self._name_of(replace(self._run, parameters=parameters))
-            left = self._folder / f"{name}-{self._run.total_turns}"
+            left = self._place_of(replace(self._run, parameters=parameters))
             _STOPPED[str(left)] = self._own.folder.name
 
     def __enter__(self) -> Self:
