@@ -126,7 +126,9 @@ class Computer:
         self._settings = HeldSettings(plan.settings)
         self.numerics = Numerics.here(plan.threads)
         self._orders: dict[int, tuple[int, npt.NDArray[np.uint32]]] = {}
-        self._halves: dict[int | None, WorkerHalf[Answer]] = {}
+        self.halves: dict[int, WorkerHalf[Answer]] = {}
+        """The worker halves that were made, by their shards; one for all where they keep no state."""
+
         self._around_a_reply: Callable[[], AbstractContextManager[object]] = self._as_the_driver
 
     @contextmanager
@@ -274,7 +276,7 @@ class Computer:
         self, shard: Descriptor, answer: Answer, standing: _Standing, take_part: TakePart | None
     ) -> Message | None:
         """Return the message of a shard after its turns of a round; None if these had no row."""
-        half = self._half(shard.shard)
+        half = self.half(shard.shard)
         half.take(answer)
         # Each shard starts from the same ones.
         self.flat.load_buffers(answer.weights.statistics, answer.weights.counters)
@@ -322,12 +324,12 @@ class Computer:
                 raise UpdateNotFinite(f"turn {turn + 1} of shard {shard.shard}: {error}") from error
         return gradient
 
-    def _half(self, shard: int) -> WorkerHalf[Answer]:
+    def half(self, shard: int) -> WorkerHalf[Answer]:
         """Return the worker half of a shard; where halves keep no state, one serves all shards in turn."""
-        key = shard if self.plan.halves.keep_state else None
-        if key not in self._halves:
-            self._halves[key] = self.plan.halves.make(self.flat, shard)
-        return self._halves[key]
+        key = shard if self.plan.halves.keep_state else 0
+        if key not in self.halves:
+            self.halves[key] = self.plan.halves.make(self.flat, shard)
+        return self.halves[key]
 
     def _piece(self, shard: Descriptor, turn: int, take_part: TakePart | None) -> Gradient | None:
         """Return the gradient of a shard's piece; None if the piece is empty."""

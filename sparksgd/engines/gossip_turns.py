@@ -40,16 +40,17 @@ class GossipTurns:
     ) -> None:
         self._make, self._table, self._solver = make, table, solver
         answer = solver.answer()
-        self._halves: list[GossipHalf] = []
+        self.halves: dict[int, GossipHalf] = {}
+        """The half of each shard."""
+
         for shard in range(len(table)):
-            half = cast(GossipHalf, computer.plan.halves.make(computer.flat, shard))
-            half.begin(answer.weights)
-            self._halves.append(half)
+            self.halves[shard] = cast(GossipHalf, computer.plan.halves.make(computer.flat, shard))
+            self.halves[shard].begin(answer.weights)
 
     @property
     def lag(self) -> int:
         """Whether the exchange runs beside the computing."""
-        return self._halves[0].lag
+        return self.halves[0].lag
 
     def next(self) -> TurnMade:
         """Let every shard make a turn, and send and take its messages.
@@ -60,7 +61,7 @@ class GossipTurns:
         solver, answer = self._solver, self._solver.answer()
         turn, sent = answer.turn, dict[int, Message | None]()
         made: list[Gradient] = []
-        for shard, half in enumerate(self._halves):
+        for shard, half in self.halves.items():
             if half.lag:
                 sent[shard] = half.send()
             gradient = self._make(self._table[shard], turn, half, answer)
@@ -68,12 +69,12 @@ class GossipTurns:
                 made.append(gradient)
             if not half.lag:
                 sent[shard] = half.send()
-        mail: list[dict[int, Message]] = [{} for _ in self._halves]
+        mail: list[dict[int, Message]] = [{} for _ in self.halves]
         for shard, message in sent.items():
             for peer in solver.peers(turn, shard) if message is not None else ():
                 mail[peer][shard] = message  # type: ignore[assignment]  # it is not None
-        for half, taken in zip(self._halves, mail, strict=True):
+        for half, taken in zip(self.halves.values(), mail, strict=True):
             half.take(taken)
         total = Message.of(made, {})
-        outcome = solver.turned((half.share for half in self._halves), total)
+        outcome = solver.turned((half.share for half in self.halves.values()), total)
         return TurnMade(outcome=outcome, total=total, shards=len(made))

@@ -20,6 +20,7 @@ from sparksgd.engines.memory import RunSizes, require_here
 from sparksgd.engines.protocol import (
     Recovery,
     SegmentReport,
+    ShardStates,
     StepReport,
     StepTiming,
     VirtualCost,
@@ -62,6 +63,7 @@ class InlineEngine:
         self._test = test
         self.recovery = Recovery()
         self._gossip_turns: GossipTurns | None = None
+        self._is_cut_off = False
 
     @staticmethod
     def check_code(*parts: object, replica: object = None) -> None:
@@ -86,8 +88,22 @@ class InlineEngine:
             )
         self._computer = Computer(self._plan)
 
-    def go_on(self, turns: Mapping[int, int]) -> None:
-        """Go on as from the beginning: all that the next step depends on is the solver's."""
+    def shard_states(self) -> ShardStates | None:
+        """Return what shards keep; None: a step was cut off, and they are of no version."""
+        if not self._plan.halves.keep_state:
+            return {}
+        if self._is_cut_off:
+            return None
+        halves = self._computer.halves if self._gossip_turns is None else self._gossip_turns.halves
+        return {shard: half.state() for shard, half in halves.items()}
+
+    def go_on(self, solver: CentralSolver, turns: Mapping[int, int], shards: ShardStates) -> None:
+        """Let each shard go on from what it kept."""
+        for shard, state in shards.items():
+            if Need.GOSSIP in solver.needs:
+                self._turns_of(cast(GossipSolver, solver)).halves[shard].load_state(state)
+            else:
+                self._computer.half(shard).load_state(state)
 
     def contact(self) -> list[Numerics]:
         """Return this process's numerics."""
@@ -95,9 +111,13 @@ class InlineEngine:
 
     def advance(self, solver: CentralSolver, steps: int) -> SegmentReport:
         """Make steps."""
+        self._is_cut_off = True
         if Need.GOSSIP in solver.needs:
-            return SegmentReport(steps=[self._gossip(cast(GossipSolver, solver)) for _ in range(steps)])
-        return self._rounds_of(cast(RoundSolver, solver), steps)
+            report = SegmentReport(steps=[self._gossip(cast(GossipSolver, solver)) for _ in range(steps)])
+        else:
+            report = self._rounds_of(cast(RoundSolver, solver), steps)
+        self._is_cut_off = False
+        return report
 
     def _gossip(self, solver: GossipSolver) -> StepReport:
         """Let all shards make a turn."""

@@ -52,6 +52,7 @@ _TRIAL = 24  # the module's own, copies that are compared, gradients
 _TRIAL_IN_FLOAT64 = 37  # of modules that are small enough to be compared in float64, too
 _SMALL = 40_000_000  # bytes of their parameters; see engines/trial/mixing.py
 _OPTIMISERS = 3  # of a strip: kept, returned, pickled
+_IN_CHECKPOINTS = 2.5  # as it is copied, as the first one is read back, and as a part of that is checked
 _ROOM = 1.4
 """A heap must be so many times what lies in it: Java does not move large arrays, and cannot use every gap
 between them."""
@@ -83,6 +84,9 @@ class RunSizes:
 
     keeps_shards: bool = False
     """Whether a worker keeps such a model for each of its shards; else one for all of them."""
+
+    shard_state: int = 0
+    """What a checkpoint holds for each shard."""
 
     record: int = 0
     """A row."""
@@ -406,6 +410,9 @@ def require_here(sizes: RunSizes, num_shards: int) -> None:
     of_shard = sizes.weights * sizes.reads_differ + sizes.local_model * sizes.keeps_shards
     if of_shard:
         needed = (*needed, Copies("what each shard keeps", num_shards, of_shard))
+    if sizes.shard_state:
+        copies = _IN_CHECKPOINTS * num_shards
+        needed = (*needed, Copies("what each shard keeps, in checkpoints", copies, sizes.shard_state))
     if total(needed) > limit:
         raise OutOfMemory(
             f"this machine, or its container, has {decimal(limit)} of memory, but the run takes "

@@ -14,7 +14,7 @@ from sparksgd.engines.memory import RunSizes
 from sparksgd.engines.replies import Evaluation, Reply, WorkerReport
 from sparksgd.engines.trace import TraceEvent
 from sparksgd.solvers.arrivals import ArrivalSolver, ArrivalStep
-from sparksgd.solvers.protocol import CentralSolver, Message, RoundSolver, total_weight
+from sparksgd.solvers.protocol import CentralSolver, HalfState, Message, RoundSolver, total_weight
 
 __all__ = [
     "Arrival",
@@ -23,6 +23,7 @@ __all__ = [
     "Recovery",
     "SegmentReport",
     "ServerUse",
+    "ShardStates",
     "StepReport",
     "StepTiming",
     "VirtualCost",
@@ -196,6 +197,10 @@ class Recovery:
     """Connections that were dropped because they did not prove to belong to the run."""
 
 
+ShardStates = Mapping[int, HalfState]
+"""What the halves of shards keep, by the numbers of the shards."""
+
+
 class Engine(Protocol):
     """Advances a solver."""
 
@@ -215,11 +220,22 @@ class Engine(Protocol):
         """Refuse what cannot work, and get what the engine needs until `close`."""
         ...
 
-    def go_on(self, turns: Mapping[int, int]) -> None:
+    def shard_states(self) -> ShardStates | None:
+        """Return what shards keep between steps, if a checkpoint must hold it; the arrays may be views.
+
+        Returns:
+            The state of each shard's half; nothing where halves keep none, or begin anew when a run goes on.
+            None: a step was cut off, and the states are of no version.
+        """
+        ...
+
+    def go_on(self, solver: Any, turns: Mapping[int, int], shards: ShardStates) -> None:
         """Take note, before the first step, that the run goes on from a checkpoint.
 
         Args:
+            solver: as it goes on.
             turns: where shards make turns at their own pace, the turn that each makes next.
+            shards: what `shard_states` returned.
         """
         ...
 

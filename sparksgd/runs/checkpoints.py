@@ -395,19 +395,10 @@ def _refuse_other_end(manifest: Manifest, run: RunIdentity, anew: str) -> None:
             f"train.epochs and train.steps ask for {run.total_turns} turns, but {manifest.folder} has "
             f"made {made}: ask for more, or {anew}"
         )
-    was_cut = made == then and made < run.total_turns and made % run.turns_per_epoch % _round_of(run)
-    rule = run.experiment.get("solver.name")
-    if was_cut and rule != "synchronous":
+    if made == then < run.total_turns and not run.ends_round(made):
         raise ConfigError(
-            f"train.steps was {then}, where the last round of {rule} was cut short, in mid-epoch: a run "
+            f"train.steps was {then}, where the last round of {run.experiment.get('solver.name')} was cut "
+            f"short, in mid-epoch: a run "
             f"that goes on from there would have other bits than one that was never stopped. Leave it at "
             f"{then}, or {anew}"
         )
-
-
-def _round_of(run: RunIdentity) -> int:
-    """Return how many turns a round has; where synchronous steps come first, no round ends but with an
-    epoch."""
-    if run.experiment.get("solver.synchronous_steps", 0):
-        return run.turns_per_epoch
-    return int(run.experiment.get("solver.turns_per_round", run.turns_per_epoch))

@@ -13,13 +13,10 @@ rate, that is the sum of the shard's own updates, because both multiply by eta.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from sparksgd.arithmetic.flat import FlatModule, FlatStrip
 from sparksgd.config import Config
@@ -27,7 +24,16 @@ from sparksgd.errors import ConfigError
 from sparksgd.solvers.arrival_centre import GradientCentre, GradientSettings
 from sparksgd.solvers.arrivals import Verdict
 from sparksgd.solvers.centre import refuse_statistics
-from sparksgd.solvers.protocol import Answer, Gradient, Halves, Message, Settings, Vector, total_weight
+from sparksgd.solvers.protocol import (
+    Answer,
+    Gradient,
+    HalfState,
+    Halves,
+    Message,
+    Settings,
+    Vector,
+    total_weight,
+)
 from sparksgd.solvers.rules import Experiment, require_at_least
 from sparksgd.solvers.synchronous import SendGradients
 
@@ -100,13 +106,13 @@ class Downpour:
         self._sum, self._since = None, []
         return message
 
-    def state(self) -> dict[str, npt.NDArray[Any]]:
+    def state(self) -> HalfState:
         """Return its model, and how many turns it has made."""
         return {"model": self.point(), "turns": np.array(self._turns)}
 
-    def load_state(self, state: Mapping[str, npt.NDArray[Any]]) -> None:
+    def load_state(self, state: HalfState) -> None:
         """Continue from the state of another half of the same shard, after a push."""
-        self._model, self._turns = state["model"], int(state["turns"])
+        self._model, self._turns = np.asarray(state["model"]), int(np.asarray(state["turns"]))
 
 
 class AsyncSGD(GradientCentre):

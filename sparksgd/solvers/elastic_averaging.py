@@ -23,13 +23,11 @@ alpha = 0 leaves each shard alone.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from sparksgd.arithmetic.flat import FlatModule, FlatStrip, Weights
@@ -41,6 +39,7 @@ from sparksgd.solvers.local_model import LocalModel
 from sparksgd.solvers.protocol import (
     Answer,
     Gradient,
+    HalfState,
     Message,
     Need,
     Settings,
@@ -215,19 +214,19 @@ class ElasticModel:
         self._since = []
         return message
 
-    def state(self) -> dict[str, npt.NDArray[Any]]:
+    def state(self) -> HalfState:
         """Return its model, how far it is, what its optimiser keeps, and what it sent last."""
         counts = np.array([self._turns, self._has_begun])
-        exchanged = {} if self._exchanged is None else {"exchanged": self._exchanged}
+        exchanged: HalfState = {} if self._exchanged is None else {"exchanged": self._exchanged}
         return {"model": self._local.parameters.numpy(), "counts": counts, **exchanged, **self._local.kept()}
 
-    def load_state(self, state: Mapping[str, npt.NDArray[Any]]) -> None:
+    def load_state(self, state: HalfState) -> None:
         """Continue from the state of another half of the same shard."""
         kept = dict(state)
-        self._local.parameters.copy_(torch.from_numpy(kept.pop("model")))
+        self._local.parameters.copy_(torch.from_numpy(np.asarray(kept.pop("model"))))
         exchanged = kept.pop("exchanged", None)
-        self._exchanged = None if exchanged is None else exchanged.copy()
-        turns, begun = kept.pop("counts").tolist()
+        self._exchanged = None if exchanged is None else np.array(exchanged)
+        turns, begun = np.asarray(kept.pop("counts")).tolist()
         self._turns, self._has_begun = turns, bool(begun)
         self._local.load_kept(kept)
 

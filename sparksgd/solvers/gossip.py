@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from sparksgd.arithmetic.flat import FlatModule, FlatStrip, Weights
@@ -26,6 +25,7 @@ from sparksgd.solvers.protocol import (
     Answer,
     CentralSolver,
     Gradient,
+    HalfState,
     Message,
     Need,
     Settings,
@@ -153,14 +153,14 @@ class GossipModel:
             rows=0,
         )
 
-    def state(self) -> dict[str, npt.NDArray[Any]]:
+    def state(self) -> HalfState:
         """Return its model, and what its optimiser keeps."""
         return {"model": self.model.numpy(), **self._local.kept()}
 
-    def load_state(self, state: Mapping[str, npt.NDArray[Any]]) -> None:
+    def load_state(self, state: HalfState) -> None:
         """Continue from the state of another half of the same shard, after a turn."""
         kept = dict(state)
-        self.model.copy_(torch.from_numpy(kept.pop("model")))
+        self.model.copy_(torch.from_numpy(np.asarray(kept.pop("model"))))
         self._local.load_kept(kept)
 
 

@@ -18,12 +18,11 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from sparksgd.arithmetic.flat import FlatModule, FlatStrip
 from sparksgd.solvers.gossip import GossipCentre, GossipModel, GossipSettings
-from sparksgd.solvers.protocol import Gradient, Message, Settings, Vector
+from sparksgd.solvers.protocol import Gradient, HalfState, Message, Settings, Vector
 from sparksgd.solvers.rules import Experiment
 
 __all__ = ["GradientPush", "GradientPushSettings", "PushSum"]
@@ -83,14 +82,14 @@ class PushSum(GossipModel):
             self.model.add_(torch.from_numpy(message.vectors["model"]))
             self._weight += message.scalars["weight"]
 
-    def state(self) -> dict[str, npt.NDArray[Any]]:
+    def state(self) -> HalfState:
         """Return its model and weight, and what its optimiser keeps."""
         return {**super().state(), "weight": np.asarray(self._weight)}
 
-    def load_state(self, state: Mapping[str, npt.NDArray[Any]]) -> None:
+    def load_state(self, state: HalfState) -> None:
         """Continue from the state of another half of the same shard, after a turn."""
         kept = dict(state)
-        self._weight = float(kept.pop("weight"))
+        self._weight = float(np.asarray(kept.pop("weight")))
         super().load_state(kept)
 
 

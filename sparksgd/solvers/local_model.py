@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from sparksgd.arithmetic.flat import FlatModule
@@ -14,7 +10,7 @@ from sparksgd.arithmetic.seeds import seed32
 from sparksgd.config import OptimizerConfig
 from sparksgd.solvers.centre import refuse_not_finite, step_along
 from sparksgd.solvers.flat_optimizer import FlatOptimizer
-from sparksgd.solvers.protocol import Gradient, Settings, total_weight
+from sparksgd.solvers.protocol import Gradient, HalfState, Settings, total_weight
 from sparksgd.solvers.torch_optimizers import another_optimizer
 
 __all__ = ["LocalModel"]
@@ -60,14 +56,24 @@ class LocalModel:
         step_along(self.optimizer, gradient.vector, weight, gradient.touched, self._clip_norm, seed)
         refuse_not_finite(self.parameters, "the shard's own step", "optimizer.lr", self.optimizer.lr)
 
-    def kept(self) -> dict[str, npt.NDArray[Any]]:
-        """Return what the optimiser keeps, as arrays by name; numbers have no dimension."""
+    def kept(self) -> HalfState:
+        """Return what the optimiser keeps: arrays by name, numbers without a dimension; or all as bytes.
+
+        Raises:
+            ConfigError: an attribute of an own optimiser cannot be copied.
+        """
+        if not self.optimizer.is_elementwise:
+            return self.optimizer.state()[1]
         vectors, numbers = self.optimizer.averageable()
         return {**vectors, **{name: np.asarray(value) for name, value in numbers.items()}}
 
-    def load_kept(self, kept: Mapping[str, npt.NDArray[Any]]) -> None:
+    def load_kept(self, kept: HalfState) -> None:
         """Let the optimiser continue from what another one kept."""
         self.begin_anew()
-        vectors = {name: value for name, value in kept.items() if value.ndim}
-        numbers = {name: float(value) for name, value in kept.items() if not value.ndim}
+        if not self.optimizer.is_elementwise:
+            self.optimizer.load_state({}, kept)
+            return
+        arrays = {name: value for name, value in kept.items() if isinstance(value, np.ndarray)}
+        vectors = {name: value for name, value in arrays.items() if value.ndim}
+        numbers = {name: float(value) for name, value in arrays.items() if not value.ndim}
         self.optimizer.load_averaged(vectors, numbers)

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from sparksgd.arithmetic.changes import bits, constants_changed
@@ -19,6 +18,7 @@ from sparksgd.solvers.local_model import LocalModel
 from sparksgd.solvers.protocol import (
     Answer,
     Gradient,
+    HalfState,
     Message,
     Need,
     Settings,
@@ -187,15 +187,18 @@ class LocalTurns:
         zeros = {f"{name}.{k}": 0.0 for name in of_all for k in range(len(self._local.flat.parts))}
         return {name: np.zeros_like(self._local.parameters.numpy()) for name in names}, numbers | zeros
 
-    def state(self) -> dict[str, npt.NDArray[Any]]:
-        """Return the optimiser's state, if it is kept."""
-        return self._local.kept() if self._has_begun and self._settings.inner_state == "keep" else {}
+    def state(self) -> HalfState:
+        """Return the optimiser's state, and whether it has one yet, if it is kept."""
+        if self._settings.inner_state != "keep":
+            return {}
+        return {"begun": np.asarray(float(self._has_begun)), **self._local.kept()}
 
-    def load_state(self, state: Mapping[str, npt.NDArray[Any]]) -> None:
+    def load_state(self, state: HalfState) -> None:
         """Continue from the state of another half."""
         if state:
-            self._local.load_kept(state)
-            self._has_begun = True
+            kept = dict(state)
+            self._has_begun = bool(kept.pop("begun"))
+            self._local.load_kept(kept)
 
 
 def numbers_of(of_each: Mapping[str, float]) -> tuple[str, ...]:

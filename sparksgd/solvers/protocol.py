@@ -38,6 +38,7 @@ __all__ = [
     "Answer",
     "CentralSolver",
     "Gradient",
+    "HalfState",
     "Halves",
     "MakeReplica",
     "Message",
@@ -326,6 +327,9 @@ class SolverState:
         return replace(self, weights=replace(self.weights, parameters=parameters), vectors=vectors)
 
 
+HalfState = dict[str, npt.NDArray[Any] | bytes]
+"""What a worker half keeps, by name: arrays, and what an optimiser of the user's own keeps as bytes."""
+
 Taken = TypeVar("Taken", contravariant=True)
 """What a half takes: an Answer; in gossip, the messages of its peers by shard."""
 
@@ -353,11 +357,11 @@ class WorkerHalf(Protocol[Taken]):
         """Return what to send after this turn; None: nothing."""
         ...
 
-    def state(self) -> dict[str, npt.NDArray[Any]]:
-        """Return what it keeps, besides what it took."""
+    def state(self) -> HalfState:
+        """Return what it keeps between rounds, or between turns in gossip; the arrays may be views."""
         ...
 
-    def load_state(self, state: Mapping[str, npt.NDArray[Any]]) -> None:
+    def load_state(self, state: HalfState) -> None:
         """Continue from the state of another half of the same shard."""
         ...
 

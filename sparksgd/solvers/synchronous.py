@@ -12,7 +12,7 @@ algorithms 3 and 4.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -25,6 +25,7 @@ from sparksgd.solvers.flat_optimizer import FlatOptimizer
 from sparksgd.solvers.protocol import (
     Answer,
     Gradient,
+    HalfState,
     Halves,
     MakeReplica,
     Message,
@@ -119,11 +120,11 @@ class SendGradients:
         gradient, self._gradient = self._gradient, None
         return None if gradient is None else Message.of([gradient], {"gradient": gradient.vector})
 
-    def state(self) -> dict[str, Vector]:
+    def state(self) -> HalfState:
         """Keep nothing."""
         return {}
 
-    def load_state(self, state: Mapping[str, Vector]) -> None:
+    def load_state(self, state: HalfState) -> None:
         """Keep nothing."""
 
 

@@ -1,6 +1,7 @@
 """A checkpoint: all that a run's next step depends on, so that it can go on from there to the same bits.
 
     solver      weights, turns, and what optimisers and schedules keep
+    shards      what shards keep in rounds and gossip: models of their own, and their optimisers
     run         how far it is, the deal, who took part, evaluations, arithmetic, what the trial decided
     observers   what each observer must remember, by its class
     best        the weights of the best evaluation, where early stopping keeps them, if of another step
@@ -15,7 +16,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import pickle
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
@@ -23,18 +24,18 @@ from typing import Any
 import numpy as np
 import torch
 
-from sparksgd.arithmetic.believed import NotBelieved, check_believed, only_classes_of
+from sparksgd.arithmetic.believed import NotBelieved, only_classes_of
 from sparksgd.arithmetic.changes import bits
 from sparksgd.arithmetic.flat import FlatModule, Weights
 from sparksgd.arithmetic.numerics import Numerics
 from sparksgd.arithmetic.settings import changed_settings, set_by_the_user
-from sparksgd.config import Config
+from sparksgd.engines.protocol import Engine, ShardStates
 from sparksgd.errors import ConfigError, DataError, ModelError, SparkSGDError
-from sparksgd.imports.trust import trusted
 from sparksgd.solvers.protocol import CentralSolver, SolverState
 from sparksgd.training.checkpoint_rules import SolverRules, check_run
 from sparksgd.training.composition import other_structure, structure
 from sparksgd.training.encoding import as_plain, of_plain, stranger_in
+from sparksgd.training.own_state import packages_of
 from sparksgd.training.plain_values import plain_values
 from sparksgd.training.state import EvaluationReport, NumericsChange, Observer, Resumed, Training
 from sparksgd.training.value_rules import whole
@@ -45,7 +46,6 @@ __all__ = [
     "RunIdentity",
     "Start",
     "check_fit",
-    "check_state",
     "go_on",
     "taken",
     "unreplaced_digest",
@@ -53,7 +53,7 @@ __all__ = [
 
 log = logging.getLogger("sparksgd")
 
-_VERSIONS = {"solver": 1, "run": 5, "observers": 1, "best": 1}
+_VERSIONS = {"solver": 1, "shards": 1, "run": 5, "observers": 1, "best": 1}
 _STILL_READ = {("run", 1), ("run", 2), ("run", 3), ("run", 4)}
 # 1 had no settings, 2 no end before the last turn, 3 no metrics of evaluations, 4 no turns of each shard
 _NOT_OURS = (
@@ -91,6 +91,9 @@ class RunIdentity:
 
     turns_per_epoch: int
     """Turns of one pass over the rows."""
+
+    ends_round: Callable[[int], bool] = lambda turns: True
+    """Returns whether a round of this run, which may be longer, ends after so many turns of each shard."""
 
     module: str | None = None
     """Digest of what no checkpoint replaces in the module, see `unreplaced_digest`."""
@@ -177,13 +180,17 @@ class Start:
     """How a run that cannot go on from it is trained anew, in the caller's words."""
 
 
-def taken(training: Training, solver: CentralSolver, observers: Sequence[Observer]) -> Checkpoint:
+def taken(
+    training: Training, solver: CentralSolver, observers: Sequence[Observer], shards: ShardStates
+) -> Checkpoint:
     """Return the state of a run between two steps; everything is copied."""
-    values = {
+    values: dict[str, dict[str, Any]] = {
         "solver": _of_solver(solver.state()),
         "run": _of_run(training),
         "observers": {name: _memory_of(name, observer) for name, observer in _named(observers)},
     }
+    if shards:
+        values["shards"] = {"states": shards}
     if training.best_weights is not None and training.best_weights.version != solver.version:
         values["best"] = {"weights": _of_weights(training.best_weights)}
     return Checkpoint(
@@ -211,7 +218,12 @@ def _memory_of(name: str, observer: Observer) -> dict[str, Any]:
 
 
 def go_on(
-    training: Training, solver: CentralSolver, observers: Sequence[Observer], start: Start, rules: SolverRules
+    training: Training,
+    solver: CentralSolver,
+    observers: Sequence[Observer],
+    start: Start,
+    rules: SolverRules,
+    engine: Engine,
 ) -> None:
     """Let a run that has made no step go on from a checkpoint.
 
@@ -221,6 +233,7 @@ def go_on(
         observers: get what they had to remember, before they are told that the run starts.
         start: the checkpoint, of a run of the same experiment.
         rules: of the solver.
+        engine: gets what shards keep.
 
     Raises:
         ModelError: it is of another module.
@@ -230,6 +243,9 @@ def go_on(
     check_fit(checkpoint, training, rules, start.anew)
     with checkpoint.fitting():
         _load(training, solver, checkpoint, start.anew)
+        states = checkpoint.values("shards")["states"] if rules.keeps_shards(checkpoint.step) else {}
+        with only_classes_of(packages_of(training.config)):
+            engine.go_on(solver, training.participation.next_turns(), states)
         training.resumed.append(start.resumed)
         _note_other_numerics(training, checkpoint.values("run")["numerics"])
         remembered = checkpoint.values("observers")
@@ -256,6 +272,8 @@ def check_fit(checkpoint: Checkpoint, training: Training, rules: SolverRules, an
         check_run(run, checkpoint.parts["run"].version, training, checkpoint.step, checkpoint.turns)
         _check_module(training, run, state, checkpoint.step, anew)
         rules.check(state, checkpoint.step, checkpoint.turns)
+        if rules.keeps_shards(checkpoint.step):
+            rules.check_shards(checkpoint.values("shards"))
         _check_circumstances(training, run, anew)
         _check_best(checkpoint, run, rules)
         checkpoint.values("observers")
@@ -292,7 +310,7 @@ def _check_module(
 def _load(training: Training, solver: CentralSolver, checkpoint: Checkpoint, anew: str) -> None:
     run, state = checkpoint.values("run"), checkpoint.values("solver")
     training.version, training.turns = checkpoint.step, checkpoint.turns
-    with only_classes_of(_packages(training.config)):
+    with only_classes_of(packages_of(training.config)):
         solver.load_state(_solver_state(state))
     _load_run(training, run, anew)
     _load_best(training, checkpoint, solver, run.get("best_step"))
@@ -308,25 +326,6 @@ def unreplaced_digest(flat: FlatModule) -> str:
         digest.update(f"{name} {dense.dtype} {tuple(dense.shape)}\n".encode())
         digest.update(bits(dense).data)
     return digest.hexdigest()
-
-
-def check_state(checkpoint: Checkpoint, config: Config) -> None:
-    """Refuse what an own optimiser or schedule keeps, if no run could make it again.
-
-    Raises:
-        NotBelieved: it keeps an object of another package than its own.
-    """
-    with only_classes_of(_packages(config)):
-        for kept in _bytes_in(checkpoint.values("solver")["rest"]):
-            check_believed(kept)
-
-
-def _bytes_in(value: Any) -> Iterator[bytes]:
-    if isinstance(value, bytes):
-        yield value
-    elif isinstance(value, Mapping):
-        for inner in value.values():
-            yield from _bytes_in(inner)
 
 
 def _of_weights(weights: Weights) -> dict[str, Any]:
@@ -478,13 +477,6 @@ def _note_other_numerics(training: Training, saved: Sequence[Mapping[str, Any]])
             who,
             "; ".join(before[0].differences(now)),
         )
-
-
-def _packages(config: Config) -> frozenset[str]:
-    """Return the packages of the user's own optimiser and schedule, and those that are trusted anyway."""
-    names = (config.optimizer.name, config.schedule.name or "")
-    named = {name.partition(":")[0].partition(".")[0] for name in names if ":" in name}
-    return trusted(named, where="a checkpoint").packages
 
 
 def _named(observers: Sequence[Observer]) -> Iterator[tuple[str, Observer]]:

@@ -112,9 +112,11 @@ class SolverRules:
     Args:
         flat: the module.
         solver: as it was made.
+        shards: of what shards keep; None: they keep nothing that a checkpoint must hold.
     """
 
-    def __init__(self, flat: FlatModule, solver: CentralSolver) -> None:
+    def __init__(self, flat: FlatModule, solver: CentralSolver, shards: Rule | None = None) -> None:
+        self._shards = None if shards is None else Table({"states": shards})
         made = solver.state()
         arrays = {name: getattr(made.weights, name) for name in ("parameters", "statistics", "counters")}
         self._arrays = {name: _like(array) for name, array in arrays.items()}
@@ -155,6 +157,22 @@ class SolverRules:
             for kind, defaults in self._optimizers.items():
                 if defaults <= state["groups"][0].keys():
                     _check_ranges(kind, state["groups"][0], path)
+
+    def keeps_shards(self, step: int) -> bool:
+        """Return whether a checkpoint of this step holds what shards keep; at step 0 they keep nothing."""
+        return self._shards is not None and step > 0
+
+    def check_shards(self, values: Any) -> None:
+        """Refuse what shards of this run cannot keep.
+
+        Args:
+            values: the part "shards".
+
+        Raises:
+            DataError: with the path of the value, and the rule.
+        """
+        assert self._shards is not None
+        self._shards(values, "shards")
 
     def check_weights(self, values: Any, step: int, path: str) -> None:
         """Refuse weights that the module cannot have.

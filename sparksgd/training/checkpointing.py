@@ -21,9 +21,11 @@ import torch
 
 from sparksgd.arithmetic.believed import NotBelieved
 from sparksgd.config import CheckpointConfig, Config
+from sparksgd.engines.protocol import ShardStates
 from sparksgd.errors import ClusterError, ConfigError, ModelError, SparkSGDError, TrainingError
 from sparksgd.solvers.protocol import CentralSolver
-from sparksgd.training.checkpoint import Checkpoint, RunIdentity, Start, check_state, taken
+from sparksgd.training.checkpoint import Checkpoint, RunIdentity, Start, taken
+from sparksgd.training.own_state import check_own_state
 from sparksgd.training.state import Observer, Training
 
 __all__ = ["SHARE", "CheckpointStore", "Checkpointing"]
@@ -92,6 +94,7 @@ class Checkpointing:
         store: where they go.
         turns_per_epoch: turns of one pass over the rows.
         check: raises what a resume would raise, if it could not go on from a checkpoint.
+        shards: returns what shards keep, see `Engine.shard_states`.
         clock: returns seconds.
     """
 
@@ -101,9 +104,11 @@ class Checkpointing:
         store: CheckpointStore,
         turns_per_epoch: int,
         check: Callable[[Checkpoint], None],
+        shards: Callable[[], ShardStates | None],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._config, self._store, self._check, self._clock = config, store, check, clock
+        self._shards = shards
         every_epochs = None if config.every_epochs is None else config.every_epochs * turns_per_epoch
         self._every_turns = [every for every in (config.every_steps, every_epochs) if every is not None]
         self._behind = ThreadPoolExecutor(1, "sparksgd-checkpoint")
@@ -160,8 +165,8 @@ class Checkpointing:
         if solver.version != self._last_step and not self._is_off:
             self._take(training, solver, observers)
             self._collect(wait=True)
-        if training.error is not None and self._last_step == solver.version and not self._is_off:
-            log.info("a later run can go on from step %d", solver.version)
+        if training.error is not None and self._last_step is not None and not self._is_off:
+            log.info("a later run can go on from step %d", self._last_step)
         self._tell_of_best()
 
     def close(self) -> None:
@@ -223,10 +228,12 @@ class Checkpointing:
     def _copied(
         self, training: Training, solver: CentralSolver, observers: Sequence[Observer]
     ) -> Checkpoint | None:
-        began_s = self._clock()
+        began_s, states = self._clock(), self._shards()
+        if states is None:
+            return None
         checkpoint = None
         try:
-            checkpoint = taken(training, solver, observers)
+            checkpoint = taken(training, solver, observers, states)
         except ConfigError as error:  # an own optimiser keeps what no other process could have
             self._give_up(error)
         except OSError as error:  # an observer could not bring its files up to this step
@@ -243,7 +250,7 @@ class Checkpointing:
         """Write a checkpoint; return how long that took, without what is done for the first one alone."""
         began_s = self._clock()
         try:
-            check_state(checkpoint, config)
+            check_own_state({name: part.values for name, part in checkpoint.parts.items()}, config)
         except NotBelieved as error:
             raise TrainingError(
                 f"the checkpoint of step {checkpoint.step} could not be read again: {error}; let it keep "

@@ -7,14 +7,14 @@ bytes       {"raw": uint8[n]}
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-__all__ = ["array_as_plain", "array_of", "as_plain", "of_plain", "stranger_in"]
+__all__ = ["array_as_plain", "array_of", "as_plain", "bytes_in", "of_plain", "stranger_in"]
 
 _PLAIN = (bool, int, float, str, bytes, np.ndarray, np.generic, torch.Tensor)
 _ARRAY, _RAW = {"numpy", "shape", "bytes"}, {"raw"}
@@ -66,6 +66,16 @@ def stranger_in(value: Any, path: str) -> str | None:
     else:
         return f"{path} is a {type(value).__name__}"
     return next((found for one, where in inner if (found := stranger_in(one, where)) is not None), None)
+
+
+def bytes_in(saved: Any) -> Iterator[bytes]:
+    """Yield what was bytes among the values in tables that `as_plain` was given; nothing else is copied."""
+    if isinstance(saved, dict):
+        if saved.keys() == _RAW:
+            yield of_plain(saved)
+        elif not saved.keys() >= _ARRAY:
+            for inner in saved.values():
+                yield from bytes_in(inner)
 
 
 def of_plain(saved: Any) -> Any:

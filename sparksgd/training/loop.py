@@ -54,6 +54,7 @@ from sparksgd.training.preflight import (
     warn_of_differences,
 )
 from sparksgd.training.replay import Replay, check_end, check_steps, refuse_short_trace
+from sparksgd.training.shard_states import rule_of_shards
 from sparksgd.training.start_up import StartUp
 from sparksgd.training.state import (
     NO_PROBE,
@@ -140,21 +141,24 @@ def train(
     solver = _solver(config, flat, checked, replay)
     make_engine.check_code(solver.halves, replica=_replica(solver, make_engine))
     evaluates = checked.test_rows is not None
-    sizes = sizes_of(config, flat, solver, checked.schema, checked.optimiser_bytes, evaluates=evaluates)
+    sizes = sizes_of(
+        config, flat, solver, checked.schema, checked.optimiser_bytes, evaluates=evaluates,
+        has_checkpoints=checkpoints is not None,
+    )  # fmt: skip
     make_engine.check_memory(sizes, config.train.num_shards)
     total_turns = _total_turns(checked, solver, replay)
     resumes = all(kind.resumes for kind in make_engine.kinds)
-    keeps_state = solver.halves.keep_state and Need.ARRIVALS not in solver.needs  # else shards begin anew
-    if checkpoints is not None and (not resumes or keeps_state):
+    if checkpoints is not None and not resumes:
         log.warning(
-            "this run has no checkpoints, and cannot go on if it is killed: they do not hold what shards "
-            "keep, or virtual time"
+            "this run has no checkpoints, and cannot go on if it is killed: they do not hold virtual time"
         )
         checkpoints = None
     settings = driver_settings(config.train.threads)
     start = unreplaced = None
     if checkpoints is not None:
-        identity = _identity(config, checked, total_turns, settings, flat, is_given=model_name is None)
+        identity = _identity(
+            config, checked, total_turns, settings, flat, solver, is_given=model_name is None
+        )
         start, unreplaced = checkpoints.begin(identity), identity.module
     with ExitStack() as stack:
         first_deal = 0 if start is None else start.checkpoint.deal
@@ -194,15 +198,15 @@ def train(
         warn_of_differences(training.numerics)
         keeper = None
         if checkpoints is not None:
-            rules = SolverRules(flat, solver)
+            rules = SolverRules(flat, solver, rule_of_shards(config, flat, solver))
             fits = partial(check_fit, training=training, rules=rules, anew="train anew")
-            keeper = Checkpointing(config.checkpoint, checkpoints, checked.experiment.turns_per_epoch, fits)
+            turns_per_epoch, states = checked.experiment.turns_per_epoch, engine.shard_states
+            keeper = Checkpointing(config.checkpoint, checkpoints, turns_per_epoch, fits, states)
             stack.callback(keeper.close)
         with thread_count(config.train.threads), freed_memory_kept_in_block():
             if start is not None:
-                go_on(training, solver, observers, start, rules)
+                go_on(training, solver, observers, start, rules, engine)
                 start = None  # it holds copies of all weights
-                engine.go_on(training.participation.next_turns())
 
             try:
                 _loop(training, engine, solver, observers, deals, replay, keeper, evaluates=test is not None)
@@ -226,6 +230,7 @@ def _identity(
     total_turns: int,
     settings: Settings,
     flat: FlatModule,
+    solver: CentralSolver,
     *,
     is_given: bool,
 ) -> RunIdentity:
@@ -238,8 +243,19 @@ def _identity(
         test_digest=None if checked.test_rows is None else checked.test_rows.data_digest,
         total_turns=total_turns,
         turns_per_epoch=checked.experiment.turns_per_epoch,
+        ends_round=partial(_ends_round, solver, checked.experiment.turns_per_epoch),
         settings=set_by_the_user(settings),
     )
+
+
+def _ends_round(solver: CentralSolver, turns_per_epoch: int, turns: int) -> bool:
+    """Return whether a round ends after so many turns of each shard."""
+    if Need.ARRIVALS in solver.needs:
+        return turns % turns_per_epoch == 0
+    made = 0
+    while made < turns:
+        made += cast(RoundSolver, solver).turns_at(made)
+    return made == turns
 
 
 def _solver(config: Config, flat: FlatModule, checked: Checked, replay: Replay | None) -> CentralSolver:

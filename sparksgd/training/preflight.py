@@ -43,6 +43,7 @@ from sparksgd.training.first_rows import first_records
 from sparksgd.training.rebuilding import Sample, check_rebuilding
 from sparksgd.training.replay import Replay
 from sparksgd.training.saved_state import check_saving
+from sparksgd.training.shard_states import bytes_of_shard
 
 __all__ = [
     "Checked",
@@ -189,6 +190,7 @@ def sizes_of(
     optimiser_bytes: int,
     *,
     evaluates: bool,
+    has_checkpoints: bool,
 ) -> RunSizes:
     """Return what a run is made of, in bytes, before its rows are dealt."""
     halves, train = solver.halves, config.train
@@ -206,6 +208,7 @@ def sizes_of(
         evaluates=evaluates,
         keeps_best=keeps_best(config.early_stopping),
         by_strips=solver.by_strips,
+        shard_state=bytes_of_shard(flat, solver, optimiser_bytes) if has_checkpoints else 0,
     )
 
 
@@ -229,7 +232,10 @@ def tried_sizes(
     schema, found, _ = _tried(config, module, loss, rows, torch.float32, evaluates=evaluates)
     flat = FlatModule(module, torch.float32)
     solver = make_solver(config, flat, _experiment(config, 1, 0))
-    return sizes_of(config, flat, solver, schema, found.optimiser_bytes, evaluates=evaluates), schema, solver
+    sizes = sizes_of(
+        config, flat, solver, schema, found.optimiser_bytes, evaluates=evaluates, has_checkpoints=True
+    )
+    return sizes, schema, solver
 
 
 def check_solver(

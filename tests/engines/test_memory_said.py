@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
@@ -125,6 +127,16 @@ def test_a_module_whose_trial_has_no_room_is_refused_before_it(monkeypatch, tmp_
     module = nn.Linear(16, 4_000_000)
     with pytest.raises(OutOfMemory, match=r"the trial before the training takes .*24 x 272.0 MB \(weights\)"):
         train_in_process(Config.from_dict({"engine": {"name": "inline"}}), rows, module=module)
+
+
+def test_what_shards_keep_counts_once_where_they_live_and_more_often_with_checkpoints(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    sizes = RunSizes(weights=MB, has_local_models=True, keeps_shards=True)
+    monkeypatch.setattr(memory, "machine_bytes", lambda: 10**9)
+    memory.require_here(sizes, 8)
+    with pytest.raises(OutOfMemory, match=r"20 x 30\.0 MB \(what each shard keeps, in checkpoints\)"):
+        memory.require_here(replace(sizes, shard_state=30 * MB), 8)
 
 
 def test_the_machine_has_memory_of_its_own() -> None:

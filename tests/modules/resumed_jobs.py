@@ -57,6 +57,43 @@ KINDS: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 
+_MOMENTUM = {"name": "SGD", "lr": 0.05, "momentum": 0.9}
+_KEEP = {"name": "local_sgd", "turns_per_round": 2, "inner_state": "keep"}
+
+OF_SHARDS: dict[str, dict[str, Any]] = {
+    "momentum of each shard, after synchronous steps": {
+        "optimizer": _MOMENTUM, "solver": _KEEP | {"synchronous_steps": 3},
+    },
+    "Adam of each shard, heads that steps leave out": {
+        "model": {"name": "resumed_modules:TwoHeads"},
+        "optimizer": {"name": "Adam", "lr": 0.02},
+        "solver": _KEEP,
+    },
+    "an optimiser of one's own of each shard": {
+        "optimizer": {"name": "resumed_modules:Slow", "lr": 0.02}, "solver": {"name": "gradient_push"},
+    },
+    "momentum that a schedule switches on": {
+        "optimizer": {"name": "SGD", "lr": 0.05},
+        "schedule": {"name": "resumed_modules:MomentumLater"},
+        "solver": _KEEP,
+    },
+    "elastic averaging in rounds": {
+        "optimizer": _MOMENTUM,
+        "solver": {
+            "name": "elastic_averaging", "order": "together", "turns_per_exchange": 2, "lookahead": True,
+        },
+    },
+    "gradient push": {"optimizer": _MOMENTUM, "solver": {"name": "gradient_push"}},
+    "gradient push, overlapped": {
+        "optimizer": {"name": "AdamW", "lr": 0.02}, "solver": {"name": "gradient_push", "overlap": True},
+    },
+    "decentralised": {"optimizer": _MOMENTUM, "solver": {"name": "decentralised"}},
+    "shards without rows": {
+        "train": {"num_shards": 60, "rows_per_step": 9}, "optimizer": _MOMENTUM, "solver": _KEEP,
+    },
+}  # fmt: skip
+"""Rules in rounds and gossip whose shards keep a state between steps."""
+
 
 def without_turns_of_shards(run: dict[str, Any]) -> dict[str, Any]:
     """Return the part "run" of a checkpoint as version 4 had it."""

@@ -85,3 +85,12 @@ class Steps(torch.optim.lr_scheduler.LRScheduler):
     def get_lr(self) -> list[float]:
         self.counted += 1
         return [base / (1 + self.counted // 4) for base in self.base_lrs]
+
+
+class MomentumLater(torch.optim.lr_scheduler.LRScheduler):
+    """A constant rate, and momentum from the fourth turn on."""
+
+    def get_lr(self) -> list[float]:
+        for group in self.optimizer.param_groups:
+            group["momentum"] = 0.9 if self.last_epoch >= 3 else 0.0
+        return list(self.base_lrs)

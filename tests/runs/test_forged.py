@@ -23,6 +23,7 @@ from resumed_jobs import EVERY_STEP, Jobs, made_jobs
 
 from sparksgd.arithmetic.flat import FlatModule
 from sparksgd.config import Config
+from sparksgd.engines.inline import InlineEngine
 from sparksgd.errors import DataError, SparkSGDError
 from sparksgd.runs.asked import Asked
 from sparksgd.runs.checkpoints import manifests
@@ -195,7 +196,9 @@ class Run:
         )
         training, solver = self.training, self.solver
         rules = SolverRules(training.flat, solver)
-        go_on(training, solver, [RunFolder(self.folder)], start, rules)
+        go_on(
+            training, solver, [RunFolder(self.folder)], start, rules, InlineEngine(training.plan, None, None)
+        )
         solver.state()
         step(solver, training.flat)
         training.version, training.turns = solver.version, solver.turns

@@ -5,16 +5,18 @@ from __future__ import annotations
 import io
 import logging
 from dataclasses import replace
+from typing import Any
 
 import carried_kinds
 import pytest
-from resumed_jobs import EVERY_STEP, KINDS, SHORT, Jobs, copied_until, metrics
+from resumed_jobs import EVERY_STEP, KINDS, OF_SHARDS, SHORT, Jobs, copied_until, metrics
 from rich.console import Console
 
 from sparksgd.arithmetic.numerics import Numerics
 from sparksgd.cli.run import run
 from sparksgd.cli.terminal import Terminal
 from sparksgd.config import Config
+from sparksgd.engines.compute import Computer
 from sparksgd.errors import ConfigError
 from sparksgd.runs.checkpoints import manifests
 from sparksgd.storage import location
@@ -31,15 +33,21 @@ CARRIED = {
 }
 
 
-QUICK = ("AdamW, norm, dropout, clipping", "optimiser and schedule of one's own", "local SGD")
+ALL = KINDS | OF_SHARDS | CARRIED
+QUICK = (
+    "AdamW, norm, dropout, clipping",
+    "optimiser and schedule of one's own",
+    "local SGD",
+    "an optimiser of one's own of each shard",
+    "elastic averaging in rounds",
+)
 
 
 @pytest.mark.parametrize(
-    "kind",
-    [pytest.param(kind, marks=() if kind in QUICK else pytest.mark.soak) for kind in (*KINDS, *CARRIED)],
+    "kind", [pytest.param(kind, marks=() if kind in QUICK else pytest.mark.soak) for kind in ALL]
 )
 def test_a_run_goes_on_from_any_of_its_checkpoints_to_the_same_bits(jobs: Jobs, kind: str) -> None:
-    tables = (KINDS | CARRIED)[kind]
+    tables = ALL[kind]
     whole = jobs.run(f"whole {kind}", tables, EVERY_STEP)
     made = manifests(location(jobs.folder / f"whole {kind}" / "checkpoints"))
     assert len(made) == whole["steps"] >= 5
@@ -134,10 +142,58 @@ def test_a_round_that_was_whole_at_the_end_goes_on(jobs: Jobs) -> None:
     assert again["parameters_sha256"] == alone["parameters_sha256"]
 
 
-def test_local_sgd_that_keeps_the_states_of_shards_has_no_checkpoints_and_says_so(
-    jobs: Jobs, caplog: pytest.LogCaptureFixture
+def test_a_round_that_was_whole_after_synchronous_steps_goes_on(jobs: Jobs) -> None:
+    kind = KINDS["local SGD"]  # four synchronous steps, then a round to the epoch's end, then one of 3 turns
+    jobs.run("whole after others", kind, {"train": {"steps": 8}})
+    again = jobs.run("whole after others", kind, {"train": {"steps": 9}})
+    assert again["resumed"][0]["step"] == 6
+    alone = jobs.run("whole after others at once", kind, {"train": {"steps": 9}})
+    assert again["parameters_sha256"] == alone["parameters_sha256"]
+
+
+@pytest.mark.parametrize(("steps", "is_whole"), [(6, False), (7, True)])
+def test_rounds_of_elastic_averaging_that_were_cut_short(jobs: Jobs, steps: int, is_whole: bool) -> None:
+    kind, out = OF_SHARDS["elastic averaging in rounds"], f"elastic until {steps}"
+    jobs.run(out, kind, {"train": {"steps": steps}})
+    if is_whole:
+        alone = jobs.run(f"{out} at once", kind, {"train": {"steps": 9}})
+        again = jobs.run(out, kind, {"train": {"steps": 9}})
+        assert again["parameters_sha256"] == alone["parameters_sha256"]
+    else:
+        with pytest.raises(ConfigError, match="the last round of elastic_averaging was cut short"):
+            jobs.run(out, kind, {"train": {"steps": 9}})
+
+
+@pytest.mark.parametrize(("kind", "cut_turn"), [("elastic averaging in rounds", 8), ("gradient push", 7)])
+def test_a_step_that_was_cut_off_leaves_no_checkpoint_of_shards_that_are_ahead(
+    jobs: Jobs, kind: str, cut_turn: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    keeps = {"solver": {"name": "local_sgd", "turns_per_round": 3, "inner_state": "keep"}}
-    jobs.run("keeps", EVERY_STEP, keeps, {"optimizer": {"name": "SGD", "lr": 0.05, "momentum": 0.9}})
-    assert "this run has no checkpoints, and cannot go on if it is killed: they do not hold" in caplog.text
-    assert not (jobs.folder / "keeps" / "checkpoints").exists()
+    tables, out = (OF_SHARDS[kind], {"checkpoint": {"every_steps": 4}}), f"cut off {kind}"
+    piece, made = Computer._piece, []
+
+    def piece_until(computer: Computer, shard: Any, turn: int, *how: Any) -> Any:
+        made.append(turn)
+        if turn == cut_turn and made.count(turn) == 3:  # of four shards
+            raise KeyboardInterrupt
+        return piece(computer, shard, turn, *how)
+
+    monkeypatch.setattr(Computer, "_piece", piece_until)
+    with caplog.at_level(logging.INFO, "sparksgd"), pytest.raises(KeyboardInterrupt):
+        jobs.run(out, *tables)
+    monkeypatch.undo()
+    step = manifests(location(jobs.folder / out / "checkpoints"))[0].step
+    assert f"a later run can go on from step {step}" in caplog.text
+    again = jobs.run(out, *tables)
+    assert again["resumed"][0]["step"] == step
+    assert again["parameters_sha256"] == jobs.run(f"{out} whole", *tables)["parameters_sha256"]
+
+
+def test_gossip_goes_on_from_mid_epoch(jobs: Jobs) -> None:
+    kind = OF_SHARDS["gradient push"]
+    jobs.run("gossip", kind, {"train": {"steps": 7}})
+    again = jobs.run("gossip", kind, {"train": {"steps": 9}})
+    assert again["resumed"][0]["step"] == 7
+    assert (
+        again["parameters_sha256"]
+        == jobs.run("gossip at once", kind, {"train": {"steps": 9}})["parameters_sha256"]
+    )

@@ -63,7 +63,7 @@ def turns_of(
 
 
 def models(turns: GossipTurns) -> list[list[float]]:
-    return [half.share[0].tolist() for half in turns._halves]
+    return [half.share[0].tolist() for half in turns.halves.values()]
 
 
 def test_every_rule_of_gossip_is_tested_here() -> None:
@@ -122,7 +122,7 @@ def test_the_readout_comes_near_the_best_place(rule: str) -> None:
     for _ in range(60):
         turns.next()
     assert solver.readout().parameters.tolist() == pytest.approx([3.0, 2.0], abs=0.05)
-    weights = [half.share[1] for half in turns._halves]
+    weights = [half.share[1] for half in turns.halves.values()]
     assert sum(weights) == pytest.approx(3.0)
 
 

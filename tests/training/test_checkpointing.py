@@ -28,7 +28,10 @@ class Run:
         self._writing_s, self._checkpoints = writing_s, {}
         self.solver = SimpleNamespace(turns=0, version=0, run=self)
         self.training = SimpleNamespace(evaluations=[], is_evaluated=False, config=None, error=None)
-        self.keeper = Checkpointing(config, self, epoch, self.check, clock=lambda: self.now_s)
+        self.shards: Any = {}
+        self.keeper = Checkpointing(
+            config, self, epoch, self.check, lambda: self.shards, clock=lambda: self.now_s
+        )
 
     def write(self, checkpoint: Checkpoint) -> str:
         self.now_s += self._writing_s
@@ -67,14 +70,14 @@ class Run:
 
 @pytest.fixture(autouse=True)
 def at_once(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    def taken(training: Any, solver: Any, observers: Any) -> Checkpoint:
+    def taken(training: Any, solver: Any, observers: Any, shards: Any) -> Checkpoint:
         solver.run.copies += 1
         solver.run.now_s += solver.run.copying_s
         solver.run.fail("copied")
         return Checkpoint(step=solver.version, turns=solver.turns, parts={})
 
     monkeypatch.setattr(checkpointing, "taken", taken)
-    monkeypatch.setattr(checkpointing, "check_state", lambda checkpoint, config: None)
+    monkeypatch.setattr(checkpointing, "check_own_state", lambda kept, config: None)
     with written_at_once():
         yield
 

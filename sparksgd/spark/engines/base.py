@@ -26,7 +26,7 @@ from sparksgd.config import EngineConfig
 from sparksgd.data.shard import Descriptor
 from sparksgd.data.source import Shards
 from sparksgd.engines.compute import Plan
-from sparksgd.engines.protocol import Recovery, SegmentReport, StepTiming
+from sparksgd.engines.protocol import Recovery, SegmentReport, ShardStates, StepTiming
 from sparksgd.engines.replies import Evaluation, Reply
 from sparksgd.errors import Cancelled, ClusterError, OutOfMemory, PeerLost, ShardMissing, SparkSGDError
 from sparksgd.solvers.protocol import CentralSolver, RoundSolver
@@ -127,7 +127,12 @@ class SparkEngine:
         self._ship(plan)
         destroy(before)
 
-    def go_on(self, turns: Mapping[int, int]) -> None:
+    @staticmethod
+    def shard_states() -> ShardStates:
+        """Return nothing: no engine on Spark carries rounds whose shards keep a state."""
+        return {}
+
+    def go_on(self, solver: Any, turns: Mapping[int, int], shards: ShardStates) -> None:
         """Go on as from the beginning: all that the next step depends on is the solver's."""
 
     def contact(self) -> list[Numerics]:

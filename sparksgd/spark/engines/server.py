@@ -28,7 +28,7 @@ from sparksgd.data.source import Shards
 from sparksgd.engines.arrival_exchange import ArrivalExchange, all_are_held
 from sparksgd.engines.compute import Plan
 from sparksgd.engines.kinds import SERVER
-from sparksgd.engines.protocol import SegmentReport, StepReport, arrival_reports
+from sparksgd.engines.protocol import SegmentReport, ShardStates, StepReport, arrival_reports
 from sparksgd.engines.replies import Evaluation, Reply
 from sparksgd.errors import ConfigError, PeerLost
 from sparksgd.peers.credentials import Credentials
@@ -148,7 +148,7 @@ class ServerEngine(SparkEngine):
         finally:
             desk.close()
 
-    def go_on(self, turns: Mapping[int, int]) -> None:
+    def go_on(self, solver: ArrivalSolver, turns: Mapping[int, int], shards: ShardStates) -> None:
         """Let each shard begin anew, with the centre's weights and the turn after its last message."""
         self._turns = turns
 
