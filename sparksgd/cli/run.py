@@ -22,6 +22,7 @@ from sparksgd.runs.model import load_model
 from sparksgd.solvers.rules import completed
 from sparksgd.storage import location
 from sparksgd.training.loop import Given
+from sparksgd.training.names import check_names
 from sparksgd.training.preflight import allowed_engines
 from sparksgd.training.replay import Replay
 from sparksgd.training.start_up import StartUp
@@ -73,6 +74,9 @@ def run(
     config = completed(config)
     kinds = allowed_engines(config, replay)
     on_spark = kinds[0].on_spark
+    if on_spark:
+        from sparksgd.spark.session import may_bring
+    check_names(config, evaluates=test is not None, may_come=may_bring if on_spark else None)
     if "PYSPARK_GATEWAY_PORT" in os.environ:  # under spark-submit
         from sparksgd.spark.session import refuse_lost_output
 

@@ -7,16 +7,26 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import inspect
 import reprlib
 import traceback
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from sparksgd.errors import ConfigError, OutOfMemory, SparkSGDError, UserCodeError
 from sparksgd.imports.trust import Trust
 
-__all__ = ["did_you_mean", "import_path", "out_of_memory_told", "resolve", "shortened", "shown", "users_code"]
+__all__ = [
+    "did_you_mean",
+    "import_path",
+    "out_of_memory_told",
+    "resolve",
+    "shortened",
+    "shown",
+    "users_code",
+    "wrong_call",
+]
 
 T = TypeVar("T")
 
@@ -121,6 +131,25 @@ def import_path(value: object) -> str | None:
     except ImportError:
         return None
     return f"{home}:{name}" if found is value else None
+
+
+def wrong_call(function: Callable[..., Any], arguments: Mapping[str, Any]) -> TypeError | None:
+    """Return why a function or class does not take arguments by these names; None: it may take them.
+
+    >>> wrong_call(lambda size: size, {"sizes": 3}), wrong_call(lambda size: size, {"size": 3})
+    (TypeError("missing a required argument: 'size'"), None)
+    """
+    if hasattr(function, "__signature__"):  # it need not be what a call takes
+        return None
+    try:
+        signature = inspect.signature(function, follow_wrapped=False)
+    except (TypeError, ValueError):  # of C, which says nothing
+        return None
+    try:
+        signature.bind(**arguments)
+    except TypeError as error:
+        return error
+    return None
 
 
 @contextmanager

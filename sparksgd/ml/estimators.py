@@ -39,6 +39,7 @@ from sparksgd.ml.saving import EstimatorReader, EstimatorWriter
 from sparksgd.models.losses import LossKind, loss_kind
 from sparksgd.runs.folder import summary
 from sparksgd.runs.model import SavedModel, checked_model
+from sparksgd.solvers.rules import completed
 from sparksgd.spark.cluster.cluster import refuse_connect
 from sparksgd.spark.cluster.jobs import spark_job
 from sparksgd.spark.frame_rows import first_rows, quoted, without_vectors
@@ -49,6 +50,8 @@ from sparksgd.training.callbacks import Callback
 from sparksgd.training.first_rows import typical_row
 from sparksgd.training.given_loss import with_loss
 from sparksgd.training.history import History
+from sparksgd.training.names import check_names
+from sparksgd.training.preflight import allowed_engines
 from sparksgd.training.state import Observer
 
 __all__ = ["TorchClassifier", "TorchEstimator", "TorchRegressor"]
@@ -160,8 +163,10 @@ class _OurEstimator(TrainingParams, MLWritable, MLReadable[Any]):
             if kind == "several labels"
             else partial(_num_classes, self._counted(dataset, features, label), label),
         }
-        sizes = {name: found[name]() for name in spec.sizes()}
         tables: dict[str, Mapping[str, Any]] = {"data": data, "loss": of_loss}
+        callbacks = self._callbacks()
+        self._check_names(self._configured(tables), spec)
+        sizes = {name: found[name]() for name in spec.sizes()}
         if spec.name is not None:
             tables["model"] = {"name": spec.name, **sizes}
         config = self._configured(tables)
@@ -175,7 +180,7 @@ class _OurEstimator(TrainingParams, MLWritable, MLReadable[Any]):
                 rows,
                 module=module,
                 loss=loss if callable(loss) else None,
-                observers=[history, *self._callbacks()],
+                observers=[history, *callbacks],
                 checkpoint_dir=checkpoints,
             )
         except BadRows as error:
@@ -189,6 +194,14 @@ class _OurEstimator(TrainingParams, MLWritable, MLReadable[Any]):
         model._resetUid(self.uid)
         model = self._copyValues(model)
         return model._set(featuresCol=features[0]) if len(features) == 1 else model
+
+    def _check_names(self, config: Config, spec: ModuleSpec) -> None:
+        """Refuse what `train` would refuse of names and arguments, before sizes are read from the rows."""
+        loss = self.getOrDefault("loss")
+        config, own_loss = with_loss(completed(config), loss if callable(loss) else None)
+        spec.check_call(config.model.arguments)
+        allowed_engines(config)
+        check_names(config, evaluates=False, has_module=True, has_loss=own_loss is not None)
 
     def _callbacks(self) -> list[Observer]:
         """Return the observers of `callbacks`; what an import path names is made.

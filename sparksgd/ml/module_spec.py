@@ -14,7 +14,7 @@ from sparksgd.errors import ConfigError
 from sparksgd.imports import import_path, resolve
 from sparksgd.models import MODELS
 from sparksgd.spark.given_rows import described_value
-from sparksgd.training.modules import built_by
+from sparksgd.training.modules import built_by, check_call
 
 __all__ = ["ModuleSpec"]
 
@@ -80,5 +80,22 @@ class ModuleSpec:
         if self.name is not None:
             return None
         assert self.factory is not None
-        name = getattr(self.factory, "__qualname__", type(self.factory).__qualname__)
-        return built_by(self.factory, arguments, seed, f"module is {name}")
+        return built_by(self.factory, arguments, seed, self._called())
+
+    def check_call(self, arguments: Mapping[str, Any]) -> None:
+        """Refuse a factory that does not take arguments, without a call of it.
+
+        Args:
+            arguments: of the factory, without num_features and num_classes.
+
+        Raises:
+            ConfigError: it does not take them.
+        """
+        if self.factory is not None:
+            check_call(self.factory, arguments, self._called(), self.sizes())
+
+    def _called(self) -> str:
+        """Return how errors call the factory."""
+        if self.name is not None:
+            return f"module is {self.name!r}"
+        return f"module is {getattr(self.factory, '__qualname__', type(self.factory).__qualname__)}"

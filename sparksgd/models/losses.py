@@ -29,7 +29,7 @@ from sparksgd.arithmetic.generators import generators_seeded
 from sparksgd.arithmetic.seeds import seed32
 from sparksgd.config import LossConfig, LossKind
 from sparksgd.errors import ConfigError, ModelError
-from sparksgd.imports import did_you_mean, resolve, shown
+from sparksgd.imports import did_you_mean, resolve, shown, wrong_call
 from sparksgd.imports.trust import Trust
 
 __all__ = [
@@ -37,6 +37,7 @@ __all__ = [
     "Loss",
     "LossKind",
     "binary_cross_entropy",
+    "check_loss",
     "cross_entropy",
     "given_kind",
     "has_accuracy",
@@ -272,6 +273,28 @@ def make_loss(config: LossConfig, seed: int, trust: Trust | None = None) -> Loss
     return loss_of(config, resolve("loss.name", config.name, dict.fromkeys(LOSSES), trust), seed)
 
 
+def check_loss(config: LossConfig) -> None:
+    """Refuse a loss as `make_loss` would, as far as no instance of the user's own class must be made.
+
+    Args:
+        config: the name, and arguments.
+
+    Raises:
+        ConfigError: there is no such loss, or it does not take these arguments.
+    """
+    loss_kind(config)
+    if config.is_given or config.name in LOSSES:
+        make_loss(config, 0)
+        return
+    found = resolve("loss.name", config.name, dict.fromkeys(LOSSES))
+    if not isinstance(found, type):
+        loss_of(config, found, 0)
+        return
+    _refuse_unknown(config, _parameters(found))
+    if (error := wrong_call(found, config.arguments)) is not None:
+        raise _not_taken(config, config.arguments, error) from error
+
+
 def loss_of(config: LossConfig, found: object, seed: int) -> Loss:
     """Return the loss that an object is, with the arguments of a configuration.
 
@@ -329,10 +352,14 @@ def _instance(config: LossConfig, make: Callable[..., Any], arguments: Mapping[s
     try:
         return make(**arguments)
     except Exception as error:
-        raise ConfigError(
-            f"loss.name is {shown(config.name)}, which does not take {shown(dict(arguments))}: "
-            f"{type(error).__name__}: {error}"
-        ) from error
+        raise _not_taken(config, arguments, error) from error
+
+
+def _not_taken(config: LossConfig, arguments: Mapping[str, Any], error: Exception) -> ConfigError:
+    return ConfigError(
+        f"loss.name is {shown(config.name)}, which does not take {shown(dict(arguments))}: "
+        f"{type(error).__name__}: {error}"
+    )
 
 
 def _refuse_unknown(config: LossConfig, known: list[str]) -> None:

@@ -135,12 +135,22 @@ def train(
 
     from sparksgd.solvers.rules import completed
     from sparksgd.training.given_loss import with_loss
+    from sparksgd.training.names import check_names
     from sparksgd.training.preflight import allowed_engines
     from sparksgd.training.progress import ProgressLines
 
     config, own_loss = with_loss(completed(config), loss)
     kinds = allowed_engines(config, replay)
     on_spark = kinds[0].on_spark
+    if on_spark:
+        from sparksgd.spark.session import may_bring
+    check_names(
+        config,
+        evaluates=test is not None,
+        has_module=module is not None,
+        has_loss=own_loss is not None,
+        may_come=may_bring if on_spark else None,
+    )
     lead_to_hadoop()
     given_code = {"module": module, "loss": own_loss}
     folder, checkpoints_of = _files(config, out, resume_from, checkpoint_dir, replay, given_code)

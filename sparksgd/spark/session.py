@@ -11,6 +11,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import PurePosixPath
 from typing import Any
 
 from pyspark import SparkConf, SparkContext
@@ -35,6 +36,7 @@ __all__ = [
     "Setting",
     "check_session",
     "job_session",
+    "may_bring",
     "refuse_lost_output",
     "refuse_plain_shards",
     "start_session",
@@ -299,6 +301,21 @@ def submitted_at_s() -> float:
     started_ms = jvm.java.lang.management.ManagementFactory.getRuntimeMXBean().getStartTime()
     submitted_ms = SparkConf().get("spark.app.submitTime", None) or started_ms
     return min(int(started_ms), int(submitted_ms)) / 1000
+
+
+def may_bring(module: str) -> bool:
+    """Return whether a session that is not started yet may put a Python module on the path, by --files.
+
+    spark-submit itself puts --py-files on the path of the job's Python; without it, the session does.
+    """
+    if SparkContext._active_spark_context is not None:
+        return False
+    SparkContext._ensure_initialized()
+    conf, packed = SparkConf(), () if "PYSPARK_GATEWAY_PORT" in os.environ else (".zip", ".egg", ".jar")
+    files = f"{conf.get('spark.files', '')},{conf.get('spark.submit.pyFiles', '')}".split(",")
+    paths = [PurePosixPath(file.partition("#")[0]) for file in files]
+    top, _, _ = module.partition(".")
+    return any(path.name.partition(".")[0] == top or path.suffix in packed for path in paths)
 
 
 def refuse_plain_shards(get: Callable[[str, str], str | None]) -> None:
