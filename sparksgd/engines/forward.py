@@ -98,11 +98,7 @@ def forward(
     with users_torch_code("the module or its loss"):
         losses = loss(output, label)
     if not isinstance(losses, torch.Tensor) or losses.shape != (len(records),):
-        shape = tuple(losses.shape) if isinstance(losses, torch.Tensor) else type(losses).__name__
-        raise ModelError(
-            f"the loss gave {shape} for {len(records)} rows, but must give one value per row, "
-            f"({len(records)},): use reduction='none'"
-        )
+        raise ModelError(_not_per_row(losses, output, label))
     if losses.device.type != "cpu":
         raise ModelError(
             f"the loss is on {losses.device}, but only the CPU is supported: let forward move nothing"
@@ -110,6 +106,18 @@ def forward(
     if losses.dtype in (torch.bfloat16, torch.float16):  # as autocast gives them; sums would be rounded
         losses = losses.float()
     return output, losses
+
+
+def _not_per_row(losses: object, output: object, label: torch.Tensor) -> str:
+    """Return what to say of a loss that does not give one value per row."""
+    shape = tuple(losses.shape) if isinstance(losses, torch.Tensor) else type(losses).__name__
+    told = f"the loss gave {shape} for {len(label)} rows, but must give one value per row, ({len(label)},)"
+    if not isinstance(losses, torch.Tensor) or losses.ndim < 2 or not isinstance(output, torch.Tensor):
+        return f"{told}: use reduction='none'"
+    return (
+        f"{told}: the module gives {tuple(output.shape)} for labels {tuple(label.shape)}; let the loss bring "
+        f"both to one shape, as by output.reshape(label.shape), or take the mean over the other dimensions"
+    )
 
 
 def weighted(losses: torch.Tensor, schema: RowSchema, records: npt.NDArray[Any]) -> torch.Tensor:

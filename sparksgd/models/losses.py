@@ -79,20 +79,47 @@ def _require_logits(name: str, output: torch.Tensor, label: torch.Tensor) -> Non
             f"the module gives {tuple(output.shape)} for {len(label)} rows, but {name} takes a logit "
             f"for each class: let it give those of two classes or more, or use binary_cross_entropy for one"
         )
+    if label.ndim and (*output.shape[:1], *output.shape[2:]) != label.shape:
+        raise ModelError(
+            f"the module gives {tuple(output.shape)} for labels {tuple(label.shape)}, but {name} takes a "
+            f"logit for each class, ({len(label)}, C): let it give that"
+        )
+
+
+def _one_per_row(name: str, output: torch.Tensor, label: torch.Tensor, what: str) -> torch.Tensor:
+    """Return an output of one number for each row, [B] or [B, 1], as [B].
+
+    Raises:
+        ModelError: it has another shape.
+    """
+    _require_tensor(name, output)
+    rows = len(label)
+    if output.numel() != rows or (rows > 1 and len(output) != rows):  # of one row it may be squeezed
+        other = "cross_entropy for a logit for each class" if what == "logit" else "a loss of your own"
+        raise ModelError(
+            f"the module gives {tuple(output.shape)} for labels {tuple(label.shape)}, but {name} takes one "
+            f"{what} for each row, ({rows},) or ({rows}, 1): let it give that, or use {other}"
+        )
+    return output.reshape(rows)
 
 
 def binary_cross_entropy(output: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
-    """Return the logistic loss, float[B], of logits float[B] or [B, 1] and labels 0 or 1, [B]."""
-    _require_tensor("binary_cross_entropy", output)
-    return F.binary_cross_entropy_with_logits(
-        output.reshape(len(label)), label.to(output.dtype), reduction="none"
-    )
+    """Return the logistic loss, float[B], of logits float[B] or [B, 1] and labels 0 or 1, [B].
+
+    Raises:
+        ModelError: the output is not one number for each row.
+    """
+    output = _one_per_row("binary_cross_entropy", output, label, "logit")
+    return F.binary_cross_entropy_with_logits(output, label.to(output.dtype), reduction="none")
 
 
 def squared_error(output: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
-    """Return (output - label)^2, float[B], of predictions float[B] or [B, 1] and labels [B]."""
-    _require_tensor("squared_error", output)
-    return (output.reshape(len(label)) - label.to(output.dtype)).square()
+    """Return (output - label)^2, float[B], of predictions float[B] or [B, 1] and labels [B].
+
+    Raises:
+        ModelError: the output is not one number for each row.
+    """
+    return (_one_per_row("squared_error", output, label, "number") - label.to(output.dtype)).square()
 
 
 class _OfTorch(nn.Module):
@@ -115,9 +142,22 @@ class _OfTorch(nn.Module):
             if output.shape != label.shape:
                 raise ModelError(_other_labels(tuple(output.shape), tuple(label.shape)))
         else:
-            output, label = output.reshape(len(label)), label.to(output.dtype)
+            what = "logit" if self.kind == "binary" else "number"
+            output, label = _one_per_row(name, output, label, what), label.to(output.dtype)
+        self._require_weights(output)
         losses: torch.Tensor = self.loss(output, label)
         return losses.mean(1) if self.kind == "several labels" and losses.ndim == 2 else losses
+
+    def _require_weights(self, output: torch.Tensor) -> None:
+        """Refuse weights that are not one for each class or label of the output."""
+        key, of = ("weight", "class") if self.kind == "classes" else ("pos_weight", "label")
+        weights, wanted = getattr(self.loss, key, None), 1 if self.kind == "binary" else output.shape[-1]
+        if weights is None or weights.shape == (wanted,) or (of == "label" and weights.numel() == 1):
+            return
+        raise ConfigError(
+            f"loss.{key} has the shape {tuple(weights.shape)}, but the module gives {tuple(output.shape)}: "
+            f"give a list with one number for each {of}, {wanted} in all"
+        )
 
 
 _PLAIN: dict[str, tuple[Loss, str]] = {

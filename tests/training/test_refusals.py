@@ -368,7 +368,7 @@ def test_a_type_error_of_forward_s_own_is_the_user_s(tmp_path: Path) -> None:
             ["parameter weight is torch.float64", "must be torch.float32", "module.float()"],
         ),
         (frozen, ModelError, ["no trainable parameter"]),
-        (grid, UserCodeError, ["the module or its loss raised RuntimeError", "size"]),
+        (grid, ModelError, ["gives (4, 2, 2) for labels (4,), but cross_entropy takes", "(4, C)"]),
         (Summing, ModelError, ["forward changes seen", "by the weights, but not by the rows"]),
         (Faulty, UserCodeError, ["raised LookupError: the user's own mistake", "Traceback", "in forward"]),
     ],
