@@ -215,11 +215,19 @@ def _own_run(out: Location, asked: Asked, *, goes_on: bool) -> Found:
         what = "a finished run" if is_finished else f"a run that ended early ({_status(summary)})"
         return _kept(out, asked, f"{what}, but not of this: {'; '.join(different)}")
     starts = of_this(with_checkpoints, asked.config, asked.fingerprints, free=free)
-    return _going_on(out, summary, starts, goes_on=goes_on)
+    return _going_on(out, asked, summary, starts, goes_on=goes_on)
 
 
-def _going_on(out: Location, summary: Any, starts: Sequence[Manifest], *, goes_on: bool) -> Found:
-    """Return that a run of this goes on, or that it begins anew, and say why."""
+def _going_on(
+    out: Location, asked: Asked, summary: Any, starts: Sequence[Manifest], *, goes_on: bool
+) -> Found:
+    """Return that a run of this goes on, or that it begins anew, and say why.
+
+    One that must go on is refused if it cannot.
+
+    Raises:
+        ConfigError: it must go on, but has no checkpoint.
+    """
     if starts:
         return Found(starts=starts, origin=out, last_step=_last_step(out))
     if _status(summary) == "finished":
@@ -227,6 +235,10 @@ def _going_on(out: Location, summary: Any, starts: Sequence[Manifest], *, goes_o
     else:
         why = f"ended early ({_status(summary)})"
     why += ", and --resume is never" if not goes_on else ", without a checkpoint"
+    if asked.resume == "must":
+        raise ConfigError(
+            f"--resume must, but --out {out} holds a run of this that {why}: leave --resume out to train anew"
+        )
     log.info("--out %s holds a run of this that %s: training anew", out, why)
     return Found()
 

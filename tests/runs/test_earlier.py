@@ -269,11 +269,20 @@ def test_it_may_go_on_with_another_end_and_other_test_data(killed: Path) -> None
     assert steps(look(killed, config, FILES | {"data.test": "8"})) == [6, 4]
 
 
-def test_one_without_a_checkpoint_begins_anew_but_not_where_it_must_go_on(tmp_path: Path) -> None:
+def test_one_without_a_checkpoint_begins_anew_but_not_where_it_must_go_on(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "sparksgd")
     write(tmp_path, "Terminated")
     assert look(tmp_path) == Found()
-    with pytest.raises(ConfigError, match="holds no run of this with a checkpoint"):
+    assert "without a checkpoint: training anew" in caplog.text
+    caplog.clear()
+    with pytest.raises(
+        ConfigError,
+        match=r"ended early \(Terminated\), without a checkpoint: leave --resume out to train anew$",
+    ):
         look(tmp_path, resume="must")
+    assert not caplog.messages
 
 
 def test_one_without_a_checkpoint_may_begin_anew_with_another_end(tmp_path: Path) -> None:
