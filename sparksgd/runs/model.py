@@ -25,7 +25,7 @@ from torch import nn
 from sparksgd.arithmetic.changes import bits
 from sparksgd.data.schema import RowSchema
 from sparksgd.errors import ConfigError, DataError, ModelError, SparkSGDError, TrainingError
-from sparksgd.imports import out_of_memory_told
+from sparksgd.imports import out_of_memory_told, resolve
 from sparksgd.imports.sources import code_digest
 from sparksgd.imports.trust import Trust, trusted
 from sparksgd.models import MODELS
@@ -234,7 +234,11 @@ def load_model(
             names = {"model.name": manifest.model.name} | names
         elif manifest.parts is None:
             raise DataError(f"{folder} was trained from a module given in Python: pass it as module=")
-    _check_code(folder, manifest, names, trusting, strict)
+    users = {
+        key: name for key, name in names.items() if name not in (MODELS if key == "model.name" else LOSSES)
+    }
+    _check_code(folder, manifest, users, trusting, strict)
+    _import_code(folder, users, trusting)
     try:
         with out_of_memory_told(f"loading {folder}"):
             saved = _values(folder, manifest)
@@ -293,12 +297,9 @@ def _given(loss: Loss | None, manifest: Manifest) -> Loss | None:
 
 
 def _check_code(
-    folder: Location, manifest: Manifest, names: Mapping[str, str], trusting: Trust, strict: bool
+    folder: Location, manifest: Manifest, users: Mapping[str, str], trusting: Trust, strict: bool
 ) -> None:
     """Refuse code that is not trusted, and tell of code that is not that of the training; run none of it."""
-    users = {
-        key: name for key, name in names.items() if name not in (MODELS if key == "model.name" else LOSSES)
-    }
     for key, name in users.items():
         trusting.check_name(key, name)
     for key, name in users.items():
@@ -321,6 +322,23 @@ def _check_code(
             )
         if then is not None:
             log.warning("%s: %s", folder, told)
+
+
+def _import_code(folder: Location, users: Mapping[str, str], trusting: Trust) -> None:
+    """Import the user's code, which is trusted.
+
+    Raises:
+        DataError: it is not found, or cannot be imported.
+    """
+    for key, name in users.items():
+        try:
+            resolve(key, name, {}, trusting)
+        except ConfigError as error:
+            given = "module=" if key == "model.name" else "loss="
+            raise DataError(
+                f"{folder} needs code that is missing here, or cannot be imported: {error}. Or pass what it "
+                f"makes as {given}"
+            ) from error
 
 
 def _built(folder: Location, manifest: Manifest, saved: SavedState, trusting: Trust) -> nn.Module:
