@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import re
 import threading
 import time
 import uuid
@@ -39,6 +40,7 @@ __all__ = [
     "may_bring",
     "refuse_lost_output",
     "refuse_plain_shards",
+    "refuse_threads",
     "start_session",
     "submitted_at_s",
     "wanted_settings",
@@ -135,6 +137,7 @@ def start_session(app_name: str, train: TrainConfig) -> SparkSession:
     Settings that the user gave to spark-submit are kept.  From here on URIs lead to Hadoop's file systems.
 
     Raises:
+        ConfigError: a worker would have more threads than an executor has cores.
         ClusterError: the session is Spark Connect.
     """
     lead_to_hadoop()
@@ -150,6 +153,7 @@ def _settings_of_session(app_name: str, train: TrainConfig) -> SparkConf:
         conf.setAppName(app_name)
     for setting in wanted_settings(train):
         conf.setIfMissing(setting.key, setting.value)
+    refuse_threads(conf.get, train.threads)
     conf.setIfMissing("spark.task.cpus", str(train.threads))
     conf.setIfMissing("spark.ui.showConsoleProgress", "false")
     conf.setIfMissing("spark.log.level", "WARN")
@@ -161,6 +165,42 @@ def _settings_of_session(app_name: str, train: TrainConfig) -> SparkConf:
             # We wait for slots ourselves: we log how many have come, and stop at a time limit.
             conf.setIfMissing("spark.scheduler.maxRegisteredResourcesWaitingTime", "3s")
     return conf
+
+
+def refuse_threads(get: Callable[[str, str], str | None], threads: int) -> None:
+    """Refuse more threads than an executor has cores: Spark would start no task, or no session.
+
+    Args:
+        get: returns a setting of Spark, or the value that is given where it is not set.
+        threads: `train.threads`.
+
+    Raises:
+        ConfigError: with both numbers.
+    """
+    master = str(get("spark.master", "local[*]"))
+    cores = _cores_of_executor(master, str(get("spark.executor.cores", "")))
+    if cores is not None and threads > cores:
+        raise ConfigError(
+            f"train.threads is {threads}, but an executor has {cores} cores ({master}), and the threads of a "
+            f"worker share one executor: set train.threads={cores} or less, or give executors more cores"
+        )
+
+
+def _cores_of_executor(master: str, executor_cores: str) -> int | None:
+    """Return how many cores an executor has; None: that is not known before it starts."""
+    is_local = re.fullmatch(r"local(?:\[\s*(\*|\d+)\s*(?:,.*)?\])?", master)
+    if is_local:
+        return _cores_here() if is_local[1] == "*" else int(is_local[1] or 1)
+    in_cluster = re.fullmatch(r"local-cluster\[.*,\s*(\d+)\s*,.*\]", master)
+    if in_cluster:
+        return int(in_cluster[1])
+    if executor_cores.isdecimal():
+        return int(executor_cores)
+    return 1 if master.startswith(("yarn", "k8s:")) else None
+
+
+def _cores_here() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _on_yarn(conf: SparkConf) -> bool:
@@ -185,6 +225,7 @@ def job_session(app_name: str, train: TrainConfig, timeout_s: float = math.inf) 
         timeout_s: how long to wait for the cluster to take the application.
 
     Raises:
+        ConfigError: a worker would have more threads than an executor has cores.
         NotEnoughSlots: it did not take it in that time.
         ClusterError: the session cannot start.
     """
