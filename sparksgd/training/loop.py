@@ -323,6 +323,7 @@ def _loop(
 ) -> None:
     turns_per_epoch, total = training.plan.sampling.turns_per_epoch, training.total_turns
     every = training.config.train.eval_every or turns_per_epoch
+    rate: float | None = None
     told: int | None = solver.version  # all observers know of it; None: some do not know of an evaluation yet
 
     def settle() -> None:
@@ -374,7 +375,7 @@ def _loop(
             for report in segment.steps:
                 _note_replacements(training, report)
                 training.step_times.add(report)
-                training.virtual_s = report.virtual_s
+                training.virtual_s, rate = report.virtual_s, report.lr
                 if report.virtual is not None:
                     training.sent_bytes += report.virtual.sent_bytes
                 training.participation.add(report)
@@ -393,6 +394,8 @@ def _loop(
         training.error = error
         if isinstance(error, NotFinite):
             if not isinstance(error, UpdateNotFinite):
+                if rate is not None:
+                    _tell_rate(error, rate)
                 solver.step_back()
                 if Need.ARRIVALS in solver.needs:
                     log.warning(
@@ -411,6 +414,11 @@ def _loop(
                 all_of_them.callback(observer.ended, training)
             if keeper is not None and solver.is_whole and solver.version == told:
                 all_of_them.callback(keeper.end, training, solver, observers)
+
+
+def _tell_rate(error: NotFinite, rate: float) -> None:
+    """Add the learning rate that led to such weights to an error."""
+    error.args = (f"{error}\n  the step before it had the learning rate {rate:g}: try a lower optimizer.lr",)
 
 
 def steps_until(solver: CentralSolver, turn: int, most: int) -> int:

@@ -160,6 +160,7 @@ def test_a_loss_that_becomes_nan_stops_the_run_and_names_the_row(tmp_path: Path)
         if record["x"][0] == 0
     ]
     assert f"the loss of turn 4 is nan in shard {place[0]}, rows {place[1]}\n" in str(stopped.value)
+    assert str(stopped.value).endswith("had the learning rate 0.4: try a lower optimizer.lr")
     assert diary.lines == ["started", "step 1", "step 2", "step 3", "ended NotFinite"]
     assert diary.training is not None
     assert diary.training.error is stopped.value
