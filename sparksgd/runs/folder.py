@@ -26,6 +26,7 @@ import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
+from errno import ENOSPC
 from pathlib import Path
 from typing import Any
 
@@ -429,8 +430,9 @@ class RunFolder(Observer):
         try:
             yield
         except OSError as error:
+            full = "; free some space, and run the same command again" if error.errno == ENOSPC else ""
             raise ClusterError(
-                f"{self._called} is {self.folder}, which cannot be written: {error.strerror}"
+                f"{self._called} is {self.folder}, which cannot be written: {error.strerror}{full}"
             ) from error
 
     def _save(self, training: Training, weights: str) -> None:

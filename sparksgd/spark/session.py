@@ -153,7 +153,8 @@ def _settings_of_session(app_name: str, train: TrainConfig) -> SparkConf:
         conf.setAppName(app_name)
     for setting in wanted_settings(train):
         conf.setIfMissing(setting.key, setting.value)
-    refuse_threads(conf.get, train.threads)
+    if not conf.contains("spark.task.cpus"):
+        refuse_threads(conf.get, train.threads)
     conf.setIfMissing("spark.task.cpus", str(train.threads))
     conf.setIfMissing("spark.ui.showConsoleProgress", "false")
     conf.setIfMissing("spark.log.level", "WARN")

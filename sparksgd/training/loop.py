@@ -55,7 +55,7 @@ from sparksgd.training.preflight import (
 )
 from sparksgd.training.replay import Replay, check_end, check_steps, refuse_short_trace
 from sparksgd.training.shard_states import rule_of_shards
-from sparksgd.training.start_up import StartUp
+from sparksgd.training.start_up import StartUp, warn_of_start
 from sparksgd.training.state import (
     NO_PROBE,
     EvaluationReport,
@@ -324,6 +324,7 @@ def _loop(
     turns_per_epoch, total = training.plan.sampling.turns_per_epoch, training.total_turns
     every = training.config.train.eval_every or turns_per_epoch
     rate: float | None = None
+    first = solver.version
     told: int | None = solver.version  # all observers know of it; None: some do not know of an evaluation yet
 
     def settle() -> None:
@@ -350,6 +351,7 @@ def _loop(
         limit_s = training.config.train.max_wall_s
         if replay is None and limit_s is not None and training.start_up.elapsed_s() >= limit_s:
             training.end_by_time()
+            warn_of_start(training.start_up, limit_s, solver.version - first)
         if keeper is not None and not training.is_over:
             keeper.offer(training, solver, observers)
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterable
 
-__all__ = ["StartUp"]
+__all__ = ["StartUp", "warn_of_start"]
+
+log = logging.getLogger("sparksgd")
 
 Span = tuple[float, float]
 """Beginning and end, seconds since the epoch."""
@@ -69,6 +72,27 @@ class StartUp:
         if unpacking:
             found["environment"] = sum(end - start for start, end in unpacking)
         return found
+
+
+def warn_of_start(start_up: StartUp, limit_s: float, steps: int) -> None:
+    """Warn where a start took more than half of the time that a run had.
+
+    Args:
+        start_up: what was reached.
+        limit_s: the time, from the submission.
+        steps: how many steps were made in it.
+    """
+    parts = {part: took_s for part, took_s in start_up.seconds().items() if part != "first_step"}
+    began_s = sum(parts.values())
+    if began_s > limit_s / 2:
+        log.warning(
+            "train.max_wall_s is %g, and counts from the submission: the start took %.1f s (%s), so %d steps "
+            "were made. Raise it",
+            limit_s,
+            began_s,
+            ", ".join(f"{part} {took_s:.1f}" for part, took_s in parts.items()),
+            steps,
+        )
 
 
 def _merged(spans: Iterable[Span]) -> list[Span]:

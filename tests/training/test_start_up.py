@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
+
 import pytest
 
-from sparksgd.training.start_up import StartUp
+from sparksgd.training.start_up import StartUp, warn_of_start
 
 
 def started(*ends: float) -> StartUp:
@@ -50,3 +52,16 @@ def test_only_the_first_time_counts() -> None:
     start.reached("first_step")
     start.reached("first_step")
     assert start.seconds() == {"first_step": 1.0}
+
+
+@pytest.mark.parametrize(("limit_s", "is_told"), [(19.0, True), (21.0, False)])
+def test_a_start_that_took_more_than_half_of_the_time_is_told(
+    limit_s: float, is_told: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING, "sparksgd"):
+        warn_of_start(started(104.0, 108.0, 110.0, 118.0), limit_s, 3)
+    told = (
+        "train.max_wall_s is 19, and counts from the submission: the start took 10.0 s (submit 4.0, "
+        "containers 4.0, shards 2.0), so 3 steps were made. Raise it"
+    )
+    assert caplog.messages == ([told] if is_told else [])

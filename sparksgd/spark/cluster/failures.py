@@ -15,7 +15,7 @@ from sparksgd.spark.cluster.lost_executors import advice_of, memory_advice
 from sparksgd.spark.cluster.memory_failures import out_of_memory
 from sparksgd.spark.cluster.placement import is_local
 
-__all__ = ["final_error", "gist", "is_stopped", "session_stopped"]
+__all__ = ["advice_of_disk", "final_error", "gist", "is_stopped", "session_stopped"]
 
 _CANCELLED = re.compile(r"SPARK_JOB_CANCELLED|(Job|Stage) \d+ (was )?cancelled")
 _LOST = re.compile(r"CHECKPOINT_RDD_BLOCK_ID_NOT_FOUND|Checkpoint block rdd_\d+_\d+ not found|ExecutorLost")
@@ -131,3 +131,13 @@ def gist(text: str) -> str:
     said = (causes or raised[-1:] or lines)[0]
     condition = _CONDITION.search(said)
     return said[-_MOST_LETTERS:] if condition is None else said[condition.start() :][:_MOST_LETTERS]
+
+
+def advice_of_disk(text: str) -> str:
+    """Return what helps where a disk of Spark's is full, to follow the gist; nothing if none is."""
+    if "No space left on device" not in text:
+        return ""
+    return (
+        ". A disk of Spark's local directories is full: free some space there, name others "
+        "(spark.local.dir; on YARN yarn.nodemanager.local-dirs), or use more hosts"
+    )

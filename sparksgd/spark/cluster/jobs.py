@@ -14,7 +14,7 @@ from typing import Any
 from pyspark import SparkContext
 
 from sparksgd.errors import Cancelled, ClusterError, NotEnoughSlots, OutOfMemory, SparkSGDError
-from sparksgd.spark.cluster.failures import final_error, gist
+from sparksgd.spark.cluster.failures import advice_of_disk, final_error, gist
 
 __all__ = [
     "HoldsSlots",
@@ -66,7 +66,7 @@ def spark_job(context: SparkContext, doing: str) -> Iterator[None]:
         if isinstance(final, Cancelled):
             cancel_jobs(context, group)
         if final is None:
-            final = ClusterError(f"{doing} failed: {gist(str(error))}\n{error}")
+            final = ClusterError(f"{doing} failed: {gist(str(error))}{advice_of_disk(str(error))}\n{error}")
         elif isinstance(final, OutOfMemory):
             final = OutOfMemory(f"{doing} failed: {final}")
         raise final from error
