@@ -15,7 +15,7 @@ from experiment import AT, QUICK_EXECUTORS, Trainings
 from spark_fixtures import sessions
 from spark_helpers import striking, with_descendants, write_rows
 from submissions import Submissions
-from table import Fault, Outcome, Place
+from table import BACKUP, ENGINES, SERVER, Fault, Outcome, Place
 
 __all__ = ["places"]
 
@@ -33,6 +33,8 @@ class _Cluster:
         self.rows = write_rows(folder / "rows", 1003)
         settings = _EXECUTORS | {"spark.master": cluster.address}
         self.submissions = Submissions(folder / "submitted", settings, self.rows)
+        of_three = settings | {"spark.cores.max": "3"}
+        self.with_backup = Submissions(folder / "with-backup", of_three, self.rows)
 
     @contextmanager
     def trainings(self) -> Iterator[Trainings]:
@@ -67,7 +69,8 @@ def _kill_master(here: _Cluster, engine: str) -> Outcome:
 
 
 def _kill_driver(here: _Cluster, engine: str) -> Outcome:
-    return here.submissions.struck(engine, lambda process, _: os.killpg(process.pid, signal.SIGKILL))
+    submissions = here.with_backup if engine == BACKUP else here.submissions
+    return submissions.struck(engine, lambda process, _: os.killpg(process.pid, signal.SIGKILL))
 
 
 @contextmanager
@@ -88,6 +91,7 @@ _FAULTS = (
     Fault(
         name="driver",
         killed=f"kill -9 of its Python and JVM, in step {AT + 1}; the same command resumed",
+        engines=(*ENGINES, SERVER, BACKUP),
         strike=_kill_driver,
     ),
     Fault(name="standalone master", killed=f"its process, after step {AT}", strike=_kill_master),

@@ -1,8 +1,8 @@
 """Strikes trainings with faults, one after the other, and writes the table of what came of them.
 
-    python tests/faults/run.py [--only WORD...] [--out FILE]
+    python tests/faults/run.py [--only WORD...] [--engine WORD...] [--out FILE]
 
---only strikes with some faults, and leaves the other rows of the file as they are.
+--only strikes with some faults, --engine at some engines; the other rows of the file stay as they are.
 
 Each run is struck at a step.  It must end at the bits of an undisturbed run, or be refused in the words that
 the table shows.  "Seconds lost" are its wall time less the median of undisturbed runs of the same session.
@@ -23,7 +23,7 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
-from table import Fault, NotHere, Outcome, Place, Row, updated
+from table import Fault, NotHere, Outcome, Place, Row, updated, wanted
 
 TESTS = Path(__file__).resolve().parent.parent
 
@@ -44,11 +44,7 @@ def main(argv: Sequence[str]) -> int:
     with tempfile.TemporaryDirectory(prefix="faults-") as temporary:
         for module in (of_processes, of_disks, of_hosts, of_hadoop):
             for place in module.places(Path(temporary, module.__name__)):
-                faults = [
-                    fault
-                    for fault in place.faults
-                    if any(word in f"{fault.name}, {fault.killed}" for word in options.only)
-                ]
+                faults = wanted(place.faults, options.only, options.engine)
                 if faults:
                     print(f"{place.name}:", flush=True)
                     rows += _struck(place, faults, options.out, version, temporary)
@@ -92,6 +88,9 @@ def _options(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument(
         "--only", nargs="+", default=[""], metavar="WORD", help="faults in whose first columns this stands"
+    )
+    parser.add_argument(
+        "--engine", nargs="+", default=[""], metavar="WORD", help="engines in whose names this stands"
     )
     parser.add_argument("--out", type=Path, default=TESTS / "FAULTS.md", metavar="FILE")
     return parser.parse_args(argv)

@@ -14,10 +14,14 @@ from contextlib import suppress
 from pathlib import Path
 from statistics import median
 
-from experiment import AT
+from experiment import AT, OF_ENGINE, replayed, said
 from holds import Hold
 from servers import Process
-from table import Outcome
+from table import BACKUP, RECORDED, SERVER, Outcome
+
+from sparksgd.config import Config
+from sparksgd.errors import SparkSGDError
+from sparksgd.storage import location
 
 __all__ = ["Strike", "Submissions"]
 
@@ -89,10 +93,25 @@ class Submissions:
         if status:
             errors = re.findall(r"error: .*", text) or [text[-200:]]
             return Outcome(result=f"status {status}: {errors[-1]}", is_right=False)
-        right = self._digest(name) == reference and self._steps(name) == _STEPS
+        try:
+            right = self._is_right(engine, name, hold, reference)
+        except SparkSGDError as error:
+            return Outcome(result=said(error), is_right=False)
         words = ["same bits" if right else "OTHER BITS, or other lines of metrics"]
-        words += re.findall(r"resumed from step \d+|\d+ steps were lost", text)
+        goes_on = re.findall(r"resumed from step \d+|\d+ steps were lost", text)
+        if is_resumed and not goes_on:
+            words.append("BUT IT BEGAN ANEW")
+            right = False
+        words += goes_on
         return Outcome(result="; ".join(words), is_right=right, lost_s=lost_s)
+
+    def _is_right(self, engine: str, name: str, hold: Hold, reference: str) -> bool:
+        """Return whether a run has the bits of an undisturbed one, or of its replay, and all metrics."""
+        steps = self._steps(name)
+        if engine in RECORDED:
+            config = Config.load(None, self._settings(engine, hold))
+            reference = replayed(config, self._rows, location(f"{self._out}/{name}"))
+        return self._digest(name) == reference and (steps > 0 if engine == SERVER else steps == _STEPS)
 
     def _undisturbed(self, engine: str) -> tuple[float, str]:
         """Return the median time of undisturbed runs, and the bits at which they end."""
@@ -111,14 +130,15 @@ class Submissions:
             self._calm[engine] = median(took_s), self._digest(f"calm-{engine}-0")
         return self._calm[engine]
 
-    def _command(self, engine: str, name: str, hold: Hold) -> list[str]:
-        settings = [
-            f"data.train={self._rows}", f"engine.name={engine}", "engine.num_workers=2", "train.num_shards=4",
-            f"train.steps={_STEPS}", "train.epochs=4", "train.rows_per_step=64", "optimizer.lr=0.1",
-            "checkpoint.every_steps=5", *hold.settings, "model.inputs=16", "model.classes=4",
-            *(("engine.segment_steps=2",) if engine == "allreduce" else ()),
+    def _settings(self, engine: str, hold: Hold) -> list[str]:
+        return [
+            f"data.train={self._rows}", "engine.num_workers=2", "train.num_shards=4", f"train.steps={_STEPS}",
+            "train.epochs=4", "train.rows_per_step=64", "optimizer.lr=0.1", "checkpoint.every_steps=5",
+            *hold.settings, "model.inputs=16", "model.classes=4", *OF_ENGINE[engine], *_HERE.get(engine, ()),
         ]  # fmt: skip
-        sets = [word for setting in settings for word in ("--set", setting)]
+
+    def _command(self, engine: str, name: str, hold: Hold) -> list[str]:
+        sets = [word for setting in self._settings(engine, hold) for word in ("--set", setting)]
         submit = str(Path(sys.executable).parent / "spark-submit")
         job = [str(_ROOT / "jobs" / "train.py"), *sets, "--out", f"{self._out}/{name}"]
         return [submit, *self._spark, *job]
@@ -148,6 +168,11 @@ class Submissions:
 
 
 _STEPS = 24
+_HERE = {
+    "allreduce": ("engine.segment_steps=2",),
+    SERVER: ("checkpoint.every_steps=1",),  # a turn of all shards, and four messages
+    BACKUP: ("engine.num_workers=3", "train.num_shards=3"),
+}
 
 
 def _end(process: Process) -> None:

@@ -4,19 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-__all__ = ["ENGINES", "Fault", "NotHere", "Outcome", "Place", "Row", "updated"]
+__all__ = [
+    "BACKUP", "ENGINES", "HEAD", "RECORDED", "SERVER", "Fault", "NotHere", "Outcome", "Place", "Row",
+    "updated", "wanted",
+]  # fmt: skip
 
 ENGINES = ("tree", "allreduce")
-_HEAD = """\
+SERVER, BACKUP = "server", "tree, 1 backup worker"
+RECORDED = (SERVER, BACKUP)
+"""Those whose bits are decided by what arrives first, which the run records."""
+
+HEAD = """\
 # What faults cost
 
 `make faults` strikes trainings of a small net, and writes this table: 24 steps of two workers on 1,003
 rows, unless a row says otherwise. Each run is struck at a step. It must end at the bits of a run that
-nobody struck, or be refused in the words that stand here. The seconds lost are its wall time less the
-median of undisturbed runs of the same session.
+nobody struck, or be refused in the words that stand here. On `server`, and with a backup worker, what
+arrives first decides the bits: there the run must end at those of a replay of its record on `inline`, and
+a step of `server` (`async_sgd`) is one message of a shard, of which there are 192. The seconds lost are its
+wall time less the median of undisturbed runs of the same session.
 
 | fault | engine | what was struck | result | seconds lost | written on, of version |
 |---|---|---|---|---|---|
@@ -87,8 +96,8 @@ class Row:
 def updated(text: str, row: Row) -> str:
     """Return a page whose table has this row, in the place of an earlier one of the same fault."""
     lines = text.splitlines()
-    if _HEAD[-1] not in lines:
-        lines += _HEAD
+    if HEAD[-1] not in lines:
+        lines += HEAD
     for number, line in enumerate(lines):
         if line.startswith(row.begins_with):
             lines[number] = str(row)
@@ -96,6 +105,16 @@ def updated(text: str, row: Row) -> str:
     else:
         lines.append(str(row))
     return "\n".join([*lines, ""])
+
+
+def wanted(faults: Sequence[Fault], words: Sequence[str], engines: Sequence[str]) -> list[Fault]:
+    """Return the faults in whose first columns one of the words stands, each at such engines only."""
+    found = (
+        replace(fault, engines=[name for name in fault.engines if any(word in name for word in engines)])
+        for fault in faults
+        if any(word in f"{fault.name}, {fault.killed}" for word in words)
+    )
+    return [fault for fault in found if fault.engines]
 
 
 def _cells(*texts: str) -> str:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from table import Fault, Outcome, Row, updated
+from dataclasses import replace
+from pathlib import Path
+
+from table import HEAD, Fault, Outcome, Row, updated, wanted
 
 
 def row(engine: str, result: str, lost_s: float | None = None) -> Row:
@@ -23,3 +26,15 @@ def test_a_row_replaces_that_of_the_same_fault_and_engine():
         "| executor | allreduce | its JVM | ClusterError: a   b | - | 2026-01-02, v1 |",
     ]
     assert page.endswith("|\n")
+
+
+def test_the_page_begins_with_the_head_that_is_written_here():
+    page = Path(__file__).resolve().parents[1] / "FAULTS.md"
+    assert page.read_text().splitlines()[: len(HEAD)] == HEAD
+
+
+def test_some_faults_strike_at_some_engines():
+    faults = [row("tree", "").fault, replace(row("tree", "").fault, name="driver", engines=("server",))]
+    assert wanted(faults, [""], [""]) == [replace(fault, engines=list(fault.engines)) for fault in faults]
+    assert [fault.name for fault in wanted(faults, ["JVM"], ["server"])] == ["driver"]
+    assert [fault.engines for fault in wanted(faults, ["executor"], ["tree"])] == [["tree"]]

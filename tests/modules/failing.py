@@ -1,4 +1,4 @@
-"""Tasks that fail by chance, wherever they run; for `Probe.before_gradients`."""
+"""Tasks and turns that fail by chance, wherever they run; for `Probe.before_gradients`."""
 
 from __future__ import annotations
 
@@ -23,8 +23,29 @@ class FailingTasks:
     turns: int = 1
 
     def __call__(self, worker: int, turn: int) -> None:
-        context = TaskContext.get()
-        drawn = blake2b(f"{context.taskAttemptId()}".encode(), digest_size=8).digest()
-        fails = int.from_bytes(drawn[:4], "little") < self.share * 2**32
-        if fails and turn % self.turns == drawn[4] % self.turns:
+        drawn = _drawn(TaskContext.get().taskAttemptId())
+        if _is_below(self.share, drawn) and turn % self.turns == drawn[4] % self.turns:
             os.kill(os.getpid(), signal.SIGKILL)
+
+
+@dataclass(frozen=True)
+class FailingTurns:
+    """Kills the Python worker of a task with some probability before each turn; each attempt draws anew.
+
+    Args:
+        share: of all turns.
+    """
+
+    share: float
+
+    def __call__(self, worker: int, turn: int) -> None:
+        if _is_below(self.share, _drawn(TaskContext.get().taskAttemptId(), turn)):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _drawn(*of: int) -> bytes:
+    return blake2b(" ".join(map(str, of)).encode(), digest_size=8).digest()
+
+
+def _is_below(share: float, drawn: bytes) -> bool:
+    return int.from_bytes(drawn[:4], "little") < share * 2**32
