@@ -286,7 +286,7 @@ def test_a_heap_that_is_really_too_small_ends_the_run_at_the_first_attempt(
     session_for, small, monkeypatch, caplog
 ):
     monkeypatch.setattr("sparksgd.spark.cluster.memory.refuse_too_little", lambda *_: None)
-    monkeypatch.setattr("sparksgd.training.preflight.try_out", lambda *_: Found(output=(64, 4)))
+    monkeypatch.setattr("sparksgd.training.preflight.try_out", lambda *_: Found(shapes={"": (64, 4)}))
     spark = session_for("local-cluster[1,1,512]", **{"spark.executor.memory": "480m"})
     config = configured(
         "model.name=wide_nets:wide", "model.parameters=25000000", "engine.num_workers=1", "train.steps=3"
