@@ -15,7 +15,7 @@ import errno
 import os
 import socket
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -175,8 +175,7 @@ def read_records(
             the records that were written.
     """
     lines = np.empty(len(rows), stored(record))
-    width, inner = lines.itemsize, record.itemsize
-    data = memoryview(lines.view(np.uint8).data)
+    width, data = lines.itemsize, memoryview(lines.view(np.uint8).data)
     numbers = rows if isinstance(rows, range) else rows.tolist()
     with _opened(shard, shard.rows * width) as file:
         start = 0
@@ -192,15 +191,30 @@ def read_records(
                     raise _missing(shard, "it was cut off while it was read")
                 done += more
             start = stop
-    begun_with, starts = _start_of(shard.path), range(0, len(data), width)
+    _require_written(shard, numbers, lines)
+    return lines["record"]
+
+
+def _require_written(shard: Descriptor, numbers: Sequence[int], lines: npt.NDArray[Any]) -> None:
+    """Refuse records that do not have their checksums.
+
+    Args:
+        shard: which file.
+        numbers: of its rows, [B].
+        lines: what was read of them, [B].
+
+    Raises:
+        ShardMissing: with the number of the first one.
+    """
+    width, inner = lines.itemsize, lines.dtype["record"].itemsize
+    data, begun_with = memoryview(lines.view(np.uint8).data), _start_of(shard.path)
     found = [
         crc32(data[start : start + inner], begun_with + row & _32_BITS)
-        for row, start in zip(numbers, starts, strict=True)
+        for row, start in zip(numbers, range(0, len(data), width), strict=True)
     ]
     if found != (written := lines["checksum"].tolist()):
         row = next(row for row, one, other in zip(numbers, found, written, strict=True) if one != other)
         raise _missing(shard, f"record {row} is not what was written there")
-    return lines["record"]
 
 
 def _start_of(file: str) -> int:
