@@ -53,7 +53,8 @@ def parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     result.add_argument(
         "--resume", nargs="?", const="must", default="auto", metavar="HOW",
-        help="whether to go on from the last checkpoint of a run that ended early, or with fewer epochs.  "
+        help="whether to go on from the last checkpoint of a run that ended early, or with fewer epochs or "
+        "other test data.  "
         "auto (the default): if --out holds such a run of this; must (--resume alone): refuse if it does "
         "not; never: begin anew; or another folder, whose run goes on in --out",
     )  # fmt: skip

@@ -5,12 +5,15 @@
     a finished run of this            nothing to do                refuse          begin       nothing to do
     this, its model damaged or gone   go on                        refuse          begin       go on
     this, finished with fewer epochs  go on                        refuse          begin       go on
+    this, finished, other test rows   go on                        refuse          begin       go on
     this, ended early                 go on                        go on           begin       go on
     a run of anything else            refuse                       refuse          begin       move it aside
     what is no run of ours            refuse                       refuse          begin       move it aside
 
 A run that goes on without a whole checkpoint begins anew.  From the one of its end it makes no more steps,
-and writes its model again.  Sizes and digests of the model's files are checked before there is nothing to do.
+and writes its model again.  Other test rows are evaluated with that model, unless evaluations shaped its
+parameters: then it is a run of anything else, and so is one without a checkpoint.  Sizes and digests of the
+model's files are checked before there is nothing to do.
 
 So a nightly job that is started twice trains once, one that was killed goes on, and nobody takes yesterday's
 model for today's.  --resume never begins anew where the table says go on; --resume must refuses what is
@@ -43,8 +46,6 @@ from sparksgd.storage.metrics_lines import metrics_lines
 __all__ = ["Found", "earlier_run", "resumable", "with_more_steps"]
 
 log = logging.getLogger("sparksgd")
-
-_LATER_END = frozenset(("train.epochs", "train.steps"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -208,8 +209,8 @@ def _own_run(out: Location, asked: Asked, *, goes_on: bool) -> Found:
         log.warning("--out %s holds a finished run of this, but not its model: %s", out, damage)
     newest = with_checkpoints[0].values if with_checkpoints else then
     free = free_keys(asked.config)
-    if is_finished:
-        free = _LATER_END if with_checkpoints else frozenset()
+    if is_finished and not with_checkpoints:
+        free = frozenset()  # to train it anew would lose what is there
     different = differences(newest, asked.config, asked.fingerprints, free=free)
     if different:
         what = "a finished run" if is_finished else f"a run that ended early ({_status(summary)})"

@@ -34,11 +34,11 @@ LONGER = Config.load(CONFIG.to_dict(), ["train.epochs=2"])
 OURS, ANOTHERS = "application_1_0001", "application_1_0002"
 
 
-def write(folder: Path, status: str | None) -> None:
+def write(folder: Path, status: str | None, config: Config = CONFIG) -> None:
     """Write the folder of a run: of a killed one if the status is None."""
     if status is not None:
         (folder / "summary.json").write_text(json.dumps({"status": status, "parameters_sha256": DIGEST}))
-    about = {"config": CONFIG.to_dict(), "fingerprints": FILES, "attempt": [OURS, 1]}
+    about = {"config": config.to_dict(), "fingerprints": FILES, "attempt": [OURS, 1]}
     (folder / "run.json").write_text(json.dumps(about))
     (folder / "metrics.jsonl").write_text('{"kind": "step", "step": 9}\n{"kind": "st')
     write_model(folder)
@@ -158,12 +158,29 @@ def test_another_configuration_is_refused(finished: Path, setting: str, says: st
     assert not found.starts
 
 
-@pytest.mark.parametrize(
-    ("files", "says"), [({"data.train": "8"}, "data.train"), ({"data.test": "8"}, "data.test")]
-)
-def test_other_files_are_refused(finished: Path, files: dict[str, str], says: str) -> None:
-    with pytest.raises(ConfigError, match=f"the files of {says} are different ones"):
-        look(finished, files=FILES | files)
+def test_other_rows_to_train_on_are_refused(finished: Path) -> None:
+    with pytest.raises(ConfigError, match=r"the files of data\.train are different ones"):
+        look(finished, files=FILES | {"data.train": "8"})
+
+
+@pytest.mark.parametrize("config", [CONFIG, LONGER])
+@pytest.mark.parametrize("how", ["skip", "archive"])
+def test_other_test_data_goes_on_from_its_end(finished: Path, config: Config, how: str) -> None:
+    assert steps(look(finished, config, FILES | {"data.test": "8"}, if_exists=how)) == [9]
+
+
+def test_other_test_data_is_refused_where_nothing_tells_its_end(finished: Path) -> None:
+    with pytest.raises(ConfigError, match=r"the files of data\.test are different ones"):
+        look(finished, files=FILES | {"data.test": "8"}, resume="never")
+
+
+def test_other_test_data_is_refused_where_evaluations_shaped_its_parameters(tmp_path: Path) -> None:
+    judged = Config.load(CONFIG.to_dict(), ["early_stopping.patience=2"])
+    write(tmp_path, "finished", judged)
+    write_checkpoint(tmp_path, 9, judged)
+    assert look(tmp_path, judged).is_done
+    with pytest.raises(ConfigError, match=r"the files of data\.test are different ones"):
+        look(tmp_path, judged, FILES | {"data.test": "8"})
 
 
 def test_other_code_is_refused(finished: Path) -> None:

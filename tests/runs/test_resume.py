@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 import carried_kinds
+import pyarrow.parquet as pq
 import pytest
 from resumed_jobs import EVERY_STEP, KINDS, OF_SHARDS, SHORT, Jobs, copied_until, metrics
 from rich.console import Console
@@ -69,6 +70,22 @@ def test_a_finished_run_goes_on_to_more_epochs(jobs: Jobs) -> None:
     whole = jobs.run("two epochs")
     assert again["parameters_sha256"] == whole["parameters_sha256"]
     assert metrics(jobs.folder / "longer") == metrics(jobs.folder / "two epochs")
+
+
+def test_the_model_of_a_finished_run_is_evaluated_on_other_test_data(jobs: Jobs) -> None:
+    before, out = jobs.run("tested", SHORT), jobs.folder / "tested"
+    others = str(jobs.folder / "others.parquet")
+    pq.write_table(pq.read_table(jobs.folder / "rows.parquet").slice(10, 40), others)
+    again = jobs.run("tested", SHORT, {"data": {"test": others}})
+    assert again["status"] == "finished"
+    assert again["resumed"][0]["step"] == again["steps"] == before["steps"]
+    assert again["parameters_sha256"] == before["parameters_sha256"]
+    assert again["test_loss"] != before["test_loss"]
+    *made, last, new = metrics(out)
+    assert [(line["kind"], line["rows"]) for line in (last, new)] == [("evaluation", 100), ("evaluation", 40)]
+    assert (last["test_loss"], new["test_loss"]) == (before["test_loss"], again["test_loss"])
+    assert [line["step"] for line in made if line["kind"] == "step"] == list(range(1, before["steps"] + 1))
+    assert jobs.run("tested", SHORT, {"data": {"test": others}}) == again  # there is nothing to do
 
 
 def test_a_run_that_goes_on_with_other_arithmetic_says_so(
