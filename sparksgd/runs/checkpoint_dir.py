@@ -113,6 +113,8 @@ class CheckpointFolders:
         }
         if "data.test" not in free:
             identity["test_digest"] = run.test_digest
+        if run.attributes is not None and run.parameters is not None:  # most modules have none
+            identity["attributes"] = run.attributes
         if run.settings:  # a run that sets none has the name that it always had
             identity["settings"] = dict(run.settings)
         return digest_of(identity)[:16]

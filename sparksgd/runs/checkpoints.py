@@ -1,6 +1,7 @@
 """Checkpoints in a folder: files of unique names, and for each checkpoint a manifest, which is written last.
 
 checkpoint-00000500-1f0c9a2b.solver.pt      a part, for torch.load(weights_only=True)
+checkpoint-00000100-5e1f0a77.constants.pt   likewise; the same in a whole run, so later manifests name it, too
 checkpoint-00000500-1f0c9a2b.json           the manifest: sizes and digests of the parts, and what they are of
 
 What lacks a manifest, or differs from it, does not exist: it is half of something that a killed run began to
@@ -243,6 +244,7 @@ class CheckpointFolder:
         self._written: list[Manifest] = []
         self._is_cleared = False
         self._keep = about["config"]["checkpoint"]["keep"]
+        self._constants: tuple[Mapping[str, Any], FileEntry] | None = None  # of the last one, and their file
 
     @property
     def last(self) -> int | None:
@@ -293,6 +295,8 @@ class CheckpointFolder:
         versions = {part: of.version for part, of in checkpoint.parts.items()}
         manifest = Manifest(folder=self.folder, name=name, values=values, entries=entries, versions=versions)
         self._written.append(manifest)
+        if (constants := checkpoint.parts.get("constants")) is not None:
+            self._constants = constants.values, entries["constants"]
         try:
             for superseded in self._superseded():
                 self._remove(superseded)
@@ -316,7 +320,7 @@ class CheckpointFolder:
     ) -> tuple[dict[str, Any], dict[str, FileEntry]]:
         """Write the parts of a checkpoint; return what its manifest must say, and the files."""
         entries = {
-            part: write_checked(self.folder, _file_of(name, part), of.values)
+            part: self._known_file(of) or write_checked(self.folder, _file_of(name, part), of.values)
             for part, of in checkpoint.parts.items()
         }
         values = {
@@ -337,6 +341,12 @@ class CheckpointFolder:
         }
         return values, entries
 
+    def _known_file(self, part: Part) -> FileEntry | None:
+        """Return the file that has a part already: constants are the same in a whole run; None: write it."""
+        values, entry = self._constants or (None, None)
+        is_there = entry is not None and values is part.values and (self.folder / entry.name).exists()
+        return entry if is_there else None
+
     def read(self, name: str) -> Checkpoint:
         """Read a checkpoint as a later run would."""
         return Manifest.read(self.folder, name).checkpoint()
@@ -352,10 +362,11 @@ class CheckpointFolder:
     def clear(self) -> None:
         """Remove all checkpoints but those of this run, and what killed ones began to write."""
         kept = {manifest.name for manifest in self._written}
+        shared = self._files_of(self._written)
         files = self.folder.names_of("checkpoint-*")
         for file in sorted(files, key=lambda file: not file.endswith(".json")):  # manifests first
             name = _FILE.fullmatch(file)
-            if name and name[1] not in kept:
+            if name and name[1] not in kept and file not in shared:
                 (self.folder / file).remove()
 
     def _superseded(self) -> list[Manifest]:
@@ -367,10 +378,16 @@ class CheckpointFolder:
         best = min(alike, key=lambda one: one.test_loss, default=None)  # type: ignore[arg-type,return-value]  # None was left out
         return [one for one in old if one is not best]
 
+    @staticmethod
+    def _files_of(manifests: Iterable[Manifest]) -> set[str]:
+        """Return the names of the files of parts; checkpoints may share them."""
+        return {entry.name for one in manifests for entry in one.entries.values()}
+
     def _remove(self, manifest: Manifest) -> None:
         (self.folder / f"{manifest.name}.json").remove()
-        for entry in manifest.entries.values():
-            (self.folder / entry.name).remove()
+        others = self._files_of(one for one in self._written if one is not manifest)
+        for name in self._files_of([manifest]) - others:
+            (self.folder / name).remove()
         self._written.remove(manifest)  # last: what could not be removed now, is with the next checkpoint
 
 

@@ -5,6 +5,7 @@
     run         how far it is, the deal, who took part, evaluations, arithmetic, what the trial decided
     observers   what each observer must remember, by its class
     best        the weights of the best evaluation, where early stopping keeps them, if of another step
+    constants   what the module has beside the solver's state, where it draws some of that, see unreplaced.py
 
 Each part has an owner, which is its name, and a version of its own.  So a later part needs no new format, and
 an old checkpoint says which of its parts is too old.  Values are copied when it is taken: tensors, numbers,
@@ -13,7 +14,6 @@ texts and containers, see encoding.py.
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import pickle
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,11 +22,9 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 import numpy as np
-import torch
 
 from sparksgd.arithmetic.believed import NotBelieved, only_classes_of
-from sparksgd.arithmetic.changes import bits
-from sparksgd.arithmetic.flat import FlatModule, Weights
+from sparksgd.arithmetic.flat import Weights
 from sparksgd.arithmetic.numerics import Numerics
 from sparksgd.arithmetic.settings import changed_settings, set_by_the_user
 from sparksgd.engines.protocol import Engine, ShardStates
@@ -34,10 +32,11 @@ from sparksgd.errors import ConfigError, DataError, ModelError, SparkSGDError
 from sparksgd.solvers.protocol import CentralSolver, SolverState
 from sparksgd.training.checkpoint_rules import SolverRules, check_run
 from sparksgd.training.composition import other_structure, structure
-from sparksgd.training.encoding import as_plain, of_plain, stranger_in
+from sparksgd.training.encoding import as_plain, of_plain
+from sparksgd.training.memories import memories_of, recall_all
 from sparksgd.training.own_state import packages_of
-from sparksgd.training.plain_values import plain_values
 from sparksgd.training.state import EvaluationReport, NumericsChange, Observer, Resumed, Training
+from sparksgd.training.unreplaced import checked_constants
 from sparksgd.training.value_rules import whole
 
 __all__ = [
@@ -48,12 +47,11 @@ __all__ = [
     "check_fit",
     "go_on",
     "taken",
-    "unreplaced_digest",
 ]
 
 log = logging.getLogger("sparksgd")
 
-_VERSIONS = {"solver": 1, "shards": 1, "run": 5, "observers": 1, "best": 1}
+_VERSIONS = {"solver": 1, "shards": 1, "run": 5, "observers": 1, "best": 1, "constants": 1}
 _STILL_READ = {("run", 1), ("run", 2), ("run", 3), ("run", 4)}
 # 1 had no settings, 2 no end before the last turn, 3 no metrics of evaluations, 4 no turns of each shard
 _NOT_OURS = (
@@ -96,7 +94,10 @@ class RunIdentity:
     """Returns whether a round of this run, which may be longer, ends after so many turns of each shard."""
 
     module: str | None = None
-    """Digest of what no checkpoint replaces in the module, see `unreplaced_digest`."""
+    """Digest of what no solver's state replaces in the module, see `Unreplaced`."""
+
+    attributes: str | None = None
+    """Likewise, of its tensors and arrays that are neither parameters nor buffers, if it has some."""
 
     parameters: str | None = None
     """Digest of the first parameters of a module that was given in Python; None for one that is built from
@@ -128,6 +129,15 @@ class Checkpoint:
             deal = self.values("run")["deal"]
             whole(0, self.step)(deal, "run.deal")
             return int(deal)
+
+    @property
+    def constants(self) -> Mapping[str, Any] | None:
+        """Return what it has of a module's constants, see `Unreplaced`; None: nothing, as of most modules.
+
+        Raises:
+            DataError: the part is none, or of another version.
+        """
+        return checked_constants(self.values("constants")) if "constants" in self.parts else None
 
     @contextmanager
     def fitting(self) -> Iterator[None]:
@@ -187,34 +197,21 @@ def taken(
     values: dict[str, dict[str, Any]] = {
         "solver": _of_solver(solver.state()),
         "run": _of_run(training),
-        "observers": {name: _memory_of(name, observer) for name, observer in _named(observers)},
+        "observers": memories_of(observers),
     }
     if shards:
         values["shards"] = {"states": shards}
     if training.best_weights is not None and training.best_weights.version != solver.version:
         values["best"] = {"weights": _of_weights(training.best_weights)}
+    plain = {name: as_plain(of) for name, of in values.items()}
+    if (unreplaced := training.unreplaced) is not None and any(unreplaced.values.values()):
+        plain["constants"] = unreplaced.values
     return Checkpoint(
         step=solver.version,
         turns=solver.turns,
-        parts={name: Part(version=_VERSIONS[name], values=as_plain(of)) for name, of in values.items()},
+        parts={name: Part(version=_VERSIONS[name], values=of) for name, of in plain.items()},
         test_loss=training.evaluations[-1].loss if training.is_evaluated else None,
     )
-
-
-def _memory_of(name: str, observer: Observer) -> dict[str, Any]:
-    """Return what an observer must remember.
-
-    Raises:
-        ConfigError: a checkpoint cannot hold it.
-    """
-    memory = observer.memory()
-    strange = stranger_in(memory, f"{name}.memory()")
-    if strange is not None or not isinstance(memory, dict):
-        raise ConfigError(
-            f"{strange or f'{name}.memory() is no dict'}, which a checkpoint cannot hold: return numbers, "
-            f"texts, arrays and containers of them"
-        )
-    return memory
 
 
 def go_on(
@@ -248,10 +245,7 @@ def go_on(
             engine.go_on(solver, training.participation.next_turns(), states)
         training.resumed.append(start.resumed)
         _note_other_numerics(training, checkpoint.values("run")["numerics"])
-        remembered = checkpoint.values("observers")
-        for name, observer in _named(observers):
-            if name in remembered:
-                observer.recall(remembered[name])
+        recall_all(observers, checkpoint.values("observers"))
 
 
 def check_fit(checkpoint: Checkpoint, training: Training, rules: SolverRules, anew: str) -> None:
@@ -271,6 +265,7 @@ def check_fit(checkpoint: Checkpoint, training: Training, rules: SolverRules, an
         run, state = checkpoint.values("run"), checkpoint.values("solver")
         check_run(run, checkpoint.parts["run"].version, training, checkpoint.step, checkpoint.turns)
         _check_module(training, run, state, checkpoint.step, anew)
+        _check_unreplaced(training, run, checkpoint.constants, checkpoint.step, anew)
         rules.check(state, checkpoint.step, checkpoint.turns)
         if rules.keeps_shards(checkpoint.step):
             rules.check_shards(checkpoint.values("shards"))
@@ -292,8 +287,17 @@ def _check_module(
             f"the checkpoint of step {step} is of another module: {different}. Pass the module "
             f"that it is of, or {anew}"
         )
+
+
+def _check_unreplaced(
+    training: Training, run: Mapping[str, Any], constants: Mapping[str, Any] | None, step: int, anew: str
+) -> None:
+    """Refuse a module with other numbers, texts, or tensors that are not trained."""
+    now = training.unreplaced
+    assert now is not None, "there are checkpoints"
     is_unknown = run["unreplaced"] is None and training.model_name is not None  # to the version before
-    if run["unreplaced"] != training.unreplaced and not is_unknown:
+    others = constants is not None and constants["attributes"] != now.attributes
+    if others or (run["unreplaced"] != now.digest and not is_unknown):
         as_then = "Pass the module as it was built then"
         if training.model_name is not None:
             as_then = (
@@ -314,18 +318,6 @@ def _load(training: Training, solver: CentralSolver, checkpoint: Checkpoint, ane
         solver.load_state(_solver_state(state))
     _load_run(training, run, anew)
     _load_best(training, checkpoint, solver, run.get("best_step"))
-
-
-def unreplaced_digest(flat: FlatModule) -> str:
-    """Return the digest of what no checkpoint replaces in a module: numbers, texts, and constant tensors."""
-    digest = hashlib.sha256()
-    for held in plain_values(flat.module):
-        digest.update(f"{held.path}={held.value!r}\n".encode())
-    for name, tensor in sorted(flat.constants()):
-        dense = tensor.detach() if tensor.layout is torch.strided else tensor.detach().to_dense()
-        digest.update(f"{name} {dense.dtype} {tuple(dense.shape)}\n".encode())
-        digest.update(bits(dense).data)
-    return digest.hexdigest()
 
 
 def _of_weights(weights: Weights) -> dict[str, Any]:
@@ -363,7 +355,7 @@ def _of_run(training: Training) -> dict[str, Any]:
         "settled_turns": training.settled_turns,
         "resumed": [asdict(resumed) for resumed in training.resumed],
         "decided": _decided(training),
-        "unreplaced": training.unreplaced,
+        "unreplaced": None if training.unreplaced is None else training.unreplaced.digest,
         "test_digest": _test_digest(training),
         "settings": set_by_the_user(training.plan.settings),
         "total_turns": training.total_turns,
@@ -477,12 +469,3 @@ def _note_other_numerics(training: Training, saved: Sequence[Mapping[str, Any]])
             who,
             "; ".join(before[0].differences(now)),
         )
-
-
-def _named(observers: Sequence[Observer]) -> Iterator[tuple[str, Observer]]:
-    """Yield each observer with its name, numbered where several have one."""
-    counts: dict[str, int] = {}
-    for observer in observers:
-        kind = observer.checkpoint_name
-        counts[kind] = counts.get(kind, 0) + 1
-        yield kind if counts[kind] == 1 else f"{kind} {counts[kind]}", observer

@@ -38,7 +38,7 @@ from sparksgd.models.losses import Loss, make_loss
 from sparksgd.models.metrics import metric_values
 from sparksgd.solvers.protocol import CentralSolver, Need, RoundSolver, total_weight
 from sparksgd.solvers.rules import completed, make_solver
-from sparksgd.training.checkpoint import RunIdentity, check_fit, go_on, unreplaced_digest
+from sparksgd.training.checkpoint import RunIdentity, Start, check_fit, go_on
 from sparksgd.training.checkpoint_rules import SolverRules
 from sparksgd.training.checkpointing import Checkpointing, CheckpointStore
 from sparksgd.training.deals import Deals, dealt
@@ -64,6 +64,7 @@ from sparksgd.training.state import (
     Probe,
     Training,
 )
+from sparksgd.training.unreplaced import Unreplaced, take_up, unreplaced_of
 
 __all__ = ["Given", "steps_until", "train"]
 
@@ -156,10 +157,13 @@ def train(
     settings = driver_settings(config.train.threads)
     start = unreplaced = None
     if checkpoints is not None:
+        unreplaced = unreplaced_of(flat, checked.drawn, checked.harmless)
         identity = _identity(
-            config, checked, total_turns, settings, flat, solver, is_given=model_name is None
+            config, checked, total_turns, settings, flat, solver, unreplaced, is_given=model_name is None
         )
-        start, unreplaced = checkpoints.begin(identity), identity.module
+        start = checkpoints.begin(identity)
+        if start is not None and model_name is not None:
+            unreplaced = _taken_up(start, flat, checked, unreplaced)
     with ExitStack() as stack:
         first_deal = 0 if start is None else start.checkpoint.deal
         deals = stack.enter_context(Deals(rows, checked.schema, config, checked.rows, first_deal))
@@ -231,12 +235,14 @@ def _identity(
     settings: Settings,
     flat: FlatModule,
     solver: CentralSolver,
+    unreplaced: Unreplaced,
     *,
     is_given: bool,
 ) -> RunIdentity:
     """Return what a run is; of a module that was given in Python the first parameters count, too."""
     return RunIdentity(
-        module=unreplaced_digest(flat),
+        module=unreplaced.digest,
+        attributes=unreplaced.attributes,
         parameters=flat.parameters_sha256() if is_given else None,
         experiment=config.experiment(),
         data_digest=checked.rows.data_digest,
@@ -256,6 +262,16 @@ def _ends_round(solver: CentralSolver, turns_per_epoch: int, turns: int) -> bool
     while made < turns:
         made += cast(RoundSolver, solver).turns_at(made)
     return made == turns
+
+
+def _taken_up(start: Start, flat: FlatModule, checked: Checked, built: Unreplaced) -> Unreplaced:
+    """Let a module that was built anew have the constants of a checkpoint; return what it has now."""
+    with start.checkpoint.fitting():
+        constants = start.checkpoint.constants
+        if constants is None or not constants["values"]:
+            return built
+        take_up(flat, constants["values"])
+    return unreplaced_of(flat, checked.drawn | constants["values"].keys(), checked.harmless)
 
 
 def _solver(config: Config, flat: FlatModule, checked: Checked, replay: Replay | None) -> CentralSolver:

@@ -106,7 +106,7 @@ class Checked:
     """Some rows, to compare a module with the one that is built again."""
 
     drawn: frozenset[str]
-    """Paths of the plain values that are others when the module is built again."""
+    """Paths of the tensors, arrays and plain values that are others when the module is built again."""
 
 
 def check(

@@ -87,7 +87,7 @@ def check_rebuilding(config: Config, module: nn.Module, sample: Sample) -> froze
         sample: rows.
 
     Returns:
-        The paths of the plain values that were others, see `saved_state`.
+        The paths of the tensors, arrays and plain values that were others, see `saved_state`.
 
     Raises:
         ModelError: what differs, and the next move.
@@ -99,7 +99,7 @@ def check_rebuilding(config: Config, module: nn.Module, sample: Sample) -> froze
         rebuilt = built_again(config)
         if rebuilt is None:
             return drawn
-        drawn |= differing_values(module, rebuilt)
+        drawn |= differing_values(module, rebuilt) | set(differing_tensors(module, rebuilt))
         fill = partial(load_state, saved=saved_state(module, drawn))
         different = other_when_filled(module, rebuilt, built, fill, sample)
         if different is not None:

@@ -23,6 +23,7 @@ from sparksgd.training.participation import Participation
 from sparksgd.training.rebuilding import Sample
 from sparksgd.training.start_up import StartUp
 from sparksgd.training.step_times import StepTimes
+from sparksgd.training.unreplaced import Unreplaced
 
 __all__ = [
     "NO_PROBE",
@@ -133,8 +134,8 @@ class Training:
     settled_turns: int = 0
     """The turns after which evaluation and the end of an epoch are done."""
 
-    unreplaced: str | None = None
-    """Digest of what no checkpoint replaces in a module that was given in Python, as it was at first."""
+    unreplaced: Unreplaced | None = None
+    """What no solver's state replaces in the module, as it was at first; None: there are no checkpoints."""
 
     step_times: StepTimes = field(default_factory=StepTimes)
     """How long the steps took."""
@@ -167,7 +168,7 @@ class Training:
     """What the module gives of a row; none if that is not known."""
 
     drawn: frozenset[str]
-    """Paths of the plain values that are others when the module is built again."""
+    """Paths of the tensors, arrays and plain values that are others when the module is built again."""
 
     code: Mapping[str, str]
     """Digests of the user's code as it was when the run began, by the keys that name it."""

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import shutil
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from functools import partial
+from itertools import count
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,7 +21,10 @@ from resumed_modules import TwoHeads
 
 import sparksgd
 from sparksgd.errors import ConfigError, ModelError
-from sparksgd.training import checkpoint
+from sparksgd.runs.checkpoints import manifests
+from sparksgd.runs.model import load_model
+from sparksgd.storage import location
+from sparksgd.training import checkpoint, unreplaced
 from sparksgd.training.state import Observer, Training
 
 pytestmark = pytest.mark.usefixtures("every_checkpoint", "log")
@@ -108,26 +114,119 @@ class Net(torch.nn.Linear):
 """
 
 
+def named_anew(folder: Path, held: str, jobs: Jobs, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """Return the configuration of a module that draws a tensor, or a number, whenever it is built."""
+    monkeypatch.syspath_prepend(str(folder))
+    name = f"built_anew_{abs(hash(held))}"
+    (folder / f"{name}.py").write_text(NAMED.format(held=held))
+    return jobs.config({"model": {"name": f"{name}:Net"}}, EVERY_STEP)
+
+
+def interrupted(config: dict[str, Any], rows: str, out: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        sparksgd.train(config, rows, out=out, observers=[Stops(7)])
+
+
 @pytest.mark.parametrize(
     "held",
     [
         'register_buffer("kept", drawn)',
-        "kept = float(drawn.sum())",
+        'register_buffer("kept", drawn, persistent=False)',
         "kept = torch.nn.Parameter(drawn, False)",
+        "kept = drawn",
+        "kept, self.table = drawn, drawn.numpy()",
     ],
 )
-def test_a_name_that_builds_another_module_each_time_is_refused(
+def test_a_module_that_draws_constants_whenever_it_is_built_goes_on_with_those_it_had(
+    jobs: Jobs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, log: pytest.LogCaptureFixture, held: str
+) -> None:
+    config = named_anew(tmp_path, held, jobs, monkeypatch)
+    rows, out = str(jobs.folder / "rows.parquet"), tmp_path / "out"
+    name = config["model"]["name"].partition(":")[0]
+
+    def draws_first(first: int) -> None:
+        numbers = count(first)
+        own = SimpleNamespace(urandom=lambda length: bytes(next(numbers) for _ in range(length)))
+        monkeypatch.setattr(importlib.import_module(name), "os", own)
+
+    draws_first(1)
+    whole = sparksgd.train(config, rows)
+    draws_first(1)
+    interrupted(config, rows, out)
+    for steps in (7, 9):  # the constants go on from run to run
+        draws_first(steps)
+        config["train"]["steps"] = steps
+        sparksgd.train(config, rows, out=out, resume_from=out)
+    del config["train"]["steps"]
+    again = sparksgd.train(config, rows, out=out, resume_from=out)
+    assert again.flat.parameters_sha256() == whole.flat.parameters_sha256()
+    assert [resumed.step for resumed in again.resumed] == [6, 7, 9]
+    assert "built with other values of kept" in log.text
+    loaded: Any = load_model(str(out / "model"), trust=[name]).module
+    assert loaded.kept.tolist() == [1, 2, 3, 4]
+
+
+def test_constants_are_written_once_in_a_run(
+    jobs: Jobs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = named_anew(tmp_path, "kept = drawn", jobs, monkeypatch)
+    config["checkpoint"]["keep"] = 2
+    rows, out = str(jobs.folder / "rows.parquet"), tmp_path / "out"
+    for resume_from in (None, out):
+        config["train"]["epochs"] = 2 if resume_from is None else 3
+        sparksgd.train(config, rows, out=out, resume_from=resume_from)
+        names = [file.name for file in (out / "checkpoints").iterdir()]
+        assert len([name for name in names if name.endswith(".json")]) == 2
+        assert len([name for name in names if name.endswith(".constants.pt")]) == 1
+        for manifest in manifests(location(out / "checkpoints")):
+            assert manifest.checkpoint().constants is not None  # older ones took no file of it away
+
+
+@pytest.mark.parametrize("most", [3, 64 << 20])
+def test_drawn_numbers_and_large_constants_are_refused(
+    jobs: Jobs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, most: int
+) -> None:
+    monkeypatch.setattr(unreplaced, "_MOST_KEPT_BYTES", most)
+    held = "kept = float(drawn.sum())" if most > 3 else "kept = drawn"
+    config = named_anew(tmp_path, held, jobs, monkeypatch)
+    rows, out = str(jobs.folder / "rows.parquet"), tmp_path / "out"
+    interrupted(config, rows, out)
+    name = config["model"]["name"]
+    with pytest.raises(ModelError, match=rf"that is not trained\. Let {name} build the same again"):
+        sparksgd.train(config, rows, out=out, resume_from=out)
+
+
+TABLE = """
+import numpy as np
+import torch
+
+class Net(torch.nn.Linear):
+    def __init__(self):
+        super().__init__(4, 2)
+        table = torch.from_numpy(np.load({file!r}))
+        self.{held}
+
+    def forward(self, x):
+        return super().forward(x * self.kept)
+"""
+
+
+@pytest.mark.parametrize("held", ['register_buffer("kept", table)', "kept = table"])
+def test_a_table_of_a_file_that_was_changed_is_refused(
     jobs: Jobs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, held: str
 ) -> None:
     monkeypatch.syspath_prepend(str(tmp_path))
-    name = f"built_anew_{abs(hash(held))}"
-    (tmp_path / f"{name}.py").write_text(NAMED.format(held=held))
+    name, file = f"of_a_file_{abs(hash(held))}", tmp_path / "table.npy"
+    (tmp_path / f"{name}.py").write_text(TABLE.format(file=str(file), held=held))
     config = jobs.config({"model": {"name": f"{name}:Net"}}, EVERY_STEP)
     rows, out = str(jobs.folder / "rows.parquet"), tmp_path / "out"
-    with pytest.raises(KeyboardInterrupt):
-        sparksgd.train(config, rows, out=out, observers=[Stops(7)])
-    with pytest.raises(ModelError, match=rf"that is not trained\. Let {name}:Net build the same again"):
+    np.save(file, np.ones(4, "f4"))
+    interrupted(config, rows, out)
+    np.save(file, np.full(4, 2, "f4"))
+    with pytest.raises(ModelError, match=r"that is not trained\. Let .* build the same again"):
         sparksgd.train(config, rows, out=out, resume_from=out)
+    np.save(file, np.ones(4, "f4"))
+    assert sparksgd.train(config, rows, out=out, resume_from=out).resumed[0].step == 6
 
 
 def test_other_test_rows_are_evaluated_where_no_step_is_left(jobs: Jobs, tmp_path: Path) -> None:
