@@ -52,7 +52,7 @@ _TRIAL = 24  # the module's own, copies that are compared, gradients
 _TRIAL_IN_FLOAT64 = 37  # of modules that are small enough to be compared in float64, too
 _SMALL = 40_000_000  # bytes of their parameters; see engines/trial/mixing.py
 _OPTIMISERS = 3  # of a strip: kept, returned, pickled
-_IN_CHECKPOINTS = 2.5  # as it is copied, as the first one is read back, and as a part of that is checked
+_IN_CHECKPOINTS = 3.1  # as it is copied, as the first one is read back, and as that is decoded
 _ROOM = 1.4
 """A heap must be so many times what lies in it: Java does not move large arrays, and cannot use every gap
 between them."""

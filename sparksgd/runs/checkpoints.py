@@ -25,7 +25,7 @@ from typing import Any, Self
 
 from sparksgd.config import Config
 from sparksgd.errors import ConfigError, DataError, SparkSGDError
-from sparksgd.runs.checked_files import FileEntry, read_checked, write_checked
+from sparksgd.runs.checked_files import FileEntry, checked_bytes, read_checked, write_checked
 from sparksgd.runs.compared_keys import differences
 from sparksgd.runs.json_files import digest_of, finite, read_json, write_json
 from sparksgd.storage import Location, unanswered
@@ -344,8 +344,13 @@ class CheckpointFolder:
     def _known_file(self, part: Part) -> FileEntry | None:
         """Return the file that has a part already: constants are the same in a whole run; None: write it."""
         values, entry = self._constants or (None, None)
-        is_there = entry is not None and values is part.values and (self.folder / entry.name).exists()
-        return entry if is_there else None
+        if entry is None or values is not part.values:
+            return None
+        try:
+            checked_bytes(self.folder, entry)
+        except DataError:  # it was removed or damaged: later checkpoints need not lack it
+            return None
+        return entry
 
     def read(self, name: str) -> Checkpoint:
         """Read a checkpoint as a later run would."""

@@ -211,12 +211,19 @@ def _own_run(out: Location, asked: Asked, *, goes_on: bool) -> Found:
     free = free_keys(asked.config)
     if is_finished and not with_checkpoints:
         free = frozenset()  # to train it anew would lose what is there
+    elif is_finished and not ("data.test" in asked.fingerprints and _is_of_the_end(with_checkpoints[0])):
+        free -= {"data.test"}
     different = differences(newest, asked.config, asked.fingerprints, free=free)
     if different:
         what = "a finished run" if is_finished else f"a run that ended early ({_status(summary)})"
         return _kept(out, asked, f"{what}, but not of this: {'; '.join(different)}")
     starts = of_this(with_checkpoints, asked.config, asked.fingerprints, free=free)
     return _going_on(out, asked, summary, starts, goes_on=goes_on)
+
+
+def _is_of_the_end(manifest: Manifest) -> bool:
+    """Return whether no step of its run is left to be made after a checkpoint."""
+    return bool(manifest.turns == manifest.values["total_turns"])
 
 
 def _going_on(

@@ -45,7 +45,9 @@ class ElasticRoundModel(ElasticModel):
 
     def take(self, answer: Answer) -> None:
         """Take a round's weights; the first ones are where the model begins."""
-        if not self._has_begun:
+        if self._has_begun:
+            self._local.optimizer.set(answer.settings[0])  # a lookahead needs the rate before the turn
+        else:
             super().take(answer)
         self._centre, self._alpha = torch.from_numpy(answer.weights.parameters), answer.scalars[ALPHA]
 

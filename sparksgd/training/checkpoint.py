@@ -5,7 +5,7 @@
     run         how far it is, the deal, who took part, evaluations, arithmetic, what the trial decided
     observers   what each observer must remember, by its class
     best        the weights of the best evaluation, where early stopping keeps them, if of another step
-    constants   what the module has beside the solver's state, where it draws some of that, see unreplaced.py
+    constants   the tensors and arrays that the module draws anew whenever it is built, see unreplaced.py
 
 Each part has an owner, which is its name, and a version of its own.  So a later part needs no new format, and
 an old checkpoint says which of its parts is too old.  Values are copied when it is taken: tensors, numbers,
@@ -36,7 +36,7 @@ from sparksgd.training.encoding import as_plain, of_plain
 from sparksgd.training.memories import memories_of, recall_all
 from sparksgd.training.own_state import packages_of
 from sparksgd.training.state import EvaluationReport, NumericsChange, Observer, Resumed, Training
-from sparksgd.training.unreplaced import checked_constants
+from sparksgd.training.unreplaced import check_constants
 from sparksgd.training.value_rules import whole
 
 __all__ = [
@@ -51,9 +51,10 @@ __all__ = [
 
 log = logging.getLogger("sparksgd")
 
-_VERSIONS = {"solver": 1, "shards": 1, "run": 5, "observers": 1, "best": 1, "constants": 1}
-_STILL_READ = {("run", 1), ("run", 2), ("run", 3), ("run", 4)}
-# 1 had no settings, 2 no end before the last turn, 3 no metrics of evaluations, 4 no turns of each shard
+_VERSIONS = {"solver": 1, "shards": 1, "run": 6, "observers": 1, "best": 1, "constants": 1}
+_STILL_READ = {("run", 1), ("run", 2), ("run", 3), ("run", 4), ("run", 5)}
+# 1 had no settings, 2 no end before the last turn, 3 no metrics of evaluations, 4 no turns of each shard,
+# 5 no digest of attributes
 _NOT_OURS = (
     LookupError, TypeError, ValueError, AttributeError, RuntimeError, EOFError, ImportError, ArithmeticError,
     AssertionError, pickle.UnpicklingError,
@@ -131,13 +132,18 @@ class Checkpoint:
             return int(deal)
 
     @property
-    def constants(self) -> Mapping[str, Any] | None:
-        """Return what it has of a module's constants, see `Unreplaced`; None: nothing, as of most modules.
+    def constants(self) -> Mapping[str, Any]:
+        """Return the tensors and arrays that the module had drawn, by their paths; most modules draw none.
 
         Raises:
             DataError: the part is none, or of another version.
         """
-        return checked_constants(self.values("constants")) if "constants" in self.parts else None
+        if "constants" not in self.parts:
+            return {}
+        values = self.values("constants")
+        check_constants(values)
+        tensors: Mapping[str, Any] = values["tensors"]
+        return tensors
 
     @contextmanager
     def fitting(self) -> Iterator[None]:
@@ -204,8 +210,8 @@ def taken(
     if training.best_weights is not None and training.best_weights.version != solver.version:
         values["best"] = {"weights": _of_weights(training.best_weights)}
     plain = {name: as_plain(of) for name, of in values.items()}
-    if (unreplaced := training.unreplaced) is not None and any(unreplaced.values.values()):
-        plain["constants"] = unreplaced.values
+    if (unreplaced := training.unreplaced) is not None and unreplaced.constants:
+        plain["constants"] = unreplaced.constants
     return Checkpoint(
         step=solver.version,
         turns=solver.turns,
@@ -265,7 +271,8 @@ def check_fit(checkpoint: Checkpoint, training: Training, rules: SolverRules, an
         run, state = checkpoint.values("run"), checkpoint.values("solver")
         check_run(run, checkpoint.parts["run"].version, training, checkpoint.step, checkpoint.turns)
         _check_module(training, run, state, checkpoint.step, anew)
-        _check_unreplaced(training, run, checkpoint.constants, checkpoint.step, anew)
+        _check_unreplaced(training, run, checkpoint.step, anew)
+        _ = checkpoint.constants  # raises what they cannot be
         rules.check(state, checkpoint.step, checkpoint.turns)
         if rules.keeps_shards(checkpoint.step):
             rules.check_shards(checkpoint.values("shards"))
@@ -289,15 +296,13 @@ def _check_module(
         )
 
 
-def _check_unreplaced(
-    training: Training, run: Mapping[str, Any], constants: Mapping[str, Any] | None, step: int, anew: str
-) -> None:
+def _check_unreplaced(training: Training, run: Mapping[str, Any], step: int, anew: str) -> None:
     """Refuse a module with other numbers, texts, or tensors that are not trained."""
     now = training.unreplaced
     assert now is not None, "there are checkpoints"
     is_unknown = run["unreplaced"] is None and training.model_name is not None  # to the version before
-    others = constants is not None and constants["attributes"] != now.attributes
-    if others or (run["unreplaced"] != now.digest and not is_unknown):
+    is_same = run.get("attributes", now.attributes) == now.attributes
+    if not is_same or (run["unreplaced"] != now.digest and not is_unknown):
         as_then = "Pass the module as it was built then"
         if training.model_name is not None:
             as_then = (
@@ -356,6 +361,7 @@ def _of_run(training: Training) -> dict[str, Any]:
         "resumed": [asdict(resumed) for resumed in training.resumed],
         "decided": _decided(training),
         "unreplaced": None if training.unreplaced is None else training.unreplaced.digest,
+        "attributes": None if training.unreplaced is None else training.unreplaced.attributes,
         "test_digest": _test_digest(training),
         "settings": set_by_the_user(training.plan.settings),
         "total_turns": training.total_turns,

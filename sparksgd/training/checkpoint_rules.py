@@ -98,6 +98,8 @@ def check_run(run: Mapping[str, Any], version: int, training: Training, step: in
             "is_off_grid": BOOL,
             "best_step": optional(WHOLE),
         }
+    if version > 5:
+        rules["attributes"] = optional(TEXT)
     Table(rules)(run, "run")
     made = [report["step"] for report in run["evaluations"]]
     if made != sorted(set(made)) or (made and not 1 <= made[0] <= made[-1] <= step):

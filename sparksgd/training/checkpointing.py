@@ -228,12 +228,11 @@ class Checkpointing:
     def _copied(
         self, training: Training, solver: CentralSolver, observers: Sequence[Observer]
     ) -> Checkpoint | None:
-        began_s, states = self._clock(), self._shards()
-        if states is None:
-            return None
+        began_s = self._clock()
         checkpoint = None
         try:
-            checkpoint = taken(training, solver, observers, states)
+            if (states := self._shards()) is not None:
+                checkpoint = taken(training, solver, observers, states)
         except ConfigError as error:  # an own optimiser keeps what no other process could have
             self._give_up(error)
         except OSError as error:  # an observer could not bring its files up to this step

@@ -141,6 +141,12 @@ def train(
     flat = FlatModule(module, probe.dtype)
     solver = _solver(config, flat, checked, replay)
     make_engine.check_code(solver.halves, replica=_replica(solver, make_engine))
+    resumes = all(kind.resumes for kind in make_engine.kinds)
+    if checkpoints is not None and not resumes:
+        log.warning(
+            "this run has no checkpoints, and cannot go on if it is killed: they do not hold virtual time"
+        )
+        checkpoints = None
     evaluates = checked.test_rows is not None
     sizes = sizes_of(
         config, flat, solver, checked.schema, checked.optimiser_bytes, evaluates=evaluates,
@@ -148,12 +154,6 @@ def train(
     )  # fmt: skip
     make_engine.check_memory(sizes, config.train.num_shards)
     total_turns = _total_turns(checked, solver, replay)
-    resumes = all(kind.resumes for kind in make_engine.kinds)
-    if checkpoints is not None and not resumes:
-        log.warning(
-            "this run has no checkpoints, and cannot go on if it is killed: they do not hold virtual time"
-        )
-        checkpoints = None
     settings = driver_settings(config.train.threads)
     start = unreplaced = None
     if checkpoints is not None:
@@ -268,10 +268,10 @@ def _taken_up(start: Start, flat: FlatModule, checked: Checked, built: Unreplace
     """Let a module that was built anew have the constants of a checkpoint; return what it has now."""
     with start.checkpoint.fitting():
         constants = start.checkpoint.constants
-        if constants is None or not constants["values"]:
+        if not constants:
             return built
-        take_up(flat, constants["values"])
-    return unreplaced_of(flat, checked.drawn | constants["values"].keys(), checked.harmless)
+        take_up(flat, constants)
+    return unreplaced_of(flat, checked.drawn | constants.keys(), checked.harmless)
 
 
 def _solver(config: Config, flat: FlatModule, checked: Checked, replay: Replay | None) -> CentralSolver:

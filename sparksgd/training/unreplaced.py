@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,9 +22,9 @@ from sparksgd.errors import DataError
 from sparksgd.training.encoding import as_plain
 from sparksgd.training.plain_values import plain_values
 from sparksgd.training.saved_state import values_of
-from sparksgd.training.value_rules import TEXT, MapOf, Table, optional
+from sparksgd.training.value_rules import TEXT, MapOf, Table
 
-__all__ = ["Unreplaced", "checked_constants", "take_up", "unreplaced_of"]
+__all__ = ["Unreplaced", "check_constants", "take_up", "unreplaced_of"]
 
 log = logging.getLogger("sparksgd")
 
@@ -41,50 +41,60 @@ class Unreplaced:
     attributes: str | None
     """Digest of the tensors and arrays that are neither parameters nor buffers; None: there are none."""
 
-    values: Mapping[str, Any]
-    """What checkpoints hold of it, as `as_plain` gives it: "attributes", and in "values", by their paths,
-    copies of the tensors and arrays that are drawn anew.  It is one object in the whole run, so that a store
-    need not write it again."""
+    constants: Mapping[str, Any]
+    """What checkpoints hold of it, as `as_plain` gives it: in "tensors", by their paths, copies of the
+    tensors and arrays that are drawn anew; empty if there are none.  It is one object in the whole run, so
+    that a store need not write it again."""
 
 
 def unreplaced_of(
-    flat: FlatModule, drawn: Iterable[str] = (), harmless: frozenset[str] = frozenset()
+    flat: FlatModule, drawn: frozenset[str] = frozenset(), harmless: frozenset[str] = frozenset()
 ) -> Unreplaced:
     """Return what no solver's state replaces in a module.
 
     Args:
         flat: the module, before its first step.
         drawn: paths of tensors, arrays and plain values that are others when it is built again.
-        harmless: see Plan.harmless; attributes that forward makes anew are not looked at.
+        harmless: see Plan.harmless; attributes that forward makes anew are not looked at, unless they are
+            drawn.
     """
-    constants, attributes = dict(flat.constants()), dict(_attributes(flat, harmless))
-    digest = hashlib.sha256()
-    plain = list(plain_values(flat.module))
+    constants, attributes = dict(flat.constants()), dict(_attributes(flat, harmless, drawn))
+    plain, digest, of_attributes = list(plain_values(flat.module)), hashlib.sha256(), hashlib.sha256()
     for held in plain:
         digest.update(f"{held.path}={held.value!r}\n".encode())
-    for piece in _told(constants):
+    for piece in _digested({path: _dense(tensor) for path, tensor in constants.items()}):
         digest.update(piece)
-    of_attributes = hashlib.sha256()
-    for piece in _told(attributes):
+    for piece in _digested(attributes):
         of_attributes.update(piece)
-    others = set(drawn)
-    kept = {path: value for path, value in (constants | attributes).items() if path in others}
-    is_kept = others.isdisjoint(held.path for held in plain) and all(map(_can_be_written, kept.values()))
-    if not is_kept or sum(value.nbytes for value in kept.values()) > _MOST_KEPT_BYTES:
-        kept = {}  # the run is refused where it goes on, with the reason
-    said = of_attributes.hexdigest() if attributes else None
-    values = as_plain({"attributes": said, "values": kept})
-    return Unreplaced(digest=digest.hexdigest(), attributes=said, values=values)
+    kept = {path: value for path, value in (constants | attributes).items() if path in drawn}
+    lost = [held.path for held in plain if held.path in drawn]
+    lost += [path for path, value in kept.items() if not _can_be_written(value)]
+    if not lost and sum(value.nbytes for value in kept.values()) > _MOST_KEPT_BYTES:
+        lost = list(kept)
+    if lost:  # where it goes on, the run would be refused
+        log.warning(
+            "the module draws %s anew whenever it is built, which checkpoints cannot hold: if this run is "
+            "killed, it cannot go on. Draw with a seed, or let it be a tensor of at most %d MiB in all",
+            _listed(lost),
+            _MOST_KEPT_BYTES >> 20,
+        )
+    return Unreplaced(
+        digest=digest.hexdigest(),
+        attributes=of_attributes.hexdigest() if attributes else None,
+        constants=as_plain({"tensors": kept}) if kept and not lost else {},
+    )
 
 
-def checked_constants(values: dict[str, Any]) -> Mapping[str, Any]:
-    """Return what a checkpoint holds of `Unreplaced.values`, decoded.
+def check_constants(values: Mapping[str, Any]) -> None:
+    """Refuse what cannot be the constants of a checkpoint.
+
+    Args:
+        values: `Unreplaced.constants`, decoded.
 
     Raises:
-        DataError: it is something else.
+        DataError: with the path of the value, and the rule.
     """
-    Table({"attributes": optional(TEXT), "values": MapOf(TEXT, _tensor_or_array)})(values, "constants")
-    return values
+    Table({"tensors": MapOf(TEXT, _tensor_or_array)})(values, "constants")
 
 
 def _tensor_or_array(value: Any, path: str) -> None:
@@ -97,44 +107,53 @@ def take_up(flat: FlatModule, kept: Mapping[str, Any]) -> None:
 
     Args:
         flat: the module, before it is copied or makes a step.
-        kept: by path, what `Unreplaced.values` had, decoded.
+        kept: the tensors and arrays, by their paths.
     """
-    held, others = dict(flat.constants()) | dict(_attributes(flat, frozenset())), []
+    held, taken = dict(flat.constants()) | dict(_attributes(flat, frozenset(), frozenset())), []
     for path, value in kept.items():
         now = held.get(path)
         if now is None or _form(now) != _form(value) or not _can_be_written(now):
             continue
         if _bytes(now) == _bytes(value):
             continue
-        others.append(path)
+        taken.append(path)
         if isinstance(now, torch.Tensor):
             with torch.no_grad():
                 now.detach().copy_(value)
         else:
             now[...] = value
-    if others:
+    if taken:
         log.info(
             "the module was built with other values of %s than before: the run goes on with the earlier ones",
-            ", ".join(others[:5]) + (", ..." if len(others) > 5 else ""),
+            _listed(taken),
         )
 
 
-def _attributes(flat: FlatModule, harmless: frozenset[str]) -> Iterator[tuple[str, Any]]:
+def _listed(paths: Sequence[str]) -> str:
+    return ", ".join(paths[:5]) + (", ..." if len(paths) > 5 else "")
+
+
+def _attributes(
+    flat: FlatModule, harmless: frozenset[str], drawn: frozenset[str]
+) -> Iterator[tuple[str, Any]]:
     """Yield the tensors and arrays that are neither parameters nor buffers, with their paths."""
     module = flat.module
     named = {path for path, _ in (*module.named_parameters(), *module.named_buffers())}
     for path, value in values_of(module):
         is_made_anew = any(path == one or path.startswith((f"{one}[", f"{one}.")) for one in harmless)
-        if path not in named and not is_made_anew:
+        if path not in named and (path in drawn or not is_made_anew):
             yield path, value
 
 
-def _told(values: Mapping[str, Any]) -> Iterator[Any]:
+def _digested(values: Mapping[str, Any]) -> Iterator[Any]:
     for path, value in sorted(values.items(), key=lambda named: named[0]):
-        is_sparse = isinstance(value, torch.Tensor) and value.layout is not torch.strided
-        dense = value.detach().to_dense() if is_sparse else value
-        yield f"{path} {dense.dtype} {tuple(dense.shape)}\n".encode()
-        yield _bytes(dense)
+        yield f"{path} {value.dtype} {tuple(value.shape)}\n".encode()
+        yield _bytes(value)
+
+
+def _dense(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a frozen parameter or buffer as digests of the version before had it."""
+    return tensor if tensor.layout is torch.strided else tensor.detach().to_dense()
 
 
 def _bytes(value: Any) -> bytes | memoryview:
@@ -147,6 +166,10 @@ def _form(value: Any) -> tuple[object, ...]:
 
 
 def _can_be_written(value: Any) -> bool:
+    """Return whether a checkpoint gives back the same, and a module that was built anew can take it up."""
     if isinstance(value, np.ndarray):
-        return bool(value.flags.writeable)
-    return value.layout is torch.strided and not value.is_quantized and value.device.type == "cpu"
+        described = np.lib.format.dtype_to_descr(value.dtype)
+        is_whole = type(value) is np.ndarray and np.lib.format.descr_to_dtype(described) == value.dtype
+        return bool(is_whole and value.flags.writeable)
+    is_plain = type(value) in (torch.Tensor, torch.nn.Parameter) and value.layout is torch.strided
+    return is_plain and not value.is_quantized and value.device.type == "cpu"

@@ -135,7 +135,7 @@ def test_what_shards_keep_counts_once_where_they_live_and_more_often_with_checkp
     sizes = RunSizes(weights=MB, has_local_models=True, keeps_shards=True)
     monkeypatch.setattr(memory, "machine_bytes", lambda: 10**9)
     memory.require_here(sizes, 8)
-    with pytest.raises(OutOfMemory, match=r"20 x 30\.0 MB \(what each shard keeps, in checkpoints\)"):
+    with pytest.raises(OutOfMemory, match=r"24.8 x 30\.0 MB \(what each shard keeps, in checkpoints\)"):
         memory.require_here(replace(sizes, shard_state=30 * MB), 8)
 
 

@@ -79,6 +79,7 @@ OF_SHARDS: dict[str, dict[str, Any]] = {
     },
     "elastic averaging in rounds": {
         "optimizer": _MOMENTUM,
+        "schedule": {"name": "StepLR", "step_size": 3, "gamma": 0.5},  # which a lookahead reads
         "solver": {
             "name": "elastic_averaging", "order": "together", "turns_per_exchange": 2, "lookahead": True,
         },
@@ -99,7 +100,12 @@ def without_turns_of_shards(run: dict[str, Any]) -> dict[str, Any]:
     """Return the part "run" of a checkpoint as version 4 had it."""
     new = {"staleness", "ignored", "lost_workers", "next_turns"}
     participation = {key: value for key, value in run["participation"].items() if key not in new}
-    return run | {"participation": participation}
+    return without_attributes(run) | {"participation": participation}
+
+
+def without_attributes(run: dict[str, Any]) -> dict[str, Any]:
+    """Return the part "run" of a checkpoint as version 5 had it."""
+    return {key: value for key, value in run.items() if key != "attributes"}
 
 
 class Stops(Observer):

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from resumed_jobs import SHORT, Jobs
+from resumed_jobs import SHORT, Jobs, forge
 
 from sparksgd.config import Config
 from sparksgd.errors import ConfigError
@@ -167,6 +167,20 @@ def test_other_rows_to_train_on_are_refused(finished: Path) -> None:
 @pytest.mark.parametrize("how", ["skip", "archive"])
 def test_other_test_data_goes_on_from_its_end(finished: Path, config: Config, how: str) -> None:
     assert steps(look(finished, config, FILES | {"data.test": "8"}, if_exists=how)) == [9]
+
+
+def test_no_test_data_is_refused_for_a_finished_run_which_would_lose_its_results(finished: Path) -> None:
+    config = Config.load(CONFIG.to_dict(), ["data.test=none"])
+    files = {key: digest for key, digest in FILES.items() if key != "data.test"}
+    with pytest.raises(ConfigError, match=r"data\.test"):
+        look(finished, config, files)
+
+
+def test_other_test_data_is_refused_where_steps_are_left_after_the_last_checkpoint(finished: Path) -> None:
+    (manifest,) = (finished / "checkpoints").glob("checkpoint-*.json")
+    forge(manifest, total_turns=99)
+    with pytest.raises(ConfigError, match=r"the files of data\.test are different ones"):
+        look(finished, files=FILES | {"data.test": "8"})
 
 
 def test_other_test_data_is_refused_where_nothing_tells_its_end(finished: Path) -> None:

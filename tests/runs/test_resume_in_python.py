@@ -110,15 +110,18 @@ class Net(torch.nn.Linear):
         self.{held}
 
     def forward(self, x):
+        {forward}
         return super().forward(x * self.kept)
 """
 
 
-def named_anew(folder: Path, held: str, jobs: Jobs, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+def named_anew(
+    folder: Path, held: str, jobs: Jobs, monkeypatch: pytest.MonkeyPatch, forward: str = "pass"
+) -> dict[str, Any]:
     """Return the configuration of a module that draws a tensor, or a number, whenever it is built."""
     monkeypatch.syspath_prepend(str(folder))
-    name = f"built_anew_{abs(hash(held))}"
-    (folder / f"{name}.py").write_text(NAMED.format(held=held))
+    name = f"built_anew_{abs(hash((held, forward)))}"
+    (folder / f"{name}.py").write_text(NAMED.format(held=held, forward=forward))
     return jobs.config({"model": {"name": f"{name}:Net"}}, EVERY_STEP)
 
 
@@ -128,19 +131,25 @@ def interrupted(config: dict[str, Any], rows: str, out: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "held",
+    ("held", "forward"),
     [
-        'register_buffer("kept", drawn)',
-        'register_buffer("kept", drawn, persistent=False)',
-        "kept = torch.nn.Parameter(drawn, False)",
-        "kept = drawn",
-        "kept, self.table = drawn, drawn.numpy()",
+        ('register_buffer("kept", drawn)', "pass"),
+        ('register_buffer("kept", drawn, persistent=False)', "pass"),
+        ("kept = torch.nn.Parameter(drawn, False)", "pass"),
+        ("kept = drawn", "pass"),
+        ("kept, self.table = drawn, drawn.numpy()", "pass"),
+        ("kept = drawn.numpy()", "self.kept = torch.as_tensor(self.kept, dtype=x.dtype)"),
     ],
 )
 def test_a_module_that_draws_constants_whenever_it_is_built_goes_on_with_those_it_had(
-    jobs: Jobs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, log: pytest.LogCaptureFixture, held: str
+    jobs: Jobs,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    log: pytest.LogCaptureFixture,
+    held: str,
+    forward: str,
 ) -> None:
-    config = named_anew(tmp_path, held, jobs, monkeypatch)
+    config = named_anew(tmp_path, held, jobs, monkeypatch, forward)
     rows, out = str(jobs.folder / "rows.parquet"), tmp_path / "out"
     name = config["model"]["name"].partition(":")[0]
 
@@ -166,6 +175,18 @@ def test_a_module_that_draws_constants_whenever_it_is_built_goes_on_with_those_i
     assert loaded.kept.tolist() == [1, 2, 3, 4]
 
 
+def test_a_module_that_has_a_tensor_now_which_it_had_not_is_refused(
+    jobs: Jobs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held = 'kept = torch.full((4,), 2.0) if "WITH_MASK" in os.environ else None'
+    config = named_anew(tmp_path, held, jobs, monkeypatch, "if self.kept is None: return super().forward(x)")
+    rows, out = str(jobs.folder / "rows.parquet"), tmp_path / "out"
+    interrupted(config, rows, out)
+    monkeypatch.setenv("WITH_MASK", "1")
+    with pytest.raises(ModelError, match=r"that is not trained\. Let .* build the same again"):
+        sparksgd.train(config, rows, out=out, resume_from=out)
+
+
 def test_constants_are_written_once_in_a_run(
     jobs: Jobs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -179,18 +200,19 @@ def test_constants_are_written_once_in_a_run(
         assert len([name for name in names if name.endswith(".json")]) == 2
         assert len([name for name in names if name.endswith(".constants.pt")]) == 1
         for manifest in manifests(location(out / "checkpoints")):
-            assert manifest.checkpoint().constants is not None  # older ones took no file of it away
+            assert manifest.checkpoint().constants  # older ones took no file of it away
 
 
 @pytest.mark.parametrize("most", [3, 64 << 20])
 def test_drawn_numbers_and_large_constants_are_refused(
-    jobs: Jobs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, most: int
+    jobs: Jobs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, log: pytest.LogCaptureFixture, most: int
 ) -> None:
     monkeypatch.setattr(unreplaced, "_MOST_KEPT_BYTES", most)
     held = "kept = float(drawn.sum())" if most > 3 else "kept = drawn"
     config = named_anew(tmp_path, held, jobs, monkeypatch)
     rows, out = str(jobs.folder / "rows.parquet"), tmp_path / "out"
     interrupted(config, rows, out)
+    assert "the module draws kept anew whenever it is built, which checkpoints cannot hold" in log.text
     name = config["model"]["name"]
     with pytest.raises(ModelError, match=rf"that is not trained\. Let {name} build the same again"):
         sparksgd.train(config, rows, out=out, resume_from=out)
@@ -360,6 +382,7 @@ def test_runs_under_other_settings_have_checkpoints_of_their_own(jobs: Jobs, tmp
         (1, {"settings", "total_turns", "stopped_by", "is_off_grid", "best_step"}),
         (2, {"total_turns", "stopped_by", "is_off_grid", "best_step"}),
         (4, set()),
+        (5, {"attributes"}),
     ],
 )
 def test_a_checkpoint_of_a_version_before_is_read(
@@ -369,7 +392,7 @@ def test_a_checkpoint_of_a_version_before_is_read(
     whole = sparksgd.train(config, rows, module=net())
 
     def of_run(training: Training) -> dict[str, Any]:
-        values = without_turns_of_shards(now(training))
+        values = now(training) if version > 4 else without_turns_of_shards(now(training))
         return {key: value for key, value in values.items() if key not in lacks}
 
     now = checkpoint._of_run

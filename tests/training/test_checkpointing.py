@@ -13,7 +13,7 @@ import pytest
 from at_once import written_at_once
 
 from sparksgd.config import CheckpointConfig
-from sparksgd.errors import DataError
+from sparksgd.errors import ConfigError, DataError
 from sparksgd.training import checkpointing
 from sparksgd.training.checkpoint import Checkpoint
 from sparksgd.training.checkpointing import SHARE, Checkpointing
@@ -268,3 +268,27 @@ def test_an_evaluation_that_is_no_number_is_not_the_best():
     for loss in (float("nan"), 2.0, float("nan"), 1.0):
         run.evaluated(loss)
     assert run.written == [2, 4]
+
+
+def test_shards_that_a_checkpoint_cannot_hold_end_the_checkpoints_and_not_the_run(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    run = Run(0.0, CheckpointConfig(every_s=10))
+
+    def refuse() -> None:
+        raise ConfigError("the optimiser keeps a lock")
+
+    run.make(12)
+    run.keeper._shards = refuse
+    run.make(12)
+    assert run.written == [10]
+    assert "this run has no checkpoint from now on, and goes on from the last one" in caplog.text
+
+
+def test_a_step_that_was_cut_off_has_no_checkpoint() -> None:
+    run = Run(0.0, CheckpointConfig(every_s=10))
+    run.make(12)
+    run.shards = None
+    run.make(12)
+    run.keeper.end(run.training, run.solver, ())
+    assert run.written == [10]
