@@ -88,11 +88,13 @@ class LocalLines:
             unless_opened.callback(os.close, self._folder)
             self._file = _appended_to(place.path)
             self._open = unless_opened.pop_all()
+        self._bytes, self._is_told = os.fstat(self._file.fileno()).st_size, False
 
     def write(self, text: str) -> None:
         """Append whole lines."""
         self._place.check()
         self._file.write(text)
+        self._bytes += len(text.encode())
 
     def flush(self) -> None:
         """Do nothing: they were flushed line by line."""
@@ -100,6 +102,7 @@ class LocalLines:
     def flush_all(self) -> None:
         """Wait until they would outlast a loss of power: a checkpoint is to follow."""
         os.fsync(self._file.fileno())
+        self._tell_if_changed()
         if not self._is_there():
             if (why := self._why_elsewhere()) is not None:
                 raise OSError(errno.ENOENT, f"{why}, and the run goes on with it", str(self._place.path))
@@ -115,6 +118,7 @@ class LocalLines:
         with self._open, ExitStack() as stack:
             stack.callback(lambda: self._file.close())  # it may be another one by then
             self._file.flush()
+            self._tell_if_changed()
             if self._is_there():
                 return
             why, path = self._why_elsewhere(), self._place.path
@@ -127,6 +131,19 @@ class LocalLines:
                 self._write_again()
             if why is not None:
                 raise OSError(errno.ENOENT, f"{why}; all lines are in {path} now", str(path))
+
+    def _tell_if_changed(self) -> None:
+        """Warn once of a file that somebody else has cut or written to: what is lost is nowhere else."""
+        found = os.fstat(self._file.fileno()).st_size
+        if found != self._bytes and not self._is_told:
+            self._is_told = True
+            log.warning(
+                "%s has %s bytes, but the run wrote %s: somebody else changed it meanwhile, and what is lost "
+                "cannot be written again. A later run will not take it for whole",
+                self._place.path,
+                f"{found:,}",
+                f"{self._bytes:,}",
+            )
 
     def _is_there(self) -> bool:
         """Return whether the name leads to this file.

@@ -153,10 +153,9 @@ _MADE_BYTES = {
 
 _NAMED_BYTES, _TENSOR_BYTES = 2200, 600
 _FREE_MADE_BYTES = 16 << 20
-_MADE_OF_EACH_BYTE = 24
+_MADE_OF_EACH_BYTE = 34
 """So many bytes may be made for each byte of a pickle, beyond the free ones.  What torch.save writes makes
-from 6 (tensors with names of 200 letters) to 23 (empty ones in a list).  Views of one storage in a list make
-27 to 33: with the free ones, 40,000 are read."""
+from 6 (tensors with names of 200 letters) to 33 (views of one storage in a list)."""
 
 
 _OF_PLAIN = (

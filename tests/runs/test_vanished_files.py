@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -119,3 +120,13 @@ def test_a_file_system_that_numbers_files_anew_raises_no_alarm(
     lines.close()
     assert (tmp_path / "lines").read_text() == "1\n"
     assert "was removed" not in caplog.text
+
+
+@pytest.mark.parametrize("step", [5, 10])
+def test_a_file_that_was_cut_short_is_told_once(
+    jobs: Jobs, tmp_path: Path, caplog: pytest.LogCaptureFixture, step: int
+) -> None:
+    out = tmp_path / "out"
+    run(jobs, out, step, lambda: os.truncate(out / "metrics.jsonl", 20))
+    assert caplog.text.count("metrics.jsonl has ") == 1
+    assert "somebody else changed it meanwhile, and what is lost cannot be written again" in caplog.text

@@ -328,11 +328,19 @@ class Holds(torch.nn.Module):
         self.value = value
 
 
+def test_many_views_of_one_storage_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tensor_archives, "_FREE_MADE_BYTES", 1 << 16)
+    storage, stream = torch.zeros(100), io.BytesIO()
+    torch.save({"views": [storage[number % 90 : number % 90 + 2] for number in range(5_000)]}, stream)
+    check_archive(stream.getvalue())
+
+
 @pytest.mark.parametrize("length", [10, 4000])
 def test_what_makes_so_much_that_it_could_not_be_loaded_is_not_saved(
     monkeypatch: pytest.MonkeyPatch, length: int
 ) -> None:
     monkeypatch.setattr(tensor_archives, "_FREE_MADE_BYTES", 1 << 16)
+    monkeypatch.setattr(tensor_archives, "_MADE_OF_EACH_BYTE", 16)  # as if instructions made more
     module = Holds([{} for _ in range(length)])
     if length == 10:
         load_state(Holds([]), saved_state(module, {"value"}))
