@@ -199,7 +199,18 @@ class Start:
 def taken(
     training: Training, solver: CentralSolver, observers: Sequence[Observer], shards: ShardStates
 ) -> Checkpoint:
-    """Return the state of a run between two steps; everything is copied."""
+    """Return the state of a run between two steps; everything is copied.
+
+    Args:
+        training: the run.
+        solver: its central half.
+        observers: what they must remember is in it, too.
+        shards: what shards keep, see `Engine.shard_states`.
+
+    Raises:
+        ConfigError: what an optimiser or an observer keeps cannot be copied.
+        OSError: an observer could not bring its files up to this step.
+    """
     values: dict[str, dict[str, Any]] = {
         "solver": _of_solver(solver.state()),
         "run": _of_run(training),

@@ -35,11 +35,9 @@ def rule_of_shards(config: Config, flat: FlatModule, solver: CentralSolver) -> R
         return None
     made = solver.halves.make(flat, 0).state()
     rules = {name: _of_bytes if isinstance(value, bytes) else _like(value) for name, value in made.items()}
-    later = {}
-    if _of_bytes not in rules.values():
-        later = _kept_later(config, flat)
-    later = {name: rule for name, rule in later.items() if name not in rules}
-
+    is_own = _of_bytes in rules.values()
+    found = {} if is_own else _kept_later(config, flat)
+    later = {name: rule for name, rule in found.items() if name not in rules}
     count = config.train.num_shards
 
     def of_shard(value: Any, path: str) -> None:
@@ -61,6 +59,9 @@ def bytes_of_shard(flat: FlatModule, solver: CentralSolver, optimiser_bytes: int
         flat: the module.
         solver: as it was made.
         optimiser_bytes: what an optimiser keeps after some steps.
+
+    Returns:
+        The bytes; 0: shards keep nothing that a checkpoint must hold.
     """
     if not _keeps_states(solver):
         return 0

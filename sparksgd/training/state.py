@@ -272,7 +272,10 @@ class Observer:
 
     @property
     def checkpoint_name(self) -> str:
-        """Return what checkpoints call it: what it remembers is given to the one of this name."""
+        """Return what checkpoints call it: what it remembers is given to the one of this name.
+
+        Several of one name are told apart by their order: where that may change, give each a name of its own.
+        """
         return type(self).__qualname__
 
     def memory(self) -> dict[str, Any]:
