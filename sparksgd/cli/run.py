@@ -75,8 +75,8 @@ def run(
     kinds = allowed_engines(config, replay)
     on_spark = kinds[0].on_spark
     if on_spark:
-        from sparksgd.spark.session import may_bring
-    check_names(config, evaluates=test is not None, may_come=may_bring if on_spark else None)
+        from sparksgd.spark.session import brings_files
+    check_names(config, evaluates=test is not None, brings_files=brings_files if on_spark else None)
     if "PYSPARK_GATEWAY_PORT" in os.environ:  # under spark-submit
         from sparksgd.spark.session import refuse_lost_output
 

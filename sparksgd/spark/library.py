@@ -143,13 +143,13 @@ def train(
     kinds = allowed_engines(config, replay)
     on_spark = kinds[0].on_spark
     if on_spark:
-        from sparksgd.spark.session import may_bring
+        from sparksgd.spark.session import brings_files
     check_names(
         config,
         evaluates=test is not None,
         has_module=module is not None,
         has_loss=own_loss is not None,
-        may_come=may_bring if on_spark else None,
+        brings_files=brings_files if on_spark else None,
     )
     lead_to_hadoop()
     given_code = {"module": module, "loss": own_loss}

@@ -35,9 +35,9 @@ __all__ = [
     "SETTINGS",
     "UNIX_SOCKETS",
     "Setting",
+    "brings_files",
     "check_session",
     "job_session",
-    "may_bring",
     "refuse_lost_output",
     "refuse_plain_shards",
     "refuse_threads",
@@ -345,19 +345,24 @@ def submitted_at_s() -> float:
     return min(int(started_ms), int(submitted_ms)) / 1000
 
 
-def may_bring(module: str) -> bool:
-    """Return whether a session that is not started yet may put a Python module on the path, by --files.
+def brings_files() -> bool:
+    """Return whether a session that is not started yet brings files: code, or what code reads.
 
     spark-submit itself puts --py-files on the path of the job's Python; without it, the session does.
+
+    Raises:
+        PySparkRuntimeError: Java cannot be started.
     """
     if SparkContext._active_spark_context is not None:
         return False
     SparkContext._ensure_initialized()
-    conf, packed = SparkConf(), () if "PYSPARK_GATEWAY_PORT" in os.environ else (".zip", ".egg", ".jar")
-    files = f"{conf.get('spark.files', '')},{conf.get('spark.submit.pyFiles', '')}".split(",")
-    paths = [PurePosixPath(file.partition("#")[0]) for file in files]
-    top, _, _ = module.partition(".")
-    return any(path.name.partition(".")[0] == top or path.suffix in packed for path in paths)
+    conf = SparkConf()
+    files, py_files = (
+        {PurePosixPath(file.partition("#")[0]).name for file in str(conf.get(key, "")).split(",") if file}
+        for key in ("spark.files", "spark.submit.pyFiles")
+    )
+    # Under spark-submit the files are those of --py-files, too.
+    return bool(files - py_files if "PYSPARK_GATEWAY_PORT" in os.environ else files | py_files)
 
 
 def refuse_plain_shards(get: Callable[[str, str], str | None]) -> None:

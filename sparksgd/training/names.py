@@ -1,12 +1,11 @@
-"""What is known to be wrong of a configuration's names before there is a session, or a row is read."""
+"""Which names in a configuration lead to nothing, or take other arguments; no session, no rows are needed."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from functools import partial
 
 from sparksgd.config import Config
-from sparksgd.errors import ConfigError
 from sparksgd.models.losses import check_loss, has_accuracy, loss_kind
 from sparksgd.training.early_stopping import check_judged, check_named_metrics
 from sparksgd.training.modules import check_model
@@ -20,7 +19,7 @@ def check_names(
     evaluates: bool,
     has_module: bool = False,
     has_loss: bool = False,
-    may_come: Callable[[str], bool] | None = None,
+    brings_files: Callable[[], bool] | None = None,
 ) -> None:
     """Refuse a module, a loss or metrics that a configuration cannot name; no module is built.
 
@@ -31,31 +30,26 @@ def check_names(
         evaluates: whether there are rows to evaluate on, beside those that `config.data` holds out.
         has_module: whether a module is given in Python, in place of the one that is named.
         has_loss: whether a loss is given in Python, to which the name does not lead.
-        may_come: says of a Python module that is not found whether a session, which is not started yet,
-            brings it; None: none does.
+        brings_files: says whether a session that is not started yet brings files.  The user's code may be
+            among them, before older code of the same name, or read them: it is imported in that session
+            first.  None: there is no such session.
 
     Raises:
         ConfigError: as the training would raise it.
     """
+    checks: list[tuple[str, Callable[[], None]]] = []
     if not has_module:
-        with _found_later(may_come):
-            check_model(config.model)
+        checks.append((config.model.name, partial(check_model, config.model)))
     if not has_loss:
-        with _found_later(may_come):
-            check_loss(config.loss)
+        checks.append((config.loss.name, partial(check_loss, config.loss)))
+    for name, check in checks:
+        if ":" not in name:
+            check()
     kind = loss_kind(config.loss)
     evaluates = evaluates or config.data.held_out_by is not None
     check_judged(config, evaluates=evaluates, classifies=has_accuracy(kind))
     check_named_metrics(config, kind, None)
-
-
-@contextmanager
-def _found_later(may_come: Callable[[str], bool] | None) -> Iterator[None]:
-    try:
-        yield
-    except ConfigError as error:
-        missing = error.__cause__
-        if may_come is None or not isinstance(missing, ModuleNotFoundError) or missing.name is None:
-            raise
-        if not may_come(missing.name):
-            raise
+    of_user = [check for name, check in checks if ":" in name]
+    if of_user and not (brings_files is not None and brings_files()):
+        for check in of_user:
+            check()

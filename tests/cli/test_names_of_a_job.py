@@ -30,7 +30,7 @@ def rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 
     monkeypatch.setattr("sparksgd.spark.session.job_session", started)
     monkeypatch.setattr("sparksgd.spark.session.submitted_at_s", lambda: 0.0)
-    monkeypatch.setattr("sparksgd.spark.session.may_bring", lambda module: False)
+    monkeypatch.setattr("sparksgd.spark.session.brings_files", lambda: False)
     pq.write_table(pa.table({"x": [[0.0, 1.0]] * 8, "y": [0, 1] * 4}), tmp_path / "rows.parquet")
     return str(tmp_path / "rows.parquet")
 

@@ -1,8 +1,9 @@
-"""Names are checked without a module that is built; what a session may bring is left to it."""
+"""Names are checked without a module that is built; code that may come with a session is left to it."""
 
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -49,14 +50,24 @@ def test_what_is_given_in_python_needs_no_name() -> None:
     check_names(config(**NOWHERE), evaluates=False, has_module=True, has_loss=True)
 
 
-def test_a_module_that_a_session_may_bring_is_looked_for_once_there_is_one() -> None:
-    asked: list[str] = []
-    check_names(config(**NOWHERE), evaluates=False, may_come=lambda name: not asked.append(name))
-    assert asked == ["nowhere", "nowhere"]
-    with pytest.raises(ConfigError, match=r"model\.name is .*finds no module 'nowhere'"):
-        check_names(config(**NOWHERE), evaluates=False, may_come=lambda name: False)
-    with pytest.raises(ConfigError, match="has no 'Linaer'"):
-        check_names(config(model={"name": "torch.nn:Linaer"}), evaluates=False, may_come=lambda name: True)
+def test_code_of_the_user_is_imported_first_in_the_session_that_brings_files() -> None:
+    sys.modules.pop("this", None)
+    named = config(model={"name": "this:net"}, loss={"name": "nowhere.losses:own"})
+    check_names(named, evaluates=False, brings_files=lambda: True)
+    assert "this" not in sys.modules
+    with pytest.raises(ConfigError, match=r"model\.name is .*this has no 'net'"):
+        check_names(named, evaluates=False, brings_files=lambda: False)
+    with pytest.raises(ConfigError, match=r"loss\.name is .*finds no module 'nowhere'"):
+        check_names(named, evaluates=False, has_module=True, brings_files=lambda: False)
+
+
+@pytest.mark.parametrize("tables", [{"model": {"name": "lennet"}}, {"loss": {"name": "cross_entrpy"}}])
+def test_names_of_ours_are_checked_before_a_session_is_asked(tables: dict[str, Any]) -> None:
+    def asked() -> bool:
+        raise AssertionError("it was asked")
+
+    with pytest.raises(ConfigError, match="which is not one of ours"):
+        check_names(config(**{**NOWHERE, **tables}), evaluates=False, brings_files=asked)
 
 
 def test_rows_that_are_held_out_are_evaluated_on() -> None:

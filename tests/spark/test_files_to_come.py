@@ -1,4 +1,4 @@
-"""Which Python modules a session that is not started yet puts on the path."""
+"""Whether a session that is not started yet brings files."""
 
 from __future__ import annotations
 
@@ -9,19 +9,20 @@ from sparksgd.spark import session
 
 
 @pytest.mark.parametrize(
-    ("files", "py_files", "is_submitted", "comes"),
+    ("files", "py_files", "is_submitted", "are_brought"),
     [
         ("", "", True, False),
         ("hdfs:///lib/nets.py", "", True, True),
-        ("nets.cpython-311-x86_64-linux-gnu.so", "", True, True),
-        ("/tmp/netsize.py,other.json", "", True, False),
-        ("/tmp/lib.zip", "/tmp/lib.zip", True, False),  # spark-submit has put it on the path
+        ("/tmp/classes.json", "", True, True),  # code may read it when it is imported
+        ("file:///tmp/lib.zip", "/tmp/lib.zip", True, False),  # spark-submit has put it on the path
+        ("file:///tmp/nets.py,file:///tmp/lib.zip", "/tmp/lib.zip", True, True),
         ("", "/tmp/lib.zip", False, True),
         ("", "s3a://b/nets.py#nets.py", False, True),
+        ("", "", False, False),
     ],
 )
-def test_modules_of_files(
-    monkeypatch: pytest.MonkeyPatch, files: str, py_files: str, is_submitted: bool, comes: bool
+def test_files_of_a_session(
+    monkeypatch: pytest.MonkeyPatch, files: str, py_files: str, is_submitted: bool, are_brought: bool
 ) -> None:
     settings = {"spark.files": files, "spark.submit.pyFiles": py_files}
     monkeypatch.setattr(session, "SparkConf", lambda: settings)
@@ -30,6 +31,6 @@ def test_modules_of_files(
     monkeypatch.delenv("PYSPARK_GATEWAY_PORT", raising=False)
     if is_submitted:
         monkeypatch.setenv("PYSPARK_GATEWAY_PORT", "1")
-    assert session.may_bring("nets.deep") is comes
+    assert session.brings_files() is are_brought
     monkeypatch.setattr(SparkContext, "_active_spark_context", object())
-    assert not session.may_bring("nets.deep")  # the path has all that comes
+    assert not session.brings_files()  # they are there
