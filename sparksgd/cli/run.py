@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 from rich.console import Console
@@ -14,7 +14,7 @@ from sparksgd.config import Config, EngineConfig, TrainConfig
 from sparksgd.errors import ConfigError
 from sparksgd.runs.asked import Asked, IfExists
 from sparksgd.runs.earlier import earlier_run
-from sparksgd.runs.fingerprints import fingerprints_of
+from sparksgd.runs.fingerprints import code_fingerprints, fingerprints_of
 from sparksgd.runs.folder import RunFolder
 from sparksgd.runs.holder import attempt_here
 from sparksgd.runs.lease import IfRunning
@@ -71,6 +71,7 @@ def run(
             "the run to be replayed trained a module given in Python: replay it in Python, with "
             "train(..., module=, replay=read_replay(folder))"
         )
+    code = code_fingerprints(config)  # before it is imported
     config = completed(config)
     kinds = allowed_engines(config, replay)
     on_spark = kinds[0].on_spark
@@ -90,6 +91,7 @@ def run(
     run_folder = RunFolder(folder, run_id=run_id, called="--out")
     with run_folder.held(if_running), _interruption_told(run_folder):
         run_folder.fingerprints = fingerprints_of(config, replay)  # files may change while we wait
+        _refuse_changed(code, run_folder.fingerprints)
         asked = Asked(
             config=config,
             fingerprints=run_folder.fingerprints,
@@ -120,6 +122,21 @@ def run(
 
             training = train_in_process(config, rows, test, **given)
         return status_when_stopped if training.is_out_of_time else 0
+
+
+def _refuse_changed(code: Mapping[str, str], now: Mapping[str, str]) -> None:
+    """Refuse a run whose record would have digests of code that was not imported.
+
+    Args:
+        code: digests by their keys, from before the code was imported.
+        now: digests that the record has, of code and of other things.
+
+    Raises:
+        ConfigError: code was changed since.
+    """
+    for key, digest in code.items():
+        if now.get(key) != digest:
+            raise ConfigError(f"the code of {key} was changed while this run waited: start it again")
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from sparksgd.imports.sources import code_digests
 from sparksgd.storage import fingerprint, has_scheme, unanswered
 from sparksgd.training.replay import Replay
 
-__all__ = ["fingerprints_of"]
+__all__ = ["code_fingerprints", "fingerprints_of"]
 
 
 def fingerprints_of(
@@ -44,14 +44,7 @@ def fingerprints_of(
         where = "" if has_scheme(path) or Path(path).is_absolute() else f", seen from {Path.cwd()}"
         refusal = DataError(f"cannot read {path} as Parquet: {error.strerror}{where}")
         raise unanswered(error, refusal) from error
-    code = {
-        "model.name": config.model.name,
-        "loss.name": config.loss.name,
-        "optimizer.name": config.optimizer.name,
-        "schedule.name": config.schedule.name,
-        "solver.name": config.solver.name,
-    }
-    found |= code_digests(code)
+    found |= code_fingerprints(config)
     for key, value in (given or {}).items():
         if value is not None:
             parts = [type(part) for part in value.modules()] if isinstance(value, nn.Module) else [value]
@@ -60,3 +53,20 @@ def fingerprints_of(
     if replay is not None:
         found["replay"] = replay.fingerprint()
     return found
+
+
+def code_fingerprints(config: Config) -> dict[str, str]:
+    """Return the digests of the user's own code, by the keys that name it.
+
+    Args:
+        config: names it.
+    """
+    return code_digests(
+        {
+            "model.name": config.model.name,
+            "loss.name": config.loss.name,
+            "optimizer.name": config.optimizer.name,
+            "schedule.name": config.schedule.name,
+            "solver.name": config.solver.name,
+        }
+    )
