@@ -58,7 +58,7 @@ def cross_entropy(output: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
     """Return -log softmax(output)[label], float[B], of logits float[B, C] and labels int64[B].
 
     Raises:
-        ModelError: the output is one number for each row.
+        ModelError: the output is not a logit for each class.
     """
     _require_logits("cross_entropy", output, label)
     return F.cross_entropy(output, label, reduction="none")
@@ -79,6 +79,7 @@ def _require_logits(name: str, output: torch.Tensor, label: torch.Tensor) -> Non
             f"the module gives {tuple(output.shape)} for {len(label)} rows, but {name} takes a logit "
             f"for each class: let it give those of two classes or more, or use binary_cross_entropy for one"
         )
+    # Within a loss of the user's own, torch.func.vmap hands over the logits and the label, (), of one row.
     if label.ndim and (*output.shape[:1], *output.shape[2:]) != label.shape:
         raise ModelError(
             f"the module gives {tuple(output.shape)} for labels {tuple(label.shape)}, but {name} takes a "
@@ -90,10 +91,15 @@ def _one_per_row(name: str, output: torch.Tensor, label: torch.Tensor, what: str
     """Return an output of one number for each row, [B] or [B, 1], as [B].
 
     Raises:
-        ModelError: it has another shape.
+        ModelError: it has another shape, or the labels are not [B].
     """
     _require_tensor(name, output)
-    rows = len(label)
+    rows = label.numel()
+    if label.ndim != 1:
+        raise ModelError(
+            f"the labels are of shape {tuple(label.shape)}, but {name} takes one for each row, ({rows},): "
+            f"give it label.flatten()"
+        )
     if output.numel() != rows or (rows > 1 and len(output) != rows):  # of one row it may be squeezed
         other = "cross_entropy for a logit for each class" if what == "logit" else "a loss of your own"
         raise ModelError(
@@ -107,7 +113,7 @@ def binary_cross_entropy(output: torch.Tensor, label: torch.Tensor) -> torch.Ten
     """Return the logistic loss, float[B], of logits float[B] or [B, 1] and labels 0 or 1, [B].
 
     Raises:
-        ModelError: the output is not one number for each row.
+        ModelError: the output is not one number for each row, or there is not one label for each.
     """
     output = _one_per_row("binary_cross_entropy", output, label, "logit")
     return F.binary_cross_entropy_with_logits(output, label.to(output.dtype), reduction="none")
@@ -117,7 +123,7 @@ def squared_error(output: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
     """Return (output - label)^2, float[B], of predictions float[B] or [B, 1] and labels [B].
 
     Raises:
-        ModelError: the output is not one number for each row.
+        ModelError: the output is not one number for each row, or there is not one label for each.
     """
     return (_one_per_row("squared_error", output, label, "number") - label.to(output.dtype)).square()
 
@@ -149,10 +155,19 @@ class _OfTorch(nn.Module):
         return losses.mean(1) if self.kind == "several labels" and losses.ndim == 2 else losses
 
     def _require_weights(self, output: torch.Tensor) -> None:
-        """Refuse weights that are not one for each class or label of the output."""
-        key, of = ("weight", "class") if self.kind == "classes" else ("pos_weight", "label")
-        weights, wanted = getattr(self.loss, key, None), 1 if self.kind == "binary" else output.shape[-1]
-        if weights is None or weights.shape == (wanted,) or (of == "label" and weights.numel() == 1):
+        """Refuse weights that are not one for each class or label of the output.
+
+        Raises:
+            ConfigError: with both shapes.
+        """
+        if self.kind == "classes":
+            key, of, wanted = "weight", "class", output.shape[min(1, output.ndim - 1)]
+        else:
+            key, of, wanted = "pos_weight", "label", 1 if self.kind == "binary" else output.shape[-1]
+        weights = getattr(self.loss, key, None)
+        if weights is None or weights.shape == (wanted,):
+            return
+        if of == "label" and (weights.numel() == 1 or weights.shape == (1, wanted)):  # torch repeats it
             return
         raise ConfigError(
             f"loss.{key} has the shape {tuple(weights.shape)}, but the module gives {tuple(output.shape)}: "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import pyarrow as pa
@@ -12,8 +13,9 @@ import torch
 from torch import nn
 
 import sparksgd
+from sparksgd.config import LossConfig
 from sparksgd.errors import ConfigError, ModelError, SparkSGDError
-from sparksgd.models.losses import binary_cross_entropy, cross_entropy, squared_error
+from sparksgd.models.losses import Loss, binary_cross_entropy, cross_entropy, make_loss, squared_error
 
 TRANSPOSED = nn.Sequential(nn.Linear(2, 1), nn.Flatten(0), nn.Unflatten(0, (1, -1)))
 
@@ -116,3 +118,22 @@ def test_what_was_taken_is_taken_still() -> None:
             assert loss(output, label).shape == label.shape
     pixels = torch.zeros(2, 4, 4, dtype=torch.int64)  # of a loss of the user's own that calls ours
     assert cross_entropy(torch.zeros(2, 3, 4, 4), pixels).shape == (2, 4, 4)
+    each = torch.func.vmap(lambda logits, of_one: cross_entropy(logits, of_one))  # labels of ndim 0
+    assert torch.equal(each(torch.zeros(3, 2), three), cross_entropy(torch.zeros(3, 2), three))
+
+
+def test_weights_of_other_shapes_that_torch_takes() -> None:
+    weights = [2.0, 3.0]
+    output, labels = torch.tensor([[0.5, -1.0]] * 3), torch.tensor([[0, 1], [1, 0], [1, 1]])
+    several = LossConfig(name="BCEWithLogitsLoss", kind="several labels", arguments={"pos_weight": weights})
+    in_a_row = replace(several, arguments={"pos_weight": [weights]})
+    assert torch.equal(make_loss(in_a_row, 0)(output, labels), make_loss(several, 0)(output, labels))
+    pixels = torch.zeros(2, 4, 4, dtype=torch.int64)
+    classes = make_loss(LossConfig(name="CrossEntropyLoss", arguments={"weight": [1.0, 2.0, 3.0]}), 0)
+    assert classes(torch.zeros(2, 3, 4, 4), pixels).shape == (2, 4, 4)
+
+
+@pytest.mark.parametrize("loss", [binary_cross_entropy, squared_error])
+def test_labels_of_another_shape_are_not_spread_over_the_outputs(loss: Loss) -> None:
+    with pytest.raises(ModelError, match=r"labels are of shape \(4, 1\), but \w+ takes one for each row"):
+        loss(torch.zeros(4, 1), torch.zeros(4, 1))
