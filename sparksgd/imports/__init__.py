@@ -12,6 +12,7 @@ import reprlib
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, TypeVar
 
 from sparksgd.errors import ConfigError, OutOfMemory, SparkSGDError, UserCodeError
@@ -101,6 +102,7 @@ def resolve(key: str, name: str, ours: Mapping[str, T], trust: Trust | None = No
         trust.check_name(key, name)
     try:
         module = importlib.import_module(module_name)
+        is_there = hasattr(module, attribute)  # a lazy package may import more for it
     except ModuleNotFoundError as error:
         raise ConfigError(
             f"{key} is {shown(name)}, but Python finds no module {error.name!r}: put its folder on "
@@ -110,7 +112,7 @@ def resolve(key: str, name: str, ours: Mapping[str, T], trust: Trust | None = No
         raise ConfigError(
             f"{key} is {shown(name)}, but importing {module_name} raised {type(error).__name__}: {error}"
         ) from error
-    if not hasattr(module, attribute):
+    if not is_there:
         raise ConfigError(
             f"{key} is {shown(name)}, but {module_name} has no {attribute!r}"
             f"{did_you_mean(attribute, [n for n in dir(module) if not n.startswith('_')])}"
@@ -136,14 +138,20 @@ def import_path(value: object) -> str | None:
 def wrong_call(function: Callable[..., Any], arguments: Mapping[str, Any]) -> TypeError | None:
     """Return why a function or class does not take arguments by these names; None: it may take them.
 
+    Args:
+        function: or a class, or another callable; it is not called.
+        arguments: by their names; the values do not matter.
+
     >>> wrong_call(lambda size: size, {"sizes": 3}), wrong_call(lambda size: size, {"size": 3})
     (TypeError("missing a required argument: 'size'"), None)
     """
-    if hasattr(function, "__signature__"):  # it need not be what a call takes
-        return None
+    inner = function.func if isinstance(function, partial) else function
     try:
+        parts = (inner, type(inner).__call__, inner.__init__, inner.__new__)
+        if any(hasattr(part, "__signature__") for part in parts):  # it need not be what a call takes
+            return None
         signature = inspect.signature(function, follow_wrapped=False)
-    except (TypeError, ValueError):  # of C, which says nothing
+    except Exception:  # of C, which says nothing; or of the user's own class
         return None
     try:
         signature.bind(**arguments)
