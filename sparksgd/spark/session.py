@@ -180,10 +180,12 @@ def refuse_threads(get: Callable[[str, str], str | None], threads: int) -> None:
     """
     master = str(get("spark.master", "local[*]"))
     cores = _cores_of_executor(master, str(get("spark.executor.cores", "")))
-    if cores is not None and threads > cores:
+    if cores and threads > cores:
+        have = "1 core" if cores == 1 else f"{cores} cores"
+        most = "train.threads=1" if cores == 1 else f"train.threads={cores} or less"
         raise ConfigError(
-            f"train.threads is {threads}, but an executor has {cores} cores ({master}), and the threads of a "
-            f"worker share one executor: set train.threads={cores} or less, or give executors more cores"
+            f"train.threads is {threads}, but an executor has {have} ({master}), and the threads of a "
+            f"worker share one executor: set {most}, or give executors more cores"
         )
 
 
@@ -200,8 +202,13 @@ def _cores_of_executor(master: str, executor_cores: str) -> int | None:
     return 1 if master.startswith(("yarn", "k8s:")) else None
 
 
-def _cores_here() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def _cores_here() -> int | None:
+    """Return how many cores local[*] takes, or at least not fewer.
+
+    What is asked is the JVM: OpenMP may have pinned this thread to one core (OMP_PROC_BIND).
+    """
+    jvm: Any = SparkContext._jvm
+    return os.cpu_count() if jvm is None else int(jvm.java.lang.Runtime.getRuntime().availableProcessors())
 
 
 def _on_yarn(conf: SparkConf) -> bool:
