@@ -113,7 +113,7 @@ def _examined(
                 )
                 groups += examination.run()
                 about["facts"] = examination.facts()
-        except ClusterError as error:
+        except (ClusterError, ConfigError) as error:
             groups.append(Group(title="Session", findings=[broken("Spark session", error, _NO_SESSION)]))
     return groups, about
 

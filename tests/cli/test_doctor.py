@@ -6,13 +6,17 @@ import io
 import json
 import subprocess
 import sys
+from contextlib import contextmanager
 
 import pytest
 from rich.console import Console
 
-from sparksgd.cli.doctor import screen
+from sparksgd.cli.doctor import examine, screen
+from sparksgd.config import Config
+from sparksgd.spark import session
 from sparksgd.spark.doctor.examination import Group
 from sparksgd.spark.doctor.findings import bad, good, poor, unseen
+from sparksgd.spark.session import refuse_threads
 
 GROUPS = [
     Group(
@@ -85,3 +89,18 @@ def test_what_was_printed_before_an_error_is_shown():
     assert done.stdout == ""
     assert "of a module" in done.stderr
     assert "ValueError: ended" in done.stderr
+
+
+def test_more_threads_than_cores_are_a_line_of_the_screen(monkeypatch):
+    @contextmanager
+    def refused(name, train, timeout_s):
+        refuse_threads({"spark.master": "local[2]"}.get, train.threads)
+        yield
+
+    monkeypatch.setattr(session, "job_session", refused)
+    said = io.StringIO()
+    config = Config.from_dict({"train": {"threads": 3}})
+    console = Console(file=said, width=300)
+    assert not examine(config, None, within_s=1, as_json=False, console=console, progress=console)
+    assert "train.threads is 3, but an executor has 2 cores (local[2])" in said.getvalue()
+    assert "set train.threads=2 or less" in said.getvalue()
