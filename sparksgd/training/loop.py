@@ -366,8 +366,9 @@ def _loop(
         training.settled_turns = solver.turns
         limit_s = training.config.train.max_wall_s
         if replay is None and limit_s is not None and training.start_up.elapsed_s() >= limit_s:
+            if not training.is_over:
+                warn_of_start(training.start_up, limit_s, solver.version - first)
             training.end_by_time()
-            warn_of_start(training.start_up, limit_s, solver.version - first)
         if keeper is not None and not training.is_over:
             keeper.offer(training, solver, observers)
 

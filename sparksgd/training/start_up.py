@@ -87,7 +87,7 @@ def warn_of_start(start_up: StartUp, limit_s: float, steps: int) -> None:
     if began_s > limit_s / 2:
         log.warning(
             "train.max_wall_s is %g, and counts from the submission: the start took %.1f s (%s), so %d steps "
-            "were made. Raise it",
+            "were made. Raise train.max_wall_s",
             limit_s,
             began_s,
             ", ".join(f"{part} {took_s:.1f}" for part, took_s in parts.items()),

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+from torch import nn
 
+import sparksgd
 from sparksgd.training.start_up import StartUp, warn_of_start
 
 
@@ -62,6 +67,22 @@ def test_a_start_that_took_more_than_half_of_the_time_is_told(
         warn_of_start(started(104.0, 108.0, 110.0, 118.0), limit_s, 3)
     told = (
         "train.max_wall_s is 19, and counts from the submission: the start took 10.0 s (submit 4.0, "
-        "containers 4.0, shards 2.0), so 3 steps were made. Raise it"
+        "containers 4.0, shards 2.0), so 3 steps were made. Raise train.max_wall_s"
     )
     assert caplog.messages == ([told] if is_told else [])
+
+
+@pytest.mark.parametrize(("epochs", "is_told"), [(1, False), (2, True)])
+def test_a_run_that_is_over_by_itself_needs_no_more_time(
+    epochs: int, is_told: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    file = tmp_path / "rows.parquet"
+    pq.write_table(pa.table({"x": [[0.0, 1.0]] * 8, "y": [0, 1] * 4}), file)
+    config = {
+        "data": {"features": "x", "label": "y"},
+        "engine": {"name": "inline"},
+        "train": {"num_shards": 1, "rows_per_step": 8, "epochs": epochs, "max_wall_s": 0},
+    }
+    training = sparksgd.train(config, str(file), module=nn.Linear(2, 2))
+    assert (training.version, training.is_out_of_time) == (1, is_told)
+    assert ("Raise train.max_wall_s" in caplog.text) is is_told
