@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -238,24 +239,18 @@ def load_model(
         key: name for key, name in names.items() if name not in (MODELS if key == "model.name" else LOSSES)
     }
     _check_code(folder, manifest, users, trusting, strict)
+    with _told_as_incomplete(folder):
+        saved = _values(folder, manifest)  # first: for damaged files no code of the user's is run
     _import_code(folder, users, trusting)
-    try:
-        with out_of_memory_told(f"loading {folder}"):
-            saved = _values(folder, manifest)
-            made = _given(loss, manifest) if is_own else make_loss(manifest.loss, manifest.seed, trusting)
-            kind = loss_kind(manifest.loss)
-            if module is None:
-                module = _built(folder, manifest, saved, trusting)
-                load_state(module, saved)
-            else:
-                _fill_given(module, manifest, saved)
-            module.eval()
-    except (DataError, ConfigError, ModelError) as error:
-        raise DataError(f"{folder} holds no complete model: {error}") from error
-    except SparkSGDError:
-        raise
-    except Exception as error:  # of torch, numpy, or the module's own load_state_dict
-        raise DataError(f"{folder} holds no complete model: {type(error).__name__}: {error}") from error
+    with _told_as_incomplete(folder):
+        made = _given(loss, manifest) if is_own else make_loss(manifest.loss, manifest.seed, trusting)
+        kind = loss_kind(manifest.loss)
+        if module is None:
+            module = _built(folder, manifest, saved, trusting)
+            load_state(module, saved)
+        else:
+            _fill_given(module, manifest, saved)
+        module.eval()
     if not manifest.finished:
         log.warning("%s is of a run that did not finish: weights of step %d", folder, manifest.version)
     return SavedModel(
@@ -267,6 +262,20 @@ def load_model(
         about=manifest.about(module),
         drawn=frozenset(saved.constants),
     )
+
+
+@contextmanager
+def _told_as_incomplete(folder: Location) -> Iterator[None]:
+    """Turn what is wrong of a model's files, or with its code, into a DataError."""
+    try:
+        with out_of_memory_told(f"loading {folder}"):
+            yield
+    except (DataError, ConfigError, ModelError) as error:
+        raise DataError(f"{folder} holds no complete model: {error}") from error
+    except SparkSGDError:
+        raise
+    except Exception as error:  # of torch, numpy, or the module's own load_state_dict
+        raise DataError(f"{folder} holds no complete model: {type(error).__name__}: {error}") from error
 
 
 def _values(folder: Location, manifest: Manifest) -> SavedState:

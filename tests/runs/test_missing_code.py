@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pyarrow as pa
@@ -75,6 +76,24 @@ def test_it_says_which_code_is_missing(model: Path, code: str | None, says: str)
     assert told.startswith(f"{model} needs code that is missing here, or cannot be imported: ")
     assert says in told
     assert told.endswith(f"Or pass what it makes as {'loss' if of_loss else 'module'}=")
+
+
+@pytest.mark.parametrize(
+    ("damage", "says"),
+    [
+        (lambda weights: weights.unlink(), "cannot be read: No such file"),
+        (lambda weights: weights.write_bytes(weights.read_bytes()[:-1]), "it is cut off, or of another run"),
+        (lambda weights: weights.write_bytes(bytes(len(weights.read_bytes()))), "its SHA-256 is"),
+    ],
+)
+def test_code_is_not_run_for_files_that_are_damaged(
+    model: Path, damage: Callable[[Path], object], says: str
+) -> None:
+    changed(model, "raise AssertionError('it was run')")
+    damage(model / "weights.pt")
+    with pytest.raises(DataError, match=f"{re.escape(str(model))} holds no complete model: .*{says}"):
+        sparksgd.load_model(model, trust=["lent_code"])
+    assert "lent_code" not in sys.modules
 
 
 def test_what_is_given_is_not_missed(model: Path) -> None:
