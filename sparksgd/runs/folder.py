@@ -26,7 +26,7 @@ import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
-from errno import ENOSPC
+from errno import EDQUOT, ENOSPC
 from pathlib import Path
 from typing import Any
 
@@ -430,7 +430,8 @@ class RunFolder(Observer):
         try:
             yield
         except OSError as error:
-            full = "; free some space, and run the same command again" if error.errno == ENOSPC else ""
+            is_full = error.errno in (ENOSPC, EDQUOT)
+            full = "; free some space, and run the same command again" if is_full else ""
             raise ClusterError(
                 f"{self._called} is {self.folder}, which cannot be written: {error.strerror}{full}"
             ) from error

@@ -78,8 +78,10 @@ def check_call(
     Raises:
         ConfigError: it does not take them.
     """
-    error = wrong_call(factory, {**dict.fromkeys(filled_in), **arguments})
-    if not callable(factory):
+    error: TypeError | None
+    if callable(factory):
+        error = wrong_call(factory, {**dict.fromkeys(filled_in), **arguments})
+    else:
         error = TypeError(f"{type(factory).__name__!r} object is not callable")
     if error is not None:
         raise _not_taken(factory, arguments, what, error) from error

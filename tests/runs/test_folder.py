@@ -320,3 +320,10 @@ def test_a_folder_that_cannot_be_written_is_refused_when_it_is_to_be_written(
     monkeypatch.undo()
     run(trained, folder)
     assert lease_of(tmp_path)["released"]
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
+def test_a_full_disk_or_quota_says_to_free_some_space(tmp_path: Path, number: int) -> None:
+    told = "free some space, and run the same command again"
+    with pytest.raises(ClusterError, match=told), RunFolder(tmp_path)._told():
+        raise OSError(number, "full")

@@ -134,10 +134,10 @@ def gist(text: str) -> str:
 
 
 def advice_of_disk(text: str) -> str:
-    """Return what helps where a disk of Spark's is full, to follow the gist; nothing if none is."""
+    """Return what helps where a disk is full, to follow the gist; nothing if none is."""
     if "No space left on device" not in text:
         return ""
     return (
-        ". A disk of Spark's local directories is full: free some space there, name others "
+        ". A disk is full. If it is one of Spark's local directories: free some space there, name others "
         "(spark.local.dir; on YARN yarn.nodemanager.local-dirs), or use more hosts"
     )
