@@ -352,6 +352,10 @@ def submitted_at_s() -> float:
     return min(int(started_ms), int(submitted_ms)) / 1000
 
 
+_ENVIRONMENT = "environment"
+"""Where jobs/README.md has an environment unpacked, which brings no code of the user's."""
+
+
 def brings_files() -> bool:
     """Return whether a session that is not started yet brings files: code, or what code reads.
 
@@ -368,6 +372,9 @@ def brings_files() -> bool:
         {PurePosixPath(file.partition("#")[0]).name for file in str(conf.get(key, "")).split(",") if file}
         for key in ("spark.files", "spark.submit.pyFiles")
     )
+    archives = {archive.partition("#")[2] for archive in str(conf.get("spark.archives", "")).split(",")}
+    if archives - {"", _ENVIRONMENT}:  # each is unpacked to a folder of that name, on the path
+        return True
     # Under spark-submit the files are those of --py-files, too.
     return bool(files - py_files if "PYSPARK_GATEWAY_PORT" in os.environ else files | py_files)
 
