@@ -122,13 +122,15 @@ def _failed_hosts(context: SparkContext) -> list[str]:
 
 
 def gist(text: str) -> str:
-    """Return the line of a Java stack trace that says what happened."""
+    """Return the line of a Java stack trace that says what happened; of any other text, its first line."""
     if _LOST.search(text):
         return "an executor was lost"
     lines = [line.strip().removeprefix("Caused by: ").removeprefix(": ") for line in text.splitlines()]
     raised = [line for line in lines if _RAISED.search(line) and not line.startswith("at ")]
+    if not raised:
+        return lines[0][:_MOST_LETTERS]
     causes = [line for line in raised if not _WRAPPED.search(line)]
-    said = (causes or raised[-1:] or lines)[0]
+    said = (causes or raised[-1:])[0]
     condition = _CONDITION.search(said)
     return said[-_MOST_LETTERS:] if condition is None else said[condition.start() :][:_MOST_LETTERS]
 
