@@ -340,13 +340,18 @@ def _error_number(kind: str, said: str) -> int:
     'EROFS'
     >>> errno.errorcode[_error_number("java.io.FileNotFoundException", "File does not exist: /a (1)")]
     'ENOENT'
+    >>> full = "java.io.IOException: No space left on device"
+    >>> errno.errorcode[_error_number("org.apache.hadoop.fs.FSError", full)]
+    'ENOSPC'
     """
     return _number_in(said) or _ERRNO.get(kind, errno.EIO)
 
 
 def _number_in(said: str) -> int | None:
-    """Return the error of this machine whose words a message is, or has in brackets at its end."""
-    words = said[said.rfind("(") + 1 : -1] if said.endswith(")") else said
+    """Return the error of this machine whose words a message is, or has at its end: in brackets, or after
+    the class of another error of Java.
+    """
+    words = said[said.rfind("(") + 1 : -1] if said.endswith(")") else said.rpartition("Exception: ")[2]
     return next((number for number in errno.errorcode if os.strerror(number) == words), None)
 
 
