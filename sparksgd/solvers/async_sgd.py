@@ -112,7 +112,7 @@ class Downpour:
 
     def load_state(self, state: HalfState) -> None:
         """Continue from the state of another half of the same shard, after a push."""
-        self._model, self._turns = np.asarray(state["model"]), int(np.asarray(state["turns"]))
+        self._model, self._turns = state["model"], int(state["turns"])
 
 
 class AsyncSGD(GradientCentre):

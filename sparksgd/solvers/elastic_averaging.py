@@ -217,16 +217,16 @@ class ElasticModel:
     def state(self) -> HalfState:
         """Return its model, how far it is, what its optimiser keeps, and what it sent last."""
         counts = np.array([self._turns, self._has_begun])
-        exchanged: HalfState = {} if self._exchanged is None else {"exchanged": self._exchanged}
+        exchanged = {} if self._exchanged is None else {"exchanged": self._exchanged}
         return {"model": self._local.parameters.numpy(), "counts": counts, **exchanged, **self._local.kept()}
 
     def load_state(self, state: HalfState) -> None:
         """Continue from the state of another half of the same shard."""
         kept = dict(state)
-        self._local.parameters.copy_(torch.from_numpy(np.asarray(kept.pop("model"))))
+        self._local.parameters.copy_(torch.from_numpy(kept.pop("model")))
         exchanged = kept.pop("exchanged", None)
-        self._exchanged = None if exchanged is None else np.array(exchanged)
-        turns, begun = np.asarray(kept.pop("counts")).tolist()
+        self._exchanged = None if exchanged is None else exchanged.copy()
+        turns, begun = kept.pop("counts").tolist()
         self._turns, self._has_begun = turns, bool(begun)
         self._local.load_kept(kept)
 

@@ -160,7 +160,7 @@ class GossipModel:
     def load_state(self, state: HalfState) -> None:
         """Continue from the state of another half of the same shard, after a turn."""
         kept = dict(state)
-        self.model.copy_(torch.from_numpy(np.asarray(kept.pop("model"))))
+        self.model.copy_(torch.from_numpy(kept.pop("model")))
         self._local.load_kept(kept)
 
 

@@ -89,7 +89,7 @@ class PushSum(GossipModel):
     def load_state(self, state: HalfState) -> None:
         """Continue from the state of another half of the same shard, after a turn."""
         kept = dict(state)
-        self._weight = float(np.asarray(kept.pop("weight")))
+        self._weight = float(kept.pop("weight"))
         super().load_state(kept)
 
 

@@ -73,7 +73,6 @@ class LocalModel:
         if not self.optimizer.is_elementwise:
             self.optimizer.load_state({}, kept)
             return
-        arrays = {name: value for name, value in kept.items() if isinstance(value, np.ndarray)}
-        vectors = {name: value for name, value in arrays.items() if value.ndim}
-        numbers = {name: float(value) for name, value in arrays.items() if not value.ndim}
+        vectors = {name: value for name, value in kept.items() if value.ndim}
+        numbers = {name: float(value) for name, value in kept.items() if not value.ndim}
         self.optimizer.load_averaged(vectors, numbers)

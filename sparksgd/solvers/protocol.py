@@ -327,8 +327,8 @@ class SolverState:
         return replace(self, weights=replace(self.weights, parameters=parameters), vectors=vectors)
 
 
-HalfState = dict[str, npt.NDArray[Any] | bytes]
-"""What a worker half keeps, by name: arrays, and what an optimiser of the user's own keeps as bytes."""
+HalfState = dict[str, Any]
+"""What a worker half keeps, by name: arrays, and as bytes what an optimiser of the user's own keeps."""
 
 Taken = TypeVar("Taken", contravariant=True)
 """What a half takes: an Answer; in gossip, the messages of its peers by shard."""

@@ -131,7 +131,6 @@ class Checkpoint:
             whole(0, self.step)(deal, "run.deal")
             return int(deal)
 
-    @property
     def constants(self) -> Mapping[str, Any]:
         """Return the tensors and arrays that the module had drawn, by their paths; most modules draw none.
 
@@ -283,13 +282,13 @@ def check_fit(checkpoint: Checkpoint, training: Training, rules: SolverRules, an
         check_run(run, checkpoint.parts["run"].version, training, checkpoint.step, checkpoint.turns)
         _check_module(training, run, state, checkpoint.step, anew)
         _check_unreplaced(training, run, checkpoint.step, anew)
-        _ = checkpoint.constants  # raises what they cannot be
         rules.check(state, checkpoint.step, checkpoint.turns)
         if rules.keeps_shards(checkpoint.step):
             rules.check_shards(checkpoint.values("shards"))
         _check_circumstances(training, run, anew)
         _check_best(checkpoint, run, rules)
         checkpoint.values("observers")
+        checkpoint.constants()
 
 
 def _check_module(

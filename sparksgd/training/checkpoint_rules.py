@@ -26,6 +26,7 @@ from sparksgd.solvers.protocol import CentralSolver, Need
 from sparksgd.training.state import EvaluationReport, NumericsChange, Resumed, Training
 from sparksgd.training.value_rules import (
     BOOL,
+    BYTES,
     FINITE,
     TEXT,
     WHOLE,
@@ -219,7 +220,7 @@ def _of_rest(made: Any, count: int, turns: int, name: str = "") -> Rule:
     if name == "moved":
         return ListOf(TEXT)
     if isinstance(made, bytes):
-        return _of_bytes
+        return BYTES
     if isinstance(made, Mapping) and made.keys() == _ELEMENTWISE:
         (group,) = made["groups"]
         number = optional(MapOf(TEXT, _of_number))
@@ -241,11 +242,6 @@ def _either(one: ListOf, other: ListOf) -> Rule:
         (one if isinstance(value, list | tuple) and len(value) == 1 else other)(value, path)
 
     return check
-
-
-def _of_bytes(value: Any, path: str) -> None:
-    if type(value) is not bytes:
-        raise DataError(f"{path} is a {type(value).__name__}, but must be bytes")
 
 
 def _of_number(value: Any, path: str) -> None:

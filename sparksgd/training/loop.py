@@ -267,7 +267,7 @@ def _ends_round(solver: CentralSolver, turns_per_epoch: int, turns: int) -> bool
 def _taken_up(start: Start, flat: FlatModule, checked: Checked, built: Unreplaced) -> Unreplaced:
     """Let a module that was built anew have the constants of a checkpoint; return what it has now."""
     with start.checkpoint.fitting():
-        constants = start.checkpoint.constants
+        constants = start.checkpoint.constants()
         if not constants:
             return built
         take_up(flat, constants)

@@ -9,11 +9,10 @@ import numpy as np
 from sparksgd.arithmetic.flat import FlatModule
 from sparksgd.config import Config
 from sparksgd.errors import DataError
-from sparksgd.imports import shortened
 from sparksgd.solvers.flat_optimizer import HAS
 from sparksgd.solvers.protocol import CentralSolver, Need
 from sparksgd.solvers.torch_optimizers import state_names
-from sparksgd.training.value_rules import FINITE, Array, MapOf, Rule, Table, whole
+from sparksgd.training.value_rules import BYTES, FINITE, Array, MapOf, Rule, Table, whole
 
 __all__ = ["bytes_of_shard", "rule_of_shards"]
 
@@ -34,8 +33,8 @@ def rule_of_shards(config: Config, flat: FlatModule, solver: CentralSolver) -> R
     if not _keeps_states(solver):
         return None
     made = solver.halves.make(flat, 0).state()
-    rules = {name: _of_bytes if isinstance(value, bytes) else _like(value) for name, value in made.items()}
-    is_own = _of_bytes in rules.values()
+    rules = {name: BYTES if isinstance(value, bytes) else _like(value) for name, value in made.items()}
+    is_own = BYTES in rules.values()
     found = {} if is_own else _kept_later(config, flat)
     later = {name: rule for name, rule in found.items() if name not in rules}
     count = config.train.num_shards
@@ -90,8 +89,3 @@ def _like(array: np.ndarray[Any, Any]) -> Rule:
 def _number(value: Any, path: str) -> None:
     Array(np.dtype(np.float64), ())(value, path)
     FINITE(value.item(), path)
-
-
-def _of_bytes(value: Any, path: str) -> None:
-    if type(value) is not bytes:
-        raise DataError(f"{path} is a {shortened(type(value).__name__, 80)}, but must be bytes")

@@ -27,6 +27,7 @@ from sparksgd.imports import shortened, shown
 
 __all__ = [
     "BOOL",
+    "BYTES",
     "FINITE",
     "NUMBER",
     "TEXT",
@@ -85,6 +86,7 @@ NUMBER: Rule = _Plain(_is_number, "a number")
 FINITE: Rule = _Plain(lambda value: _is_number(value) and math.isfinite(value), "a finite number")
 TEXT: Rule = _Plain(lambda value: type(value) is str, "a text")
 BOOL: Rule = _Plain(lambda value: type(value) is bool, "true or false")
+BYTES: Rule = _Plain(lambda value: type(value) is bytes, "bytes")
 
 
 def optional(rule: Rule) -> Rule:

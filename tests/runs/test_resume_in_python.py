@@ -200,7 +200,7 @@ def test_constants_are_written_once_in_a_run(
         assert len([name for name in names if name.endswith(".json")]) == 2
         assert len([name for name in names if name.endswith(".constants.pt")]) == 1
         for manifest in manifests(location(out / "checkpoints")):
-            assert manifest.checkpoint().constants  # older ones took no file of it away
+            assert manifest.checkpoint().constants()  # older ones took no file of it away
 
 
 @pytest.mark.parametrize("most", [3, 64 << 20])
