@@ -7,17 +7,62 @@ asks `session_for`, and comes last.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession  # here, not above: most tests need no Spark
 
+_ENDS_JAVA = pytest.StashKey[threading.Timer]()
+_CLEAN_UP_S = 5.0
+
 _current: dict[str, object] = {}
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_timeout_set_timer(item: pytest.Item, settings: Any) -> None:
+    """See to it that a test that is cut off ends: what cleans up after it may ask Java, and wait."""
+    if "session_for" in getattr(item, "fixturenames", ()):
+        item.stash[_ENDS_JAVA] = timer = threading.Timer(settings.timeout + _CLEAN_UP_S, _end_java)
+        timer.daemon = True
+        timer.start()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_timeout_cancel_timer(item: pytest.Item) -> None:
+    """Let Java live after a test that ended by itself."""
+    if _ENDS_JAVA in item.stash:
+        item.stash[_ENDS_JAVA].cancel()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> None:
+    """Forget Java after a test that was cut off: an answer that comes late would be taken for another one."""
+    from pyspark import SparkContext
+    from pyspark.sql import SparkSession
+
+    if "session_for" not in getattr(item, "fixturenames", ()) or call.excinfo is None:
+        return
+    if "Timeout" in str(call.excinfo.value):
+        _end_java()
+    if SparkContext._gateway is not None and SparkContext._gateway.proc.poll() is not None:
+        SparkContext._gateway = SparkContext._jvm = SparkContext._active_spark_context = None
+        SparkSession._instantiatedSession = None
+        _current.clear()
+
+
+def _end_java() -> None:
+    """End the JVM of all sessions, whatever it does."""
+    from pyspark import SparkContext
+
+    if SparkContext._gateway is not None:
+        SparkContext._gateway.proc.kill()
+        SparkContext._gateway.proc.wait()
 
 
 @pytest.fixture(scope="session")
