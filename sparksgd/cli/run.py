@@ -91,7 +91,8 @@ def run(
     run_folder = RunFolder(folder, run_id=run_id, called="--out")
     with run_folder.held(if_running), _interruption_told(run_folder):
         run_folder.fingerprints = fingerprints_of(config, replay)  # files may change while we wait
-        _refuse_changed(code, run_folder.fingerprints)
+        if not (on_spark and code and brings_files()):  # else the session finds other code than we do here
+            _refuse_changed(code, run_folder.fingerprints)
         asked = Asked(
             config=config,
             fingerprints=run_folder.fingerprints,

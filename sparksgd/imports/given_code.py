@@ -10,9 +10,9 @@ from typing import Any
 
 from sparksgd.imports.sources import code_digest
 
-__all__ = ["given_code_digest"]
+__all__ = ["NOT_THE_USERS", "given_code_digest", "told_of_code"]
 
-_NOT_THE_USERS = ("builtins", "sparksgd", "torch")
+NOT_THE_USERS = ("builtins", "sparksgd", "torch")
 
 
 def given_code_digest(given: Iterable[type | Callable[..., Any]]) -> str | None:
@@ -30,7 +30,7 @@ def given_code_digest(given: Iterable[type | Callable[..., Any]]) -> str | None:
     """
     owners = {each if isinstance(each, type | FunctionType) else type(each) for each in given}
     modules = {str(owner.__module__) for owner in owners}
-    users = {module for module in modules if module.partition(".")[0] not in _NOT_THE_USERS}
+    users = {module for module in modules if module.partition(".")[0] not in NOT_THE_USERS}
     of_source = {module: code_digest(f"{module}:") for module in users}  # once: it may read a whole package
     lines = {f"{module} {digest}" for module, digest in of_source.items() if digest is not None}
     live = _Live()
@@ -98,6 +98,11 @@ def _is_plain(value: Any) -> bool:
     if isinstance(value, tuple):
         return all(map(_is_plain, value))
     return value is None or isinstance(value, bool | int | float | complex | str | bytes)
+
+
+def told_of_code(code: CodeType) -> str:
+    """Return what tells compiled code from another's: what it does, not where it stands."""
+    return "\n".join(_of_code(code))
 
 
 def _of_code(code: CodeType) -> Iterator[str]:

@@ -8,11 +8,12 @@ import importlib.util
 import pkgutil
 import sys
 import sysconfig
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from functools import cache
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 
-__all__ = ["code_digest", "code_digests"]
+__all__ = ["code_digest", "code_digests", "digest_of_source", "source_of", "sources_of"]
 
 _MOST_CHARACTERS = 16_000_000
 """A package that has more source is followed no further."""
@@ -60,45 +61,94 @@ def code_digests(names: Mapping[str, str | None]) -> dict[str, str]:
     return {key: digest for key, digest in digests.items() if digest is not None}
 
 
+def sources_of(modules: Iterable[str]) -> dict[str, str]:
+    """Return the sources of modules, and of what they import as `code_digest` says, by the names of modules.
+
+    Of an installed package they are those of the modules themselves: it is not changed by hand.
+
+    Args:
+        modules: their names; what has no source is left out.
+    """
+    found: dict[str, str] = {}
+    for module in modules:
+        try:
+            sources = _Sources(module, follows_installed=False)
+            found |= {
+                name: source
+                for name, source in sources.all().items()
+                if source is not None and sources.is_imported_from_there(name)
+            }
+        except Exception:  # of a strange finder, a loader or a path; whoever imports it will say why
+            continue
+    return found
+
+
+def source_of(name: str) -> tuple[ModuleSpec | None, str | None]:
+    """Return where a module was imported from, or would be, and its source; None where there is none."""
+    try:
+        spec = _Sources(name).spec(name)
+        return spec, None if spec is None else _source(spec)
+    except Exception:  # likewise
+        return None, None
+
+
+def digest_of_source(source: str) -> str:
+    """Return the SHA-256 of a source: 64 hexadecimal digits."""
+    return hashlib.sha256(source.encode()).hexdigest()
+
+
 class _Sources:
     """The sources that a module is made of."""
 
-    def __init__(self, module: str) -> None:
+    def __init__(self, module: str, *, follows_installed: bool = True) -> None:
         self._module = module
         self._top = module.partition(".")[0]
         self._specs: dict[str, ModuleSpec | None] = {self._top: _imported(self._top) or _found(self._top)}
         self._folder = _folder_of(self._specs[self._top])
+        is_followed = follows_installed or self._folder is not None
+        self._follows = is_followed and self._top not in _ALONE
 
     def digest(self) -> str | None:
         """Return the digest of all of them; None if the module has no source."""
+        sources = self.all()
+        if sources.get(self._module) is None:
+            return None
+        digest = hashlib.sha256()
+        for name, source in sorted(sources.items()):
+            told = "no source" if source is None else digest_of_source(source)
+            digest.update(f"{name} {told}\n".encode())
+        return digest.hexdigest()
+
+    def all(self) -> dict[str, str | None]:
+        """Return them by the names of modules; None: it has no source."""
         sources: dict[str, str | None] = {}
         waiting = [self._module]
         characters = 0
         while waiting:
             name = waiting.pop(0)
             for each in _with_parents(name):
-                spec = None if each in sources else self._spec(each)
+                spec = None if each in sources else self.spec(each)
                 if spec is None:
                     continue
                 source = sources[each] = _source(spec)
                 characters += len(source or "")
-                if source is not None and self._top not in _ALONE and characters <= _MOST_CHARACTERS:
+                if source is not None and self._follows and characters <= _MOST_CHARACTERS:
                     is_package = spec.submodule_search_locations is not None
-                    waiting += sorted(set(_imports(source, each, is_package)))
-        if sources.get(self._module) is None:
-            return None
-        digest = hashlib.sha256()
-        for name, source in sorted(sources.items()):
-            told = "no source" if source is None else hashlib.sha256(source.encode()).hexdigest()
-            digest.update(f"{name} {told}\n".encode())
-        return digest.hexdigest()
+                    waiting += _imports(source, each, is_package)
+        return sources
 
-    def _spec(self, name: str) -> ModuleSpec | None:
+    def is_imported_from_there(self, name: str) -> bool:
+        """Return whether an import statement leads to a module that was found beside this one."""
+        top = name.partition(".")[0]
+        found, imported = self.spec(top), _imported(top) or _found(top)
+        return found is not None and imported is not None and found.origin == imported.origin
+
+    def spec(self, name: str) -> ModuleSpec | None:
         """Return where a module is, if it is one of the same package or folder."""
         if name not in self._specs:
             parent = name.rpartition(".")[0]
             if parent:
-                around = self._spec(parent)
+                around = self.spec(parent)
                 folders = list(around.submodule_search_locations or ()) if around else []
             else:
                 folders = [self._folder] if self._folder and name != _OURS else []
@@ -169,8 +219,13 @@ def _source(spec: ModuleSpec) -> str | None:
     return None
 
 
-def _imports(source: str, name: str, is_package: bool) -> Iterator[str]:
-    """Yield the names of what a module may import: also of attributes, which are no modules."""
+@cache
+def _imports(source: str, name: str, is_package: bool) -> tuple[str, ...]:
+    """Return the names of what a module may import: also of attributes, which are no modules."""
+    return tuple(sorted(set(_each_import(source, name, is_package))))
+
+
+def _each_import(source: str, name: str, is_package: bool) -> Iterator[str]:
     try:
         tree = ast.parse(source)
     except (SyntaxError, ValueError, RecursionError, MemoryError):

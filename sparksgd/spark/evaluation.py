@@ -9,10 +9,8 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-from pyspark import cloudpickle
 from pyspark.sql import DataFrame, SparkSession
 
-from sparksgd.arithmetic.copies import pickled
 from sparksgd.config import TrainConfig
 from sparksgd.data.row_report import RowReport
 from sparksgd.errors import ConfigError, DataError, SparkSGDError
@@ -21,6 +19,7 @@ from sparksgd.runs.model import SavedModel
 from sparksgd.spark.cluster.arrow_batches import small_batches
 from sparksgd.spark.cluster.cluster import job_on
 from sparksgd.spark.cluster.jobs import spark_job
+from sparksgd.spark.cluster.users_modules import with_code
 from sparksgd.spark.frame_rows import first_rows, read_parquet, selected, without_vectors
 from sparksgd.spark.given_rows import described_value, frame_or_path
 from sparksgd.spark.session import start_session
@@ -84,7 +83,7 @@ def evaluate(rows: DataFrame | str | Path, model: SavedModel) -> Scores:
     context = frame.sparkSession.sparkContext
     plan = score_tasks.ScoringPlan(module=model.module, schema=model.schema, loss=model.loss)
     named = {"": model.module, "loss": model.loss}
-    shipped = context.broadcast(pickled(plan, named, cloudpickle.Pickler))
+    shipped = context.broadcast(with_code(plan, named))
     report, total = RowReport(), 0.0
     with out_of_memory_told("the driver, for the confusion matrix"):
         shape = score_tasks.confusion_shape(model.schema)

@@ -19,7 +19,7 @@ from typing import Any, Literal, get_args
 
 import pandas as pd
 import pyarrow as pa
-from pyspark import Broadcast, cloudpickle
+from pyspark import Broadcast
 from pyspark.ml.functions import array_to_vector
 from pyspark.ml.linalg import VectorUDT
 from pyspark.sql import Column, DataFrame, SparkSession
@@ -27,7 +27,6 @@ from pyspark.sql import functions as F
 from pyspark.sql.pandas.functions import pandas_udf
 from pyspark.sql.types import ArrayType, DataType, DecimalType, DoubleType, FloatType
 
-from sparksgd.arithmetic.copies import pickled
 from sparksgd.config import TrainConfig
 from sparksgd.engines.forward import EVALUATION_ROWS
 from sparksgd.errors import ConfigError
@@ -35,6 +34,7 @@ from sparksgd.models.losses import LossKind
 from sparksgd.models.outputs import Output
 from sparksgd.runs.model import SavedModel
 from sparksgd.spark.cluster.cluster import refuse_connect
+from sparksgd.spark.cluster.users_modules import with_code
 from sparksgd.spark.frame_rows import (
     array_of_vector,
     arrow_type,
@@ -269,9 +269,10 @@ _MOST_SHIPPED = 4
 
 def _ship(session: SparkSession, plan: PredictionPlan) -> Broadcast[ShippedPlan]:
     """Return a plan as the executors get it, once for all uses of an equal one."""
-    data = pickled(plan, {"": plan.module}, cloudpickle.Pickler)
-    key = session.sparkContext.applicationId, hashlib.sha256(data).hexdigest()
-    shipped = _shipped.pop(key, None) or session.sparkContext.broadcast(ShippedPlan(data))
+    pickled = with_code(plan, {"": plan.module})
+    digest = hashlib.sha256(pickled.data + repr(sorted(pickled.code.items())).encode()).hexdigest()
+    key = session.sparkContext.applicationId, digest
+    shipped = _shipped.pop(key, None) or session.sparkContext.broadcast(ShippedPlan(pickled))
     _shipped[key] = shipped
     while len(_shipped) > _MOST_SHIPPED:  # not destroyed: rows may still be read by it
         _shipped.popitem(last=False)

@@ -33,6 +33,7 @@ from sparksgd.engines.protocol import Engine, MakeEngine, StepReport
 from sparksgd.engines.trial.outside import watch_steps
 from sparksgd.errors import NotFinite, UpdateNotFinite
 from sparksgd.imports import out_of_memory_told
+from sparksgd.imports.same_code import refuse_changed_files
 from sparksgd.imports.sources import code_digests
 from sparksgd.models.losses import Loss, make_loss
 from sparksgd.models.metrics import metric_values
@@ -133,6 +134,10 @@ def train(
         module = build_module(config.model, config.train.seed)
     begin_training(module)
     loss = loss or make_loss(config.loss, config.train.seed)
+    refuse_changed_files(
+        [type(part) for part in module.modules()],
+        [model_name, config.loss.name, config.optimizer.name, config.schedule.name, config.solver.name],
+    )
     make_engine.check_code(module, loss)
     checked = check(
         config, module, rows, test, loss=loss,

@@ -63,6 +63,8 @@ class Cluster:
         self.job_watch = JobWatch(
             self._tasks, self._slots.count, demand.slots_timeout_s, self.lost_executors.look
         )
+        self.needed_code: dict[str, str] = {}
+        """What workers need to have of the user's code, see sparksgd/imports/same_code.py."""
         self._num_workers: int | None = None
 
     def settle(self) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 import types
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from typing import Any
@@ -20,13 +20,14 @@ from pyspark import cloudpickle
 from sparksgd.arithmetic.copies import pickled
 from sparksgd.config import OptimizerConfig, ScheduleConfig
 from sparksgd.errors import ModelError
+from sparksgd.imports.same_code import Pickled, needed_code
 from sparksgd.spark.cluster.cluster import Cluster
 from sparksgd.spark.cluster.environments import NEEDED, missing_module
 from sparksgd.spark.cluster.jobs import spark_job
 from sparksgd.spark.tasks import import_tasks
 from sparksgd.spark.tasks.import_tasks import NotImported
 
-__all__ = ["refuse_not_imported", "require_modules", "users_modules"]
+__all__ = ["refuse_not_imported", "require_modules", "users_modules", "with_code"]
 
 _THERE = frozenset(NEEDED) | {"pyspark", "__main__"} | sys.stdlib_module_names
 
@@ -69,16 +70,30 @@ def require_modules(cluster: Cluster, modules: Sequence[str]) -> None:
         modules: their names; without any nobody is asked.
 
     Raises:
-        ModelError: an executor cannot import one, with its host.
+        ModelError: an executor cannot import one, or has other code, with its host.
     """
     if modules:
+        code = needed_code(modules)
+        cluster.needed_code.update(code)
         with spark_job(cluster.context, "importing your modules on the executors"):
-            refuse_not_imported(cluster.visit(partial(import_tasks.import_modules, modules)))
+            refuse_not_imported(cluster.visit(partial(import_tasks.import_modules, modules, code)))
+
+
+def with_code(part: object, named: Mapping[str, object]) -> Pickled:
+    """Pickle what workers load, with the digests of the modules that they import for it.
+
+    Args:
+        part: of a class of ours.
+        named: what of it is the user's, see `pickled`.
+    """
+    return Pickled(pickled(part, named, cloudpickle.Pickler), needed_code(users_modules(part)))
 
 
 def refuse_not_imported(found: Sequence[NotImported]) -> None:
     """Raise the error of the first module that an executor could not import."""
     for one in found:
+        if one.is_other_code:
+            raise ModelError(f"on {one.host} ({one.executable}): {one.told}")
         if one.missing is not None:
             raise missing_module(
                 one.missing,

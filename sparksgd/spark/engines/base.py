@@ -29,6 +29,7 @@ from sparksgd.engines.compute import Plan
 from sparksgd.engines.protocol import Recovery, SegmentReport, ShardStates, StepTiming
 from sparksgd.engines.replies import Evaluation, Reply
 from sparksgd.errors import Cancelled, ClusterError, OutOfMemory, PeerLost, ShardMissing, SparkSGDError
+from sparksgd.imports.same_code import Pickled
 from sparksgd.solvers.protocol import CentralSolver, RoundSolver
 from sparksgd.spark.cluster.cluster import Cluster
 from sparksgd.spark.cluster.environments import cannot_start
@@ -97,8 +98,13 @@ class SparkEngine:
     def _ship(self, plan: Plan) -> None:
         """Broadcast what the workers compute."""
         self._plan = plan
-        self._shipped = self._context.broadcast(step_tasks.ShippedPlan(_pickled(plan)))
+        self._shipped = self._context.broadcast(step_tasks.ShippedPlan(self._pickled(plan)))
         self._is_open = True
+
+    def _pickled(self, plan: Plan) -> Pickled:
+        """Pickle a plan; classes of a notebook or of `__main__` are pickled by value."""
+        data = pickled(plan, {"": plan.module, "loss": plan.loss}, cloudpickle.Pickler)
+        return Pickled(data, self._cluster.needed_code)
 
     @staticmethod
     def check(cluster: Cluster, config: EngineConfig) -> None:
@@ -369,8 +375,3 @@ def forget_results(context: SparkContext) -> None:
                 return
             owner, target = task
             owner.garbage_collect_object(target, False)
-
-
-def _pickled(plan: Plan) -> bytes:
-    """Pickle a plan; classes of a notebook or of `__main__` are pickled by value."""
-    return pickled(plan, {"": plan.module, "loss": plan.loss}, cloudpickle.Pickler)

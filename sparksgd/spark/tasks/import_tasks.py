@@ -9,9 +9,11 @@ import importlib
 import os
 import socket
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
+from sparksgd.errors import ModelError
+from sparksgd.imports.same_code import having_code
 from sparksgd.solvers.without_compiler import without_compiler
 
 __all__ = ["NotImported", "import_modules"]
@@ -34,19 +36,42 @@ class NotImported:
     told: str
     """That error."""
 
+    is_other_code: bool
+    """Whether a module can be imported, but is not the driver's."""
 
-def import_modules(modules: Iterable[str], partition: Iterable[int]) -> Iterator[NotImported]:
-    """Task: import modules, and yield those that cannot be imported."""
+
+def import_modules(
+    modules: Iterable[str], code: Mapping[str, str], partition: Iterable[int]
+) -> Iterator[NotImported]:
+    """Task: import modules, and yield those that cannot be imported.
+
+    Args:
+        modules: their names.
+        code: what they are made of at the driver, see `needed_code`.
+        partition: of no meaning.
+    """
     list(partition)
     without_compiler()  # before a module of the user's makes this process's first optimiser
-    for module in modules:
-        try:
-            importlib.import_module(module)
-        except Exception as error:
-            yield NotImported(
-                host=os.environ.get("NM_HOST") or socket.gethostname(),  # YARN's name of this node
-                executable=sys.executable,
-                module=module,
-                missing=error.name if isinstance(error, ModuleNotFoundError) else None,
-                told=f"{type(error).__name__}: {error}",
-            )
+    try:
+        with having_code(code):
+            for module in modules:
+                try:
+                    importlib.import_module(module)
+                except Exception as error:
+                    missing = error.name if isinstance(error, ModuleNotFoundError) else None
+                    yield _not_imported(module, f"{type(error).__name__}: {error}", missing=missing)
+    except ModelError as error:
+        yield _not_imported("", str(error), is_other_code=True)
+
+
+def _not_imported(
+    module: str, told: str, *, missing: str | None = None, is_other_code: bool = False
+) -> NotImported:
+    return NotImported(
+        host=os.environ.get("NM_HOST") or socket.gethostname(),  # YARN's name of this node
+        executable=sys.executable,
+        module=module,
+        missing=missing,
+        told=told,
+        is_other_code=is_other_code,
+    )

@@ -8,7 +8,6 @@ Legend: B rows, C classes.
 from __future__ import annotations
 
 import math
-import pickle
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -30,6 +29,7 @@ from sparksgd.data.schema import RowSchema
 from sparksgd.engines.bytes_of import same_bytes
 from sparksgd.engines.forward import evaluated_parts, output_of, predictions
 from sparksgd.errors import ModelError
+from sparksgd.imports.same_code import Pickled
 from sparksgd.models.losses import LossKind, has_accuracy
 from sparksgd.models.outputs import Output, arrays_of
 from sparksgd.spark.tasks.worker_exit import leave_quietly
@@ -124,9 +124,9 @@ _PLAIN = (bool, int, float, str, type(None))
 
 
 class ShippedPlan:
-    """A pickled plan on its way to the workers; each process that gets it loads the module once."""
+    """A plan on its way to the workers; each process that gets it loads the module once."""
 
-    def __init__(self, pickled: bytes) -> None:
+    def __init__(self, pickled: Pickled) -> None:
         self._pickled = pickled
 
     @cached_property
@@ -134,7 +134,7 @@ class ShippedPlan:
         """The plan, kept as long as Spark keeps the broadcast."""
         leave_quietly()
         forget_optimised()
-        plan: PredictionPlan = pickle.loads(self._pickled)
+        plan: PredictionPlan = self._pickled.load()
         return plan
 
     @cached_property
@@ -142,7 +142,7 @@ class ShippedPlan:
         """What the plan's module is made of."""
         return _AsLoaded(self.plan.module)
 
-    def __getstate__(self) -> dict[str, bytes]:
+    def __getstate__(self) -> dict[str, Pickled]:
         return {"_pickled": self._pickled}
 
 

@@ -26,6 +26,7 @@ from sparksgd.data.schema import RowSchema
 from sparksgd.engines.forward import evaluated_parts, forward, predicted_labels
 from sparksgd.engines.freed_memory import freed_memory_kept_in_block
 from sparksgd.errors import SparkSGDError
+from sparksgd.imports.same_code import Pickled
 from sparksgd.models.losses import Loss
 from sparksgd.spark.tasks.row_tasks import rows_of
 from sparksgd.spark.tasks.worker_exit import leave_quietly
@@ -73,17 +74,17 @@ def confusion_shape(schema: RowSchema) -> tuple[int, ...] | None:
     return None if schema.classes is None else (schema.classes, schema.classes)
 
 
-def score(shipped: Broadcast[bytes], batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+def score(shipped: Broadcast[Pickled], batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
     """Task: score a partition's rows; yield one pickled `PartialScores`, or the error that was raised.
 
     Args:
-        shipped: a pickled `ScoringPlan`.
+        shipped: a `ScoringPlan`.
         batches: columns in the schema's order.
     """
     leave_quietly()
     try:
         with freed_memory_kept_in_block():
-            scores: PartialScores | SparkSGDError = _scores(pickle.loads(shipped.value), batches)
+            scores: PartialScores | SparkSGDError = _scores(shipped.value.load(), batches)
     except SparkSGDError as error:  # as a value, because Spark would retry a task that raises
         scores = type(error)(f"{error}\n  in the evaluation, at {socket.gethostname()}")
     yield pa.RecordBatch.from_arrays([pa.array([pickle.dumps(scores)], pa.binary())], ["scores"])

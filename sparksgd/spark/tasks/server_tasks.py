@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from sparksgd.data.shard import Descriptor
-from sparksgd.errors import SparkSGDError
+from sparksgd.errors import ModelError, SparkSGDError
 from sparksgd.peers.server_worker import ServerAddress, serve
 from sparksgd.spark.tasks.step_tasks import ShippedPlan
 
@@ -35,4 +35,9 @@ class WorkerTask:
 def work(shipped: Broadcast[ShippedPlan], tasks: Iterable[WorkerTask]) -> Iterator[SparkSGDError | None]:
     """Task: be a worker; yield what failed, as a value."""
     for task in tasks:
-        yield serve(shipped.value.computer, task.server, task.request, task.worker, task.shards)
+        try:
+            computer = shipped.value.computer
+        except ModelError as error:
+            yield error
+            return
+        yield serve(computer, task.server, task.request, task.worker, task.shards)

@@ -6,7 +6,6 @@ No pyspark at module level: executors import this as it is.
 from __future__ import annotations
 
 import gc
-import pickle
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -20,6 +19,7 @@ from sparksgd.engines.compute import Computer
 from sparksgd.engines.freed_memory import keep_freed_memory_until_exit
 from sparksgd.engines.replies import Reply
 from sparksgd.errors import ClusterError
+from sparksgd.imports.same_code import Pickled
 from sparksgd.peers.mesh import Meeting
 from sparksgd.peers.replica import Replica, Segment, SegmentAnswer
 from sparksgd.solvers.protocol import Answer, SolverState
@@ -33,9 +33,9 @@ __all__ = ["Round", "ShippedPlan", "add", "contact", "evaluate", "make_round", "
 
 
 class ShippedPlan:
-    """A pickled plan on its way to the workers; each process that gets it makes one computer of it."""
+    """A plan on its way to the workers; each process that gets it makes one computer of it."""
 
-    def __init__(self, pickled: bytes) -> None:
+    def __init__(self, pickled: Pickled) -> None:
         self._pickled = pickled
 
     @cached_property
@@ -45,7 +45,7 @@ class ShippedPlan:
         without_compiler()
         keep_freed_memory_until_exit()
         forget_all_optimised()
-        computer = Computer(pickle.loads(self._pickled))
+        computer = Computer(self._pickled.load())
         gc.collect()
         gc.freeze()  # PySpark's daemon collects after every task: over all of torch, 20 to 60 ms
         return computer

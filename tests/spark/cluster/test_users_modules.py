@@ -85,7 +85,7 @@ def test_only_what_cannot_be_imported_is_told(nets, tmp_path):
     (tmp_path / "needs_more.py").write_text("import nowhere_to_be_found\n")
     (tmp_path / "raises.py").write_text("raise OSError('no such library')\n")
     modules = ["their_nets", "absent.nets", "needs_more", "raises"]
-    absent, needs, raises = found = list(import_modules(modules, iter(())))
+    absent, needs, raises = found = list(import_modules(modules, {}, iter(())))
     assert (absent.module, absent.missing) == ("absent.nets", "absent")
     assert (needs.module, needs.missing) == ("needs_more", "nowhere_to_be_found")
     assert (raises.module, raises.missing, raises.told) == ("raises", None, "OSError: no such library")
@@ -103,7 +103,12 @@ def test_only_what_cannot_be_imported_is_told(nets, tmp_path):
 def test_the_host_and_how_to_bring_it_are_told(missing, words):
     refuse_not_imported([])
     one = NotImported(
-        host="node1", executable="/bin/python3", module="nets", missing=missing, told="OSError: no"
+        host="node1",
+        executable="/bin/python3",
+        module="nets",
+        missing=missing,
+        told="OSError: no",
+        is_other_code=False,
     )
     with pytest.raises(ModelError, match=words):
         refuse_not_imported([one])
