@@ -113,6 +113,8 @@ test-spark35: $(SPARK35)/.installed ## Run the tests of Spark on the oldest vers
 	@$(MAKE) --no-print-directory test BIN=$(SPARK35)/bin CLASSES=dist/spark-spark35.jsa TESTS='$(SPARK35_TESTS)'
 
 soak: $(READY) ## Run the long tests: much data, many steps, killed executors, several hosts
+	@$(BIN)/python -c 'import grpc, zstandard' 2>/dev/null || $(BIN)/pip install --quiet --disable-pip-version-check \
+	  --constraint conf/constraints.txt --editable '.[connect]'
 	$(pytest) -m 'soak and not cluster' $(TESTS)
 
 test-cluster: $(READY) data/mnist/train.parquet dist ## Run the tests on real servers: HDFS, YARN, standalone, history; ONLY=gate runs a few

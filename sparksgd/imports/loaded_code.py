@@ -3,22 +3,29 @@
 from __future__ import annotations
 
 import ast
+import hashlib
+import time
+import warnings
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Set
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cache, cached_property, lru_cache
 from importlib.machinery import SourceFileLoader
+from pathlib import Path
 from types import CodeType, FunctionType, ModuleType
 from typing import Any, Literal
 from zipimport import zipimporter
 
 from sparksgd.imports.given_code import told_of_code
 
-__all__ = ["Difference", "attributes_set", "difference"]
+__all__ = ["Difference", "attributes_set", "code_of_source", "difference"]
 
 _PLAIN = (bool, int, float, complex, str, bytes, type(None))
 _CACHED = type(lru_cache(len))
 _FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
+_NOT_COMPILED = (SyntaxError, ValueError, RecursionError, MemoryError)
+_BEGAN_S = time.time()
+"""A file that is older was not changed after its import."""
 
 
 @dataclass(frozen=True)
@@ -27,11 +34,28 @@ class Difference:
 
     told: str
     kind: Literal["older", "replaced", "set"]
-    """A function is of the file as it was before; or one of `__main__`, or a class, is in its place; or a
+    """older: it is as the file was before.  replaced: what `__main__` defines is in its place.  set: a
     constant has another value."""
 
 
-def difference(module: ModuleType, source: str, are_set: Set[str] = frozenset()) -> Difference | None:
+@cache
+def code_of_source(source: str) -> str:
+    """Return the digest of what a source does: comments, lines and docstrings do not count.
+
+    Args:
+        source: of a module.
+    """
+    try:
+        tree = _parsed(source)
+    except _NOT_COMPILED:
+        return hashlib.sha256(source.encode()).hexdigest()
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.Module, ast.ClassDef, *_FUNCTIONS)) and ast.get_docstring(node) is not None:
+            node.body[0] = ast.Pass()
+    return hashlib.sha256(ast.dump(tree).encode()).hexdigest()
+
+
+def difference(module: object, source: str, are_set: Set[str] = frozenset()) -> Difference | None:
     """Return what of a module is not as a source says; None: nothing is.
 
     Functions and methods are compared, and plain constants of the module and of its classes.  What is bound
@@ -41,37 +65,70 @@ def difference(module: ModuleType, source: str, are_set: Set[str] = frozenset())
     them.
 
     Args:
-        module: as it is now.
+        module: as it is now; some put another object in their place.
         source: of its file.
         are_set: names of constants that code may set wherever it is imported.
     """
-    spec = module.__spec__
+    spec = getattr(module, "__spec__", None) if isinstance(module, ModuleType) else None
     if spec is None or spec.origin is None or type(spec.loader) not in (SourceFileLoader, zipimporter):
         return None
+    assert isinstance(module, ModuleType)
     try:
-        tree = ast.parse(source)
-        written = _functions(compile(source, spec.origin, "exec", dont_inherit=True))
-    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
-        return Difference(f"it cannot be compiled ({type(error).__name__})", "older")
+        tree = _parsed(source)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # they were shown at the import, and may be errors now
+            written = _functions(compile(source, spec.origin, "exec", dont_inherit=True))
+    except _NOT_COMPILED as error:
+        return Difference(f"it cannot be compiled: {type(error).__name__}", "older")
+    decorated = set() if _is_young(spec.origin) else set(_decorated(tree))
     for code in _live(module, spec.origin):
-        if told_of_code(code) not in written.get(code.co_qualname, {told_of_code(code)}):
-            return Difference(f"{code.co_qualname} was another function", "older")
+        name = code.co_qualname
+        if name not in decorated and told_of_code(code) not in written.get(name, {told_of_code(code)}):
+            return Difference(f"{name} was another function", "older")
     if any(isinstance(node, ast.ImportFrom) and node.names[0].name == "*" for node in tree.body):
         return None  # anything may be bound again by it
-    return _set_since(tree, module, are_set)
+    return min(_set_since(tree, module, are_set), key=lambda one: one.kind, default=None)  # "replaced" first
 
 
 def attributes_set(source: str) -> set[str]:
     """Return the names of the attributes that code sets of others than `self`."""
     try:
-        tree = ast.parse(source)
-    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        tree = _parsed(source)
+    except _NOT_COMPILED:
         return set()
     return {
         node.attr
         for node in ast.walk(tree)
         if isinstance(node, ast.Attribute) and not isinstance(node.ctx, ast.Load) and not _is_self(node.value)
     }
+
+
+def _parsed(source: str) -> ast.Module:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return ast.parse(source)
+
+
+def _is_young(origin: str) -> bool:
+    """Return whether a file may have been changed since this process began; one in a zip file was not."""
+    try:
+        return Path(origin).stat().st_mtime >= _BEGAN_S - 1
+    except OSError:
+        return False
+
+
+def _decorated(node: ast.AST, prefix: str = "", is_within: bool = False) -> Iterator[str]:
+    """Yield the qualified names of functions that are decorated, or within what is: tools compile them."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, (*_FUNCTIONS, ast.ClassDef, ast.Lambda)):
+            name = prefix + getattr(child, "name", "<lambda>")
+            is_decorated = is_within or bool(getattr(child, "decorator_list", ()))
+            if is_decorated:
+                yield name
+            inner = "." if isinstance(child, ast.ClassDef) else ".<locals>."
+            yield from _decorated(child, name + inner, is_decorated)
+        else:
+            yield from _decorated(child, prefix, is_within)
 
 
 def _functions(code: CodeType) -> dict[str, set[str]]:
@@ -102,7 +159,7 @@ def _live(module: ModuleType, origin: str) -> Iterator[CodeType]:
             waiting.append(getattr(value, "__wrapped__", None))
         elif issubclass(kind, type):
             if value.__module__ == module.__name__:
-                waiting += vars(value).values()
+                waiting += list(vars(value).values())
         elif issubclass(kind, property):
             waiting += (value.fget, value.fset, value.fdel)
         elif issubclass(kind, staticmethod | classmethod):
@@ -113,8 +170,8 @@ def _live(module: ModuleType, origin: str) -> Iterator[CodeType]:
             waiting.append(value.__wrapped__)
 
 
-def _set_since(tree: ast.Module, module: ModuleType, are_set: Set[str]) -> Difference | None:
-    """Return a function or a constant that the module binds once, and that is another one now."""
+def _set_since(tree: ast.Module, module: ModuleType, are_set: Set[str]) -> Iterator[Difference]:
+    """Yield the functions and constants that the module binds once, and that are others now."""
     excluded = {name for node in ast.walk(tree) if isinstance(node, ast.Global) for name in node.names}
     excluded |= are_set
     places: list[tuple[str, list[ast.stmt], Any]] = [("", tree.body, module)]
@@ -129,15 +186,55 @@ def _set_since(tree: ast.Module, module: ModuleType, are_set: Set[str]) -> Diffe
                 continue
             now, path = vars(owner)[name], f"{prefix}{name}"
             if isinstance(value, ast.AST):
-                if getattr(now, "__module__", None) == "__main__" and hasattr(now, "__qualname__"):
-                    return Difference(f"{path} is {now.__qualname__} of __main__", "replaced")
-            elif type(now) in _PLAIN and repr(now) != repr(value):
-                return Difference(f"{path} is {now!r} here, and {value!r} in the file", "set")
-    return None
+                if _is_of_main(now):
+                    yield Difference(f"{path} is {now.__qualname__} of __main__", "replaced")
+                elif isinstance(value, _FUNCTIONS) and _has_other_defaults(now, value):
+                    yield Difference(f"{path} has other defaults here than in the file", "set")
+            elif _is_plain(now) and repr(now) != repr(value):
+                yield Difference(f"{path} is {now!r} here, and {value!r} in the file", "set")
+
+
+def _is_of_main(value: Any) -> bool:
+    """Return whether a function or class is of `__main__`, also if it took the names of another."""
+    if issubclass(type(value), FunctionType):
+        return "__main__" in (value.__module__, value.__globals__.get("__name__"))
+    return issubclass(type(value), type) and value.__module__ == "__main__"
+
+
+def _has_other_defaults(now: Any, written: ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
+    """Return whether a function has other plain values as defaults than its source says."""
+    if not issubclass(type(now), FunctionType):
+        return False
+    named = dict(zip((each.arg for each in written.args.kwonlyargs), written.args.kw_defaults, strict=True))
+    pairs: list[tuple[Any, ast.expr | None]] = list(
+        zip(now.__defaults__ or (), written.args.defaults, strict=False)
+    )
+    pairs += [(value, named.get(name)) for name, value in (now.__kwdefaults__ or {}).items()]
+    if len(now.__defaults__ or ()) != len(written.args.defaults):
+        return True
+    return any(
+        is_literal and _is_plain(value) and repr(value) != repr(constant)
+        for value, node in pairs
+        for is_literal, constant in [_literal(node)]
+    )
+
+
+def _is_plain(value: Any) -> bool:
+    """Return whether nobody can change a value in place."""
+    return all(map(_is_plain, value)) if type(value) is tuple else type(value) in _PLAIN
 
 
 def _is_self(node: ast.expr) -> bool:
     return isinstance(node, ast.Name) and node.id == "self"
+
+
+def _literal(node: ast.expr | None) -> tuple[bool, Any]:
+    """Return whether an expression is a plain value, and the value."""
+    try:
+        value = None if node is None else ast.literal_eval(node)
+    except (TypeError, *_NOT_COMPILED):
+        return False, None
+    return node is not None and _is_plain(value), value
 
 
 def _written_in(body: Iterable[ast.stmt]) -> Iterator[tuple[str, Any]]:
@@ -154,11 +251,8 @@ def _written_in(body: Iterable[ast.stmt]) -> Iterator[tuple[str, Any]]:
         else:
             continue
         if isinstance(target, ast.Name):
-            try:
-                constant = ast.literal_eval(value)
-            except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
-                continue
-            if type(constant) in _PLAIN:
+            is_plain, constant = _literal(value)
+            if is_plain:
                 yield target.id, constant
 
 

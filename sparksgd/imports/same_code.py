@@ -10,24 +10,24 @@ import importlib
 import logging
 import pickle
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Set
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
 from sparksgd.errors import ModelError
-from sparksgd.imports.given_code import NOT_THE_USERS
-from sparksgd.imports.loaded_code import Difference, attributes_set, difference
-from sparksgd.imports.sources import digest_of_source, source_of, sources_of
+from sparksgd.imports.loaded_code import Difference, attributes_set, code_of_source, difference
+from sparksgd.imports.sources import loaded_sources, source_of
 
 __all__ = ["Pickled", "having_code", "needed_code", "refuse_changed_files"]
 
 log = logging.getLogger("sparksgd")
 
-_imported: dict[str, tuple[ModuleType, str]] = {}
-"""By name: modules that a block of `having_code` imported, and the digests of their sources."""
+_had: dict[str, tuple[ModuleType, str]] = {}
+"""By name: modules of this process that were found to be the code that was needed, and its digests."""
+
+_warned: set[str] = set()
 
 
 @dataclass(frozen=True)
@@ -50,9 +50,9 @@ class Pickled:
 
 
 def needed_code(modules: Iterable[str]) -> dict[str, str]:
-    """Return the digests of what modules are made of, by the names of modules; see `sources_of`.
+    """Return the digests of what modules are made of, by the names of modules; see `loaded_sources`.
 
-    Warn of constants that have other values here than in the files.
+    Warn, once, of constants that have other values here than in the files.
 
     Args:
         modules: their names.
@@ -60,16 +60,17 @@ def needed_code(modules: Iterable[str]) -> dict[str, str]:
     Raises:
         ModelError: a file was changed after this process had imported it, or a function was replaced.
     """
-    sources = sources_of(modules)
-    are_set = set().union(*map(attributes_set, sources.values()))
-    for name, found in _differences(sources, are_set):
+    sources = loaded_sources(modules)
+    for name, found in _differences(sources):
         if found.kind == "older":
             raise _changed(name, found)
-        told = f"{name}.{found.told}: workers import {_origin(sys.modules[name].__spec__)} as it is written"
+        told = f"{name}.{found.told}, but workers import {_origin(name)} as it is written"
         if found.kind == "replaced":
-            raise ModelError(f"{told}. Write it there, or let the whole class be one of __main__")
-        log.warning("%s, so write it there, or let it be an argument", told)
-    return {name: digest_of_source(source) for name, source in sources.items()}
+            raise ModelError(f"{told}: write it there, or define the whole class in __main__")
+        if told not in _warned:
+            _warned.add(told)
+            log.warning("%s: write it there, or let it be an argument", told)
+    return {name: code_of_source(source) for name, source in sources.items()}
 
 
 def refuse_changed_files(classes: Iterable[type], names: Iterable[str | None]) -> None:
@@ -84,28 +85,25 @@ def refuse_changed_files(classes: Iterable[type], names: Iterable[str | None]) -
     """
     homes = {each.__module__ for each in classes}
     homes |= {name.partition(":")[0] for name in names if name is not None and ":" in name}
-    sources = sources_of(home for home in homes if home.partition(".")[0] not in NOT_THE_USERS)
-    for name, found in _differences(sources):
+    for name, found in _differences(loaded_sources(sorted(homes))):
         if found.kind == "older":
             raise _changed(name, found)
 
 
-def _differences(
-    sources: Mapping[str, str], are_set: Set[str] = frozenset()
-) -> Iterator[tuple[str, Difference]]:
+def _differences(sources: Mapping[str, str]) -> Iterator[tuple[str, Difference]]:
     """Yield the modules that are not as their sources say, by their names."""
+    are_set = set().union(*map(attributes_set, sources.values()))
     for name, source in sources.items():
-        module = sys.modules.get(name)
-        found = None if module is None else difference(module, source, are_set)
+        found = difference(sys.modules.get(name), source, are_set)
         if found is not None:
             yield name, found
 
 
 def _changed(name: str, found: Difference) -> ModelError:
     return ModelError(
-        f"{_origin(sys.modules[name].__spec__)} was changed after this process had imported {name} "
-        f"({found.told}), and others would compute by the new file: start this process again; in a notebook, "
-        f"importlib.reload({name}), and make the module anew"
+        f"{_origin(name)} was changed after this process had imported {name} ({found.told}), so that other "
+        f"processes have other code: start this process again; in a notebook, importlib.reload({name}), and "
+        f"build the model anew"
     )
 
 
@@ -113,45 +111,48 @@ def _changed(name: str, found: Difference) -> ModelError:
 def having_code(needed: Mapping[str, str]) -> Iterator[None]:
     """See to it that the block imports the code that another process has.
 
-    A module that was imported before its file got that code is forgotten, so that it is imported anew.
-
     Args:
         needed: as `needed_code` returned it there.
 
     Raises:
-        ModelError: a module has another source here.  A module without a source is believed.
+        ModelError: a module has another source here, or was imported from another one.  A module without a
+            source is believed.
     """
-    is_stale = False
+    importlib.invalidate_caches()  # of folders, to which files may have come since
+    sources: dict[str, str] = {}
     for name, digest in needed.items():
-        module = sys.modules.get(name)
-        imported, before = _imported.get(name, (None, ""))
-        if module is not None and imported is module and before == digest:
+        module, had = sys.modules.get(name), _had.get(name)
+        if had is not None and had[0] is module and had[1] == digest:
             continue  # also if its file was changed since
         spec, source = source_of(name)
         if source is None:
             continue
-        if digest_of_source(source) != digest:
+        if code_of_source(source) != digest:
             raise ModelError(
-                f"{name} is other code here ({_origin(spec)}) than where the run was started: its file was "
-                f"changed while the run went on, or another version of it is installed here. Put the same "
-                f"file on all hosts, or bring it by --py-files; a run that has checkpoints then goes on"
+                f"{name} is other code here ({spec and spec.origin}) than where the run was started: its "
+                f"file was changed while the run went on, or another version of it is installed here, or was "
+                f"brought to this session before. Let all hosts have the same file, or bring it by "
+                f"--py-files; a run that has checkpoints then goes on"
             )
-        if module is not None:
-            is_stale = is_stale or imported is module or _is_old(module, source)
-    for name in needed if is_stale else ():
-        sys.modules.pop(name, None)
-    importlib.invalidate_caches()  # of folders, to which files may have come since
+        sources[name] = source
+    _refuse_older(sources)
     yield
-    for name, digest in needed.items():
-        if name in sys.modules:
-            _imported[name] = sys.modules[name], digest
+    _refuse_older(sources)  # a file of bytecode may be older, though Python believes it
+    for name in sources:
+        module = sys.modules.get(name)
+        if isinstance(module, ModuleType):
+            _had[name] = module, needed[name]
 
 
-def _origin(spec: ModuleSpec | None) -> str:
+def _refuse_older(sources: Mapping[str, str]) -> None:
+    """Refuse modules that this process imported from other code than their files have now."""
+    for name, found in _differences(sources):
+        raise ModelError(
+            f"{_origin(name)} was changed after a Python worker had imported {name} ({found.told}): start a "
+            f"new Spark session; if that does not help, remove the folder __pycache__ beside the file"
+        )
+
+
+def _origin(name: str) -> str:
+    spec = getattr(sys.modules.get(name), "__spec__", None)
     return getattr(spec, "origin", None) or "a file"
-
-
-def _is_old(module: ModuleType, source: str) -> bool:
-    """Return whether a module was imported before its file was changed."""
-    found = difference(module, source)
-    return found is not None and found.kind == "older"

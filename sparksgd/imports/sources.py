@@ -13,13 +13,21 @@ from functools import cache
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 
-__all__ = ["code_digest", "code_digests", "digest_of_source", "source_of", "sources_of"]
+__all__ = ["code_digest", "code_digests", "loaded_sources", "source_of"]
 
 _MOST_CHARACTERS = 16_000_000
 """A package that has more source is followed no further."""
 
 _ALONE = ("torch",)
 """Packages of which only the named module is read: their version says more, and they are large."""
+
+_MOST_COMPARED = 2_000_000
+"""Characters of source that are compared between processes, at about a second for each million."""
+
+_EVERYWHERE = sys.stdlib_module_names | {
+    "__main__", "__mp_main__", "numpy", "pandas", "py4j", "pyarrow", "pyspark", "sparksgd", "torch",
+}  # fmt: skip
+"""What every process has, and is compared by its version, or travels by value."""
 
 _OURS = "sparksgd"
 """It may lie beside the user's code, or be installed."""
@@ -61,66 +69,61 @@ def code_digests(names: Mapping[str, str | None]) -> dict[str, str]:
     return {key: digest for key, digest in digests.items() if digest is not None}
 
 
-def sources_of(modules: Iterable[str]) -> dict[str, str]:
-    """Return the sources of modules, and of what they import as `code_digest` says, by the names of modules.
+def loaded_sources(modules: Iterable[str]) -> dict[str, str]:
+    """Return the sources of modules that this process has imported, and of what those import, by their names.
 
-    Of an installed package they are those of the modules themselves: it is not changed by hand.
+    That is, of their own packages and of all others that are not installed.  Libraries that every process
+    has, and what was not imported, are left out.  Where it is much, the last ones are.
 
     Args:
-        modules: their names; what has no source is left out.
+        modules: their names.
     """
     found: dict[str, str] = {}
-    for module in modules:
-        try:
-            sources = _Sources(module, follows_installed=False)
-            found |= {
-                name: source
-                for name, source in sources.all().items()
-                if source is not None and sources.is_imported_from_there(name)
-            }
-        except Exception:  # of a strange finder, a loader or a path; whoever imports it will say why
-            continue
+    seen: set[str] = set()
+    waiting = list(modules)
+    characters = 0
+    while waiting and characters <= _MOST_COMPARED:
+        for name in _with_parents(waiting.pop(0)):
+            top, spec = name.partition(".")[0], _imported(name)
+            if name in seen or spec is None or top in _EVERYWHERE:
+                continue
+            seen.add(name)
+            source = _source(spec)
+            if source is None:
+                continue
+            found[name] = source
+            characters += len(source)
+            is_package = spec.submodule_search_locations is not None
+            waiting += (each for each in _imports(source, name, is_package) if _is_followed(each, top))
     return found
+
+
+def _is_followed(name: str, by_top: str) -> bool:
+    """Return whether an imported module is of the same package, or of one that is not installed."""
+    top = name.partition(".")[0]
+    return name in sys.modules and (top == by_top or _folder_of(_imported(top)) is not None)
 
 
 def source_of(name: str) -> tuple[ModuleSpec | None, str | None]:
     """Return where a module was imported from, or would be, and its source; None where there is none."""
     try:
-        spec = _Sources(name).spec(name)
+        spec = _imported(name) or _Sources(name).spec(name)
         return spec, None if spec is None else _source(spec)
-    except Exception:  # likewise
+    except Exception:  # of a strange finder, a loader or a path; `import` will say why
         return None, None
-
-
-def digest_of_source(source: str) -> str:
-    """Return the SHA-256 of a source: 64 hexadecimal digits."""
-    return hashlib.sha256(source.encode()).hexdigest()
 
 
 class _Sources:
     """The sources that a module is made of."""
 
-    def __init__(self, module: str, *, follows_installed: bool = True) -> None:
+    def __init__(self, module: str) -> None:
         self._module = module
         self._top = module.partition(".")[0]
         self._specs: dict[str, ModuleSpec | None] = {self._top: _imported(self._top) or _found(self._top)}
         self._folder = _folder_of(self._specs[self._top])
-        is_followed = follows_installed or self._folder is not None
-        self._follows = is_followed and self._top not in _ALONE
 
     def digest(self) -> str | None:
         """Return the digest of all of them; None if the module has no source."""
-        sources = self.all()
-        if sources.get(self._module) is None:
-            return None
-        digest = hashlib.sha256()
-        for name, source in sorted(sources.items()):
-            told = "no source" if source is None else digest_of_source(source)
-            digest.update(f"{name} {told}\n".encode())
-        return digest.hexdigest()
-
-    def all(self) -> dict[str, str | None]:
-        """Return them by the names of modules; None: it has no source."""
         sources: dict[str, str | None] = {}
         waiting = [self._module]
         characters = 0
@@ -132,16 +135,16 @@ class _Sources:
                     continue
                 source = sources[each] = _source(spec)
                 characters += len(source or "")
-                if source is not None and self._follows and characters <= _MOST_CHARACTERS:
+                if source is not None and self._top not in _ALONE and characters <= _MOST_CHARACTERS:
                     is_package = spec.submodule_search_locations is not None
                     waiting += _imports(source, each, is_package)
-        return sources
-
-    def is_imported_from_there(self, name: str) -> bool:
-        """Return whether an import statement leads to a module that was found beside this one."""
-        top = name.partition(".")[0]
-        found, imported = self.spec(top), _imported(top) or _found(top)
-        return found is not None and imported is not None and found.origin == imported.origin
+        if sources.get(self._module) is None:
+            return None
+        digest = hashlib.sha256()
+        for name, source in sorted(sources.items()):
+            told = "no source" if source is None else hashlib.sha256(source.encode()).hexdigest()
+            digest.update(f"{name} {told}\n".encode())
+        return digest.hexdigest()
 
     def spec(self, name: str) -> ModuleSpec | None:
         """Return where a module is, if it is one of the same package or folder."""

@@ -9,7 +9,8 @@ Paths are resolved as Spark's own savers do: one without a scheme is of fs.defau
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import Any
 
 from pyspark import SparkContext
@@ -22,7 +23,8 @@ from sparksgd.ml.module_spec import ModuleSpec
 from sparksgd.ml.records import TrainingRecord
 from sparksgd.runs.model import load_model, save_model
 from sparksgd.runs.names import MANIFEST
-from sparksgd.spark.cluster.cluster import refuse_connect
+from sparksgd.spark.cluster.cluster import is_connect, refuse_connect
+from sparksgd.spark.connect_files import copied
 from sparksgd.spark.uris import lead_to_hadoop
 from sparksgd.storage import Location, location
 
@@ -81,7 +83,7 @@ class EstimatorReader(MLReader[Any]):
         Raises:
             DataError: it is another class's, or a Param names code that is not trusted: `fit` would run it.
         """
-        estimator = _with_params(self._kind(), path, _context(self))
+        estimator = _with_params(self._kind(), path, _metadata_at(path, _context(self)))
         trusting = trusted(self._trust, where=path)
         for key, name in _names_of_code(estimator):
             resolve(key, name, {}, trusting)
@@ -131,15 +133,27 @@ class ModelReader(MLReader[Any]):
 
     def load(self, path: str) -> Any:
         """Return the Model that was saved at a path."""
-        context = _context(self)
-        folder = _resolved(path, context)
+        session: Any = self.sparkSession
+        if is_connect(session):
+            with copied(session, path) as folder:
+                return self._loaded(path, folder, partial(_metadata_in, folder))
+        return self._loaded(path, _resolved(path, self.sc), partial(_metadata_at, path, self.sc))
+
+    def _loaded(self, path: str, folder: Location, metadata: Callable[[], dict[str, Any]]) -> Any:
+        """Return the Model of a folder.
+
+        Args:
+            path: what it was called.
+            folder: where it can be read.
+            metadata: reads its class and Params.
+        """
         if MANIFEST in folder.names():
             saved = load_model(folder, **self._how)
             model: Any = self._kind(saved)
             features = [feature.name for feature in saved.schema.features]
             columns = {"featuresCol": features[0]} if len(features) == 1 else {}
             return model._set(labelCol=saved.schema.label, **columns)
-        model = _with_params(self._kind(), path, context)
+        model = _with_params(self._kind(), path, metadata())
         model._saved = load_model(folder / _MODEL, **self._how)
         model._record = TrainingRecord.read(folder)
         return model
@@ -155,9 +169,19 @@ def _context(of: BaseReadWrite) -> SparkContext:
     return of.sc
 
 
-def _with_params(instance: Any, path: str, context: SparkContext) -> Any:
+def _metadata_at(path: str, context: SparkContext) -> dict[str, Any]:
+    """Return the class, the uid and the Params that were saved at a path."""
+    return DefaultParamsReader.loadMetadata(path, context)
+
+
+def _metadata_in(folder: Location) -> dict[str, Any]:
+    """Return them of a folder that was copied to this machine."""
+    (text,) = ((folder / "metadata" / name).read_bytes() for name in (folder / "metadata").names())
+    return DefaultParamsReader._parseMetaData(text.decode())
+
+
+def _with_params(instance: Any, path: str, metadata: dict[str, Any]) -> Any:
     """Return an instance with the uid and the Params that were saved at a path."""
-    metadata = DefaultParamsReader.loadMetadata(path, context)
     name = f"{type(instance).__module__}.{type(instance).__name__}"
     if metadata.get("class") != name:
         raise DataError(f"{path} holds a {shown(metadata.get('class'))}, not a {name}: load it as what it is")

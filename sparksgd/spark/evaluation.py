@@ -83,7 +83,7 @@ def evaluate(rows: DataFrame | str | Path, model: SavedModel) -> Scores:
     context = frame.sparkSession.sparkContext
     plan = score_tasks.ScoringPlan(module=model.module, schema=model.schema, loss=model.loss)
     named = {"": model.module, "loss": model.loss}
-    shipped = context.broadcast(with_code(plan, named))
+    shipped = context.broadcast(with_code(plan, named, context))
     report, total = RowReport(), 0.0
     with out_of_memory_told("the driver, for the confusion matrix"):
         shape = score_tasks.confusion_shape(model.schema)

@@ -27,12 +27,13 @@ _ADVICE = {
 """What to do with tables of other libraries, by the beginning of the module of their class."""
 
 
-def frame_or_path(argument: str, rows: object) -> DataFrame | str:
+def frame_or_path(argument: str, rows: object, *, takes_connect: bool = False) -> DataFrame | str:
     """Return rows that can be read: an unchanged DataFrame, or a path as text.
 
     Args:
         argument: the name of the argument, for errors.
         rows: its value.
+        takes_connect: whether a DataFrame of Spark Connect will do, of Spark 4 or later.
 
     Raises:
         ConfigError: they are neither a DataFrame nor a path, or the path is empty.
@@ -49,7 +50,8 @@ def frame_or_path(argument: str, rows: object) -> DataFrame | str:
 
         from sparksgd.spark.cluster.cluster import refuse_connect
 
-        refuse_connect(rows)
+        if not (takes_connect and isinstance(rows, DataFrame)):
+            refuse_connect(rows)
         if isinstance(rows, DataFrame):
             return rows
     advice = "pass one of the two" if rows is None else "make one of the two of it"

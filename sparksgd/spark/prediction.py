@@ -8,6 +8,8 @@ Only the features enter Python.  Nothing is computed before the frame is read.
 from __future__ import annotations
 
 import hashlib
+import pickle
+import tempfile
 import uuid
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
@@ -25,15 +27,31 @@ from pyspark.ml.linalg import VectorUDT
 from pyspark.sql import Column, DataFrame, SparkSession
 from pyspark.sql import functions as F
 from pyspark.sql.pandas.functions import pandas_udf
-from pyspark.sql.types import ArrayType, DataType, DecimalType, DoubleType, FloatType
+from pyspark.sql.types import (
+    ArrayType,
+    BinaryType,
+    BooleanType,
+    DataType,
+    DateType,
+    DecimalType,
+    DoubleType,
+    FloatType,
+    MapType,
+    NumericType,
+    StringType,
+    StructType,
+    TimestampNTZType,
+    TimestampType,
+)
 
 from sparksgd.config import TrainConfig
 from sparksgd.engines.forward import EVALUATION_ROWS
 from sparksgd.errors import ConfigError
+from sparksgd.imports.same_code import Pickled
 from sparksgd.models.losses import LossKind
 from sparksgd.models.outputs import Output
 from sparksgd.runs.model import SavedModel
-from sparksgd.spark.cluster.cluster import refuse_connect
+from sparksgd.spark.cluster.cluster import is_connect
 from sparksgd.spark.cluster.users_modules import with_code
 from sparksgd.spark.frame_rows import (
     array_of_vector,
@@ -46,7 +64,14 @@ from sparksgd.spark.frame_rows import (
 from sparksgd.spark.given_rows import described_value, frame_or_path
 from sparksgd.spark.session import start_session
 from sparksgd.spark.tasks import predict_tasks
-from sparksgd.spark.tasks.predict_tasks import COMPLETE, GOOD, HAS_NAN, PredictionPlan, ShippedPlan
+from sparksgd.spark.tasks.predict_tasks import (
+    COMPLETE,
+    GOOD,
+    HAS_NAN,
+    PredictionPlan,
+    ShippedFile,
+    ShippedPlan,
+)
 
 __all__ = ["NewColumns", "OnBadRow", "predict", "with_predictions"]
 
@@ -92,9 +117,9 @@ def predict(
     as 0.0.  Each forward starts from the module as it was loaded, whatever another one changed.
 
     Args:
-        rows: a DataFrame, also a stream, or a path or URI of Parquet, with the features that the model was
-            trained on; a label is not needed. A path is read in the active session; if there is none, one is
-            started, and left running.
+        rows: a DataFrame, also a stream, or of Spark Connect, or a path or URI of Parquet, with the features
+            that the model was trained on; a label is not needed. A path is read in the active session; if
+            there is none, one is started, and left running.
         model: as `load_model` returns it.
         prediction: the column of predictions: the class, as a double, if the loss is of classes, as
             cross_entropy and binary_cross_entropy are; a double if it is of numbers; an array of doubles, 0
@@ -112,7 +137,7 @@ def predict(
         ConfigError: an argument is of another type, or names a column that exists.
         DataError: a feature is missing, or of another type than in the training.
     """
-    given = frame_or_path("rows", rows)
+    given = frame_or_path("rows", rows, takes_connect=True)
     if not isinstance(model, SavedModel):
         raise ConfigError(
             f"model is {described_value(model)}, but must be what sparksgd.load_model(folder) returns"
@@ -169,7 +194,6 @@ def with_predictions(
     """
     if type(rows_per_forward) is not int or rows_per_forward < 1:
         raise ConfigError(f"rows_per_forward is {rows_per_forward!r}, but must be a whole number from 1")
-    refuse_connect(frame.sparkSession)
     _refuse_taken(frame, new.names)
     features = _features(frame, model)
     plan = PredictionPlan(
@@ -184,11 +208,36 @@ def with_predictions(
     )
     predicted = _udf(frame.sparkSession, plan, is_filtered=on_bad_row == "skip")
     result = f"predicted {uuid.uuid4().hex}"
-    scored = frame.withColumn(result, predicted(F.struct(*features)))
+    scored = _as_rows(frame).withColumn(result, predicted(F.struct(*features)))
     if on_bad_row == "skip":
         scored = scored.where(F.col(result)[GOOD])
     columns = {name: _new_column(F.col(result), what, new) for what, name in new.names.items()}
     return scored.withColumns(columns).drop(result)
+
+
+def _as_rows(frame: DataFrame) -> DataFrame:
+    """Return a frame that Spark does not give to the function in columns, where some are no types of Arrow.
+
+    Spark 4.3 does so with Parquet, and then fails at vectors (arrow.pythonUDF.columnarInput.enabled).
+    """
+    for field in frame.schema.fields:
+        if not _is_of_arrow(field.dataType):
+            return frame.where(F.size(F.array(F.col(quoted(field.name)).isNull())) > 0)  # true of each row
+    return frame
+
+
+_OF_ARROW = (BinaryType, BooleanType, DateType, NumericType, StringType, TimestampNTZType, TimestampType)
+
+
+def _is_of_arrow(kind: DataType) -> bool:
+    """Return whether Spark can write a type as Arrow for certain."""
+    if isinstance(kind, ArrayType):
+        return _is_of_arrow(kind.elementType)
+    if isinstance(kind, MapType):
+        return _is_of_arrow(kind.keyType) and _is_of_arrow(kind.valueType)
+    if isinstance(kind, StructType):
+        return all(_is_of_arrow(field.dataType) for field in kind.fields)
+    return isinstance(kind, _OF_ARROW)
 
 
 def _refuse_taken(frame: DataFrame, names: Mapping[str, str]) -> None:
@@ -262,20 +311,35 @@ def _arrow_columns(features: DataFrame, model: SavedModel) -> pa.Schema:
     )
 
 
-_shipped: OrderedDict[tuple[str, str], Broadcast[ShippedPlan]] = OrderedDict()
-"""The plans that were shipped last, by application and digest: each leaves a file until the session ends."""
+_shipped: OrderedDict[tuple[str, str], Broadcast[ShippedPlan] | ShippedFile] = OrderedDict()
+"""The plans that were shipped last, by session and digest: each leaves a file until the session ends."""
 _MOST_SHIPPED = 4
 
 
-def _ship(session: SparkSession, plan: PredictionPlan) -> Broadcast[ShippedPlan]:
+def _ship(session: SparkSession, plan: PredictionPlan) -> Broadcast[ShippedPlan] | ShippedFile:
     """Return a plan as the executors get it, once for all uses of an equal one."""
-    pickled = with_code(plan, {"": plan.module})
+    context = None if is_connect(session) else session.sparkContext
+    pickled = with_code(plan, {"": plan.module}, context)
     digest = hashlib.sha256(pickled.data + repr(sorted(pickled.code.items())).encode()).hexdigest()
-    key = session.sparkContext.applicationId, digest
-    shipped = _shipped.pop(key, None) or session.sparkContext.broadcast(ShippedPlan(pickled))
+    of_session: Any = session  # of Connect, it has an id instead
+    key = of_session.session_id if context is None else context.applicationId, digest
+    shipped = _shipped.pop(key, None)
+    if shipped is None:
+        shipped = _as_file(session, pickled) if context is None else context.broadcast(ShippedPlan(pickled))
     _shipped[key] = shipped
     while len(_shipped) > _MOST_SHIPPED:  # not destroyed: rows may still be read by it
         _shipped.popitem(last=False)
+    return shipped
+
+
+def _as_file(session: Any, pickled: Pickled) -> ShippedFile:
+    """Bring a plan to a server of Spark Connect, which has no broadcasts, as a file."""
+    data = pickle.dumps(pickled)
+    shipped = ShippedFile(hashlib.sha256(data).hexdigest())
+    with tempfile.TemporaryDirectory(prefix="sparksgd-") as folder:
+        file = Path(folder) / shipped.name
+        file.write_bytes(data)
+        session.addArtifacts(str(file), file=True)
     return shipped
 
 

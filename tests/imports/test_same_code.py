@@ -16,7 +16,7 @@ import pytest
 
 import sparksgd
 from sparksgd.errors import ModelError
-from sparksgd.imports.loaded_code import difference
+from sparksgd.imports.loaded_code import code_of_source, difference
 from sparksgd.imports.same_code import Pickled, having_code, needed_code, refuse_changed_files
 from sparksgd.imports.sources import source_of
 
@@ -84,8 +84,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(sys, "dont_write_bytecode", True)  # files change faster than Python notices
     yield tmp_path
-    for name in ("same_nets", "helped_code"):
-        sys.modules.pop(name, None)
+    sys.path[:] = [each for each in sys.path if not each.startswith(str(tmp_path))]
+    forget()
 
 
 def imported() -> types.ModuleType:
@@ -98,10 +98,65 @@ def edit(folder: Path, before: str, after: str, file: str = "same_nets.py") -> N
     (folder / file).write_text(text.replace(before, after))
 
 
-def test_a_module_is_needed_with_what_it_imports_of_its_folder(folder: Path) -> None:
+def test_a_module_is_needed_with_what_it_imported_of_what_is_not_installed(folder: Path) -> None:
+    (folder / "elsewhere").mkdir()
+    (folder / "elsewhere" / "far_code.py").write_text("FAR = 1\n")
+    sys.path.insert(0, str(folder / "elsewhere"))
+    edit(
+        folder,
+        "import functools",
+        "import functools, torch, pytest, far_code\ndef late():\n    import same_late\n",
+    )
+    (folder / "same_late.py").write_text("LATE = 1\n")
+    assert needed_code(["same_nets"]) == {}  # not imported yet
+    module = imported()
+    assert set(needed_code(["same_nets", "nowhere"])) == {"same_nets", "helped_code", "far_code"}
+    module.late()
+    assert set(needed_code(["same_nets"])) == {"same_nets", "helped_code", "far_code", "same_late"}
+    assert needed_code(["json.decoder", "torch.nn", "sparksgd.errors"]) == {}
+
+
+def test_a_package_without_init_is_needed_too(folder: Path) -> None:
+    (folder / "deep_nets" / "inner").mkdir(parents=True)
+    (folder / "deep_nets" / "__init__.py").write_text("")
+    (folder / "deep_nets" / "inner" / "net.py").write_text("from . import parts\n")
+    (folder / "deep_nets" / "inner" / "parts.py").write_text("PART = 1\n")
+    importlib.import_module("deep_nets.inner.net")
+    code = needed_code(["deep_nets.inner.net"])
+    assert set(code) >= {"deep_nets", "deep_nets.inner.net", "deep_nets.inner.parts"}
+    with having_code(code):
+        pass
+
+
+def test_a_module_that_puts_an_object_in_its_place_is_let_alone(folder: Path) -> None:
+    (folder / "helped_code.py").write_text(
+        f"import sys\n{HELPER}"
+        "class Config:\n    scaled = staticmethod(scaled)\nsys.modules[__name__] = Config()\n"
+    )
     imported()
-    assert set(needed_code(["same_nets"])) == {"same_nets", "helped_code"}
-    assert needed_code(["nowhere_to_be_found", "json.decoder"]).keys() <= {"json", "json.decoder"}
+    with having_code(needed_code(["same_nets"])):
+        pass
+
+
+@pytest.mark.filterwarnings("error")
+def test_warnings_of_the_compiler_are_no_errors(folder: Path) -> None:
+    edit(folder, "return 4", "return '\\d'")
+    with pytest.warns(match="invalid escape"):
+        imported()
+    needed_code(["same_nets"])
+
+
+def test_a_decorator_that_compiles_anew_is_let_alone_in_a_file_that_is_old(folder: Path) -> None:
+    edit(
+        folder,
+        "@wrapped",
+        "def anew(function):\n"
+        "    code = compile('def decorated(x):\\n    return x', __file__, 'exec')\n"
+        "    made = {}\n    exec(code, made)\n    return made['decorated']\n\n@anew",
+    )
+    os.utime(folder / "same_nets.py", (1e9, 1e9))
+    imported()
+    needed_code(["same_nets"])
 
 
 CHANGES = {
@@ -145,7 +200,7 @@ def test_what_the_module_imports_is_looked_at_too(folder: Path) -> None:
 def test_a_file_that_no_longer_compiles_is_refused(folder: Path) -> None:
     imported()
     edit(folder, "return cls", "return cls(")
-    with pytest.raises(ModelError, match=r"it cannot be compiled \(SyntaxError\)"):
+    with pytest.raises(ModelError, match="it cannot be compiled: SyntaxError"):
         needed_code(["same_nets"])
 
 
@@ -199,7 +254,10 @@ def test_a_constant_that_was_set_is_warned_of(
     setattr(getattr(imported(), *owner) if owner else imported(), name, 0.25)
     needed_code(["same_nets"])
     assert f"same_nets.{told}" in caplog.text
-    assert "as it is written, so write it there" in caplog.text
+    assert "as it is written: write it there" in caplog.text
+    caplog.clear()
+    needed_code(["same_nets"])
+    assert not caplog.messages  # once
 
 
 @pytest.mark.parametrize("path", ["Net.forward", "counting", "Net"])
@@ -210,9 +268,7 @@ def test_what_main_put_in_the_place_of_the_modules_own_is_refused(folder: Path, 
     )
     mine.__module__ = "__main__"
     setattr(getattr(imported(), *owner) if owner else imported(), name, mine)
-    with pytest.raises(
-        ModelError, match=rf"same_nets\.{path} is \w+ of __main__: workers import .*same_nets\.py"
-    ):
+    with pytest.raises(ModelError, match=rf"same_nets\.{path} is \w+ of __main__, but workers import "):
         needed_code(["same_nets"])
     refuse_changed_files([], ["same_nets:Net"])  # in one process it is right
 
@@ -255,30 +311,37 @@ def run(path: Path, code: dict[str, str]) -> str:
     return (done.stdout or done.stderr).decode().strip()
 
 
-def test_who_had_imported_the_file_of_before_imports_it_anew(folder: Path) -> None:
-    was = Pickled(pickle.dumps(imported().Net()), needed_code(["same_nets"]))
-    forget()
-    assert was.load().forward(1) == 6  # a worker, that goes on to the next run
-    for before, after, result in (("y * 3", "y * 4", 8), ("y * 4", "y * RATE", 1)):
-        worker = sys.modules.pop("same_nets")
-        edit(folder, before, after)
-        now = Pickled(pickle.dumps(imported().Net()), needed_code(["same_nets"]))
-        sys.modules["same_nets"] = worker
-        assert now.load().forward(1) == result
-    edit(folder, "RATE = 0.5", "RATE = 1.5")  # no function shows it
-    worker = sys.modules.pop("same_nets")
-    now = Pickled(pickle.dumps(imported().Net()), needed_code(["same_nets"]))
-    sys.modules["same_nets"] = worker
-    assert now.load().forward(1) == 3
+CHANGES_OF_ALL = {
+    "a function": ("y * 3", "y * 4"),
+    "a constant": ("RATE = 0.5", "RATE = 1.5"),
+    "a default": ("def counting()", "def counting(by=1)"),
+}
 
 
-def test_who_had_imported_it_by_another_way_imports_it_anew(folder: Path) -> None:
+@pytest.mark.parametrize("kind", CHANGES_OF_ALL)
+def test_who_had_imported_the_file_of_before_is_refused(folder: Path, kind: str) -> None:
     imported()
-    edit(folder, "y * 3", "y * 4")
-    (was, helper) = (sys.modules.pop(name) for name in ("same_nets", "helped_code"))
+    edit(folder, *CHANGES_OF_ALL[kind])
+    was, helper = (sys.modules.pop(name) for name in ("same_nets", "helped_code"))
     now = Pickled(pickle.dumps(imported().Net()), needed_code(["same_nets"]))
     sys.modules |= {"same_nets": was, "helped_code": helper}
-    assert now.load().forward(1) == 8
+    words = r"same_nets\.py was changed after a Python worker had imported same_nets .*: start a new Spark"
+    with pytest.raises(ModelError, match=words):
+        now.load()
+
+
+def test_bytecode_that_is_older_than_its_file_is_refused(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "dont_write_bytecode", False)
+    os.utime(folder / "same_nets.py", (1e9, 1e9))
+    imported()
+    edit(folder, "y * 3", "y * 4")
+    os.utime(folder / "same_nets.py", (1e9, 1e9))  # Python believes the bytecode of before
+    forget()
+    code = {"same_nets": code_of_source((folder / "same_nets.py").read_text())}
+    with pytest.raises(ModelError, match="remove the folder __pycache__"), having_code(code):
+        imported()
 
 
 def test_who_has_the_code_keeps_it_while_the_file_is_changed(folder: Path) -> None:
@@ -298,8 +361,8 @@ def test_a_module_without_a_source_is_believed() -> None:
 
 
 def forget() -> None:
-    for name in ("same_nets", "helped_code"):
-        sys.modules.pop(name, None)
+    for name in [each for each in sys.modules if each.startswith(("same_", "helped_", "far_", "deep_nets"))]:
+        del sys.modules[name]
 
 
 def test_modules_that_nobody_changed_are_as_their_sources_say() -> None:

@@ -1,4 +1,4 @@
-"""A session of Spark Connect is refused wherever Spark's Pipelines would meet it, with what to do."""
+"""A session of Spark Connect is refused wherever it cannot do what is needed, with what to do."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import nn
 
 from sparksgd.data.schema import Feature, RowSchema
 from sparksgd.errors import ClusterError
-from sparksgd.ml import TorchClassificationModel, TorchClassifier, TorchEstimator, TorchModel
+from sparksgd.ml import TorchClassifier, TorchEstimator, TorchModel
 from sparksgd.runs.model import SavedModel
 
 SAYS = "this session is Spark Connect, which has no RDDs.*use dedicated compute.*without --remote"
@@ -42,15 +42,13 @@ def test_fits_are_refused(frame):
             fit()
 
 
-def test_models_are_refused_there(frame, tmp_path):
+def test_what_is_saved_there_is_refused(frame, tmp_path):
     schema = RowSchema(
         features=(Feature(name="features", dtype="float32", length=2),), label="label", label_dtype="int64"
     )
     model = TorchModel(SavedModel(module=nn.Linear(2, 2), schema=schema, loss=None, kind=None))
     for use in (
-        lambda: model.transform(frame),
         lambda: model.save(str(tmp_path / "model")),
-        lambda: TorchClassificationModel.load(str(tmp_path / "model")),
         lambda: TorchClassifier(module="lenet").save(str(tmp_path / "estimator")),
         lambda: TorchClassifier.load(str(tmp_path / "estimator")),
     ):

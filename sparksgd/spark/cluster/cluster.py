@@ -31,7 +31,7 @@ from sparksgd.spark.cluster.placement import Placement
 from sparksgd.spark.cluster.slots import Slots, WorkerDemand
 from sparksgd.spark.tasks import environment_tasks
 
-__all__ = ["Cluster", "job_on", "refuse_connect"]
+__all__ = ["Cluster", "is_connect", "job_on", "refuse_connect"]
 
 log = logging.getLogger("sparksgd")
 
@@ -63,8 +63,8 @@ class Cluster:
         self.job_watch = JobWatch(
             self._tasks, self._slots.count, demand.slots_timeout_s, self.lost_executors.look
         )
-        self.needed_code: dict[str, str] = {}
-        """What workers need to have of the user's code, see sparksgd/imports/same_code.py."""
+        self.users_modules: set[str] = set()
+        """The modules of the user's that workers import."""
         self._num_workers: int | None = None
 
     def settle(self) -> None:
@@ -217,9 +217,14 @@ def job_on(session: SparkSession) -> Iterator[None]:
         yield
 
 
+def is_connect(part: Any) -> bool:
+    """Return whether a session, or a DataFrame, is Spark Connect's."""
+    return type(part).__module__.startswith("pyspark.sql.connect")
+
+
 def refuse_connect(session: Any) -> None:
     """Raise ClusterError for a session of Spark Connect."""
-    if type(session).__module__.startswith("pyspark.sql.connect"):
+    if is_connect(session):
         raise ClusterError(
             "this session is Spark Connect, which has no RDDs, and sparksgd needs them: on "
             "Databricks use dedicated compute (standard and serverless are Connect); elsewhere start "

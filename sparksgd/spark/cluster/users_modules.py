@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import sys
 import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from typing import Any
 
 import torch
-from pyspark import cloudpickle
+from pyspark import SparkContext, cloudpickle
 
 from sparksgd.arithmetic.copies import pickled
 from sparksgd.config import OptimizerConfig, ScheduleConfig
@@ -27,7 +27,7 @@ from sparksgd.spark.cluster.jobs import spark_job
 from sparksgd.spark.tasks import import_tasks
 from sparksgd.spark.tasks.import_tasks import NotImported
 
-__all__ = ["refuse_not_imported", "require_modules", "users_modules", "with_code"]
+__all__ = ["code_for", "refuse_not_imported", "require_modules", "users_modules", "with_code"]
 
 _THERE = frozenset(NEEDED) | {"pyspark", "__main__"} | sys.stdlib_module_names
 
@@ -73,20 +73,53 @@ def require_modules(cluster: Cluster, modules: Sequence[str]) -> None:
         ModelError: an executor cannot import one, or has other code, with its host.
     """
     if modules:
-        code = needed_code(modules)
-        cluster.needed_code.update(code)
+        code = code_for(modules, cluster.context)
         with spark_job(cluster.context, "importing your modules on the executors"):
             refuse_not_imported(cluster.visit(partial(import_tasks.import_modules, modules, code)))
+        cluster.users_modules.update(modules)
 
 
-def with_code(part: object, named: Mapping[str, object]) -> Pickled:
+def with_code(part: object, named: Mapping[str, object], context: SparkContext | None) -> Pickled:
     """Pickle what workers load, with the digests of the modules that they import for it.
 
     Args:
-        part: of a class of ours.
+        part: of a class of ours; classes of a notebook or of `__main__` are pickled by value.
         named: what of it is the user's, see `pickled`.
+        context: see `code_for`.
+
+    Raises:
+        ModelError: see `needed_code`.
     """
-    return Pickled(pickled(part, named, cloudpickle.Pickler), needed_code(users_modules(part)))
+    return Pickled(pickled(part, named, cloudpickle.Pickler), code_for(users_modules(part), context))
+
+
+def code_for(modules: Iterable[str], context: SparkContext | None) -> dict[str, str]:
+    """Return the code that workers need; if they may have imported other code, let there be new ones.
+
+    PySpark has workers of their own for each environment.
+
+    Args:
+        modules: the names of modules of the user's.
+        context: of the session whose workers import them; None: it is Spark Connect's.
+
+    Raises:
+        ModelError: see `needed_code`.
+    """
+    code = needed_code(modules)
+    if context is None:
+        return code
+    before = _code_of_session.setdefault(context.applicationId, {})
+    if any(before.get(name, digest) != digest for name, digest in code.items()):
+        generation = int(context.environment.get(_GENERATION, "0"))
+        context.environment[_GENERATION] = str(generation + 1)
+        before.clear()
+    before.update(code)
+    return code
+
+
+_GENERATION = "SPARKSGD_GENERATION_OF_CODE"
+_code_of_session: dict[str, dict[str, str]] = {}
+"""What was sent to the workers of a session, by its application; digests by the names of modules."""
 
 
 def refuse_not_imported(found: Sequence[NotImported]) -> None:

@@ -38,6 +38,7 @@ from sparksgd.spark.cluster.jobs import Watched, cancel_jobs, cleanup
 from sparksgd.spark.cluster.lost_executors import advice_of
 from sparksgd.spark.cluster.placement import worker_of_partition
 from sparksgd.spark.cluster.shards import SparkShards
+from sparksgd.spark.cluster.users_modules import code_for
 from sparksgd.spark.engines.step_rdd import StepRDD
 from sparksgd.spark.tasks import step_tasks
 
@@ -94,6 +95,7 @@ class SparkEngine:
         self._behind = ThreadPoolExecutor(1, "sparksgd-cleanup")
         self._results_bytes = cluster.num_workers * sum(p.nbytes for p in plan.module.parameters())
         self._held_bytes = 0
+        self._code: dict[str, str] | None = None
 
     def _ship(self, plan: Plan) -> None:
         """Broadcast what the workers compute."""
@@ -103,8 +105,9 @@ class SparkEngine:
 
     def _pickled(self, plan: Plan) -> Pickled:
         """Pickle a plan; classes of a notebook or of `__main__` are pickled by value."""
-        data = pickled(plan, {"": plan.module, "loss": plan.loss}, cloudpickle.Pickler)
-        return Pickled(data, self._cluster.needed_code)
+        if self._code is None:  # later on, files may have been changed
+            self._code = code_for(self._cluster.users_modules, self._context)
+        return Pickled(pickled(plan, {"": plan.module, "loss": plan.loss}, cloudpickle.Pickler), self._code)
 
     @staticmethod
     def check(cluster: Cluster, config: EngineConfig) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 from pyspark.serializers import CPickleSerializer
 
 from sparksgd.engines.protocol import Recovery
-from sparksgd.errors import ClusterError, OutOfMemory, ShardMissing, SparkSGDError
+from sparksgd.errors import ClusterError, ModelError, OutOfMemory, ShardMissing, SparkSGDError
 from sparksgd.spark.cluster.cluster import Cluster
 from sparksgd.spark.cluster.failures import final_error, gist
 from sparksgd.spark.cluster.jobs import cancel_jobs, cleanup
@@ -235,6 +235,8 @@ class ServerJobs:
             else:
                 self._failed_in_spark(worker, error, ())
         else:
+            if isinstance(failure, ModelError):
+                raise failure
             missing = failure.shards if isinstance(failure, ShardMissing) else None
             self._failed(worker, str(failure or asked.why), missing)
 

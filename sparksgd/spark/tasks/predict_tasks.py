@@ -7,10 +7,13 @@ Legend: B rows, C classes.
 
 from __future__ import annotations
 
+import hashlib
 import math
+import pickle
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -28,7 +31,7 @@ from sparksgd.data.row_reading import FeatureRows, read_features
 from sparksgd.data.schema import RowSchema
 from sparksgd.engines.bytes_of import same_bytes
 from sparksgd.engines.forward import evaluated_parts, output_of, predictions
-from sparksgd.errors import ModelError
+from sparksgd.errors import ClusterError, ModelError
 from sparksgd.imports.same_code import Pickled
 from sparksgd.models.losses import LossKind, has_accuracy
 from sparksgd.models.outputs import Output, arrays_of
@@ -42,6 +45,7 @@ __all__ = [
     "GOOD",
     "HAS_NAN",
     "PredictionPlan",
+    "ShippedFile",
     "ShippedPlan",
     "columns_of",
     "computed",
@@ -146,7 +150,45 @@ class ShippedPlan:
         return {"_pickled": self._pickled}
 
 
-def predict(shipped: Broadcast[ShippedPlan], frames: Iterable[pd.DataFrame]) -> Iterator[pd.DataFrame]:
+@dataclass(frozen=True)
+class ShippedFile:
+    """A plan that was brought to a server of Spark Connect as a file; each process loads it once."""
+
+    sha256: str
+    """Of the file's bytes."""
+
+    @property
+    def name(self) -> str:
+        """What the file is called."""
+        return f"sparksgd-plan-{self.sha256}"
+
+    @property
+    def value(self) -> ShippedPlan:
+        """The plan.
+
+        Raises:
+            ClusterError: the file was damaged.
+        """
+        from pyspark import SparkFiles
+
+        if self.sha256 not in _loaded:
+            data = Path(SparkFiles.get(self.name)).read_bytes()
+            if hashlib.sha256(data).hexdigest() != self.sha256:
+                raise ClusterError(f"the file {self.name} of the model was damaged on its way: try again")
+            _loaded[self.sha256] = ShippedPlan(pickle.loads(data))
+            while len(_loaded) > _MOST_LOADED:
+                del _loaded[next(iter(_loaded))]
+        return _loaded[self.sha256]
+
+
+_loaded: dict[str, ShippedPlan] = {}
+"""The plans of this process that came as files, by their digests."""
+_MOST_LOADED = 2
+
+
+def predict(
+    shipped: Broadcast[ShippedPlan] | ShippedFile, frames: Iterable[pd.DataFrame]
+) -> Iterator[pd.DataFrame]:
     """Task: predict for the rows of each frame; yield the columns of `predicted_columns`, null for bad rows.
 
     Args:
