@@ -237,7 +237,8 @@ class TrainConfig:
     the end of each epoch."""
 
     metrics: tuple[str, ...] = cluster_key(())
-    """What evaluations tell beside the loss and the accuracy: f1_macro, top_3, rmse and others."""
+    """What evaluations tell beside the loss and the accuracy: f1_macro, top_3, rmse and others, or a function
+    of your own, package.module:function."""
 
     max_wall_s: float | None = cluster_key(None)
     """End after this many seconds, counted from the submission of a job, or from the call of train().  The
@@ -254,7 +255,8 @@ class EarlyStoppingConfig:
 
     metric: str = experiment_key("loss")
     """What evaluations are judged by: loss, accuracy, or a name that train.metrics may have.  The best one
-    has the least loss, log_loss, rmse or mae, or the greatest of any other."""
+    has the least loss, log_loss, rmse or mae, or the greatest of any other; of a function of your own, as its
+    attribute higher_is_better says."""
 
     min_delta: float = experiment_key(0.0)
     """By more than this an evaluation must be better than the best one before, or it does not count."""

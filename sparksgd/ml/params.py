@@ -10,7 +10,7 @@ from pyspark.ml.param import Param, Params, TypeConverters
 from sparksgd.config import Config
 from sparksgd.engines.forward import EVALUATION_ROWS
 from sparksgd.errors import ConfigError
-from sparksgd.imports import did_you_mean, shown
+from sparksgd.imports import did_you_mean, import_path, shown
 from sparksgd.spark.prediction import OnBadRow
 
 __all__ = ["ALIASES", "KEYS", "PREDICTION_DEFAULTS", "OutputParams", "PredictionParams", "TrainingParams"]
@@ -68,6 +68,24 @@ def _positive(value: Any) -> int:
     if number < 1:
         raise TypeError(f"{number}, but must be at least 1")
     return number
+
+
+def _names_of_metrics(values: Any) -> list[str]:
+    """Return metrics by their names, functions by their import paths.
+
+    Raises:
+        TypeError: they are neither, or a function has no name by which executors import it.
+    """
+    named = []
+    for value in values:
+        path = import_path(value) if callable(value) else value
+        if path is None:
+            raise TypeError(
+                f"{value!r} cannot be imported by executors: put it in a module, or use a callback"
+            )
+        named.append(path)
+    found: list[str] = TypeConverters.toListString(named)
+    return found
 
 
 def _param(name: str, doc: str, convert: Any = None) -> Any:
@@ -188,8 +206,9 @@ class TrainingParams(PredictionParams):
     )
     metrics: Any = _param(
         "metrics",
-        "names of what evaluations tell beside the loss and the accuracy, such as f1_macro, as train.metrics",
-        TypeConverters.toListString,
+        "names of what evaluations tell beside the loss and the accuracy, such as f1_macro, or functions of "
+        "your own, as train.metrics",
+        _names_of_metrics,
     )
     callbacks: Any = _param(
         "callbacks",

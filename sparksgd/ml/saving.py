@@ -96,7 +96,11 @@ def _names_of_code(estimator: Any) -> Iterator[tuple[str, str]]:
     named = {name: given.get(name) for name in ("module", "loss", "optimizer", "schedule")}
     for number, callback in enumerate(given.get("callbacks") or ()):
         named[f"callbacks[{number}]"] = callback
-    for section, table in (given.get("config") or {}).items():
+    tables = given.get("config") or {}
+    metrics = [*(given.get("metrics") or ()), *(tables.get("train", {}).get("metrics") or ())]
+    named |= {f"metrics[{number}]": name for number, name in enumerate(metrics)}
+    named["early_stopping.metric"] = tables.get("early_stopping", {}).get("metric")
+    for section, table in tables.items():
         named[f"config: {section}.name"] = table.get("name")
     for key, name in named.items():
         if isinstance(name, str) and ":" in name:

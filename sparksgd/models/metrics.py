@@ -8,6 +8,7 @@ Values are those of scikit-learn's functions (f1_score, log_loss, r2_score, ...)
     of several labels   accuracy (the share of labels that are right, over all rows and labels), f1_macro,
                         f1_weighted, precision_macro, recall_macro: means over the labels
     of numbers          rmse, mae, r2
+    of one's own        package.module:function, see `own_metrics`
 
 As there, a share of nothing counts as 0, such as the precision of a class that is never predicted; and the
 mean over classes (macro) leaves out those that are neither labels nor predictions; of several labels it does
@@ -35,6 +36,7 @@ from torch.nn import functional as F
 from sparksgd.errors import ConfigError
 from sparksgd.imports import did_you_mean, shown
 from sparksgd.models.losses import LossKind, has_accuracy, is_of_classes
+from sparksgd.models.own_metrics import own_metric, own_metrics, values_of_rows
 
 __all__ = [
     "MOST_RANKED",
@@ -145,11 +147,13 @@ _TOP = re.compile(r"top_([1-9][0-9]{0,8})")
 
 def is_less_better(name: str) -> bool:
     """Return whether the best value of a metric is the least one."""
+    if own_metrics([name]):
+        return not getattr(own_metric(name), "higher_is_better", True)
     return name in _LEAST
 
 
 def check_metrics(names: Iterable[str], key: str, kind: LossKind | None, classes: int | None) -> None:
-    """Refuse a metric that evaluations cannot have.
+    """Refuse a metric that evaluations cannot have; those of one's own are left out.
 
     Args:
         names: of the metrics.
@@ -167,6 +171,8 @@ def check_metrics(names: Iterable[str], key: str, kind: LossKind | None, classes
     known |= dict.fromkeys(_OF_NUMBERS, kind == "numbers")
     fitting = [name for name, fits in known.items() if fits] + ["top_3"] * of_classes
     for name in names:
+        if own_metrics([name]):
+            continue
         top = _TOP.fullmatch(name)
         if top is not None and classes is not None and int(top[1]) >= classes:
             raise ConfigError(f"{key} names {shown(name)}, which is always 1: there are {classes} classes")
@@ -213,7 +219,7 @@ def metric_sums(
 
     Args:
         names: of the metrics.
-        output: of the module: logits [B, C], one logit or number, [B] or [B, 1].
+        output: of the module: logits [B, C], one logit or number, [B] or [B, 1]; anything for own metrics.
         label: [B], or [B, L] of several labels.
         prediction: the class, int64[B], or labels 0 and 1, [B, L]; None where there are none.
         weights: of the rows, [B]; None: each weighs 1.
@@ -223,6 +229,10 @@ def metric_sums(
     if not set(names).difference(_ALWAYS):
         return found
     weight = np.ones(len(label)) if weights is None else weights.astype(np.float64)
+    for name in own_metrics(names):
+        found[name] = np.array([(weight * values_of_rows(name, output, label)).sum()])
+    if found.keys() >= set(names).difference(_ALWAYS):
+        return found
     if prediction is not None and prediction.ndim == 2:
         of_label = label.numpy() == 1, prediction.numpy() == 1
         counted = of_label[0] & of_label[1], *of_label

@@ -68,5 +68,6 @@ def code_fingerprints(config: Config) -> dict[str, str]:
             "optimizer.name": config.optimizer.name,
             "schedule.name": config.schedule.name,
             "solver.name": config.solver.name,
+            "early_stopping.metric": config.early_stopping.metric,
         }
     )

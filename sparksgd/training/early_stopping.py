@@ -14,6 +14,7 @@ from sparksgd.config import Config, EarlyStoppingConfig
 from sparksgd.errors import ConfigError
 from sparksgd.models.losses import LossKind
 from sparksgd.models.metrics import check_metrics, is_less_better
+from sparksgd.models.own_metrics import check_own_metric, own_metrics
 from sparksgd.solvers.protocol import CentralSolver
 from sparksgd.training.replay import Replay
 from sparksgd.training.state import EvaluationReport, Training
@@ -22,6 +23,7 @@ __all__ = [
     "best_of",
     "check_judged",
     "check_named_metrics",
+    "check_own_metrics",
     "judge",
     "judged_metrics",
     "keep_best",
@@ -50,8 +52,23 @@ def check_named_metrics(config: Config, kind: LossKind | None, classes: int | No
     Raises:
         ConfigError: with the key, and the names that there are.
     """
-    check_metrics(config.train.metrics, "train.metrics", kind, classes)
-    check_metrics([config.early_stopping.metric], "early_stopping.metric", kind, classes)
+    for key, names in _named(config).items():
+        check_metrics(names, key, kind, classes)
+
+
+def check_own_metrics(config: Config) -> None:
+    """Refuse metrics of the user's own that are none; this imports them.
+
+    Raises:
+        ConfigError: with the key.
+    """
+    for key, names in _named(config).items():
+        for name in own_metrics(names):
+            check_own_metric(name, key, judges=key != "train.metrics")
+
+
+def _named(config: Config) -> dict[str, Sequence[str]]:
+    return {"train.metrics": config.train.metrics, "early_stopping.metric": [config.early_stopping.metric]}
 
 
 def check_judged(config: Config, *, evaluates: bool, classifies: bool) -> None:

@@ -37,6 +37,7 @@ from sparksgd.imports.same_code import refuse_changed_files
 from sparksgd.imports.sources import code_digests
 from sparksgd.models.losses import Loss, make_loss
 from sparksgd.models.metrics import metric_values
+from sparksgd.models.own_metrics import own_metric, own_metrics
 from sparksgd.solvers.protocol import CentralSolver, Need, RoundSolver, total_weight
 from sparksgd.solvers.rules import completed, make_solver
 from sparksgd.training.checkpoint import RunIdentity, Start, check_fit, go_on
@@ -134,11 +135,12 @@ def train(
         module = build_module(config.model, config.train.seed)
     begin_training(module)
     loss = loss or make_loss(config.loss, config.train.seed)
+    own = own_metrics(judged_metrics(config))
     refuse_changed_files(
         [type(part) for part in module.modules()],
-        [model_name, config.loss.name, config.optimizer.name, config.schedule.name, config.solver.name],
+        [model_name, config.loss.name, config.optimizer.name, config.schedule.name, config.solver.name, *own],
     )
-    make_engine.check_code(module, loss)
+    make_engine.check_code(module, loss, *map(own_metric, own))
     checked = check(
         config, module, rows, test, loss=loss,
         kinds=make_engine.kinds, replay=replay, dtype=probe.dtype, is_named=model_name is not None,

@@ -7,7 +7,8 @@ from functools import partial
 
 from sparksgd.config import Config
 from sparksgd.models.losses import check_loss, has_accuracy, loss_kind
-from sparksgd.training.early_stopping import check_judged, check_named_metrics
+from sparksgd.models.own_metrics import own_metrics
+from sparksgd.training.early_stopping import check_judged, check_named_metrics, check_own_metrics
 from sparksgd.training.modules import check_model
 
 __all__ = ["check_names"]
@@ -50,6 +51,8 @@ def check_names(
     check_judged(config, evaluates=evaluates, classifies=has_accuracy(kind))
     check_named_metrics(config, kind, None)
     of_user = [check for name, check in checks if ":" in name]
+    if own_metrics([*config.train.metrics, config.early_stopping.metric]):
+        of_user.append(partial(check_own_metrics, config))
     if of_user and not (brings_files is not None and brings_files()):
         for check in of_user:
             check()

@@ -33,14 +33,21 @@ from sparksgd.errors import ConfigError, DataError, ModelError, UserCodeError
 from sparksgd.models.losses import Loss, has_accuracy, is_of_classes, loss_kind, make_loss, num_classes
 from sparksgd.models.metrics import check_ranked
 from sparksgd.models.outputs import Output
+from sparksgd.models.own_metrics import own_metrics
 from sparksgd.solvers.protocol import CentralSolver, Need
 from sparksgd.solvers.rules import Experiment, described, make_solver, needs_of, settings_of
 from sparksgd.solvers.schedules import own_schedule
 from sparksgd.solvers.torch_optimizers import own_optimizer
 from sparksgd.solvers.without_compiler import without_compiler
-from sparksgd.training.early_stopping import check_judged, check_named_metrics, judged_metrics, keeps_best
+from sparksgd.training.early_stopping import (
+    check_judged,
+    check_named_metrics,
+    check_own_metrics,
+    judged_metrics,
+    keeps_best,
+)
 from sparksgd.training.first_rows import first_records
-from sparksgd.training.rebuilding import Sample, check_rebuilding
+from sparksgd.training.rebuilding import Sample, check_rebuilding, try_metrics
 from sparksgd.training.replay import Replay
 from sparksgd.training.saved_state import check_saving
 from sparksgd.training.shard_states import bytes_of_shard
@@ -146,9 +153,11 @@ def check(
     check_named_metrics(config, kind, None)
     schema, found, records = _tried(config, module, loss, rows, dtype, evaluates=test is not None)
     check_named_metrics(config, kind, schema.classes)
+    check_own_metrics(config)
     check_solver(config, replay, module, dtype)
     check_saving(module)
     sample = Sample(records=records, schema=schema, threads=config.train.threads, dtype=dtype)
+    try_metrics(own_metrics(judged_metrics(config)), module, sample)
     drawn = check_rebuilding(config, module, sample) if is_named else frozenset[str]()
     _warn_of_evaluation_mode(module)
     if test is not None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import types
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -32,6 +32,7 @@ from sparksgd.engines.held import is_opaque
 from sparksgd.errors import ModelError, SparkSGDError
 from sparksgd.imports.torch_code import users_torch_code
 from sparksgd.models.outputs import tensors_of
+from sparksgd.models.own_metrics import values_of_rows
 from sparksgd.training.composition import (
     Told,
     code_told,
@@ -51,7 +52,7 @@ from sparksgd.training.saved_state import (
     values_of,
 )
 
-__all__ = ["Sample", "built_again", "check_rebuilding", "other_when_filled"]
+__all__ = ["Sample", "built_again", "check_rebuilding", "other_when_filled", "try_metrics"]
 
 log = logging.getLogger("sparksgd")
 
@@ -185,6 +186,29 @@ def _outputs(module: nn.Module, sample: Sample) -> bytes | SparkSGDError:
     except SparkSGDError as error:
         return error
     return b"".join(bits(tensor.to_dense()).tobytes() for tensor in tensors_of(output).values())
+
+
+def try_metrics(names: Sequence[str], module: nn.Module, sample: Sample) -> None:
+    """Compute metrics of the user's own of some rows, by a copy of the module.
+
+    Args:
+        names: of the metrics.
+        module: gives the outputs.
+        sample: the rows.
+
+    Raises:
+        UserCodeError: one raised.
+        ModelError: one does not give a number for each row.
+    """
+    if not names:
+        return
+    copy = copied(module)
+    with users_torch_code("the module's eval()"):
+        copy.eval()
+    with torch.no_grad(), thread_count(sample.threads), generators_seeded(seed32(0, "metrics")):
+        output, _ = forward(copy, _no_loss, sample.schema, sample.records, sample.dtype)
+        for name in names:
+            values_of_rows(name, output, torch.from_numpy(sample.schema.label_array(sample.records).copy()))
 
 
 def _no_loss(output: object, label: torch.Tensor) -> torch.Tensor:

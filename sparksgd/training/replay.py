@@ -85,6 +85,9 @@ class Replay:
             "schedule.name": self.config.get("schedule", {}).get("name"),
             "solver.name": self.config.get("solver", {}).get("name"),
         }
+        named["early_stopping.metric"] = self.config.get("early_stopping", {}).get("metric")
+        for number, name in enumerate(self.config.get("train", {}).get("metrics") or ()):
+            named[f"train.metrics[{number}]"] = name
         return {key: name for key, name in named.items() if name is not None and ":" in name}
 
     def check_family(self, config: Config) -> None:

@@ -429,6 +429,10 @@ def test_a_column_and_a_callback_are_params_of_a_fit(points, tmp_path):
     named.save(str(tmp_path / "b"))
     with pytest.raises(DataError, match=r"callbacks\[0\] is 'predicted_modules:Quiet'"):
         TorchClassifier.load(str(tmp_path / "b"))
+    named = TorchClassifier(module="lenet", metrics=["f1_macro", "predicted_modules:Quiet"])
+    named.save(str(tmp_path / "c"))
+    with pytest.raises(DataError, match=r"metrics\[1\] is 'predicted_modules:Quiet'"):
+        TorchClassifier.load(str(tmp_path / "c"))
     with pytest.raises(
         ConfigError, match=r"callbacks has .*, but must be a list of instances of sparksgd\.Obs"
     ):
