@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import ast
 import hashlib
-import time
+import inspect
+import sys
 import warnings
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Set
 from dataclasses import dataclass
 from functools import cache, cached_property, lru_cache
 from importlib.machinery import SourceFileLoader
-from pathlib import Path
 from types import CodeType, FunctionType, ModuleType
 from typing import Any, Literal
 from zipimport import zipimporter
@@ -23,9 +23,9 @@ __all__ = ["Difference", "attributes_set", "code_of_source", "difference"]
 _PLAIN = (bool, int, float, complex, str, bytes, type(None))
 _CACHED = type(lru_cache(len))
 _FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
+_HAS_DOCSTRING = 0x4000000
+"""A flag of code, since Python 3.13; until then, a function has its docstring, or None, as first constant."""
 _NOT_COMPILED = (SyntaxError, ValueError, RecursionError, MemoryError)
-_BEGAN_S = time.time()
-"""A file that is older was not changed after its import."""
 
 
 @dataclass(frozen=True)
@@ -34,8 +34,8 @@ class Difference:
 
     told: str
     kind: Literal["older", "replaced", "set"]
-    """older: it is as the file was before.  replaced: what `__main__` defines is in its place.  set: a
-    constant has another value."""
+    """older: it is as the file was before.  replaced: a class or method of `__main__` is in its
+    place.  set: a constant has another value, or a function of `__main__` is in the place of one."""
 
 
 @cache
@@ -80,13 +80,13 @@ def difference(module: object, source: str, are_set: Set[str] = frozenset()) -> 
             written = _functions(compile(source, spec.origin, "exec", dont_inherit=True))
     except _NOT_COMPILED as error:
         return Difference(f"it cannot be compiled: {type(error).__name__}", "older")
-    decorated = set() if _is_young(spec.origin) else set(_decorated(tree))
+    decorated = set(_decorated(tree))
     for code in _live(module, spec.origin):
-        name = code.co_qualname
-        if name not in decorated and told_of_code(code) not in written.get(name, {told_of_code(code)}):
+        name, told = code.co_qualname, _told(code)
+        if name not in decorated and told not in written.get(name, {told}):
             return Difference(f"{name} was another function", "older")
-    if any(isinstance(node, ast.ImportFrom) and node.names[0].name == "*" for node in tree.body):
-        return None  # anything may be bound again by it
+    if any(map(_may_bind_anything, ast.walk(tree))):
+        return None
     return min(_set_since(tree, module, are_set), key=lambda one: one.kind, default=None)  # "replaced" first
 
 
@@ -107,14 +107,6 @@ def _parsed(source: str) -> ast.Module:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return ast.parse(source)
-
-
-def _is_young(origin: str) -> bool:
-    """Return whether a file may have been changed since this process began; one in a zip file was not."""
-    try:
-        return Path(origin).stat().st_mtime >= _BEGAN_S - 1
-    except OSError:
-        return False
 
 
 def _decorated(node: ast.AST, prefix: str = "", is_within: bool = False) -> Iterator[str]:
@@ -138,9 +130,31 @@ def _functions(code: CodeType) -> dict[str, set[str]]:
     while waiting:
         inner = [constant for constant in waiting.pop().co_consts if isinstance(constant, CodeType)]
         for function in inner:
-            found[function.co_qualname].add(told_of_code(function))
+            found[function.co_qualname].add(_told(function))
         waiting += inner
     return found
+
+
+def _told(code: CodeType) -> str:
+    """Return what tells functions from each other, without their docstrings."""
+    return told_of_code(_without_docstrings(code))
+
+
+def _without_docstrings(code: CodeType) -> CodeType:
+    constants = list(code.co_consts)
+    is_function = bool(code.co_flags & inspect.CO_OPTIMIZED)
+    has_docstring = code.co_flags & _HAS_DOCSTRING if sys.version_info >= (3, 13) else is_function
+    if has_docstring and constants and isinstance(constants[0], str):
+        constants[0] = None
+    inner = (_without_docstrings(each) if isinstance(each, CodeType) else each for each in constants)
+    return code.replace(co_consts=tuple(inner))
+
+
+def _may_bind_anything(node: ast.AST) -> bool:
+    """Return whether names of a module may be bound that its source does not show."""
+    if isinstance(node, ast.ImportFrom):
+        return node.names[0].name == "*"
+    return isinstance(node, ast.Name) and node.id in ("exec", "globals", "setattr", "vars")
 
 
 def _live(module: ModuleType, origin: str) -> Iterator[CodeType]:
@@ -187,7 +201,9 @@ def _set_since(tree: ast.Module, module: ModuleType, are_set: Set[str]) -> Itera
             now, path = vars(owner)[name], f"{prefix}{name}"
             if isinstance(value, ast.AST):
                 if _is_of_main(now):
-                    yield Difference(f"{path} is {now.__qualname__} of __main__", "replaced")
+                    is_of_class = bool(prefix) or isinstance(value, ast.ClassDef)
+                    told = f"{path} is {now.__qualname__} of __main__"
+                    yield Difference(told, "replaced" if is_of_class else "set")
                 elif isinstance(value, _FUNCTIONS) and _has_other_defaults(now, value):
                     yield Difference(f"{path} has other defaults here than in the file", "set")
             elif _is_plain(now) and repr(now) != repr(value):

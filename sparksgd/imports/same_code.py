@@ -13,21 +13,33 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
 from sparksgd.errors import ModelError
 from sparksgd.imports.loaded_code import Difference, attributes_set, code_of_source, difference
-from sparksgd.imports.sources import loaded_sources, source_of
+from sparksgd.imports.sources import is_installed, loaded_sources, source_of
 
-__all__ = ["Pickled", "having_code", "needed_code", "refuse_changed_files"]
+__all__ = ["ImportedBefore", "Pickled", "having_code", "needed_code", "refuse_changed_files"]
 
 log = logging.getLogger("sparksgd")
 
 _had: dict[str, tuple[ModuleType, str]] = {}
 """By name: modules of this process that were found to be the code that was needed, and its digests."""
 
+_seen: dict[str, tuple[ModuleSpec, str]] = {}
+"""By name: what a module was imported by, and its source when it was first looked at.  To reload it makes
+another spec."""
+
+_PATCHES = "IPython.extensions.deduperreload"
+"""It changes modules without a reload."""
+
 _warned: set[str] = set()
+
+
+class ImportedBefore(ModelError):
+    """A Python worker imported a module before its file got the code that is needed; a new one would not."""
 
 
 @dataclass(frozen=True)
@@ -66,10 +78,10 @@ def needed_code(modules: Iterable[str]) -> dict[str, str]:
             raise _changed(name, found)
         told = f"{name}.{found.told}, but workers import {_origin(name)} as it is written"
         if found.kind == "replaced":
-            raise ModelError(f"{told}: write it there, or define the whole class in __main__")
+            raise ModelError(f"{told}: write it into the file, or define the whole class in the notebook")
         if told not in _warned:
             _warned.add(told)
-            log.warning("%s: write it there, or let it be an argument", told)
+            log.warning("%s: write it into the file, or let it be an argument", told)
     return {name: code_of_source(source) for name, source in sources.items()}
 
 
@@ -94,9 +106,20 @@ def _differences(sources: Mapping[str, str]) -> Iterator[tuple[str, Difference]]
     """Yield the modules that are not as their sources say, by their names."""
     are_set = set().union(*map(attributes_set, sources.values()))
     for name, source in sources.items():
-        found = difference(sys.modules.get(name), source, are_set)
+        module = sys.modules.get(name)
+        spec = getattr(module, "__spec__", None)
+        first, before = _seen.get(name, (None, source))
+        is_same_import = first is not None and first is spec
+        if is_same_import and before == source and is_installed(name):
+            continue  # it was looked at, and nobody sets parts of it
+        found = difference(module, source, are_set)
+        is_other = is_same_import and code_of_source(before) != code_of_source(source)
+        if (found is None or found.kind == "set") and is_other and _PATCHES not in sys.modules:
+            found = Difference("other lines than functions differ", "older")
         if found is not None:
             yield name, found
+        elif isinstance(spec, ModuleSpec):
+            _seen[name] = spec, source
 
 
 def _changed(name: str, found: Difference) -> ModelError:
@@ -122,7 +145,9 @@ def having_code(needed: Mapping[str, str]) -> Iterator[None]:
     sources: dict[str, str] = {}
     for name, digest in needed.items():
         module, had = sys.modules.get(name), _had.get(name)
-        if had is not None and had[0] is module and had[1] == digest:
+        if had is not None and had[0] is module:
+            if had[1] != digest:
+                raise _imported_before(name, "it was compared then")
             continue  # also if its file was changed since
         spec, source = source_of(name)
         if source is None:
@@ -130,9 +155,9 @@ def having_code(needed: Mapping[str, str]) -> Iterator[None]:
         if code_of_source(source) != digest:
             raise ModelError(
                 f"{name} is other code here ({spec and spec.origin}) than where the run was started: its "
-                f"file was changed while the run went on, or another version of it is installed here, or was "
-                f"brought to this session before. Let all hosts have the same file, or bring it by "
-                f"--py-files; a run that has checkpoints then goes on"
+                f"file was changed while the run went on, or another version of it is installed here, or an "
+                f"older one was sent to this session before. Let all hosts have the same file, or bring it "
+                f"by --py-files to a new session; a run that has checkpoints then goes on"
             )
         sources[name] = source
     _refuse_older(sources)
@@ -147,10 +172,15 @@ def having_code(needed: Mapping[str, str]) -> Iterator[None]:
 def _refuse_older(sources: Mapping[str, str]) -> None:
     """Refuse modules that this process imported from other code than their files have now."""
     for name, found in _differences(sources):
-        raise ModelError(
-            f"{_origin(name)} was changed after a Python worker had imported {name} ({found.told}): start a "
-            f"new Spark session; if that does not help, remove the folder __pycache__ beside the file"
-        )
+        if found.kind == "older":
+            raise _imported_before(name, found.told)
+
+
+def _imported_before(name: str, told: str) -> ImportedBefore:
+    return ImportedBefore(
+        f"{_origin(name)} was changed after a Python worker had imported {name} ({told}): start a new Spark "
+        f"session; if that does not help, remove the folder __pycache__ beside the file"
+    )
 
 
 def _origin(name: str) -> str:

@@ -8,12 +8,14 @@ import importlib.util
 import pkgutil
 import sys
 import sysconfig
+import zlib
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from functools import cache
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 
-__all__ = ["code_digest", "code_digests", "loaded_sources", "source_of"]
+__all__ = ["code_digest", "code_digests", "is_installed", "loaded_sources", "source_of"]
 
 _MOST_CHARACTERS = 16_000_000
 """A package that has more source is followed no further."""
@@ -23,6 +25,8 @@ _ALONE = ("torch",)
 
 _MOST_COMPARED = 2_000_000
 """Characters of source that are compared between processes, at about a second for each million."""
+
+_VERSIONS = ("__about__", "_version", "version")
 
 _EVERYWHERE = sys.stdlib_module_names | {
     "__main__", "__mp_main__", "numpy", "pandas", "py4j", "pyarrow", "pyspark", "sparksgd", "torch",
@@ -80,12 +84,13 @@ def loaded_sources(modules: Iterable[str]) -> dict[str, str]:
     """
     found: dict[str, str] = {}
     seen: set[str] = set()
-    waiting = list(modules)
+    waiting, later = deque(modules), deque[str]()  # those of installed packages come later
     characters = 0
-    while waiting and characters <= _MOST_COMPARED:
-        for name in _with_parents(waiting.pop(0)):
+    while (waiting or later) and characters <= _MOST_COMPARED:
+        for name in _with_parents((waiting or later).popleft()):
             top, spec = name.partition(".")[0], _imported(name)
-            if name in seen or spec is None or top in _EVERYWHERE:
+            is_version = name.rpartition(".")[2] in _VERSIONS  # builds for other devices differ by it
+            if name in seen or spec is None or top in _EVERYWHERE or is_version:
                 continue
             seen.add(name)
             source = _source(spec)
@@ -94,14 +99,17 @@ def loaded_sources(modules: Iterable[str]) -> dict[str, str]:
             found[name] = source
             characters += len(source)
             is_package = spec.submodule_search_locations is not None
-            waiting += (each for each in _imports(source, name, is_package) if _is_followed(each, top))
+            for each in _imports(source, name, is_package):
+                if each in sys.modules and not is_installed(each):
+                    waiting.append(each)
+                elif each in sys.modules and each.partition(".")[0] == top:
+                    later.append(each)
     return found
 
 
-def _is_followed(name: str, by_top: str) -> bool:
-    """Return whether an imported module is of the same package, or of one that is not installed."""
-    top = name.partition(".")[0]
-    return name in sys.modules and (top == by_top or _folder_of(_imported(top)) is not None)
+def is_installed(name: str) -> bool:
+    """Return whether a module that this process has imported is of an installed package, or of Python."""
+    return _folder_of(_imported(name.partition(".")[0])) is None
 
 
 def source_of(name: str) -> tuple[ModuleSpec | None, str | None]:
@@ -217,8 +225,8 @@ def _source(spec: ModuleSpec) -> str | None:
         if get_source is not None:
             source = get_source(spec.name)
             return source if isinstance(source, str) else None
-    except (ImportError, OSError, SyntaxError, UnicodeError):
-        pass
+    except (ImportError, OSError, SyntaxError, UnicodeError, EOFError, zlib.error):
+        pass  # the last ones of a zip file that was replaced
     return None
 
 

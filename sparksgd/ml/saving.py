@@ -16,7 +16,7 @@ from typing import Any
 from pyspark import SparkContext
 from pyspark.ml.util import BaseReadWrite, DefaultParamsReader, DefaultParamsWriter, MLReader, MLWriter
 
-from sparksgd.errors import ConfigError, DataError
+from sparksgd.errors import ConfigError, DataError, SparkSGDError
 from sparksgd.imports import import_path, resolve, shown
 from sparksgd.imports.trust import trusted
 from sparksgd.ml.module_spec import ModuleSpec
@@ -140,7 +140,10 @@ class ModelReader(MLReader[Any]):
         session: Any = self.sparkSession
         if is_connect(session):
             with copied(session, path) as folder:
-                return self._loaded(path, folder, partial(_metadata_in, folder))
+                try:
+                    return self._loaded(path, folder, partial(_metadata_of, path, session))
+                except SparkSGDError as error:  # the copy is gone when this is read
+                    raise type(error)(str(error).replace(str(folder), path.rstrip("/"))) from error
         return self._loaded(path, _resolved(path, self.sc), partial(_metadata_at, path, self.sc))
 
     def _loaded(self, path: str, folder: Location, metadata: Callable[[], dict[str, Any]]) -> Any:
@@ -150,7 +153,12 @@ class ModelReader(MLReader[Any]):
             path: what it was called.
             folder: where it can be read.
             metadata: reads its class and Params.
+
+        Raises:
+            DataError: it is damaged, names code that is not trusted, or is no Model.
         """
+        if not {MANIFEST, "metadata"} & set(folder.names()):
+            raise DataError(f"{path} holds no Model: name the folder that write().save(path) wrote")
         if MANIFEST in folder.names():
             saved = load_model(folder, **self._how)
             model: Any = self._kind(saved)
@@ -178,10 +186,10 @@ def _metadata_at(path: str, context: SparkContext) -> dict[str, Any]:
     return DefaultParamsReader.loadMetadata(path, context)
 
 
-def _metadata_in(folder: Location) -> dict[str, Any]:
-    """Return them of a folder that was copied to this machine."""
-    (text,) = ((folder / "metadata" / name).read_bytes() for name in (folder / "metadata").names())
-    return DefaultParamsReader._parseMetaData(text.decode())
+def _metadata_of(path: str, session: Any) -> dict[str, Any]:
+    """Return them as the server of a session of Spark Connect reads them."""
+    lines = session.read.text(f"{path.rstrip('/')}/metadata").collect()
+    return DefaultParamsReader._parseMetaData("\n".join(line.value for line in lines))
 
 
 def _with_params(instance: Any, path: str, metadata: dict[str, Any]) -> Any:

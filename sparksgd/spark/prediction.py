@@ -46,7 +46,7 @@ from pyspark.sql.types import (
 
 from sparksgd.config import TrainConfig
 from sparksgd.engines.forward import EVALUATION_ROWS
-from sparksgd.errors import ConfigError
+from sparksgd.errors import ClusterError, ConfigError
 from sparksgd.imports.same_code import Pickled
 from sparksgd.models.losses import LossKind
 from sparksgd.models.outputs import Output
@@ -222,7 +222,7 @@ def _as_rows(frame: DataFrame) -> DataFrame:
     """
     for field in frame.schema.fields:
         if not _is_of_arrow(field.dataType):
-            return frame.where(F.size(F.array(F.col(quoted(field.name)).isNull())) > 0)  # true of each row
+            return frame.where(F.spark_partition_id() >= 0)  # true of each row, which Spark does not know
     return frame
 
 
@@ -339,7 +339,13 @@ def _as_file(session: Any, pickled: Pickled) -> ShippedFile:
     with tempfile.TemporaryDirectory(prefix="sparksgd-") as folder:
         file = Path(folder) / shipped.name
         file.write_bytes(data)
-        session.addArtifacts(str(file), file=True)
+        try:
+            session.addArtifacts(str(file), file=True)
+        except Exception as error:
+            raise ClusterError(
+                f"the server of this Spark Connect session does not take the model, {len(data):,} bytes, as "
+                f"a file: {error}"
+            ) from error
     return shipped
 
 

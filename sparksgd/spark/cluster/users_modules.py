@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sys
 import types
+import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
@@ -27,7 +28,7 @@ from sparksgd.spark.cluster.jobs import spark_job
 from sparksgd.spark.tasks import import_tasks
 from sparksgd.spark.tasks.import_tasks import NotImported
 
-__all__ = ["code_for", "refuse_not_imported", "require_modules", "users_modules", "with_code"]
+__all__ = ["code_for", "computing", "refuse_not_imported", "require_modules", "users_modules", "with_code"]
 
 _THERE = frozenset(NEEDED) | {"pyspark", "__main__"} | sys.stdlib_module_names
 
@@ -74,8 +75,13 @@ def require_modules(cluster: Cluster, modules: Sequence[str]) -> None:
     """
     if modules:
         code = code_for(modules, cluster.context)
+        task = partial(import_tasks.import_modules, modules, code)
         with spark_job(cluster.context, "importing your modules on the executors"):
-            refuse_not_imported(cluster.visit(partial(import_tasks.import_modules, modules, code)))
+            found = cluster.visit(task)
+            if any(one.was_imported_before for one in found):
+                _renew_workers(cluster.context)
+                found = cluster.visit(task)
+            refuse_not_imported(found)
         cluster.users_modules.update(modules)
 
 
@@ -110,16 +116,32 @@ def code_for(modules: Iterable[str], context: SparkContext | None) -> dict[str, 
         return code
     before = _code_of_session.setdefault(context.applicationId, {})
     if any(before.get(name, digest) != digest for name, digest in code.items()):
-        generation = int(context.environment.get(_GENERATION, "0"))
-        context.environment[_GENERATION] = str(generation + 1)
+        _renew_workers(context)
         before.clear()
     before.update(code)
     return code
 
 
+computing: dict[object, str] = {}
+"""Engines that are open, with the applications of their sessions: they go on with the workers they have."""
+
 _GENERATION = "SPARKSGD_GENERATION_OF_CODE"
 _code_of_session: dict[str, dict[str, str]] = {}
 """What was sent to the workers of a session, by its application; digests by the names of modules."""
+
+
+def _renew_workers(context: SparkContext) -> None:
+    """Let all jobs of a session have new Python workers from now on; idle ones stay with their executors.
+
+    Raises:
+        ModelError: another run of the session would lose its workers, and then find code that was changed.
+    """
+    if context.applicationId in computing.values():
+        raise ModelError(
+            "another run of this Spark session computes by modules as they were before they were changed: "
+            "wait for its end, or start another session"
+        )
+    context.environment[_GENERATION] = uuid.uuid4().hex
 
 
 def refuse_not_imported(found: Sequence[NotImported]) -> None:

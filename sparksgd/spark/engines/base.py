@@ -38,7 +38,7 @@ from sparksgd.spark.cluster.jobs import Watched, cancel_jobs, cleanup
 from sparksgd.spark.cluster.lost_executors import advice_of
 from sparksgd.spark.cluster.placement import worker_of_partition
 from sparksgd.spark.cluster.shards import SparkShards
-from sparksgd.spark.cluster.users_modules import code_for
+from sparksgd.spark.cluster.users_modules import code_for, computing
 from sparksgd.spark.engines.step_rdd import StepRDD
 from sparksgd.spark.tasks import step_tasks
 
@@ -107,6 +107,7 @@ class SparkEngine:
         """Pickle a plan; classes of a notebook or of `__main__` are pickled by value."""
         if self._code is None:  # later on, files may have been changed
             self._code = code_for(self._cluster.users_modules, self._context)
+            computing[self] = self._context.applicationId
         return Pickled(pickled(plan, {"": plan.module, "loss": plan.loss}, cloudpickle.Pickler), self._code)
 
     @staticmethod
@@ -124,6 +125,7 @@ class SparkEngine:
 
     def close(self) -> None:
         """Remove the plan from driver and executors."""
+        computing.pop(self, None)
         self._behind.shutdown()
         if self._is_open:
             destroy(self._shipped)

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from sparksgd.errors import ModelError
-from sparksgd.imports.same_code import having_code
+from sparksgd.imports.same_code import ImportedBefore, having_code
 from sparksgd.solvers.without_compiler import without_compiler
 
 __all__ = ["NotImported", "import_modules"]
@@ -36,8 +36,11 @@ class NotImported:
     told: str
     """That error."""
 
-    is_other_code: bool
+    is_other_code: bool = False
     """Whether a module can be imported, but is not the driver's."""
+
+    was_imported_before: bool = False
+    """Whether it was imported before its file got the driver's code, so that another worker would do."""
 
 
 def import_modules(
@@ -61,17 +64,16 @@ def import_modules(
                     missing = error.name if isinstance(error, ModuleNotFoundError) else None
                     yield _not_imported(module, f"{type(error).__name__}: {error}", missing=missing)
     except ModelError as error:
-        yield _not_imported("", str(error), is_other_code=True)
+        is_old = isinstance(error, ImportedBefore)
+        yield _not_imported("", str(error), is_other_code=True, was_imported_before=is_old)
 
 
-def _not_imported(
-    module: str, told: str, *, missing: str | None = None, is_other_code: bool = False
-) -> NotImported:
+def _not_imported(module: str, told: str, missing: str | None = None, **kind: bool) -> NotImported:
     return NotImported(
         host=os.environ.get("NM_HOST") or socket.gethostname(),  # YARN's name of this node
         executable=sys.executable,
         module=module,
         missing=missing,
         told=told,
-        is_other_code=is_other_code,
+        **kind,
     )

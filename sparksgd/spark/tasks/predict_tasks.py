@@ -167,14 +167,18 @@ class ShippedFile:
         """The plan.
 
         Raises:
-            ClusterError: the file was damaged.
+            ClusterError: the file is damaged or gone.
         """
         from pyspark import SparkFiles
 
         if self.sha256 not in _loaded:
-            data = Path(SparkFiles.get(self.name)).read_bytes()
+            file = Path(SparkFiles.get(self.name))
+            data = file.read_bytes() if file.exists() else b""
             if hashlib.sha256(data).hexdigest() != self.sha256:
-                raise ClusterError(f"the file {self.name} of the model was damaged on its way: try again")
+                raise ClusterError(
+                    f"{file}, the model that was sent to this Spark Connect session, is damaged or gone: "
+                    f"start a new session"
+                )
             _loaded[self.sha256] = ShippedPlan(pickle.loads(data))
             while len(_loaded) > _MOST_LOADED:
                 del _loaded[next(iter(_loaded))]
