@@ -6,7 +6,6 @@ import ast
 import hashlib
 import inspect
 import sys
-import warnings
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Set
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from typing import Any, Literal
 from zipimport import zipimporter
 
 from sparksgd.imports.given_code import told_of_code
+from sparksgd.imports.sources import compiling_quietly, parsed
 
 __all__ = ["Difference", "attributes_set", "code_of_source", "difference"]
 
@@ -46,7 +46,7 @@ def code_of_source(source: str) -> str:
         source: of a module.
     """
     try:
-        tree = _parsed(source)
+        tree = parsed(source)
     except _NOT_COMPILED:
         return hashlib.sha256(source.encode()).hexdigest()
     for node in ast.walk(tree):
@@ -74,9 +74,8 @@ def difference(module: object, source: str, are_set: Set[str] = frozenset()) -> 
         return None
     assert isinstance(module, ModuleType)
     try:
-        tree = _parsed(source)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # they were shown at the import, and may be errors now
+        tree = parsed(source)
+        with compiling_quietly():
             written = _functions(compile(source, spec.origin, "exec", dont_inherit=True))
     except _NOT_COMPILED as error:
         return Difference(f"it cannot be compiled: {type(error).__name__}", "older")
@@ -90,23 +89,18 @@ def difference(module: object, source: str, are_set: Set[str] = frozenset()) -> 
     return min(_set_since(tree, module, are_set), key=lambda one: one.kind, default=None)  # "replaced" first
 
 
-def attributes_set(source: str) -> set[str]:
+@cache
+def attributes_set(source: str) -> frozenset[str]:
     """Return the names of the attributes that code sets of others than `self`."""
     try:
-        tree = _parsed(source)
+        tree = parsed(source)
     except _NOT_COMPILED:
-        return set()
-    return {
+        return frozenset()
+    return frozenset(
         node.attr
         for node in ast.walk(tree)
         if isinstance(node, ast.Attribute) and not isinstance(node.ctx, ast.Load) and not _is_self(node.value)
-    }
-
-
-def _parsed(source: str) -> ast.Module:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return ast.parse(source)
+    )
 
 
 def _decorated(node: ast.AST, prefix: str = "", is_within: bool = False) -> Iterator[str]:

@@ -8,14 +8,25 @@ import importlib.util
 import pkgutil
 import sys
 import sysconfig
+import warnings
 import zlib
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from functools import cache
 from importlib.machinery import ModuleSpec
 from pathlib import Path
+from threading import RLock
 
-__all__ = ["code_digest", "code_digests", "is_installed", "loaded_sources", "source_of"]
+__all__ = [
+    "code_digest",
+    "code_digests",
+    "compiling_quietly",
+    "is_installed",
+    "loaded_sources",
+    "parsed",
+    "source_of",
+]
 
 _MOST_CHARACTERS = 16_000_000
 """A package that has more source is followed no further."""
@@ -236,9 +247,34 @@ def _imports(source: str, name: str, is_package: bool) -> tuple[str, ...]:
     return tuple(sorted(set(_each_import(source, name, is_package))))
 
 
+def parsed(source: str) -> ast.Module:
+    """Return the syntax tree of a source; its warnings were shown when it was imported.
+
+    Raises:
+        SyntaxError, ValueError, RecursionError, MemoryError: as `ast.parse`.
+    """
+    with compiling_quietly():
+        for _ in range(_MOST_ATTEMPTS):
+            with suppress(SystemError):  # Python 3.11 may fail so while another thread does the same
+                return ast.parse(source)
+        return ast.parse(source)
+
+
+@contextmanager
+def compiling_quietly() -> Iterator[None]:
+    """Run a block that compiles, without warnings; one thread at a time: filters are of the whole process."""
+    with _COMPILES, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+_COMPILES = RLock()
+_MOST_ATTEMPTS = 10
+
+
 def _each_import(source: str, name: str, is_package: bool) -> Iterator[str]:
     try:
-        tree = ast.parse(source)
+        tree = parsed(source)
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         return
     package = name.split(".") if is_package else name.split(".")[:-1]
