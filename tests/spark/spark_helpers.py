@@ -6,7 +6,7 @@ import os
 import re
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import reduce
 from pathlib import Path
 
@@ -88,8 +88,12 @@ def with_descendants(pids: Iterable[int]) -> set[int]:
 
 def python_workers() -> set[int]:
     """Return the Python workers that this process started, and the daemons that forked them."""
-    family = with_descendants([os.getpid()])
-    return {pid for pid in family if b"pyspark.worker" in Path(f"/proc/{pid}/cmdline").read_bytes()}
+    found = set()
+    for pid in with_descendants([os.getpid()]):
+        with suppress(OSError):  # it ended
+            if b"pyspark.worker" in Path(f"/proc/{pid}/cmdline").read_bytes():
+                found.add(pid)
+    return found
 
 
 def memory_bytes(pid: int, of: str) -> int:
