@@ -36,7 +36,7 @@ from torch.nn import functional as F
 from sparksgd.errors import ConfigError
 from sparksgd.imports import did_you_mean, shown
 from sparksgd.models.losses import LossKind, has_accuracy, is_of_classes
-from sparksgd.models.own_metrics import own_metric, own_metrics, values_of_rows
+from sparksgd.models.own_metrics import is_own_metric, own_metric, own_metrics, values_of_rows
 
 __all__ = [
     "MOST_RANKED",
@@ -147,7 +147,7 @@ _TOP = re.compile(r"top_([1-9][0-9]{0,8})")
 
 def is_less_better(name: str) -> bool:
     """Return whether the best value of a metric is the least one."""
-    if own_metrics([name]):
+    if is_own_metric(name):
         return not getattr(own_metric(name), "higher_is_better", True)
     return name in _LEAST
 
@@ -171,7 +171,7 @@ def check_metrics(names: Iterable[str], key: str, kind: LossKind | None, classes
     known |= dict.fromkeys(_OF_NUMBERS, kind == "numbers")
     fitting = [name for name, fits in known.items() if fits] + ["top_3"] * of_classes
     for name in names:
-        if own_metrics([name]):
+        if is_own_metric(name):
             continue
         top = _TOP.fullmatch(name)
         if top is not None and classes is not None and int(top[1]) >= classes:

@@ -22,12 +22,17 @@ from sparksgd.errors import ConfigError, ModelError
 from sparksgd.imports import resolve, shown
 from sparksgd.imports.torch_code import users_torch_code
 
-__all__ = ["check_own_metric", "own_metric", "own_metrics", "values_of_rows"]
+__all__ = ["check_own_metric", "is_own_metric", "own_metric", "own_metrics", "values_of_rows"]
+
+
+def is_own_metric(name: str) -> bool:
+    """Return whether a metric is named by an import path."""
+    return ":" in name
 
 
 def own_metrics(names: Iterable[str]) -> list[str]:
-    """Return those of some metrics that are import paths."""
-    return [name for name in names if ":" in name]
+    """Return those of some metrics that are named by import paths."""
+    return [name for name in names if is_own_metric(name)]
 
 
 def own_metric(name: str, key: str = "train.metrics") -> Callable[[Any, torch.Tensor], Any]:
@@ -38,18 +43,9 @@ def own_metric(name: str, key: str = "train.metrics") -> Callable[[Any, torch.Te
         key: of the configuration, that names it.
 
     Raises:
-        ConfigError: it does not exist, or is no function of an output and a label.
+        ConfigError: it does not exist.
     """
     function: Callable[[Any, torch.Tensor], Any] = resolve(key, name, {})
-    try:
-        inspect.signature(function).bind(None, None)
-    except ValueError:  # what is compiled may have no signature
-        pass
-    except TypeError as error:
-        raise ConfigError(
-            f"{key} names {shown(name)}, which must be a function of the module's output and the label, with "
-            f"a number for each row: {error}"
-        ) from error
     return function
 
 
@@ -62,9 +58,19 @@ def check_own_metric(name: str, key: str, *, judges: bool) -> None:
         judges: whether evaluations are judged by it.
 
     Raises:
-        ConfigError: see `own_metric`; or nothing says whether more of it is better.
+        ConfigError: it does not exist, or is no function of an output and a label; or nothing says whether
+            more of it is better.
     """
     function = own_metric(name, key)
+    try:
+        inspect.signature(function).bind(None, None)
+    except ValueError:  # what is compiled may have no signature
+        pass
+    except TypeError as error:
+        raise ConfigError(
+            f"{key} names {shown(name)}, which must be a function of the module's output and the label, with "
+            f"a number for each row: {error}"
+        ) from error
     if judges and not isinstance(getattr(function, "higher_is_better", None), bool):
         attribute = f"{name.partition(':')[2]}.higher_is_better"
         raise ConfigError(
